@@ -1,0 +1,64 @@
+"""Where frozen encoders come from: a local folder, a hub name, or the ones shipped for scenes."""
+
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+import ifvit.scenes
+from ifvit.errors import UserError
+from ifvit.shards import EncoderIdentity
+from ifvit.storage import sha256_of
+
+_SHIPPED = Path(ifvit.scenes.__file__).parent / "encoders"
+_SHIPPED_PREFIX = "scenes/"
+
+
+def resolve_pretrained(name: str) -> Path:
+    """Folder with `config.json` and safetensors weights for `name`.
+
+    `name` is a local folder, `scenes/vae` or `scenes/clip` (shipped with the package), or a hub
+    repository `org/name`, with a folder inside it as `org/name/subfolder`.
+    Raises UserError when none of these leads to a `config.json`.
+    """
+    folder = Path(name)
+    if name.startswith(_SHIPPED_PREFIX) and not folder.exists():
+        folder = _SHIPPED / name.removeprefix(_SHIPPED_PREFIX)
+    elif not folder.exists():
+        folder = _download(name)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name}: no config.json in {folder}; expected a Hugging Face model folder")
+    return folder
+
+
+def identify(name: str, folder: Path) -> EncoderIdentity:
+    """Name and hash of the weights, so that shards can say which encoder made them.
+
+    Only safetensors are read: a pickle from the internet could run code. Raises UserError when
+    the folder has none.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{name}: no *.safetensors in {folder}; pickled weights are not loaded")
+    digest = hashlib.sha256()
+    for path in weights:
+        digest.update(bytes.fromhex(sha256_of(path)))
+    return EncoderIdentity(name=name, sha256=digest.hexdigest())
+
+
+def _download(name: str) -> Path:
+    organisation, _, rest = name.partition("/")
+    repository, _, subfolder = rest.partition("/")
+    prefix = f"{subfolder}/" if subfolder else ""
+    try:
+        root = snapshot_download(
+            f"{organisation}/{repository}",
+            allow_patterns=[f"{prefix}*.json", f"{prefix}*.safetensors", f"{prefix}merges.txt"],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name}: neither a local folder nor a hub name that could be fetched ({reason})"
+        ) from None
+    return Path(root) / subfolder

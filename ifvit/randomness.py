@@ -1,0 +1,78 @@
+"""Counter-based random numbers: each draw is a pure function of who asks for it.
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The counter is
+(block, position, step, stream) and the key is the seed, so a draw depends neither on how many
+processes share the work, nor on the size of a micro-batch, nor on how often the job restarted.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+class Stream(IntEnum):
+    """What a draw is for; two streams of the same sample are independent."""
+
+    CAPTION = 0
+    DROPOUT = 1
+    TIMESTEP = 2
+    POSTERIOR = 3
+    NOISE = 4
+    SAMPLING = 5
+
+
+def philox(counter: Tensor, seed: int) -> Tensor:
+    """Ten Philox rounds: counters (N, 4) int64 holding uint32 values => (N, 4) likewise."""
+    x0, x1, x2, x3 = counter.unbind(dim=1)
+    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        high0, low0 = _multiply(x0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(x2, _MULTIPLIERS[1])
+        x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
+        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
+    return torch.stack([x0, x1, x2, x3], dim=1)
+
+
+def uniform(seed: int, step: int, positions: Tensor, stream: Stream, count: int) -> Tensor:
+    """(N,) int64 positions => (N, count) float32 in [0, 1), 24 random bits each."""
+    words = _words(seed, step, positions, stream, count)
+    return (words >> 8).to(torch.float32) * 2.0**-24
+
+
+def normal(
+    seed: int, step: int, positions: Tensor, stream: Stream, shape: tuple[int, ...]
+) -> Tensor:
+    """(N,) int64 positions => (N, *shape) float32 standard normal, by Box and Muller."""
+    count = math.prod(shape)
+    words = _words(seed, step, positions, stream, count + count % 2)
+    # +1: the logarithm's argument lies in (0, 1].
+    radius = torch.sqrt(-2.0 * torch.log(((words[:, 0::2] >> 8) + 1).to(torch.float32) * 2.0**-24))
+    angle = (words[:, 1::2] >> 8).to(torch.float32) * (2.0**-24 * 2.0 * math.pi)
+    pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2)
+    return pairs.flatten(1)[:, :count].reshape(len(positions), *shape)
+
+
+def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the product of two uint32, in int64 without overflow."""
+    upper, lower = (x >> 16) * factor, (x & 0xFFFF) * factor
+    high = (upper + (lower >> 16)) >> 16
+    low = (((upper & 0xFFFF) << 16) + lower) & _MASK
+    return high, low
+
+
+def _words(seed: int, step: int, positions: Tensor, stream: Stream, count: int) -> Tensor:
+    """(N, count) random uint32 values in int64."""
+    num_blocks = -(-count // 4)
+    blocks = torch.arange(num_blocks, device=positions.device)
+    counter = torch.empty(len(positions), num_blocks, 4, dtype=torch.int64, device=positions.device)
+    counter[..., 0] = blocks
+    counter[..., 1] = positions[:, None]
+    counter[..., 2] = step
+    counter[..., 3] = int(stream)
+    return philox(counter.flatten(0, 1), seed).view(len(positions), -1)[:, :count]
