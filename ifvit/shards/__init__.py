@@ -1,0 +1,25 @@
+"""Latents and caption embeddings on disk: records, manifest and reader."""
+
+from ifvit.shards.reader import ShardReader
+from ifvit.shards.records import (
+    EncoderIdentity,
+    LatentSample,
+    Manifest,
+    SampleMetadata,
+    ShardEntry,
+    ShardError,
+    read_manifest,
+    write_manifest,
+)
+
+__all__ = [
+    "EncoderIdentity",
+    "LatentSample",
+    "Manifest",
+    "SampleMetadata",
+    "ShardEntry",
+    "ShardError",
+    "ShardReader",
+    "read_manifest",
+    "write_manifest",
+]
