@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ifvit import storage
