@@ -1,0 +1,66 @@
+"""One attention function, several backends; a table instead of branches in the forward pass.
+
+Shapes: B batch, Q query tokens, K key tokens, H heads, E channels per head.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ifvit.errors import UserError
+
+Backend = Literal["sdpa", "xformers", "math"]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(B, Q, H, E) queries, (B, K, H, E) keys and values -> (B, Q, H, E), scale 1/sqrt(E), no mask."""
+
+
+def load_attention(backend: Backend) -> Attend:
+    """The attention function of this name, ready to be called.
+
+    Raises UserError for an unknown name, or if xformers is not installed or finds no CUDA device.
+    """
+    if backend not in _LOADERS:
+        raise UserError(f"attention backend must be one of {', '.join(_LOADERS)}: {backend}")
+    return _LOADERS[backend]()
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = torch.einsum("bqhe,bkhe->bhqk", query * query.shape[-1] ** -0.5, key)
+    return torch.einsum("bhqk,bkhe->bqhe", logits.softmax(dim=-1), value)
+
+
+def _load_xformers() -> Attend:
+    remedy = "choose attention backend sdpa"
+    if not torch.cuda.is_available():
+        raise UserError(f"xformers attention needs a CUDA device and none is visible; {remedy}")
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError:
+        raise UserError(
+            f"xformers is not installed; pip install 'ifvit[gpu]' or {remedy}"
+        ) from None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        try:
+            attended: Tensor = memory_efficient_attention(query, key, value)
+        except NotImplementedError:
+            what = f"{query.dtype} on {query.device}, {query.shape[-1]} channels per head"
+            raise UserError(f"xformers has no attention operator for {what}; {remedy}") from None
+        return attended
+
+    return attend
+
+
+_LOADERS: dict[str, Callable[[], Attend]] = {
+    "sdpa": lambda: _sdpa,
+    "xformers": _load_xformers,
+    "math": lambda: _math,
+}

@@ -1,0 +1,105 @@
+"""The parts of a U-shaped ViT: patches, timestep token, attention, block.
+
+Shapes: B batch, L tokens, M text tokens, D width, H heads, E = D / H.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ifvit.models.attention import load_attention
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of the text tokens for one block, each (B, M, H, E)."""
+
+
+def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
+    """Sinusoids of timesteps (B,), cosines first, as float32 (B, width).
+
+    Frequencies fall geometrically from 1 to 1/10000 (Vaswani et al. 2017, Section 3.5).
+    """
+    half = width // 2
+    exponents = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class PatchEmbed(nn.Module):
+    """Latents (B, C, S, S) to one token per patch (B, L, D), row by row."""
+
+    def __init__(self, channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        tokens: Tensor = self.proj(latents)
+        return tokens.flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to themselves and, if given, to text keys and values."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.width = width
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.attend = load_attention("sdpa")
+
+    def forward(self, tokens: Tensor, text: KeysValues | None = None) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D) under one softmax over all keys."""
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        if text is not None:
+            key = torch.cat([key, text[0]], dim=1)
+            value = torch.cat([value, text[1]], dim=1)
+        attended: Tensor = self.proj(self.attend(query, key, value).flatten(2))
+        return attended
+
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        """Keys and values of tokens (B, M, D) by the block's own weights, without queries."""
+        projected = functional.linear(tokens, self.qkv.weight[self.width :])
+        key, value = projected.view(*tokens.shape[:2], 2, self.num_heads, -1).unbind(2)
+        return key, value
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.fc2(functional.gelu(self.fc1(tokens)))
+        return hidden
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, with a long skip connection on the way out of the U."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: int, *, has_skip: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, mlp_ratio * width)
+        self.skip_linear = nn.Linear(2 * width, width) if has_skip else None
+
+    def forward(
+        self, tokens: Tensor, text: KeysValues | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D); `skip` is what the mirror block had put out."""
+        if self.skip_linear is not None:
+            assert skip is not None
+            tokens = self.skip_linear(torch.cat([tokens, skip], dim=-1))
+        tokens = tokens + self.attn(self.norm1(tokens), text)
+        updated: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return updated
+
+    def text_keys_values(self, tokens: Tensor) -> KeysValues:
+        """What this block's attention sees of the text tokens (B, M, D)."""
+        return self.attn.keys_values(self.norm1(tokens))

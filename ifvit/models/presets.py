@@ -1,0 +1,45 @@
+"""Named backbone sizes, each in its recommended setting: intermediate fusion, cross-attention.
+
+The paper keeps text out of the outer two thirds of its depth of 12 (four of six blocks a side);
+the other sizes keep that share. Any setting is `dataclasses.replace(PRESETS[name], ...)`.
+"""
+
+from ifvit.models.config import FusionUViTConfig
+
+# Widths, depths and heads of U-ViT (Bao et al. 2023, Table 1) on the paper's latents and context.
+
+
+def _coco256(width: int, depth: int, num_heads: int) -> FusionUViTConfig:
+    """A backbone for 4x32x32 latents (256 x 256 pixels) and CLIP ViT-L/14 context."""
+    return FusionUViTConfig(
+        latent_size=32,
+        patch_size=2,
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        context_length=77,
+        context_width=768,
+        conditioning="cross_attention",
+        num_image_blocks=round(depth / 3),
+        num_text_blocks=1,
+    )
+
+
+PRESETS: dict[str, FusionUViTConfig] = {
+    "tiny": FusionUViTConfig(
+        latent_size=8,
+        patch_size=2,
+        width=160,
+        depth=10,
+        num_heads=5,
+        context_length=20,
+        context_width=128,
+        conditioning="cross_attention",
+        num_image_blocks=3,
+        num_text_blocks=1,
+    ),
+    "small": _coco256(width=512, depth=12, num_heads=8),
+    "mid": _coco256(width=768, depth=16, num_heads=12),
+    "large": _coco256(width=1024, depth=20, num_heads=16),
+    "huge": _coco256(width=1152, depth=28, num_heads=16),
+}
