@@ -1,0 +1,173 @@
+"""What a scene says (groups and their relation) and where its objects lie."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Relation = Literal["left of", "above"]
+
+IMAGE_SIZE = 64
+MAX_COUNT = 5
+MAX_OBJECTS = 6
+KINDS = ("circle", "square", "triangle")
+RELATIONS: tuple[Relation, ...] = ("left of", "above")
+
+# As seen from a light background, no two of these lie in nearly the same direction; score.py
+# tells them apart by that direction, which blur does not change.
+COLOURS = {
+    "red": (220, 30, 40),
+    "yellow": (250, 200, 0),
+    "green": (40, 160, 70),
+    "blue": (30, 110, 230),
+    "purple": (150, 40, 200),
+}
+
+_MARGIN = 2.0
+_GAP = 3.5
+# Side of an object in pixels, by the number of objects in the scene.
+_SIZES = {1: (18.0, 26.0), 2: (16.0, 21.0), 3: (14.0, 16.5), 4: (13.0, 16.0), 5: (12.5, 14.5)}
+_SMALL_SIZES = (12.5, 13.5)
+# Width and height over `size`, chosen so that the three kinds look equally large.
+_PROPORTIONS = {"circle": (1.0, 1.0), "square": (0.9, 0.9), "triangle": (1.12, 1.0)}
+_CIRCLE_CORNERS = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """`count` objects that share one colour and one kind."""
+
+    count: int
+    colour: str
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """`first` RELATION `second`; a scene of one group has neither relation nor second.
+
+    Relations are stored in one direction ("left of", "above"), so a scene equals itself however
+    a caption puts it.
+    """
+
+    first: Group
+    relation: Relation | None = None
+    second: Group | None = None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """One group or two, first before second."""
+        return (self.first,) if self.second is None else (self.first, self.second)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedObject:
+    """One object of a group; its box is centred at (x, y), in pixels, y downwards."""
+
+    colour: str
+    kind: str
+    x: float
+    y: float
+    size: float
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """(width, height) of the bounding box in pixels."""
+        width, height = _PROPORTIONS[self.kind]
+        return (self.size * width, self.size * height)
+
+    @property
+    def outline(self) -> list[tuple[float, float]]:
+        """Corners of the shape as a polygon; a circle has 48."""
+        width, height = self.extent
+        left, right = self.x - width / 2, self.x + width / 2
+        top, bottom = self.y - height / 2, self.y + height / 2
+        if self.kind == "square":
+            return [(left, top), (right, top), (right, bottom), (left, bottom)]
+        if self.kind == "triangle":
+            return [(self.x, top), (right, bottom), (left, bottom)]
+        angles = (2 * math.pi * i / _CIRCLE_CORNERS for i in range(_CIRCLE_CORNERS))
+        radius = width / 2
+        return [(self.x + radius * math.cos(a), self.y + radius * math.sin(a)) for a in angles]
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    """A scene of one group, or (every second time) of two groups of different colours."""
+    first_colour, second_colour = rng.permutation(list(COLOURS))[:2].tolist()
+    first_kind, second_kind = rng.choice(KINDS, 2).tolist()
+    count = int(rng.integers(1, MAX_COUNT + 1))
+    first = Group(count=count, colour=first_colour, kind=first_kind)
+    if rng.random() < 0.5:
+        return Scene(first=first)
+    other = int(rng.integers(1, min(MAX_COUNT, MAX_OBJECTS - count) + 1))
+    second = Group(count=other, colour=second_colour, kind=second_kind)
+    if rng.random() < 0.5:
+        first, second = second, first
+    relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
+    return Scene(first=first, relation=relation, second=second)
+
+
+def place_objects(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject, ...]:
+    """Positions at random: boxes at least 3.5 px apart, the relation true and unambiguous.
+
+    Two groups lie in two separate bands, and the line between their centres deviates from the
+    axis of the relation by less than 27 degrees.
+    """
+    while True:
+        objects = _try_to_place(scene, rng)
+        if objects is not None and _is_unambiguous(scene, objects):
+            return objects
+
+
+def _try_to_place(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject, ...] | None:
+    total = sum(group.count for group in scene.groups)
+    size = rng.uniform(*_SIZES.get(total, _SMALL_SIZES))
+    objects: list[PlacedObject] = []
+    for group, (left, top, right, bottom) in zip(scene.groups, _bands(scene), strict=True):
+        width, height = (size * share for share in _PROPORTIONS[group.kind])
+        for _ in range(group.count):
+            for _attempt in range(20):
+                candidate = PlacedObject(
+                    colour=group.colour,
+                    kind=group.kind,
+                    x=rng.uniform(left + width / 2, right - width / 2),
+                    y=rng.uniform(top + height / 2, bottom - height / 2),
+                    size=size,
+                )
+                if all(_apart(candidate, other) for other in objects):
+                    objects.append(candidate)
+                    break
+            else:
+                return None
+    return tuple(objects)
+
+
+def _bands(scene: Scene) -> list[tuple[float, float, float, float]]:
+    """(left, top, right, bottom) of the area of each group."""
+    low, high = _MARGIN, IMAGE_SIZE - _MARGIN
+    if scene.second is None:
+        return [(low, low, high, high)]
+    share = scene.first.count / (scene.first.count + scene.second.count)
+    border = low + min(max(share, 0.34), 0.66) * (high - low)
+    before, after = border - _GAP / 2, border + _GAP / 2
+    if scene.relation == "left of":
+        return [(low, low, before, high), (after, low, high, high)]
+    return [(low, low, high, before), (low, after, high, high)]
+
+
+def _apart(one: PlacedObject, other: PlacedObject) -> bool:
+    (width, height), (other_width, other_height) = one.extent, other.extent
+    free_x = abs(one.x - other.x) - (width + other_width) / 2
+    free_y = abs(one.y - other.y) - (height + other_height) / 2
+    return max(free_x, free_y) >= _GAP
+
+
+def _is_unambiguous(scene: Scene, objects: tuple[PlacedObject, ...]) -> bool:
+    if scene.second is None:
+        return True
+    centres = np.array([(placed.x, placed.y) for placed in objects])
+    num_first = scene.first.count
+    dx, dy = np.abs(centres[num_first:].mean(axis=0) - centres[:num_first].mean(axis=0))
+    along, across = (dx, dy) if scene.relation == "left of" else (dy, dx)
+    return bool(across < 0.5 * along)
