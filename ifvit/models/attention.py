@@ -4,6 +4,7 @@ Shapes: B batch, Q query tokens, K key tokens, H heads, E channels per head.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from ifvit.errors import UserError
 
-Backend = Literal["sdpa", "xformers", "math"]
+Backend = Literal["auto", "sdpa", "xformers", "math"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(B, Q, H, E) queries, (B, K, H, E) keys and values -> (B, Q, H, E), scale 1/sqrt(E), no mask."""
 
@@ -59,7 +60,15 @@ def _load_xformers() -> Attend:
     return attend
 
 
+def _load_fastest() -> Attend:
+    """xformers where it is installed beside a CUDA device, torch's own kernels elsewhere."""
+    if torch.cuda.is_available() and find_spec("xformers"):
+        return _load_xformers()
+    return _sdpa
+
+
 _LOADERS: dict[str, Callable[[], Attend]] = {
+    "auto": _load_fastest,
     "sdpa": lambda: _sdpa,
     "xformers": _load_xformers,
     "math": lambda: _math,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ifvit.errors import UserError
+
 Conditioning = Literal["concat", "cross_attention"]
 
 
@@ -11,7 +13,7 @@ class FusionUViTConfig:
     """Everything that decides the parameters and the arithmetic of a `FusionUViT`.
 
     Early fusion is num_image_blocks = num_text_blocks = 0; the intermediate fusion of
-    arXiv 2403.16530 is 4 and 1 at depth 12. Raises ValueError for a shape that cannot be built.
+    arXiv 2403.16530 is 4 and 1 at depth 12. Raises UserError for a shape that cannot be built.
     """
 
     latent_size: int
@@ -44,28 +46,28 @@ class FusionUViTConfig:
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
         if self.conditioning not in ("concat", "cross_attention"):
-            raise ValueError(f"conditioning must be concat or cross_attention: {self.conditioning}")
+            raise UserError(f"conditioning must be concat or cross_attention: {self.conditioning}")
         sizes = ("latent_size", "latent_channels", "patch_size", "width", "depth", "num_heads")
         for name in (*sizes, "mlp_ratio", "context_length", "context_width"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1: {getattr(self, name)}")
         if self.latent_size % self.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
             )
         if self.width % self.num_heads or self.width % 2:
-            raise ValueError(
+            raise UserError(
                 f"width {self.width} must be even and divisible by num_heads {self.num_heads}"
             )
         if self.depth % 2:
-            raise ValueError(f"depth must be even, as many blocks in as out: {self.depth}")
+            raise UserError(f"depth must be even, as many blocks in as out: {self.depth}")
         if not 0 <= self.num_image_blocks <= self.depth // 2:
-            raise ValueError(
+            raise UserError(
                 f"num_image_blocks must lie in 0 ... {self.depth // 2}, half the depth: "
                 f"{self.num_image_blocks}"
             )
         if self.num_text_blocks < 0:
-            raise ValueError(f"num_text_blocks must not be negative: {self.num_text_blocks}")
+            raise UserError(f"num_text_blocks must not be negative: {self.num_text_blocks}")
 
     @property
     def num_image_tokens(self) -> int:

@@ -4,6 +4,7 @@ Shapes: B batch, C latent channels, S latent size, L image tokens, M text tokens
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class TextContext:
     """Per fused block, in order of use; None under concat, where text joins the sequence."""
 
 
-class FusionUViT(ModelMixin, ConfigMixin):
+class FusionUViT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # their config_name differs
     """Predicts the noise in latents, given a timestep and a caption (arXiv 2403.16530).
 
     Early fusion under concat is U-ViT (Bao et al. 2023), with its parameter names and its
@@ -119,7 +120,8 @@ class FusionUViT(ModelMixin, ConfigMixin):
                 f"{text.tokens.shape[0]} captions cannot be shared out over "
                 f"{tokens.shape[0]} latents; give a multiple"
             )
-        tokens, *skips = (x.repeat(copies, 1, 1) for x in (tokens, *skips))
+        if copies > 1:
+            tokens, *skips = (x.repeat(copies, 1, 1) for x in (tokens, *skips))
 
         tokens = self._fuse(tokens, text)
         for block in self.out_blocks[self._num_fused_per_side :]:
@@ -179,6 +181,23 @@ class FusionUViT(ModelMixin, ConfigMixin):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+def build_backbone(config: FusionUViTConfig) -> FusionUViT:
+    """A backbone with fresh weights, drawn from torch's global generator."""
+    return FusionUViT(**dataclasses.asdict(config))
+
+
+def restore_backbone(config: FusionUViTConfig, state_dict: Mapping[str, Tensor]) -> FusionUViT:
+    """A float32 backbone in eval mode that holds a copy of `state_dict`.
+
+    Raises RuntimeError if keys or shapes differ from what `config` needs.
+    """
+    with torch.device("meta"):  # no time spent on weights that are replaced at once
+        backbone = build_backbone(config)
+    backbone.to_empty(device="cpu")
+    backbone.load_state_dict(state_dict)
+    return backbone.eval()
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

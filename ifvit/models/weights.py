@@ -1,0 +1,95 @@
+"""Weights as everybody but the trainer loads them: a diffusers folder plus their provenance.
+
+FOLDER/config.json and FOLDER/diffusion_pytorch_model.safetensors are what diffusers reads;
+FOLDER/weights.json says where the weights come from and, written last, that they are complete.
+"""
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from ifvit.errors import UserError
+from ifvit.models.config import FusionUViTConfig
+from ifvit.models.uvit import FusionUViT, restore_backbone
+from ifvit.shards import EncoderIdentity
+from ifvit.storage import exists, join, list_names, read_bytes, read_json, write_bytes, write_json
+
+Kind = Literal["ema", "raw"]
+
+_CONFIG = "config.json"
+_TENSORS = "diffusion_pytorch_model.safetensors"
+_INFO = "weights.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsInfo:
+    """What must be known about weights to sample with them, and to trust them."""
+
+    step: int
+    """Optimiser steps behind these weights."""
+    ema_decay: float | None
+    """Decay of the exponential moving average; None for raw weights."""
+    scaling_factor: float
+    """Autoencoder latents times this are what the backbone was trained on."""
+    vae: EncoderIdentity
+    """The autoencoder whose latents it was trained on."""
+    text_encoder: EncoderIdentity
+    """The text encoder whose context it was trained on."""
+    recipe_sha256: str
+    """Hash of the recipe that trained it."""
+
+
+def save_weights(folder: str, backbone: FusionUViT, info: WeightsInfo) -> None:
+    """Write a folder (local or s3://) that `load_weights` and diffusers' from_pretrained read."""
+    with tempfile.TemporaryDirectory() as local:
+        backbone.save_pretrained(local, max_shard_size="1TB")
+        for name in (_TENSORS, _CONFIG):
+            write_bytes(join(folder, name), (Path(local) / name).read_bytes())
+    write_json(join(folder, _INFO), dataclasses.asdict(info))
+
+
+def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[FusionUViT, WeightsInfo]:
+    """The backbone, float32 in eval mode, and the provenance of its weights.
+
+    `url` is a folder of `save_weights`, a step's folder with ema/ or raw/ in it, or a run
+    directory, of which the newest step is taken. Only safetensors are read.
+    Raises UserError if there is nothing to load yet, or what is there does not fit together.
+    """
+    folder = find_weights(url, prefer=prefer)
+    info = _read_info(join(folder, _INFO))
+    stored = read_json(join(folder, _CONFIG))
+    fields = {field.name for field in dataclasses.fields(FusionUViTConfig)}
+    try:
+        config = FusionUViTConfig(**{key: stored[key] for key in fields})
+        tensors = safetensors.torch.load(read_bytes(join(folder, _TENSORS)))
+        return restore_backbone(config, tensors), info
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: {_CONFIG} and {_TENSORS} do not load ({reason})") from None
+
+
+def find_weights(url: str, *, prefer: Kind = "ema") -> str:
+    """The folder that `load_weights(url)` reads. Raises UserError if there is none."""
+    steps = [name for name in list_names(join(url, "weights")) if name.startswith("step_")]
+    # Names are zero-padded, but a run of more steps than the padding must sort right, too.
+    steps.sort(key=lambda name: (len(name), name), reverse=True)
+    kinds = (prefer, "raw" if prefer == "ema" else "ema")
+    for folder in (url, *(join(url, "weights", step) for step in steps)):
+        for candidate in (folder, *(join(folder, kind) for kind in kinds)):
+            if exists(join(candidate, _INFO)):
+                return candidate
+    raise UserError(f"{url}: no weights there or in its weights/step_* folders; train first")
+
+
+def _read_info(url: str) -> WeightsInfo:
+    stored = read_json(url)
+    try:
+        encoders = {key: EncoderIdentity(**stored[key]) for key in ("vae", "text_encoder")}
+        return WeightsInfo(**{**stored, **encoders})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{url}: not a record of weights ({error})") from None
