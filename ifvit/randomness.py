@@ -25,6 +25,7 @@ class Stream(IntEnum):
     POSTERIOR = 3
     NOISE = 4
     SAMPLING = 5
+    ORDER = 6
 
 
 def philox(counter: Tensor, seed: int) -> Tensor:
@@ -56,6 +57,12 @@ def normal(
     angle = (words[:, 1::2] >> 8).to(torch.float32) * (2.0**-24 * 2.0 * math.pi)
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2)
     return pairs.flatten(1)[:, :count].reshape(len(positions), *shape)
+
+
+def permutation(seed: int, epoch: int, count: int) -> Tensor:
+    """A random order of 0 ... count - 1, (count,) int64, for one epoch."""
+    words = _words(seed, epoch, torch.arange(count), Stream.ORDER, 1)[:, 0]
+    return torch.argsort(words, stable=True)
 
 
 def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:

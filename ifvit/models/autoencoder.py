@@ -1,4 +1,4 @@
-"""The frozen VAE: pixels <=> latents. Shapes: B batch, C latent channels, H, W image, h, w latent."""
+"""The frozen VAE: pixels <=> latents (B batch, C latent channels, H, W image, h, w latent)."""
 
 import torch
 from diffusers import AutoencoderKL

@@ -4,7 +4,7 @@ Shapes: B batch, M context tokens, D context width, E feature width, H, W image.
 """
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -62,11 +62,11 @@ class ClipScorer:
         pixels = images / 2 + 0.5
         if pixels.shape[-1] != self._image_size:
             size = (self._image_size, self._image_size)
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+            pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = self._mean.to(pixels), self._std.to(pixels)
         pixels = ((pixels - mean) / std).to(self._model.device, self._model.dtype)
         vision = self._model.vision_model(pixel_values=pixels).pooler_output
-        return F.normalize(self._model.visual_projection(vision).float(), dim=1)
+        return functional.normalize(self._model.visual_projection(vision).float(), dim=1)
 
     @torch.no_grad()
     def embed_texts(self, captions: list[str]) -> Tensor:
@@ -74,7 +74,7 @@ class ClipScorer:
         length = self._model.config.text_config.max_position_embeddings
         tokens = _tokenize(self._tokenizer, captions, length).to(self._model.device)
         text = self._model.text_model(input_ids=tokens).pooler_output
-        return F.normalize(self._model.text_projection(text).float(), dim=1)
+        return functional.normalize(self._model.text_projection(text).float(), dim=1)
 
 
 def load_text_encoder(
@@ -93,9 +93,7 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     identity = identify(name, folder)
     model = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     processor = CLIPImageProcessor.from_pretrained(folder)
-    return ClipScorer(
-        model.to(device), CLIPTokenizer.from_pretrained(folder), processor, identity
-    )
+    return ClipScorer(model.to(device), CLIPTokenizer.from_pretrained(folder), processor, identity)
 
 
 def _tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> Tensor:

@@ -1,0 +1,120 @@
+"""The command line: one table of verbs, each a configuration class and a function."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from ifvit.config import read_config
+from ifvit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb lives, as `module:name`; imported only when the verb is called."""
+
+    config: str
+    function: str
+    help: str
+
+
+VERBS = {
+    "demo": Verb(
+        "ifvit.demo_config:DemoConfig", "ifvit.demo:demo", "the whole path on this machine, small"
+    ),
+    "scenes": Verb(
+        "ifvit.scenes.config:ScenesConfig",
+        "ifvit.scenes.coco:draw_scenes",
+        "draw a captioned image set in COCO's layout",
+    ),
+    "encode": Verb(
+        "data_pipeline.config:EncodeConfig",
+        "data_pipeline.encode:encode",
+        "captioned images -> shards",
+    ),
+    "shards inspect": Verb(
+        "data_pipeline.config:InspectConfig",
+        "data_pipeline.describe:inspect_shards",
+        "the first samples of a dataset, as a table and as pictures",
+    ),
+    "shards verify": Verb(
+        "data_pipeline.config:ShardsConfig",
+        "data_pipeline.verify:verify",
+        "check every byte of a dataset",
+    ),
+    "shards stats": Verb(
+        "data_pipeline.config:ShardsConfig",
+        "data_pipeline.describe:stats",
+        "latent statistics, caption lengths, sizes",
+    ),
+    "train": Verb(
+        "ifvit.training.config:TrainConfig",
+        "ifvit.training.train:train",
+        "shards -> a trained backbone; run again to resume",
+    ),
+    "generate": Verb(
+        "ifvit.sampling.config:GenerateConfig",
+        "ifvit.sampling.generate:generate",
+        "prompts -> images",
+    ),
+    "evaluate": Verb(
+        "ifvit.evaluation.config:EvaluateConfig",
+        "ifvit.evaluation.evaluate:evaluate",
+        "a checkpoint -> one row of metrics",
+    ),
+    "cost": Verb(
+        "ifvit.analysis.config:CostConfig",
+        "ifvit.analysis.cost:cost",
+        "parameters and GFLOPs of every preset",
+    ),
+    "report": Verb(
+        "ifvit.analysis.config:ReportConfig",
+        "ifvit.analysis.report:report",
+        "runs -> one HTML page",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb; a user error is one line on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, rest = _split(arguments)
+        verb = VERBS[name]
+        config = read_config(_load(verb.config), rest, prog=f"ifvit {name}")
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        _load(verb.function)(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """`["shards", "verify", "x"]` => `("shards verify", ["x"])`; prints help when asked."""
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in VERBS:
+            return name, arguments[words:]
+    if not arguments or arguments[-1] in ("-h", "--help"):
+        _print_verbs(arguments[0] if len(arguments) > 1 else "")
+        sys.exit(0)
+    known = ", ".join(VERBS)
+    raise UserError(f"ifvit: no verb `{' '.join(arguments[:2])}`; choose one of {known}")
+
+
+def _print_verbs(prefix: str) -> None:
+    print("usage: ifvit VERB [--config RECIPE.yaml] [--flag value ...]\n")
+    for name, verb in VERBS.items():
+        if name.startswith(prefix):
+            print(f"  {name:<16}{verb.help}")
+    print("\nifvit VERB --help lists a verb's flags.")
+
+
+def _load(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(import_module(module), name)

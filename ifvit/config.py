@@ -1,0 +1,44 @@
+"""Recipes: frozen dataclasses filled from defaults, then YAML files, then flags."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from ifvit.errors import UserError
+
+Config = TypeVar("Config")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def read_config(cls: type[Config], argv: Sequence[str], *, prog: str) -> Config:
+    """Parse `--config` files and flags into the dataclass `cls`; a later value wins.
+
+    `--help` and `--print_config` print and leave with code 0. Raises UserError, in one line, for
+    an unknown key, a wrong type, a missing value or one that `cls` refuses.
+    """
+    parser = ArgumentParser(
+        prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="YAML recipe; repeat it, later ones win")
+    fields = parser.add_class_arguments(cls)
+    try:
+        values = parser.instantiate(parser.parse_args(list(argv)))
+        return cls(**{name: values[name] for name in fields})
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{prog}: {_one_line(error)}") from None
+
+
+def dump_config(config: Any) -> str:
+    """The YAML text that `read_config` turns back into an equal `config`."""
+    # Through JSON, because YAML would mark tuples as Python objects.
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,57 @@
+"""The training objective: noise the latents, ask the backbone for the noise, weigh the error.
+
+Shapes: B batch, C latent channels, H, W latent, M context tokens, D context width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ifvit.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
+from ifvit.randomness import Stream, normal, uniform
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t (B, C, H, W), timesteps (B,), context (B, M, D)) => predicted noise (B, C, H, W)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """`total`: scalar to differentiate; `per_sample`: (B,) mean squared errors, detached."""
+
+    total: Tensor
+    per_sample: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisePrediction:
+    """Plain epsilon prediction, mean of (noise - predicted)^2 (Ho et al. 2020, Eq. 14).
+
+    Every draw is a function of (seed, step, position in the global batch) alone, so the loss of a
+    step does not depend on the number of processes or on restarts.
+    """
+
+    schedule: NoiseSchedule
+    scaling_factor: float
+    seed: int
+
+    def __call__(
+        self, denoiser: Denoiser, moments: Tensor, context: Tensor, step: int, positions: Tensor
+    ) -> Losses:
+        """Moments (B, 2C, H, W), context (B, M, D), positions (B,) int64 => losses."""
+        x_0 = self.draw_latents(moments, step, positions)
+        noise = normal(self.seed, step, positions, Stream.NOISE, tuple(x_0.shape[1:]))
+        u = uniform(self.seed, step, positions, Stream.TIMESTEP, 1)[:, 0]
+        timesteps = (u * NUM_TIMESTEPS).long()
+        x_t = self.schedule.add_noise(x_0, noise, timesteps)
+        error = (denoiser(x_t, timesteps, context).float() - noise).square()
+        per_sample = error.flatten(1).mean(dim=1)
+        return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
+
+    def draw_latents(self, moments: Tensor, step: int, positions: Tensor) -> Tensor:
+        """A fresh draw from the VAE posterior, scaled: (B, 2C, H, W) => x_0 (B, C, H, W)."""
+        mean, logvar = moments.float().chunk(2, dim=1)
+        std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+        noise = normal(self.seed, step, positions, Stream.POSTERIOR, tuple(mean.shape[1:]))
+        return (mean + std * noise) * self.scaling_factor

@@ -1,0 +1,32 @@
+"""The noise schedule: alpha_t and sigma_t for t = 0 ... 999."""
+
+import torch
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+BETA_START = 0.00085
+BETA_END = 0.012
+
+
+def alphas_cumprod() -> Tensor:
+    """Cumulative products abar_t, (1000,) float64, of Stable Diffusion's scaled-linear betas.
+
+    beta_t runs from 0.00085 to 0.012, linear in its square root (Rombach et al. 2022).
+    """
+    roots = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64)
+    return torch.cumprod(1.0 - roots**2, dim=0)
+
+
+class NoiseSchedule:
+    """Variance-preserving forward process with discrete times, on one device."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        abar = alphas_cumprod()
+        self._alpha = abar.sqrt().float().to(device)
+        self._sigma = (1.0 - abar).sqrt().float().to(device)
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = alpha_t x_0 + sigma_t noise (Ho et al. 2020, Eq. 4); timesteps (B,) int64."""
+        shape = (-1,) + (1,) * (x_0.ndim - 1)
+        alpha, sigma = self._alpha[timesteps].view(shape), self._sigma[timesteps].view(shape)
+        return alpha * x_0 + sigma * noise

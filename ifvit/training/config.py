@@ -1,0 +1,110 @@
+"""What a training recipe may say; free of torch, so that `--help` is quick."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ifvit.models.config import FusionUViTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up from a learning rate of 0, then constant."""
+
+    learning_rate: float = 2e-4
+    """Learning rate after warm-up."""
+    weight_decay: float = 0.03
+    """Decoupled weight decay, on every parameter as in U-ViT."""
+    betas: tuple[float, float] = (0.9, 0.9)
+    """Decay rates of AdamW's two moments."""
+    warmup_steps: int = 5000
+    """Steps over which the learning rate rises; the first update has rate 0."""
+    max_grad_norm: float | None = None
+    """Clip the global gradient norm to this; unset: no clipping."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0 or self.warmup_steps < 0:
+            raise ValueError("optim.learning_rate and optim.warmup_steps must not be negative")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError("optim.max_grad_norm must be positive, or null for no clipping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the step runs on this hardware; never changes what is learned beyond rounding."""
+
+    backend: Literal["auto", "plain", "deepspeed"] = "auto"
+    """auto: DeepSpeed on CUDA or with several processes, otherwise plain PyTorch."""
+    zero_stage: Literal[1, 2] = 1
+    """ZeRO stage under DeepSpeed: 1 partitions optimizer state, 2 gradients too."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of matrix products; parameters, moments and EMA stay fp32."""
+    attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"
+    """auto: xformers where it is installed with CUDA, otherwise torch's SDPA."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleGridConfig:
+    """The pictures drawn while training, always from the same prompts and noise."""
+
+    every: int = 5000
+    """Steps between grids; 0 draws none."""
+    prompts: tuple[str, ...] = ()
+    """Captions to draw; empty: the first captions of the training set."""
+    num_steps: int = 25
+    """Solver steps."""
+    guidance_scale: float = 2.0
+    """Weight w of eps = eps_uncond + w (eps_cond - eps_uncond)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a fusion backbone on pre-encoded shards; run the same command again to resume."""
+
+    run: str
+    """Run directory: config, metrics, checkpoints, weights, samples."""
+    shards: str
+    """Folder of the training shards, the one that holds manifest.json."""
+    vae: str | None = None
+    """The VAE that the shards must come from; unset: whichever made them."""
+    text_encoder: str | None = None
+    """The text encoder that the shards must come from; unset: whichever made them."""
+    backbone: FusionUViTConfig
+    """The network; a YAML file of configs/model or single fields."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning rate."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Precision, attention kernels, DeepSpeed."""
+    sample_grid: SampleGridConfig = field(default_factory=SampleGridConfig)
+    """Pictures while training."""
+    max_steps: int = 1_000_000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 256
+    """Samples per optimizer step, over all processes."""
+    micro_batch_size: int = 256
+    """Samples per forward pass and process; smaller ones accumulate gradients."""
+    caption_dropout: float = 0.1
+    """Share of samples trained with the null context, for guidance."""
+    scaling_factor: float | None = None
+    """Latents are multiplied by this; unset: 1 / standard deviation, from the manifest."""
+    ema_decay: float = 0.9999
+    """Decay per step of the averaged weights."""
+    seed: int = 1234
+    """Everything random follows from it."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints and exported weights."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; exported weights are all kept."""
+    num_workers: int = 2
+    """Threads that read batches ahead."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.caption_dropout <= 1.0 or not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError("caption_dropout must lie in [0, 1] and ema_decay in [0, 1)")
+        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        for name in ("checkpoint_every", "keep_checkpoints", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")

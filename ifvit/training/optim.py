@@ -1,0 +1,26 @@
+"""The optimizer and its learning rate."""
+
+from collections.abc import Iterable
+
+import torch
+from torch.nn import Parameter
+
+from ifvit.training.config import OptimConfig
+
+
+def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on everything, as U-ViT has it.
+
+    The rate starts at 0: `learning_rate` sets it before every step.
+    """
+    fused = torch.cuda.is_available()
+    return torch.optim.AdamW(
+        parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+    )
+
+
+def learning_rate(step: int, config: OptimConfig) -> float:
+    """Rate of the update that follows `step` finished ones: 0 for the first, then linear, flat."""
+    if config.warmup_steps == 0:
+        return config.learning_rate
+    return config.learning_rate * min(step / config.warmup_steps, 1.0)

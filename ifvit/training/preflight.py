@@ -1,0 +1,84 @@
+"""Before the first step: do recipe, shards and run directory fit together?"""
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from ifvit.config import dump_config
+from ifvit.errors import UserError
+from ifvit.models.pretrained import identify, resolve_pretrained
+from ifvit.shards import EncoderIdentity, Manifest
+from ifvit.storage import exists, join, read_bytes
+from ifvit.training.config import TrainConfig
+
+MAY_CHANGE = frozenset(
+    {
+        *("run", "shards", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
+        *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
+    }
+)
+"""Fields that a resumed run may set anew; any other would make it a different run."""
+
+
+def check_shapes(manifest: Manifest, config: TrainConfig) -> None:
+    """Raise UserError when the backbone was not made for these shards' latents and context."""
+    backbone = config.backbone
+    moments, height, width = manifest.moments_shape
+    _require_shape(
+        f"{config.shards}: latents",
+        (moments // 2, height, width),
+        (backbone.latent_channels, backbone.latent_size, backbone.latent_size),
+        "backbone.latent_channels and backbone.latent_size",
+    )
+    _require_shape(
+        f"{config.shards}: context",
+        tuple(manifest.context_shape),
+        (backbone.context_length, backbone.context_width),
+        "backbone.context_length and backbone.context_width",
+    )
+
+
+def check_encoders(manifest: Manifest, config: TrainConfig) -> None:
+    """Raise UserError when the shards come from other encoders than the recipe names."""
+    _require_encoder("vae", config.vae, manifest.vae, config.shards)
+    _require_encoder("text_encoder", config.text_encoder, manifest.text_encoder, config.shards)
+
+
+def check_recipe(config: TrainConfig) -> None:
+    """Raise UserError when `config.run` holds a run of a recipe that differs in substance."""
+    path = join(config.run, "config.yaml")
+    if not exists(path):
+        return
+    before: dict[str, Any] = yaml.safe_load(read_bytes(path))
+    now = yaml.safe_load(dump_config(config))
+    for key in sorted(set(asdict(config)) - MAY_CHANGE):
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"{config.run}: started with {key}: {before.get(key)}, the recipe now says "
+                f"{now[key]}; restore that value or choose another run directory"
+            )
+
+
+def manifest_sha256(shards: str) -> str:
+    """Hash of the shards' manifest, which in turn holds the hash of every shard."""
+    return hashlib.sha256(read_bytes(join(shards, "manifest.json"))).hexdigest()
+
+
+def _require_shape(what: str, found: tuple[int, ...], wanted: tuple[int, ...], keys: str) -> None:
+    if found != wanted:
+        raise UserError(
+            f"{what} are {'x'.join(map(str, found))}, but the backbone takes "
+            f"{'x'.join(map(str, wanted))}; set {keys} to match, or encode again"
+        )
+
+
+def _require_encoder(key: str, name: str | None, made_by: EncoderIdentity, shards: str) -> None:
+    if name is None or name == made_by.name:
+        return
+    if identify(name, resolve_pretrained(name)).sha256 != made_by.sha256:
+        raise UserError(
+            f"{shards}: encoded with {key} {made_by.name}, the recipe names {name}; "
+            f"encode again or change {key}"
+        )

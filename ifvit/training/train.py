@@ -1,0 +1,106 @@
+"""The verb `train`: a recipe => objects => the loop. Wiring only."""
+
+import hashlib
+from dataclasses import asdict
+
+import torch
+
+from ifvit.config import dump_config
+from ifvit.diffusion.objective import NoisePrediction
+from ifvit.diffusion.schedule import NoiseSchedule
+from ifvit.distributed import World
+from ifvit.errors import UserError
+from ifvit.models.flops import count_flops
+from ifvit.models.uvit import FusionUViT
+from ifvit.models.weights import WeightsInfo
+from ifvit.shards import ShardReader
+from ifvit.storage import join, write_bytes
+from ifvit.training.batches import Batches, BatchOrder
+from ifvit.training.checkpoint import Checkpoint, restore_checkpoint
+from ifvit.training.config import TrainConfig
+from ifvit.training.ema import EMA
+from ifvit.training.engine import Engine
+from ifvit.training.hooks import SampleGrid, SaveCheckpoint
+from ifvit.training.loop import Hook, fit
+from ifvit.training.metrics_log import MetricsLog
+from ifvit.training.preflight import check_encoders, check_recipe, check_shapes, manifest_sha256
+from ifvit.training.state import TrainState
+
+
+def train(config: TrainConfig) -> TrainState:
+    """Train, or go on training, the run of `config.run` until `max_steps`.
+
+    Raises UserError when recipe, shards and run directory do not fit together.
+    """
+    reader = ShardReader(config.shards)
+    check_shapes(reader.manifest, config)
+    check_encoders(reader.manifest, config)
+    check_recipe(config)
+    checkpoint = restore_checkpoint(config.run)
+    shards_sha256 = manifest_sha256(config.shards)
+    if checkpoint is not None and checkpoint.shards_sha256 != shards_sha256:
+        raise UserError(f"{config.run}: trained on other shards than {config.shards} holds now")
+    state = checkpoint.state if checkpoint else TrainState()
+
+    torch.manual_seed(config.seed)  # for the initial weights; nothing else draws from it
+    backbone = FusionUViT(**asdict(config.backbone))
+    backbone.set_attention(config.engine.attention)
+    if checkpoint:
+        backbone.load_state_dict(checkpoint.backbone)
+    batches, engine = _build_engine(config, reader, backbone)
+    ema = EMA(backbone, config.ema_decay)
+    if checkpoint:
+        _restore(checkpoint, engine, ema)
+
+    info = _weights_info(config, reader)
+    objective = NoisePrediction(
+        schedule=NoiseSchedule(engine.device), scaling_factor=info.scaling_factor, seed=config.seed
+    )
+    metrics = MetricsLog(config, engine, count_flops(config.backbone).including_attention)
+    hooks: list[Hook] = [
+        metrics,
+        SaveCheckpoint(config, backbone, engine, ema, info, shards_sha256),
+    ]
+    if config.sample_grid.every:
+        hooks.append(SampleGrid(config, backbone, engine, ema, info))
+    if engine.world.is_main:
+        write_bytes(join(config.run, "config.yaml"), dump_config(config).encode())
+    with metrics.open(state):
+        return fit(state, batches, objective, engine, ema, hooks, config)
+
+
+def _build_engine(
+    config: TrainConfig, reader: ShardReader, backbone: FusionUViT
+) -> tuple[Batches, Engine]:
+    order = BatchOrder(
+        num_samples=len(reader),
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        caption_dropout=config.caption_dropout,
+    )
+    world = World.from_environment()
+    batches = Batches(reader, order, config.micro_batch_size, world, config.num_workers)
+    engine = Engine(
+        backbone,
+        config.engine,
+        config.optim,
+        micro_batch_size=config.micro_batch_size,
+        num_micro_batches=batches.num_micro_batches,
+    )
+    return batches, engine
+
+
+def _restore(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
+    ema.load_state_dict(checkpoint.ema)
+    engine.load_optimizer_state(checkpoint.optimizer, checkpoint.state.step)
+
+
+def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:
+    return WeightsInfo(
+        step=0,
+        ema_decay=None,
+        scaling_factor=config.scaling_factor or reader.manifest.scaling_factor,
+        vae=reader.manifest.vae,
+        text_encoder=reader.manifest.text_encoder,
+        recipe_sha256=hashlib.sha256(dump_config(config).encode()).hexdigest(),
+    )
