@@ -72,6 +72,10 @@ class ShardReader:
         data = self._shard(shard)[row[3] : row[3] + row[4]].tobytes()
         return parse_metadata(data, f"{self.manifest.shards[shard].name} sample {sample}")
 
+    def json_bytes(self, sample: int) -> int:
+        """Length of the sample's metadata as stored."""
+        return int(self._row(sample)[1][4])
+
     def _row(self, sample: int) -> tuple[int, Array]:
         if not 0 <= sample < len(self):
             raise IndexError(f"{self.url} has {len(self)} samples, asked for number {sample}")

@@ -1,0 +1,126 @@
+"""COCO captions, 2014 and 2017 layout: an image folder and one `captions_SPLIT.json`."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ifvit import storage
+from ifvit.errors import UserError
+
+EXPECTED_COUNTS = {  # stem of COCO's own files => images, captions of the complete split
+    "captions_train2014": (82_783, 414_113),
+    "captions_val2014": (40_504, 202_654),
+    "captions_train2017": (118_287, 591_753),
+    "captions_val2017": (5_000, 25_014),
+}
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedImage:
+    """One image file and all its captions, in the order of the annotation file."""
+
+    image_id: int
+    path: Path
+    captions: tuple[str, ...]
+
+
+class CocoCaptions:
+    """The images of one annotation file, sorted by image id.
+
+    Raises UserError, in one line, for a missing folder, a file that is not COCO captions, an
+    image without captions, and a folder that holds none of the images.
+    """
+
+    def __init__(self, images: str, captions: str) -> None:
+        folder = Path(images)
+        if not folder.is_dir():
+            raise UserError(f"{images}: no such folder of images")
+        content = storage.read_json(captions)
+        names, texts = _read_annotations(content, captions)
+        self._is_official = "COCO" in str(content.get("info"))  # other sets borrow its file names
+        self._file = captions
+        self._images = [
+            CaptionedImage(
+                image_id=image_id, path=folder / names[image_id], captions=tuple(texts[image_id])
+            )
+            for image_id in texts
+        ]
+        present = set(folder.iterdir())
+        self.absent = [
+            image.path
+            for image in self._images
+            if image.path not in present and not image.path.is_file()
+        ]
+        if len(self.absent) == len(self._images):
+            raise UserError(f"{images}: holds none of the {len(self)} images that {captions} lists")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __iter__(self) -> Iterator[CaptionedImage]:
+        return iter(self._images)
+
+    @property
+    def num_captions(self) -> int:
+        """Captions of all images together."""
+        return sum(len(image.captions) for image in self._images)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of ids, file names and captions: what the dataset is made of, whatever its path."""
+        digest = hashlib.sha256()
+        for image in self._images:
+            digest.update(json.dumps([image.image_id, image.path.name, image.captions]).encode())
+        return digest.hexdigest()
+
+    def report(self) -> str:
+        """Counts, and what is missing, in a few lines to read before hours are spent."""
+        lines = [f"{self._file}: {len(self):,} images, {self.num_captions:,} captions"]
+        expected = EXPECTED_COUNTS.get(Path(self._file).stem)
+        if self._is_official and expected and expected != (len(self), self.num_captions):
+            lines.append(
+                f"warning: the complete split has {expected[0]:,} images, {expected[1]:,} captions"
+            )
+        if self.absent:
+            lines.append(f"warning: {len(self.absent):,} image files absent: {self.absent[0]}, …")
+        return "\n".join(lines)
+
+
+def _read_annotations(content: Any, file: str) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """Image id => file name, and image id => captions; ids in ascending order."""
+    names: dict[int, str] = {}
+    for entry in _entries(content, "images", file):
+        image_id = _value(entry, "id", int, "images", file)
+        if image_id in names:
+            raise UserError(f"{file}: image id {image_id} is listed twice")
+        names[image_id] = _value(entry, "file_name", str, "images", file)
+    captions: dict[int, list[str]] = {image_id: [] for image_id in sorted(names)}
+    for entry in _entries(content, "annotations", file):
+        image_id = _value(entry, "image_id", int, "annotations", file)
+        if image_id not in captions:
+            raise UserError(f"{file}: a caption belongs to image id {image_id}, not among images")
+        captions[image_id].append(_value(entry, "caption", str, "annotations", file))
+    for image_id, texts in captions.items():
+        if not texts:
+            raise UserError(f"{file}: image id {image_id} ({names[image_id]}) has no caption")
+    return names, captions
+
+
+def _entries(content: Any, key: str, file: str) -> list[Any]:
+    if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
+        raise UserError(f"{file}: not COCO captions, needs a list under the key {key!r}")
+    return list(content[key])
+
+
+def _value(entry: Any, key: str, kind: type[Value], where: str, file: str) -> Value:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{file}: not COCO captions, an entry of {where!r} has no {key!r} ({kind.__name__})"
+        )
+    return value

@@ -1,0 +1,67 @@
+"""Recipes of the encode job and of `ifvit shards`; imports no torch, so `--help` is quick."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ifvit.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """Turn captioned images into shards of latents and caption embeddings; rerun to continue."""
+
+    images: str
+    """Folder of the image files."""
+    captions: str
+    """COCO annotation file, for example annotations/captions_train2014.json."""
+    output: str
+    """Folder that receives the shards and, when all is done, the manifest."""
+    vae: str
+    """Autoencoder: hub name, local folder, or scenes/vae."""
+    text_encoder: str
+    """CLIP text encoder: hub name, local folder, or scenes/clip."""
+    image_size: int = 256
+    """Side in pixels of the centre-cropped, LANCZOS-resized square."""
+    samples_per_shard: int = 1000
+    """Images in one shard, which is also what a killed job may lose."""
+    batch_size: int = 32
+    """Images that go through the encoders at once."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Number format in the shards."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which the encoders compute."""
+    tolerate: int = 0
+    """How many unreadable images the finished dataset may leave out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the encoders run; auto takes a GPU when there is one."""
+    num_workers: int = 4
+    """Threads that read and resize images ahead of the encoders."""
+
+    def __post_init__(self) -> None:
+        for key in ("image_size", "samples_per_shard", "batch_size", "num_workers"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.tolerate < 0:
+            raise UserError(f"tolerate is {self.tolerate}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig:
+    """Check every byte of a dataset (verify) or tell what is in it (stats)."""
+
+    url: str
+    """Folder of the dataset, the one with manifest.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Show the first samples of a dataset."""
+
+    url: str
+    """Folder of the dataset, the one with manifest.json."""
+    num_samples: int = 8
+    """How many samples to show."""
+    grid: str | None = None
+    """PNG file to draw the samples into, decoded from their latents."""
+    vae: str | None = None
+    """Where the autoencoder is now, if it is not where the manifest says."""
