@@ -1,0 +1,65 @@
+"""How images are drawn from a trained backbone; imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+SolverName = Literal["dpm_solver_pp", "ddim", "euler", "unipc"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Solver, guidance and seed: all that decides what an image looks like besides the weights."""
+
+    solver: SolverName = "dpm_solver_pp"
+    """ODE solver, all deterministic: DPM-Solver++ of order 2, DDIM, Euler or UniPC."""
+
+    num_steps: int = 50
+    """Evaluations of the backbone per image (under guidance: of both halves together)."""
+
+    guidance_scale: float = 2.0
+    """w in eps = eps_uncond + w (eps_cond - eps_uncond); 1 turns guidance off. The scale s that
+    the paper and U-ViT print is w - 1."""
+
+    seed: int = 0
+    """With the position of an image in the run, decides its initial noise."""
+
+    batch_size: int = 64
+    """Images drawn together; changes speed and memory, not the images."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no solver can use."""
+        if not 2 <= self.num_steps <= 999:
+            raise ValueError(f"num_steps {self.num_steps} is not between 2 and 999")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size} is less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """Prompts and weights in, PNG files and samples.jsonl out."""
+
+    weights: str
+    """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
+
+    prompt: str | None = None
+    """What to draw."""
+
+    prompts: str | None = None
+    """Instead of one prompt: a text file with one prompt a line."""
+
+    output: str = "samples"
+    """Folder or s3:// URL for the PNG files and samples.jsonl."""
+
+    num_images: int = 1
+    """Images per prompt, each from its own noise."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse a config without prompts or with two sources of them."""
+        super().__post_init__()
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError("give either prompt (one text) or prompts (a text file)")
+        if self.num_images < 1:
+            raise ValueError(f"num_images {self.num_images} is less than 1")

@@ -1,0 +1,71 @@
+"""Contexts => latents => images, each image a function of seed and position alone.
+
+Shapes: B batch, M text tokens, D context width, C latent channels, S latent size, H, W image.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ifvit.images import Pixels, to_pixels
+from ifvit.models.autoencoder import Autoencoder
+from ifvit.models.uvit import FusionUViT, TextContext
+from ifvit.randomness import Stream, normal
+from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.guidance import guide
+from ifvit.sampling.solvers import solve
+
+ContextOf = Callable[[Tensor], Tensor]
+"""Positions (B,) int64 => contexts (B, M, D); `contexts.__getitem__` of a tensor (N, M, D)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """The frozen models that drawing needs; `null_context` (M, D) stands for "no text"."""
+
+    backbone: FusionUViT
+    autoencoder: Autoencoder
+    null_context: Tensor
+    scaling_factor: float
+
+
+@torch.no_grad()
+def sample_latents(
+    backbone: FusionUViT,
+    text: TextContext,
+    null_text: TextContext,
+    positions: Tensor,
+    config: SamplingConfig,
+) -> Tensor:
+    """Scaled latents (B, C, S, S) for B encoded captions and positions (B,) int64.
+
+    `null_text` is the null context alone, batch 1. The noise depends on seed and position only,
+    so neither batch size nor the number of processes changes an image.
+    """
+    size = backbone.shape.latent_size
+    shape = (backbone.shape.latent_channels, size, size)
+    noise = normal(config.seed, 0, positions, Stream.SAMPLING, shape).to(backbone.device)
+    denoiser = guide(backbone, text, null_text, config.guidance_scale)
+    return solve(denoiser, noise, config.solver, config.num_steps)
+
+
+@torch.no_grad()
+def generate_images(
+    sampler: Sampler, context_of: ContextOf, positions: Sequence[int], config: SamplingConfig
+) -> Iterator[Pixels]:
+    """Draw the image of every position, in order and in batches uint8 (B, H, W, 3).
+
+    The null context is encoded once, each caption once for all solver steps.
+    """
+    device = sampler.backbone.device
+    null_text = sampler.backbone.encode_text(sampler.null_context[None].to(device))
+    with tqdm(total=len(positions), unit="image", desc="draw", leave=False) as progress:
+        for start in range(0, len(positions), config.batch_size):
+            batch = torch.tensor(positions[start : start + config.batch_size])
+            text = sampler.backbone.encode_text(context_of(batch).to(device))
+            latents = sample_latents(sampler.backbone, text, null_text, batch, config)
+            yield to_pixels(sampler.autoencoder.decode(latents / sampler.scaling_factor))
+            progress.update(len(batch))

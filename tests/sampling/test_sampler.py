@@ -1,0 +1,131 @@
+"""Drawing with a real backbone: guidance, and images that do not know their neighbours."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from ifvit.models.autoencoder import Autoencoder
+from ifvit.models.config import Conditioning, FusionUViTConfig
+from ifvit.models.uvit import FusionUViT
+from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.guidance import guide
+from ifvit.sampling.sampler import Sampler, generate_images, sample_latents
+from ifvit.shards import EncoderIdentity
+
+CONTEXTS = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(1))
+NULL = torch.zeros(6, 16)
+CONFIG = SamplingConfig(num_steps=4, guidance_scale=3.0, seed=7, batch_size=5)
+
+
+def build_backbone(conditioning: Conditioning = "cross_attention") -> FusionUViT:
+    torch.manual_seed(0)
+    config = FusionUViTConfig(
+        latent_size=4,
+        patch_size=2,
+        width=32,
+        depth=4,
+        num_heads=2,
+        context_length=6,
+        context_width=16,
+        conditioning=conditioning,
+        num_image_blocks=1,
+        num_text_blocks=1,
+    )
+    return FusionUViT(**dataclasses.asdict(config)).eval()
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Sampler:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    identity = EncoderIdentity(name="random", sha256="0" * 64)
+    return Sampler(
+        backbone=build_backbone(),
+        autoencoder=Autoencoder(vae, identity),
+        null_context=NULL,
+        scaling_factor=0.5,
+    )
+
+
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
+def test_guidance_is_its_equation(conditioning: Conditioning) -> None:
+    backbone = build_backbone(conditioning)
+    x_t, timesteps = torch.randn(5, 4, 4, 4), torch.full((5,), 400)
+    text, null_text = backbone.encode_text(CONTEXTS), backbone.encode_text(NULL[None])
+    with torch.no_grad():
+        guided = guide(backbone, text, null_text, 3.0)(x_t, timesteps)
+        conditional = backbone(x_t, timesteps, CONTEXTS)
+        unconditional = backbone(x_t, timesteps, NULL.expand_as(CONTEXTS))
+    expected = unconditional + 3.0 * (conditional - unconditional)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_of_one_leaves_the_unconditional_half_out() -> None:
+    backbone = build_backbone()
+    rows: list[int] = []
+    backbone.mid_block.register_forward_hook(lambda *call: rows.append(len(call[2])))
+    text, null_text = backbone.encode_text(CONTEXTS), backbone.encode_text(NULL[None])
+    for scale in (1.0, 2.0):
+        guide(backbone, text, null_text, scale)(torch.randn(5, 4, 4, 4), torch.full((5,), 9))
+    assert rows == [5, 10]
+
+
+def test_text_is_encoded_once_per_caption_whatever_the_number_of_steps(sampler: Sampler) -> None:
+    rows: list[int] = []
+    hook = sampler.backbone.text_blocks[0].register_forward_hook(
+        lambda *call: rows.append(len(call[2]))
+    )
+    config = dataclasses.replace(CONFIG, batch_size=2, num_steps=6)
+    list(generate_images(sampler, CONTEXTS.__getitem__, range(5), config))
+    hook.remove()
+    assert rows == [1, 2, 2, 1]
+
+
+def test_latents_depend_on_position_and_not_on_the_batch() -> None:
+    backbone = build_backbone()
+    null_text = backbone.encode_text(NULL[None])
+
+    def draw(positions: list[int]) -> Tensor:
+        text = backbone.encode_text(CONTEXTS[positions])
+        return sample_latents(backbone, text, null_text, torch.tensor(positions), CONFIG)
+
+    together, alone = draw([0, 1, 2, 3, 4]), draw([3])
+    torch.testing.assert_close(together[3:4], alone, rtol=1e-4, atol=1e-4)
+    assert float((together[3] - together[2]).abs().max()) > 0.1
+
+
+def test_images_are_the_same_in_batches_of_any_size(sampler: Sampler) -> None:
+    small, large = (
+        np.concatenate(
+            list(
+                generate_images(
+                    sampler,
+                    CONTEXTS.__getitem__,
+                    range(5),
+                    dataclasses.replace(CONFIG, batch_size=size),
+                )
+            )
+        )
+        for size in (2, 5)
+    )
+    assert large.shape == (5, 8, 8, 3)
+    assert large.dtype == np.uint8
+    # One unit: the last bit of a float sum may decide how a value rounds.
+    assert np.abs(small.astype(int) - large).max() <= 1
+
+
+def test_seed_and_solver_change_the_image(sampler: Sampler) -> None:
+    def draw(**changes: object) -> bytes:
+        config = dataclasses.replace(CONFIG, **changes)
+        return next(generate_images(sampler, CONTEXTS.__getitem__, range(5), config)).tobytes()
+
+    pictures = [draw(), draw(seed=8), draw(solver="euler"), draw(guidance_scale=1.0)]
+    assert len(set(pictures)) == 4
+    assert draw() == pictures[0]
