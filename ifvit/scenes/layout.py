@@ -91,6 +91,12 @@ class PlacedObject:
         radius = width / 2
         return [(self.x + radius * math.cos(a), self.y + radius * math.sin(a)) for a in angles]
 
+    @property
+    def area(self) -> float:
+        """Area of the outline in square pixels (shoelace formula)."""
+        x, y = np.array(self.outline).T
+        return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
+
 
 def random_scene(rng: np.random.Generator) -> Scene:
     """A scene of one group, or (every second time) of two groups of different colours."""

@@ -1,0 +1,105 @@
+"""Five captions of a scene, each complete, and the way back from a caption to the scene."""
+
+import re
+from dataclasses import replace
+
+from ifvit.errors import UserError
+from ifvit.scenes.layout import COLOURS, KINDS, Group, Relation, Scene
+
+NUM_CAPTIONS = 5
+NUMBER_WORDS = ("one", "two", "three", "four", "five")
+
+# {first} and {second} are "two red circles", {first_in} and {second_in} "two circles in red";
+# {a_first} and {a_second} say "a" instead of "one".
+_SINGLE = (
+    "{first}",
+    "a picture of {a_first}",
+    "{a_first_in}",
+    "{first} and nothing else",
+    "a drawing with {first_in}",
+)
+_PAIR: dict[Relation, tuple[str, ...]] = {
+    "left of": (
+        "{first} left of {second}",
+        "{a_second} right of {a_first}",
+        "a picture of {a_first} to the left of {a_second}",
+        "{first} on the left and {second} on the right",
+        "a drawing with {second_in} right of {first_in}",
+    ),
+    "above": (
+        "{first} above {second}",
+        "{a_second} below {a_first}",
+        "a picture of {a_first} over {a_second}",
+        "{first} at the top and {second} at the bottom",
+        "a drawing with {second_in} under {first_in}",
+    ),
+}
+
+_COUNT = f"(?P<count>a|{'|'.join(NUMBER_WORDS)})"
+_COLOUR = f"(?P<colour>{'|'.join(COLOURS)})"
+_KIND = f"(?P<kind>{'|'.join(KINDS)})s?"
+_GROUPS = (
+    re.compile(rf"\b{_COUNT} {_COLOUR} {_KIND}\b"),
+    re.compile(rf"\b{_COUNT} {_KIND} in {_COLOUR}\b"),
+)
+
+
+def write_captions(scene: Scene) -> tuple[str, ...]:
+    """Five different captions; each states every count, colour and kind, and the relation."""
+    phrases = _phrases("first", scene.first)
+    if scene.second is None or scene.relation is None:
+        return tuple(template.format(**phrases) for template in _SINGLE)
+    phrases |= _phrases("second", scene.second)
+    return tuple(template.format(**phrases) for template in _PAIR[scene.relation])
+
+
+def parse_caption(text: str) -> Scene:
+    """The scene that any of the templates describes; the inverse of `write_captions`.
+
+    "a" and "one" mean the same in every template. Raises UserError when `text` follows none.
+    """
+    wanted = _spell_out(text)
+    groups, positions = [], []
+    for pattern in _GROUPS:
+        for match in pattern.finditer(text):
+            count = 1 if match["count"] == "a" else NUMBER_WORDS.index(match["count"]) + 1
+            groups.append(Group(count=count, colour=match["colour"], kind=match["kind"]))
+            positions.append(match.start())
+    groups = [group for _, group in sorted(zip(positions, groups, strict=True), key=lambda p: p[0])]
+    for scene in _readings(groups):
+        if wanted in map(_spell_out, write_captions(scene)):
+            return scene
+    raise UserError(
+        f'caption "{text}" follows no template of the scenes; '
+        'write for example "two red circles left of a blue square"'
+    )
+
+
+def _readings(groups: list[Group]) -> list[Scene]:
+    """Every scene of exactly these groups, in whichever order the caption names them."""
+    if len(groups) == 1:
+        return [Scene(first=groups[0])]
+    if len(groups) != 2:
+        return []
+    forward = Scene(first=groups[0], second=groups[1])
+    backward = Scene(first=groups[1], second=groups[0])
+    return [replace(scene, relation=name) for name in _PAIR for scene in (forward, backward)]
+
+
+def _spell_out(text: str) -> str:
+    """Say "one red circle" for "a red circle"."""
+    for pattern in _GROUPS:
+        text = pattern.sub(lambda match: re.sub("^a ", "one ", match[0]), text)
+    return text
+
+
+def _phrases(name: str, group: Group) -> dict[str, str]:
+    number = NUMBER_WORDS[group.count - 1]
+    article = "a" if group.count == 1 else number
+    kind = group.kind if group.count == 1 else f"{group.kind}s"
+    return {
+        name: f"{number} {group.colour} {kind}",
+        f"a_{name}": f"{article} {group.colour} {kind}",
+        f"{name}_in": f"{number} {kind} in {group.colour}",
+        f"a_{name}_in": f"{article} {kind} in {group.colour}",
+    }
