@@ -69,9 +69,8 @@ def from_reference_state_dict(
                 f"{tuple(converted[key].shape)}, the other tensors call for {tuple(tensor.shape)}"
             )
     if _is_fork(state_dict):
-        image, time, text = converted["pos_embed"].split(
-            [config.num_image_tokens, 1, config.context_length], dim=1
-        )
+        sizes = [config.num_image_tokens, 1, config.context_length]
+        image, time, text = torch.split(converted["pos_embed"], sizes, dim=1)
         converted["pos_embed"] = torch.cat([time, text, image], dim=1)
         _warn_of_fixed_queries(config)
     return restore_backbone(config, converted)

@@ -185,7 +185,8 @@ class FusionUViT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # their config
 
 def build_backbone(config: FusionUViTConfig) -> FusionUViT:
     """A backbone with fresh weights, drawn from torch's global generator."""
-    return FusionUViT(**dataclasses.asdict(config))
+    backbone: FusionUViT = FusionUViT(**dataclasses.asdict(config))
+    return backbone
 
 
 def restore_backbone(config: FusionUViTConfig, state_dict: Mapping[str, Tensor]) -> FusionUViT:
@@ -197,7 +198,8 @@ def restore_backbone(config: FusionUViTConfig, state_dict: Mapping[str, Tensor])
         backbone = build_backbone(config)
     backbone.to_empty(device="cpu")
     backbone.load_state_dict(state_dict)
-    return backbone.eval()
+    backbone.eval()
+    return backbone
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
