@@ -39,7 +39,7 @@ def draw_scene_set(folder: str | Path, split: str, num_images: int, seed: int = 
         for name in ("scenes", "captions", "instances")
     )
     info = _info(split, num_images, seed)
-    if not claim.exists() and (captions.exists() or any(images.glob("*"))):
+    if not claim.exists() and (captions.exists() or instances.exists() or any(images.glob("*"))):
         raise UserError(f"{images}: holds images of another origin; choose another folder")
     if captions.exists() and read_json(str(claim)) == info:
         return

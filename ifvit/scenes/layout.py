@@ -30,7 +30,9 @@ _GAP = 3.5
 _SIZES = {1: (18.0, 26.0), 2: (16.0, 21.0), 3: (14.0, 16.5), 4: (13.0, 16.0), 5: (12.5, 14.5)}
 _SMALL_SIZES = (12.5, 13.5)
 # Width and height over `size`, chosen so that the three kinds look equally large.
-_PROPORTIONS = {"circle": (1.0, 1.0), "square": (0.9, 0.9), "triangle": (1.12, 1.0)}
+PROPORTIONS = {"circle": (1.0, 1.0), "square": (0.9, 0.9), "triangle": (1.12, 1.0)}
+# The smallest object is the triangle of the most crowded scene; in square pixels.
+SMALLEST_AREA = 0.5 * math.prod(PROPORTIONS["triangle"]) * _SMALL_SIZES[0] ** 2
 _CIRCLE_CORNERS = 48
 
 
@@ -74,7 +76,7 @@ class PlacedObject:
     @property
     def extent(self) -> tuple[float, float]:
         """(width, height) of the bounding box in pixels."""
-        width, height = _PROPORTIONS[self.kind]
+        width, height = PROPORTIONS[self.kind]
         return (self.size * width, self.size * height)
 
     @property
@@ -131,7 +133,7 @@ def _try_to_place(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject,
     size = rng.uniform(*_SIZES.get(total, _SMALL_SIZES))
     objects: list[PlacedObject] = []
     for group, (left, top, right, bottom) in zip(scene.groups, _bands(scene), strict=True):
-        width, height = (size * share for share in _PROPORTIONS[group.kind])
+        width, height = (size * share for share in PROPORTIONS[group.kind])
         for _ in range(group.count):
             for _attempt in range(20):
                 candidate = PlacedObject(

@@ -1,0 +1,151 @@
+"""Which objects an image shows, found by exact analysis of its pixels, and whether they are right.
+
+On a plain background an anti-aliased or blurred pixel lies on the line from the background's
+colour to the object's. Its position on that line is how much of it the object covers; its
+direction, which blur does not change, tells the object's colour.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ifvit.scenes.layout import COLOURS, KINDS, PROPORTIONS, SMALLEST_AREA, Group, Relation, Scene
+
+_PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
+_COVERED = 0.5
+# cos 18 degrees; the nearest colours of the palette are 35 degrees apart.
+_MIN_COLOUR_AGREEMENT = 0.951
+_MIN_AREA = SMALLEST_AREA / 4
+_MIN_OVERLAP = 0.7
+# Blur rounds corners, so the template of a square is the superellipse |x|^4 + |y|^4 <= r^4.
+_ROUNDING = 4
+_ROUNDED_AREA = 4 * math.gamma(1 + 1 / _ROUNDING) ** 2 / math.gamma(1 + 2 / _ROUNDING)
+_TRIANGLE_ASPECT = PROPORTIONS["triangle"][0] / PROPORTIONS["triangle"][1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundObject:
+    """A connected region of one colour; `kind` is None when it resembles no known shape.
+
+    `x`, `y` are the centre of gravity and `area` the size, in pixels.
+    """
+
+    colour: str
+    kind: str | None
+    x: float
+    y: float
+    area: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneScore:
+    """What is right about an image.
+
+    `colour`: just the wanted colours occur. `kind`: every object of a wanted colour has its kind.
+    `count`: as many objects of colour and kind as wanted, in every group. `relation`: both
+    groups' colours occur and their centres are related as wanted; None for a single group.
+    """
+
+    count: bool
+    colour: bool
+    kind: bool
+    relation: bool | None
+
+
+def score_image(image: NDArray[np.uint8], scene: Scene) -> SceneScore:
+    """Compare an image (H, W, 3) uint8, drawn or generated, with the scene it should show."""
+    found = find_objects(image)
+    groups = [[one for one in found if one.colour == group.colour] for group in scene.groups]
+    pairs = list(zip(scene.groups, groups, strict=True))
+    return SceneScore(
+        count=all(_count(group, objects) == group.count for group, objects in pairs),
+        colour={one.colour for one in found} == {group.colour for group in scene.groups},
+        kind=all(_count(group, objects) == len(objects) > 0 for group, objects in pairs),
+        relation=scene.relation and all(groups) and _holds(scene.relation, groups),
+    )
+
+
+def find_objects(image: NDArray[np.uint8]) -> tuple[FoundObject, ...]:
+    """Connected regions (sides touch) of one colour; those under a quarter object are noise."""
+    pixels = image.astype(np.float64)
+    background = _background(pixels)
+    lines = _PALETTE - background
+    offsets = pixels - background
+    coverage = offsets @ lines.T / (lines**2).sum(axis=1)
+    length = np.linalg.norm(offsets, axis=2, keepdims=True) * np.linalg.norm(lines, axis=1)
+    agreement = offsets @ lines.T / np.maximum(length, 1e-9)
+    best = agreement.argmax(axis=2)
+    chosen = best[..., None]
+    is_covered = np.take_along_axis(coverage, chosen, axis=2)[..., 0] >= _COVERED
+    agrees = np.take_along_axis(agreement, chosen, axis=2)[..., 0] >= _MIN_COLOUR_AGREEMENT
+    classes = np.where(is_covered & agrees, best, -1)
+    names = list(COLOURS)
+    regions = _connected_regions(classes)
+    return tuple(_describe(region, names[classes[region][0]]) for region in regions)
+
+
+def _background(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Median of the brighter half of the pixels: objects are darker and cover less than that."""
+    flat = pixels.reshape(-1, 3)
+    brightness = flat.sum(axis=1)
+    median: NDArray[np.float64] = np.median(flat[brightness >= np.median(brightness)], axis=0)
+    return median
+
+
+def _connected_regions(classes: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
+    """Masks (H, W) of each 4-connected region of one class >= 0, of at least _MIN_AREA pixels."""
+    labels = np.arange(classes.size).reshape(classes.shape)
+    neighbours = (
+        (labels[1:], labels[:-1], classes[1:] == classes[:-1]),
+        (labels[:, 1:], labels[:, :-1], classes[:, 1:] == classes[:, :-1]),
+    )
+    before = np.full_like(labels, -1)
+    while not np.array_equal(labels, before):
+        before = labels.copy()
+        for one, other, joined in neighbours:
+            np.minimum(one, other, out=one, where=joined)
+            np.minimum(one, other, out=other, where=joined)
+        labels[:] = labels.ravel()[labels]  # a label is a pixel: take over that pixel's own label
+    names, sizes = np.unique(labels[classes >= 0], return_counts=True)
+    return [labels == name for name in names[sizes >= _MIN_AREA]]
+
+
+def _describe(mask: NDArray[np.bool_], colour: str) -> FoundObject:
+    rows, columns = np.nonzero(mask)
+    x, y, area = columns.mean() + 0.5, rows.mean() + 0.5, float(len(rows))
+    overlaps = {}
+    for name in KINDS:
+        template = _template(name, x, y, area, mask.shape)
+        overlaps[name] = (mask & template).sum() / (mask | template).sum()
+    best = max(overlaps, key=lambda name: overlaps[name])
+    kind = best if overlaps[best] >= _MIN_OVERLAP else None
+    return FoundObject(colour=colour, kind=kind, x=x, y=y, area=area)
+
+
+def _template(
+    kind: str, x: float, y: float, area: float, shape: tuple[int, ...]
+) -> NDArray[np.bool_]:
+    """Pixels of the ideal shape with this area and centre of gravity."""
+    down, right = np.ogrid[: shape[0], : shape[1]]
+    dx, dy = np.abs(right + 0.5 - x), down + 0.5 - y
+    if kind == "circle":
+        return dx**2 + dy**2 <= area / math.pi
+    if kind == "square":
+        return dx**_ROUNDING + np.abs(dy) ** _ROUNDING <= (area / _ROUNDED_AREA) ** (_ROUNDING / 2)
+    width = math.sqrt(2 * area * _TRIANGLE_ASPECT)
+    height = width / _TRIANGLE_ASPECT
+    from_top = dy + height * 2 / 3
+    return (from_top <= height) & (dx <= from_top / height * width / 2)
+
+
+def _count(group: Group, objects: list[FoundObject]) -> int:
+    return sum(one.kind == group.kind for one in objects)
+
+
+def _holds(relation: Relation, groups: list[list[FoundObject]]) -> bool:
+    """Whether the centres lie apart mainly along the relation's axis, in its direction."""
+    (x1, y1), (x2, y2) = (np.mean([(one.x, one.y) for one in group], axis=0) for group in groups)
+    dx, dy = x2 - x1, y2 - y1
+    return bool(dx > abs(dy) if relation == "left of" else dy > abs(dx))
