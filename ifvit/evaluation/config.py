@@ -1,0 +1,45 @@
+"""How a checkpoint is measured; imports no torch."""
+
+from dataclasses import dataclass, field
+
+from ifvit.sampling.config import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Draw images for held-out captions and measure them; run it again to continue."""
+
+    weights: str
+    """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
+
+    shards: str
+    """Folder of held-out shards: the first caption of each of the first images is drawn."""
+
+    images: str | None = None
+    """Folder of real images for the Frechet distance; unset: no Frechet distance."""
+
+    clip: str = "openai/clip-vit-large-patch14"
+    """CLIP model that scores and whose image embeddings are the Frechet distance's features."""
+
+    num_samples: int = 30_000
+    """Images to draw and measure."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Solver, guidance and seed."""
+
+    paper_prefix: str = "A photo depicts "
+    """Put before captions for the paper's CLIP Score; empty where the tokenizer cannot read it."""
+
+    scenes: bool = False
+    """Captions are those of `ifvit scenes`: score count, colour, kind and relation exactly."""
+
+    output: str | None = None
+    """Folder for rows and samples; unset: `evaluation` in the run folder of the weights."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse a number of samples that gives no covariance."""
+        if self.num_samples < 2:
+            raise ValueError(f"num_samples {self.num_samples} is less than 2")

@@ -1,0 +1,222 @@
+"""The verb `evaluate`: a checkpoint and held-out captions => one MetricsRow."""
+
+import hashlib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ifvit import storage
+from ifvit.errors import UserError
+from ifvit.evaluation.clip_score import clip_score, clip_score_paper
+from ifvit.evaluation.config import EvaluateConfig
+from ifvit.evaluation.frechet import (
+    Features,
+    FeatureStatistics,
+    RunningStatistics,
+    estimate_frechet,
+    extract,
+)
+from ifvit.evaluation.metrics import MetricsRow, Protocol, estimates_of, write_row
+from ifvit.evaluation.references import list_images, read_batches
+from ifvit.evaluation.retrieval import retrieval_accuracy
+from ifvit.evaluation.samples import (
+    CAPTION_RULE,
+    Prompt,
+    describe_samples,
+    draw_missing,
+    read_prompts,
+    read_samples,
+    write_overview,
+)
+from ifvit.evaluation.scenes_accuracy import ScenesAccuracy, scenes_accuracy
+from ifvit.images import Pixels
+from ifvit.models.clip import ClipScorer, load_clip
+from ifvit.models.uvit import FusionUViT
+from ifvit.models.weights import WeightsInfo, find_weights, load_weights
+from ifvit.sampling.encoders import (
+    check_identity,
+    choose_device,
+    open_autoencoder,
+    weights_sha256,
+)
+from ifvit.sampling.sampler import Sampler
+from ifvit.shards import Manifest, ShardReader
+
+Batch = TypeVar("Batch", Features, Pixels)
+
+
+def evaluate(config: EvaluateConfig) -> MetricsRow:
+    """Draw what is not drawn yet, measure, write RUN/evaluation/step_XXXXXXXX.json, return it.
+
+    Raises UserError for shards of other encoders than the backbone's, or other samples in place.
+    """
+    device = choose_device(config.device)
+    backbone, info = load_weights(config.weights)
+    reader = ShardReader(config.shards)
+    _check_fit(backbone, info, reader)
+    references = list_images(config.images) if config.images else []
+    prompts = read_prompts(reader, config.num_samples)
+    digest = weights_sha256(backbone)
+    folder = storage.join(_output_folder(config), f"step_{info.step:08d}")
+    backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
+    sampler = Sampler(
+        backbone=backbone,
+        autoencoder=open_autoencoder(info, device),
+        null_context=torch.from_numpy(np.array(reader.null_context)),
+        scaling_factor=info.scaling_factor,
+    )
+    settings = describe_samples(digest, reader.manifest, config.sampling)
+    draw_missing(folder, sampler, reader, prompts, settings, config.sampling)
+    write_overview(folder, prompts, references, reader.manifest.image_size)
+    row = _measure(
+        config, folder, prompts, references, reader.manifest, _Provenance(info=info, sha256=digest)
+    )
+    write_row(f"{folder}.json", row)
+    sys.stdout.write(f"{folder}.json\n{format_row(row)}\n")
+    return row
+
+
+def format_row(row: MetricsRow) -> str:
+    """The measured numbers, one a line, with their standard errors."""
+    return "\n".join(
+        f"{name:20}{estimate.value:10.4f} +- {estimate.standard_error:.4f}"
+        for name, estimate in estimates_of(row).items()
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Provenance:
+    info: WeightsInfo
+    sha256: str
+
+
+def _check_fit(backbone: FusionUViT, info: WeightsInfo, reader: ShardReader) -> None:
+    """Raise UserError unless the shards were made by the backbone's encoders, in its shape."""
+    manifest = reader.manifest
+    check_identity(f"{reader.url}: vae", manifest.vae, info.vae)
+    check_identity(f"{reader.url}: text encoder", manifest.text_encoder, info.text_encoder)
+    size = backbone.shape.latent_size
+    if manifest.moments_shape != (2 * backbone.shape.latent_channels, size, size):
+        raise UserError(
+            f"{reader.url}: moments {manifest.moments_shape} do not fit a backbone of "
+            f"{backbone.shape.latent_channels} x {size} x {size} latents; encode at its image size"
+        )
+
+
+def _output_folder(config: EvaluateConfig) -> str:
+    """RUN/evaluation of RUN/weights/step_…, or `evaluation` in a weights folder without run."""
+    if config.output:
+        return config.output
+    run = re.split(r"/?\bweights/step_\d+", find_weights(config.weights))[0]
+    return storage.join(run or ".", "evaluation")
+
+
+def _measure(
+    config: EvaluateConfig,
+    folder: str,
+    prompts: list[Prompt],
+    references: list[Path],
+    manifest: Manifest,
+    weights: _Provenance,
+) -> MetricsRow:
+    """All metrics of the PNG files in `folder`."""
+    device = choose_device(config.device)
+    scorer = load_clip(config.clip, device)
+    batch_size = config.sampling.batch_size
+    captions = [prompt.text for prompt in prompts]
+    samples = read_samples(folder, prompts, batch_size)
+    drawn = np.concatenate(
+        list(_progress(extract(scorer.embed_images, samples, device), len(prompts), "score"))
+    )
+    plain = _embed_texts(scorer, captions, batch_size)
+    prefixed = _embed_texts(scorer, [config.paper_prefix + text for text in captions], batch_size)
+    reference = _reference_statistics(scorer, references, manifest.image_size, batch_size, device)
+    scenes = _score_scenes(config, folder, prompts)
+    return MetricsRow(
+        weights=config.weights,
+        weights_sha256=weights.sha256,
+        step=weights.info.step,
+        ema_decay=weights.info.ema_decay,
+        protocol=_protocol(config, captions, manifest, scorer, reference),
+        frechet_distance=estimate_frechet(drawn, reference) if reference else None,
+        clip_score=clip_score(drawn, plain),
+        clip_score_paper=clip_score_paper(drawn, prefixed),
+        retrieval_at_16=retrieval_accuracy(drawn, plain, captions),
+        count_accuracy=scenes.count if scenes else None,
+        colour_accuracy=scenes.colour if scenes else None,
+        kind_accuracy=scenes.kind if scenes else None,
+        relation_accuracy=scenes.relation if scenes else None,
+        scene_accuracy=scenes.scene if scenes else None,
+    )
+
+
+def _protocol(
+    config: EvaluateConfig,
+    captions: list[str],
+    manifest: Manifest,
+    scorer: ClipScorer,
+    reference: FeatureStatistics | None,
+) -> Protocol:
+    return Protocol(
+        num_samples=config.num_samples,
+        caption_rule=CAPTION_RULE,
+        solver=config.sampling.solver,
+        num_steps=config.sampling.num_steps,
+        guidance_scale=config.sampling.guidance_scale,
+        seed=config.sampling.seed,
+        image_size=manifest.image_size,
+        resize=manifest.resize,
+        prompts_sha256=hashlib.sha256(json.dumps(captions).encode()).hexdigest(),
+        features=scorer.identity.name,
+        features_sha256=scorer.identity.sha256,
+        paper_prefix=config.paper_prefix,
+        num_reference_images=reference.num_samples if reference else None,
+        reference_sha256=reference.sha256 if reference else None,
+    )
+
+
+def _reference_statistics(
+    scorer: ClipScorer, paths: list[Path], image_size: int, batch_size: int, device: str
+) -> FeatureStatistics | None:
+    if not paths:
+        return None
+    running = RunningStatistics()
+    batches = read_batches(paths, image_size, batch_size)
+    features = extract(scorer.embed_images, batches, device)
+    for batch in _progress(features, len(paths), "real images"):
+        running.add(batch)
+    return running.finish()
+
+
+def _score_scenes(
+    config: EvaluateConfig, folder: str, prompts: list[Prompt]
+) -> ScenesAccuracy | None:
+    if not config.scenes:
+        return None
+    batches = read_samples(folder, prompts, config.sampling.batch_size)
+    images = itertools.chain.from_iterable(_progress(batches, len(prompts), "scenes"))
+    return scenes_accuracy(images, [prompt.text for prompt in prompts])
+
+
+def _embed_texts(scorer: ClipScorer, captions: list[str], batch_size: int) -> Features:
+    """(N, E) float32."""
+    starts = range(0, len(captions), batch_size)
+    batches = (scorer.embed_texts(captions[start : start + batch_size]) for start in starts)
+    return torch.cat([batch.cpu() for batch in batches]).numpy()
+
+
+def _progress(batches: Iterable[Batch], total: int, title: str) -> Iterator[Batch]:
+    """Pass batches on and show how many of `total` images have gone by."""
+    with tqdm(total=total, unit="image", desc=title, leave=False) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

@@ -1,0 +1,43 @@
+"""Real images of the evaluation set, cropped and resized as they were for training."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import UnidentifiedImageError
+
+from ifvit.errors import UserError
+from ifvit.images import Pixels, read_square
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+def list_images(folder: str) -> list[Path]:
+    """The image files of a local folder, by name. Raises UserError when there are fewer than 2."""
+    if not Path(folder).is_dir():
+        raise UserError(f"images {folder}: no such folder; name one with real images")
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _SUFFIXES)
+    if len(paths) < 2:
+        raise UserError(f"images {folder}: {len(paths)} images in it, a distance needs two or more")
+    return paths
+
+
+def find_image(paths: list[Path], image_id: int) -> Path | None:
+    """The file of a COCO image id: COCO_val2014_000000000042.jpg or 000000000042.jpg."""
+    ending = f"{image_id:012d}"
+    return next((path for path in paths if path.stem.endswith(ending)), None)
+
+
+def read_reference(path: Path, image_size: int) -> Pixels:
+    """Pixels (image_size, image_size, 3). Raises UserError naming a file that is broken."""
+    try:
+        return read_square(path, image_size).pixels
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable image ({error}); replace or delete it") from None
+
+
+def read_batches(paths: list[Path], image_size: int, batch_size: int) -> Iterator[Pixels]:
+    """All images in order, (B, image_size, image_size, 3) at a time."""
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        yield np.stack([read_reference(path, image_size) for path in batch])

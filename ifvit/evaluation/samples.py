@@ -1,0 +1,142 @@
+"""The images of one evaluation: drawn once, kept as PNG files, continued after a break.
+
+FOLDER/settings.json says what the PNG files are, FOLDER/samples.jsonl which caption each one
+shows, FOLDER/grid.png shows the first of them, real_*.png the photographs of the same captions.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ifvit import storage
+from ifvit.errors import UserError
+from ifvit.evaluation.references import find_image, read_reference
+from ifvit.images import Pixels, decode_png, encode_png
+from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.generate import write_images, write_jsonl
+from ifvit.sampling.grid import make_grid
+from ifvit.sampling.sampler import Sampler, generate_images
+from ifvit.shards import Manifest, ShardReader
+
+CAPTION_RULE = "first caption of each image"
+_NUM_SHOWN = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The caption that is drawn for one held-out image."""
+
+    position: int
+    text: str
+    image_id: int
+
+
+def read_prompts(reader: ShardReader, num_samples: int) -> list[Prompt]:
+    """Caption 0 of the first images. Raises UserError when there are not that many."""
+    if num_samples > len(reader):
+        raise UserError(
+            f"{reader.url}: {len(reader)} images, num_samples asks for {num_samples}; lower it"
+        )
+    metadata = map(reader.metadata, range(num_samples))
+    return [
+        Prompt(position=position, text=entry.captions[0], image_id=entry.image_id)
+        for position, entry in enumerate(metadata)
+    ]
+
+
+def describe_samples(
+    weights_sha256: str, manifest: Manifest, sampling: SamplingConfig
+) -> dict[str, Any]:
+    """All that decides what a position's image looks like; batch size does not."""
+    shards = json.dumps([entry.sha256 for entry in manifest.shards])
+    settings = asdict(sampling) | {
+        "weights_sha256": weights_sha256,
+        "shards_sha256": hashlib.sha256(shards.encode()).hexdigest(),
+    }
+    del settings["batch_size"]
+    return settings
+
+
+def draw_missing(
+    folder: str,
+    sampler: Sampler,
+    reader: ShardReader,
+    prompts: list[Prompt],
+    settings: dict[str, Any],
+    sampling: SamplingConfig,
+) -> None:
+    """Draw the prompts whose PNG is not in `folder` yet.
+
+    Raises UserError when the folder holds images of other settings, so that none is lost.
+    """
+    _claim(folder, settings)
+    present = set(storage.list_names(folder))
+    positions = [prompt.position for prompt in prompts if file_name(prompt.position) not in present]
+
+    def context_of(batch: Tensor) -> Tensor:
+        return torch.from_numpy(np.stack([reader.context(p, 0) for p in batch.tolist()]))
+
+    write_images(folder, positions, generate_images(sampler, context_of, positions, sampling))
+
+
+def write_overview(
+    folder: str, prompts: list[Prompt], references: list[Path], image_size: int
+) -> None:
+    """Write samples.jsonl, grid.png and the real images of the prompts in the grid."""
+    shown = prompts[:_NUM_SHOWN]
+    real: dict[int, str] = {}
+    for prompt in shown:
+        path = find_image(references, prompt.image_id)
+        if path is not None:
+            real[prompt.position] = f"real_{file_name(prompt.position)}"
+            pixels = read_reference(path, image_size)
+            storage.write_bytes(storage.join(folder, real[prompt.position]), encode_png(pixels))
+    rows = (
+        {
+            "file": file_name(prompt.position),
+            "prompt": prompt.text,
+            "position": prompt.position,
+            "image_id": prompt.image_id,
+            "real": real.get(prompt.position),
+        }
+        for prompt in prompts
+    )
+    write_jsonl(storage.join(folder, "samples.jsonl"), rows)
+    grid = make_grid(next(read_samples(folder, shown, _NUM_SHOWN)), math.isqrt(len(shown)))
+    storage.write_bytes(storage.join(folder, "grid.png"), encode_png(grid))
+
+
+def read_samples(folder: str, prompts: list[Prompt], batch_size: int) -> Iterator[Pixels]:
+    """The drawn images in the order of `prompts`, (B, H, W, 3) at a time."""
+    for start in range(0, len(prompts), batch_size):
+        names = [file_name(prompt.position) for prompt in prompts[start : start + batch_size]]
+        files = (storage.read_bytes(storage.join(folder, name)) for name in names)
+        yield np.stack([decode_png(data) for data in files])
+
+
+def file_name(position: int) -> str:
+    """`00042.png`"""
+    return f"{position:05d}.png"
+
+
+def _claim(folder: str, settings: dict[str, Any]) -> None:
+    """Say what the folder's images are, or check that this has been said."""
+    url = storage.join(folder, "settings.json")
+    if not storage.exists(url):
+        storage.write_json(url, settings)
+        return
+    found = storage.read_json(url)
+    differing = sorted(key for key in settings if found.get(key) != settings[key])
+    if differing:
+        raise UserError(
+            f"{folder} holds samples of another {', '.join(differing)}; "
+            "delete it or give another --output"
+        )
