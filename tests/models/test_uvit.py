@@ -1,0 +1,247 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from uvit_oracle import Oracle, random_weights, uvit_layout
+
+from ifvit.errors import UserError
+from ifvit.models.config import FusionUViTConfig
+from ifvit.models.presets import PRESETS
+from ifvit.models.uvit import FusionUViT, build_backbone, restore_backbone
+
+CONDITIONINGS = ["concat", "cross_attention"]
+SETTINGS = [(c, i, t) for c in CONDITIONINGS for i, t in [(0, 0), (2, 1), (0, 1), (2, 0), (3, 2)]]
+
+TINY = FusionUViTConfig(
+    latent_size=8,
+    patch_size=2,
+    width=16,
+    depth=6,
+    num_heads=2,
+    context_length=5,
+    context_width=12,
+    conditioning="concat",
+    num_image_blocks=2,
+    num_text_blocks=1,
+)
+
+
+def tiny(conditioning, num_image, num_text):
+    return dataclasses.replace(
+        TINY,
+        conditioning=conditioning,
+        num_image_blocks=num_image,
+        num_text_blocks=num_text,
+    )
+
+
+def loud_backbone(config):
+    """Weights at which every path through the network matters."""
+    layout = uvit_layout(
+        config.conditioning, config.depth, config.num_image_blocks, config.num_text_blocks
+    )
+    weights = random_weights(layout, width=16, patch=2, num_patches=16, context=(5, 12))
+    tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()}
+    return restore_backbone(config, tensors), Oracle(weights, layout, config.num_heads)
+
+
+def inputs(batch=2, captions=None):
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(batch, 4, 8, 8, generator=generator)
+    context = torch.randn(captions or batch, 5, 12, generator=generator)
+    return latents, torch.arange(batch) * 400, context
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_predicts_what_the_oracle_predicts(setting):
+    backbone, oracle = loud_backbone(tiny(*setting))
+    latents, timesteps, context = inputs()
+    with torch.no_grad():
+        predicted = backbone(latents, timesteps, context)
+    expected = [
+        oracle.predict(x.double().numpy(), int(t), c.double().numpy())
+        for x, t, c in zip(latents, timesteps, context, strict=True)
+    ]
+    np.testing.assert_allclose(predicted.numpy(), np.stack(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_text_encoded_once_gives_the_same_prediction(setting):
+    backbone, _ = loud_backbone(tiny(*setting))
+    latents, timesteps, context = inputs()
+    with torch.no_grad():
+        plain = backbone(latents, timesteps, context)
+        once = backbone(latents, timesteps, backbone.encode_text(context))
+    assert torch.equal(plain, once)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_attention_backends_give_the_same_prediction(setting):
+    backbone, _ = loud_backbone(tiny(*setting))
+    with torch.no_grad():
+        sdpa = backbone(*inputs())
+        backbone.set_attention("math")
+        math = backbone(*inputs())
+    torch.testing.assert_close(sdpa, math, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_several_captions_for_one_latent_predict_as_if_alone(setting):
+    backbone, _ = loud_backbone(tiny(*setting))
+    latents, timesteps, context = inputs(batch=2, captions=4)
+    with torch.no_grad():
+        together = backbone(latents, timesteps, context)
+        alone = [backbone(latents, timesteps, half) for half in context.chunk(2)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_blocks_before_the_text_run_once_for_all_captions(conditioning):
+    backbone, _ = loud_backbone(tiny(conditioning, 2, 1))
+    rows = []
+    for block in [*backbone.in_blocks, *backbone.out_blocks]:
+        block.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    backbone(*inputs(batch=2, captions=4))
+    assert rows == [2, 2, 4, 4, 4, 4]
+
+
+def test_captions_that_do_not_share_out_are_refused():
+    backbone, _ = loud_backbone(TINY)
+    with pytest.raises(UserError, match="3 captions cannot be shared out over 2 latents"):
+        backbone(*inputs(batch=2, captions=3))
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "with_text"), [("concat", 17 + 5), ("cross_attention", 17)]
+)
+def test_text_joins_at_the_first_fused_block_and_leaves_after_the_last(conditioning, with_text):
+    backbone, _ = loud_backbone(tiny(conditioning, 2, 1))
+    lengths = []
+    for block in [*backbone.in_blocks, backbone.mid_block, *backbone.out_blocks]:
+        block.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    backbone(*inputs())
+    assert lengths == [17, 17, with_text, with_text, with_text, 17, 17]
+
+
+def test_cross_attention_reads_keys_and_values_only_and_never_updates_text():
+    backbone, _ = loud_backbone(tiny("cross_attention", 2, 1))
+    latents, timesteps, context = inputs()
+    text = backbone.encode_text(context)
+    without_tokens = dataclasses.replace(text, tokens=torch.zeros_like(text.tokens))
+    assert len(text.keys_values) == 3
+    expected = backbone(latents, timesteps, text)
+    assert torch.equal(backbone(latents, timesteps, without_tokens), expected)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_skips_pair_last_in_first_out(setting):
+    backbone, _ = loud_backbone(tiny(*setting))
+    outputs, skips = [], []
+    for block in backbone.in_blocks:
+        block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    for block in backbone.out_blocks:
+        block.skip_linear.register_forward_hook(
+            lambda module, args, output: skips.append(args[0][..., 16:])
+        )
+    backbone(*inputs())
+    assert all(torch.equal(a, b) for a, b in zip(reversed(outputs), skips, strict=True))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_gradient_reaches_every_parameter(setting):
+    backbone, _ = loud_backbone(tiny(*setting))
+    backbone(*inputs()).square().sum().backward()
+    for name, parameter in backbone.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "num_image", "num_text", "expected"),
+    [(c, *s) for c in CONDITIONINGS for s in [(0, 0, 44_692_644), (4, 1, 47_843_492)]],
+)
+def test_the_small_preset_has_the_papers_parameters(conditioning, num_image, num_text, expected):
+    config = dataclasses.replace(
+        PRESETS["small"],
+        conditioning=conditioning,
+        num_image_blocks=num_image,
+        num_text_blocks=num_text,
+    )
+    with torch.device("meta"):
+        backbone = build_backbone(config)
+    assert sum(parameter.numel() for parameter in backbone.parameters()) == expected
+
+
+def test_early_concat_has_the_parameter_names_of_uvit():
+    layout = uvit_layout("concat", 6, 0, 0)
+    expected = random_weights(layout, width=16, patch=2, num_patches=16, context=(5, 12))
+    assert set(build_backbone(tiny("concat", 0, 0)).state_dict()) == set(expected)
+
+
+def test_fresh_weights_are_narrow_normal_with_zero_biases():
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, width=128, num_image_blocks=0)
+    for name, parameter in build_backbone(config).named_parameters():
+        if name.startswith(("patch_embed", "final_layer")):
+            continue  # Conv2d keeps the library's default
+        if "norm" in name and name.endswith("weight"):
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert abs(parameter.mean().item()) < 0.002, name
+
+
+def test_save_pretrained_and_from_pretrained_round_trip(tmp_path):
+    backbone, _ = loud_backbone(tiny("cross_attention", 2, 1))
+    backbone.save_pretrained(tmp_path)
+    again = FusionUViT.from_pretrained(tmp_path)
+    assert again.shape == backbone.shape
+    with torch.no_grad():
+        assert torch.equal(again(*inputs()), backbone(*inputs()))
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_a_bfloat16_backbone_predicts_nearly_the_same(conditioning):
+    backbone, _ = loud_backbone(tiny(conditioning, 2, 1))
+    latents, timesteps, context = inputs()
+    with torch.no_grad():
+        exact = backbone(latents, timesteps, context)
+        rounded = backbone.to(torch.bfloat16)(latents, timesteps, context)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.2, rtol=0.05)
+
+
+def test_latents_and_context_of_another_size_are_refused():
+    backbone, _ = loud_backbone(TINY)
+    latents, timesteps, context = inputs()
+    with pytest.raises(UserError, match=r"latents of shape \(4, 4, 4\).*\(4, 8, 8\)"):
+        backbone(latents[..., :4, :4], timesteps, context)
+    with pytest.raises(UserError, match=r"context of shape \(4, 12\).*\(5, 12\)"):
+        backbone(latents, timesteps, context[:, :4])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 3}, "divisible by num_heads 3"),
+        ({"patch_size": 3}, "not divisible by patch_size 3"),
+        ({"depth": 5}, "depth must be even"),
+        ({"num_image_blocks": 4}, r"in 0 \.\.\. 3"),
+        ({"num_image_blocks": -1}, r"in 0 \.\.\. 3"),
+        ({"num_text_blocks": -1}, "must not be negative"),
+        ({"width": 0}, "width must be at least 1"),
+        ({"conditioning": "add"}, "concat or cross_attention"),
+    ],
+)
+def test_shapes_that_cannot_be_built_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_the_huge_preset_has_half_a_billion_parameters():
+    with torch.device("meta"):
+        backbone = build_backbone(PRESETS["huge"])
+    assert sum(parameter.numel() for parameter in backbone.parameters()) >= 500_000_000

@@ -1,0 +1,209 @@
+"""A U-shaped ViT in float64 numpy, head by head and block by block, to hold ours against."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What one code base calls its blocks, in order of use, and how it sorts its positions."""
+
+    conditioning: str
+    positions: tuple[str, str, str]
+    image_in: list[str] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    fused_in: list[str] = field(default_factory=list)
+    fused_out: list[str] = field(default_factory=list)
+    image_out: list[str] = field(default_factory=list)
+    split_queries: bool = False
+
+
+def uvit_layout(conditioning: str, depth: int, num_image: int, num_text: int) -> Layout:
+    """Our names; with `concat`, 0, 0 those of U-ViT."""
+    half = depth // 2
+    return Layout(
+        conditioning=conditioning,
+        positions=("time", "text", "image"),
+        image_in=[f"in_blocks.{i}" for i in range(num_image)],
+        fused_in=[f"in_blocks.{i}" for i in range(num_image, half)],
+        text=[f"text_blocks.{i}" for i in range(num_text)],
+        fused_out=[f"out_blocks.{i}" for i in range(half - num_image)],
+        image_out=[f"out_blocks.{i}" for i in range(half - num_image, half)],
+    )
+
+
+def fork_layout(conditioning: str, depth: int, num_image: int, num_text: int) -> Layout:
+    """The names of the paper's authors."""
+    num_joint = depth // 2 - num_image
+    return Layout(
+        conditioning=conditioning,
+        positions=("image", "time", "text"),
+        image_in=[f"image_blocks.{i}" for i in range(num_image)],
+        fused_in=[f"joint_blocks.{i}" for i in range(num_joint)],
+        text=[f"caption_blocks.{i}" for i in range(num_text)],
+        fused_out=[f"joint_skip_blocks.{i}" for i in range(num_joint)],
+        image_out=[f"image_skip_blocks.{i}" for i in range(num_image)],
+        split_queries=conditioning == "cross_attention",
+    )
+
+
+def random_weights(
+    layout: Layout,
+    *,
+    width: int,
+    patch: int,
+    num_patches: int,
+    context: tuple[int, int],
+    seed: int = 0,
+) -> dict[str, Array]:
+    """Weights large enough for every term to matter, by the names of `layout`."""
+    rng = np.random.default_rng(seed)
+    values = 4 * patch**2
+    shapes: dict[str, tuple[int, ...]] = {
+        "pos_embed": (1, 1 + context[0] + num_patches, width),
+        "patch_embed.proj.weight": (width, 4, patch, patch),
+        "patch_embed.proj.bias": (width,),
+        "context_embed.weight": (width, context[1]),
+        "context_embed.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "decoder_pred.weight": (values, width),
+        "decoder_pred.bias": (values,),
+        "final_layer.weight": (4, 4, 3, 3),
+        "final_layer.bias": (4,),
+    }
+    with_skip = [*layout.fused_out, *layout.image_out]
+    plain = [*layout.image_in, *layout.text, *layout.fused_in, "mid_block"]
+    for block in [*plain, *with_skip]:
+        queries = {"q": width, "kv": 2 * width} if layout.split_queries else {"qkv": 3 * width}
+        linears = {"attn.proj": (width, width), "mlp.fc1": (4 * width, width)}
+        linears["mlp.fc2"] = (width, 4 * width)
+        if block in with_skip:
+            linears["skip_linear"] = (width, 2 * width)
+        for name, shape in linears.items():
+            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"{block}.{norm}.weight": (width,), f"{block}.{norm}.bias": (width,)}
+        shapes |= {f"{block}.attn.{name}.weight": (size, width) for name, size in queries.items()}
+    weights = {}
+    for name, shape in shapes.items():
+        scale = 0.2 if len(shape) in (1, 3) else 1 / math.sqrt(math.prod(shape[1:]))
+        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        weights[name] = offset + scale * rng.standard_normal(shape)
+    return weights
+
+
+class Oracle:
+    """One sample at a time: latents (4, S, S), one timestep as fed to the sinusoid, context."""
+
+    def __init__(self, weights: Mapping[str, Array], layout: Layout, num_heads: int) -> None:
+        self.weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+        self.layout, self.num_heads = layout, num_heads
+
+    def predict(self, latents: Array, timestep: float, context: Array) -> Array:
+        layout, positions = self.layout, self._positions(latents, context)
+        image = self._patches(latents) + positions["image"]
+        tokens = np.vstack([image, self._time(timestep) + positions["time"]])
+        text = self._linear("context_embed", context) + positions["text"]
+        num_own = len(tokens)
+        skips = []
+        for block in layout.image_in:
+            tokens = self._block(block, tokens)
+            skips.append(tokens)
+        for block in layout.text:
+            text = self._block(block, text)
+        seen = text if layout.conditioning == "cross_attention" else None
+        if layout.conditioning == "concat":
+            tokens = np.vstack([tokens, text])
+        for block in layout.fused_in:
+            tokens = self._block(block, tokens, text=seen)
+            skips.append(tokens)
+        tokens = self._block("mid_block", tokens, text=seen)
+        for block in layout.fused_out:
+            tokens = self._block(block, tokens, text=seen, skip=skips.pop())
+        tokens = tokens[:num_own]
+        for block in layout.image_out:
+            tokens = self._block(block, tokens, skip=skips.pop())
+        return self._read(tokens[: len(image)], latents.shape[1])
+
+    def _positions(self, latents: Array, context: Array) -> dict[str, Array]:
+        patch = self.weights["patch_embed.proj.weight"].shape[-1]
+        sizes = {"time": 1, "text": len(context), "image": (latents.shape[1] // patch) ** 2}
+        cuts = np.cumsum([sizes[name] for name in self.layout.positions])[:-1]
+        parts = np.split(self.weights["pos_embed"][0], cuts)
+        return dict(zip(self.layout.positions, parts, strict=True))
+
+    def _patches(self, latents: Array) -> Array:
+        kernel, bias = (self.weights[f"patch_embed.proj.{name}"] for name in ("weight", "bias"))
+        patch = kernel.shape[-1]
+        starts = range(0, latents.shape[1], patch)
+        return np.stack(
+            [
+                np.einsum("dcij,cij->d", kernel, latents[:, y : y + patch, x : x + patch]) + bias
+                for y in starts
+                for x in starts
+            ]
+        )
+
+    def _time(self, timestep: float) -> Array:
+        half = self.weights["pos_embed"].shape[-1] // 2
+        angles = timestep * 10_000.0 ** (-np.arange(half) / half)
+        return np.concatenate([np.cos(angles), np.sin(angles)])[None]
+
+    def _linear(self, name: str, tokens: Array) -> Array:
+        bias = self.weights.get(f"{name}.bias", 0.0)
+        return tokens @ self.weights[f"{name}.weight"].T + bias
+
+    def _norm(self, name: str, tokens: Array) -> Array:
+        centred = tokens - tokens.mean(axis=1, keepdims=True)
+        unit = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
+        return unit * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def _block(
+        self, name: str, tokens: Array, *, text: Array | None = None, skip: Array | None = None
+    ) -> Array:
+        if skip is not None:
+            tokens = self._linear(f"{name}.skip_linear", np.hstack([tokens, skip]))
+        keyed = tokens if text is None else np.vstack([tokens, text])
+        attended = self._attention(
+            name, self._norm(f"{name}.norm1", tokens), self._norm(f"{name}.norm1", keyed)
+        )
+        tokens = tokens + self._linear(f"{name}.attn.proj", attended)
+        hidden = self._linear(f"{name}.mlp.fc1", self._norm(f"{name}.norm2", tokens))
+        hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+        return tokens + self._linear(f"{name}.mlp.fc2", hidden)
+
+    def _attention(self, name: str, queried: Array, keyed: Array) -> Array:
+        names = ("q", "kv") if self.layout.split_queries else ("qkv",)
+        matrix = np.vstack([self.weights[f"{name}.attn.{part}.weight"] for part in names])
+        to_query, to_key, to_value = np.split(matrix, 3)
+        heads = []
+        for rows in np.split(np.arange(len(to_query)), self.num_heads):
+            query, key = queried @ to_query[rows].T, keyed @ to_key[rows].T
+            odds = np.exp(query @ key.T / math.sqrt(len(rows)))
+            heads.append(odds / odds.sum(axis=1, keepdims=True) @ (keyed @ to_value[rows].T))
+        return np.hstack(heads)
+
+    def _read(self, tokens: Array, size: int) -> Array:
+        values = self._linear("decoder_pred", self._norm("norm", tokens))
+        kernel, bias = (self.weights[f"final_layer.{name}"] for name in ("weight", "bias"))
+        patch = self.weights["patch_embed.proj.weight"].shape[-1]
+        side = size // patch
+        padded = np.zeros((4, size + 2, size + 2))
+        for index, value in enumerate(values):
+            y, x = 1 + patch * (index // side), 1 + patch * (index % side)
+            padded[:, y : y + patch, x : x + patch] = value.reshape(patch, patch, 4).transpose(
+                2, 0, 1
+            )
+        noise = np.zeros((4, size, size))
+        for y in range(size):
+            for x in range(size):
+                window = padded[:, y : y + 3, x : x + 3]
+                noise[:, y, x] = np.einsum("ocij,cij->o", kernel, window) + bias
+        return noise
