@@ -27,7 +27,7 @@ def read_config(cls: type[Config], argv: Sequence[str], *, prog: str) -> Config:
     parser.add_argument("--config", action="config", help="YAML recipe; repeat it, later ones win")
     fields = parser.add_class_arguments(cls)
     try:
-        values = parser.instantiate(parser.parse_args(list(argv)))
+        values = parser.instantiate(parser.parse_args(_spell_switches(cls, argv)))
         return cls(**{name: values[name] for name in fields})
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{prog}: {_one_line(error)}") from None
@@ -38,6 +38,16 @@ def dump_config(config: Any) -> str:
     # Through JSON, because YAML would mark tuples as Python objects.
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _spell_switches(cls: type[Any], argv: Sequence[str]) -> list[str]:
+    """`--json` => `--json=true` for the boolean fields of `cls`; jsonargparse wants a value."""
+    switches = {f"--{field.name}" for field in dataclasses.fields(cls) if field.type is bool}
+    followers = [*argv[1:], "--"]
+    return [
+        f"{word}=true" if word in switches and follower.startswith("-") else word
+        for word, follower in zip(argv, followers, strict=False)
+    ]
 
 
 def _one_line(error: Exception) -> str:

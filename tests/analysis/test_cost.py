@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.analysis.config import CostConfig
 from ifvit.analysis.cost import cost, cost_rows
+from ifvit.config import read_config
 from ifvit.models.flops import count_cost
 from ifvit.models.layers import Attention
 from ifvit.models.presets import PRESETS
@@ -78,6 +79,11 @@ def test_counted_operations_are_those_that_run(row):
         if isinstance(module, Attention):
             module.attend = lambda query, key, value: query
     assert measured_flops(backbone) == counted.layer_flops
+
+
+def test_the_json_flag_needs_no_value():
+    assert read_config(CostConfig, ["--json"], prog="ifvit cost") == CostConfig(json=True)
+    assert read_config(CostConfig, ["--json", "false"], prog="ifvit cost") == CostConfig()
 
 
 def test_json_is_all_there_is_on_standard_output(capsys):
