@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,7 +37,7 @@ from ifvit.evaluation.samples import (
     read_samples,
     write_overview,
 )
-from ifvit.evaluation.scenes_accuracy import ScenesAccuracy, scenes_accuracy
+from ifvit.evaluation.scenes_accuracy import ScenesAccuracy, scenes_accuracy, score_scenes
 from ifvit.images import Pixels
 from ifvit.models.clip import ClipScorer, load_clip
 from ifvit.models.uvit import FusionUViT
@@ -49,6 +49,7 @@ from ifvit.sampling.encoders import (
     weights_sha256,
 )
 from ifvit.sampling.sampler import Sampler
+from ifvit.scenes.score import SceneScore
 from ifvit.shards import Manifest, ShardReader
 
 Batch = TypeVar("Batch", Features, Pixels)
@@ -76,10 +77,12 @@ def evaluate(config: EvaluateConfig) -> MetricsRow:
     )
     settings = describe_samples(digest, reader.manifest, config.sampling)
     draw_missing(folder, sampler, reader, prompts, settings, config.sampling)
-    write_overview(folder, prompts, references, reader.manifest.image_size)
-    row = _measure(
-        config, folder, prompts, references, reader.manifest, _Provenance(info=info, sha256=digest)
-    )
+    scores = _score(folder, prompts, config.sampling.batch_size) if config.scenes else None
+    write_overview(folder, prompts, references, reader.manifest.image_size, scores)
+    weights = _Provenance(info=info, sha256=digest)
+    row = _measure(config, folder, prompts, references, reader.manifest, weights)
+    if scores:
+        row = _add_scenes(row, scenes_accuracy(scores))
     write_row(f"{folder}.json", row)
     sys.stdout.write(f"{folder}.json\n{format_row(row)}\n")
     return row
@@ -140,7 +143,6 @@ def _measure(
     plain = _embed_texts(scorer, captions, batch_size)
     prefixed = _embed_texts(scorer, [config.paper_prefix + text for text in captions], batch_size)
     reference = _reference_statistics(scorer, references, manifest.image_size, batch_size, device)
-    scenes = _score_scenes(config, folder, prompts)
     return MetricsRow(
         weights=config.weights,
         weights_sha256=weights.sha256,
@@ -151,11 +153,6 @@ def _measure(
         clip_score=clip_score(drawn, plain),
         clip_score_paper=clip_score_paper(drawn, prefixed),
         retrieval_at_16=retrieval_accuracy(drawn, plain, captions),
-        count_accuracy=scenes.count if scenes else None,
-        colour_accuracy=scenes.colour if scenes else None,
-        kind_accuracy=scenes.kind if scenes else None,
-        relation_accuracy=scenes.relation if scenes else None,
-        scene_accuracy=scenes.scene if scenes else None,
     )
 
 
@@ -197,14 +194,21 @@ def _reference_statistics(
     return running.finish()
 
 
-def _score_scenes(
-    config: EvaluateConfig, folder: str, prompts: list[Prompt]
-) -> ScenesAccuracy | None:
-    if not config.scenes:
-        return None
-    batches = read_samples(folder, prompts, config.sampling.batch_size)
+def _score(folder: str, prompts: list[Prompt], batch_size: int) -> list[SceneScore]:
+    batches = read_samples(folder, prompts, batch_size)
     images = itertools.chain.from_iterable(_progress(batches, len(prompts), "scenes"))
-    return scenes_accuracy(images, [prompt.text for prompt in prompts])
+    return score_scenes(images, [prompt.text for prompt in prompts])
+
+
+def _add_scenes(row: MetricsRow, accuracy: ScenesAccuracy) -> MetricsRow:
+    return replace(
+        row,
+        count_accuracy=accuracy.count,
+        colour_accuracy=accuracy.colour,
+        kind_accuracy=accuracy.kind,
+        relation_accuracy=accuracy.relation,
+        scene_accuracy=accuracy.scene,
+    )
 
 
 def _embed_texts(scorer: ClipScorer, captions: list[str], batch_size: int) -> Features:

@@ -56,11 +56,11 @@ class MetricsRow:
     clip_score: Estimate
     clip_score_paper: Estimate
     retrieval_at_16: Estimate | None
-    count_accuracy: Estimate | None
-    colour_accuracy: Estimate | None
-    kind_accuracy: Estimate | None
-    relation_accuracy: Estimate | None
-    scene_accuracy: Estimate | None
+    count_accuracy: Estimate | None = None
+    colour_accuracy: Estimate | None = None
+    kind_accuracy: Estimate | None = None
+    relation_accuracy: Estimate | None = None
+    scene_accuracy: Estimate | None = None
 
 
 def estimates_of(row: MetricsRow) -> dict[str, Estimate]:

@@ -7,7 +7,7 @@ shows, FOLDER/grid.png shows the first of them, real_*.png the photographs of th
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.generate import write_images, write_jsonl
 from ifvit.sampling.grid import make_grid
 from ifvit.sampling.sampler import Sampler, generate_images
+from ifvit.scenes.score import SceneScore
 from ifvit.shards import Manifest, ShardReader
 
 CAPTION_RULE = "first caption of each image"
@@ -88,7 +89,11 @@ def draw_missing(
 
 
 def write_overview(
-    folder: str, prompts: list[Prompt], references: list[Path], image_size: int
+    folder: str,
+    prompts: list[Prompt],
+    references: list[Path],
+    image_size: int,
+    scores: Sequence[SceneScore] | None,
 ) -> None:
     """Write samples.jsonl, grid.png and the real images of the prompts in the grid."""
     shown = prompts[:_NUM_SHOWN]
@@ -106,6 +111,7 @@ def write_overview(
             "position": prompt.position,
             "image_id": prompt.image_id,
             "real": real.get(prompt.position),
+            "scores": asdict(scores[prompt.position]) if scores else None,
         }
         for prompt in prompts
     )

@@ -7,7 +7,8 @@ import numpy as np
 
 from ifvit.evaluation.metrics import Estimate, estimate_share
 from ifvit.images import Pixels
-from ifvit.scenes import SceneScore, parse_caption, score_image
+from ifvit.scenes.captions import parse_caption
+from ifvit.scenes.score import SceneScore, score_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +22,16 @@ class ScenesAccuracy:
     scene: Estimate
 
 
-def scenes_accuracy(images: Iterable[Pixels], captions: Sequence[str]) -> ScenesAccuracy:
+def score_scenes(images: Iterable[Pixels], captions: Sequence[str]) -> list[SceneScore]:
     """Score images (H, W, 3) against their captions. Raises UserError for a foreign caption."""
-    scores = [
+    return [
         score_image(image, parse_caption(caption))
         for image, caption in zip(images, captions, strict=True)
     ]
+
+
+def scenes_accuracy(scores: Sequence[SceneScore]) -> ScenesAccuracy:
+    """The shares over all images."""
     relations = [score.relation for score in scores if score.relation is not None]
     return ScenesAccuracy(
         count=estimate_share(np.array([score.count for score in scores])),

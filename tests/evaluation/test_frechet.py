@@ -1,0 +1,70 @@
+"""The Frechet distance against scipy's general matrix square root."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from ifvit.evaluation.frechet import (
+    FeatureStatistics,
+    RunningStatistics,
+    estimate_frechet,
+    extract,
+    frechet_distance,
+    statistics,
+)
+
+RNG = np.random.default_rng(0)
+FIRST = RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12))
+SECOND = RNG.normal(size=(300, 12)) @ RNG.normal(size=(12, 12)) + 1.0
+
+
+def by_scipy(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    cross = sqrtm(first.covariance @ second.covariance)
+    shift = first.mean - second.mean
+    return float(shift @ shift + np.trace(first.covariance + second.covariance - 2 * cross.real))
+
+
+def test_distance_is_that_of_the_general_square_root() -> None:
+    first, second = statistics(FIRST), statistics(SECOND)
+    expected = by_scipy(first, second)
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-6)
+
+
+def test_distance_survives_fewer_samples_than_features() -> None:
+    few, many = statistics(FIRST[:5]), statistics(SECOND)
+    assert np.isfinite(frechet_distance(few, many))
+    assert frechet_distance(few, few) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_distance_of_shifted_gaussians_is_the_squared_shift() -> None:
+    shifted = statistics(FIRST + np.arange(12))
+    assert frechet_distance(statistics(FIRST), shifted) == pytest.approx(506.0, rel=1e-9)
+
+
+def test_batches_of_any_size_give_the_statistics_of_the_whole() -> None:
+    running = RunningStatistics()
+    for part in np.split(FIRST + 1e4, [1, 7, 200]):
+        running.add(part.astype(np.float32))
+    found = running.finish()
+    whole = (FIRST + 1e4).astype(np.float32).astype(np.float64)
+    np.testing.assert_allclose(found.mean, whole.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(whole.T), rtol=1e-6, atol=1e-6)
+
+
+def test_any_network_gives_features() -> None:
+    def colour(images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3))
+
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    pixels[1, ..., 0] = 255
+    (features,) = extract(colour, [pixels], "cpu")
+    np.testing.assert_array_equal(features, [[-1, -1, -1], [1, -1, -1]])
+
+
+def test_error_of_the_distance_shrinks_with_the_number_of_samples() -> None:
+    reference = statistics(SECOND)
+    few, many = estimate_frechet(FIRST[:50], reference), estimate_frechet(FIRST, reference)
+    assert few.standard_error > many.standard_error > 0
+    assert many.value == frechet_distance(reference, statistics(FIRST))
