@@ -40,9 +40,11 @@ class CocoCaptions:
         folder = Path(images)
         if not folder.is_dir():
             raise UserError(f"{images}: no such folder of images")
+        if Path(captions).is_dir():
+            raise UserError(f"{captions}: is a folder; name the captions_*.json file in it")
         content = storage.read_json(captions)
         names, texts = _read_annotations(content, captions)
-        self._is_official = "COCO" in str(content.get("info"))  # other sets borrow its file names
+        self._is_official = "COCO 20" in str(content.get("info"))  # other sets borrow its names
         self._file = captions
         self._images = [
             CaptionedImage(

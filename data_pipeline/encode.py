@@ -23,7 +23,7 @@ from data_pipeline.receipts import (
 )
 from data_pipeline.transforms import DecodedImage
 from data_pipeline.unit import Encoders, Unit, UnitEncoder, decode_ahead, read_or_fail, to_stored
-from data_pipeline.write import npy_bytes, write_shard
+from data_pipeline.write import npy_bytes, remove_leftovers, write_shard
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.models.autoencoder import load_autoencoder
@@ -147,9 +147,9 @@ def _check_failures(receipts: list[Receipt], tolerate: int, num_images: int) -> 
 
 def _finish(config: EncodeConfig, encoders: Encoders, receipts: list[Receipt]) -> Manifest:
     """Write the null context and, last, the manifest."""
-    null_context = npy_bytes(
-        to_stored(encoders.text.null_context(), config.dtype, NULL_CONTEXT),
-    )
+    for name in (NULL_CONTEXT, MANIFEST):
+        remove_leftovers(Path(config.output), name)
+    null_context = npy_bytes(to_stored(encoders.text.null_context(), config.dtype, NULL_CONTEXT))
     storage.write_bytes(storage.join(config.output, NULL_CONTEXT), null_context)
     channels, height, width = encoders.vae.latent_shape(config.image_size)
     sums = merge_sums(receipts)

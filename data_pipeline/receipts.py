@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.write import remove_leftovers
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.shards import ShardEntry, ShardError
@@ -95,7 +96,9 @@ def merge_sums(receipts: Iterable[Receipt]) -> LatentSums:
 
 def write_receipt(output: str, receipt: Receipt) -> None:
     """Write `output/receipts/NAME.json`; from then on the shard is done."""
-    write_sealed(receipt_url(output, receipt.shard.name), asdict(receipt))
+    where = receipt_url(output, receipt.shard.name)
+    remove_leftovers(Path(where).parent, receipt.shard.name)
+    write_sealed(where, asdict(receipt))
 
 
 def read_receipt(output: str, name: str) -> Receipt:

@@ -22,12 +22,10 @@ from ifvit.shards.records import INDEX_COLUMNS, Array
 def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> ShardEntry:
     """Write `NAME.tar` and `NAME.index.npy` into `folder`, each whole or not at all.
 
-    Samples are consumed one by one, so a shard is never held in memory. What a killed run left
-    of this shard is removed first.
+    Samples are consumed one by one, so a shard is never held in memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f".{name}.*"):
-        leftover.unlink()
+    remove_leftovers(folder, name)
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.tar.")
     path = Path(temporary)
     try:
@@ -50,6 +48,12 @@ def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> Sha
         path.unlink(missing_ok=True)
         raise
     return entry
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove the unfinished files that a killed run left of `name` or `name.*`."""
+    for leftover in folder.glob(f".{name}.*"):
+        leftover.unlink()
 
 
 def pack_sample(sample: LatentSample) -> dict[str, str | bytes]:

@@ -1,0 +1,54 @@
+"""Image files become the pixels that U-ViT's preparation makes of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.transforms import center_crop, read_square, resize, to_model_range
+
+
+def draw(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(("width", "height"), [(10, 7), (7, 10), (9, 6), (5, 5)])
+def test_crop_equals_the_reference_with_floor_division(width: int, height: int) -> None:
+    pixels = np.asarray(draw(width, height))
+    side = min(width, height)
+    top, left = (height - side) // 2, (width - side) // 2
+    expected = pixels[top : top + side, left : left + side]
+    np.testing.assert_array_equal(np.asarray(center_crop(draw(width, height))), expected)
+
+
+def test_resize_is_lanczos_and_leaves_equal_sizes_alone() -> None:
+    image = draw(16, 16)
+    assert resize(image, 16) is image
+    expected = image.resize((8, 8), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(np.asarray(resize(image, 8)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
+def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("image.jpg" if mode in {"L", "CMYK"} else "image.png")
+    draw(12, 9).convert(mode).save(path)
+    decoded = read_square(path, 4)
+    assert decoded.pixels.shape == (4, 4, 3)
+    assert (decoded.width, decoded.height) == (12, 9)
+
+
+def test_pixels_map_to_minus_one_and_one_exactly() -> None:
+    pixels = np.array([0, 255, 51], dtype=np.uint8).reshape(1, 1, 1, 3)
+    images = to_model_range(pixels)
+    assert images.shape == (1, 3, 1, 1)
+    np.testing.assert_allclose(images.flatten(), [-1.0, 1.0, -0.6], atol=1e-7)
+
+
+def test_a_truncated_jpeg_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    draw(64, 64).save(path)
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(OSError, match="truncated"):
+        read_square(path, 8)
