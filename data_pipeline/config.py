@@ -65,3 +65,7 @@ class InspectConfig:
     """PNG file to draw the samples into, decoded from their latents."""
     vae: str | None = None
     """Where the autoencoder is now, if it is not where the manifest says."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise UserError(f"num_samples is {self.num_samples}; it must be at least 1")
