@@ -18,6 +18,8 @@ class Verb:
     config: str
     function: str
     help: str
+    positional: str | None = None
+    """Field that takes the words before the first flag, as in `ifvit shards verify URL`."""
 
 
 VERBS = {
@@ -38,16 +40,19 @@ VERBS = {
         "data_pipeline.config:InspectConfig",
         "data_pipeline.describe:inspect_shards",
         "the first samples of a dataset, as a table and as pictures",
+        positional="url",
     ),
     "shards verify": Verb(
         "data_pipeline.config:ShardsConfig",
         "data_pipeline.verify:verify",
         "check every byte of a dataset",
+        positional="url",
     ),
     "shards stats": Verb(
         "data_pipeline.config:ShardsConfig",
         "data_pipeline.describe:stats",
         "latent statistics, caption lengths, sizes",
+        positional="url",
     ),
     "train": Verb(
         "ifvit.training.config:TrainConfig",
@@ -73,6 +78,7 @@ VERBS = {
         "ifvit.analysis.config:ReportConfig",
         "ifvit.analysis.report:report",
         "runs -> one HTML page",
+        positional="runs",
     ),
 }
 
@@ -83,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         name, rest = _split(arguments)
         verb = VERBS[name]
-        config = read_config(_load(verb.config), rest, prog=f"ifvit {name}")
+        config = read_config(
+            _load(verb.config), rest, prog=f"ifvit {name}", positional=verb.positional
+        )
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         _load(verb.function)(config)
     except UserError as error:

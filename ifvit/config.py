@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import yaml
@@ -15,9 +16,12 @@ Config = TypeVar("Config")
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def read_config(cls: type[Config], argv: Sequence[str], *, prog: str) -> Config:
+def read_config(
+    cls: type[Config], argv: Sequence[str], *, prog: str, positional: str | None = None
+) -> Config:
     """Parse `--config` files and flags into the dataclass `cls`; a later value wins.
 
+    Words before the first flag go to the field `positional`, one to a string, many to a list.
     `--help` and `--print_config` print and leave with code 0. Raises UserError, in one line, for
     an unknown key, a wrong type, a missing value or one that `cls` refuses.
     """
@@ -26,8 +30,9 @@ def read_config(cls: type[Config], argv: Sequence[str], *, prog: str) -> Config:
     )
     parser.add_argument("--config", action="config", help="YAML recipe; repeat it, later ones win")
     fields = parser.add_class_arguments(cls)
+    words = _spell_switches(cls, _name_positional(cls, argv, positional))
     try:
-        values = parser.instantiate(parser.parse_args(_spell_switches(cls, argv)))
+        values = parser.instantiate(parser.parse_args(words))
         return cls(**{name: values[name] for name in fields})
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{prog}: {_one_line(error)}") from None
@@ -38,6 +43,16 @@ def dump_config(config: Any) -> str:
     # Through JSON, because YAML would mark tuples as Python objects.
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _name_positional(cls: type[Any], argv: Sequence[str], name: str | None) -> list[str]:
+    """`["a", "b", "--x"]` => `["--name+", "a", "--name+", "b", "--x"]`; a string takes one word."""
+    if name is None:
+        return list(argv)
+    free = list(takewhile(lambda word: not word.startswith("-"), argv))
+    if any(field.name == name and field.type is str for field in dataclasses.fields(cls)):
+        return [f"--{name}", *argv] if free else list(argv)
+    return [*(word for value in free for word in (f"--{name}+", value)), *argv[len(free) :]]
 
 
 def _spell_switches(cls: type[Any], argv: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """The frozen VAE: pixels <=> latents (B batch, C latent channels, H, W image, h, w latent)."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -13,7 +15,7 @@ class Autoencoder:
     """A KL autoencoder (Rombach et al. 2022) that is only ever evaluated."""
 
     def __init__(self, vae: AutoencoderKL, identity: EncoderIdentity) -> None:
-        self._vae = vae.eval().requires_grad_(False)
+        self._vae: Any = vae  # diffusers' types do not hold
         self.identity = identity
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
@@ -31,12 +33,14 @@ class Autoencoder:
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] => moments (B, 2C, h, w): mean and logvar, unscaled."""
         posterior = self._vae.encode(images.to(self._vae.device, self._vae.dtype)).latent_dist
-        return posterior.parameters.float()
+        moments: Tensor = posterior.parameters.float()
+        return moments
 
     def decode(self, latents: Tensor) -> Tensor:
         """Unscaled latents (B, C, h, w) => images (B, 3, H, W) in [-1, 1]; keeps gradients."""
         decoded = self._vae.decode(latents.to(self._vae.device, self._vae.dtype)).sample
-        return decoded.float().clamp(-1.0, 1.0)
+        images: Tensor = decoded.float().clamp(-1.0, 1.0)
+        return images
 
 
 def load_autoencoder(
@@ -45,5 +49,8 @@ def load_autoencoder(
     """Open `stabilityai/sd-vae-ft-ema`, a local folder or `scenes/vae`; all by the same code."""
     folder = resolve_pretrained(name)
     identity = identify(name, folder)
-    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    return Autoencoder(vae.to(device), identity)
+    vae: Any = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+        folder, torch_dtype=dtype, use_safetensors=True
+    )
+    vae.requires_grad_(False)
+    return Autoencoder(vae.to(device).eval(), identity)

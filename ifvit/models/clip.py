@@ -3,9 +3,11 @@
 Shapes: B batch, M context tokens, D context width, E feature width, H, W image.
 """
 
+from typing import Any
+
 import torch
-from torch.nn import functional
 from torch import Tensor
+from torch.nn import functional
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ifvit.models.pretrained import identify, resolve_pretrained
@@ -18,7 +20,7 @@ class TextEncoder:
     def __init__(
         self, model: CLIPTextModel, tokenizer: CLIPTokenizer, identity: EncoderIdentity
     ) -> None:
-        self._model = model.eval().requires_grad_(False)
+        self._model: Any = model  # transformers' types do not hold
         self._tokenizer = tokenizer
         self.identity = identity
 
@@ -50,9 +52,10 @@ class ClipScorer:
         processor: CLIPImageProcessor,
         identity: EncoderIdentity,
     ) -> None:
-        self._model = model.eval().requires_grad_(False)
+        self._model: Any = model  # transformers' types do not hold
         self._tokenizer = tokenizer
-        self._image_size = model.config.vision_config.image_size
+        config: Any = model.config
+        self._image_size: int = config.vision_config.image_size
         self._mean = torch.tensor(processor.image_mean).view(1, 3, 1, 1)
         self._std = torch.tensor(processor.image_std).view(1, 3, 1, 1)
         self.identity = identity
@@ -62,7 +65,9 @@ class ClipScorer:
         pixels = images / 2 + 0.5
         if pixels.shape[-1] != self._image_size:
             size = (self._image_size, self._image_size)
-            pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+            pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(
+                0, 1
+            )
         mean, std = self._mean.to(pixels), self._std.to(pixels)
         pixels = ((pixels - mean) / std).to(self._model.device, self._model.dtype)
         vision = self._model.vision_model(pixel_values=pixels).pooler_output
@@ -83,15 +88,16 @@ def load_text_encoder(
     """Open the text tower of `openai/clip-vit-large-patch14`, a local folder or `scenes/clip`."""
     folder = resolve_pretrained(name)
     identity = identify(name, folder)
-    model = CLIPTextModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return TextEncoder(model.to(device), CLIPTokenizer.from_pretrained(folder), identity)
+    model: Any = CLIPTextModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model.requires_grad_(False)
+    return TextEncoder(model.to(device).eval(), CLIPTokenizer.from_pretrained(folder), identity)
 
 
 def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScorer:
     """Open a whole CLIP model with its tokenizer and image normalisation for scoring."""
     folder = resolve_pretrained(name)
     identity = identify(name, folder)
-    model = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model: Any = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     processor = CLIPImageProcessor.from_pretrained(folder)
     return ClipScorer(model.to(device), CLIPTokenizer.from_pretrained(folder), processor, identity)
 

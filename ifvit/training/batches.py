@@ -6,7 +6,7 @@ micro-batch or the number of reading threads, so `samples_seen` is the loader's 
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,7 +57,7 @@ class BatchOrder:
         counters = samples_seen + positions
         epochs, offsets = counters // self.num_samples, counters % self.num_samples
         indices = torch.empty_like(counters)
-        for epoch in epochs.unique().tolist():
+        for epoch in set(epochs.tolist()):
             chosen = epochs == epoch
             indices[chosen] = self._epoch(epoch)[offsets[chosen]]
         return indices
@@ -95,7 +95,7 @@ class Batches:
         self.num_micro_batches = order.global_batch_size // per_pass
         self._null_context = torch.from_numpy(np.array(reader.null_context))
 
-    def from_state(self, state: TrainState) -> Iterator[Batch]:
+    def from_state(self, state: TrainState) -> Generator[Batch]:
         """Endless micro-batches from the state on, `num_micro_batches` for every step."""
         with ThreadPoolExecutor(self._threads) as pool:
             pending: deque[Future[Batch]] = deque()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from ifvit.distributed import World
@@ -39,26 +41,22 @@ class Engine:
         micro_batch_size: int,
         num_micro_batches: int,
     ) -> None:
-        use_deepspeed = _use_deepspeed(config)
-        plugin = None
-        if use_deepspeed:
-            _quieten_deepspeed()
+        self._deepspeed = _use_deepspeed(config)
+        if self._deepspeed:
             settings = _deepspeed_settings(config, optim, micro_batch_size, num_micro_batches)
-            plugin = DeepSpeedPlugin(hf_ds_config=settings)
-        autocast = "bf16" if config.precision == "bf16" and not use_deepspeed else "no"
-        self._accelerator = Accelerator(
-            mixed_precision=autocast,
-            gradient_accumulation_steps=num_micro_batches,
-            deepspeed_plugin=plugin,
-            cpu=not torch.cuda.is_available(),
-        )
+            self._accelerator = _deepspeed_accelerator(settings, num_micro_batches)
+        else:
+            self._accelerator = Accelerator(
+                mixed_precision="bf16" if config.precision == "bf16" else "no",
+                gradient_accumulation_steps=num_micro_batches,
+                cpu=not torch.cuda.is_available(),
+            )
         self._max_grad_norm = optim.max_grad_norm
         self.backbone = backbone.to(self.device)
         optimizer = build_optimizer(backbone.parameters(), optim)
         prepared = self._accelerator.prepare(backbone, optimizer)
         self.denoiser: nn.Module = prepared[0]
         self._optimizer: Any = prepared[1].optimizer  # torch's AdamW or DeepSpeed's ZeRO wrapper
-        self._deepspeed = use_deepspeed
 
     @property
     def device(self) -> torch.device:
@@ -202,9 +200,28 @@ def _deepspeed_settings(
     }
 
 
-def _quieten_deepspeed() -> None:
-    """Its informational lines would bury the progress bar; ninja must be found beside python."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in os.environ["PATH"].split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([scripts, os.environ["PATH"]])
+def _deepspeed_accelerator(settings: dict[str, Any], num_micro_batches: int) -> Accelerator:
+    """An Accelerator on DeepSpeed, with NCCL on CUDA and gloo elsewhere."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # or it buries the progress line
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed compiles its CPU communication with ninja, which lies beside the interpreter.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # Started without a launcher, this process is a world of one; DeepSpeed wants that spelled out.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (*alone.items(), ("MASTER_PORT", str(_free_port()))):
+        os.environ.setdefault(name, value)
+    return Accelerator(
+        gradient_accumulation_steps=num_micro_batches,
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
+        ],
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

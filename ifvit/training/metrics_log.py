@@ -42,7 +42,7 @@ class MetricsLog:
                 desc=f"train {self._config.run}",
                 unit="step",
             ) as self._bar,
-            SummaryWriter(folder, purge_step=state.step + 1) as self._board,  # type: ignore[no-untyped-call]
+            SummaryWriter(folder, purge_step=state.step + 1) as self._board,
         ):
             yield
 
@@ -64,7 +64,7 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
         for key, value in row.items():
             if key != "step":
-                self._board.add_scalar(key, value, state.step)  # type: ignore[no-untyped-call]
+                self._board.add_scalar(key, value, state.step)
         self._bar.update(state.step - self._bar.n)
         self._bar.set_postfix(loss=f"{loss:.4f}")
 

@@ -10,7 +10,7 @@ from ifvit.diffusion.objective import NoisePrediction
 from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.models.flops import count_flops
+from ifvit.models.flops import count_cost
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards import ShardReader
@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> TrainState:
     objective = NoisePrediction(
         schedule=NoiseSchedule(engine.device), scaling_factor=info.scaling_factor, seed=config.seed
     )
-    metrics = MetricsLog(config, engine, count_flops(config.backbone).including_attention)
+    metrics = MetricsLog(config, engine, count_cost(config.backbone).flops)
     hooks: list[Hook] = [
         metrics,
         SaveCheckpoint(config, backbone, engine, ema, info, shards_sha256),

@@ -1,0 +1,62 @@
+"""Noise prediction: what a perfect denoiser and an ignorant one score."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ifvit.diffusion.objective import NoisePrediction
+from ifvit.diffusion.schedule import NoiseSchedule, alphas_cumprod
+
+POSITIONS = torch.arange(64)
+CONTEXT = torch.zeros(64, 3, 5)
+
+
+def objective(scaling_factor: float = 1.0) -> NoisePrediction:
+    return NoisePrediction(schedule=NoiseSchedule(), scaling_factor=scaling_factor, seed=11)
+
+
+def test_a_denoiser_that_knows_the_latents_has_no_loss() -> None:
+    mean = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    certain = torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)
+    abar = alphas_cumprod().float()
+
+    def oracle(x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        a = abar[timesteps].view(-1, 1, 1, 1)
+        return (x_t - a.sqrt() * 0.5 * mean) / (1 - a).sqrt()
+
+    losses = objective(scaling_factor=0.5)(oracle, certain, CONTEXT, 0, POSITIONS)
+    assert losses.total.item() < 1e-6
+
+
+def test_predicting_nothing_costs_the_variance_of_the_noise() -> None:
+    moments = torch.zeros(64, 8, 8, 8)
+    losses = objective()(lambda x, t, c: torch.zeros_like(x), moments, CONTEXT, 0, POSITIONS)
+    assert losses.total.item() == pytest.approx(1.0, abs=0.05)
+    assert losses.per_sample.mean().item() == pytest.approx(losses.total.item(), rel=1e-6)
+
+
+def test_every_visit_draws_the_posterior_anew_with_its_own_deviation() -> None:
+    mean = torch.full((64, 4, 8, 8), 2.0)
+    moments = torch.cat([mean, torch.full_like(mean, 2 * math.log(3.0))], dim=1)
+    first = objective(0.5).draw_latents(moments, 0, POSITIONS)
+    second = objective(0.5).draw_latents(moments, 1, POSITIONS)
+    assert not torch.equal(first, second)
+    assert first.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert first.std().item() == pytest.approx(1.5, rel=0.05)
+
+
+def test_timesteps_cover_the_whole_range_evenly() -> None:
+    seen: list[Tensor] = []
+
+    def spy(x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        seen.append(timesteps)
+        return x_t
+
+    positions = torch.arange(20_000)
+    moments = torch.zeros(20_000, 2, 1, 1)
+    objective()(spy, moments, torch.zeros(20_000, 1, 1), 0, positions)
+    assert seen[0].min() == 0
+    assert seen[0].max() == 999
+    assert seen[0].float().mean().item() == pytest.approx(499.5, abs=8)

@@ -1,0 +1,68 @@
+"""Counter-based draws: the published generator, independent of how they are asked for."""
+
+import math
+
+import pytest
+import torch
+
+from ifvit.randomness import Stream, normal, permutation, philox, uniform
+
+# kat_vectors of the Random123 library, philox4x32-10: counter, key, result.
+KNOWN_ANSWERS = [
+    ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+
+def words(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
+def test_philox_gives_the_published_answers(counter: str, key: str, result: str) -> None:
+    low, high = words(key)
+    drawn = philox(torch.tensor([words(counter)]), low | high << 32)
+    assert drawn[0].tolist() == words(result)
+
+
+def test_a_draw_depends_on_its_position_and_not_on_its_neighbours() -> None:
+    together = normal(5, 17, torch.arange(10), Stream.NOISE, (3, 2))
+    alone = [normal(5, 17, torch.tensor([i]), Stream.NOISE, (3, 2)) for i in (9, 0, 4)]
+    assert torch.equal(torch.cat(alone), together[[9, 0, 4]])
+    assert torch.equal(normal(5, 17, torch.arange(10), Stream.NOISE, (6,)), together.flatten(1))
+
+
+@pytest.mark.parametrize("change", ["seed", "step", "position", "stream"])
+def test_every_part_of_the_counter_changes_the_draw(change: str) -> None:
+    arguments = {"seed": 1, "step": 2, "position": 3, "stream": Stream.NOISE}
+    other = {**arguments, change: Stream.CAPTION if change == "stream" else 9}
+
+    def draw(seed: int, step: int, position: int, stream: Stream) -> torch.Tensor:
+        return uniform(seed, step, torch.tensor([position]), stream, 8)
+
+    assert not torch.equal(draw(**arguments), draw(**other))  # type: ignore[arg-type]
+
+
+def test_moments_are_those_of_the_distribution() -> None:
+    z = normal(0, 0, torch.arange(1000), Stream.NOISE, (200,)).double()
+    size = z.numel()
+    assert z.mean().abs() < 4 / math.sqrt(size)
+    assert (z.var() - 1).abs() < 4 * math.sqrt(2 / size)
+    assert (z**4).mean().item() == pytest.approx(3, abs=4 * math.sqrt(96 / size))
+    correlation = (z[:, 0::2] * z[:, 1::2]).mean()
+    assert correlation.abs() < 4 / math.sqrt(size / 2)
+    u = uniform(0, 0, torch.arange(1000), Stream.NOISE, 200)
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert u.mean().item() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / size))
+
+
+def test_a_permutation_holds_everything_once() -> None:
+    order = permutation(7, 2, 1000)
+    assert sorted(order.tolist()) == list(range(1000))
+    assert not torch.equal(order, permutation(7, 3, 1000))

@@ -1,0 +1,55 @@
+"""Each heavy library has one room: replacing it costs the files named here."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("ifvit", "data_pipeline", "slurm")
+ROOMS = {
+    "accelerate": ["ifvit/training/engine.py"],
+    "deepspeed": ["ifvit/training/engine.py"],
+    "diffusers": [
+        "ifvit/models/autoencoder.py",
+        "ifvit/models/uvit.py",
+        "ifvit/sampling/solvers.py",
+    ],
+    "fsspec": ["ifvit/storage.py"],
+    "huggingface_hub": ["ifvit/models/pretrained.py"],
+    "jinja2": ["ifvit/analysis/report.py"],
+    "jsonargparse": ["ifvit/config.py"],
+    "matplotlib": ["ifvit/analysis/curves.py"],
+    "tensorboard": ["ifvit/training/metrics_log.py"],
+    "transformers": ["ifvit/models/clip.py"],
+    "webdataset": ["data_pipeline/write.py"],
+    "xformers": ["ifvit/models/attention.py"],
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every dotted name that a file imports, at its top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("library", ROOMS)
+def test_a_library_is_imported_in_its_rooms_only(library: str) -> None:
+    found = [
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if any(library in name.split(".") for name in imported_modules(path))
+    ]
+    assert found == ROOMS[library]
+
+
+def test_nothing_imports_torchvision() -> None:
+    for package in (*PACKAGES, "tools"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not any(name.startswith("torchvision") for name in imported_modules(path)), path

@@ -1,0 +1,166 @@
+"""The randomness contract: a run is one sequence of losses, however it was carried out."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import write_dataset
+
+from ifvit.config import dump_config
+from ifvit.errors import UserError
+from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
+from ifvit.training.train import train
+
+Recipe = Callable[..., TrainConfig]
+
+
+def rows(config: TrainConfig) -> dict[int, dict[str, float]]:
+    """metrics.jsonl by step; a step must stand there once."""
+    lines = Path(config.run, "metrics.jsonl").read_text().splitlines()
+    table = [json.loads(line) for line in lines]
+    by_step = {row["step"]: row for row in table}
+    assert len(by_step) == len(table)
+    return by_step
+
+
+def losses(config: TrainConfig) -> list[float]:
+    """The loss of every step, from 1 on without a gap."""
+    table = rows(config)
+    assert list(table) == list(range(1, len(table) + 1))
+    return [row["loss"] for row in table.values()]
+
+
+def launch(config: TrainConfig, num_processes: int) -> subprocess.Popen[bytes]:
+    """Start `ifvit train` as a launcher would, one environment per rank."""
+    recipe = Path(config.run).with_suffix(".yaml")
+    recipe.write_text(dump_config(config))
+    command = [sys.executable, "-m", "ifvit", "train", "--config", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if num_processes == 1:
+        return subprocess.Popen(command, env=environment)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    runner = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
+    arguments = [*runner, "--master_addr=127.0.0.1", f"--master_port={port}", "-m", *command[2:]]
+    return subprocess.Popen(arguments, env=environment)
+
+
+def test_resumed_run_repeats_the_uninterrupted_one(recipe: Recipe) -> None:
+    whole = recipe("whole", checkpoint_every=3)
+    train(whole)
+    broken = recipe("broken", checkpoint_every=3)
+    train(replace(broken, max_steps=5))
+    train(broken)
+    assert losses(broken) == losses(whole)
+    assert {r["grad_norm"] for r in rows(broken).values()} == {
+        r["grad_norm"] for r in rows(whole).values()
+    }
+
+
+def test_losses_do_not_depend_on_micro_batch_size(recipe: Recipe) -> None:
+    whole, split = recipe("whole"), recipe("split", micro_batch_size=2)
+    train(whole)
+    train(split)
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_first_update_has_rate_zero_and_warm_up_is_linear(recipe: Recipe) -> None:
+    config = recipe()
+    train(config)
+    rates = [row["learning_rate"] for row in rows(config).values()]
+    assert rates == pytest.approx([0.0, 0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01, 0.01])
+
+
+def finish(process: "subprocess.Popen[bytes]") -> None:
+    """Wait for a clean end."""
+    assert process.wait(timeout=400) == 0
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["plain", "deepspeed"])
+def test_two_processes_give_the_losses_of_one(recipe: Recipe, backend: str) -> None:
+    alone = recipe("alone", micro_batch_size=4)
+    train(alone)
+    pair = replace(recipe("pair", micro_batch_size=2), engine=EngineConfig(backend=backend))  # type: ignore[arg-type]
+    finish(launch(pair, 2))
+    assert losses(pair) == pytest.approx(losses(alone), rel=1e-5)
+    norms = [[row["grad_norm"] for row in rows(run).values()] for run in (alone, pair)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_killed_run_continues_on_another_number_of_processes(recipe: Recipe) -> None:
+    whole = recipe("whole", micro_batch_size=4, max_steps=24)
+    train(whole)
+    killed = recipe("killed", micro_batch_size=4, max_steps=24, checkpoint_every=4)
+    process = launch(killed, 1)
+    metrics = Path(killed.run, "metrics.jsonl")
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 6:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    halfway = replace(killed, max_steps=16, micro_batch_size=2)
+    finish(launch(replace(halfway, engine=EngineConfig(backend="deepspeed")), 2))
+    finish(launch(killed, 1))
+    assert losses(killed) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_another_recipe_in_the_same_run_directory_is_refused(recipe: Recipe) -> None:
+    config = recipe(max_steps=2)
+    train(config)
+    with pytest.raises(UserError, match="started with seed: 1234, the recipe now says 5"):
+        train(replace(config, seed=5))
+    train(replace(config, max_steps=3, micro_batch_size=4))
+
+
+def test_other_shards_than_the_run_was_trained_on_are_refused(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    config = recipe(max_steps=2)
+    train(config)
+    other = write_dataset(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="trained on other shards"):
+        train(replace(config, shards=other, max_steps=3))
+
+
+def test_backbone_of_another_latent_size_is_refused(recipe: Recipe) -> None:
+    config = recipe()
+    wrong = replace(config, backbone=replace(config.backbone, latent_size=16))
+    with pytest.raises(UserError, match="latents are 4x8x8, but the backbone takes 4x16x16"):
+        train(wrong)
+    wrong = replace(config, backbone=replace(config.backbone, context_width=768))
+    with pytest.raises(UserError, match="context are 5x12, but the backbone takes 5x768"):
+        train(wrong)
+
+
+def test_shards_of_another_encoder_are_refused(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match="encoded with vae made-up, the recipe names scenes/vae"):
+        train(recipe(vae="scenes/vae"))
+
+
+def test_gradient_is_clipped_to_the_norm_of_the_recipe(recipe: Recipe) -> None:
+    free, clipped = recipe("free"), recipe("clipped")
+    train(free)
+    train(replace(clipped, optim=replace(clipped.optim, max_grad_norm=1e-4)))
+    assert losses(clipped)[:2] == losses(free)[:2]
+    assert losses(clipped)[4:] != losses(free)[4:]
+
+
+def test_loss_falls_on_a_small_set(recipe: Recipe) -> None:
+    config = recipe(max_steps=60, optim=OptimConfig(learning_rate=3e-3, warmup_steps=5))
+    train(config)
+    history = losses(config)
+    assert sum(history[-10:]) < 0.9 * sum(history[:10])
