@@ -1,0 +1,60 @@
+"""Captions say everything about a scene, and can be read back."""
+
+import pytest
+
+from ifvit.errors import UserError
+from ifvit.scenes.captions import NUMBER_WORDS, parse_caption, write_captions
+from ifvit.scenes.draw import draw_random_scene
+from ifvit.scenes.layout import Group, Scene
+
+SCENES = [draw_random_scene(seed=21, image_id=number).scene for number in range(500)]
+CIRCLES = Group(count=2, colour="red", kind="circle")
+SQUARE = Group(count=1, colour="blue", kind="square")
+
+
+def test_every_caption_of_every_template_reads_back_as_its_scene() -> None:
+    for scene in SCENES:
+        captions = write_captions(scene)
+        assert len(set(captions)) == 5
+        assert [parse_caption(caption) for caption in captions] == [scene] * 5
+
+
+def test_every_caption_names_every_colour_kind_and_count() -> None:
+    for scene in SCENES:
+        for caption in write_captions(scene):
+            for group in scene.groups:
+                words = caption.split()
+                assert group.colour in words
+                assert (group.kind if group.count == 1 else f"{group.kind}s") in words
+                assert NUMBER_WORDS[group.count - 1] in words or (group.count == 1 and "a" in words)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "two red circles left of a blue square",
+        "a blue square right of two red circles",
+        "one blue square right of two red circles",
+        "two red circles on the left and a blue square on the right",
+    ],
+)
+def test_converse_phrases_mean_the_same_scene(caption: str) -> None:
+    wanted = Scene(first=CIRCLES, relation="left of", second=SQUARE)
+    assert parse_caption(caption) == wanted
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "",
+        "a cat",
+        "two red circle",
+        "six red circles",
+        "two red circles near a blue square",
+        "two red circles left of a blue square and nothing else",
+        "one red circle one red circle one red circle",
+    ],
+)
+def test_a_caption_of_no_template_is_a_user_error(caption: str) -> None:
+    with pytest.raises(UserError, match="follows no template"):
+        parse_caption(caption)
