@@ -9,3 +9,17 @@ class CostConfig:
 
     json: bool = False
     """Print a list of JSON objects instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write one self-contained HTML page about one or more runs, side by side."""
+
+    runs: list[str]
+    """Run folders; the first is the baseline that the others are compared with."""
+
+    output: str = "report.html"
+    """The page; opens without a network."""
+
+    title: str = "ifvit report"
+    """Heading of the page."""

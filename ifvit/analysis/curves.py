@@ -1,0 +1,105 @@
+"""Training curves as inline SVG that takes its colours from the page around it."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from ifvit.analysis.runs import Run
+
+Floats = NDArray[np.float64]
+
+# Stand-ins that the finished SVG names as CSS variables, so that light and dark pages both work.
+_INK, _LINE = "#010203", "#010204"
+_RUN_COLOURS = tuple(f"#0101{number:02x}" for number in range(16, 24))
+NUM_COLOURS = len(_RUN_COLOURS)
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ifvit",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _LINE,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One quantity of metrics.jsonl over another."""
+
+    title: str
+    x: str
+    x_label: str
+    y: str
+    is_log: bool = False
+
+
+CURVES = (
+    Curve(title="Loss over steps", x="step", x_label="step", y="loss", is_log=True),
+    Curve(title="Loss over time", x="seconds", x_label="training seconds", y="loss", is_log=True),
+    Curve(title="Gradient norm", x="step", x_label="step", y="grad_norm", is_log=True),
+    Curve(title="Samples per second", x="step", x_label="step", y="samples_per_s"),
+)
+
+
+def draw_curve(curve: Curve, runs: Sequence[Run]) -> str | None:
+    """SVG text with every run's raw values faint and smoothed ones solid; None without values."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        drawn = [
+            _draw(axes, run, curve, _RUN_COLOURS[index % NUM_COLOURS])
+            for index, run in enumerate(runs)
+        ]
+        if not any(drawn):
+            return None
+        if curve.is_log:
+            axes.set_yscale("log")
+        axes.set_xlabel(curve.x_label)
+        axes.grid(visible=True, axis="y")
+        axes.margins(x=0.01)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _theme(buffer.getvalue())
+
+
+def smooth(values: Floats, window: int) -> Floats:
+    """Centred moving average (N,) => (N,); at the ends over the values that there are."""
+    weights = np.ones(window)
+    total = np.convolve(values, weights, mode="same")
+    averaged: Floats = total / np.convolve(np.ones(len(values)), weights, mode="same")
+    return averaged
+
+
+def _draw(axes: Axes, run: Run, curve: Curve, colour: str) -> bool:
+    points = [(row[curve.x], row[curve.y]) for row in run.curve if {curve.x, curve.y} <= set(row)]
+    if not points:
+        return False
+    x, y = np.array(points, dtype=np.float64).T
+    axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.9)
+    axes.plot(x, smooth(y, max(1, len(y) // 25)), color=colour, linewidth=2.0)
+    return True
+
+
+def _theme(svg: str) -> str:
+    """The <svg> element alone, its stand-in colours replaced by the page's CSS variables."""
+    svg = svg[svg.index("<svg") :]
+    for number, colour in enumerate(_RUN_COLOURS):
+        svg = svg.replace(colour, f"var(--run{number})")
+    svg = svg.replace(_INK, "var(--muted)").replace(_LINE, "var(--rule)")
+    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
