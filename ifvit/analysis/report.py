@@ -32,8 +32,12 @@ _SMALL = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """An inline image; `uri` None is a hole. `marks` say what is right about it."""
+    """An inline image; `uri` None is a hole. `marks` say what is right about it.
 
+    `colour` is the CSS variable of the run that drew it.
+    """
+
+    colour: str
     uri: str | None
     marks: dict[str, bool]
 
@@ -61,7 +65,7 @@ def report(config: ReportConfig) -> None:
         runs=[{"name": run.name, "colour": n % NUM_COLOURS} for n, run in enumerate(runs)],
         settings=setting_lines(runs),
         metrics=metric_lines(runs),
-        verdicts=[verdict for other in runs[1:] for verdict in compare(runs[0], other)],
+        comparisons=[found for other in runs[1:] if (found := compare(runs[0], other))],
         protocol=protocol_lines(runs),
         protocol_differences=protocol_differences(runs),
         history=history(runs),
@@ -87,17 +91,18 @@ def _caption_rows(runs: list[Run]) -> list[CaptionRow]:
     for key in wanted:
         found = [samples.get(key) for samples in drawn]
         real = next((sample.real for sample in found if sample and sample.real), None)
-        pictures = [Picture(uri=_inline(real) if real else None, marks={})] if has_real else []
-        rows.append(CaptionRow(caption=key[1], pictures=pictures + [_picture(s) for s in found]))
+        pictures = [Picture(colour="muted", uri=_inline_if_there(real), marks={})]
+        pictures = pictures if has_real else []
+        pictures += [_picture(f"run{n % NUM_COLOURS}", sample) for n, sample in enumerate(found)]
+        rows.append(CaptionRow(caption=key[1], pictures=pictures))
     return rows
 
 
-def _picture(sample: Sample | None) -> Picture:
-    if sample is None or not storage.exists(sample.image):
-        return Picture(uri=None, marks={})
-    scores = sample.scores or {}
+def _picture(colour: str, sample: Sample | None) -> Picture:
+    scores = (sample.scores if sample else None) or {}
     marks = {name: value for name, value in scores.items() if value is not None}
-    return Picture(uri=_inline(sample.image), marks=marks)
+    uri = _inline_if_there(sample.image if sample else None)
+    return Picture(colour=colour, uri=uri, marks=marks)
 
 
 def _grid_pictures(run: Run) -> list[tuple[int, str]]:
@@ -123,6 +128,10 @@ def _holes(run: Run) -> list[str]:
 
 def _as_yaml(recipe: dict[str, Any] | None) -> str | None:
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None
+
+
+def _inline_if_there(url: str | None) -> str | None:
+    return _inline(url) if url and storage.exists(url) else None
 
 
 def _inline(url: str) -> str:

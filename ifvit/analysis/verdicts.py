@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from ifvit.analysis.runs import Run
 from ifvit.evaluation.metrics import Estimate, MetricsRow
@@ -46,21 +47,47 @@ METRICS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One comparison: the sentence, and whether the difference stands out of the noise."""
+    """One metric of two runs; `outcome` is `same` when the difference is within the noise."""
 
     metric: str
+    outcome: Literal["better", "worse", "same"]
     sentence: str
-    is_clear: bool
 
 
-def compare(baseline: Run, other: Run) -> list[Verdict]:
-    """One verdict per metric that both runs have, `other` against `baseline`."""
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All verdicts about `other` against `baseline`."""
+
+    baseline: str
+    other: str
+    verdicts: list[Verdict]
+
+    @property
+    def summary(self) -> str:
+        """One sentence that says which metrics tell the runs apart, and which do not."""
+        phrases = {
+            "better": "clearly better in",
+            "worse": "clearly worse in",
+            "same": "no difference beyond the noise in",
+        }
+        named = {
+            outcome: ", ".join(v.metric for v in self.verdicts if v.outcome == outcome)
+            for outcome in phrases
+        }
+        found = "; ".join(f"{phrases[key]} {names}" for key, names in named.items() if names)
+        return f"{self.other} against {self.baseline}: {found}."
+
+
+def compare(baseline: Run, other: Run) -> Comparison | None:
+    """One verdict per metric that both runs have; None when there is no such metric."""
     verdicts = []
     for metric in METRICS:
         first, second = metric.of(baseline.last), metric.of(other.last)
         if first and second:
             verdicts.append(_compare(metric, (baseline.name, first), (other.name, second)))
-    return verdicts
+    if not verdicts:
+        return None
+    return Comparison(baseline=baseline.name, other=other.name, verdicts=verdicts)
 
 
 def protocol_differences(runs: list[Run]) -> list[str]:
@@ -71,28 +98,33 @@ def protocol_differences(runs: list[Run]) -> list[str]:
 
 
 def best_run(metric: Metric, runs: list[Run]) -> Run | None:
-    """The run with the best value, if at least two have one."""
-    measured = [(estimate.value, run) for run in runs if (estimate := metric.of(run.last))]
+    """The run that is better than every other one by more than the noise, if there is one."""
+    measured = [(run, estimate) for run in runs if (estimate := metric.of(run.last))]
+    measured.sort(key=lambda pair: pair[1].value, reverse=not metric.lower_is_better)
     if len(measured) < 2:
         return None
-    choose = min if metric.lower_is_better else max
-    return choose(measured, key=lambda pair: pair[0])[1]
+    (best, highest), others = measured[0], measured[1:]
+    return best if all(_is_clear(highest, estimate) for _, estimate in others) else None
+
+
+def _noise(first: Estimate, second: Estimate) -> float:
+    return NOISE_ERRORS * math.hypot(first.standard_error, second.standard_error)
+
+
+def _is_clear(first: Estimate, second: Estimate) -> bool:
+    return abs(first.value - second.value) > _noise(first, second)
 
 
 def _compare(metric: Metric, first: tuple[str, Estimate], second: tuple[str, Estimate]) -> Verdict:
     difference = second[1].value - first[1].value
-    error = math.hypot(first[1].standard_error, second[1].standard_error)
-    is_clear = abs(difference) > NOISE_ERRORS * error
-    is_better = (difference < 0) == metric.lower_is_better
     values = f"{metric.show(second[1].value)} against {metric.show(first[1].value)}"
     size = metric.show(abs(difference)).replace(" %", " points")
-    noise = metric.show(NOISE_ERRORS * error).replace(" %", " points")
-    if is_clear:
-        word = "better" if is_better else "worse"
-        text = f"{second[0]} is {word} than {first[0]} by {size} ({values}; noise {noise})."
-    else:
-        text = (
-            f"{second[0]} and {first[0]} differ by {size} ({values}), "
-            f"less than the noise of {noise}: no difference shown."
-        )
-    return Verdict(metric=metric.title, sentence=text, is_clear=is_clear)
+    noise = metric.show(_noise(first[1], second[1])).replace(" %", " points")
+    if not _is_clear(first[1], second[1]):
+        text = f"{values}: the difference of {size} is smaller than the noise of {noise}."
+        return Verdict(metric=metric.title, outcome="same", sentence=text)
+    outcome: Literal["better", "worse"] = (
+        "better" if (difference < 0) == metric.lower_is_better else "worse"
+    )
+    text = f"{values}: {outcome} by {size}, the noise is {noise}."
+    return Verdict(metric=metric.title, outcome=outcome, sentence=text)

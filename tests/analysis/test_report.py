@@ -13,7 +13,7 @@ from ifvit.analysis.config import ReportConfig
 from ifvit.analysis.curves import smooth
 from ifvit.analysis.report import report
 from ifvit.analysis.runs import read_run, read_runs
-from ifvit.analysis.verdicts import compare
+from ifvit.analysis.verdicts import METRICS, best_run, compare
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate, MetricsRow, Protocol, write_row
 from ifvit.images import encode_png
@@ -137,11 +137,16 @@ def test_a_difference_within_the_noise_is_called_that(tmp_path: Path) -> None:
     early = read_run(write_run(tmp_path / "early", build_row(0.60), 0), "early")
     close = read_run(write_run(tmp_path / "close", build_row(0.63), 3), "close")
     far = read_run(write_run(tmp_path / "far", build_row(0.40), 3), "far")
-    retrieval = compare(early, close)[0]
-    assert not retrieval.is_clear
-    assert "less than the noise of 5.7 points" in retrieval.sentence
-    assert compare(early, far)[0].is_clear
-    assert "far is worse than early by 20.0 points" in compare(early, far)[0].sentence
+    within, beyond = compare(early, close), compare(early, far)
+    assert within is not None
+    assert beyond is not None
+    assert within.verdicts[0].outcome == "same"
+    assert "smaller than the noise of 5.7 points" in within.verdicts[0].sentence
+    assert "no difference beyond the noise in Retrieval" in within.summary
+    assert beyond.verdicts[0].outcome == "worse"
+    assert "by 20.0 points" in beyond.verdicts[0].sentence
+    assert best_run(METRICS[0], [early, close]) is None
+    assert best_run(METRICS[0], [far, close]) is close
 
 
 def test_a_smaller_frechet_distance_is_better(tmp_path: Path) -> None:
@@ -155,8 +160,10 @@ def test_a_smaller_frechet_distance_is_better(tmp_path: Path) -> None:
             write_run(tmp_path / "b", good, 3),
         ]
     )
-    verdicts = {verdict.metric: verdict.sentence for verdict in compare(*runs)}
-    assert "b is better than a" in verdicts["Fréchet distance"]
+    comparison = compare(*runs)
+    assert comparison is not None
+    outcomes = {verdict.metric: verdict.outcome for verdict in comparison.verdicts}
+    assert outcomes["Fréchet distance"] == "better"
 
 
 def test_evaluations_done_differently_are_marked(tmp_path: Path) -> None:
