@@ -1,6 +1,7 @@
 """The command line: one table of verbs, each a configuration class and a function."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; a user error is one line on stderr and exit code 2."""
+    # Their notices (no torchvision, no CUDA) would stand before our own one-line errors.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         name, rest = _split(arguments)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from ifvit.models.pretrained import identify, resolve_pretrained
 from ifvit.shards import EncoderIdentity
@@ -88,6 +89,7 @@ def load_text_encoder(
     """Open the text tower of `openai/clip-vit-large-patch14`, a local folder or `scenes/clip`."""
     folder = resolve_pretrained(name)
     identity = identify(name, folder)
+    disable_progress_bar()  # it counts tensors, within a second
     model: Any = CLIPTextModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     model.requires_grad_(False)
     return TextEncoder(model.to(device).eval(), CLIPTokenizer.from_pretrained(folder), identity)
@@ -97,6 +99,7 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     """Open a whole CLIP model with its tokenizer and image normalisation for scoring."""
     folder = resolve_pretrained(name)
     identity = identify(name, folder)
+    disable_progress_bar()
     model: Any = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     processor = CLIPImageProcessor.from_pretrained(folder)
     return ClipScorer(model.to(device), CLIPTokenizer.from_pretrained(folder), processor, identity)

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from ifvit.errors import UserError
 from ifvit.scenes.captions import write_captions
+from ifvit.scenes.config import ScenesConfig
 from ifvit.scenes.draw import DrawnScene, draw_random_scene, encode_jpeg
 from ifvit.scenes.layout import IMAGE_SIZE, KINDS, PlacedObject
 from ifvit.storage import read_json, write_json
@@ -124,3 +125,8 @@ def _instance_record(annotation_id: int, image_id: int, placed: PlacedObject) ->
         "id": annotation_id,
         "colour": placed.colour,
     }
+
+
+def draw_scenes(config: ScenesConfig) -> None:
+    """The verb `scenes`."""
+    draw_scene_set(config.folder, config.split, config.num_images, config.seed)

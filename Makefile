@@ -1,0 +1,30 @@
+# `make demo` and `make test` work on a fresh clone with nothing but Python >= 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo test check clean
+
+setup: .venv/.complete
+
+.venv/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ifvit needs Python >= 3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	touch $@
+
+demo: setup
+	$(BIN)/ifvit demo
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell ifvit data_pipeline slurm tests tools configs *.md
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,145 @@
+"""The verb `demo`: every stage of the real path, small enough for two slow cores."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from data_pipeline.config import EncodeConfig
+from data_pipeline.encode import encode
+from ifvit.analysis.config import ReportConfig
+from ifvit.analysis.report import report
+from ifvit.demo_config import DemoConfig
+from ifvit.evaluation.config import EvaluateConfig
+from ifvit.evaluation.evaluate import evaluate
+from ifvit.evaluation.metrics import Estimate, MetricsRow
+from ifvit.models.presets import PRESETS
+from ifvit.sampling.config import SamplingConfig
+from ifvit.scenes.coco import draw_scene_set
+from ifvit.storage import join, write_json
+from ifvit.training.config import OptimConfig, SampleGridConfig, TrainConfig
+from ifvit.training.train import train
+
+NUM_TRAIN, NUM_HELD_OUT = 6000, 512
+STEPS_PER_MINUTE = 300
+"""Optimizer steps of each model per minute of `--minutes`; fixed, so that a demo repeats."""
+PROMPTS = (
+    "one red circle",
+    "three blue squares",
+    "two green triangles above a yellow circle",
+    "four yellow circles",
+    "one purple square left of two red triangles",
+    "five green circles",
+    "a blue triangle below two red squares",
+    "three purple circles right of a green square",
+)
+SUMMARY_KEYS = (
+    "retrieval_at_16",
+    "clip_score",
+    "frechet_distance",
+    "count_accuracy",
+    "colour_accuracy",
+    "kind_accuracy",
+    "relation_accuracy",
+)
+
+
+def demo(config: DemoConfig) -> None:
+    """Leave `report.html` and `summary.json` in the folder; finished stages are not repeated."""
+    started = time.perf_counter()
+    images, shards = join(config.folder, "images"), join(config.folder, "shards")
+    settings = {
+        "early": replace(
+            PRESETS["tiny"], conditioning="concat", num_image_blocks=0, num_text_blocks=0
+        ),
+        "intermediate": PRESETS["tiny"],
+    }
+    _announce("1/5", "draw scenes in COCO's layout")
+    for split, count in (("train2014", NUM_TRAIN), ("val2014", NUM_HELD_OUT)):
+        draw_scene_set(images, split, count)
+    _announce("2/5", "encode them into shards of VAE moments and CLIP contexts")
+    for split in ("train2014", "val2014"):
+        encode(_encoding(images, shards, split))
+    rows, seconds = {}, {}
+    for name, backbone in settings.items():
+        run = join(config.folder, name)
+        _announce("3/5", f"train {name} fusion ({backbone.conditioning})")
+        recipe = _recipe(run, join(shards, "train2014"), config)
+        seconds[name] = train(replace(recipe, backbone=backbone)).seconds
+        _announce("4/5", f"draw held-out captions with {name} fusion and measure the pictures")
+        rows[name] = evaluate(_evaluation(run, join(shards, "val2014"), join(images, "val2014")))
+    _announce("5/5", "report")
+    page = join(config.folder, "report.html")
+    runs = [join(config.folder, name) for name in settings]
+    report(ReportConfig(runs=runs, output=page, title="ifvit demo: early against intermediate"))
+    summary = {name: _summarise(row, seconds[name]) for name, row in rows.items()}
+    write_json(join(config.folder, "summary.json"), summary)
+    _finish(config.folder, summary, time.perf_counter() - started)
+
+
+def _encoding(images: str, shards: str, split: str) -> EncodeConfig:
+    return EncodeConfig(
+        images=join(images, split),
+        captions=join(images, "annotations", f"captions_{split}.json"),
+        output=join(shards, split),
+        vae="scenes/vae",
+        text_encoder="scenes/clip",
+        image_size=64,
+        samples_per_shard=1000,
+        batch_size=50,
+    )
+
+
+def _recipe(run: str, shards: str, config: DemoConfig) -> TrainConfig:
+    """One recipe for both backbones."""
+    max_steps = max(1, round(config.minutes / 2 * STEPS_PER_MINUTE))
+    return TrainConfig(
+        run=run,
+        shards=shards,
+        backbone=PRESETS["tiny"],
+        optim=OptimConfig(
+            learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.99), warmup_steps=50
+        ),
+        sample_grid=SampleGridConfig(
+            every=max(1, max_steps // 4), prompts=PROMPTS, num_steps=15, guidance_scale=3.0
+        ),
+        max_steps=max_steps,
+        global_batch_size=64,
+        micro_batch_size=64,
+        ema_decay=0.99,
+        log_every=10,
+        checkpoint_every=100,
+        keep_checkpoints=1,
+        seed=1234,
+    )
+
+
+def _evaluation(run: str, shards: str, images: str) -> EvaluateConfig:
+    return EvaluateConfig(
+        weights=run,
+        shards=shards,
+        images=images,
+        clip="scenes/clip",
+        num_samples=256,
+        sampling=SamplingConfig(num_steps=20, guidance_scale=3.0),
+        paper_prefix="",
+        scenes=True,
+    )
+
+
+def _summarise(row: MetricsRow, train_seconds: float) -> dict[str, float | None]:
+    estimates: dict[str, Estimate | None] = {key: getattr(row, key) for key in SUMMARY_KEYS}
+    values = {key: value.value if value else None for key, value in estimates.items()}
+    return {**values, "train_seconds": train_seconds}
+
+
+def _announce(number: str, what: str) -> None:
+    sys.stdout.write(f"\n[{number}] {what}\n")
+    sys.stdout.flush()
+
+
+def _finish(folder: str, summary: dict[str, dict[str, float | None]], seconds: float) -> None:
+    sys.stdout.write(f"\nDone in {seconds / 60:.1f} minutes: {Path(folder, 'report.html')}\n")
+    for name, row in summary.items():
+        numbers = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if v is not None)
+        sys.stdout.write(f"{name:>12}  {numbers}\n")

@@ -1,0 +1,73 @@
+"""The command line: quick help, one line for a mistake, exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ifvit.cli import VERBS, main
+
+RECIPE = Path(__file__).parent.parent / "configs" / "train" / "coco256_early.yaml"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
+    program = (
+        "import sys; from ifvit.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", program, *verb.split(), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: ifvit {verb}" in done.stdout
+    assert "--config" in done.stdout
+
+
+def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a mistake prints."""
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["trian"], "no verb `trian`"),
+        (["shards"], "no verb `shards`"),
+        (["train"], "arguments are required: run"),
+        (["cost", "--jsn"], "unrecognized arguments: --jsn"),
+        (["encode", "--config", "none.yaml"], "none.yaml'"),
+        (["shards", "verify", "nowhere"], "nowhere/manifest.json: no such file"),
+        (["generate", "--weights", "nowhere", "--prompt", "x"], "nowhere: no weights there"),
+        (["generate", "--weights", "nowhere"], "give either prompt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in fails(argv, capsys)
+
+
+def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0
+    listed = capsys.readouterr().out
+    assert all(verb in listed for verb in VERBS)
+
+
+def test_print_config_shows_every_field_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--config", str(RECIPE), "--print_config"])
+    assert end.value.code == 0
+    assert "conditioning: concat" in capsys.readouterr().out
