@@ -89,7 +89,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=16_000)
     parser.add_argument("--num_test_images", type=int, default=512)
     parser.add_argument("--vae_steps", type=int, default=1_500)
-    parser.add_argument("--clip_steps", type=int, default=1_500)
+    parser.add_argument("--clip_steps", type=int, default=1_200)
     parser.add_argument("--num_threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ENCODERS)
     return parser.parse_args()
@@ -115,7 +115,9 @@ def main() -> None:
         [text for captions in train.captions for text in captions]
     )
     generator = torch.manual_seed(options.seed)
-    decoded = vae_training.reconstruct(vae, train.images, noise=LATENT_NOISE)
+    decoded = vae_training.reconstruct(
+        vae, train.images[: options.num_images // 2], noise=LATENT_NOISE
+    )
     start = time.monotonic()
     clip = clip_training.train_clip(tokenizer, train, decoded, options.clip_steps, generator)
     seconds["clip"] = time.monotonic() - start

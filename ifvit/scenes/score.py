@@ -19,8 +19,8 @@ _COVERED = 0.5
 _MIN_COLOUR_AGREEMENT = 0.951
 _MIN_AREA = SMALLEST_AREA / 4
 _MIN_OVERLAP = 0.7
-# Blur rounds corners, so the template of a square is the superellipse |x|^4 + |y|^4 <= r^4.
-_ROUNDING = 4
+# Blur rounds corners, so the template of a square is the superellipse x^6 + y^6 <= r^6.
+_ROUNDING = 6
 _ROUNDED_AREA = 4 * math.gamma(1 + 1 / _ROUNDING) ** 2 / math.gamma(1 + 2 / _ROUNDING)
 _TRIANGLE_ASPECT = PROPORTIONS["triangle"][0] / PROPORTIONS["triangle"][1]
 
@@ -127,17 +127,21 @@ def _describe(mask: NDArray[np.bool_], colour: str) -> FoundObject:
 def _template(
     kind: str, x: float, y: float, area: float, shape: tuple[int, ...]
 ) -> NDArray[np.bool_]:
-    """Pixels of the ideal shape with this area and centre of gravity."""
-    down, right = np.ogrid[: shape[0], : shape[1]]
-    dx, dy = np.abs(right + 0.5 - x), down + 0.5 - y
+    """Pixels (H, W) of the ideal shape with this area and centre of gravity."""
+    rows, columns = np.indices(shape) + 0.5
+    dx, dy = np.abs(columns - x), rows - y
+    inside: NDArray[np.bool_]
     if kind == "circle":
-        return dx**2 + dy**2 <= area / math.pi
-    if kind == "square":
-        return dx**_ROUNDING + np.abs(dy) ** _ROUNDING <= (area / _ROUNDED_AREA) ** (_ROUNDING / 2)
-    width = math.sqrt(2 * area * _TRIANGLE_ASPECT)
-    height = width / _TRIANGLE_ASPECT
-    from_top = dy + height * 2 / 3
-    return (from_top <= height) & (dx <= from_top / height * width / 2)
+        inside = dx**2 + dy**2 <= area / math.pi
+    elif kind == "square":
+        radius = math.sqrt(area / _ROUNDED_AREA)
+        inside = dx**_ROUNDING + dy**_ROUNDING <= radius**_ROUNDING
+    else:
+        width = math.sqrt(2 * area * _TRIANGLE_ASPECT)
+        height = width / _TRIANGLE_ASPECT
+        from_top = dy + height * 2 / 3
+        inside = (from_top <= height) & (dx <= from_top / height * width / 2)
+    return inside
 
 
 def _count(group: Group, objects: list[FoundObject]) -> int:

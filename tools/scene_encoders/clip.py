@@ -99,7 +99,7 @@ def train_clip(
 ) -> CLIPModel:
     """Contrast images with captions; all captions of the same scene are right answers.
 
-    Half of each batch is as drawn, half as the VAE decodes it (`decoded`).
+    Half of each batch is as drawn, half as the VAE decodes it (`decoded`, of the first scenes).
     """
     clip = build_clip(tokenizer)
     tokens = tokenize(tokenizer, scenes)
@@ -108,11 +108,11 @@ def train_clip(
     half = BATCH_SIZE // 2
     for _ in progress:
         batch = torch.randint(len(tokens), (BATCH_SIZE,), generator=generator)
+        batch[half:] %= len(decoded)
         choice = torch.randint(NUM_CAPTIONS, (BATCH_SIZE,), generator=generator)
         images = torch.cat([scenes.images[batch[:half]], decoded[batch[half:]]])
-        with torch.autocast("cpu", torch.bfloat16):
-            image_features = embed_images(clip, augment(images, generator))
-            text_features = embed_texts(clip, tokens[batch, choice])
+        image_features = embed_images(clip, augment(images, generator))
+        text_features = embed_texts(clip, tokens[batch, choice])
         logits = clip.logit_scale.exp() * image_features @ text_features.T
         is_right = (scenes.content[batch, None] == scenes.content[batch]).float()
         target = is_right / is_right.sum(dim=1, keepdim=True)
