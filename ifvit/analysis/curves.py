@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from ifvit.analysis.runs import Run
@@ -70,6 +71,9 @@ def draw_curve(curve: Curve, runs: Sequence[Run]) -> str | None:
             return None
         if curve.is_log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(curve.x_label)
         axes.grid(visible=True, axis="y")
         axes.margins(x=0.01)

@@ -47,8 +47,8 @@ def setting_lines(runs: list[Run]) -> list[Line]:
         line("Text-branch blocks", [s.num_text_blocks if s else None for s in shapes]),
         line("Blocks, width", [f"{s.depth + 1}, {s.width}" if s else None for s in shapes]),
         line("Parameters", [c.params if c else None for c in costs], "{:,}"),
-        line("GFLOPs", [c.layer_flops / 1e9 if c else None for c in costs], "{:.3g}"),
-        line("GFLOPs with attention", [c.flops / 1e9 if c else None for c in costs], "{:.3g}"),
+        line("GFLOPs", [c.layer_flops / 1e9 if c else None for c in costs], "{:.3f}"),
+        line("GFLOPs with attention", [c.flops / 1e9 if c else None for c in costs], "{:.3f}"),
         line("Steps", [end.get("step") for end in ends], "{:,}"),
         line("Images seen", [end.get("samples_seen") for end in ends], "{:,}"),
         line("Training seconds", [end.get("seconds") for end in ends], "{:,.0f}"),
@@ -74,8 +74,8 @@ def metric_lines(runs: list[Run]) -> list[Line]:
             else Cell()
             for run, estimate in zip(runs, estimates, strict=True)
         ]
-        arrow = "lower is better" if metric.lower_is_better else ""
-        lines.append(Line(title=f"{metric.title} {arrow}".strip(), cells=cells))
+        hint = " (lower is better)" if metric.lower_is_better else ""
+        lines.append(Line(title=f"{metric.title}{hint}", cells=cells))
     return lines
 
 

@@ -1,0 +1,53 @@
+"""Held-out scenes in real shards, and a run folder with an untrained backbone."""
+
+from pathlib import Path
+
+import pytest
+from held_out_scenes import NUM_IMAGES, HeldOut, save_run
+
+from data_pipeline.config import EncodeConfig
+from data_pipeline.encode import encode
+from ifvit.evaluation.config import EvaluateConfig
+from ifvit.sampling.config import SamplingConfig
+from ifvit.scenes.coco import draw_scene_set
+from ifvit.shards import read_manifest
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
+    folder = tmp_path_factory.mktemp("scenes")
+    draw_scene_set(folder, "val2014", NUM_IMAGES, seed=3)
+    shards = str(folder / "shards")
+    encode(
+        EncodeConfig(
+            images=str(folder / "val2014"),
+            captions=str(folder / "annotations" / "captions_val2014.json"),
+            output=shards,
+            vae="scenes/vae",
+            text_encoder="scenes/clip",
+            image_size=64,
+            device="cpu",
+            num_workers=1,
+        )
+    )
+    return HeldOut(shards=shards, manifest=read_manifest(shards), images=str(folder / "val2014"))
+
+
+@pytest.fixture
+def run(held_out: HeldOut, tmp_path: Path) -> str:
+    return save_run(tmp_path / "run", held_out.manifest)
+
+
+@pytest.fixture
+def config(held_out: HeldOut, run: str) -> EvaluateConfig:
+    return EvaluateConfig(
+        weights=run,
+        shards=held_out.shards,
+        images=held_out.images,
+        clip="scenes/clip",
+        num_samples=20,
+        sampling=SamplingConfig(num_steps=2, batch_size=8),
+        paper_prefix="",
+        scenes=True,
+        device="cpu",
+    )

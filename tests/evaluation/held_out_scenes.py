@@ -1,0 +1,54 @@
+"""Held-out scenes, and a run folder whose backbone is untrained but real."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ifvit.models.config import FusionUViTConfig
+from ifvit.models.uvit import FusionUViT
+from ifvit.models.weights import WeightsInfo, save_weights
+from ifvit.shards import EncoderIdentity, Manifest
+
+NUM_IMAGES = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """URL of the shards, what they say of themselves, and the folder of the real images."""
+
+    shards: str
+    manifest: Manifest
+    images: str
+
+
+def save_run(folder: Path, manifest: Manifest, vae: EncoderIdentity | None = None) -> str:
+    """A run folder whose weights of step 7 are random, for the latents of `manifest`."""
+    torch.manual_seed(0)
+    channels, size, _ = manifest.moments_shape
+    length, width = manifest.context_shape
+    shape = FusionUViTConfig(
+        latent_size=size,
+        latent_channels=channels // 2,
+        patch_size=2,
+        width=32,
+        depth=4,
+        num_heads=2,
+        context_length=length,
+        context_width=width,
+        conditioning="cross_attention",
+        num_image_blocks=1,
+        num_text_blocks=1,
+    )
+    info = WeightsInfo(
+        step=7,
+        ema_decay=0.999,
+        scaling_factor=manifest.scaling_factor,
+        vae=vae or manifest.vae,
+        text_encoder=manifest.text_encoder,
+        recipe_sha256="0" * 64,
+    )
+    backbone = FusionUViT(**dataclasses.asdict(shape))
+    save_weights(str(folder / "weights" / "step_00000007" / "ema"), backbone, info)
+    return str(folder)

@@ -1,0 +1,101 @@
+"""The verb `generate` with the shipped encoders and an untrained backbone."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ifvit.config import read_config
+from ifvit.errors import UserError
+from ifvit.images import decode_png
+from ifvit.models.autoencoder import load_autoencoder
+from ifvit.models.clip import load_text_encoder
+from ifvit.models.presets import PRESETS
+from ifvit.models.uvit import FusionUViT
+from ifvit.models.weights import WeightsInfo, save_weights
+from ifvit.sampling.config import GenerateConfig
+from ifvit.sampling.generate import generate
+from ifvit.shards import EncoderIdentity
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_untrained(tmp_path_factory.mktemp("weights"))
+
+
+def save_untrained(folder: Path, vae: EncoderIdentity | None = None) -> str:
+    encoder, autoencoder = load_text_encoder("scenes/clip"), load_autoencoder("scenes/vae")
+    channels, size, _ = autoencoder.latent_shape(64)
+    length, width = encoder.context_shape
+    shape = dataclasses.replace(
+        PRESETS["tiny"], latent_size=size, latent_channels=channels, width=32, num_heads=2,
+        depth=4, num_image_blocks=1, context_length=length, context_width=width,
+    )  # fmt: skip
+    info = WeightsInfo(
+        step=3,
+        ema_decay=None,
+        scaling_factor=0.5,
+        vae=vae or autoencoder.identity,
+        text_encoder=encoder.identity,
+        recipe_sha256="0" * 64,
+    )
+    torch.manual_seed(0)
+    save_weights(str(folder), FusionUViT(**dataclasses.asdict(shape)), info)
+    return str(folder)
+
+
+def test_flags_of_the_command_line_are_flat(weights: str, tmp_path: Path) -> None:
+    flags = f"--weights {weights} --prompt x --guidance_scale 3 --seed 1 --num_steps 50".split()
+    flags += ["--solver", "ddim", "--output", str(tmp_path)]
+    config = read_config(GenerateConfig, flags, prog="ifvit generate")
+    assert (config.guidance_scale, config.seed, config.solver) == (3.0, 1, "ddim")
+
+
+def test_prompts_become_files_rows_and_a_grid(weights: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("two red circles\n\na blue square\n")
+    config = GenerateConfig(
+        weights=weights,
+        prompts=str(tmp_path / "prompts.txt"),
+        output=str(tmp_path / "out"),
+        num_images=2,
+        num_steps=2,
+        device="cpu",
+    )
+    files = generate(config)
+    rows = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["two red circles", "a blue square"] * 2
+    assert [str(tmp_path / "out" / row["file"]) for row in rows] == files
+    assert rows[0]["num_steps"] == 2
+    assert len(rows[0]["weights_sha256"]) == 64
+    assert decode_png(Path(files[0]).read_bytes()).shape == (64, 64, 3)
+    assert decode_png((tmp_path / "out/grid.png").read_bytes()).shape == (130, 130, 3)
+
+    once = dataclasses.replace(config, num_images=1, output=str(tmp_path / "once"), batch_size=1)
+    for first, again in zip(files, generate(once), strict=False):
+        difference = decode_png(Path(first).read_bytes()).astype(int)
+        difference -= decode_png(Path(again).read_bytes())
+        assert abs(difference).max() <= 1  # a rounding in another batch
+
+
+def test_another_encoder_than_that_of_the_training_is_refused(tmp_path: Path) -> None:
+    foreign = EncoderIdentity(name="scenes/vae", sha256="f" * 64)
+    config = GenerateConfig(weights=save_untrained(tmp_path, vae=foreign), prompt="x", device="cpu")
+    with pytest.raises(UserError, match="vae scenes/vae has sha256"):
+        generate(config)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"prompt": "x", "prompts": "y"}, {"prompt": "x", "num_images": 0}]
+)
+def test_a_config_without_one_clear_order_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"prompt|num_images"):
+        GenerateConfig(weights="run", **wrong)
+
+
+def test_an_empty_prompts_file_is_a_user_error(weights: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    config = GenerateConfig(weights=weights, prompts=str(tmp_path / "prompts.txt"))
+    with pytest.raises(UserError, match="no prompts"):
+        generate(config)
