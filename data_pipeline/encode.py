@@ -21,11 +21,11 @@ from data_pipeline.receipts import (
     receipt_url,
     write_receipt,
 )
-from data_pipeline.transforms import DecodedImage
 from data_pipeline.unit import Encoders, Unit, UnitEncoder, decode_ahead, read_or_fail, to_stored
 from data_pipeline.write import npy_bytes, remove_leftovers, write_shard
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.images import DecodedImage
 from ifvit.models.autoencoder import load_autoencoder
 from ifvit.models.clip import load_text_encoder
 from ifvit.shards import Manifest, ShardError, write_manifest

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from data_pipeline.coco import CaptionedImage
 from data_pipeline.config import EncodeConfig
 from data_pipeline.receipts import Failure, LatentSums, sum_latents
-from data_pipeline.transforms import DecodedImage, read_square, to_model_range
 from ifvit.errors import UserError
+from ifvit.images import DecodedImage, read_square, to_model_range
 from ifvit.models.autoencoder import Autoencoder
 from ifvit.models.clip import TextEncoder
 from ifvit.shards import LatentSample, SampleMetadata

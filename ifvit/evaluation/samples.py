@@ -19,9 +19,9 @@ from torch import Tensor
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.references import find_image, read_reference
-from ifvit.images import Pixels, decode_png, encode_png
+from ifvit.images import Pixels, encode_png
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.generate import write_images, write_jsonl
+from ifvit.sampling.files import image_name, read_images, write_images, write_jsonl
 from ifvit.sampling.grid import make_grid
 from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.scenes.score import SceneScore
@@ -80,7 +80,7 @@ def draw_missing(
     """
     _claim(folder, settings)
     present = set(storage.list_names(folder))
-    positions = [prompt.position for prompt in prompts if file_name(prompt.position) not in present]
+    positions = [p.position for p in prompts if image_name(p.position) not in present]
 
     def context_of(batch: Tensor) -> Tensor:
         return torch.from_numpy(np.stack([reader.context(p, 0) for p in batch.tolist()]))
@@ -101,12 +101,12 @@ def write_overview(
     for prompt in shown:
         path = find_image(references, prompt.image_id)
         if path is not None:
-            real[prompt.position] = f"real_{file_name(prompt.position)}"
+            real[prompt.position] = f"real_{image_name(prompt.position)}"
             pixels = read_reference(path, image_size)
             storage.write_bytes(storage.join(folder, real[prompt.position]), encode_png(pixels))
     rows = (
         {
-            "file": file_name(prompt.position),
+            "file": image_name(prompt.position),
             "prompt": prompt.text,
             "position": prompt.position,
             "image_id": prompt.image_id,
@@ -123,14 +123,8 @@ def write_overview(
 def read_samples(folder: str, prompts: list[Prompt], batch_size: int) -> Iterator[Pixels]:
     """The drawn images in the order of `prompts`, (B, H, W, 3) at a time."""
     for start in range(0, len(prompts), batch_size):
-        names = [file_name(prompt.position) for prompt in prompts[start : start + batch_size]]
-        files = (storage.read_bytes(storage.join(folder, name)) for name in names)
-        yield np.stack([decode_png(data) for data in files])
-
-
-def file_name(position: int) -> str:
-    """`00042.png`"""
-    return f"{position:05d}.png"
+        batch = prompts[start : start + batch_size]
+        yield read_images(storage.join(folder, image_name(prompt.position)) for prompt in batch)
 
 
 def _claim(folder: str, settings: dict[str, Any]) -> None:

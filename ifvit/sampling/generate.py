@@ -1,18 +1,14 @@
 """The verb `generate`: prompts and trained weights => PNG files and samples.jsonl."""
 
-import itertools
-import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
-from typing import Any
+import sys
+from dataclasses import fields
 
-import numpy as np
 from torch import Tensor
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.images import Pixels, encode_png
+from ifvit.images import encode_png
 from ifvit.models.weights import load_weights
 from ifvit.sampling.config import GenerateConfig, SamplingConfig
 from ifvit.sampling.encoders import (
@@ -21,6 +17,7 @@ from ifvit.sampling.encoders import (
     open_text_encoder,
     weights_sha256,
 )
+from ifvit.sampling.files import read_images, write_images, write_jsonl
 from ifvit.sampling.grid import make_grid
 from ifvit.sampling.sampler import Sampler, generate_images
 
@@ -49,10 +46,10 @@ def generate(config: GenerateConfig) -> list[str]:
         return text_encoder.encode([prompts[p % len(prompts)] for p in positions.tolist()])
 
     positions = range(len(prompts) * config.num_images)
-    batches = generate_images(sampler, context_of, positions, sampling_of(config))
-    urls, shown = write_images(config.output, positions, batches)
+    batches = generate_images(sampler, context_of, positions, config)
+    urls = write_images(config.output, positions, batches)
     settings = {
-        **asdict(sampling_of(config)),
+        **{field.name: getattr(config, field.name) for field in fields(SamplingConfig)},
         "weights": config.weights,
         "weights_sha256": weights_sha256(backbone),
         "step": info.step,
@@ -68,46 +65,22 @@ def generate(config: GenerateConfig) -> list[str]:
         for position, url in zip(positions, urls, strict=True)
     ]
     write_jsonl(storage.join(config.output, "samples.jsonl"), rows)
-    if len(shown) > 1:
+    if len(urls) > 1:
+        shown = read_images(urls[:_MAX_GRID])
         grid = make_grid(shown, math.ceil(math.sqrt(len(shown))))
         storage.write_bytes(storage.join(config.output, "grid.png"), encode_png(grid))
+    sys.stdout.write(f"{len(urls)} images in {config.output}\n")
     return urls
-
-
-def sampling_of(config: SamplingConfig) -> SamplingConfig:
-    """The sampling part of a larger config."""
-    names = [field.name for field in fields(SamplingConfig)]
-    return SamplingConfig(**{name: getattr(config, name) for name in names})
-
-
-def write_images(
-    folder: str, positions: Sequence[int], batches: Iterable[Pixels]
-) -> tuple[list[str], Pixels]:
-    """Write POSITION.png as the batches come; returns their URLs and the first images, for a grid.
-
-    The first images are (N, H, W, 3) with N at most 64.
-    """
-    images = itertools.chain.from_iterable(batches)
-    urls: list[str] = []
-    shown: list[Pixels] = []
-    for position, image in zip(positions, images, strict=True):
-        urls.append(storage.join(folder, f"{position:05d}.png"))
-        storage.write_bytes(urls[-1], encode_png(image))
-        if len(shown) < _MAX_GRID:
-            shown.append(image)
-    return urls, np.stack(shown)
-
-
-def write_jsonl(url: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line."""
-    storage.write_bytes(url, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _read_prompts(config: GenerateConfig) -> list[str]:
     if config.prompt is not None:
         return [config.prompt]
     assert config.prompts is not None
-    lines = storage.read_bytes(config.prompts).decode("utf-8", errors="replace").splitlines()
+    try:
+        lines = storage.read_bytes(config.prompts).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{config.prompts}: not UTF-8 text ({error}); convert it") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{config.prompts}: no prompts in it; write one a line")

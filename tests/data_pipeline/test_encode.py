@@ -15,9 +15,9 @@ import webdataset
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from data_pipeline.transforms import read_square, to_model_range
 from data_pipeline.write import write_shard
 from ifvit.errors import UserError
+from ifvit.images import read_square, to_model_range
 from ifvit.models.autoencoder import load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
 from ifvit.shards import ShardReader

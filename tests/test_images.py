@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.transforms import center_crop, read_square, resize, to_model_range
+from ifvit.images import (
+    center_crop,
+    decode_png,
+    encode_png,
+    read_square,
+    resize,
+    to_model_range,
+    to_pixels,
+)
 
 
 def draw(width: int, height: int) -> Image.Image:
@@ -52,3 +60,9 @@ def test_a_truncated_jpeg_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-400])
     with pytest.raises(OSError, match="truncated"):
         read_square(path, 8)
+
+
+def test_pixels_survive_model_range_and_png() -> None:
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    np.testing.assert_array_equal(to_pixels(to_model_range(pixels)), pixels)
+    np.testing.assert_array_equal(decode_png(encode_png(pixels[0])), pixels[0])
