@@ -3,25 +3,29 @@
 Shapes: B batch, M context tokens, D context width, E feature width, H, W image.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from ifvit.errors import UserError
 from ifvit.models.pretrained import identify, resolve_pretrained
 from ifvit.shards import EncoderIdentity
+from ifvit.storage import read_json
+
+Normalisation = tuple[Tensor, Tensor]
+"""Mean and standard deviation of the images CLIP was trained on, each (1, 3, 1, 1), of [0, 1]."""
 
 
 class TextEncoder:
     """Captions => the last hidden state of CLIP's text tower, padding included, no mask."""
 
-    def __init__(
-        self, model: CLIPTextModel, tokenizer: CLIPTokenizer, identity: EncoderIdentity
-    ) -> None:
-        self._model: Any = model  # transformers' types do not hold
+    def __init__(self, model: Any, tokenizer: CLIPTokenizer, identity: EncoderIdentity) -> None:
+        self._model = model
         self._tokenizer = tokenizer
         self.identity = identity
 
@@ -48,17 +52,15 @@ class ClipScorer:
 
     def __init__(
         self,
-        model: CLIPModel,
+        model: Any,
         tokenizer: CLIPTokenizer,
-        processor: CLIPImageProcessor,
+        normalisation: Normalisation,
         identity: EncoderIdentity,
     ) -> None:
-        self._model: Any = model  # transformers' types do not hold
+        self._model = model
         self._tokenizer = tokenizer
-        config: Any = model.config
-        self._image_size: int = config.vision_config.image_size
-        self._mean = torch.tensor(processor.image_mean).view(1, 3, 1, 1)
-        self._std = torch.tensor(processor.image_std).view(1, 3, 1, 1)
+        self._image_size: int = model.config.vision_config.image_size
+        self._normalisation = normalisation
         self.identity = identity
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class ClipScorer:
             pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(
                 0, 1
             )
-        mean, std = self._mean.to(pixels), self._std.to(pixels)
+        mean, std = (statistic.to(pixels) for statistic in self._normalisation)
         pixels = ((pixels - mean) / std).to(self._model.device, self._model.dtype)
         vision = self._model.vision_model(pixel_values=pixels).pooler_output
         return functional.normalize(self._model.visual_projection(vision).float(), dim=1)
@@ -88,21 +90,34 @@ def load_text_encoder(
 ) -> TextEncoder:
     """Open the text tower of `openai/clip-vit-large-patch14`, a local folder or `scenes/clip`."""
     folder = resolve_pretrained(name)
-    identity = identify(name, folder)
-    disable_progress_bar()  # it counts tensors, within a second
-    model: Any = CLIPTextModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    model.requires_grad_(False)
-    return TextEncoder(model.to(device).eval(), CLIPTokenizer.from_pretrained(folder), identity)
+    model = _load(CLIPTextModel, folder, device, dtype)
+    return TextEncoder(model, CLIPTokenizer.from_pretrained(folder), identify(name, folder))
 
 
 def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScorer:
     """Open a whole CLIP model with its tokenizer and image normalisation for scoring."""
     folder = resolve_pretrained(name)
-    identity = identify(name, folder)
-    disable_progress_bar()
-    model: Any = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    processor = CLIPImageProcessor.from_pretrained(folder)
-    return ClipScorer(model.to(device), CLIPTokenizer.from_pretrained(folder), processor, identity)
+    model = _load(CLIPModel, folder, device, dtype)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    return ClipScorer(model, tokenizer, _read_normalisation(folder), identify(name, folder))
+
+
+def _load(cls: Any, folder: Path, device: str, dtype: torch.dtype) -> Any:
+    """A frozen model; `Any`, because transformers' types do not hold."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # counts tensors, within a second
+    model = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _read_normalisation(folder: Path) -> Normalisation:
+    # Two keys of a JSON file: the class that reads it for transformers wants torchvision.
+    path = str(folder / "preprocessor_config.json")
+    stored = read_json(path)
+    try:
+        mean, std = torch.tensor([stored["image_mean"], stored["image_std"]]).view(2, 1, 3, 1, 1)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise UserError(f"{path}: no image_mean and image_std of three channels") from None
+    return mean, std
 
 
 def _tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> Tensor:
