@@ -48,6 +48,7 @@ class Curve:
     x_label: str
     y: str
     is_log: bool = False
+    """Logarithmic as soon as the values spread over more than a factor of 5."""
 
 
 CURVES = (
@@ -69,7 +70,8 @@ def draw_curve(curve: Curve, runs: Sequence[Run]) -> str | None:
         ]
         if not any(drawn):
             return None
-        if curve.is_log:
+        low, high = axes.dataLim.intervaly
+        if curve.is_log and high > 5 * low > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_minor_locator(NullLocator())
