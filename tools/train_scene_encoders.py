@@ -4,7 +4,7 @@
 
 An f8 KL autoencoder (Rombach et al. 2022) and a CLIP (Radford et al. 2021) of the classes that
 real weights use, written in Hugging Face folder layout with a record of how they were made.
-About twelve minutes on two slow cores, all to itself.
+About twelve minutes on two slow cores that do nothing else.
 """
 
 import argparse
