@@ -20,7 +20,7 @@ from ifvit.storage import join, write_json
 from ifvit.training.config import OptimConfig, SampleGridConfig, TrainConfig
 from ifvit.training.train import train
 
-NUM_TRAIN, NUM_HELD_OUT = 6000, 512
+NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 6000, 512, 256
 STEPS_PER_MINUTE = 300
 """Optimizer steps of each model per minute of `--minutes`; fixed, so that a demo repeats."""
 PROMPTS = (
@@ -120,7 +120,7 @@ def _evaluation(run: str, shards: str, images: str) -> EvaluateConfig:
         shards=shards,
         images=images,
         clip="scenes/clip",
-        num_samples=256,
+        num_samples=NUM_SAMPLES,
         sampling=SamplingConfig(num_steps=20, guidance_scale=3.0),
         paper_prefix="",
         scenes=True,

@@ -1,0 +1,56 @@
+"""The whole path, a hundred times smaller than `make demo`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ifvit import demo as demo_module
+from ifvit.demo import demo
+from ifvit.demo_config import DemoConfig
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
+    """A demo of 48 training scenes, two steps and 24 measured pictures."""
+    monkeypatch.setattr(demo_module, "NUM_TRAIN", 48)
+    monkeypatch.setattr(demo_module, "NUM_HELD_OUT", 24)
+    monkeypatch.setattr(demo_module, "NUM_SAMPLES", 24)
+    monkeypatch.setattr(demo_module, "STEPS_PER_MINUTE", 1)
+    return DemoConfig(folder=str(tmp_path / "demo"), minutes=4)
+
+
+def written(folder: str) -> dict[str, int]:
+    """Files of the stages that must not be repeated, with their time of writing."""
+    patterns = ("images/*/*", "shards/*/*.tar", "*/checkpoints/*/*", "*/evaluation/*/0*.png")
+    paths = [path for pattern in patterns for path in Path(folder).glob(pattern)]
+    return {str(path): path.stat().st_mtime_ns for path in paths}
+
+
+@pytest.mark.slow
+def test_demo_goes_the_whole_way_and_repeats_nothing(
+    config: DemoConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo(config)
+    folder = Path(config.folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary) == ["early", "intermediate"]
+    for row in summary.values():
+        shares = ("retrieval_at_16", "count_accuracy", "colour_accuracy")
+        assert all(0 <= row[key] <= 1 for key in shares)
+        assert -1 <= row["clip_score"] <= 1
+        assert row["frechet_distance"] > 0
+        assert row["train_seconds"] > 0
+    page = (folder / "report.html").read_text()
+    assert "early" in page
+    assert "src=\"http" not in page
+    last_lines = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert "report.html" in last_lines[0]
+    assert [line.split()[0] for line in last_lines[1:]] == ["early", "intermediate"]
+
+    before = written(config.folder)
+    assert len(before) > 48 + 24
+    demo(config)
+    assert written(config.folder) == before
+    again = json.loads((folder / "summary.json").read_text())
+    assert again == summary
