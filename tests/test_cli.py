@@ -41,7 +41,7 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["trian"], "no verb `trian`"),
+        (["draw"], "no verb `draw`"),
         (["shards"], "no verb `shards`"),
         (["train"], "arguments are required: run"),
         (["cost", "--jsn"], "unrecognized arguments: --jsn"),

@@ -43,7 +43,7 @@ def test_demo_goes_the_whole_way_and_repeats_nothing(
         assert row["train_seconds"] > 0
     page = (folder / "report.html").read_text()
     assert "early" in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     last_lines = capsys.readouterr().out.strip().splitlines()[-3:]
     assert "report.html" in last_lines[0]
     assert [line.split()[0] for line in last_lines[1:]] == ["early", "intermediate"]

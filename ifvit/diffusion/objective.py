@@ -18,7 +18,7 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """`total`: scalar to differentiate; `per_sample`: (B,) mean squared errors, detached."""
+    """`total`: scalar to differentiate; `per_sample`: (B,) what it is the mean of, detached."""
 
     total: Tensor
     per_sample: Tensor
@@ -26,8 +26,10 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class NoisePrediction:
-    """Plain epsilon prediction, mean of (noise - predicted)^2 (Ho et al. 2020, Eq. 14).
+    """Epsilon prediction, mean of (noise - predicted)^2 (Ho et al. 2020, Eq. 14).
 
+    With `min_snr_gamma` each sample weighs min(SNR, gamma) / SNR (Hang et al. 2023, Eq. 8), which
+    takes weight from the nearly clean latents, whose error is large and teaches little.
     Every draw is a function of (seed, step, position in the global batch) alone, so the loss of a
     step does not depend on the number of processes or on restarts.
     """
@@ -35,6 +37,7 @@ class NoisePrediction:
     schedule: NoiseSchedule
     scaling_factor: float
     seed: int
+    min_snr_gamma: float | None = None
 
     def __call__(
         self, denoiser: Denoiser, moments: Tensor, context: Tensor, step: int, positions: Tensor
@@ -47,6 +50,9 @@ class NoisePrediction:
         x_t = self.schedule.add_noise(x_0, noise, timesteps)
         error = (denoiser(x_t, timesteps, context).float() - noise).square()
         per_sample = error.flatten(1).mean(dim=1)
+        if self.min_snr_gamma is not None:
+            snr = self.schedule.snr(timesteps)
+            per_sample = per_sample * snr.clamp(max=self.min_snr_gamma) / snr
         return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
 
     def draw_latents(self, moments: Tensor, step: int, positions: Tensor) -> Tensor:

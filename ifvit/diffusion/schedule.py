@@ -25,6 +25,10 @@ class NoiseSchedule:
         self._alpha = abar.sqrt().float().to(device)
         self._sigma = (1.0 - abar).sqrt().float().to(device)
 
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """alpha_t^2 / sigma_t^2 of timesteps (B,) => (B,)."""
+        return (self._alpha[timesteps] / self._sigma[timesteps]).square()
+
     def add_noise(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = alpha_t x_0 + sigma_t noise (Ho et al. 2020, Eq. 4); timesteps (B,) int64."""
         shape = (-1,) + (1,) * (x_0.ndim - 1)

@@ -40,6 +40,9 @@ class FusionUViTConfig:
     """Blocks on each side of the U that see no text (N_image)."""
     num_text_blocks: int
     """Blocks of the text branch (N_text)."""
+    init_std: float = 0.02
+    """Standard deviation of Linear weights before training; U-ViT's value fits width 512 and up,
+    at width 128 it leaves text unseen for long, and width**-0.5 does not."""
     timestep_offset: int = 0
     """Added to the timesteps 0 ... 999; U-ViT's own weights count from 1."""
 
@@ -66,6 +69,8 @@ class FusionUViTConfig:
                 f"num_image_blocks must lie in 0 ... {self.depth // 2}, half the depth: "
                 f"{self.num_image_blocks}"
             )
+        if self.init_std <= 0:
+            raise ValueError(f"init_std must be positive: {self.init_std}")
         if self.num_text_blocks < 0:
             raise UserError(f"num_text_blocks must not be negative: {self.num_text_blocks}")
 

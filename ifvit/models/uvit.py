@@ -51,6 +51,7 @@ class FusionUViT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # their config
         conditioning: Conditioning,
         num_image_blocks: int,
         num_text_blocks: int,
+        init_std: float = 0.02,
         timestep_offset: int = 0,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -174,11 +175,11 @@ class FusionUViT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # their config
         return noise
 
     def _initialise(self) -> None:
-        """Normal(0, 0.02) for positions and Linear weights, zero Linear biases, as in U-ViT."""
+        """Normal(0, 0.02) positions, Normal(0, init_std) Linear weights, zero Linear biases."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=self.shape.init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

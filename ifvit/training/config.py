@@ -84,6 +84,8 @@ class TrainConfig:
     """Samples per forward pass and process; smaller ones accumulate gradients."""
     caption_dropout: float = 0.1
     """Share of samples trained with the null context, for guidance."""
+    min_snr_gamma: float | None = None
+    """Weigh samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: all alike, as the paper."""
     scaling_factor: float | None = None
     """Latents are multiplied by this; unset: 1 / standard deviation, from the manifest."""
     ema_decay: float = 0.9999
@@ -102,6 +104,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.caption_dropout <= 1.0 or not 0.0 <= self.ema_decay < 1.0:
             raise ValueError("caption_dropout must lie in [0, 1] and ema_decay in [0, 1)")
+        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+            raise ValueError("min_snr_gamma must be positive, or null for plain MSE")
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")

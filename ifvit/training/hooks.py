@@ -1,12 +1,12 @@
 """What happens beside the steps: checkpoints, exported weights, pictures."""
 
 import dataclasses
-import io
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ifvit.images import encode_png
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo, save_weights
@@ -97,10 +97,10 @@ class SampleGrid:
                     self._sampler, self._contexts.__getitem__, positions, self._sampling
                 )
                 images = np.concatenate(list(drawn))
-            png = io.BytesIO()
-            make_grid(images, _GRID_COLUMNS).save(png, format="PNG")
             name = f"{step_name(state.step)}.png"
-            write_bytes(join(self._run, "samples", name), png.getvalue())
+            write_bytes(
+                join(self._run, "samples", name), encode_png(make_grid(images, _GRID_COLUMNS))
+            )
         self._engine.barrier()
 
 

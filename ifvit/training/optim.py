@@ -13,9 +13,8 @@ def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> tor
 
     The rate starts at 0: `learning_rate` sets it before every step.
     """
-    fused = torch.cuda.is_available()
     return torch.optim.AdamW(
-        parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+        parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
 
 

@@ -54,7 +54,10 @@ def train(config: TrainConfig) -> TrainState:
 
     info = _weights_info(config, reader)
     objective = NoisePrediction(
-        schedule=NoiseSchedule(engine.device), scaling_factor=info.scaling_factor, seed=config.seed
+        schedule=NoiseSchedule(engine.device),
+        scaling_factor=info.scaling_factor,
+        seed=config.seed,
+        min_snr_gamma=config.min_snr_gamma,
     )
     metrics = MetricsLog(config, engine, count_cost(config.backbone).flops)
     hooks: list[Hook] = [

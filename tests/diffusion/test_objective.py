@@ -1,6 +1,7 @@
 """Noise prediction: what a perfect denoiser and an ignorant one score."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ifvit.diffusion.objective import NoisePrediction
 from ifvit.diffusion.schedule import NoiseSchedule, alphas_cumprod
+from ifvit.randomness import Stream, uniform
 
 POSITIONS = torch.arange(64)
 CONTEXT = torch.zeros(64, 3, 5)
@@ -60,3 +62,17 @@ def test_timesteps_cover_the_whole_range_evenly() -> None:
     assert seen[0].min() == 0
     assert seen[0].max() == 999
     assert seen[0].float().mean().item() == pytest.approx(499.5, abs=8)
+
+
+def test_min_snr_takes_weight_from_nearly_clean_latents_only() -> None:
+    moments = torch.randn(64, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = objective()(lambda x, t, c: x, moments, CONTEXT, 0, POSITIONS)
+    weighted = replace(objective(), min_snr_gamma=5.0)(
+        lambda x, t, c: x, moments, CONTEXT, 0, POSITIONS
+    )
+    timesteps = (uniform(11, 0, POSITIONS, Stream.TIMESTEP, 1)[:, 0] * 1000).long()
+    abar = alphas_cumprod()[timesteps]
+    snr = abar / (1 - abar)
+    expected = torch.where(snr > 5, 5 / snr, 1.0).float()
+    assert torch.allclose(weighted.per_sample / plain.per_sample, expected, rtol=1e-4)
+    assert weighted.total.item() == pytest.approx(weighted.per_sample.mean().item(), rel=1e-6)
