@@ -20,9 +20,10 @@ from ifvit.storage import join, write_json
 from ifvit.training.config import OptimConfig, SampleGridConfig, TrainConfig
 from ifvit.training.train import train
 
-NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 6000, 512, 256
-STEPS_PER_MINUTE = 300
+NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 5000, 256, 256
+STEPS_PER_MINUTE = 680
 """Optimizer steps of each model per minute of `--minutes`; fixed, so that a demo repeats."""
+GUIDANCE = 2.0
 PROMPTS = (
     "one red circle",
     "three blue squares",
@@ -92,23 +93,29 @@ def _encoding(images: str, shards: str, split: str) -> EncodeConfig:
 
 def _recipe(run: str, shards: str, config: DemoConfig) -> TrainConfig:
     """One recipe for both backbones."""
-    max_steps = max(1, round(config.minutes / 2 * STEPS_PER_MINUTE))
+    max_steps = max(1, round(config.minutes * STEPS_PER_MINUTE))
     return TrainConfig(
         run=run,
         shards=shards,
         backbone=PRESETS["tiny"],
         optim=OptimConfig(
-            learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.99), warmup_steps=50
+            learning_rate=4e-3,
+            weight_decay=0.01,
+            betas=(0.9, 0.999),
+            warmup_steps=200,
+            cooldown_steps=max_steps * 2 // 3,
+            max_grad_norm=1.0,
         ),
         sample_grid=SampleGridConfig(
-            every=max(1, max_steps // 4), prompts=PROMPTS, num_steps=15, guidance_scale=3.0
+            every=max(1, max_steps // 4), prompts=PROMPTS, num_steps=15, guidance_scale=GUIDANCE
         ),
         max_steps=max_steps,
-        global_batch_size=64,
-        micro_batch_size=64,
+        global_batch_size=32,
+        micro_batch_size=32,
+        min_snr_gamma=1.0,
         ema_decay=0.99,
         log_every=10,
-        checkpoint_every=100,
+        checkpoint_every=200,
         keep_checkpoints=1,
         seed=1234,
     )
@@ -121,7 +128,7 @@ def _evaluation(run: str, shards: str, images: str) -> EvaluateConfig:
         images=images,
         clip="scenes/clip",
         num_samples=NUM_SAMPLES,
-        sampling=SamplingConfig(num_steps=20, guidance_scale=3.0),
+        sampling=SamplingConfig(num_steps=20, guidance_scale=GUIDANCE),
         paper_prefix="",
         scenes=True,
     )

@@ -42,7 +42,7 @@ class FusionUViTConfig:
     """Blocks of the text branch (N_text)."""
     init_std: float = 0.02
     """Standard deviation of Linear weights before training; U-ViT's value fits width 512 and up,
-    at width 128 it leaves text unseen for long, and width**-0.5 does not."""
+    narrow backbones learn faster with about width**-0.5."""
     timestep_offset: int = 0
     """Added to the timesteps 0 ... 999; U-ViT's own weights count from 1."""
 

@@ -8,7 +8,7 @@ from ifvit.models.config import FusionUViTConfig
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up from a learning rate of 0, then constant."""
+    """AdamW; the learning rate rises from 0, stays, and may fall to 0 at the end."""
 
     learning_rate: float = 2e-4
     """Learning rate after warm-up."""
@@ -18,12 +18,15 @@ class OptimConfig:
     """Decay rates of AdamW's two moments."""
     warmup_steps: int = 5000
     """Steps over which the learning rate rises; the first update has rate 0."""
+    cooldown_steps: int = 0
+    """Steps before max_steps over which the rate falls to 0; 0 as the paper: it stays."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this; unset: no clipping."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate < 0 or self.warmup_steps < 0:
-            raise ValueError("optim.learning_rate and optim.warmup_steps must not be negative")
+        for name in ("learning_rate", "warmup_steps", "cooldown_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} must not be negative")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError("optim.max_grad_norm must be positive, or null for no clipping")
 

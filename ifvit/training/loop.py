@@ -51,7 +51,7 @@ def fit(
     with closing(batches.from_state(state)) as stream:
         while state.step < config.max_steps:
             started = time.perf_counter()
-            rate = learning_rate(state.step, config.optim)
+            rate = learning_rate(state.step, config.max_steps, config.optim)
             engine.set_learning_rate(rate)
             loss = torch.zeros((), device=engine.device)
             data_wait = 0.0

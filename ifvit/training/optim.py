@@ -18,8 +18,8 @@ def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> tor
     )
 
 
-def learning_rate(step: int, config: OptimConfig) -> float:
-    """Rate of the update that follows `step` finished ones: 0 for the first, then linear, flat."""
-    if config.warmup_steps == 0:
-        return config.learning_rate
-    return config.learning_rate * min(step / config.warmup_steps, 1.0)
+def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
+    """Rate of the update that follows `step` finished ones: linear up from 0, flat, linear down."""
+    rise = step / config.warmup_steps if config.warmup_steps else 1.0
+    fall = (max_steps - step) / config.cooldown_steps if config.cooldown_steps else 1.0
+    return config.learning_rate * min(rise, fall, 1.0)

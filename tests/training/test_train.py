@@ -17,6 +17,7 @@ from conftest import write_dataset
 from ifvit.config import dump_config
 from ifvit.errors import UserError
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
+from ifvit.training.optim import learning_rate
 from ifvit.training.train import train
 
 Recipe = Callable[..., TrainConfig]
@@ -83,6 +84,12 @@ def test_first_update_has_rate_zero_and_warm_up_is_linear(recipe: Recipe) -> Non
 def finish(process: "subprocess.Popen[bytes]") -> None:
     """Wait for a clean end."""
     assert process.wait(timeout=400) == 0
+
+
+def test_rate_falls_linearly_to_zero_over_the_cooldown() -> None:
+    optim = OptimConfig(learning_rate=1.0, warmup_steps=2, cooldown_steps=4)
+    rates = [learning_rate(step, 10, optim) for step in range(11)]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
 @pytest.mark.distributed
