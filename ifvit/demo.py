@@ -20,7 +20,7 @@ from ifvit.storage import join, write_json
 from ifvit.training.config import OptimConfig, SampleGridConfig, TrainConfig
 from ifvit.training.train import train
 
-NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 5000, 256, 256
+NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 6000, 256, 256
 STEPS_PER_MINUTE = 680
 """Optimizer steps of each model per minute of `--minutes`; fixed, so that a demo repeats."""
 GUIDANCE = 2.0

@@ -9,7 +9,7 @@ class DemoConfig:
 
     folder: str = "runs/demo"
     """Where everything goes; run again to continue there."""
-    minutes: float = 4.0
+    minutes: float = 4.5
     """Minutes of training, both models together, on a machine with two slow cores."""
 
     def __post_init__(self) -> None:
