@@ -47,15 +47,16 @@ class Engine:
             self._accelerator = _deepspeed_accelerator(settings, num_micro_batches)
         else:
             self._accelerator = Accelerator(
-                mixed_precision="bf16" if config.precision == "bf16" else "no",
                 gradient_accumulation_steps=num_micro_batches,
                 cpu=not torch.cuda.is_available(),
             )
+        # DeepSpeed autocasts by itself, see its settings.
+        self._autocasts = config.precision == "bf16" and not self._deepspeed
         self._max_grad_norm = optim.max_grad_norm
         self.backbone = backbone.to(self.device)
         optimizer = build_optimizer(backbone.parameters(), optim)
         prepared = self._accelerator.prepare(backbone, optimizer)
-        self.denoiser: nn.Module = prepared[0]
+        self._model: nn.Module = prepared[0]
         self._optimizer: Any = prepared[1].optimizer  # torch's AdamW or DeepSpeed's ZeRO wrapper
 
     @property
@@ -82,10 +83,15 @@ class Engine:
             local_rank=accelerator.local_process_index,
         )
 
+    def denoise(self, x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """The backbone in the recipe's precision: (B, C, H, W), (B,), (B, M, D) => (B, C, H, W)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocasts):
+            return cast(Tensor, self._model(x_t, timesteps, context))
+
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Around each micro-batch; gradients are exchanged at the last one of a step only."""
-        with self._accelerator.accumulate(self.denoiser):
+        with self._accelerator.accumulate(self._model):
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -101,7 +107,7 @@ class Engine:
         """Update the parameters after the last micro-batch => global gradient norm, ()."""
         if self._deepspeed:
             # accelerator.backward has clipped and stepped already.
-            norm = cast(Any, self.denoiser).get_global_grad_norm()
+            norm = cast(Any, self._model).get_global_grad_norm()
             return torch.as_tensor(norm, dtype=torch.float32)
         parameters = self.backbone.parameters()
         if self._max_grad_norm is not None:

@@ -80,7 +80,7 @@ def fit(
 def _accumulate(batch: Batch, objective: NoisePrediction, engine: Engine, step: int) -> Tensor:
     """Forward and backward of one micro-batch => its mean loss, detached."""
     with engine.accumulate():
-        losses = objective(engine.denoiser, batch.moments, batch.context, step, batch.positions)
+        losses = objective(engine.denoise, batch.moments, batch.context, step, batch.positions)
         engine.backward(losses.total)
     return losses.total.detach()
 

@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_dataset
 
 from ifvit.config import dump_config
 from ifvit.errors import UserError
+from ifvit.training.checkpoint import restore_checkpoint
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
 from ifvit.training.optim import learning_rate
 from ifvit.training.train import train
@@ -103,6 +105,25 @@ def test_two_processes_give_the_losses_of_one(recipe: Recipe, backend: str) -> N
     assert losses(pair) == pytest.approx(losses(alone), rel=1e-5)
     norms = [[row["grad_norm"] for row in rows(run).values()] for run in (alone, pair)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_bf16_keeps_fp32_parameters_and_nearly_the_fp32_losses(recipe: Recipe) -> None:
+    exact = recipe("exact")
+    train(exact)
+    alone = recipe("alone", engine=EngineConfig(backend="plain", precision="bf16"))
+    train(alone)
+    engine = EngineConfig(backend="deepspeed", precision="bf16")
+    pair = recipe("pair", engine=engine, micro_batch_size=4)
+    finish(launch(pair, 2))
+    for run in (alone, pair):
+        assert losses(run) == pytest.approx(losses(exact), rel=0.02)
+        assert losses(run) != losses(exact)
+        restored = restore_checkpoint(run.run)
+        assert restored is not None
+        assert {tensor.dtype for tensor in restored.backbone.values()} == {torch.float32}
+        assert {tensor.dtype for tensor in restored.optimizer.values()} == {torch.float32}
 
 
 @pytest.mark.distributed
