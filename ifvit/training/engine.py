@@ -157,7 +157,7 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, value.to(self.device), key)
             else:
                 self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(num_updates), device=self._step_device),
+                    "step": torch.tensor(float(num_updates), device=self.device),
                     **{key: value.to(self.device) for key, value in moments.items()},
                 }
 
@@ -174,15 +174,10 @@ class Engine:
         inner = self._optimizer.optimizer
         for partition in self._optimizer.single_partition_of_fp32_groups:
             inner.state[partition] = {
-                "step": torch.tensor(float(num_updates), device=self._step_device),
+                "step": torch.tensor(float(num_updates), device=self.device),
                 **{key: torch.zeros_like(partition) for key in MOMENTS},
             }
         self._optimizer._lazy_init_hp_params_optimizer_state()
-
-    @property
-    def _step_device(self) -> torch.device:
-        # Fused AdamW counts its steps on the GPU, the plain one on the host.
-        return self.device
 
 
 def _use_deepspeed(config: EngineConfig) -> bool:
