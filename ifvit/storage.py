@@ -1,14 +1,15 @@
 """Files by URL: a local path or `s3://bucket/key`, written whole or not at all."""
 
-import hashlib
+import contextlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
+from ifvit import object_store
 from ifvit.errors import UserError
 
 
@@ -22,20 +23,23 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 
 
-def filesystem(url: str) -> fsspec.AbstractFileSystem:
-    """The fsspec file system of `url`; listings are never cached, other writers exist."""
-    return fsspec.core.url_to_fs(url, use_listings_cache=False)[0]
-
-
 def exists(url: str) -> bool:
     """Whether a file or folder is there now."""
-    return bool(filesystem(url).exists(url))
+    return object_store.retry(url, lambda files: bool(files.exists(url)))
+
+
+def file_size(url: str) -> int | None:
+    """Bytes of a file, None when it is not there."""
+    try:
+        return object_store.retry(url, lambda files: int(files.info(url)["size"]))
+    except FileNotFoundError:
+        return None
 
 
 def read_bytes(url: str) -> bytes:
     """The whole file. Raises UserError when it is not there."""
     try:
-        return bytes(filesystem(url).cat_file(url))
+        return object_store.retry(url, lambda files: bytes(files.cat_file(url)))
     except FileNotFoundError:
         raise UserError(f"{url}: no such file") from None
 
@@ -43,20 +47,12 @@ def read_bytes(url: str) -> bytes:
 def write_bytes(url: str, data: bytes) -> None:
     """Create or replace `url`; a reader sees the old content or the new, nothing between."""
     if is_remote(url):
-        filesystem(url).pipe_file(url, data)
+        object_store.put_bytes(url, data)
         return
-    path = Path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(Path(temporary), path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with _temporary_beside(Path(url)) as temporary:
+        temporary.write_bytes(data)
+        _sync(temporary)
+        publish(temporary, Path(url))
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -83,11 +79,59 @@ def write_json(url: str, value: Any) -> None:
     write_bytes(url, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def upload(path: Path, url: str) -> None:
+    """Copy a finished local file to `url`, whole or not at all, and check what arrived."""
+    if is_remote(url):
+        object_store.put_file(path, url)
+        return
+    with _temporary_beside(Path(url)) as temporary:
+        shutil.copyfile(path, temporary)
+        _sync(temporary)
+        publish(temporary, Path(url))
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Copy `url` to the local `path`, whole or not at all.
+
+    Raises ContentError when `sha256` is given and the content has another, UserError when `url`
+    is not there.
+    """
+    with _temporary_beside(path) as temporary:
+        try:
+            object_store.get_file(url, temporary, sha256)
+        except FileNotFoundError:
+            raise UserError(f"{url}: no such file") from None
+        publish(temporary, path)
+
+
+def create(url: str, data: bytes) -> bool:
+    """Write a small file unless it exists; of many processes at once, one succeeds."""
+    if is_remote(url):
+        return object_store.create(url, data)
+    with _temporary_beside(Path(url)) as temporary:
+        temporary.write_bytes(data)
+        _sync(temporary)
+        try:
+            os.link(temporary, url)
+        except FileExistsError:
+            return False
+    return True
+
+
+def remove(url: str) -> None:
+    """Remove a file, or a folder and all in it; one that is not there is no error."""
+
+    def delete(files: Any) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            files.rm(url, recursive=True)
+
+    object_store.retry(url, delete)
+
+
 def list_names(url: str) -> list[str]:
     """Sorted names of what lies directly in folder `url`; an absent folder is empty."""
-    files = filesystem(url)
     try:
-        entries = files.ls(url, detail=False)
+        entries = object_store.retry(url, lambda files: files.ls(url, detail=False))
     except FileNotFoundError:
         return []
     return sorted(Path(entry).name for entry in entries)
@@ -95,5 +139,21 @@ def list_names(url: str) -> list[str]:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a local file's content."""
+    return object_store.file_digest(path, "sha256")
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A file `.NAME.xxxxxxxx` in the folder of `path`, made if need be; gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())

@@ -15,7 +15,7 @@ ROOMS = {
         "ifvit/models/uvit.py",
         "ifvit/sampling/solvers.py",
     ],
-    "fsspec": ["ifvit/storage.py"],
+    "fsspec": ["ifvit/object_store.py"],
     "huggingface_hub": ["ifvit/models/pretrained.py"],
     "jinja2": ["ifvit/analysis/report.py"],
     "jsonargparse": ["ifvit/config.py"],

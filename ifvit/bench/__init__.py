@@ -1,0 +1,1 @@
+"""Speed, measured: each benchmark is a command that prints ratios of one run."""
