@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data_pipeline.config import InspectConfig, ShardsConfig
 from ifvit.errors import UserError
 from ifvit.models.autoencoder import load_autoencoder
-from ifvit.shards import Manifest, ShardReader
+from ifvit.shards import ShardReader
 
 GRID_COLUMNS = 8
 CAPTION_WIDTH = 60
@@ -30,14 +30,14 @@ def stats(config: ShardsConfig) -> None:
     counts = [reader.num_captions(sample) for sample in range(len(reader))]
     item = np.dtype(manifest.dtype).itemsize
     moments_bytes = len(reader) * int(np.prod(manifest.moments_shape)) * item
-    context_bytes = manifest.num_captions * int(np.prod(manifest.context_shape)) * item
+    context_bytes = manifest.num_captions * int(np.prod(reader.text.context_shape)) * item
     total_bytes = sum(entry.num_bytes for entry in manifest.shards)
     other = total_bytes - moments_bytes - context_bytes - json_bytes
     rows = [
         ("images", f"{manifest.num_samples:,} in {len(manifest.shards):,} shards"),
         ("captions", f"{manifest.num_captions:,}; {_spread(counts)} an image"),
         ("words a caption", _spread(lengths)),
-        *_recipe_rows(manifest),
+        *_recipe_rows(reader),
         ("latent mean", f"{manifest.latent_mean:.5f}"),
         ("latent std", f"{manifest.latent_std:.5f}; scaling factor {manifest.scaling_factor:.5f}"),
         ("bytes", f"{total_bytes:,}"),
@@ -56,7 +56,7 @@ def inspect_shards(config: InspectConfig) -> None:
     """
     reader = ShardReader(config.url)
     num_samples = min(config.num_samples, len(reader))
-    for name, value in _recipe_rows(reader.manifest):
+    for name, value in _recipe_rows(reader):
         sys.stdout.write(f"{name:<16} {value}\n")
     sys.stdout.write(f"{'image':>12} {'size':>11} {'mean':>7} {'std':>6}  captions\n")
     for sample in range(num_samples):
@@ -94,12 +94,13 @@ def draw_grid(reader: ShardReader, num_samples: int, vae_name: str, path: Path) 
     sys.stdout.write(f"{path}: {num_samples} images decoded from their latents\n")
 
 
-def _recipe_rows(manifest: Manifest) -> list[tuple[str, str]]:
+def _recipe_rows(reader: ShardReader) -> list[tuple[str, str]]:
+    manifest, text = reader.manifest, reader.text
     moments = "x".join(map(str, manifest.moments_shape))
-    context = "x".join(map(str, manifest.context_shape))
+    context = "x".join(map(str, text.context_shape))
     return [
         ("autoencoder", f"{manifest.vae.name} ({manifest.vae.sha256[:12]})"),
-        ("text encoder", f"{manifest.text_encoder.name} ({manifest.text_encoder.sha256[:12]})"),
+        ("text encoder", f"{text.encoder.name} ({text.encoder.sha256[:12]})"),
         ("image", f"{manifest.image_size} px, {manifest.resize}"),
         ("stored", f"moments {moments}, context {context}, {manifest.dtype}"),
     ]

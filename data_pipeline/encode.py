@@ -28,7 +28,7 @@ from ifvit.errors import UserError
 from ifvit.images import DecodedImage
 from ifvit.models.autoencoder import load_autoencoder
 from ifvit.models.clip import load_text_encoder
-from ifvit.shards import Manifest, ShardError, write_manifest
+from ifvit.shards import Manifest, ShardError, TextEncoding, write_manifest
 from ifvit.shards.records import MANIFEST, NULL_CONTEXT
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -155,16 +155,18 @@ def _finish(config: EncodeConfig, encoders: Encoders, receipts: list[Receipt]) -
     sums = merge_sums(receipts)
     manifest = Manifest(
         vae=encoders.vae.identity,
-        text_encoder=encoders.text.identity,
+        text=TextEncoding(
+            encoder=encoders.text.identity,
+            context_shape=encoders.text.context_shape,
+            null_context_sha256=hashlib.sha256(null_context).hexdigest(),
+        ),
         image_size=config.image_size,
         dtype=config.dtype,
         moments_shape=(2 * channels, height, width),
-        context_shape=encoders.text.context_shape,
         num_samples=sum(receipt.shard.num_samples for receipt in receipts),
         num_captions=sum(receipt.shard.num_captions for receipt in receipts),
         latent_mean=sums.mean,
         latent_std=sums.std,
-        null_context_sha256=hashlib.sha256(null_context).hexdigest(),
         shards=tuple(receipt.shard for receipt in receipts),
     )
     write_manifest(config.output, manifest)

@@ -136,7 +136,7 @@ def check_same_job(output: str, existing: Job, job: Job) -> None:
 
 def is_intact(folder: Path, entry: ShardEntry) -> bool:
     """Whether the shard's tar has its size and its index has its hash."""
-    tar, index = folder / f"{entry.name}.tar", folder / f"{entry.name}.index.npy"
+    tar, index = folder / f"{entry.name}.tar", folder / f"{entry.name}.index.npz"
     return (
         tar.is_file()
         and tar.stat().st_size == entry.num_bytes

@@ -10,12 +10,12 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.config import ShardsConfig
-from data_pipeline.write import index_tar
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.shards import Manifest, ShardEntry, ShardError, read_manifest
-from ifvit.shards.reader import check_shard_files, read_index, read_null_context
-from ifvit.shards.records import MANIFEST, Array, parse_metadata, remedy_for
+from ifvit.shards.index import index_bytes, index_tar
+from ifvit.shards.reader import check_shard_files, read_index, read_null_context, require_text
+from ifvit.shards.records import MANIFEST, NULL_CONTEXT, Array, parse_metadata, remedy_for
 
 
 def verify(config: ShardsConfig) -> None:
@@ -37,7 +37,7 @@ def _problems(url: str, manifest: Manifest) -> Iterator[str]:
     try:
         context = read_null_context(url, manifest)
         if not np.isfinite(context).all():
-            yield f"{url}/{manifest.null_context}: values that are not finite; encode again"
+            yield f"{url}/{NULL_CONTEXT}: values that are not finite; encode again"
     except ShardError as error:
         yield str(error)
     for key in ("num_samples", "num_captions"):
@@ -66,13 +66,14 @@ def _shard_problems(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iter
     if storage.sha256_of(path) != entry.sha256:
         yield f"{path}: content does not match the manifest's sha256; {remedy_for(entry)}"
         return  # what lies in a damaged tar is not worth a list
-    if index is not None and not np.array_equal(index, index_tar(path)):
+    if index is not None and index_bytes(index) != index_bytes(index_tar(path)):
         yield f"{path}: index does not point to the members; {remedy_for(entry)}"
     yield from _content_problems(path, entry, manifest)
 
 
 def _content_problems(path: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:
     """What is wrong inside a tar whose hash is right: then the program that wrote it was."""
+    context_shape = require_text(manifest, str(path)).context_shape
     counts = {"moments": 0, "context": 0, "captions": 0}
     with tarfile.open(path, "r:") as tar:
         for member in tar:
@@ -86,7 +87,7 @@ def _content_problems(path: Path, entry: ShardEntry, manifest: Manifest) -> Iter
             is_context = member.name.endswith(".context.npy")
             counts["context" if is_context else "moments"] += len(array) if is_context else 1
             shape = array.shape[1:] if is_context else array.shape
-            expected = manifest.context_shape if is_context else manifest.moments_shape
+            expected = context_shape if is_context else manifest.moments_shape
             if shape != expected or array.dtype != manifest.dtype:
                 yield f"{path}: {member.name} is {array.dtype} {array.shape}; encode again"
             if not np.isfinite(array).all():

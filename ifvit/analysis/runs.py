@@ -18,7 +18,7 @@ class Sample:
     """One drawn caption; `real` is the photograph's URL, `scores` what is right about it."""
 
     prompt: str
-    image_id: int
+    image_id: int | str
     image: str
     real: str | None
     scores: dict[str, bool | None] | None

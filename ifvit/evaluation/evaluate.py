@@ -106,7 +106,7 @@ def _check_fit(backbone: FusionUViT, info: WeightsInfo, reader: ShardReader) -> 
     """Raise UserError unless the shards were made by the backbone's encoders, in its shape."""
     manifest = reader.manifest
     check_identity(f"{reader.url}: vae", manifest.vae, info.vae)
-    check_identity(f"{reader.url}: text encoder", manifest.text_encoder, info.text_encoder)
+    check_identity(f"{reader.url}: text encoder", reader.text.encoder, info.text_encoder)
     size = backbone.shape.latent_size
     if manifest.moments_shape != (2 * backbone.shape.latent_channels, size, size):
         raise UserError(

@@ -22,9 +22,9 @@ def list_images(folder: str) -> list[Path]:
     return paths
 
 
-def find_image(paths: list[Path], image_id: int) -> Path | None:
-    """The file of a COCO image id: COCO_val2014_000000000042.jpg or 000000000042.jpg."""
-    ending = f"{image_id:012d}"
+def find_image(paths: list[Path], image_id: int | str) -> Path | None:
+    """The file of an image id; COCO's 42 is COCO_val2014_000000000042.jpg or 000000000042.jpg."""
+    ending = f"{image_id:012d}" if isinstance(image_id, int) else Path(image_id).stem
     return next((path for path in paths if path.stem.endswith(ending)), None)
 
 

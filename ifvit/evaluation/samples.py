@@ -37,7 +37,7 @@ class Prompt:
 
     position: int
     text: str
-    image_id: int
+    image_id: int | str
 
 
 def read_prompts(reader: ShardReader, num_samples: int) -> list[Prompt]:

@@ -8,6 +8,7 @@ from ifvit.shards.records import (
     SampleMetadata,
     ShardEntry,
     ShardError,
+    TextEncoding,
     read_manifest,
     write_manifest,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "ShardEntry",
     "ShardError",
     "ShardReader",
+    "TextEncoding",
     "read_manifest",
     "write_manifest",
 ]

@@ -1,8 +1,10 @@
-"""Latents and caption embeddings on disk: what the encode job writes and training reads.
+"""Latents and their conditions on disk: what the encode job writes and training reads.
 
-A dataset is a folder: `shard-00000.tar` and its index `shard-00000.index.npy`, and so on,
-`null_context.npy`, and `manifest.json`, written last. Readers trust the manifest only. A shard is
-a plain WebDataset tar with `KEY.moments.npy`, `KEY.context.npy` and `KEY.json` for each sample.
+A dataset is a folder: `shard-00000.tar` and its index `shard-00000.index.npz`, and so on,
+`null_context.npy` where there are captions, and `manifest.json`, written last. Readers trust the
+manifest only. A shard is a plain WebDataset tar with, for each sample, `KEY.moments.npy`,
+`KEY.context.npy` (captioned sets) or `KEY.cls` (labelled sets), `KEY.json`, and
+`KEY.flipped.npy` where the set also holds the mirrored images.
 """
 
 import hashlib
@@ -16,11 +18,10 @@ from numpy.typing import NDArray
 from ifvit import storage
 from ifvit.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 NULL_CONTEXT = "null_context.npy"
 RESIZE = "center_crop+lanczos"
-INDEX_COLUMNS = ("moments_offset", "context_offset", "num_captions", "json_offset", "json_length")
 SEAL = "content_sha256"
 
 Array = NDArray[Any]
@@ -41,9 +42,9 @@ class EncoderIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleMetadata:
-    """`KEY.json`: the image's id, all its captions, and its original size in pixels."""
+    """`KEY.json`: the image's id, all its captions (none if labelled), its original size."""
 
-    image_id: int
+    image_id: int | str
     captions: tuple[str, ...]
     width: int
     height: int
@@ -51,17 +52,23 @@ class SampleMetadata:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSample:
-    """One image: moments (2C, H, W), mean above logvar, unscaled; context (captions, M, D)."""
+    """One image: moments (2C, H, W), mean above logvar, unscaled, and what it shows.
+
+    Either `context` (captions, M, D) or `label` is there. `flipped` are the moments of the
+    mirrored image. Keys hold no dot and no slash, WebDataset ends them there.
+    """
 
     key: str
     moments: Array
-    context: Array
+    context: Array | None = None
+    label: int | None = None
+    flipped: Array | None = None
     metadata: SampleMetadata
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """What the manifest promises about `NAME.tar` and `NAME.index.npy`."""
+    """What the manifest promises about `NAME.tar` and `NAME.index.npz`."""
 
     name: str
     num_samples: int
@@ -72,26 +79,35 @@ class ShardEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextEncoding:
+    """How captions became context: by whom, the shape (M, D) of each, and the empty caption's."""
+
+    encoder: EncoderIdentity
+    context_shape: tuple[int, int]
+    null_context_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The dataset's table of contents and how it was made.
 
-    `latent_mean` and `latent_std` are of z = mean + std * eps over all elements of all latents.
+    `text` is None in a labelled set, `classes` is empty in a captioned one. `latent_mean` and
+    `latent_std` are of z = mean + std * eps over all elements of all latents.
     """
 
     format_version: int = FORMAT_VERSION
     vae: EncoderIdentity
-    text_encoder: EncoderIdentity
+    text: TextEncoding | None
+    classes: tuple[str, ...] = ()
     image_size: int
     resize: str = RESIZE
+    flipped: bool = False
     dtype: str
     moments_shape: tuple[int, int, int]
-    context_shape: tuple[int, int]
     num_samples: int
     num_captions: int
     latent_mean: float
     latent_std: float
-    null_context: str = NULL_CONTEXT
-    null_context_sha256: str
     shards: tuple[ShardEntry, ...]
 
     @property
@@ -117,9 +133,10 @@ def read_manifest(url: str) -> Manifest:
             f"{FORMAT_VERSION}; encode the images again or install the program that wrote it"
         )
     value["shards"] = tuple(build_record(ShardEntry, entry, where) for entry in value["shards"])
-    for key in ("vae", "text_encoder"):
-        value[key] = build_record(EncoderIdentity, value[key], where)
-    for key in ("moments_shape", "context_shape"):
+    value["vae"] = build_record(EncoderIdentity, value["vae"], where)
+    if value["text"] is not None:
+        value["text"] = _build_text(value["text"], where)
+    for key in ("moments_shape", "classes"):
         value[key] = tuple(value[key])
     return build_record(Manifest, value, where)
 
@@ -164,6 +181,12 @@ def parse_metadata(data: bytes, where: str) -> SampleMetadata:
 def remedy_for(entry: ShardEntry) -> str:
     """What to do about a damaged shard: without its receipt, the encode job makes it anew."""
     return f"delete receipts/{entry.name}.json and run the encode again"
+
+
+def _build_text(value: dict[str, Any], where: str) -> TextEncoding:
+    value["encoder"] = build_record(EncoderIdentity, value["encoder"], where)
+    value["context_shape"] = tuple(value["context_shape"])
+    return build_record(TextEncoding, value, where)
 
 
 def _seal(value: dict[str, Any]) -> str:

@@ -109,6 +109,6 @@ def _grid_contexts(config: SampleGridConfig, reader: ShardReader, device: torch.
     if not config.prompts:
         count = min(2 * _GRID_COLUMNS, len(reader))
         return torch.from_numpy(np.stack([reader.context(i, 0) for i in range(count)]))
-    encoder = load_text_encoder(reader.manifest.text_encoder.name, str(device))
-    check_identity("text encoder", encoder.identity, reader.manifest.text_encoder)
+    encoder = load_text_encoder(reader.text.encoder.name, str(device))
+    check_identity("text encoder", encoder.identity, reader.text.encoder)
     return encoder.encode(list(config.prompts))

@@ -9,7 +9,7 @@ import yaml
 from ifvit.config import dump_config
 from ifvit.errors import UserError
 from ifvit.models.pretrained import identify, resolve_pretrained
-from ifvit.shards import EncoderIdentity, Manifest
+from ifvit.shards import EncoderIdentity, ShardReader
 from ifvit.storage import exists, join, read_bytes
 from ifvit.training.config import TrainConfig
 
@@ -22,10 +22,10 @@ MAY_CHANGE = frozenset(
 """Fields that a resumed run may set anew; any other would make it a different run."""
 
 
-def check_shapes(manifest: Manifest, config: TrainConfig) -> None:
+def check_shapes(reader: ShardReader, config: TrainConfig) -> None:
     """Raise UserError when the backbone was not made for these shards' latents and context."""
     backbone = config.backbone
-    moments, height, width = manifest.moments_shape
+    moments, height, width = reader.manifest.moments_shape
     _require_shape(
         f"{config.shards}: latents",
         (moments // 2, height, width),
@@ -34,16 +34,16 @@ def check_shapes(manifest: Manifest, config: TrainConfig) -> None:
     )
     _require_shape(
         f"{config.shards}: context",
-        tuple(manifest.context_shape),
+        tuple(reader.text.context_shape),
         (backbone.context_length, backbone.context_width),
         "backbone.context_length and backbone.context_width",
     )
 
 
-def check_encoders(manifest: Manifest, config: TrainConfig) -> None:
+def check_encoders(reader: ShardReader, config: TrainConfig) -> None:
     """Raise UserError when the shards come from other encoders than the recipe names."""
-    _require_encoder("vae", config.vae, manifest.vae, config.shards)
-    _require_encoder("text_encoder", config.text_encoder, manifest.text_encoder, config.shards)
+    _require_encoder("vae", config.vae, reader.manifest.vae, config.shards)
+    _require_encoder("text_encoder", config.text_encoder, reader.text.encoder, config.shards)
 
 
 def check_recipe(config: TrainConfig) -> None:

@@ -33,8 +33,8 @@ def train(config: TrainConfig) -> TrainState:
     Raises UserError when recipe, shards and run directory do not fit together.
     """
     reader = ShardReader(config.shards)
-    check_shapes(reader.manifest, config)
-    check_encoders(reader.manifest, config)
+    check_shapes(reader, config)
+    check_encoders(reader, config)
     check_recipe(config)
     checkpoint = restore_checkpoint(config.run)
     shards_sha256 = manifest_sha256(config.shards)
@@ -104,6 +104,6 @@ def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:
         ema_decay=None,
         scaling_factor=config.scaling_factor or reader.manifest.scaling_factor,
         vae=reader.manifest.vae,
-        text_encoder=reader.manifest.text_encoder,
+        text_encoder=reader.text.encoder,
         recipe_sha256=hashlib.sha256(dump_config(config).encode()).hexdigest(),
     )

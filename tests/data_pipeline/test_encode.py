@@ -116,7 +116,7 @@ def test_another_output_folder_receives_the_same_bytes(config: EncodeConfig) -> 
     "lost",
     [
         "shard-00001.tar",
-        "shard-00001.index.npy",
+        "shard-00001.index.npz",
         "receipts/shard-00000.json",
         "manifest.json",
         "null_context.npy",

@@ -27,7 +27,7 @@ def save_run(folder: Path, manifest: Manifest, vae: EncoderIdentity | None = Non
     """A run folder whose weights of step 7 are random, for the latents of `manifest`."""
     torch.manual_seed(0)
     channels, size, _ = manifest.moments_shape
-    length, width = manifest.context_shape
+    length, width = manifest.text.context_shape
     shape = FusionUViTConfig(
         latent_size=size,
         latent_channels=channels // 2,
@@ -46,7 +46,7 @@ def save_run(folder: Path, manifest: Manifest, vae: EncoderIdentity | None = Non
         ema_decay=0.999,
         scaling_factor=manifest.scaling_factor,
         vae=vae or manifest.vae,
-        text_encoder=manifest.text_encoder,
+        text_encoder=manifest.text.encoder,
         recipe_sha256="0" * 64,
     )
     backbone = FusionUViT(**dataclasses.asdict(shape))

@@ -10,7 +10,14 @@ import torch
 
 from data_pipeline.write import npy_bytes, write_shard
 from ifvit.models.config import FusionUViTConfig
-from ifvit.shards import EncoderIdentity, LatentSample, Manifest, SampleMetadata, write_manifest
+from ifvit.shards import (
+    EncoderIdentity,
+    LatentSample,
+    Manifest,
+    SampleMetadata,
+    TextEncoding,
+    write_manifest,
+)
 from ifvit.storage import write_bytes
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
@@ -45,16 +52,18 @@ def write_dataset(folder: Path, seed: int = 0) -> str:
     write_bytes(str(folder / "null_context.npy"), null_context)
     manifest = Manifest(
         vae=EncoderIdentity(name="made-up", sha256="0" * 64),
-        text_encoder=EncoderIdentity(name="made-up", sha256="1" * 64),
+        text=TextEncoding(
+            encoder=EncoderIdentity(name="made-up", sha256="1" * 64),
+            context_shape=CONTEXT_SHAPE,
+            null_context_sha256=hashlib.sha256(null_context).hexdigest(),
+        ),
         image_size=64,
         dtype="float16",
         moments_shape=(8, 8, 8),
-        context_shape=CONTEXT_SHAPE,
         num_samples=NUM_SAMPLES,
         num_captions=sum(1 + index % 3 for index in range(NUM_SAMPLES)),
         latent_mean=0.0,
         latent_std=1.5,
-        null_context_sha256=hashlib.sha256(null_context).hexdigest(),
         shards=tuple(entries),
     )
     write_manifest(str(folder), manifest)
