@@ -172,7 +172,7 @@ def remove_manifest(folder: Path) -> None:
 
 
 def raise_format_version(folder: Path) -> None:
-    write_manifest(str(folder), replace(read_manifest(str(folder)), format_version=2))
+    write_manifest(str(folder), replace(read_manifest(str(folder)), format_version=3))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def raise_format_version(folder: Path) -> None:
         (edit_manifest, "manifest.json: damaged"),
         (cut_manifest, "manifest.json: damaged"),
         (remove_manifest, "manifest.json: no such file"),
-        (raise_format_version, "format_version is 2"),
+        (raise_format_version, "format_version is 3"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -1,0 +1,1 @@
+"""Where captioned or labelled images come from: each source is cut into units of work."""
