@@ -90,6 +90,21 @@ def upload(path: Path, url: str) -> None:
         publish(temporary, Path(url))
 
 
+@contextlib.contextmanager
+def write_file(url: str) -> Iterator[Path]:
+    """A local file to fill inside; it becomes `url` after, unless an error ends the block."""
+    if is_remote(url):
+        with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
+            path = Path(folder, Path(url).name)
+            yield path
+            upload(path, url)
+        return
+    with _temporary_beside(Path(url)) as temporary:
+        yield temporary
+        _sync(temporary)
+        publish(temporary, Path(url))
+
+
 def download(url: str, path: Path, sha256: str | None = None) -> None:
     """Copy `url` to the local `path`, whole or not at all.
 
@@ -110,6 +125,7 @@ def create(url: str, data: bytes) -> bool:
         return object_store.create(url, data)
     with _temporary_beside(Path(url)) as temporary:
         temporary.write_bytes(data)
+        temporary.chmod(0o644)
         _sync(temporary)
         try:
             os.link(temporary, url)
