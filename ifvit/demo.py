@@ -113,7 +113,7 @@ def _recipe(run: str, shards: str, config: DemoConfig) -> TrainConfig:
         global_batch_size=32,
         micro_batch_size=32,
         min_snr_gamma=1.0,
-        ema_decay=0.99,
+        ema_decays=(0.99,),
         log_every=10,
         checkpoint_every=200,
         keep_checkpoints=1,

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ifvit", "data_pipeline", "slurm")
 ROOMS = {
-    "accelerate": ["ifvit/training/engine.py"],
-    "deepspeed": ["ifvit/training/engine.py"],
+    "accelerate": ["ifvit/training/engine.py", "ifvit/training/zero.py"],
+    "deepspeed": ["ifvit/training/zero.py"],
     "diffusers": [
         "ifvit/models/autoencoder.py",
         "ifvit/models/uvit.py",

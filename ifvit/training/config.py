@@ -37,12 +37,23 @@ class EngineConfig:
 
     backend: Literal["auto", "plain", "deepspeed"] = "auto"
     """auto: DeepSpeed on CUDA or with several processes, otherwise plain PyTorch."""
-    zero_stage: Literal[1, 2] = 1
-    """ZeRO stage under DeepSpeed: 1 partitions optimizer state, 2 gradients too."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of matrix products; parameters, moments and EMA stay fp32."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What processes partition: 1 the moments, 2 gradients too, 3 parameters and averages too.
+    0: nothing, which is PyTorch's DDP."""
+    offload_optimizer: bool = False
+    """DeepSpeed keeps the moments in host memory and updates there."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of matrix products; parameters, moments and averages stay fp32. fp16 scales the loss."""
+    activation_checkpointing: bool = False
+    """Compute each block again in the backward pass instead of keeping what it computed."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
     attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"
     """auto: xformers where it is installed with CUDA, otherwise torch's SDPA."""
+
+    def __post_init__(self) -> None:
+        if self.backend == "deepspeed" and self.zero_stage == 0:
+            raise ValueError("engine.zero_stage: 0 partitions nothing; set engine.backend: plain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +102,8 @@ class TrainConfig:
     """Weigh samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: all alike, as the paper."""
     scaling_factor: float | None = None
     """Latents are multiplied by this; unset: 1 / standard deviation, from the manifest."""
-    ema_decay: float = 0.9999
-    """Decay per step of the averaged weights."""
+    ema_decays: tuple[float, ...] = (0.9999,)
+    """Decays per step of the averaged weights, one average each; the first one is the default."""
     seed: int = 1234
     """Everything random follows from it."""
     log_every: int = 10
@@ -105,8 +116,10 @@ class TrainConfig:
     """Threads that read batches ahead."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.caption_dropout <= 1.0 or not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError("caption_dropout must lie in [0, 1] and ema_decay in [0, 1)")
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            raise ValueError("caption_dropout must lie in [0, 1]")
+        if not self.ema_decays or not all(0.0 <= decay < 1.0 for decay in self.ema_decays):
+            raise ValueError("ema_decays must name at least one decay, each in [0, 1)")
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
             raise ValueError("min_snr_gamma must be positive, or null for plain MSE")
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every"):

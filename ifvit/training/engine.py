@@ -1,77 +1,68 @@
-"""One training step on this hardware: the only file that knows accelerate and DeepSpeed."""
+"""One training step on this hardware, and the state that it works on."""
 
-import logging
-import os
-import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ifvit.distributed import World
+from ifvit.errors import UserError
+from ifvit.models.uvit import FusionUViT
 from ifvit.training.config import EngineConfig, OptimConfig
-from ifvit.training.optim import build_optimizer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state tensors, one of each for every parameter and of its shape."""
+from ifvit.training.ema import EMA
+from ifvit.training.forward import prepare_forward
+from ifvit.training.loss_scale import LossScale
+from ifvit.training.optim import MOMENTS, build_optimizer, create_moments
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165.2e12}
 """Dense bf16 tensor-core FLOP/s from the vendors' data sheets, by a part of the device's name."""
 
 
 class Engine:
-    """Forward, backward and update of one backbone, on one process or many.
+    """Forward, backward, update and averages of one backbone; several processes run PyTorch's DDP.
 
-    Parameters stay fp32 and whole on every process; DeepSpeed partitions the optimizer state
-    (ZeRO stage 1) and the gradients (stage 2).
+    Parameters, moments and averages are fp32 in every precision. Here each process keeps them
+    whole; `ifvit.training.zero` partitions them. `iter_state` and `load_state` speak of whole
+    tensors by name, so that a run saved under one engine continues under any other.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: FusionUViT,
         config: EngineConfig,
         optim: OptimConfig,
         *,
+        ema_decays: Sequence[float],
         micro_batch_size: int,
         num_micro_batches: int,
+        tolerate_nonfinite: bool = False,
     ) -> None:
-        self._deepspeed = _use_deepspeed(config)
-        if self._deepspeed:
-            settings = _deepspeed_settings(config, optim, micro_batch_size, num_micro_batches)
-            self._accelerator = _deepspeed_accelerator(settings, num_micro_batches)
-        else:
-            self._accelerator = Accelerator(
-                gradient_accumulation_steps=num_micro_batches,
-                cpu=not torch.cuda.is_available(),
-            )
-        # DeepSpeed autocasts by itself, see its settings.
-        self._autocasts = config.precision == "bf16" and not self._deepspeed
+        self._blank = nn.Module.to(copy.deepcopy(backbone), "meta").eval()
         self._max_grad_norm = optim.max_grad_norm
-        self.backbone = backbone.to(self.device)
+        self._num_micro_batches = num_micro_batches
+        self._accelerator = self._connect(config, micro_batch_size)
+        nn.Module.to(backbone, self.device)
+        prepare_forward(backbone, config, self.device)
         optimizer = build_optimizer(backbone.parameters(), optim)
         prepared = self._accelerator.prepare(backbone, optimizer)
         self._model: nn.Module = prepared[0]
-        self._optimizer: Any = prepared[1].optimizer  # torch's AdamW or DeepSpeed's ZeRO wrapper
+        self._optimizer: Any = prepared[1].optimizer  # torch's AdamW or DeepSpeed's ZeRO around it
+        self._parameters = dict(backbone.named_parameters())
+        self._create_moments()
+        self._averages = {decay: EMA(self._pieces(), decay) for decay in ema_decays}
+        self._loss_scale = LossScale() if config.precision == "fp16" else None
+        self._freezes = self._loss_scale is None and not tolerate_nonfinite
+        self._refused = torch.zeros((), device=self.device)
+        self._update_applied = True
 
     @property
     def device(self) -> torch.device:
         """Where batches must be."""
         return cast(torch.device, self._accelerator.device)
-
-    @property
-    def peak_flops(self) -> float | None:
-        """Dense bf16 FLOP/s of all processes' devices together, None for unknown devices."""
-        if self.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        peaks = [peak for key, peak in PEAK_FLOPS.items() if key in name]
-        return peaks[0] * self.world.size if peaks else None
 
     @property
     def world(self) -> World:
@@ -83,40 +74,141 @@ class Engine:
             local_rank=accelerator.local_process_index,
         )
 
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bf16 FLOP/s of all processes' devices together, None for unknown devices."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peaks = [peak for key, peak in PEAK_FLOPS.items() if key in name]
+        return peaks[0] * self.world.size if peaks else None
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """Decays of the averages, in the recipe's order."""
+        return tuple(self._averages)
+
     def denoise(self, x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """The backbone in the recipe's precision: (B, C, H, W), (B,), (B, M, D) => (B, C, H, W)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocasts):
-            return cast(Tensor, self._model(x_t, timesteps, context))
+        return cast(Tensor, self._model(x_t, timesteps, context))
 
-    @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Around each micro-batch; gradients are exchanged at the last one of a step only."""
-        with self._accelerator.accumulate(self._model):
-            yield
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around each micro-batch; gradients are exchanged at the `last` one of a step only."""
+        if last:
+            return nullcontext()
+        return cast(AbstractContextManager[None], self._accelerator.no_sync(self._model))
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this micro-batch's mean loss; DeepSpeed also updates at the last."""
-        self._accelerator.backward(loss)
+        """Add the gradient of this micro-batch's mean loss."""
+        scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+        (loss * (scale / self._num_micro_batches)).backward()  # type: ignore[no-untyped-call]
 
     def set_learning_rate(self, rate: float) -> None:
-        """Rate of the coming update; set before the step's last backward pass."""
+        """Rate of the coming update."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
 
     def step(self) -> Tensor:
-        """Update the parameters after the last micro-batch => global gradient norm, ()."""
-        if self._deepspeed:
-            # accelerator.backward has clipped and stepped already.
-            norm = cast(Any, self._model).get_global_grad_norm()
-            return torch.as_tensor(norm, dtype=torch.float32)
-        parameters = self.backbone.parameters()
+        """Update the parameters after the last micro-batch => global gradient norm, ().
+
+        A gradient that is not finite changes nothing, on any process; see `refused_updates`.
+        """
+        parameters = list(self._parameters.values())
+        gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+        if self._loss_scale is not None:
+            torch._foreach_div_(gradients, self._loss_scale.value)
+        norm = nn.utils.get_total_norm(gradients)
         if self._max_grad_norm is not None:
-            norm = self._accelerator.clip_grad_norm_(parameters, self._max_grad_norm)
+            nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+        nonfinite = (~norm.isfinite()).float()
+        if self._freezes:
+            nonfinite = nonfinite.maximum(self._refused.sign())
+            self._refused += nonfinite
         else:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            self._settle(finite=not nonfinite.item())
+        # AdamW's fused kernel reads the flag on the device and leaves everything as it is.
+        self._optimizer.found_inf = nonfinite
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return cast(Tensor, norm).detach()
+        return norm
+
+    def _settle(self, *, finite: bool) -> None:
+        """Count a gradient that is not finite, unless a smaller loss scale may mend it."""
+        self._update_applied = finite
+        mended = finite if self._loss_scale is None else self._loss_scale.adapt(finite)
+        if not mended:
+            self._refused += 1
+
+    def refused_updates(self, *, wait: bool) -> int:
+        """Updates refused since the last call because their gradient was not finite.
+
+        Where the recipe tolerates none, the first one freezes the parameters on the device. So
+        the host need not look after every step; it learns of it when it can `wait` for the device.
+        """
+        if self._freezes and not wait:
+            return 0
+        count = int(self._refused.item())
+        self._refused.zero_()
+        return count
+
+    def update_averages(self) -> None:
+        """Move every average towards the parameters, unless the update was refused."""
+        if self._update_applied:
+            for average in self._averages.values():
+                average.update(self._pieces())
+
+    def whole_backbone(self, ema_decay: float | None) -> FusionUViT:
+        """A backbone with the averaged weights or, given None, the trained ones; collective.
+
+        fp32, in eval mode. Where nothing is partitioned it shares the engine's memory: it is for
+        sampling and export before the next update, and must not be changed.
+        """
+        pieces = self._pieces() if ema_decay is None else self._averages[ema_decay].shadows
+        whole: FusionUViT = copy.deepcopy(self._blank)
+        whole.load_state_dict(dict(self._gather_named("", pieces)), assign=True)
+        return whole
+
+    def iter_state(self) -> Iterator[tuple[str, Tensor]]:
+        """All that is learned, as whole fp32 tensors one after the other; collective.
+
+        `backbone.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and for each decay `ema0.9999.NAME`, in
+        the same order on every process. Copy what is to outlive the next update.
+        """
+        yield from self._gather_named("backbone.", self._pieces())
+        for key in MOMENTS:
+            for name, parameter in self._parameters.items():
+                yield f"{key}.{name}", self._gather_moment(parameter, key)
+        for decay, average in self._averages.items():
+            yield from self._gather_named(f"{average_name(decay)}.", average.shadows)
+
+    @torch.no_grad()
+    def load_state(self, read: Callable[[str], Tensor], step: int) -> None:
+        """Continue after `step` updates from `iter_state` of any engine and number of processes.
+
+        `read(name)` returns a whole tensor on the CPU; only this process's piece is copied.
+        """
+        for name, parameter in self._parameters.items():
+            self._load_parameter(parameter, read(f"backbone.{name}"))
+            for key in MOMENTS:
+                self._load_moment(parameter, key, read(f"{key}.{name}"))
+        for decay, average in self._averages.items():
+            named = zip(self._parameters.items(), average.shadows, strict=True)
+            for (name, parameter), shadow in named:
+                shadow.copy_(self._cut(read(f"{average_name(decay)}.{name}"), parameter))
+        self._set_num_updates(step)
+
+    def scalars(self) -> dict[str, float]:
+        """What else a checkpoint must hold; the same on every process."""
+        num_updates = next(iter(self._adamw.state.values()))["step"].item()
+        scalars = {} if self._loss_scale is None else vars(self._loss_scale)
+        return {"num_updates": num_updates, **scalars}
+
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        """Continue from `scalars()` of any engine; call it after `load_state`."""
+        own = dict(scalars)
+        self._set_num_updates(own.pop("num_updates"))
+        if self._loss_scale is not None:
+            vars(self._loss_scale).update(own)
 
     def mean(self, value: Tensor) -> Tensor:
         """Average over processes, on all of them."""
@@ -131,98 +223,65 @@ class Engine:
         """Wait for all processes."""
         self._accelerator.wait_for_everyone()
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """`exp_avg.NAME` and `exp_avg_sq.NAME`, fp32, of every parameter, whole; collective.
+    # What follows is all that depends on where parameters, moments and averages are kept.
 
-        Empty before the first update.
-        """
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.backbone.named_parameters():
-            for key in MOMENTS:
-                value = self._moment(parameter, key)
-                if value is not None:
-                    state[f"{key}.{name}"] = value
-        return state
+    def _connect(self, config: EngineConfig, micro_batch_size: int) -> Accelerator:
+        return Accelerator(cpu=not torch.cuda.is_available())
 
-    def load_optimizer_state(self, state: dict[str, Tensor], num_updates: int) -> None:
-        """Continue from `optimizer_state()` of any backend and number of processes."""
-        if self._deepspeed:
-            self._create_partitioned_state(num_updates)
-        for name, parameter in self.backbone.named_parameters():
-            moments = {key: state[f"{key}.{name}"] for key in MOMENTS}
-            if self._deepspeed:
-                from deepspeed.utils import safe_set_full_optimizer_state
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        return cast(torch.optim.Optimizer, self._optimizer)
 
-                for key, value in moments.items():
-                    safe_set_full_optimizer_state(parameter, value.to(self.device), key)
-            else:
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(num_updates), device=self.device),
-                    **{key: value.to(self.device) for key, value in moments.items()},
-                }
+    def _create_moments(self) -> None:
+        create_moments(self._adamw, self._parameters.values())
 
-    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
-        if not self._deepspeed:
-            value = self._optimizer.state[parameter].get(key)
-            return None if value is None else cast(Tensor, value)
-        from deepspeed.utils import safe_get_full_optimizer_state
+    def _pieces(self) -> list[Tensor]:
+        """What this process keeps of each parameter."""
+        return [parameter.detach() for parameter in self._parameters.values()]
 
-        return cast(Tensor | None, safe_get_full_optimizer_state(parameter, key))
+    def _gather(self, piece: Tensor, parameter: nn.Parameter) -> Tensor:
+        """The whole of which each process has a piece, as it has of `parameter`."""
+        return piece
 
-    def _create_partitioned_state(self, num_updates: int) -> None:
-        """Give DeepSpeed's flat partitions AdamW state, which it makes at the first step only."""
-        inner = self._optimizer.optimizer
-        for partition in self._optimizer.single_partition_of_fp32_groups:
-            inner.state[partition] = {
-                "step": torch.tensor(float(num_updates), device=self.device),
-                **{key: torch.zeros_like(partition) for key in MOMENTS},
-            }
-        self._optimizer._lazy_init_hp_params_optimizer_state()
+    def _cut(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
+        """This process's piece of a whole tensor of `parameter`'s shape."""
+        return whole
+
+    def _gather_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return cast(Tensor, self._adamw.state[parameter][key])
+
+    def _load_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        parameter.copy_(whole)
+
+    def _load_moment(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+        self._adamw.state[parameter][key].copy_(whole)
+
+    def _set_num_updates(self, count: float) -> None:
+        for state in self._adamw.state.values():
+            state["step"].fill_(count)
+
+    def _gather_named(self, prefix: str, pieces: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for (name, parameter), piece in zip(self._parameters.items(), pieces, strict=True):
+            yield f"{prefix}{name}", self._gather(piece, parameter)
 
 
-def _use_deepspeed(config: EngineConfig) -> bool:
-    if config.backend == "auto":
-        return torch.cuda.is_available() or World.from_environment().size > 1
-    return config.backend == "deepspeed"
+def engine_class(config: EngineConfig) -> type[Engine]:
+    """The engine that `config` asks for on this hardware.
+
+    Raises UserError when it asks DeepSpeed's help of PyTorch alone.
+    """
+    parallel = torch.cuda.is_available() or World.from_environment().size > 1
+    if config.backend == "deepspeed" or (
+        config.backend == "auto" and config.zero_stage and parallel
+    ):
+        from ifvit.training.zero import Zero3Engine, ZeroEngine  # takes seconds to import
+
+        return ZeroEngine if config.zero_stage < 3 else Zero3Engine
+    if config.offload_optimizer:
+        raise UserError("engine.offload_optimizer: needs DeepSpeed; set engine.backend: deepspeed")
+    return Engine
 
 
-def _deepspeed_settings(
-    config: EngineConfig, optim: OptimConfig, micro_batch_size: int, num_micro_batches: int
-) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from the recipe and written nowhere else."""
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": num_micro_batches,
-        "gradient_clipping": optim.max_grad_norm or 0.0,
-        "zero_optimization": {"stage": config.zero_stage},
-        # Autocast with fp32 parameters, the same arithmetic as the plain engine's.
-        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
-        "steps_per_print": sys.maxsize,
-    }
-
-
-def _deepspeed_accelerator(settings: dict[str, Any], num_micro_batches: int) -> Accelerator:
-    """An Accelerator on DeepSpeed, with NCCL on CUDA and gloo elsewhere."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # or it buries the progress line
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed compiles its CPU communication with ninja, which lies beside the interpreter.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    # Started without a launcher, this process is a world of one; DeepSpeed wants that spelled out.
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in (*alone.items(), ("MASTER_PORT", str(_free_port()))):
-        os.environ.setdefault(name, value)
-    return Accelerator(
-        gradient_accumulation_steps=num_micro_batches,
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
-        ],
-    )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def average_name(ema_decay: float) -> str:
+    """`ema0.9999`, which opens the names of an average's tensors."""
+    return f"ema{ema_decay}"

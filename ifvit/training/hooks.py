@@ -1,6 +1,7 @@
 """What happens beside the steps: checkpoints, exported weights, pictures."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from ifvit.images import encode_png
 from ifvit.models.clip import load_text_encoder
-from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo, save_weights
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.encoders import check_identity, open_autoencoder
@@ -16,11 +16,17 @@ from ifvit.sampling.grid import make_grid
 from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes
-from ifvit.training.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint, step_name
+from ifvit.training.checkpoint import (
+    PARTS,
+    Checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    step_name,
+)
 from ifvit.training.config import SampleGridConfig, TrainConfig
-from ifvit.training.ema import EMA
 from ifvit.training.engine import Engine
 from ifvit.training.loop import StepReport
+from ifvit.training.optim import MOMENTS
 from ifvit.training.state import TrainState
 
 _GRID_COLUMNS = 8
@@ -32,54 +38,56 @@ class SaveCheckpoint:
     def __init__(
         self,
         config: TrainConfig,
-        backbone: FusionUViT,
         engine: Engine,
-        ema: EMA,
         info: WeightsInfo,
         shards_sha256: str,
     ) -> None:
         self.every = config.checkpoint_every
-        self._config, self._backbone, self._engine, self._ema = config, backbone, engine, ema
+        self._config, self._engine = config, engine
         self._info, self._shards_sha256 = info, shards_sha256
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
-        """Gather the partitioned optimizer state on all processes, write on the main one."""
-        optimizer = self._engine.optimizer_state()
+        """Gather the partitioned state on all processes, write on the main one."""
+        # Weights first: a run whose last checkpoint is complete has its last weights too.
+        self._export(state.step)
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+        for name, tensor in self._engine.iter_state():
+            if self._engine.world.is_main:
+                parts[_part(name)][name] = tensor
         if self._engine.world.is_main:
-            checkpoint = Checkpoint(
-                state=state,
-                shards_sha256=self._shards_sha256,
-                backbone=dict(self._backbone.state_dict()),
-                optimizer=optimizer,
-                ema=self._ema.state_dict(),
-            )
-            # Weights first: a run whose last checkpoint is complete has its last weights too.
-            self._export(state.step)
+            checkpoint = Checkpoint(state=state, shards_sha256=self._shards_sha256, **parts)
             save_checkpoint(self._config.run, checkpoint)
             prune_checkpoints(self._config.run, self._config.keep_checkpoints)
         self._engine.barrier()
 
     def _export(self, step: int) -> None:
+        """The trained weights in raw/, the first average in ema/, the others in ema_DECAY/."""
         folder = join(self._config.run, "weights", step_name(step))
-        raw = dataclasses.replace(self._info, step=step, ema_decay=None)
-        save_weights(join(folder, "raw"), self._backbone, raw)
-        averaged = dataclasses.replace(raw, ema_decay=self._ema.decay)
-        with self._ema.applied():
-            save_weights(join(folder, "ema"), self._backbone, averaged)
+        first, *others = self._engine.ema_decays
+        kinds = {"raw": None, "ema": first, **{f"ema_{decay}": decay for decay in others}}
+        for kind, decay in kinds.items():
+            backbone = self._engine.whole_backbone(decay)
+            info = dataclasses.replace(self._info, step=step, ema_decay=decay)
+            if self._engine.world.is_main:
+                save_weights(join(folder, kind), backbone, info)
+
+
+def _part(name: str) -> str:
+    """The part of a checkpoint in which the tensor `name` of `Engine.iter_state` is kept."""
+    kind = name.partition(".")[0]
+    return "backbone" if kind == "backbone" else "optimizer" if kind in MOMENTS else "ema"
 
 
 class SampleGrid:
     """A picture of the same prompts from the same noise, drawn with the averaged weights."""
 
-    def __init__(
-        self, config: TrainConfig, backbone: FusionUViT, engine: Engine, ema: EMA, info: WeightsInfo
-    ) -> None:
+    def __init__(self, config: TrainConfig, engine: Engine, info: WeightsInfo) -> None:
         self.every = config.sample_grid.every
-        self._run, self._engine, self._ema = config.run, engine, ema
+        self._run, self._engine = config.run, engine
         reader = ShardReader(config.shards)
         self._contexts = _grid_contexts(config.sample_grid, reader, engine.device)
-        self._sampler = Sampler(
-            backbone=backbone,
+        self._build_sampler = partial(
+            Sampler,
             autoencoder=open_autoencoder(info, str(engine.device)),
             null_context=torch.from_numpy(np.array(reader.null_context)),
             scaling_factor=info.scaling_factor,
@@ -90,13 +98,12 @@ class SampleGrid:
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Draw on the main process; the others wait."""
+        backbone = self._engine.whole_backbone(self._engine.ema_decays[0])
         if self._engine.world.is_main:
+            sampler = self._build_sampler(backbone=backbone)
             positions = range(len(self._contexts))
-            with self._ema.applied():
-                drawn = generate_images(
-                    self._sampler, self._contexts.__getitem__, positions, self._sampling
-                )
-                images = np.concatenate(list(drawn))
+            drawn = generate_images(sampler, self._contexts.__getitem__, positions, self._sampling)
+            images = np.concatenate(list(drawn))
             name = f"{step_name(state.step)}.png"
             write_bytes(
                 join(self._run, "samples", name), encode_png(make_grid(images, _GRID_COLUMNS))

@@ -12,7 +12,6 @@ from torch import Tensor
 from ifvit.diffusion.objective import NoisePrediction
 from ifvit.training.batches import Batch, Batches
 from ifvit.training.config import TrainConfig
-from ifvit.training.ema import EMA
 from ifvit.training.engine import Engine
 from ifvit.training.optim import learning_rate
 from ifvit.training.state import TrainState
@@ -43,7 +42,6 @@ def fit(
     batches: Batches,
     objective: NoisePrediction,
     engine: Engine,
-    ema: EMA,
     hooks: Sequence[Hook],
     config: TrainConfig,
 ) -> TrainState:
@@ -55,12 +53,13 @@ def fit(
             engine.set_learning_rate(rate)
             loss = torch.zeros((), device=engine.device)
             data_wait = 0.0
-            for _ in range(batches.num_micro_batches):
+            for remaining in reversed(range(batches.num_micro_batches)):
                 batch, waited = _next(stream)
                 data_wait += waited
-                loss += _accumulate(batch.to(engine.device), objective, engine, state.step)
+                with engine.accumulate(last=not remaining):
+                    loss += _differentiate(batch.to(engine.device), objective, engine, state.step)
             grad_norm = engine.step()
-            ema.update()
+            engine.update_averages()
 
             due = [hook for hook in hooks if _is_due(hook.every, state.step + 1, config.max_steps)]
             if due:
@@ -77,11 +76,10 @@ def fit(
     return state
 
 
-def _accumulate(batch: Batch, objective: NoisePrediction, engine: Engine, step: int) -> Tensor:
+def _differentiate(batch: Batch, objective: NoisePrediction, engine: Engine, step: int) -> Tensor:
     """Forward and backward of one micro-batch => its mean loss, detached."""
-    with engine.accumulate():
-        losses = objective(engine.denoise, batch.moments, batch.context, step, batch.positions)
-        engine.backward(losses.total)
+    losses = objective(engine.denoise, batch.moments, batch.context, step, batch.positions)
+    engine.backward(losses.total)
     return losses.total.detach()
 
 

@@ -3,9 +3,13 @@
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from ifvit.training.config import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state tensors, one of each for every parameter and of its shape."""
 
 
 def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -16,6 +20,15 @@ def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> tor
     return torch.optim.AdamW(
         parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
+
+
+def create_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+    """Give AdamW the zero state for `tensors` that it would make at its first step only."""
+    for tensor in tensors:
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), device=tensor.device),
+            **{key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS},
+        }
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:

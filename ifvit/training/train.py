@@ -18,8 +18,7 @@ from ifvit.storage import join, write_bytes
 from ifvit.training.batches import Batches, BatchOrder
 from ifvit.training.checkpoint import Checkpoint, restore_checkpoint
 from ifvit.training.config import TrainConfig
-from ifvit.training.ema import EMA
-from ifvit.training.engine import Engine
+from ifvit.training.engine import Engine, engine_class
 from ifvit.training.hooks import SampleGrid, SaveCheckpoint
 from ifvit.training.loop import Hook, fit
 from ifvit.training.metrics_log import MetricsLog
@@ -45,12 +44,9 @@ def train(config: TrainConfig) -> TrainState:
     torch.manual_seed(config.seed)  # for the initial weights; nothing else draws from it
     backbone = FusionUViT(**asdict(config.backbone))
     backbone.set_attention(config.engine.attention)
-    if checkpoint:
-        backbone.load_state_dict(checkpoint.backbone)
     batches, engine = _build_engine(config, reader, backbone)
-    ema = EMA(backbone, config.ema_decay)
     if checkpoint:
-        _restore(checkpoint, engine, ema)
+        _restore(checkpoint, engine)
 
     info = _weights_info(config, reader)
     objective = NoisePrediction(
@@ -62,14 +58,14 @@ def train(config: TrainConfig) -> TrainState:
     metrics = MetricsLog(config, engine, count_cost(config.backbone).flops)
     hooks: list[Hook] = [
         metrics,
-        SaveCheckpoint(config, backbone, engine, ema, info, shards_sha256),
+        SaveCheckpoint(config, engine, info, shards_sha256),
     ]
     if config.sample_grid.every:
-        hooks.append(SampleGrid(config, backbone, engine, ema, info))
+        hooks.append(SampleGrid(config, engine, info))
     if engine.world.is_main:
         write_bytes(join(config.run, "config.yaml"), dump_config(config).encode())
     with metrics.open(state):
-        return fit(state, batches, objective, engine, ema, hooks, config)
+        return fit(state, batches, objective, engine, hooks, config)
 
 
 def _build_engine(
@@ -83,19 +79,20 @@ def _build_engine(
     )
     world = World.from_environment()
     batches = Batches(reader, order, config.micro_batch_size, world, config.num_workers)
-    engine = Engine(
+    engine = engine_class(config.engine)(
         backbone,
         config.engine,
         config.optim,
+        ema_decays=config.ema_decays,
         micro_batch_size=config.micro_batch_size,
         num_micro_batches=batches.num_micro_batches,
     )
     return batches, engine
 
 
-def _restore(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
-    ema.load_state_dict(checkpoint.ema)
-    engine.load_optimizer_state(checkpoint.optimizer, checkpoint.state.step)
+def _restore(checkpoint: Checkpoint, engine: Engine) -> None:
+    tensors = {**checkpoint.backbone, **checkpoint.optimizer, **checkpoint.ema}
+    engine.load_state(tensors.__getitem__, checkpoint.state.step)
 
 
 def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:

@@ -105,7 +105,7 @@ def recipe(shards: str, tmp_path: Path) -> Callable[..., TrainConfig]:
             "max_steps": 8,
             "global_batch_size": 8,
             "micro_batch_size": 8,
-            "ema_decay": 0.9,
+            "ema_decays": (0.9,),
             "log_every": 1,
             "checkpoint_every": 100,
             "num_workers": 1,
