@@ -13,8 +13,8 @@ from data_pipeline.config import ShardsConfig
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.shards import Manifest, ShardEntry, ShardError, read_manifest
+from ifvit.shards.files import check_shard_files, read_index, read_null_context, require_text
 from ifvit.shards.index import index_bytes, index_tar
-from ifvit.shards.reader import check_shard_files, read_index, read_null_context, require_text
 from ifvit.shards.records import MANIFEST, NULL_CONTEXT, Array, parse_metadata, remedy_for
 
 

@@ -1,5 +1,6 @@
 """Latents and caption embeddings on disk: records, manifest and reader."""
 
+from ifvit.shards.config import CacheConfig
 from ifvit.shards.reader import ShardReader
 from ifvit.shards.records import (
     EncoderIdentity,
@@ -14,6 +15,7 @@ from ifvit.shards.records import (
 )
 
 __all__ = [
+    "CacheConfig",
     "EncoderIdentity",
     "LatentSample",
     "Manifest",

@@ -1,58 +1,69 @@
-"""Random access to a dataset of shards on the local file system."""
+"""Random access to a dataset of shards, one sample at a time or a batch in one go."""
 
 import os
-from pathlib import Path
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import numpy as np
 
 from ifvit import storage
-from ifvit.shards.index import ABSENT, ShardIndex, checksum, parse_index
+from ifvit.shards.config import CacheConfig
+from ifvit.shards.files import OpenFile, ShardFiles, open_files, read_null_context, require_text
+from ifvit.shards.index import ABSENT, checksum
 from ifvit.shards.records import (
     MANIFEST,
-    NULL_CONTEXT,
     Array,
-    Manifest,
     SampleMetadata,
     ShardEntry,
     ShardError,
     TextEncoding,
     parse_metadata,
     read_manifest,
-    remedy_for,
 )
+from ifvit.shards.tables import IndexTables
 
 
 class ShardReader:
     """Random access to a dataset by global sample number; a read touches only what it returns.
 
-    Opening checks every file's presence and size, every index's hash and the null context's; each
-    read checks the bytes it returns. Raises ShardError naming shard, key and remedy.
+    Opening a local folder checks every file's presence and size and every index's hash; of an
+    object store, presence, and the rest when a shard arrives in the cache. Each read checks the
+    bytes it returns. Raises ShardError naming shard, key and remedy. Threads may share a reader.
     """
 
-    def __init__(self, url: str) -> None:
-        if storage.is_remote(url):
-            raise ShardError(f"{url}: shards are read from a local folder; copy them to one first")
+    def __init__(self, url: str, cache: CacheConfig | None = None) -> None:
         self.url = url
         self.manifest = read_manifest(url)
-        counts = [entry.num_samples for entry in self.manifest.shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        if self._starts[-1] != self.manifest.num_samples:
+        self._cache = cache or CacheConfig()
+        entries = self.manifest.shards
+        self._tables = IndexTables(entries)
+        if self._tables.starts[-1] != self.manifest.num_samples:
             raise ShardError(f"{url}/{MANIFEST}: num_samples is not the sum over its shards")
-        self._folder = Path(url)
-        self._dtype = np.dtype(self.manifest.dtype)
-        self._indexes = [self._open_index(entry) for entry in self.manifest.shards]
-        self._descriptors: dict[int, int] = {}
+        self.dtype = np.dtype(self.manifest.dtype)
+        self._files = open_files(url, self.manifest, self._cache)
+        if not self.is_remote:
+            for shard, entry in enumerate(entries):
+                self._tables.fill(shard, self._files.read_index(entry))
+        # The reader's own method would make a cycle, and files would stay open until it is found.
+        open_shard = partial(_open_shard, self._files, self._tables, entries)
+        self._open: Callable[[int], OpenFile] = lru_cache(self._files.max_open)(open_shard)
         self._null_context = read_null_context(url, self.manifest) if self.manifest.text else None
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
-    def __reduce__(self) -> tuple[type["ShardReader"], tuple[str]]:
-        return ShardReader, (self.url,)  # a worker process reopens the files, it copies none
+    def __reduce__(self) -> tuple[type["ShardReader"], tuple[str, CacheConfig]]:
+        return ShardReader, (self.url, self._cache)  # a worker process reopens, it copies nothing
 
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are fetched before they are read."""
+        return storage.is_remote(self.url)
+
+    @property
+    def max_open(self) -> int:
+        """Shards that are at hand at a time."""
+        return self._files.max_open
 
     @property
     def text(self) -> TextEncoding:
@@ -65,128 +76,121 @@ class ShardReader:
         assert self._null_context is not None, self.text
         return self._null_context
 
+    def fetch(self, shard: int) -> None:
+        """Wait until a shard is at hand: cached and open."""
+        self._open(shard)
+
+    def caption_counts(self, samples: Array) -> Array:
+        """(B,) sample numbers => (B,) how many captions each one's image has."""
+        self._shards_of(samples)
+        first: Array = self._tables.first_caption
+        counts: Array = first[samples + 1] - first[samples]
+        return counts
+
+    def read_moments(self, samples: Array, out: Array, mirrored: Array | None = None) -> None:
+        """Fill `out` (B, 2C, H, W) with mean above logvar of the VAE posteriors, unscaled.
+
+        Where `mirrored` (B,) is true, with those of the mirrored image.
+        """
+        shards = self._shards_of(samples)
+        places = self._tables.moments[samples]
+        if mirrored is not None:
+            places[mirrored] = self._tables.flipped[samples[mirrored]]
+        self._read_rows("moments", samples, shards, places, _rows_of(out))
+
+    def read_contexts(self, samples: Array, captions: Array, out: Array) -> None:
+        """Fill `out` (B, M, D) with one caption's embedding each, of number -1 the empty one's.
+
+        The samples' other captions are not read.
+        """
+        out[captions < 0] = self.null_context
+        rows = np.flatnonzero(captions >= 0)
+        chosen = samples[rows]
+        shards = self._shards_of(chosen)
+        places = self._tables.context[self._tables.first_caption[chosen] + captions[rows]]
+        views = _rows_of(out)
+        self._read_rows("context", chosen, shards, places, [views[row] for row in rows.tolist()])
+
     def num_captions(self, sample: int) -> int:
         """How many captions the sample's image has."""
-        shard, row = self._locate(sample)
-        return int(self._indexes[shard].num_captions[row])
+        return int(self.caption_counts(np.array([sample]))[0])
 
     def moments(self, sample: int) -> Array:
         """(2C, H, W) mean above logvar of the VAE posterior, unscaled."""
-        shard, row = self._locate(sample)
-        return self._read_array(shard, row, "moments", self.manifest.moments_shape)
+        out = np.empty((1, *self.manifest.moments_shape), self.dtype)
+        self.read_moments(np.array([sample]), out)
+        return out.squeeze(0)
 
     def flipped(self, sample: int) -> Array:
         """The moments of the mirrored image, in a set that holds them."""
-        shard, row = self._locate(sample)
-        return self._read_array(shard, row, "flipped", self.manifest.moments_shape)
+        out = np.empty((1, *self.manifest.moments_shape), self.dtype)
+        self.read_moments(np.array([sample]), out, np.array([True]))
+        return out.squeeze(0)
 
     def context(self, sample: int, caption: int) -> Array:
         """(M, D) embedding of one caption; the sample's other captions are not read."""
-        shard, row = self._locate(sample)
-        count = int(self._indexes[shard].num_captions[row])
+        count = self.num_captions(sample)
         if not 0 <= caption < count:
             raise IndexError(f"sample {sample} has {count} captions, asked for number {caption}")
-        caption_row = int(self._indexes[shard].first_caption[row]) + caption
-        return self._read_array(shard, row, "context", self.text.context_shape, caption_row)
+        out = np.empty((1, *self.text.context_shape), self.dtype)
+        self.read_contexts(np.array([sample]), np.array([caption]), out)
+        return out.squeeze(0)
 
     def label(self, sample: int) -> int:
         """Number of the sample's class in `manifest.classes`. Raises ShardError without labels."""
-        shard, row = self._locate(sample)
-        label = int(self._indexes[shard].label[row])
+        self._shards_of(np.array([sample]))
+        label = int(self._tables.label[sample])
         if label == ABSENT:
             raise ShardError(f"{self.url}: holds captions, not class labels")
         return label
 
     def metadata(self, sample: int) -> SampleMetadata:
         """The sample's image id, captions and original size."""
-        shard, row = self._locate(sample)
-        offset, length, expected = self._indexes[shard].metadata[row].tolist()
-        data = self._read(shard, row, "json", offset, length, expected).tobytes()
-        return parse_metadata(data, f"{self.manifest.shards[shard].name} sample {sample}")
+        shards = self._shards_of(np.array([sample]))
+        place = self._tables.metadata[[sample]]
+        out = np.empty((1, int(place[0, 1])), np.uint8)
+        self._read_rows("json", np.array([sample]), shards, place[:, [0, 2]], _rows_of(out))
+        entry = self.manifest.shards[int(shards[0])]
+        return parse_metadata(out.tobytes(), f"{entry.name} sample {sample}")
 
     def json_bytes(self, sample: int) -> int:
         """Length of the sample's metadata as stored."""
-        shard, row = self._locate(sample)
-        return int(self._indexes[shard].metadata[row][1])
+        self._shards_of(np.array([sample]))
+        return int(self._tables.metadata[sample, 1])
 
-    def _locate(self, sample: int) -> tuple[int, int]:
-        if not 0 <= sample < len(self):
-            raise IndexError(f"{self.url} has {len(self)} samples, asked for number {sample}")
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return shard, sample - int(self._starts[shard])
+    def _shards_of(self, samples: Array) -> Array:
+        """(B,) sample numbers => (B,) shard numbers, whose indexes are there from now on."""
+        outside = samples[(samples < 0) | (samples >= len(self))]
+        if len(outside):
+            raise IndexError(f"{self.url} has {len(self)} samples, asked for number {outside[0]}")
+        shards = self._tables.shards_of(samples)
+        for shard in np.unique(shards[~self._tables.filled[shards]]).tolist():
+            self.fetch(shard)
+        return shards
 
-    def _read_array(
-        self, shard: int, row: int, field: str, shape: tuple[int, ...], index_row: int | None = None
-    ) -> Array:
-        table: Array = getattr(self._indexes[shard], field)
-        offset, expected = table[row if index_row is None else index_row].tolist()
-        num_bytes = int(np.prod(shape)) * self._dtype.itemsize
-        data = self._read(shard, row, field, offset, num_bytes, expected)
-        return data.view(self._dtype).reshape(shape)
-
-    def _read(
-        self, shard: int, row: int, field: str, offset: int, num_bytes: int, expected: int
-    ) -> Array:
+    def _read_rows(
+        self, field: str, samples: Array, shards: Array, places: Array, rows: list[memoryview]
+    ) -> None:
+        """Read one array into each of `rows`; `places` (B, 2) are their offsets and checksums."""
         # Not by memory map: reading a file that was cut short would kill the process (SIGBUS).
-        data = np.empty(num_bytes, dtype=np.uint8)
-        found = os.preadv(self._descriptor(shard), [data.data], offset)
-        if found != num_bytes or checksum(data.data) != expected:
-            entry = self.manifest.shards[shard]
-            key = self._indexes[shard].keys[row].decode()
-            raise ShardError(
-                f"{self._folder / entry.name}.tar: {key}.{field} is damaged; {remedy_for(entry)}"
-            )
-        return data
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._descriptors:
-            path = self._folder / f"{self.manifest.shards[shard].name}.tar"
-            self._descriptors[shard] = os.open(path, os.O_RDONLY)
-        return self._descriptors[shard]
-
-    def _open_index(self, entry: ShardEntry) -> ShardIndex:
-        check_shard_files(self._folder, entry)
-        return read_index(self._folder, entry)
+        numbers = zip(samples.tolist(), shards.tolist(), places.tolist(), rows, strict=True)
+        for sample, shard, (offset, expected), row in numbers:
+            found = os.preadv(self._open(shard).descriptor, (row,), offset)
+            if found != len(row) or checksum(row) != expected:
+                what = f"{self._tables.key(sample)}.{field}"
+                raise self._files.damaged(self.manifest.shards[shard], what)
 
 
-def require_text(manifest: Manifest, url: str) -> TextEncoding:
-    """How captions were embedded. Raises ShardError for a dataset that has labels instead."""
-    if manifest.text is None:
-        raise ShardError(f"{url}: holds class labels, not captions; this needs captions")
-    return manifest.text
+def _open_shard(
+    files: ShardFiles, tables: IndexTables, entries: tuple[ShardEntry, ...], shard: int
+) -> OpenFile:
+    if not tables.filled[shard]:
+        tables.fill(shard, files.read_index(entries[shard]))
+    return files.open_tar(entries[shard])
 
 
-def check_shard_files(folder: Path, entry: ShardEntry) -> None:
-    """Raise ShardError unless the shard's tar is there with the size the manifest promises."""
-    path = folder / f"{entry.name}.tar"
-    if not path.is_file():
-        raise ShardError(f"{path}: no such shard; {remedy_for(entry)}")
-    if path.stat().st_size != entry.num_bytes:
-        raise ShardError(
-            f"{path}: {path.stat().st_size} bytes, the manifest says {entry.num_bytes}; "
-            f"{remedy_for(entry)}"
-        )
-
-
-def read_index(folder: Path, entry: ShardEntry) -> ShardIndex:
-    """Raise ShardError unless the index is the one that was written."""
-    path = folder / f"{entry.name}.index.npz"
-    if not path.is_file():
-        raise ShardError(f"{path}: no such index; {remedy_for(entry)}")
-    if storage.sha256_of(path) != entry.index_sha256:
-        raise ShardError(f"{path}: index does not match the manifest's hash; {remedy_for(entry)}")
-    index = parse_index(path.read_bytes(), str(path))
-    if (len(index), len(index.context)) != (entry.num_samples, entry.num_captions):
-        raise ShardError(f"{path}: index of {len(index)} samples; {remedy_for(entry)}")
-    return index
-
-
-def read_null_context(url: str, manifest: Manifest) -> Array:
-    """(M, D) embedding of the empty caption. Raises ShardError unless hash and shape match."""
-    text, path = require_text(manifest, url), Path(url) / NULL_CONTEXT
-    if not path.is_file() or storage.sha256_of(path) != text.null_context_sha256:
-        raise ShardError(f"{path}: missing or damaged null context; run the encode again")
-    context: Array = np.load(path, allow_pickle=False)
-    if context.shape != text.context_shape:
-        raise ShardError(f"{path}: null context has shape {context.shape}; encode again")
-    return context
+def _rows_of(out: Array) -> list[memoryview]:
+    """The bytes of each row of a contiguous array, writable."""
+    flat = out.data.cast("B")
+    size = len(flat) // len(out)
+    return [flat[start : start + size] for start in range(0, len(flat), size)]
