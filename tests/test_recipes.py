@@ -1,5 +1,6 @@
 """Every shipped recipe is one that its verb accepts."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,11 @@ def test_a_mistake_in_a_recipe_is_one_line_that_names_it(case: str, tmp_path: Pa
     with pytest.raises(UserError, match=named) as error:
         read_config(TrainConfig, ["--config", str(path)], prog="ifvit train")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "page", [*CONFIGS.parent.glob("*.md"), *CONFIGS.parent.glob("docs/*.md")], ids=lambda p: p.name
+)
+def test_a_recipe_that_a_page_names_is_shipped(page: Path) -> None:
+    for name in re.findall(r"configs/[\w/]+\.yaml", page.read_text()):
+        assert (CONFIGS.parent / name).is_file(), name
