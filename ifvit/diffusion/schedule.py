@@ -34,3 +34,14 @@ class NoiseSchedule:
         shape = (-1,) + (1,) * (x_0.ndim - 1)
         alpha, sigma = self._alpha[timesteps].view(shape), self._sigma[timesteps].view(shape)
         return alpha * x_0 + sigma * noise
+
+    def remove_noise(self, x_t: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_0 = (x_t - sigma_t noise) / alpha_t; timesteps (B,) may lie between integers.
+
+        There sigma_t / alpha_t is interpolated, as diffusers' solvers do it.
+        """
+        low = timesteps.long().clamp(max=NUM_TIMESTEPS - 2)
+        ratios = self._sigma / self._alpha
+        ratio = torch.lerp(ratios[low], ratios[low + 1], timesteps.float() - low)
+        ratio = ratio.view((-1,) + (1,) * (x_t.ndim - 1))
+        return x_t * (1 + ratio.square()).sqrt() - ratio * noise

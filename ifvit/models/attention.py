@@ -16,6 +16,11 @@ from ifvit.errors import UserError
 Backend = Literal["auto", "sdpa", "xformers", "math"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(B, Q, H, E) queries, (B, K, H, E) keys and values -> (B, Q, H, E), scale 1/sqrt(E), no mask."""
+Bias = Callable[[Tensor, Tensor], Tensor | None]
+"""(B, Q, H, E) queries, (B, K, H, E) keys -> what is added to the logits before the softmax.
+
+The addend (b, H, Q, K) is for the first b <= B rows; the others, and all for None, stay plain.
+"""
 
 
 def load_attention(backend: Backend) -> Attend:
@@ -28,9 +33,24 @@ def load_attention(backend: Backend) -> Attend:
     return _LOADERS[backend]()
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend_biased(
+    attend: Attend, bias: Bias | None, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """`attend`, but with the logits of the first rows shifted by `bias`, those rows by SDPA."""
+    addend = bias(query, key) if bias else None
+    if addend is None:
+        return attend(query, key, value)
+    count = len(addend)
+    shifted = _sdpa(query[:count], key[:count], value[:count], addend)
+    if count == len(query):
+        return shifted
+    return torch.cat([shifted, attend(query[count:], key[count:], value[count:])])
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, addend: Tensor | None = None) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=addend)
+    return attended.transpose(1, 2)
 
 
 def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

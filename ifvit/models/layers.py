@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ifvit.models.attention import load_attention
+from ifvit.models.attention import Bias, attend_biased, load_attention
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text tokens for one block, each (B, M, H, E)."""
@@ -49,13 +49,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.attend = load_attention("sdpa")
 
-    def forward(self, tokens: Tensor, text: KeysValues | None = None) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D) under one softmax over all keys."""
+    def forward(
+        self, tokens: Tensor, text: KeysValues | None = None, bias: Bias | None = None
+    ) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D) under one softmax over all keys, those of the text last."""
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if text is not None:
             key = torch.cat([key, text[0]], dim=1)
             value = torch.cat([value, text[1]], dim=1)
-        attended: Tensor = self.proj(self.attend(query, key, value).flatten(2))
+        heads = attend_biased(self.attend, bias, query, key, value)
+        attended: Tensor = self.proj(heads.flatten(2))
         return attended
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
@@ -90,13 +93,17 @@ class Block(nn.Module):
         self.skip_linear = nn.Linear(2 * width, width) if has_skip else None
 
     def forward(
-        self, tokens: Tensor, text: KeysValues | None = None, skip: Tensor | None = None
+        self,
+        tokens: Tensor,
+        text: KeysValues | None = None,
+        skip: Tensor | None = None,
+        bias: Bias | None = None,
     ) -> Tensor:
         """Tokens (B, L, D) to (B, L, D); `skip` is what the mirror block had put out."""
         if self.skip_linear is not None:
             assert skip is not None
             tokens = self.skip_linear(torch.cat([tokens, skip], dim=-1))
-        tokens = tokens + self.attn(self.norm1(tokens), text)
+        tokens = tokens + self.attn(self.norm1(tokens), text, bias)
         updated: Tensor = tokens + self.mlp(self.norm2(tokens))
         return updated
 

@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ifvit.errors import UserError
-from ifvit.models.attention import Backend, load_attention
+from ifvit.models.attention import Backend, Bias, load_attention
 from ifvit.models.config import Conditioning, FusionUViTConfig
 from ifvit.models.layers import Attention, Block, KeysValues, PatchEmbed, timestep_embedding
 
@@ -99,9 +99,17 @@ class FusionUViT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # their config
             keys_values=tuple(block.text_keys_values(tokens) for block in self._fused_blocks()),
         )
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | TextContext) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor | TextContext,
+        biases: Mapping[int, Bias] | None = None,
+    ) -> Tensor:
         """Noise predicted in noisy latents (B, C, S, S) at timesteps (B,) in 0 ... 999.
 
+        `biases` shift attention logits, by index of the fused block in order of use; queries and
+        keys stand as time, image, text (text among the queries under concat only).
         `context` may hold k * B captions, caption i meant for latents i mod B: the blocks before
         the text are then computed once for all k, and the result has k * B rows (guidance).
         Raises UserError if latents or context do not have the configured shape.
@@ -124,7 +132,7 @@ class FusionUViT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # their config
         if copies > 1:
             tokens, *skips = (x.repeat(copies, 1, 1) for x in (tokens, *skips))
 
-        tokens = self._fuse(tokens, text)
+        tokens = self._fuse(tokens, text, biases or {})
         for block in self.out_blocks[self._num_fused_per_side :]:
             tokens = block(tokens, skip=skips.pop())
         return self._read_noise(tokens)
@@ -148,7 +156,7 @@ class FusionUViT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # their config
             [time.to(dtype)[:, None] + self.pos_embed[:, :1], patches + image_positions], dim=1
         )
 
-    def _fuse(self, tokens: Tensor, text: TextContext) -> Tensor:
+    def _fuse(self, tokens: Tensor, text: TextContext, biases: Mapping[int, Bias]) -> Tensor:
         """The middle of the U, where image tokens (B, 1 + L, D) meet the text."""
         num_tokens = tokens.shape[1]
         if self.shape.conditioning == "concat":
@@ -157,9 +165,8 @@ class FusionUViT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # their config
         for index, (block, keys_values) in enumerate(
             zip(self._fused_blocks(), text.keys_values, strict=True)
         ):
-            tokens = block(
-                tokens, keys_values, skips.pop() if index > self._num_fused_per_side else None
-            )
+            skip = skips.pop() if index > self._num_fused_per_side else None
+            tokens = block(tokens, keys_values, skip, biases.get(index))
             if index < self._num_fused_per_side:
                 skips.append(tokens)
         return tokens[:, :num_tokens]

@@ -1,52 +1,120 @@
 """Classifier-free guidance (Ho and Salimans 2022), both halves in one evaluation.
 
-Shapes: B batch, M text tokens, D context width.
+Shapes: B batch, M text tokens, D context width, C latent channels, S latent size.
 """
+
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ifvit.diffusion.schedule import NoiseSchedule
+from ifvit.models.attention import Bias
+from ifvit.models.layers import KeysValues
 from ifvit.models.uvit import FusionUViT, TextContext
-from ifvit.sampling.solvers import Denoiser
+from ifvit.sampling.config import Guidance
+from ifvit.sampling.method import AlignmentMethod, Change, Evaluation
 
 
-def guide(
-    backbone: FusionUViT, text: TextContext, null_text: TextContext, guidance_scale: float
-) -> Denoiser:
-    """A denoiser of eps = eps_uncond + w (eps_cond - eps_uncond), for B captions.
+class GuidedDenoiser:
+    """eps = eps_uncond + w (eps_cond - eps_uncond) for B captions; a `Denoiser`.
 
-    `null_text` is the null context alone, batch 1. At w = 1 it is not evaluated at all.
+    Outside the interval of `guidance`, and at w = 1, eps_uncond is not evaluated at all.
     """
-    dtype = backbone.dtype
 
-    def predict(x_t: Tensor, timesteps: Tensor, context: TextContext) -> Tensor:
-        predicted: Tensor = backbone(x_t.to(dtype), timesteps, context)
+    def __init__(
+        self,
+        backbone: FusionUViT,
+        context: Tensor,
+        null_text: TextContext,
+        guidance: Guidance,
+        method: AlignmentMethod | None = None,
+    ) -> None:
+        """`context` (B, M, D) of the captions; `null_text` of "no text", of batch 1 or B."""
+        self._backbone = backbone
+        self._null_text = _expand(null_text, len(context))
+        self._guidance = guidance
+        self._method = method
+        self._schedule = NoiseSchedule(backbone.device)
+        self._num_evaluations = 0
+        self._set_context(context)
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents (B, C, S, S) at timesteps (B,), all equal => guided noise."""
+        change = self._ask_method(x_t, timesteps)
+        if change.context is not None:
+            self._set_context(change.context)
+        if not self._guidance.applies_at(float(timesteps[0])):
+            return self._predict(x_t, timesteps, self._text, change.biases)
+        # The backbone evaluates its blocks before the text once for both halves.
+        both = {
+            block: partial(_bias_first, len(x_t), bias) for block, bias in change.biases.items()
+        }
+        halves = self._predict(x_t, timesteps, self._both, both)
+        return self._guide(*halves.chunk(2))
+
+    def _ask_method(self, x_t: Tensor, timesteps: Tensor) -> Change:
+        if self._method is None:
+            return Change()
+        evaluation = Evaluation(
+            index=self._num_evaluations,
+            x_t=x_t,
+            timesteps=timesteps,
+            context=self._context,
+            predict_clean=partial(self._predict_clean, x_t, timesteps),
+        )
+        self._num_evaluations += 1
+        return self._method.before(evaluation)
+
+    def _set_context(self, context: Tensor) -> None:
+        self._context = context
+        self._text = self._backbone.encode_text(context)
+        self._both = _append(self._text, self._null_text)
+
+    def _predict_clean(self, x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        text = self._backbone.encode_text(context)
+        noise = self._predict(x_t, timesteps, text, {})
+        if self._guidance.applies_at(float(timesteps[0])):
+            with torch.no_grad():
+                unconditional = self._predict(x_t, timesteps, self._null_text, {})
+            noise = self._guide(noise, unconditional)
+        return self._schedule.remove_noise(x_t, noise, timesteps)
+
+    def _predict(
+        self, x_t: Tensor, timesteps: Tensor, text: TextContext, biases: Mapping[int, Bias]
+    ) -> Tensor:
+        dtype = self._backbone.dtype
+        predicted: Tensor = self._backbone(x_t.to(dtype), timesteps, text, biases)
         return predicted.float()
 
-    if guidance_scale == 1.0:
-        return lambda x_t, timesteps: predict(x_t, timesteps, text)
-    # The backbone evaluates its blocks before the text once for both halves.
-    both = _append(text, null_text)
-
-    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
-        conditional, unconditional = predict(x_t, timesteps, both).chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
-
-    return denoise
+    def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        return unconditional + self._guidance.scale * (conditional - unconditional)
 
 
-def _append(text: TextContext, null_text: TextContext) -> TextContext:
-    """B captions, then the null context B times."""
+def _bias_first(count: int, bias: Bias, query: Tensor, key: Tensor) -> Tensor | None:
+    """`bias` of the first `count` rows, the conditional ones."""
+    return bias(query[:count], key[:count])
 
-    def join(first: Tensor, second: Tensor) -> Tensor:
-        return torch.cat([first, second.expand_as(first)])
+
+def _expand(text: TextContext, count: int) -> TextContext:
+    """One caption `count` times, without copying it."""
+    return _map(lambda x: x.expand(count, *x.shape[1:]), text)
+
+
+def _append(text: TextContext, more: TextContext) -> TextContext:
+    """The captions of both."""
+    return _map(lambda *pair: torch.cat(pair), text, more)
+
+
+def _map(function: Callable[..., Tensor], *texts: TextContext) -> TextContext:
+    """`function` of the tensors that stand in the same place."""
+
+    def of_block(*pairs: KeysValues | None) -> KeysValues | None:
+        keys_values = list(zip(*(pair for pair in pairs if pair), strict=True))
+        return (function(*keys_values[0]), function(*keys_values[1])) if keys_values else None
 
     return TextContext(
-        tokens=join(text.tokens, null_text.tokens),
-        keys_values=tuple(
-            (join(pair[0], null_pair[0]), join(pair[1], null_pair[1]))
-            if pair is not None and null_pair is not None
-            else None
-            for pair, null_pair in zip(text.keys_values, null_text.keys_values, strict=True)
-        ),
+        tokens=function(*(text.tokens for text in texts)),
+        keys_values=tuple(map(of_block, *(text.keys_values for text in texts))),
     )

@@ -15,7 +15,8 @@ from ifvit.models.autoencoder import Autoencoder
 from ifvit.models.uvit import FusionUViT, TextContext
 from ifvit.randomness import Stream, normal
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.guidance import guide
+from ifvit.sampling.guidance import GuidedDenoiser
+from ifvit.sampling.method import AlignmentMethod, MethodOf
 from ifvit.sampling.solvers import solve
 
 ContextOf = Callable[[Tensor], Tensor]
@@ -35,12 +36,13 @@ class Sampler:
 @torch.no_grad()
 def sample_latents(
     backbone: FusionUViT,
-    text: TextContext,
+    context: Tensor,
     null_text: TextContext,
     positions: Tensor,
     config: SamplingConfig,
+    method: AlignmentMethod | None = None,
 ) -> Tensor:
-    """Scaled latents (B, C, S, S) for B encoded captions and positions (B,) int64.
+    """Scaled latents (B, C, S, S) for contexts (B, M, D) of captions and positions (B,) int64.
 
     `null_text` is the null context alone, batch 1. The noise depends on seed and position only,
     so neither batch size nor the number of processes changes an image.
@@ -48,24 +50,31 @@ def sample_latents(
     size = backbone.shape.latent_size
     shape = (backbone.shape.latent_channels, size, size)
     noise = normal(config.seed, 0, positions, Stream.SAMPLING, shape).to(backbone.device)
-    denoiser = guide(backbone, text, null_text, config.guidance_scale)
+    denoiser = GuidedDenoiser(backbone, context, null_text, config.guidance, method)
     return solve(denoiser, noise, config.solver, config.num_steps)
 
 
 @torch.no_grad()
 def generate_images(
-    sampler: Sampler, context_of: ContextOf, positions: Sequence[int], config: SamplingConfig
+    sampler: Sampler,
+    context_of: ContextOf,
+    positions: Sequence[int],
+    config: SamplingConfig,
+    method_of: MethodOf | None = None,
 ) -> Iterator[Pixels]:
     """Draw the image of every position, in order and in batches uint8 (B, H, W, 3).
 
-    The null context is encoded once, each caption once for all solver steps.
+    The null context is encoded once, each caption once for all solver steps. Methods of
+    `method_of` take part in the sampling of one batch each.
     """
     device = sampler.backbone.device
     null_text = sampler.backbone.encode_text(sampler.null_context[None].to(device))
     with tqdm(total=len(positions), unit="image", desc="draw", leave=False) as progress:
         for start in range(0, len(positions), config.batch_size):
             batch = torch.tensor(positions[start : start + config.batch_size])
-            text = sampler.backbone.encode_text(context_of(batch).to(device))
-            latents = sample_latents(sampler.backbone, text, null_text, batch, config)
+            method = method_of(batch) if method_of else None
+            latents = sample_latents(
+                sampler.backbone, context_of(batch).to(device), null_text, batch, config, method
+            )
             yield to_pixels(sampler.autoencoder.decode(latents / sampler.scaling_factor))
             progress.update(len(batch))

@@ -8,11 +8,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.models.autoencoder import Autoencoder
 from ifvit.models.config import Conditioning, FusionUViTConfig
 from ifvit.models.uvit import FusionUViT
-from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.guidance import guide
+from ifvit.sampling.config import Guidance, SamplingConfig
+from ifvit.sampling.guidance import GuidedDenoiser
+from ifvit.sampling.method import AlignmentMethod, Change, Evaluation
 from ifvit.sampling.sampler import Sampler, generate_images, sample_latents
 from ifvit.shards import EncoderIdentity
 
@@ -38,6 +40,13 @@ def build_backbone(conditioning: Conditioning = "cross_attention") -> FusionUViT
     return FusionUViT(**dataclasses.asdict(config)).eval()
 
 
+def build_denoiser(
+    backbone: FusionUViT, scale: float, method: AlignmentMethod | None = None
+) -> GuidedDenoiser:
+    null_text = backbone.encode_text(NULL[None])
+    return GuidedDenoiser(backbone, CONTEXTS, null_text, Guidance(scale=scale), method)
+
+
 @pytest.fixture(scope="module")
 def sampler() -> Sampler:
     torch.manual_seed(0)
@@ -58,9 +67,8 @@ def sampler() -> Sampler:
 def test_guidance_is_its_equation(conditioning: Conditioning) -> None:
     backbone = build_backbone(conditioning)
     x_t, timesteps = torch.randn(5, 4, 4, 4), torch.full((5,), 400)
-    text, null_text = backbone.encode_text(CONTEXTS), backbone.encode_text(NULL[None])
     with torch.no_grad():
-        guided = guide(backbone, text, null_text, 3.0)(x_t, timesteps)
+        guided = build_denoiser(backbone, 3.0)(x_t, timesteps)
         conditional = backbone(x_t, timesteps, CONTEXTS)
         unconditional = backbone(x_t, timesteps, NULL.expand_as(CONTEXTS))
     expected = unconditional + 3.0 * (conditional - unconditional)
@@ -71,10 +79,85 @@ def test_guidance_of_one_leaves_the_unconditional_half_out() -> None:
     backbone = build_backbone()
     rows: list[int] = []
     backbone.mid_block.register_forward_hook(lambda *call: rows.append(len(call[2])))
-    text, null_text = backbone.encode_text(CONTEXTS), backbone.encode_text(NULL[None])
     for scale in (1.0, 2.0):
-        guide(backbone, text, null_text, scale)(torch.randn(5, 4, 4, 4), torch.full((5,), 9))
+        build_denoiser(backbone, scale)(torch.randn(5, 4, 4, 4), torch.full((5,), 9))
     assert rows == [5, 10]
+
+
+def test_guidance_ends_where_its_interval_does() -> None:
+    backbone = build_backbone()
+    rows: list[int] = []
+    backbone.mid_block.register_forward_hook(lambda *call: rows.append(len(call[2])))
+    guidance = Guidance(scale=2.0, low=100, high=800)
+    denoiser = GuidedDenoiser(backbone, CONTEXTS, backbone.encode_text(NULL[None]), guidance)
+    for t in (999, 801, 800, 100, 99, 0):
+        denoiser(torch.randn(5, 4, 4, 4), torch.full((5,), t))
+    assert rows == [5, 5, 10, 10, 5, 5]
+
+
+class Recorder:
+    """A method that writes down what it is asked and answers with the changes it was given."""
+
+    def __init__(self, *changes: Change) -> None:
+        self.changes = list(changes)
+        self.seen: list[Evaluation] = []
+
+    def before(self, evaluation: Evaluation) -> Change:
+        self.seen.append(evaluation)
+        return self.changes.pop(0)
+
+
+def test_a_method_that_changes_nothing_leaves_the_noise_as_it_was() -> None:
+    backbone, x_t, timesteps = build_backbone(), torch.randn(5, 4, 4, 4), torch.full((5,), 400)
+    plain = build_denoiser(backbone, 3.0)(x_t, timesteps)
+    assert torch.equal(plain, build_denoiser(backbone, 3.0, Recorder(Change()))(x_t, timesteps))
+
+
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
+def test_a_method_sees_the_clean_latents_and_a_gradient_to_the_context(
+    conditioning: Conditioning,
+) -> None:
+    backbone, x_t = build_backbone(conditioning), torch.randn(5, 4, 4, 4)
+    method = Recorder(Change())
+    noise = build_denoiser(backbone, 3.0, method)(x_t, torch.full((5,), 400))
+    context = CONTEXTS.clone().requires_grad_()
+    clean = method.seen[0].predict_clean(context)
+    noised = NoiseSchedule().add_noise(clean, noise, torch.full((5,), 400))
+    torch.testing.assert_close(noised, x_t, rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(clean[2].sum(), context)
+    assert [bool(row.any()) for row in gradient] == [False, False, True, False, False]
+
+
+def test_a_changed_context_stays_until_the_next_change() -> None:
+    backbone, x_t, timesteps = build_backbone(), torch.randn(5, 4, 4, 4), torch.full((5,), 400)
+    method = Recorder(Change(context=CONTEXTS.flip(0)), Change())
+    denoiser = build_denoiser(backbone, 1.0, method)
+    first, second = denoiser(x_t, timesteps), denoiser(x_t, timesteps)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, backbone(x_t, timesteps, CONTEXTS.flip(0)))
+    assert [seen.index for seen in method.seen] == [0, 1]
+    assert torch.equal(method.seen[1].context, CONTEXTS.flip(0))
+
+
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
+def test_biases_move_the_conditional_half_alone(conditioning: Conditioning) -> None:
+    backbone, x_t = build_backbone(conditioning), torch.randn(5, 4, 4, 4)
+    timesteps = torch.full((5,), 400)
+
+    def hide_text(query: Tensor, key: Tensor) -> Tensor:
+        """All that image and time see of the text is taken away."""
+        addend = torch.zeros(len(query), 2, query.shape[1], key.shape[1])
+        addend[:, :, :5, 5:] = -torch.inf
+        return addend
+
+    change = Change(biases=dict.fromkeys(range(3), hide_text))
+    one = build_denoiser(backbone, 1.0, Recorder(change))(x_t, timesteps)
+    guided = build_denoiser(backbone, 3.0, Recorder(change))(x_t, timesteps)
+    unconditional = backbone(x_t, timesteps, NULL.expand_as(CONTEXTS))
+    torch.testing.assert_close(guided, unconditional + 3.0 * (one - unconditional))
+    # Without text all captions are one: so the bias has reached every fused block.
+    hidden = build_denoiser(backbone, 1.0, Recorder(change))(x_t[:1].expand_as(x_t), timesteps)
+    torch.testing.assert_close(hidden, hidden[:1].expand_as(hidden))
 
 
 def test_text_is_encoded_once_per_caption_whatever_the_number_of_steps(sampler: Sampler) -> None:
@@ -93,8 +176,8 @@ def test_latents_depend_on_position_and_not_on_the_batch() -> None:
     null_text = backbone.encode_text(NULL[None])
 
     def draw(positions: list[int]) -> Tensor:
-        text = backbone.encode_text(CONTEXTS[positions])
-        return sample_latents(backbone, text, null_text, torch.tensor(positions), CONFIG)
+        where = torch.tensor(positions)
+        return sample_latents(backbone, CONTEXTS[positions], null_text, where, CONFIG)
 
     together, alone = draw([0, 1, 2, 3, 4]), draw([3])
     torch.testing.assert_close(together[3:4], alone, rtol=1e-4, atol=1e-4)
