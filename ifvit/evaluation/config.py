@@ -36,10 +36,18 @@ class EvaluateConfig:
     output: str | None = None
     """Folder for rows and samples; unset: `evaluation` in the run folder of the weights."""
 
+    num_tasks: int = 1
+    """Jobs that share the drawing; with more than one, run once more without to measure."""
+
+    task: int = 0
+    """Which of them this is, from 0."""
+
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
 
     def __post_init__(self) -> None:
-        """Refuse a number of samples that gives no covariance."""
+        """Refuse a number of samples that gives no covariance, and a task that is none."""
         if self.num_samples < 2:
             raise ValueError(f"num_samples {self.num_samples} is less than 2")
+        if not 0 <= self.task < self.num_tasks:
+            raise ValueError(f"task {self.task} is not one of num_tasks {self.num_tasks}")

@@ -55,9 +55,10 @@ from ifvit.shards import Manifest, ShardReader
 Batch = TypeVar("Batch", Features, Pixels)
 
 
-def evaluate(config: EvaluateConfig) -> MetricsRow:
+def evaluate(config: EvaluateConfig) -> MetricsRow | None:
     """Draw what is not drawn yet, measure, write RUN/evaluation/step_XXXXXXXX.json, return it.
 
+    One of several tasks draws its share and returns None.
     Raises UserError for shards of other encoders than the backbone's, or other samples in place.
     """
     device = choose_device(config.device)
@@ -76,7 +77,11 @@ def evaluate(config: EvaluateConfig) -> MetricsRow:
         scaling_factor=info.scaling_factor,
     )
     settings = describe_samples(digest, reader.manifest, config.sampling)
-    draw_missing(folder, sampler, reader, prompts, settings, config.sampling)
+    share = prompts[config.task :: config.num_tasks]
+    draw_missing(folder, sampler, reader, share, settings, config.sampling)
+    if config.num_tasks > 1:
+        sys.stdout.write(f"{folder}: share {config.task} of {config.num_tasks} is drawn\n")
+        return None
     scores = _score(folder, prompts, config.sampling.batch_size) if config.scenes else None
     write_overview(folder, prompts, references, reader.manifest.image_size, scores)
     weights = _Provenance(info=info, sha256=digest)
