@@ -81,6 +81,46 @@ VERBS = {
         "runs -> one HTML page",
         positional="runs",
     ),
+    "submit train": Verb(
+        "slurm.config:SubmitTrainConfig",
+        "slurm.submit:submit_train",
+        "ifvit train as a SLURM job that survives preemption",
+    ),
+    "submit encode": Verb(
+        "slurm.config:SubmitEncodeConfig",
+        "slurm.submit:submit_encode",
+        "ifvit encode as an array of jobs",
+    ),
+    "submit evaluate": Verb(
+        "slurm.config:SubmitEvaluateConfig",
+        "slurm.submit:submit_evaluate",
+        "ifvit evaluate, its drawing as an array of jobs",
+    ),
+    "submit sweep": Verb(
+        "slurm.config:SubmitSweepConfig",
+        "slurm.submit:submit_sweep",
+        "a grid of training runs as an array of jobs",
+    ),
+    "submit pipeline": Verb(
+        "slurm.config:PipelineConfig",
+        "slurm.submit:submit_pipeline",
+        "encode, train, evaluate and report as jobs that wait for each other",
+    ),
+    "submit status": Verb(
+        "slurm.config:StatusConfig",
+        "slurm.status:status",
+        "state, step, speed and time left of a run's jobs",
+        positional="run",
+    ),
+    "submit logs": Verb(
+        "slurm.config:LogsConfig",
+        "slurm.status:logs",
+        "log of a run's newest job",
+        positional="run",
+    ),
+    "submit cancel": Verb(
+        "slurm.config:CancelConfig", "slurm.status:cancel", "cancel a run's jobs", positional="run"
+    ),
 }
 
 

@@ -20,6 +20,12 @@ ROOMS = {
     "jinja2": ["ifvit/analysis/report.py"],
     "jsonargparse": ["ifvit/config.py"],
     "matplotlib": ["ifvit/analysis/curves.py"],
+    "submitit": [
+        "slurm/jobs.py",
+        "slurm/status.py",
+        "slurm/submission.py",
+        "slurm/supervise.py",
+    ],
     "tensorboard": ["ifvit/training/metrics_log.py"],
     "transformers": ["ifvit/models/clip.py"],
     "webdataset": ["data_pipeline/write.py"],

@@ -1,0 +1,139 @@
+"""`ifvit submit status | logs | cancel`: from the run directory to its jobs."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from submitit.core.utils import JobPaths
+from submitit.slurm.slurm import SlurmInfoWatcher
+
+from ifvit.errors import UserError
+from slurm.config import CancelConfig, LogsConfig, StatusConfig
+from slurm.progress import describe_progress
+from slurm.records import JobRecord, SubmissionRecord, read_records
+from slurm.supervise import TASK_START
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+"""SLURM's states that a job does not leave by itself; NODE_FAIL and PREEMPTED are requeued."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    """One line of the table."""
+
+    job_id: str
+    verb: str
+    state: str
+    """As `sacct` says it; UNKNOWN for a job too new, or too old, for it."""
+    nodes: str
+    requeues: int
+    run: str
+    progress: str
+    """Step, speed, time left and newest checkpoint of a run; shards of a dataset."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state.startswith(ENDED)
+
+
+def status(config: StatusConfig) -> None:
+    """Print the state of all jobs of a run; with `follow` until the last has ended."""
+    while True:
+        statuses = collect(config.run)
+        rows = [asdict(status) for status in statuses]
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n" if config.json else table(statuses))
+        sys.stdout.flush()
+        if not config.follow or all(status.has_ended for status in statuses):
+            return
+        time.sleep(config.every)
+
+
+def collect(home: str) -> list[JobStatus]:
+    """The state of every job that was submitted for `home`, oldest first."""
+    submissions = [record for record in read_records(home) if record.executor == "slurm"]
+    known = ask_slurm([job.job_id for record in submissions for job in record.jobs])
+    return [_status(record, job, known) for record in submissions for job in record.jobs]
+
+
+def _status(
+    record: SubmissionRecord, job: JobRecord, known: dict[str, dict[str, str]]
+) -> JobStatus:
+    info = known.get(job.job_id, {})
+    return JobStatus(
+        job_id=job.job_id,
+        verb=job.verb,
+        state=info.get("State", "UNKNOWN"),
+        nodes=info.get("NodeList", ""),
+        requeues=_count_requeues(record, job),
+        run=job.run,
+        progress=describe_progress(job.verb, job.run),
+    )
+
+
+def ask_slurm(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What `sacct` knows of each job. Raises UserError where there is no SLURM."""
+    arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
+    command = ["sacct", "-X", "--parsable2", "-o", "JobID,State,NodeList", "-j", arrays]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise UserError("no `sacct` on this machine; ask on a login node of the cluster") from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"sacct: {' '.join(error.stderr.split())}") from None
+    return parse_sacct(done.stdout)
+
+
+def parse_sacct(text: str) -> dict[str, dict[str, str]]:
+    """`JobID|State|NodeList` lines by job id; `7_[2-3]`, which wait together, become two."""
+    return SlurmInfoWatcher().read_info(text)
+
+
+def table(statuses: Sequence[JobStatus]) -> str:
+    """The statuses as aligned text with a heading."""
+    rows = [[str(value) for value in vars(status).values()] for status in statuses]
+    rows.insert(0, [field.name for field in fields(JobStatus)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def logs(config: LogsConfig) -> None:
+    """Print the end of a task's log. Raises UserError when there is none yet."""
+    path = find_log(config)
+    follow = ["-F"] if config.follow else []
+    sys.stdout.write(f"==> {path} <==\n")
+    sys.stdout.flush()
+    subprocess.run(["tail", "-n", str(config.lines), *follow, str(path)], check=True)
+
+
+def find_log(config: LogsConfig) -> Path:
+    """The log of the job that was asked for, or of the newest job that has one."""
+    for record in reversed(read_records(config.run)):
+        for job in reversed(record.jobs):
+            path = JobPaths(record.folder, job.job_id, config.task).stdout
+            if config.job in (None, job.job_id) and path.exists():
+                return path
+    raise UserError(f"{config.run}: no log of job {config.job or 'any'} yet; is it still waiting?")
+
+
+def cancel(config: CancelConfig) -> None:
+    """Cancel what has not ended; raises UserError where there is no SLURM."""
+    jobs = [status.job_id for status in collect(config.run) if not status.has_ended]
+    if jobs:
+        subprocess.run(["scancel", *jobs], check=True)
+    sys.stdout.write(f"cancelled: {' '.join(jobs) or 'nothing was left'}\n")
+
+
+def _count_requeues(record: SubmissionRecord, job: JobRecord) -> int:
+    """From the log of task 0, to which every start adds its first line."""
+    path = JobPaths(record.folder, job.job_id).stdout
+    starts = path.read_text(errors="replace").count(TASK_START) if path.exists() else 0
+    return max(0, starts - 1)

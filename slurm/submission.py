@@ -1,0 +1,135 @@
+"""One call of `ifvit submit`: a snapshot of the code, a folder, and the jobs that use both."""
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit import Executor
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from ifvit.errors import UserError
+from slurm.cluster import ClusterConfig, sbatch_parameters
+from slurm.config import SubmitConfig
+from slurm.jobs import VerbJob
+from slurm.records import JobRecord, SubmissionRecord, write_record
+from slurm.snapshot import Revision, take_snapshot
+
+_NEVER_MIND_TIMEOUTS = 1_000_000  # submitit's own limit; slurm.supervise decides instead
+
+
+class Submission:
+    """Adds jobs one array after the other and keeps the record of `home` up to date."""
+
+    def __init__(self, config: SubmitConfig, home: str, name: str) -> None:
+        self._config, self._home, self._name = config, home, name
+        self._submitted = datetime.now(UTC)
+        self._jobs: list[JobRecord] = []
+        root = Path(config.cluster.folder).expanduser().absolute()
+        stem = f"{self._submitted:%Y-%m-%dT%H-%M-%S}_{name}_"
+        if config.dry_run:
+            self.folder = root / stem
+            self._revision = Revision(commit="", diff="")
+            return
+        root.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=stem, dir=root))
+        self._revision = take_snapshot(self.folder / "code")
+
+    def add(self, jobs: Sequence[VerbJob], after: Sequence[str] = ()) -> list[str]:
+        """Submit jobs of one shape, several as an array, to start once `after` have succeeded.
+
+        Returns their ids. Raises UserError when SLURM is not there or refuses, or when a job that
+        is run here fails.
+        """
+        parameters = sbatch_parameters(jobs[0].cluster, f"ifvit-{jobs[0].verb}", self.folder)
+        if after:
+            parameters["dependency"] = f"afterok:{':'.join(after)}"
+            parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
+        if self._config.dry_run:
+            sys.stdout.write(self._script(parameters, len(jobs)) + "\n")
+            return [f"<{jobs[0].verb}>"]
+        executor = self._executor(jobs[0].cluster, parameters)
+        try:
+            submitted = executor.submit_array(jobs)
+        except FailedJobError as error:
+            raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
+        ids = [str(job.job_id) for job in submitted]
+        self._record(jobs, ids)
+        if self._config.executor == "slurm":
+            self._say(ids, jobs[0])
+        else:
+            self._wait(submitted)
+        return ids if self._config.executor == "slurm" else []
+
+    def _executor(self, cluster: ClusterConfig, parameters: dict[str, Any]) -> Executor:
+        match self._config.executor:
+            case "debug":
+                return submitit.DebugExecutor(self.folder)
+            case "local":
+                local = submitit.LocalExecutor(self.folder, _NEVER_MIND_TIMEOUTS)
+                local.update_parameters(
+                    timeout_min=cluster.time_min,
+                    tasks_per_node=cluster.tasks,
+                    gpus_per_node=cluster.gpus_per_node,
+                    setup=parameters["setup"],
+                    stderr_to_stdout=True,
+                )
+                return local
+            case "slurm":
+                return self._slurm_executor(cluster, parameters)
+
+    def _slurm_executor(self, cluster: ClusterConfig, parameters: dict[str, Any]) -> Executor:
+        try:
+            python = shlex.quote(cluster.python)
+            executor = submitit.SlurmExecutor(self.folder, _NEVER_MIND_TIMEOUTS, python=python)
+        except RuntimeError:
+            raise UserError(
+                "no `srun` on this machine; submit from a login node of the cluster, "
+                "or run here with --executor local"
+            ) from None
+        executor.update_parameters(**parameters)
+        return executor
+
+    def _script(self, parameters: dict[str, Any], num_jobs: int) -> str:
+        python = shlex.quote(self._config.cluster.python)
+        return _make_sbatch_string(
+            command=f"{python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}",
+            folder=self.folder,
+            map_count=num_jobs if num_jobs > 1 else None,
+            **parameters,
+        )
+
+    def _record(self, jobs: Sequence[VerbJob], ids: Sequence[str]) -> None:
+        self._jobs += [
+            JobRecord(job_id=job_id, verb=job.verb, run=job.run)
+            for job, job_id in zip(jobs, ids, strict=True)
+        ]
+        record = SubmissionRecord(
+            submitted=self._submitted.isoformat(timespec="seconds"),
+            command=sys.argv,
+            commit=self._revision.commit,
+            folder=str(self.folder),
+            executor=self._config.executor,
+            jobs=self._jobs,
+        )
+        for home in {self._home, *(job.run for job in jobs)}:
+            write_record(home, record, self._revision.diff)
+
+    def _say(self, ids: Sequence[str], job: VerbJob) -> None:
+        cluster = job.cluster
+        array = f"array of {len(ids)}, " if len(ids) > 1 else ""
+        sys.stdout.write(
+            f"{ids[0].split('_')[0]}: {job.verb}, {array}{cluster.nodes} nodes x {cluster.tasks} "
+            f"tasks; see ifvit submit status {self._home}\n"
+        )
+
+    def _wait(self, submitted: Sequence[submitit.Job[None]]) -> None:
+        for job in submitted:
+            job.wait()
+            if job.exception() is not None:
+                raise UserError(f"job {job.job_id} failed; its log is {job.paths.stdout}")
