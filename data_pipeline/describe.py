@@ -1,6 +1,9 @@
 """Show what is in a dataset of shards: totals, the first samples, and what they look like."""
 
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,42 +12,39 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipeline.config import InspectConfig, ShardsConfig
+from data_pipeline.read import open_shard, read_samples
 from ifvit.errors import UserError
+from ifvit.images import to_pixels
 from ifvit.models.autoencoder import load_autoencoder
-from ifvit.shards import ShardReader
+from ifvit.shards import LatentSample, Manifest, ShardEntry, read_manifest
+from ifvit.shards.files import read_index
+from ifvit.shards.index import ShardIndex
+from ifvit.shards.records import parse_metadata
 
 GRID_COLUMNS = 8
 CAPTION_WIDTH = 60
 
 
 def stats(config: ShardsConfig) -> None:
-    """Print a table: counts, caption lengths, latent statistics, bytes by part."""
-    reader = ShardReader(config.url)
-    manifest = reader.manifest
-    lengths: list[int] = []
-    json_bytes = 0
-    for sample in tqdm(range(len(reader)), desc="stats", unit="img"):
-        captions = reader.metadata(sample).captions
-        lengths.extend(len(caption.split()) for caption in captions)
-        json_bytes += reader.json_bytes(sample)
-    counts = [reader.num_captions(sample) for sample in range(len(reader))]
-    item = np.dtype(manifest.dtype).itemsize
-    moments_bytes = len(reader) * int(np.prod(manifest.moments_shape)) * item
-    context_bytes = manifest.num_captions * int(np.prod(reader.text.context_shape)) * item
-    total_bytes = sum(entry.num_bytes for entry in manifest.shards)
-    other = total_bytes - moments_bytes - context_bytes - json_bytes
+    """Print a table: counts, caption lengths or class sizes, latent statistics, bytes by part."""
+    manifest = read_manifest(config.url)
+
+    def look(entry: ShardEntry) -> tuple[ShardIndex, list[int]]:
+        with open_shard(config.url, entry) as folder:
+            index = read_index(folder, entry)
+            return index, list(_caption_lengths(folder / f"{entry.name}.tar", index))
+
+    with ThreadPoolExecutor(config.num_workers) as pool:
+        found = pool.map(look, manifest.shards)
+        progress = tqdm(found, total=len(manifest.shards), desc="stats", unit="shard")
+        indexes, lengths = zip(*progress, strict=True)
     rows = [
         ("images", f"{manifest.num_samples:,} in {len(manifest.shards):,} shards"),
-        ("captions", f"{manifest.num_captions:,}; {_spread(counts)} an image"),
-        ("words a caption", _spread(lengths)),
-        *_recipe_rows(reader),
+        *_condition_rows(manifest, indexes, [length for part in lengths for length in part]),
+        *_recipe_rows(manifest),
         ("latent mean", f"{manifest.latent_mean:.5f}"),
         ("latent std", f"{manifest.latent_std:.5f}; scaling factor {manifest.scaling_factor:.5f}"),
-        ("bytes", f"{total_bytes:,}"),
-        ("  moments", _share(moments_bytes, total_bytes)),
-        ("  context", _share(context_bytes, total_bytes)),
-        ("  json", _share(json_bytes, total_bytes)),
-        ("  headers", _share(other, total_bytes)),
+        *_byte_rows(manifest, indexes),
     ]
     sys.stdout.writelines(f"{name:<16} {value}\n" for name, value in rows)
 
@@ -54,61 +54,108 @@ def inspect_shards(config: InspectConfig) -> None:
 
     Raises UserError when the autoencoder for the picture is not the one that made the latents.
     """
-    reader = ShardReader(config.url)
-    num_samples = min(config.num_samples, len(reader))
-    for name, value in _recipe_rows(reader):
+    manifest = read_manifest(config.url)
+    samples = list(islice(_first_samples(config.url, manifest), config.num_samples))
+    for name, value in _recipe_rows(manifest):
         sys.stdout.write(f"{name:<16} {value}\n")
-    sys.stdout.write(f"{'image':>12} {'size':>11} {'mean':>7} {'std':>6}  captions\n")
-    for sample in range(num_samples):
-        metadata = reader.metadata(sample)
-        mean = np.split(reader.moments(sample).astype(np.float64), 2)[0]
+    sys.stdout.write(f"{'image':>12} {'size':>11} {'mean':>7} {'std':>6}  shows\n")
+    for sample in samples:
+        metadata = sample.metadata
+        mean = np.split(sample.moments.astype(np.float64), 2)[0]
         size = f"{metadata.width}x{metadata.height}"
+        if sample.label is None:
+            shows = f"{len(metadata.captions)}: {metadata.captions[0].strip()[:CAPTION_WIDTH]}"
+        else:
+            shows = manifest.classes[sample.label]
         sys.stdout.write(
-            f"{metadata.image_id:>12} {size:>11} {mean.mean():>7.3f} {mean.std():>6.3f}  "
-            f"{len(metadata.captions)}: {metadata.captions[0].strip()[:CAPTION_WIDTH]}\n"
+            f"{metadata.image_id:>12} {size:>11} {mean.mean():>7.3f} {mean.std():>6.3f}  {shows}\n"
         )
     if config.grid:
-        draw_grid(reader, num_samples, config.vae or reader.manifest.vae.name, Path(config.grid))
+        draw_grid(config, manifest, samples, Path(config.grid))
 
 
-def draw_grid(reader: ShardReader, num_samples: int, vae_name: str, path: Path) -> None:
-    """Decode the posterior means of the first samples into a PNG, 8 a row."""
-    vae = load_autoencoder(vae_name)
-    if vae.identity.sha256 != reader.manifest.vae.sha256:
+def draw_grid(
+    config: InspectConfig, manifest: Manifest, samples: list[LatentSample], path: Path
+) -> None:
+    """Decode the posterior means of the samples into a PNG, 8 a row."""
+    vae = load_autoencoder(config.vae or manifest.vae.name)
+    if vae.identity.sha256 != manifest.vae.sha256:
         raise UserError(
-            f"{vae_name}: not the autoencoder that made {reader.url} "
-            f"({reader.manifest.vae.name}); name that one with --vae"
+            f"{vae.identity.name}: not the autoencoder that made {config.url} "
+            f"({manifest.vae.name}); name that one with --vae"
         )
-    size = reader.manifest.image_size
-    columns = min(GRID_COLUMNS, num_samples)
-    grid = Image.new("RGB", (columns * size, -(-num_samples // columns) * size), "white")
-    for sample in range(num_samples):
-        mean = np.split(reader.moments(sample).astype(np.float32), 2)[0]
+    size = manifest.image_size
+    columns = min(GRID_COLUMNS, len(samples))
+    grid = Image.new("RGB", (columns * size, -(-len(samples) // columns) * size), "white")
+    for number, sample in enumerate(samples):
+        mean = np.split(sample.moments.astype(np.float32), 2)[0]
         with torch.no_grad():
-            image = vae.decode(torch.from_numpy(mean)[None])[0]
-        pixels = ((image + 1.0) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-        place = (sample % columns * size, sample // columns * size)
+            pixels = to_pixels(vae.decode(torch.from_numpy(mean)[None]))[0]
+        place = (number % columns * size, number // columns * size)
         grid.paste(Image.fromarray(pixels), place)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
-    sys.stdout.write(f"{path}: {num_samples} images decoded from their latents\n")
+    sys.stdout.write(f"{path}: {len(samples)} images decoded from their latents\n")
 
 
-def _recipe_rows(reader: ShardReader) -> list[tuple[str, str]]:
-    manifest, text = reader.manifest, reader.text
-    moments = "x".join(map(str, manifest.moments_shape))
-    context = "x".join(map(str, text.context_shape))
+def _first_samples(url: str, manifest: Manifest) -> Iterator[LatentSample]:
+    for entry in manifest.shards:
+        with open_shard(url, entry) as folder:
+            yield from read_samples(folder / f"{entry.name}.tar")
+
+
+def _caption_lengths(path: Path, index: ShardIndex) -> Iterator[int]:
+    """Words of every caption in a shard; only the metadata is read."""
+    with path.open("rb") as file:
+        for offset, length, _ in index.metadata.tolist():
+            file.seek(offset)
+            for caption in parse_metadata(file.read(length), str(path)).captions:
+                yield len(caption.split())
+
+
+def _condition_rows(
+    manifest: Manifest, indexes: tuple[ShardIndex, ...], lengths: list[int]
+) -> list[tuple[str, str]]:
+    if manifest.classes:
+        labels = np.concatenate([index.label for index in indexes])
+        counts = np.bincount(labels, minlength=len(manifest.classes))
+        return [("classes", f"{len(counts):,}; {_spread(counts.tolist())} images a class")]
+    per_image = np.concatenate([index.num_captions for index in indexes]).tolist()
     return [
-        ("autoencoder", f"{manifest.vae.name} ({manifest.vae.sha256[:12]})"),
-        ("text encoder", f"{text.encoder.name} ({text.encoder.sha256[:12]})"),
+        ("captions", f"{manifest.num_captions:,}; {_spread(per_image)} an image"),
+        ("words a caption", _spread(lengths)),
+    ]
+
+
+def _byte_rows(manifest: Manifest, indexes: tuple[ShardIndex, ...]) -> list[tuple[str, str]]:
+    total = sum(entry.num_bytes for entry in manifest.shards)
+    item = np.dtype(manifest.dtype).itemsize
+    moments = manifest.num_samples * int(np.prod(manifest.moments_shape)) * item
+    parts = {"moments": moments}
+    if manifest.flipped:
+        parts["flipped"] = moments
+    if manifest.text:
+        parts["context"] = manifest.num_captions * int(np.prod(manifest.text.context_shape)) * item
+    parts["json"] = sum(int(index.metadata[:, 1].sum()) for index in indexes)
+    parts["headers"] = total - sum(parts.values())
+    rows = [(f"  {name}", f"{part:,} ({100 * part / total:.1f} %)") for name, part in parts.items()]
+    return [("bytes", f"{total:,}"), *rows]
+
+
+def _recipe_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    stored = f"moments {'x'.join(map(str, manifest.moments_shape))}"
+    rows = [("autoencoder", f"{manifest.vae.name} ({manifest.vae.sha256[:12]})")]
+    if text := manifest.text:
+        rows.append(("text encoder", f"{text.encoder.name} ({text.encoder.sha256[:12]})"))
+        stored += f", context {'x'.join(map(str, text.context_shape))}"
+    if manifest.flipped:
+        stored += ", mirrored too"
+    return [
+        *rows,
         ("image", f"{manifest.image_size} px, {manifest.resize}"),
-        ("stored", f"moments {moments}, context {context}, {manifest.dtype}"),
+        ("stored", f"{stored}, {manifest.dtype}"),
     ]
 
 
 def _spread(values: list[int]) -> str:
     return f"{min(values)} to {max(values)}, mean {np.mean(values):.2f}"
-
-
-def _share(part: int, total: int) -> str:
-    return f"{part:,} ({100 * part / total:.1f} %)"

@@ -4,6 +4,7 @@ A receipt is written after its shard. So the state of a whole encode job, howeve
 share it and however they died, is the set of receipts in `OUTPUT/receipts`.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy as np
 from data_pipeline.write import remove_leftovers
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.shards import ShardEntry, ShardError
+from ifvit.shards import ShardEntry
 from ifvit.shards.records import Array, build_record, read_sealed, write_sealed
 
+RECEIPTS = "receipts"
 _LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers and U-ViT clamp it before drawing from the posterior
 
 
@@ -26,18 +28,19 @@ class Job:
 
     source_sha256: str
     vae_sha256: str
-    text_encoder_sha256: str
+    text_encoder_sha256: str | None
     image_size: int
     dtype: str
     precision: str
     samples_per_shard: int
+    flip: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """An image that was left out, and why."""
 
-    image_id: int
+    image_id: int | str
     file: str
     reason: str
 
@@ -96,16 +99,14 @@ def merge_sums(receipts: Iterable[Receipt]) -> LatentSums:
 
 def write_receipt(output: str, receipt: Receipt) -> None:
     """Write `output/receipts/NAME.json`; from then on the shard is done."""
-    where = receipt_url(output, receipt.shard.name)
-    remove_leftovers(Path(where).parent, receipt.shard.name)
-    write_sealed(where, asdict(receipt))
+    if not storage.is_remote(output):
+        remove_leftovers(Path(output, RECEIPTS), receipt.shard.name)
+    write_sealed(receipt_url(output, receipt.shard.name), asdict(receipt))
 
 
 def read_receipt(output: str, name: str) -> Receipt:
-    """Read a shard's receipt. Raises ShardError when it is missing or damaged."""
+    """Read a shard's receipt. Raises UserError when it is missing, ShardError when damaged."""
     where = receipt_url(output, name)
-    if not storage.exists(where):
-        raise ShardError(f"{where}: no such receipt")
     value = read_sealed(where)
     value["job"] = build_record(Job, value["job"], where)
     value["shard"] = build_record(ShardEntry, value["shard"], where)
@@ -116,7 +117,13 @@ def read_receipt(output: str, name: str) -> Receipt:
 
 def receipt_url(output: str, name: str) -> str:
     """Where the receipt of shard `name` lies."""
-    return storage.join(output, "receipts", f"{name}.json")
+    return storage.join(output, RECEIPTS, f"{name}.json")
+
+
+def list_receipts(output: str) -> set[str]:
+    """Names of the shards that have a receipt, whole or damaged."""
+    names = storage.list_names(storage.join(output, RECEIPTS))
+    return {name.removesuffix(".json") for name in names if not name.startswith(".")}
 
 
 def check_same_job(output: str, existing: Job, job: Job) -> None:
@@ -134,14 +141,13 @@ def check_same_job(output: str, existing: Job, job: Job) -> None:
         )
 
 
-def is_intact(folder: Path, entry: ShardEntry) -> bool:
+def is_intact(output: str, entry: ShardEntry) -> bool:
     """Whether the shard's tar has its size and its index has its hash."""
-    tar, index = folder / f"{entry.name}.tar", folder / f"{entry.name}.index.npz"
+    index = storage.join(output, f"{entry.name}.index.npz")
     return (
-        tar.is_file()
-        and tar.stat().st_size == entry.num_bytes
-        and index.is_file()
-        and storage.sha256_of(index) == entry.index_sha256
+        storage.file_size(storage.join(output, f"{entry.name}.tar")) == entry.num_bytes
+        and storage.exists(index)
+        and hashlib.sha256(storage.read_bytes(index)).hexdigest() == entry.index_sha256
     )
 
 

@@ -55,6 +55,12 @@ VERBS = {
         "latent statistics, caption lengths, sizes",
         positional="url",
     ),
+    "shards merge": Verb(
+        "data_pipeline.config:MergeConfig",
+        "data_pipeline.merge:merge",
+        "several datasets of the same encoders -> one",
+        positional="urls",
+    ),
     "train": Verb(
         "ifvit.training.config:TrainConfig",
         "ifvit.training.train:train",

@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,13 +23,13 @@ class DecodedImage:
     height: int
 
 
-def read_square(path: Path, image_size: int) -> DecodedImage:
+def read_square(file: Path | BinaryIO, image_size: int) -> DecodedImage:
     """Read an image file as RGB, crop its centre square and resize that to `image_size`.
 
     Raises whatever PIL raises for a file that is missing, cut short or no image.
     """
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    with Image.open(file) as opened:
+        image = opened.convert("RGB")
     square = resize(center_crop(image), image_size)
     return DecodedImage(pixels=np.asarray(square), width=image.width, height=image.height)
 
@@ -47,9 +48,10 @@ def resize(image: Image.Image, image_size: int) -> Image.Image:
     return image.resize((image_size, image_size), Image.Resampling.LANCZOS)
 
 
-def to_model_range(pixels: Pixels) -> Tensor:
-    """uint8 (B, H, W, 3) => float32 (B, 3, H, W) in [-1, 1], x / 127.5 - 1."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
+def to_model_range(pixels: Pixels, device: str = "cpu") -> Tensor:
+    """uint8 (B, H, W, 3) => float32 (B, 3, H, W) in [-1, 1] on `device`, x / 127.5 - 1."""
+    moved = torch.from_numpy(pixels).to(device)
+    return moved.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
 
 
 def to_pixels(images: Tensor) -> Pixels:

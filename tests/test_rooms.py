@@ -26,6 +26,7 @@ ROOMS = {
         "slurm/submission.py",
         "slurm/supervise.py",
     ],
+    "pyarrow": ["data_pipeline/sources/table.py"],
     "tensorboard": ["ifvit/training/metrics_log.py"],
     "transformers": ["ifvit/models/clip.py"],
     "webdataset": ["data_pipeline/write.py"],

@@ -1,1 +1,1 @@
-"""Where captioned or labelled images come from: each source is cut into units of work."""
+"""Where captioned or labelled images come from; each kind of source is one file."""

@@ -1,6 +1,6 @@
 """The protocol of a source of images; implement it to encode images from anywhere else."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,8 +9,9 @@ from typing import Protocol
 class CaptionedImage:
     """One image and what it shows: all its captions, or the number of its class.
 
-    `key` is unique in the source, sorts it, and holds no dot and no slash; `name` is for messages.
-    `read` returns the content of the image file and may raise whatever reading raises.
+    `key` is unique in its unit and holds no dot and no slash; `name` is for messages.
+    `read` returns the content of the image file. Whatever it raises, save a failing store, is
+    recorded as the reason why the image was left out.
     """
 
     key: str
@@ -22,7 +23,7 @@ class CaptionedImage:
 
 
 class Unit(Protocol):
-    """The images of one output shard, in their order; iterated as often as is needed."""
+    """The images of one output shard."""
 
     @property
     def name(self) -> str:
@@ -30,16 +31,21 @@ class Unit(Protocol):
 
     @property
     def num_images(self) -> int | None:
-        """How many images follow, None where only reading them tells."""
+        """How many images there are, None where only opening tells."""
 
-    def __iter__(self) -> Iterator[CaptionedImage]: ...
+    @property
+    def is_listed(self) -> bool:
+        """Whether `open` is free, so that every start may look if a failed image is mended."""
+
+    def open(self) -> Sequence[CaptionedImage]:
+        """The images in their order; may take long, a download for example."""
 
 
 class Source(Protocol):
     """All images of one dataset, the same ones in the same order for every process.
 
-    Constructed as `Source(images, captions)` from the two fields of the recipe; raises UserError,
-    in one line, for what is missing or malformed.
+    Constructed as `Source(images, captions)` from the two fields of the recipe, the second None
+    where it is not set; raises UserError, in one line, for what is missing or malformed.
     """
 
     @property
@@ -54,4 +60,4 @@ class Source(Protocol):
         """Counts, and what is missing, in a few lines to read before hours are spent."""
 
     def units(self, samples_per_shard: int) -> Sequence[Unit]:
-        """The units of work, decided from the sorted source alone."""
+        """The units of work, decided from the source alone."""

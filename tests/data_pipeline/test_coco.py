@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.coco import CocoCaptions
+from data_pipeline.sources.coco import CocoCaptions
 from ifvit.errors import UserError
 
 
@@ -25,10 +25,11 @@ def save(coco: Path, content: object) -> None:
 
 
 def test_images_are_sorted_by_id_and_keep_all_captions_in_file_order(coco: Path) -> None:
-    images = list(read(coco))
+    images = [image for unit in read(coco).units(4) for image in unit.open()]
     assert [image.image_id for image in images] == [7 * number + 3 for number in range(10)]
     assert images[2].captions == ("a dog", "cat number 2", "a dog")
-    assert images[2].path == coco / "images" / "COCO_train2014_000000000017.jpg"
+    path = coco / "images" / "COCO_train2014_000000000017.jpg"
+    assert images[2].read() == path.read_bytes()
     assert read(coco).num_captions == 19
 
 
@@ -39,7 +40,7 @@ def test_the_2017_layout_is_read_the_same_way(coco: Path) -> None:
         image["file_name"] = image["file_name"].removeprefix("COCO_train2014_")
         old.rename(coco / "images" / image["file_name"])
     save(coco, content)
-    assert next(iter(read(coco))).path.name == "000000000003.jpg"
+    assert read(coco).units(4)[0].open()[0].name == "000000000003.jpg"
     assert read(coco).absent == []
 
 

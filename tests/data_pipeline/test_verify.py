@@ -84,7 +84,7 @@ def test_wrong_content_under_a_right_hash_is_found(
     assert "moments.npy has values that are not finite" in text
     assert "context.npy is float16 (1, 12, 15)" in text
     assert "index of 1 samples" in text
-    assert "holds {'moments': 1, 'context': 1, 'captions': 2}" in text
+    assert "holds (samples, captions) (1, 2)" in text
     assert "num_captions is not the sum" in text
 
 

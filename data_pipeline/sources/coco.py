@@ -1,12 +1,12 @@
 """COCO captions, 2014 and 2017 layout: an image folder and one `captions_SPLIT.json`."""
 
-import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_pipeline.sources.listed import ListedUnit, cut_list, hash_list
+from data_pipeline.sources.source import CaptionedImage
 from ifvit import storage
 from ifvit.errors import UserError
 
@@ -20,15 +20,6 @@ EXPECTED_COUNTS = {  # stem of COCO's own files => images, captions of the compl
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaptionedImage:
-    """One image file and all its captions, in the order of the annotation file."""
-
-    image_id: int
-    path: Path
-    captions: tuple[str, ...]
-
-
 class CocoCaptions:
     """The images of one annotation file, sorted by image id.
 
@@ -36,9 +27,12 @@ class CocoCaptions:
     image without captions, and a folder that holds none of the images.
     """
 
-    def __init__(self, images: str, captions: str) -> None:
-        folder = Path(images)
-        if not folder.is_dir():
+    classes = ()
+
+    def __init__(self, images: str, captions: str | None) -> None:
+        if captions is None:
+            raise UserError("captions: not set; a coco source needs a captions_*.json file there")
+        if not storage.is_remote(images) and not Path(images).is_dir():
             raise UserError(f"{images}: no such folder of images")
         if Path(captions).is_dir():
             raise UserError(f"{captions}: is a folder; name the captions_*.json file in it")
@@ -48,49 +42,56 @@ class CocoCaptions:
         self._file = captions
         self._images = [
             CaptionedImage(
-                image_id=image_id, path=folder / names[image_id], captions=tuple(texts[image_id])
+                key=f"{image_id:012d}",
+                image_id=image_id,
+                name=names[image_id],
+                read=partial(storage.read_bytes, storage.join(images, names[image_id])),
+                captions=tuple(texts[image_id]),
             )
             for image_id in texts
         ]
-        present = set(folder.iterdir())
-        self.absent = [
-            image.path
-            for image in self._images
-            if image.path not in present and not image.path.is_file()
-        ]
+        self.absent = _find_absent(images, [image.name for image in self._images])
         if len(self.absent) == len(self._images):
-            raise UserError(f"{images}: holds none of the {len(self)} images that {captions} lists")
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __iter__(self) -> Iterator[CaptionedImage]:
-        return iter(self._images)
+            raise UserError(
+                f"{images}: holds none of the {len(self._images)} images that {captions} lists"
+            )
 
     @property
     def num_captions(self) -> int:
         """Captions of all images together."""
         return sum(len(image.captions) for image in self._images)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of ids, file names and captions: what the dataset is made of, whatever its path."""
-        digest = hashlib.sha256()
-        for image in self._images:
-            digest.update(json.dumps([image.image_id, image.path.name, image.captions]).encode())
-        return digest.hexdigest()
+        return hash_list(self._images)
 
     def report(self) -> str:
         """Counts, and what is missing, in a few lines to read before hours are spent."""
-        lines = [f"{self._file}: {len(self):,} images, {self.num_captions:,} captions"]
+        num_images = len(self._images)
+        lines = [f"{self._file}: {num_images:,} images, {self.num_captions:,} captions"]
         expected = EXPECTED_COUNTS.get(Path(self._file).stem)
-        if self._is_official and expected and expected != (len(self), self.num_captions):
+        if self._is_official and expected and expected != (num_images, self.num_captions):
             lines.append(
                 f"warning: the complete split has {expected[0]:,} images, {expected[1]:,} captions"
             )
         if self.absent:
             lines.append(f"warning: {len(self.absent):,} image files absent: {self.absent[0]}, …")
         return "\n".join(lines)
+
+    def units(self, samples_per_shard: int) -> list[ListedUnit]:
+        """The sorted images, cut into shards."""
+        return cut_list(self._images, samples_per_shard)
+
+
+def _find_absent(images: str, names: Sequence[str]) -> list[str]:
+    """Names that the folder does not hold; only those in subfolders are asked for one by one."""
+    present = set(storage.list_names(images))
+    return [
+        name
+        for name in names
+        if name not in present and not ("/" in name and storage.exists(storage.join(images, name)))
+    ]
 
 
 def _read_annotations(content: Any, file: str) -> tuple[dict[int, str], dict[int, list[str]]]:

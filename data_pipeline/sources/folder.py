@@ -1,0 +1,75 @@
+"""Image folders, one for each class: `IMAGES/CLASS/*.jpg`; images carry labels, not captions."""
+
+from functools import cached_property, partial
+from pathlib import PurePosixPath
+
+from data_pipeline.sources.listed import ListedUnit, cut_list, hash_list
+from data_pipeline.sources.source import CaptionedImage
+from ifvit import storage
+from ifvit.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class ImageFolders:
+    """Every class's first image, then every class's second, and so on.
+
+    So each shard holds all classes, and a loader that shuffles within a few shards still mixes
+    them. Classes are numbered by their sorted names. Raises UserError for a folder without class
+    folders, a class without images, and captions, which such a source has none of.
+    """
+
+    def __init__(self, images: str, captions: str | None) -> None:
+        if captions is not None:
+            raise UserError(f"captions: {captions} is set, but a folder source has class labels")
+        self._folder = images
+        self.classes = tuple(_list_classes(images))
+        self._num_others = 0
+        ranked = []
+        for label, name in enumerate(self.classes):
+            files = storage.list_names(storage.join(images, name))
+            chosen = [file for file in files if _is_image(file)]
+            if not chosen:
+                raise UserError(f"{images}/{name}: no images ({', '.join(IMAGE_SUFFIXES)})")
+            self._num_others += len(files) - len(chosen)
+            ranked += [(rank, label, f"{name}/{file}") for rank, file in enumerate(chosen)]
+        self._images = [
+            CaptionedImage(
+                key=f"{number:012d}",
+                image_id=path,
+                name=path,
+                read=partial(storage.read_bytes, storage.join(images, path)),
+                label=label,
+            )
+            for number, (_, label, path) in enumerate(sorted(ranked))
+        ]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of paths and labels."""
+        return hash_list(self._images)
+
+    def report(self) -> str:
+        """Counts, and how many files are no images."""
+        text = f"{self._folder}: {len(self._images):,} images in {len(self.classes):,} classes"
+        if self._num_others:
+            text += f"\nwarning: {self._num_others:,} files are no images and stay out"
+        return text
+
+    def units(self, samples_per_shard: int) -> list[ListedUnit]:
+        """The images, class by class in turn, cut into shards."""
+        return cut_list(self._images, samples_per_shard)
+
+
+def _list_classes(images: str) -> list[str]:
+    entries = [name for name in storage.list_names(images) if not name.startswith(".")]
+    if not entries:
+        raise UserError(f"{images}: no such folder, or an empty one; expected CLASS/*.jpg in it")
+    loose = [name for name in entries if _is_image(name)]
+    if loose:
+        raise UserError(f"{images}/{loose[0]}: an image outside any class; expected CLASS/*.jpg")
+    return entries
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES

@@ -1,0 +1,73 @@
+"""Images that cannot be read: named, counted, tolerated, and encoded once they are mended."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from encoded_files import hashes, image_files, truncate
+
+from data_pipeline.config import EncodeConfig
+from data_pipeline.encode import encode
+from data_pipeline.write import write_shard
+from ifvit.errors import UserError
+from ifvit.shards import ShardReader
+
+
+def test_a_broken_image_fails_the_end_of_the_job_by_name(
+    config: EncodeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = image_files(config)[5]
+    truncate(broken)
+    with pytest.raises(UserError, match=rf"1 of 10 images .*{broken.name} \(.*truncated"):
+        encode(config)
+    assert broken.name in capsys.readouterr().err
+    assert not Path(config.output, "manifest.json").exists()
+    receipts = sorted(Path(config.output, "receipts").iterdir())
+    counts = [json.loads(path.read_text())["shard"]["num_samples"] for path in receipts]
+    assert counts == [4, 3, 2]  # everything else was encoded
+
+
+def test_missing_files_count_as_broken_and_the_first_are_named(config: EncodeConfig) -> None:
+    files = image_files(config)
+    for path in files[:5]:
+        path.unlink()
+    with pytest.raises(UserError, match=r"5 of 10 images .*no such file.*receipts") as caught:
+        encode(config)
+    assert [path.name in str(caught.value) for path in files] == [True] * 3 + [False] * 7
+
+
+def test_tolerated_failures_are_left_out_of_a_finished_dataset(config: EncodeConfig) -> None:
+    for path in image_files(config)[8:]:  # the whole last shard
+        truncate(path)
+    with pytest.raises(UserError, match="2 of 10"):
+        encode(replace(config, tolerate=1))
+    manifest = encode(replace(config, tolerate=2))
+    assert [entry.num_samples for entry in manifest.shards] == [4, 4, 0]
+    reader = ShardReader(config.output)
+    assert [reader.metadata(sample).image_id for sample in range(len(reader))] == [
+        7 * number + 3 for number in range(8)
+    ]
+
+
+def test_a_mended_image_makes_only_its_shard_again(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = replace(config, output=config.output + "_undisturbed")
+    encode(undisturbed)
+    broken = image_files(config)[5]
+    data = truncate(broken)
+    with pytest.raises(UserError):
+        encode(config)
+    broken.write_bytes(data)
+    names = []
+
+    def record(folder: Path, name: str, samples: Any) -> Any:
+        names.append(name)
+        return write_shard(folder, name, samples)
+
+    monkeypatch.setattr("data_pipeline.writer.write_shard", record)
+    encode(config)
+    assert names == ["shard-00001"]
+    assert hashes(config) == hashes(undisturbed)

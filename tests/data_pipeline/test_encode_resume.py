@@ -1,0 +1,119 @@
+"""The encode job, run again: only what is missing, and the same bytes however often killed."""
+
+import multiprocessing
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from encoded_files import hashes
+
+from data_pipeline.config import EncodeConfig
+from data_pipeline.encode import encode
+from ifvit.errors import UserError
+
+
+def test_a_rerun_encodes_nothing_and_changes_no_byte(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(config)
+    before = hashes(config)
+    monkeypatch.setattr("data_pipeline.writer.write_shard", None)
+    encode(config)
+    assert hashes(config) == before
+
+
+def test_another_output_folder_receives_the_same_bytes(config: EncodeConfig) -> None:
+    other = replace(config, output=config.output + "_2", num_workers=5)
+    encode(config)
+    encode(other)
+    assert hashes(other) == hashes(config)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "shard-00001.tar",
+        "shard-00001.index.npz",
+        "receipts/shard-00000.json",
+        "manifest.json",
+        "null_context.npy",
+    ],
+)
+def test_a_lost_file_is_made_again_byte_for_byte(config: EncodeConfig, lost: str) -> None:
+    encode(config)
+    before = hashes(config)
+    (Path(config.output) / lost).unlink()
+    encode(config)
+    assert hashes(config) == before
+
+
+def test_cut_shards_and_damaged_receipts_are_made_again(config: EncodeConfig) -> None:
+    encode(config)
+    before = hashes(config)
+    tar = Path(config.output, "shard-00001.tar")
+    tar.write_bytes(tar.read_bytes()[:-512])
+    receipt = Path(config.output, "receipts", "shard-00002.json")
+    receipt.write_text(receipt.read_text().replace("e", "f", 1))
+    encode(config)
+    assert hashes(config) == before
+
+
+def test_sigkill_at_random_moments_leaves_the_undisturbed_dataset(config: EncodeConfig) -> None:
+    config = replace(config, samples_per_shard=1, batch_size=1)
+    undisturbed = replace(config, output=config.output + "_undisturbed")
+    started = time.monotonic()
+    encode(undisturbed)
+    duration = time.monotonic() - started
+    context = multiprocessing.get_context("fork")  # others would import torch for seconds
+    chance = random.Random(0)
+    killed_between_shards = 0
+    for _ in range(10):
+        process = context.Process(target=encode, args=(config,))
+        process.start()
+        process.join(chance.uniform(0.3, 1.0) * duration)
+        process.kill()
+        process.join()
+        receipts = sorted(Path(config.output).glob("receipts/*.json"))
+        killed_between_shards += 0 < len(receipts) < 10
+        for receipt in chance.sample(receipts, len(receipts) // 2):
+            receipt.unlink()
+    assert killed_between_shards
+    encode(config)
+    assert hashes(config) == hashes(undisturbed)
+
+
+def test_no_manifest_exists_while_shards_are_being_made(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(config)
+    Path(config.output, "receipts", "shard-00001.json").unlink()
+
+    def stop(*_: Any) -> None:
+        assert not Path(config.output, "manifest.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_pipeline.writer.write_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        encode(config)
+
+
+def test_another_encoder_is_refused_with_what_differs(
+    config: EncodeConfig, other_encoders: Any
+) -> None:
+    encode(config)
+    other = replace(config, vae=str(other_encoders.vae))
+    with pytest.raises(UserError, match=r"vae_sha256 is .* choose another output folder"):
+        encode(other)
+    with pytest.raises(UserError, match="dtype is float16 there, float32 now"):
+        encode(replace(config, dtype="float32"))
+
+
+def test_another_source_is_refused(config: EncodeConfig) -> None:
+    encode(config)
+    annotations = Path(config.captions)
+    annotations.write_text(annotations.read_text().replace("a dog", "a fox"))
+    with pytest.raises(UserError, match="source_sha256"):
+        encode(config)

@@ -1,0 +1,127 @@
+"""Image folders: classes by name, labels instead of captions, in shards as on disk."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image, ImageOps
+
+from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig
+from data_pipeline.describe import inspect_shards, stats
+from data_pipeline.encode import encode
+from data_pipeline.sources.folder import ImageFolders
+from data_pipeline.verify import verify
+from ifvit.errors import UserError
+from ifvit.shards import Manifest, ShardReader
+
+
+@pytest.fixture
+def labelled(config: EncodeConfig) -> EncodeConfig:
+    """Seven images of zebras and two of ants, and a recipe for them without a text encoder."""
+    folder = Path(config.images).parent / "classes"
+    for number, path in enumerate(sorted(Path(config.images).iterdir())[:9]):
+        place = folder / ("ant" if number in (3, 5) else "zebra") / f"{number}.v1.JPEG"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+    return replace(
+        config, source="folder", images=str(folder), captions=None, text_encoder=None, flip=True
+    )
+
+
+def finished(config: EncodeConfig) -> Manifest:
+    manifest = encode(config)
+    assert manifest is not None
+    return manifest
+
+
+def test_classes_are_sorted_and_take_turns(labelled: EncodeConfig) -> None:
+    source = ImageFolders(labelled.images, None)
+    images = [image for unit in source.units(4) for image in unit.open()]
+    assert source.classes == ("ant", "zebra")
+    assert [image.label for image in images] == [0, 1, 0, 1, 1, 1, 1, 1, 1]
+    assert [image.name for image in images[:3]] == [
+        "ant/3.v1.JPEG",
+        "zebra/0.v1.JPEG",
+        "ant/5.v1.JPEG",
+    ]
+    assert "9 images in 2 classes" in source.report()
+
+
+def test_shards_hold_labels_and_mirrored_images(
+    labelled: EncodeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = finished(labelled)
+    assert (manifest.classes, manifest.text, manifest.num_captions) == (("ant", "zebra"), None, 0)
+    assert not Path(labelled.output, "null_context.npy").exists()
+    reader = ShardReader(labelled.output)
+    assert [reader.label(sample) for sample in range(9)] == [0, 1, 0, 1, 1, 1, 1, 1, 1]
+    assert reader.metadata(2).image_id == "ant/5.v1.JPEG"
+    verify(ShardsConfig(url=labelled.output))
+    stats(ShardsConfig(url=labelled.output))
+    inspect_shards(InspectConfig(url=labelled.output))
+    out = capsys.readouterr().out
+    assert "2 classes: every hash" in out
+    assert "2; 2 to 7, mean 4.50 images a class" in out
+    assert "mirrored too" in out
+    assert "zebra\n" in out
+
+
+def test_mirrored_moments_are_those_of_the_mirrored_image(labelled: EncodeConfig) -> None:
+    finished(labelled)
+    mirrored = replace(labelled, images=labelled.images + "_mirrored", output=labelled.output + "2")
+    shutil.copytree(labelled.images, mirrored.images)
+    for path in Path(mirrored.images).rglob("*.JPEG"):
+        _mirror(path)
+    for path in Path(labelled.images).rglob("*.JPEG"):
+        _mirror(path)
+        _mirror(path)  # PNG now, like its mirror: a JPEG would lose differently
+    labelled = replace(labelled, output=labelled.output + "1")
+    finished(labelled)
+    finished(mirrored)
+    left, right = ShardReader(labelled.output), ShardReader(mirrored.output)
+    for sample in range(9):
+        np.testing.assert_array_equal(left.flipped(sample), right.moments(sample))
+        np.testing.assert_array_equal(left.moments(sample), right.flipped(sample))
+
+
+def _mirror(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+        ImageOps.mirror(image).save(path, format="PNG")
+
+
+def test_webdataset_reads_labels_without_this_library(labelled: EncodeConfig) -> None:
+    finished(labelled)
+    url = f"{labelled.output}/shard-{{00000..00002}}.tar"
+    found = list(webdataset.WebDataset(url, shardshuffle=False).decode())
+    assert [sample["cls"] for sample in found] == [0, 1, 0, 1, 1, 1, 1, 1, 1]
+    assert found[0]["flipped.npy"].shape == found[0]["moments.npy"].shape
+
+
+def test_other_files_are_counted(labelled: EncodeConfig) -> None:
+    Path(labelled.images, "ant", "notes.txt").write_text("")
+    assert "1 files are no images" in ImageFolders(labelled.images, None).report()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no such folder, or an empty one"),
+        (lambda folder: (folder / "bee").mkdir(), "bee: no images"),
+        (lambda folder: (folder / "loose.png").touch(), "loose.png: an image outside any class"),
+    ],
+)
+def test_what_is_malformed_is_one_line(labelled: EncodeConfig, change: object, named: str) -> None:
+    assert callable(change)
+    change(Path(labelled.images))
+    with pytest.raises(UserError, match=named) as caught:
+        ImageFolders(labelled.images, None)
+    assert "\n" not in str(caught.value)
+
+
+def test_captions_beside_classes_are_refused(labelled: EncodeConfig) -> None:
+    with pytest.raises(UserError, match=r"x\.json is set, but a folder source has class labels"):
+        ImageFolders(labelled.images, "x.json")
