@@ -15,7 +15,7 @@ class Autoencoder:
     """A KL autoencoder (Rombach et al. 2022) that is only ever evaluated."""
 
     def __init__(self, vae: AutoencoderKL, identity: EncoderIdentity) -> None:
-        self._vae: Any = vae  # diffusers' types do not hold
+        self.vae: Any = vae  # diffusers' types do not hold
         self.identity = identity
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
@@ -23,23 +23,27 @@ class Autoencoder:
 
         Raises UserError when the VAE's downsampling does not divide `image_size`.
         """
-        factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if image_size % factor:
             raise UserError(f"image_size {image_size} is not a multiple of the VAE's {factor}")
         side = image_size // factor
-        return (self._vae.config.latent_channels, side, side)
+        return (self.vae.config.latent_channels, side, side)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] => moments (B, 2C, h, w): mean and logvar, unscaled."""
-        posterior = self._vae.encode(images.to(self._vae.device, self._vae.dtype)).latent_dist
+        posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist
         moments: Tensor = posterior.parameters.float()
         return moments
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) => images (B, 3, H, W) in [-1, 1]; keeps gradients."""
-        decoded = self._vae.decode(latents.to(self._vae.device, self._vae.dtype)).sample
-        images: Tensor = decoded.float().clamp(-1.0, 1.0)
+        """Unscaled latents (B, C, h, w) => images (B, 3, H, W) in [-1, 1]."""
+        return self.decode_unclamped(latents).clamp(-1.0, 1.0)
+
+    def decode_unclamped(self, latents: Tensor) -> Tensor:
+        """As `decode`, but values may leave [-1, 1], so that every pixel keeps its gradient."""
+        decoded = self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
+        images: Tensor = decoded.float()
         return images
 
 
@@ -53,4 +57,6 @@ def load_autoencoder(
         folder, torch_dtype=dtype, use_safetensors=True
     )
     vae.requires_grad_(False)
+    # Where a gradient is asked for at all, the decoder's activations are most of the memory.
+    vae.enable_gradient_checkpointing()
     return Autoencoder(vae.to(device).eval(), identity)

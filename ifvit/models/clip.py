@@ -3,6 +3,7 @@
 Shapes: B batch, M context tokens, D context width, E feature width, H, W image.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,19 @@ class TextEncoder:
     """Captions => the last hidden state of CLIP's text tower, padding included, no mask."""
 
     def __init__(self, model: Any, tokenizer: CLIPTokenizer, identity: EncoderIdentity) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.identity = identity
 
     @property
     def context_shape(self) -> tuple[int, int]:
         """(M, D): 77 tokens of width 768 for CLIP ViT-L/14."""
-        config = self._model.config
+        config = self.model.config
         return (config.max_position_embeddings, config.hidden_size)
 
-    @torch.no_grad()
     def encode(self, captions: list[str]) -> Tensor:
         """B captions => context (B, M, D), after CLIP's final layer norm; long ones are cut."""
-        tokens = _tokenize(self._tokenizer, captions, self.context_shape[0])
-        hidden: Tensor = self._model(input_ids=tokens.to(self._model.device)).last_hidden_state
-        return hidden.float()
+        return encode_captions(self.model, self.tokenizer, captions)
 
     def null_context(self) -> Tensor:
         """(M, D) context of the empty caption, which stands for "no text" under guidance."""
@@ -59,15 +57,15 @@ class ClipScorer:
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._image_size: int = model.config.vision_config.image_size
+        self.image_size: int = model.config.vision_config.image_size
         self._normalisation = normalisation
         self.identity = identity
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] => (B, E), unit length; differentiable."""
         pixels = images / 2 + 0.5
-        if pixels.shape[-1] != self._image_size:
-            size = (self._image_size, self._image_size)
+        if pixels.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
             pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(
                 0, 1
             )
@@ -85,6 +83,14 @@ class ClipScorer:
         return functional.normalize(self._model.text_projection(text).float(), dim=1)
 
 
+@torch.no_grad()
+def encode_captions(model: Any, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """The last hidden states (B, M, D) of CLIP's text tower `model` for B captions, float32."""
+    tokens = _tokenize(tokenizer, captions, model.config.max_position_embeddings)
+    hidden: Tensor = model(input_ids=tokens.to(model.device)).last_hidden_state
+    return hidden.float()
+
+
 def load_text_encoder(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextEncoder:
@@ -100,6 +106,27 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     model = _load(CLIPModel, folder, device, dtype)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     return ClipScorer(model, tokenizer, _read_normalisation(folder), identify(name, folder))
+
+
+def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, int]]]:
+    """Caption => (first character, last + 1) of each of its `length` tokens of this CLIP.
+
+    Start, end and padding tokens span no characters.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(resolve_pretrained(name))
+
+    def token_spans(caption: str) -> list[tuple[int, int]]:
+        batch = tokenizer(
+            caption,
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_offsets_mapping=True,
+        )
+        spans: list[tuple[int, int]] = batch.offset_mapping
+        return spans
+
+    return token_spans
 
 
 def _load(cls: Any, folder: Path, device: str, dtype: torch.dtype) -> Any:

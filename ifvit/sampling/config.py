@@ -1,7 +1,9 @@
 """How images are drawn from a trained backbone; imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from ifvit.sampling.alignment.config import DateConfig, MethodName, RegulationConfig
 
 SolverName = Literal["dpm_solver_pp", "ddim", "euler", "unipc"]
 
@@ -39,6 +41,16 @@ class SamplingConfig:
 
     guidance_high: float = 999.0
     """Guidance is left out at timesteps above this one."""
+
+    method: MethodName = "plain"
+    """What brings image and prompt together while sampling: nothing, DATE, attention regulation
+    or both."""
+
+    date: DateConfig = field(default_factory=DateConfig)
+    """Settings of DATE."""
+
+    regulation: RegulationConfig = field(default_factory=RegulationConfig)
+    """Settings of attention regulation."""
 
     seed: int = 0
     """With the position of an image in the run, decides its initial noise."""
@@ -92,3 +104,20 @@ class GenerateConfig(SamplingConfig):
             raise ValueError("give either prompt (one text) or prompts (a text file)")
         if self.num_images < 1:
             raise ValueError(f"num_images {self.num_images} is less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A trained backbone and its encoders in one folder that diffusers loads."""
+
+    weights: str
+    """Run folder (its newest weights), weights/step_… folder, or a folder with config.json."""
+
+    output: str
+    """Folder or s3:// URL for the pipeline."""
+
+    kind: Literal["ema", "raw"] = "ema"
+    """Averaged weights or those of the last step; the other kind where only that exists."""
+
+    hub: str | None = None
+    """Upload it also to this hub repository, ORGANISATION/NAME; needs a login there."""

@@ -1,0 +1,95 @@
+"""Settings => the alignment method for each batch of captions."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ifvit.errors import UserError
+from ifvit.models.clip import load_clip, load_token_spans
+from ifvit.models.weights import WeightsInfo
+from ifvit.sampling.alignment.block_bias import BlockBias
+from ifvit.sampling.alignment.methods import Date, Regulation, Together
+from ifvit.sampling.alignment.objectives import Objective, clip_score_of
+from ifvit.sampling.alignment.targets import find_targets
+from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.method import AlignmentMethod, MethodOf
+from ifvit.sampling.sampler import Sampler
+
+CaptionsOf = Callable[[Tensor], list[str]]
+"""Positions (B,) int64 => captions."""
+
+_MethodFor = Callable[[Sequence[str]], AlignmentMethod]
+_NUM_REGULATED = 5
+
+
+def build_method(
+    config: SamplingConfig,
+    sampler: Sampler,
+    info: WeightsInfo,
+    captions_of: CaptionsOf,
+    objective: Objective | None = None,
+) -> MethodOf | None:
+    """What `generate_images` asks for a method per batch; None for the method `plain`.
+
+    `objective` replaces the CLIP score that DATE raises. Raises UserError for settings that do
+    not fit the backbone or, when the batch comes, its captions.
+    """
+    makers: list[_MethodFor] = []
+    if config.method in ("date", "both"):
+        makers.append(_date(config, sampler, info, objective))
+    if config.method in ("regulate", "both"):
+        makers.append(_regulation(config, sampler, info))
+    if not makers:
+        return None
+
+    def method_of(positions: Tensor) -> AlignmentMethod:
+        captions = captions_of(positions)
+        return Together([make(captions) for make in makers])
+
+    return method_of
+
+
+def _date(
+    config: SamplingConfig, sampler: Sampler, info: WeightsInfo, objective: Objective | None
+) -> _MethodFor:
+    if objective is None:
+        name = config.date.clip or info.text_encoder.name
+        objective = clip_score_of(load_clip(name, str(sampler.backbone.device)))
+    # Only the context needs a gradient; saved activations of the weights' would cost memory.
+    sampler.backbone.requires_grad_(False)
+
+    def decode(latents: Tensor) -> Tensor:
+        return sampler.autoencoder.decode_unclamped(latents / sampler.scaling_factor)
+
+    return lambda captions: Date(config.date, objective(captions), decode)
+
+
+def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> _MethodFor:
+    shape = sampler.backbone.shape
+    settings = config.regulation
+    blocks = settings.blocks or middle_blocks(shape.num_fused_blocks)
+    if not all(0 <= block < shape.num_fused_blocks for block in blocks):
+        raise UserError(
+            f"regulation.blocks {list(blocks)}: this backbone has the fused blocks "
+            f"0 ... {shape.num_fused_blocks - 1}"
+        )
+    token_spans = load_token_spans(info.text_encoder.name, shape.context_length)
+    num_evaluations = math.ceil(settings.share_of_steps * config.num_steps)
+    side = shape.latent_size // shape.patch_size
+
+    def regulate(captions: Sequence[str]) -> Regulation:
+        targets = find_targets(captions, settings.targets, token_spans)
+        if not targets.present.any():
+            return Regulation({}, 0)
+        targets = targets.to(sampler.backbone.device)
+        biases = {block: BlockBias(targets, side, settings.mass) for block in blocks}
+        return Regulation(biases, num_evaluations)
+
+    return regulate
+
+
+def middle_blocks(num_fused_blocks: int) -> tuple[int, ...]:
+    """The middle five fused blocks, or all if there are fewer."""
+    surplus = max(0, num_fused_blocks - _NUM_REGULATED) // 2
+    return tuple(range(surplus, num_fused_blocks - surplus))

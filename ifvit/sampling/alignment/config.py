@@ -1,0 +1,58 @@
+"""Settings of the two methods that align images with their captions; imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Mass = Literal["preserve", "free"]
+MethodName = Literal["plain", "date", "regulate", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DateConfig:
+    """Diffusion Adaptive Text Embedding (Na et al. 2025), by its released defaults."""
+
+    clip: str | None = None
+    """CLIP model whose score rises; unset: the one whose text tower encodes the prompts."""
+
+    radius: float = 0.5
+    """Length rho of every update, in the space of the text encoder's output."""
+
+    every: int = 10
+    """Update before the evaluations 0, every, 2 every, … of the backbone."""
+
+    evaluations: tuple[int, ...] | None = None
+    """Instead of `every`: the evaluations to update before, counted from 0."""
+
+    start: Literal["latest", "original"] = "latest"
+    """Embedding that each update starts from; `original` never leaves the ball of radius rho."""
+
+    def __post_init__(self) -> None:
+        """Refuse a frequency or a radius without meaning."""
+        if self.every < 1:
+            raise ValueError(f"date.every {self.every} is less than 1")
+        if self.radius < 0:
+            raise ValueError(f"date.radius {self.radius} is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegulationConfig:
+    """Attention regulation (Zhang et al. 2024)."""
+
+    targets: str | None = None
+    """Words of the prompt to regulate, as in "bag apple"; unset: its nouns and numerals."""
+
+    mass: Mass = "preserve"
+    """Keep the attention that each image token pays to the text as a whole, or let it grow."""
+
+    share_of_steps: float = 0.5
+    """Regulate this first share of the evaluations of the backbone."""
+
+    blocks: tuple[int, ...] | None = None
+    """Fused blocks to regulate, counted from 0 on the way in; unset: the middle five."""
+
+    def __post_init__(self) -> None:
+        """Refuse a share that is none."""
+        if not 0 <= self.share_of_steps <= 1:
+            raise ValueError(
+                f"regulation.share_of_steps {self.share_of_steps} is not between 0 and 1"
+            )
