@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ifvit import storage
@@ -42,6 +43,7 @@ from ifvit.images import Pixels
 from ifvit.models.clip import ClipScorer, load_clip
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo, find_weights, load_weights
+from ifvit.sampling.alignment.build import build_method
 from ifvit.sampling.encoders import (
     check_identity,
     choose_device,
@@ -78,7 +80,12 @@ def evaluate(config: EvaluateConfig) -> MetricsRow | None:
     )
     settings = describe_samples(digest, reader.manifest, config.sampling)
     share = prompts[config.task :: config.num_tasks]
-    draw_missing(folder, sampler, reader, share, settings, config.sampling)
+
+    def captions_of(positions: Tensor) -> list[str]:
+        return [prompts[position].text for position in positions.tolist()]
+
+    method_of = build_method(config.sampling, sampler, info, captions_of)
+    draw_missing(folder, sampler, reader, share, settings, config.sampling, method_of)
     if config.num_tasks > 1:
         sys.stdout.write(f"{folder}: share {config.task} of {config.num_tasks} is drawn\n")
         return None

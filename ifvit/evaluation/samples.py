@@ -23,6 +23,7 @@ from ifvit.images import Pixels, encode_png
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.files import image_name, read_images, write_images, write_jsonl
 from ifvit.sampling.grid import make_grid
+from ifvit.sampling.method import MethodOf
 from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.scenes.score import SceneScore
 from ifvit.shards import Manifest, ShardReader
@@ -58,7 +59,8 @@ def describe_samples(
 ) -> dict[str, Any]:
     """All that decides what a position's image looks like; batch size does not."""
     shards = json.dumps([entry.sha256 for entry in manifest.shards])
-    settings = asdict(sampling) | {
+    # As JSON gives it back: a tuple would not equal the list that is read.
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(sampling))) | {
         "weights_sha256": weights_sha256,
         "shards_sha256": hashlib.sha256(shards.encode()).hexdigest(),
     }
@@ -73,6 +75,7 @@ def draw_missing(
     prompts: list[Prompt],
     settings: dict[str, Any],
     sampling: SamplingConfig,
+    method_of: MethodOf | None,
 ) -> None:
     """Draw the prompts whose PNG is not in `folder` yet.
 
@@ -85,7 +88,8 @@ def draw_missing(
     def context_of(batch: Tensor) -> Tensor:
         return torch.from_numpy(np.stack([reader.context(p, 0) for p in batch.tolist()]))
 
-    write_images(folder, positions, generate_images(sampler, context_of, positions, sampling))
+    images = generate_images(sampler, context_of, positions, sampling, method_of)
+    write_images(folder, positions, images)
 
 
 def write_overview(

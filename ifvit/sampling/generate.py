@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import encode_png
 from ifvit.models.weights import load_weights
+from ifvit.sampling.alignment.build import build_method
 from ifvit.sampling.config import GenerateConfig, SamplingConfig
 from ifvit.sampling.encoders import (
     choose_device,
@@ -42,14 +43,19 @@ def generate(config: GenerateConfig) -> list[str]:
         scaling_factor=info.scaling_factor,
     )
 
+    def prompts_of(positions: Tensor) -> list[str]:
+        return [prompts[position % len(prompts)] for position in positions.tolist()]
+
     def context_of(positions: Tensor) -> Tensor:
-        return text_encoder.encode([prompts[p % len(prompts)] for p in positions.tolist()])
+        return text_encoder.encode(prompts_of(positions))
 
     positions = range(len(prompts) * config.num_images)
-    batches = generate_images(sampler, context_of, positions, config)
+    method_of = build_method(config, sampler, info, prompts_of)
+    batches = generate_images(sampler, context_of, positions, config, method_of)
     urls = write_images(config.output, positions, batches)
+    given = asdict(config)
     settings = {
-        **{field.name: getattr(config, field.name) for field in fields(SamplingConfig)},
+        **{field.name: given[field.name] for field in fields(SamplingConfig)},
         "weights": config.weights,
         "weights_sha256": weights_sha256(backbone),
         "step": info.step,
