@@ -6,14 +6,21 @@ processes share the work, nor on the size of a micro-batch, nor on how often the
 """
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+
+Array = NDArray[Any]
+Words = TypeVar("Words", Tensor, Array)
 
 
 class Stream(IntEnum):
@@ -26,24 +33,30 @@ class Stream(IntEnum):
     NOISE = 4
     SAMPLING = 5
     ORDER = 6
+    FLIP = 7
+    SHARD_ORDER = 8
 
 
 def philox(counter: Tensor, seed: int) -> Tensor:
     """Ten Philox rounds: counters (N, 4) int64 holding uint32 values => (N, 4) likewise."""
-    x0, x1, x2, x3 = counter.unbind(dim=1)
-    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        high0, low0 = _multiply(x0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(x2, _MULTIPLIERS[1])
-        x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
-        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
-    return torch.stack([x0, x1, x2, x3], dim=1)
+    return torch.stack(_ten_rounds(counter.unbind(dim=1), seed), dim=1)
 
 
 def uniform(seed: int, step: int, positions: Tensor, stream: Stream, count: int) -> Tensor:
     """(N,) int64 positions => (N, count) float32 in [0, 1), 24 random bits each."""
     words = _words(seed, step, positions, stream, count)
     return (words >> 8).to(torch.float32) * 2.0**-24
+
+
+def draw(seed: int, step: int, positions: Array, stream: Stream) -> Array:
+    """(N,) int64 positions => (N,) float32, the numbers of `uniform` with count 1.
+
+    By NumPy: for the few hundred positions of a batch torch would spend its time on overhead.
+    """
+    zeros = np.zeros_like(positions)
+    words = _ten_rounds((zeros, positions, zeros + step, zeros + stream), seed)
+    result: Array = (words[0] >> 8).astype(np.float32) * np.float32(2.0**-24)
+    return result
 
 
 def normal(
@@ -59,13 +72,29 @@ def normal(
     return pairs.flatten(1)[:, :count].reshape(len(positions), *shape)
 
 
-def permutation(seed: int, epoch: int, count: int) -> Tensor:
-    """A random order of 0 ... count - 1, (count,) int64, for one epoch."""
-    words = _words(seed, epoch, torch.arange(count), Stream.ORDER, 1)[:, 0]
-    return torch.argsort(words, stable=True)
+def permutation(
+    seed: int, epoch: int, count: int, stream: Stream = Stream.ORDER, start: int = 0
+) -> Tensor:
+    """A random order of 0 ... count - 1, (count,) int64, for one epoch.
+
+    Of the things that stand at `start` ... `start + count - 1` in that epoch.
+    """
+    positions = torch.arange(start, start + count)
+    return torch.argsort(_words(seed, epoch, positions, stream, 1)[:, 0], stable=True)
 
 
-def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+def _ten_rounds(words: Sequence[Words], seed: int) -> tuple[Words, ...]:
+    x0, x1, x2, x3 = words
+    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        high0, low0 = _multiply(x0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(x2, _MULTIPLIERS[1])
+        x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
+        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
+    return x0, x1, x2, x3
+
+
+def _multiply(x: Words, factor: int) -> tuple[Words, Words]:
     """High and low 32 bits of the product of two uint32, in int64 without overflow."""
     upper, lower = (x >> 16) * factor, (x & 0xFFFF) * factor
     high = (upper + (lower >> 16)) >> 16

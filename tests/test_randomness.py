@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from ifvit.randomness import Stream, normal, permutation, philox, uniform
+from ifvit.randomness import Stream, draw, normal, permutation, philox, uniform
 
 # kat_vectors of the Random123 library, philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -35,6 +36,15 @@ def test_a_draw_depends_on_its_position_and_not_on_its_neighbours() -> None:
     alone = [normal(5, 17, torch.tensor([i]), Stream.NOISE, (3, 2)) for i in (9, 0, 4)]
     assert torch.equal(torch.cat(alone), together[[9, 0, 4]])
     assert torch.equal(normal(5, 17, torch.arange(10), Stream.NOISE, (6,)), together.flatten(1))
+
+
+def test_numpy_draws_what_torch_draws() -> None:
+    positions = torch.tensor([0, 1, 7, 2**31, 2**32 - 1])
+    for seed in (0, 1234, 2**40 + 7):
+        by_torch = uniform(seed, 10**6, positions, Stream.FLIP, 1)[:, 0]
+        np.testing.assert_array_equal(
+            draw(seed, 10**6, positions.numpy(), Stream.FLIP), by_torch.numpy()
+        )
 
 
 @pytest.mark.parametrize("change", ["seed", "step", "position", "stream"])

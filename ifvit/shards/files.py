@@ -32,10 +32,15 @@ class OpenFile:
     """A descriptor that is closed when nobody holds this object any more."""
 
     def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+        self._descriptor = descriptor
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        os.close(self._descriptor)
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill the buffer from `offset` on => bytes read, fewer where the file ends."""
+        # Not by memory map: reading a file that was cut short would kill the process (SIGBUS).
+        return os.preadv(self._descriptor, (buffer,), offset)
 
 
 class ShardFiles(Protocol):

@@ -1,6 +1,5 @@
 """Random access to a dataset of shards, one sample at a time or a batch in one go."""
 
-import os
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -54,6 +53,11 @@ class ShardReader:
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[str, CacheConfig]]:
         return ShardReader, (self.url, self._cache)  # a worker process reopens, it copies nothing
+
+    @property
+    def shard_sizes(self) -> Array:
+        """(S,) samples of each shard."""
+        return np.diff(self._tables.starts)
 
     @property
     def is_remote(self) -> bool:
@@ -172,10 +176,9 @@ class ShardReader:
         self, field: str, samples: Array, shards: Array, places: Array, rows: list[memoryview]
     ) -> None:
         """Read one array into each of `rows`; `places` (B, 2) are their offsets and checksums."""
-        # Not by memory map: reading a file that was cut short would kill the process (SIGBUS).
         numbers = zip(samples.tolist(), shards.tolist(), places.tolist(), rows, strict=True)
         for sample, shard, (offset, expected), row in numbers:
-            found = os.preadv(self._open(shard).descriptor, (row,), offset)
+            found = self._open(shard).read_into(row, offset)
             if found != len(row) or checksum(row) != expected:
                 what = f"{self._tables.key(sample)}.{field}"
                 raise self._files.damaged(self.manifest.shards[shard], what)

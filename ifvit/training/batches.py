@@ -1,80 +1,30 @@
-"""Shards => batches, in an order that depends on the seed alone.
-
-Sample order is a permutation of (seed, epoch); caption choice and caption dropout are functions of
-(seed, step, position in the global batch). Neither knows the number of processes, the size of a
-micro-batch or the number of reading threads, so `samples_seen` is the loader's whole state.
-"""
+"""Shards => batches: each process's share of every global batch, assembled ahead by threads."""
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from itertools import count
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.randomness import Stream, permutation, uniform
 from ifvit.shards import ShardReader
+from ifvit.shards.files import require_text
+from ifvit.training.batch import Batch, BatchMemory, CudaMemory, HostMemory
+from ifvit.training.order import BatchOrder
 from ifvit.training.state import TrainState
 
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch of one process.
-
-    `moments` (B, 2C, H, W) in the shards' dtype, `context` (B, M, D) likewise, `positions` (B,)
-    int64 in the global batch.
-    """
-
-    moments: Tensor
-    context: Tensor
-    positions: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
-        return Batch(
-            moments=self.moments.to(device, non_blocking=True),
-            context=self.context.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchOrder:
-    """Which sample, caption and dropout stand at each position of each global batch."""
-
-    num_samples: int
-    global_batch_size: int
-    seed: int
-    caption_dropout: float
-
-    def sample_indices(self, samples_seen: int, positions: Tensor) -> Tensor:
-        """(B,) positions => (B,) indices into the shards; epochs follow without a gap."""
-        counters = samples_seen + positions
-        epochs, offsets = counters // self.num_samples, counters % self.num_samples
-        indices = torch.empty_like(counters)
-        for epoch in set(epochs.tolist()):
-            chosen = epochs == epoch
-            indices[chosen] = self._epoch(epoch)[offsets[chosen]]
-        return indices
-
-    def caption_indices(self, step: int, positions: Tensor, num_captions: Tensor) -> Tensor:
-        """(B,) caption numbers, uniform over each image's captions; -1 where dropped."""
-        u = uniform(self.seed, step, positions, Stream.CAPTION, 1)[:, 0]
-        dropped = uniform(self.seed, step, positions, Stream.DROPOUT, 1)[:, 0]
-        captions = (u * num_captions).long()
-        return captions.masked_fill(dropped < self.caption_dropout, -1)
-
-    def _epoch(self, epoch: int) -> Tensor:
-        return _epoch_permutation(self.seed, epoch, self.num_samples)
+FETCHERS = 4
+"""Shards that a process downloads at a time."""
 
 
 class Batches:
-    """Reads each process's share of every global batch, some micro-batches ahead."""
+    """Reads one process's micro-batches, some of them ahead, and fetches their shards before.
+
+    Raises UserError when the global batch cannot be split or the dataset does not fit the order.
+    """
 
     def __init__(
         self,
@@ -90,40 +40,99 @@ class Batches:
                 f"global_batch_size {order.global_batch_size} is not a multiple of micro_batch_size"
                 f" {micro_batch_size} x {world.size} processes"
             )
+        _check_fit(reader, order)
         self._reader, self._order, self._threads = reader, order, threads
         self._micro, self._world = micro_batch_size, world
         self.num_micro_batches = order.global_batch_size // per_pass
-        self._null_context = torch.from_numpy(np.array(reader.null_context))
 
-    def from_state(self, state: TrainState) -> Generator[Batch]:
-        """Endless micro-batches from the state on, `num_micro_batches` for every step."""
-        with ThreadPoolExecutor(self._threads) as pool:
-            pending: deque[Future[Batch]] = deque()
-            step, samples_seen = state.step, state.samples_seen
-            while True:
-                for micro_step in range(self.num_micro_batches):
-                    pending.append(pool.submit(self._read, step, samples_seen, micro_step))
-                    if len(pending) > 2 * self._threads:
-                        yield pending.popleft().result()
-                step += 1
-                samples_seen += self._order.global_batch_size
+    def from_state(self, state: TrainState, device: torch.device) -> Generator[Batch]:
+        """Endless micro-batches on `device`, `num_micro_batches` for every step from the state on.
 
-    def _read(self, step: int, samples_seen: int, micro_step: int) -> Batch:
-        start = (micro_step * self._world.size + self._world.rank) * self._micro
-        positions = torch.arange(start, start + self._micro)
-        indices = self._order.sample_indices(samples_seen, positions).tolist()
-        counts = torch.tensor([self._reader.num_captions(index) for index in indices])
-        captions = self._order.caption_indices(step, positions, counts).tolist()
-        moments = np.stack([self._reader.moments(index) for index in indices])
-        context = torch.stack([self._context(i, c) for i, c in zip(indices, captions, strict=True)])
-        return Batch(moments=torch.from_numpy(moments), context=context, positions=positions)
+        To a GPU they are copied while those before them are trained on.
+        """
+        memory = CudaMemory(device) if device.type == "cuda" else HostMemory()
+        pending: deque[tuple[int, Future[Callable[[], Batch]]]] = deque()
+        with (
+            ThreadPoolExecutor(self._threads) as pool,
+            _FetchAhead(self._reader, self._order) as ahead,
+        ):
+            ahead.move_to(state.samples_seen)
+            for step, samples_seen, first in self._shares(state):
+                read = pool.submit(self._read, memory, step, samples_seen, first)
+                pending.append((samples_seen, read))
+                if len(pending) > 2 * self._threads:
+                    oldest, read = pending.popleft()
+                    ahead.move_to(oldest)
+                    yield read.result()()
 
-    def _context(self, index: int, caption: int) -> Tensor:
-        if caption < 0:
-            return self._null_context
-        return torch.from_numpy(np.array(self._reader.context(index, caption)))
+    def _shares(self, state: TrainState) -> Iterator[tuple[int, int, int]]:
+        """Step, samples seen before it, and first position of each of our micro-batches."""
+        for step in count(state.step):
+            samples_seen = state.samples_seen + (step - state.step) * self._order.global_batch_size
+            for micro_step in range(self.num_micro_batches):
+                share = micro_step * self._world.size + self._world.rank
+                yield step, samples_seen, share * self._micro
+
+    def _read(
+        self, memory: BatchMemory, step: int, samples_seen: int, first: int
+    ) -> Callable[[], Batch]:
+        reader, order = self._reader, self._order
+        positions = np.arange(first, first + self._micro)
+        samples = order.sample_indices(samples_seen, positions)
+        captions = order.caption_indices(step, positions, reader.caption_counts(samples))
+        moments = memory.empty((self._micro, *reader.manifest.moments_shape), reader.dtype)
+        reader.read_moments(samples, moments.numpy(), order.mirrored(step, positions))
+        context = memory.empty((self._micro, *reader.text.context_shape), reader.dtype)
+        reader.read_contexts(samples, captions, context.numpy())
+        return memory.send(
+            Batch(moments=moments, context=context, positions=torch.from_numpy(positions))
+        )
 
 
-@lru_cache(maxsize=2)
-def _epoch_permutation(seed: int, epoch: int, num_samples: int) -> Tensor:
-    return permutation(seed, epoch, num_samples)
+class _FetchAhead:
+    """Threads that fetch the shards of the blocks in use and of the next, in order of use."""
+
+    def __init__(self, reader: ShardReader, order: BatchOrder) -> None:
+        self._reader, self._order = reader, order
+        self._pool = ThreadPoolExecutor(FETCHERS)
+        self._asked: set[int] = set()
+
+    def __enter__(self) -> "_FetchAhead":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def move_to(self, samples_seen: int) -> None:
+        """Training has come to this global batch; what lies before it is needed no more."""
+        if not self._reader.is_remote:
+            return
+        coming = self._order.coming_shards(samples_seen)
+        for shard in coming:
+            if shard not in self._asked:
+                self._pool.submit(self._reader.fetch, shard)  # who needs it meets its error
+        self._asked = set(coming)
+
+
+def _check_fit(reader: ShardReader, order: BatchOrder) -> None:
+    require_text(reader.manifest, reader.url)
+    if not len(reader):
+        raise UserError(f"{reader.url}: holds no samples; encode again")
+    if order.random_flip and not reader.manifest.flipped:
+        raise UserError(
+            f"random_flip: {reader.url} holds no mirrored images; encode with flip: true, "
+            "or leave random_flip out"
+        )
+    if not reader.is_remote:
+        return
+    if order.shuffle_window is None:
+        raise UserError(
+            f"{reader.url}: shards of an object store need shuffle_window, the number of shards "
+            "that are shuffled together, for example 16"
+        )
+    num_shards = min(2 * order.shuffle_window, len(order.shard_sizes))
+    if num_shards > reader.max_open:
+        raise UserError(
+            f"{reader.url}: cache.gigabytes has room for {reader.max_open} shards, two windows are "
+            f"{num_shards}; raise it, or lower shuffle_window to {reader.max_open // 2}"
+        )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ifvit.models.config import FusionUViTConfig
+from ifvit.shards.config import CacheConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class TrainConfig:
     run: str
     """Run directory: config, metrics, checkpoints, weights, samples."""
     shards: str
-    """Folder of the training shards, the one that holds manifest.json."""
+    """Folder of the training shards, local or s3://..., the one that holds manifest.json."""
     vae: str | None = None
     """The VAE that the shards must come from; unset: whichever made them."""
     text_encoder: str | None = None
@@ -104,6 +105,13 @@ class TrainConfig:
     """Latents are multiplied by this; unset: 1 / standard deviation, from the manifest."""
     ema_decays: tuple[float, ...] = (0.9999,)
     """Decays per step of the averaged weights, one average each; the first one is the default."""
+    random_flip: bool = False
+    """Train half of all visits on the mirrored image; the shards must hold those (flip: true)."""
+    shuffle_window: int | None = None
+    """Shards whose samples are shuffled together; the shards come in random order. Unset: the
+    whole set at once. Must be set for s3:// shards: two windows have to fit into the cache."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Where s3:// shards are kept on this machine."""
     seed: int = 1234
     """Everything random follows from it."""
     log_every: int = 10
@@ -122,6 +130,8 @@ class TrainConfig:
             raise ValueError("ema_decays must name at least one decay, each in [0, 1)")
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
             raise ValueError("min_snr_gamma must be positive, or null for plain MSE")
+        if self.shuffle_window is not None and self.shuffle_window < 1:
+            raise ValueError("shuffle_window must be at least 1, or null for the whole set")
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")

@@ -84,7 +84,7 @@ class SampleGrid:
     def __init__(self, config: TrainConfig, engine: Engine, info: WeightsInfo) -> None:
         self.every = config.sample_grid.every
         self._run, self._engine = config.run, engine
-        reader = ShardReader(config.shards)
+        reader = ShardReader(config.shards, config.cache)
         self._contexts = _grid_contexts(config.sample_grid, reader, engine.device)
         self._build_sampler = partial(
             Sampler,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ifvit.diffusion.objective import NoisePrediction
-from ifvit.training.batches import Batch, Batches
+from ifvit.training.batch import Batch
+from ifvit.training.batches import Batches
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.optim import learning_rate
@@ -46,7 +47,7 @@ def fit(
     config: TrainConfig,
 ) -> TrainState:
     """Train to `config.max_steps`; continued from any step it repeats the unbroken run."""
-    with closing(batches.from_state(state)) as stream:
+    with closing(batches.from_state(state, engine.device)) as stream:
         while state.step < config.max_steps:
             started = time.perf_counter()
             rate = learning_rate(state.step, config.max_steps, config.optim)
@@ -57,7 +58,7 @@ def fit(
                 batch, waited = _next(stream)
                 data_wait += waited
                 with engine.accumulate(last=not remaining):
-                    loss += _differentiate(batch.to(engine.device), objective, engine, state.step)
+                    loss += _differentiate(batch, objective, engine, state.step)
             grad_norm = engine.step()
             engine.update_averages()
 

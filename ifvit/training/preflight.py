@@ -15,7 +15,7 @@ from ifvit.training.config import TrainConfig
 
 MAY_CHANGE = frozenset(
     {
-        *("run", "shards", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
+        *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
         *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
     }
 )

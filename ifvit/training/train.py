@@ -15,13 +15,14 @@ from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes
-from ifvit.training.batches import Batches, BatchOrder
+from ifvit.training.batches import Batches
 from ifvit.training.checkpoint import Checkpoint, restore_checkpoint
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine, engine_class
 from ifvit.training.hooks import SampleGrid, SaveCheckpoint
 from ifvit.training.loop import Hook, fit
 from ifvit.training.metrics_log import MetricsLog
+from ifvit.training.order import BatchOrder
 from ifvit.training.preflight import check_encoders, check_recipe, check_shapes, manifest_sha256
 from ifvit.training.state import TrainState
 
@@ -31,7 +32,7 @@ def train(config: TrainConfig) -> TrainState:
 
     Raises UserError when recipe, shards and run directory do not fit together.
     """
-    reader = ShardReader(config.shards)
+    reader = ShardReader(config.shards, config.cache)
     check_shapes(reader, config)
     check_encoders(reader, config)
     check_recipe(config)
@@ -72,10 +73,12 @@ def _build_engine(
     config: TrainConfig, reader: ShardReader, backbone: FusionUViT
 ) -> tuple[Batches, Engine]:
     order = BatchOrder(
-        num_samples=len(reader),
+        shard_sizes=reader.shard_sizes,
         global_batch_size=config.global_batch_size,
         seed=config.seed,
         caption_dropout=config.caption_dropout,
+        shuffle_window=config.shuffle_window,
+        random_flip=config.random_flip,
     )
     world = World.from_environment()
     batches = Batches(reader, order, config.micro_batch_size, world, config.num_workers)

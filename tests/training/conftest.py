@@ -1,24 +1,13 @@
-"""A small dataset and recipe; real shard files, written by the encode job's own writer."""
+"""A small dataset and recipe."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from made_shards import make_samples, write_shards
 
-from data_pipeline.write import npy_bytes, write_shard
 from ifvit.models.config import FusionUViTConfig
-from ifvit.shards import (
-    EncoderIdentity,
-    LatentSample,
-    Manifest,
-    SampleMetadata,
-    TextEncoding,
-    write_manifest,
-)
-from ifvit.storage import write_bytes
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
 NUM_SAMPLES = 21
@@ -27,46 +16,7 @@ CONTEXT_SHAPE = (5, 12)
 
 def write_dataset(folder: Path, seed: int = 0) -> str:
     """21 samples in two shards: moments (8, 8, 8), one to three captions each."""
-    draw = np.random.default_rng(seed)
-
-    def sample(index: int) -> LatentSample:
-        count = 1 + index % 3
-        return LatentSample(
-            key=f"{index:012d}",
-            moments=draw.normal(size=(8, 8, 8)).astype(np.float16),
-            context=draw.normal(size=(count, *CONTEXT_SHAPE)).astype(np.float16),
-            metadata=SampleMetadata(
-                image_id=index,
-                captions=tuple(f"caption {index} {c}" for c in range(count)),
-                width=64,
-                height=64,
-            ),
-        )
-
-    samples = [sample(index) for index in range(NUM_SAMPLES)]
-    entries = [
-        write_shard(folder, "shard-00000", samples[:12]),
-        write_shard(folder, "shard-00001", samples[12:]),
-    ]
-    null_context = npy_bytes(np.zeros(CONTEXT_SHAPE, np.float16))
-    write_bytes(str(folder / "null_context.npy"), null_context)
-    manifest = Manifest(
-        vae=EncoderIdentity(name="made-up", sha256="0" * 64),
-        text=TextEncoding(
-            encoder=EncoderIdentity(name="made-up", sha256="1" * 64),
-            context_shape=CONTEXT_SHAPE,
-            null_context_sha256=hashlib.sha256(null_context).hexdigest(),
-        ),
-        image_size=64,
-        dtype="float16",
-        moments_shape=(8, 8, 8),
-        num_samples=NUM_SAMPLES,
-        num_captions=sum(1 + index % 3 for index in range(NUM_SAMPLES)),
-        latent_mean=0.0,
-        latent_std=1.5,
-        shards=tuple(entries),
-    )
-    write_manifest(str(folder), manifest)
+    write_shards(folder, make_samples(NUM_SAMPLES, context_shape=CONTEXT_SHAPE, seed=seed), (12, 9))
     return str(folder)
 
 

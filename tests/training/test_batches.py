@@ -1,91 +1,182 @@
-"""Order and choice depend on seed, epoch, step and position, and on nothing else."""
+"""Batches hold what the order says, whoever reads them; damage stops before it is trained on."""
 
+from collections.abc import Callable
+from contextlib import closing
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_SAMPLES
+from made_shards import make_samples, write_shards
 
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.shards import ShardReader
-from ifvit.training.batches import Batch, Batches, BatchOrder
+from ifvit.shards import LatentSample, ShardError, ShardReader
+from ifvit.training.batch import Batch, HostMemory
+from ifvit.training.batches import Batches
+from ifvit.training.order import BatchOrder
 from ifvit.training.state import TrainState
 
-
-def order(seed: int = 3, global_batch_size: int = 6, dropout: float = 0.3) -> BatchOrder:
-    return BatchOrder(
-        num_samples=NUM_SAMPLES,
-        global_batch_size=global_batch_size,
-        seed=seed,
-        caption_dropout=dropout,
-    )
+CPU = torch.device("cpu")
+GLOBAL_BATCH = 24
+SIZES = (12, 1, 9, 8)
 
 
-def read_step(shards: str, step: int, size: int, micro: int, threads: int = 2) -> dict[int, Batch]:
-    """One global batch as `size` processes read it: position => its row."""
-    state = TrainState(step=step, samples_seen=6 * step)
-    by_position: dict[int, Batch] = {}
+@pytest.fixture(scope="module")
+def samples() -> list[LatentSample]:
+    return make_samples(sum(SIZES), flipped=True)
+
+
+@pytest.fixture(scope="module")
+def mirrored_shards(tmp_path_factory: pytest.TempPathFactory, samples: list[LatentSample]) -> str:
+    """Four shards that also hold the mirrored images."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    write_shards(folder, samples, SIZES)
+    return str(folder)
+
+
+def make_batches(
+    url: str, rank: int = 0, size: int = 1, micro: int = GLOBAL_BATCH, **fields: object
+) -> Batches:
+    reader = ShardReader(url)
+    values: dict[str, object] = {
+        "shard_sizes": reader.shard_sizes,
+        "global_batch_size": GLOBAL_BATCH,
+        "seed": 3,
+        "caption_dropout": 0.3,
+        **fields,
+    }
+    world = World(rank=rank, size=size, local_rank=rank)
+    order = BatchOrder(**values)  # type: ignore[arg-type]
+    return Batches(reader, order, micro, world, 2)
+
+
+def read_step(
+    batches_of: Callable[[int], Batches], size: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moments and context of one global batch, put together from all processes."""
+    parts: list[Batch] = []
     for rank in range(size):
-        world = World(rank=rank, size=size, local_rank=rank)
-        batches = Batches(ShardReader(shards), order(), micro, world, threads)
-        for batch in islice(batches.from_state(state), batches.num_micro_batches):
-            for row, position in enumerate(batch.positions.tolist()):
-                assert position not in by_position
-                by_position[position] = Batch(
-                    moments=batch.moments[row],
-                    context=batch.context[row],
-                    positions=batch.positions[row],
-                )
-    return by_position
+        batches = batches_of(rank)
+        state = TrainState(step=step, samples_seen=GLOBAL_BATCH * step)
+        with closing(batches.from_state(state, CPU)) as stream:
+            parts.extend(islice(stream, batches.num_micro_batches))
+    positions = torch.cat([part.positions for part in parts])
+    assert sorted(positions.tolist()) == list(range(GLOBAL_BATCH))
+    places = torch.argsort(positions)
+    moments = torch.cat([part.moments for part in parts])[places]
+    return moments, torch.cat([part.context for part in parts])[places]
 
 
-@pytest.mark.parametrize(("size", "micro"), [(1, 1), (1, 3), (2, 3), (2, 1), (3, 2), (6, 1)])
-@pytest.mark.parametrize("step", [0, 3, 50])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("size", "micro"), [(1, 1), (1, 8), (2, 12), (2, 3), (3, 4), (4, 6), (4, 2), (8, 3), (8, 1)]
+)
 def test_global_batch_is_the_same_for_every_world_and_micro_batch(
-    shards: str, size: int, micro: int, step: int
+    mirrored_shards: str, size: int, micro: int, window: int | None
 ) -> None:
-    whole = read_step(shards, step, 1, 6, threads=1)
-    split = read_step(shards, step, size, micro)
-    assert sorted(split) == sorted(whole) == list(range(6))
-    for position, row in whole.items():
-        assert torch.equal(split[position].moments, row.moments)
-        assert torch.equal(split[position].context, row.context)
+    fields = {"shuffle_window": window, "random_flip": True}
+    for step in (0, 50):
+        whole = read_step(lambda _: make_batches(mirrored_shards, **fields), 1, step)
+        split = read_step(
+            lambda rank: make_batches(mirrored_shards, rank, size, micro, **fields), size, step
+        )
+        assert torch.equal(split[0], whole[0])
+        assert torch.equal(split[1], whole[1])
 
 
-@pytest.mark.parametrize("seed", [0, 1, 1234, 2**40 + 7])
-def test_every_epoch_holds_every_sample_once_in_a_new_order(seed: int) -> None:
-    seen = order(seed).sample_indices(0, torch.arange(3 * NUM_SAMPLES)).view(3, NUM_SAMPLES)
-    for epoch in seen:
-        assert sorted(epoch.tolist()) == list(range(NUM_SAMPLES))
-    assert not torch.equal(seen[0], seen[1])
-    assert not torch.equal(seen[1], seen[2])
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_batch_holds_what_the_order_names(
+    mirrored_shards: str, samples: list[LatentSample], window: int | None
+) -> None:
+    batches = make_batches(mirrored_shards, shuffle_window=window, random_flip=True)
+    order, positions = batches._order, np.arange(GLOBAL_BATCH)
+    kinds = set()
+    with closing(batches.from_state(TrainState(), CPU)) as stream:
+        for step, batch in enumerate(islice(stream, 6)):
+            chosen = order.sample_indices(GLOBAL_BATCH * step, positions).tolist()
+            counts = np.array([len(samples[i].metadata.captions) for i in chosen])
+            captions = order.caption_indices(step, positions, counts).tolist()
+            flips = order.mirrored(step, positions).tolist()  # type: ignore[union-attr]
+            for row, (i, caption, flip) in enumerate(zip(chosen, captions, flips, strict=True)):
+                moments = samples[i].flipped if flip else samples[i].moments
+                context = samples[i].context[caption] if caption >= 0 else np.ones((5, 12))  # type: ignore[index]
+                np.testing.assert_array_equal(batch.moments[row], moments)
+                np.testing.assert_array_equal(batch.context[row], context)
+                kinds.add((flip, caption))
+    assert kinds == {(flip, caption) for flip in (True, False) for caption in (-1, 0, 1, 2)}
 
 
-def test_batches_cross_the_end_of_an_epoch_without_a_gap() -> None:
-    straight = order().sample_indices(0, torch.arange(60))
-    batched = [order().sample_indices(6 * step, torch.arange(6)) for step in range(10)]
-    assert torch.equal(torch.cat(batched), straight)
+def test_a_batch_keeps_its_content_while_others_are_read(shards: str) -> None:
+    with closing(make_batches(shards).from_state(TrainState(), CPU)) as stream:
+        kept = list(islice(stream, 5))
+        copies = [batch.moments.clone() for batch in kept]
+        views = [batch.context[3:4] for batch in kept]
+        contexts = [view.clone() for view in views]
+        moments = [batch.moments for batch in kept]
+        del kept
+        for _ in islice(stream, 20):
+            pass
+    assert all(map(torch.equal, moments, copies))
+    assert all(map(torch.equal, views, contexts))
 
 
-def test_captions_are_chosen_uniformly_and_dropped_at_the_given_rate() -> None:
-    positions = torch.arange(30_000)
-    chosen = order().caption_indices(7, positions, torch.full((30_000,), 5))
-    share = np.bincount(chosen.numpy() + 1, minlength=6) / 30_000
-    assert share[0] == pytest.approx(0.3, abs=0.01)
-    assert share[1:] == pytest.approx(0.14, abs=0.01)
+def test_memory_is_used_again_once_nobody_holds_it() -> None:
+    memory = HostMemory()
+    dtype = np.dtype(np.float16)
+    first, second = memory.empty((2, 3), dtype), memory.empty((2, 3), dtype)
+    place = first.data_ptr()
+    assert second.data_ptr() != place
+    view = first[1]
+    del first
+    assert memory.empty((2, 3), dtype).data_ptr() != place
+    del view
+    assert memory.empty((2, 3), dtype).data_ptr() == place
 
 
-def test_a_dropped_caption_becomes_the_null_context(shards: str) -> None:
-    world = World(rank=0, size=1, local_rank=0)
-    batches = Batches(ShardReader(shards), order(dropout=1.0), 6, world, 1)
-    batch = next(batches.from_state(TrainState()))
-    assert torch.count_nonzero(batch.context) == 0
-    assert torch.count_nonzero(batch.moments) > 0
+def test_damage_is_an_error_and_not_a_batch(tmp_path: Path) -> None:
+    write_shards(tmp_path, make_samples(30), SIZES)
+    path = tmp_path / "shard-00003.tar"
+    data = bytearray(path.read_bytes())
+    start = data.index(make_samples(30)[25].moments.tobytes())
+    data[start + 100] ^= 4
+    path.write_bytes(data)
+    with (
+        closing(make_batches(str(tmp_path)).from_state(TrainState(), CPU)) as stream,
+        pytest.raises(ShardError, match=r"shard-00003\.tar: 000000000025\.moments is damaged"),
+    ):
+        for _ in islice(stream, 5):
+            pass
 
 
-def test_a_batch_that_cannot_be_split_is_refused(shards: str) -> None:
-    world = World(rank=0, size=4, local_rank=0)
-    with pytest.raises(UserError, match="global_batch_size 6 is not a multiple of"):
-        Batches(ShardReader(shards), order(), 1, world, 1)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 4, "micro": 5}, "global_batch_size 24 is not a multiple of micro_batch_size 5"),
+        ({"random_flip": True}, "holds no mirrored images; encode with flip: true"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shards: str, fields: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_batches(shards, **fields)
+
+
+def test_labelled_shards_are_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, make_samples(4, labelled=True), (4,))
+    with pytest.raises(ShardError, match="holds class labels, not captions"):
+        make_batches(str(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_on_a_gpu_equal_those_on_the_host(shards: str) -> None:
+    streams = [
+        make_batches(shards, micro=6).from_state(TrainState(), device)
+        for device in (CPU, torch.device("cuda", 0))
+    ]
+    for host, device in islice(zip(*streams, strict=True), 40):
+        assert device.moments.is_cuda
+        assert torch.equal(device.moments.cpu(), host.moments)
+        assert torch.equal(device.context.cpu(), host.context)
+        assert torch.equal(device.positions.cpu(), host.positions)

@@ -1,0 +1,88 @@
+"""Small datasets of random content; real shard files, written by the encode job's own writer."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.write import npy_bytes, write_shard
+from ifvit.shards import (
+    EncoderIdentity,
+    LatentSample,
+    Manifest,
+    SampleMetadata,
+    TextEncoding,
+    write_manifest,
+)
+
+CLASSES = ("cat", "dog")
+
+
+def make_samples(
+    count: int,
+    *,
+    moments_shape: tuple[int, int, int] = (8, 8, 8),
+    context_shape: tuple[int, int] = (5, 12),
+    flipped: bool = False,
+    labelled: bool = False,
+    seed: int = 0,
+) -> list[LatentSample]:
+    """Samples with one to three captions each, or with labels."""
+    generator = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> np.ndarray:
+        return generator.normal(size=shape).astype(np.float16)
+
+    def sample(number: int) -> LatentSample:
+        captions = tuple(f"Käse {number}, caption {k}" for k in range(number % 3 + 1))
+        return LatentSample(
+            key=f"{number:012d}",
+            moments=draw(*moments_shape),
+            context=None if labelled else draw(len(captions), *context_shape),
+            label=number % len(CLASSES) if labelled else None,
+            flipped=draw(*moments_shape) if flipped else None,
+            metadata=SampleMetadata(
+                image_id=number, captions=() if labelled else captions, width=9, height=8
+            ),
+        )
+
+    return [sample(number) for number in range(count)]
+
+
+def write_shards(folder: Path, samples: Sequence[LatentSample], sizes: Sequence[int]) -> Manifest:
+    """Cut the samples into shards of these sizes; the null context is all ones."""
+    starts = np.cumsum([0, *sizes])
+    shards = tuple(
+        write_shard(folder, f"shard-{k:05d}", samples[starts[k] : starts[k + 1]])
+        for k in range(len(sizes))
+    )
+    manifest = Manifest(
+        vae=EncoderIdentity(name="made-up", sha256="0" * 64),
+        text=_write_null_context(folder, samples[0]),
+        classes=CLASSES if samples[0].context is None else (),
+        image_size=64,
+        flipped=samples[0].flipped is not None,
+        dtype="float16",
+        moments_shape=samples[0].moments.shape,
+        num_samples=len(samples),
+        num_captions=sum(entry.num_captions for entry in shards),
+        latent_mean=0.0,
+        latent_std=1.5,
+        shards=shards,
+    )
+    write_manifest(str(folder), manifest)
+    return manifest
+
+
+def _write_null_context(folder: Path, sample: LatentSample) -> TextEncoding | None:
+    if sample.context is None:
+        return None
+    shape = sample.context.shape[1:]
+    data = npy_bytes(np.ones(shape, np.float16))
+    (folder / "null_context.npy").write_bytes(data)
+    return TextEncoding(
+        encoder=EncoderIdentity(name="made-up", sha256="1" * 64),
+        context_shape=shape,
+        null_context_sha256=hashlib.sha256(data).hexdigest(),
+    )

@@ -1,0 +1,108 @@
+"""Order and choice depend on seed, epoch, step and position, and on nothing else."""
+
+import numpy as np
+import pytest
+
+from ifvit.training.order import BatchOrder
+
+SIZES = {"some empty": [5, 1, 0, 8, 3, 4], "one": [9], "equal": [4, 4, 4, 4]}
+WINDOWS = [None, 1, 3, 100]
+SEEDS = [0, 2**40 + 7]
+
+
+def make_order(
+    sizes: str = "some empty", window: int | None = None, seed: int = 3, **fields: object
+) -> BatchOrder:
+    values: dict[str, object] = {
+        "shard_sizes": np.array(SIZES[sizes]),
+        "global_batch_size": 6,
+        "seed": seed,
+        "caption_dropout": 0.3,
+        "shuffle_window": window,
+        **fields,
+    }
+    return BatchOrder(**values)  # type: ignore[arg-type]
+
+
+def straight(order: BatchOrder, epochs: int) -> list[int]:
+    """The samples of the first epochs, asked for at once."""
+    return order.sample_indices(0, np.arange(epochs * order.num_samples)).tolist()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_every_epoch_holds_every_sample_once_in_a_new_order(
+    sizes: str, window: int | None, seed: int
+) -> None:
+    order = make_order(sizes, window, seed)
+    epochs = np.reshape(straight(order, 4), (4, order.num_samples)).tolist()
+    assert all(sorted(epoch) == list(range(order.num_samples)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("batch_size", [6, 24, 72])
+def test_any_step_and_any_split_agree_with_the_straight_order(
+    sizes: str, window: int | None, seed: int, batch_size: int
+) -> None:
+    expected = straight(make_order(sizes, window, seed), 8)
+    for step in range(len(expected) // batch_size):
+        start = step * batch_size
+        # A new object each time: nothing is carried from step to step.
+        order = make_order(sizes, window, seed, global_batch_size=batch_size)
+        for share in np.array_split(np.arange(batch_size), 1 + step % 3):
+            found = order.sample_indices(start, share).tolist()
+            assert found == [expected[start + position] for position in share]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_window_of_shards_is_used_up_before_the_next(window: int, seed: int) -> None:
+    order = make_order("equal", window, seed)
+    shards = np.repeat(np.arange(4), SIZES["equal"])
+    for epoch in np.reshape(straight(order, 3), (3, order.num_samples)):
+        used: list[set[int]] = [set()]
+        for shard in shards[epoch].tolist():
+            if shard not in used[-1] and len(used[-1]) == window:
+                used.append(set())
+            used[-1].add(shard)
+        assert sum(map(len, used)) == 4
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 100])
+def test_shards_are_announced_a_window_before_they_are_used(window: int) -> None:
+    order = make_order("equal", window, global_batch_size=2)
+    announced = order.coming_shards(0)
+    for samples_seen in range(0, 5 * order.num_samples, 2):
+        used = {sample // 4 for sample in order.sample_indices(samples_seen, np.arange(2)).tolist()}
+        assert used <= set(announced)
+        announced = order.coming_shards(samples_seen)
+        assert used <= set(announced[:window])
+
+
+def test_without_a_window_shards_do_not_show() -> None:
+    cut = straight(make_order("equal"), 2)
+    whole = make_order("equal", shard_sizes=np.array([16]))
+    assert straight(whole, 2) == cut
+
+
+def test_captions_are_chosen_uniformly_and_dropped_at_the_given_rate() -> None:
+    positions = np.arange(30_000)
+    chosen = make_order().caption_indices(7, positions, np.full(30_000, 5))
+    share = np.bincount(chosen + 1, minlength=6) / 30_000
+    assert share[0] == pytest.approx(0.3, abs=0.01)
+    assert share[1:] == pytest.approx(0.14, abs=0.01)
+
+
+def test_half_of_all_visits_are_mirrored_whatever_the_split() -> None:
+    order, positions = make_order(random_flip=True), np.arange(30_000)
+    flips = order.mirrored(7, positions)
+    assert flips is not None
+    assert flips.mean() == pytest.approx(0.5, abs=0.01)
+    parts = [order.mirrored(7, part) for part in np.array_split(positions, 7)]
+    np.testing.assert_array_equal(np.concatenate(parts), flips)  # type: ignore[arg-type]
+    assert (order.mirrored(8, positions) != flips).mean() == pytest.approx(0.5, abs=0.01)
+    assert make_order().mirrored(7, positions) is None
