@@ -21,9 +21,9 @@ from ifvit.training.config import OptimConfig, SampleGridConfig, TrainConfig
 from ifvit.training.train import train
 
 NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 6000, 256, 256
-STEPS_PER_MINUTE = 680
+STEPS_PER_MINUTE = 520
 """Optimizer steps of each model per minute of `--minutes`; fixed, so that a demo repeats."""
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 PROMPTS = (
     "one red circle",
     "three blue squares",

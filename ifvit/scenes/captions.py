@@ -22,16 +22,16 @@ _PAIR: dict[Relation, tuple[str, ...]] = {
     "left of": (
         "{first} left of {second}",
         "{a_second} right of {a_first}",
-        "a picture of {a_first} to the left of {a_second}",
-        "{first} on the left and {second} on the right",
+        "a picture of {a_first} left of {a_second}",
         "a drawing with {second_in} right of {first_in}",
+        "{a_first_in} left of {a_second_in}",
     ),
     "above": (
         "{first} above {second}",
         "{a_second} below {a_first}",
-        "a picture of {a_first} over {a_second}",
-        "{first} at the top and {second} at the bottom",
-        "a drawing with {second_in} under {first_in}",
+        "a picture of {a_first} above {a_second}",
+        "a drawing with {second_in} below {first_in}",
+        "{a_first_in} above {a_second_in}",
     ),
 }
 

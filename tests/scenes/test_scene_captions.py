@@ -35,7 +35,7 @@ def test_every_caption_names_every_colour_kind_and_count() -> None:
         "two red circles left of a blue square",
         "a blue square right of two red circles",
         "one blue square right of two red circles",
-        "two red circles on the left and a blue square on the right",
+        "a drawing with one square in blue right of two circles in red",
     ],
 )
 def test_converse_phrases_mean_the_same_scene(caption: str) -> None:
