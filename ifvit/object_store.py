@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 PART_BYTES = 64 << 20
 """Part size of multipart uploads; a file under two parts goes up in one request."""
+STALL_SECONDS = 60.0
+SLOWEST_BYTES_PER_SECOND = 1 << 20
+"""An upload that takes longer than both together allow has stalled and begins anew."""
 _S3_OPTIONS = {
     "config_kwargs": {
         "connect_timeout": 5,
@@ -104,7 +107,7 @@ def put_bytes(url: str, data: bytes) -> None:
     etag = hashlib.md5(data, usedforsecurity=False).hexdigest()
 
     def put(files: fsspec.AbstractFileSystem) -> None:
-        files.pipe_file(url, data)
+        files.pipe_file(url, data, **_deadline(url, len(data)))
         stored = files.info(url)
         if stored["size"] != len(data) or (
             _etag_of(stored) != etag and files.cat_file(url) != data
@@ -119,8 +122,8 @@ def put_file(path: Path, url: str) -> None:
     etag, num_bytes = _file_etag(path), path.stat().st_size
 
     def put(files: fsspec.AbstractFileSystem) -> None:
-        chunk = {"chunksize": PART_BYTES} if url.startswith("s3://") else {}
-        files.put_file(str(path), url, **chunk)
+        options = {"chunksize": PART_BYTES} if url.startswith("s3://") else {}
+        files.put_file(str(path), url, **options, **_deadline(url, num_bytes))
         stored = files.info(url)
         if stored["size"] != num_bytes:
             raise OSError(f"the store holds {stored['size']} bytes of {num_bytes}")
@@ -156,7 +159,7 @@ def create(url: str, data: bytes) -> bool:
 
     def put(files: fsspec.AbstractFileSystem) -> bool:
         try:
-            files.pipe_file(url, data, mode="create")
+            files.pipe_file(url, data, mode="create", **_deadline(url, len(data)))
         except FileExistsError:
             return holds(files)
         except OSError as error:
@@ -172,6 +175,13 @@ def file_digest(path: Path, name: str) -> str:
     """Hex digest of a local file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, name).hexdigest()
+
+
+def _deadline(url: str, num_bytes: int) -> dict[str, float]:
+    """Option of s3fs's calls that send; its read timeout starts only when all has been taken."""
+    if not url.startswith("s3://"):
+        return {}
+    return {"timeout": STALL_SECONDS + num_bytes / SLOWEST_BYTES_PER_SECOND}
 
 
 def _write(url: str, action: Callable[[fsspec.AbstractFileSystem], Result]) -> Result:

@@ -119,6 +119,20 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         publish(temporary, path)
 
 
+def local_copy(url: str, sha256: str) -> Path:
+    """`url` itself if it is local, else a verified copy in the cache, downloaded at most once.
+
+    The cache is IFVIT_CACHE, or ifvit in XDG_CACHE_HOME or ~/.cache. Raises like `download`.
+    """
+    if not is_remote(url):
+        return Path(url)
+    caches = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    path = Path(os.environ.get("IFVIT_CACHE", f"{caches}/ifvit"), sha256)
+    if not path.exists():
+        download(url, path, sha256)
+    return path
+
+
 def create(url: str, data: bytes) -> bool:
     """Write a small file unless it exists; of many processes at once, one succeeds."""
     if is_remote(url):

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from ifvit import storage
 from ifvit.errors import UserError
 
+LOWER_IS_BETTER = frozenset({"frechet_distance"})
+"""Numbers of a MetricsRow that fall as images get better; all others rise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:

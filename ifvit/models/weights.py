@@ -1,7 +1,8 @@
 """Weights as everybody but the trainer loads them: a diffusers folder plus their provenance.
 
 FOLDER/config.json and FOLDER/diffusion_pytorch_model.safetensors are what diffusers reads;
-FOLDER/weights.json says where the weights come from and, written last, that they are complete.
+FOLDER/weights.json says where the weights come from, what their file's sha256 is and, written last,
+that they are complete.
 """
 
 import dataclasses
@@ -17,13 +18,23 @@ from ifvit.errors import UserError
 from ifvit.models.config import FusionUViTConfig
 from ifvit.models.uvit import FusionUViT, restore_backbone
 from ifvit.shards import EncoderIdentity
-from ifvit.storage import exists, join, list_names, read_bytes, read_json, write_bytes, write_json
+from ifvit.storage import (
+    exists,
+    join,
+    list_names,
+    local_copy,
+    read_json,
+    sha256_of,
+    upload,
+    write_json,
+)
 
 Kind = Literal["ema", "raw"]
 
 _CONFIG = "config.json"
 _TENSORS = "diffusion_pytorch_model.safetensors"
 _INFO = "weights.json"
+_DIGEST = "tensors_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +60,29 @@ def save_weights(folder: str, backbone: FusionUViT, info: WeightsInfo) -> None:
     with tempfile.TemporaryDirectory() as local:
         backbone.save_pretrained(local, max_shard_size="1TB")
         for name in (_TENSORS, _CONFIG):
-            write_bytes(join(folder, name), (Path(local) / name).read_bytes())
-    write_json(join(folder, _INFO), dataclasses.asdict(info))
+            upload(Path(local, name), join(folder, name))
+        digest = sha256_of(Path(local, _TENSORS))
+    write_json(join(folder, _INFO), {**dataclasses.asdict(info), _DIGEST: digest})
 
 
 def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[FusionUViT, WeightsInfo]:
     """The backbone, float32 in eval mode, and the provenance of its weights.
 
     `url` is a folder of `save_weights`, a step's folder with ema/ or raw/ in it, or a run
-    directory, of which the newest step is taken. Only safetensors are read.
+    directory, of which the newest step is taken. Only safetensors are read; those of an object
+    store are kept in the cache folder.
     Raises UserError if there is nothing to load yet, or what is there does not fit together.
     """
     folder = find_weights(url, prefer=prefer)
-    info = _read_info(join(folder, _INFO))
+    info, digest = _read_info(join(folder, _INFO))
     stored = read_json(join(folder, _CONFIG))
+    path = local_copy(join(folder, _TENSORS), digest)
     fields = {field.name for field in dataclasses.fields(FusionUViTConfig)}
     try:
         config = FusionUViTConfig(**{key: stored[key] for key in fields})
-        tensors = safetensors.torch.load(read_bytes(join(folder, _TENSORS)))
+        tensors = safetensors.torch.load_file(path)
         return restore_backbone(config, tensors), info
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: {_CONFIG} and {_TENSORS} do not load ({reason})") from None
 
@@ -86,10 +100,12 @@ def find_weights(url: str, *, prefer: Kind = "ema") -> str:
     raise UserError(f"{url}: no weights there or in its weights/step_* folders; train first")
 
 
-def _read_info(url: str) -> WeightsInfo:
+def _read_info(url: str) -> tuple[WeightsInfo, str]:
+    """The record and the sha256 of the tensors' file."""
     stored = read_json(url)
     try:
+        digest = stored.pop(_DIGEST)
         encoders = {key: EncoderIdentity(**stored[key]) for key in ("vae", "text_encoder")}
-        return WeightsInfo(**{**stored, **encoders})
+        return WeightsInfo(**{**stored, **encoders}), digest
     except (KeyError, TypeError) as error:
         raise UserError(f"{url}: not a record of weights ({error})") from None

@@ -120,6 +120,14 @@ class TrainConfig:
     """Steps between checkpoints and exported weights."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; exported weights are all kept."""
+    keep_every: int = 0
+    """Checkpoints of steps divisible by this are kept for ever; 0: none."""
+    keep_best: str | None = None
+    """Also keep the checkpoint that is best by this number of its evaluation, as
+    frechet_distance or clip_score; unset: none."""
+    resume: str = "auto"
+    """auto: go on at the run's newest checkpoint. never: refuse if it has one. A run or a
+    checkpoint by URL: start from there, then go on as auto."""
     num_workers: int = 2
     """Threads that read batches ahead."""
 

@@ -1,6 +1,7 @@
 """What happens beside the steps: checkpoints, exported weights, pictures."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ifvit.images import encode_png
 from ifvit.models.clip import load_text_encoder
+from ifvit.models.uvit import restore_backbone
 from ifvit.models.weights import WeightsInfo, save_weights
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.encoders import check_identity, open_autoencoder
@@ -16,66 +18,86 @@ from ifvit.sampling.grid import make_grid
 from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes
-from ifvit.training.checkpoint import (
-    PARTS,
-    Checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    step_name,
-)
+from ifvit.training.checkpoint import Checkpoint, step_name
+from ifvit.training.checkpoint_saver import CheckpointSaver
 from ifvit.training.config import SampleGridConfig, TrainConfig
-from ifvit.training.engine import Engine
+from ifvit.training.engine import Engine, average_name
+from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
-from ifvit.training.optim import MOMENTS
+from ifvit.training.retention import Retention, prune
+from ifvit.training.side_channel import SideChannel
 from ifvit.training.state import TrainState
 
 _GRID_COLUMNS = 8
 
 
 class SaveCheckpoint:
-    """A checkpoint and exported weights, EMA and raw, every `checkpoint_every` steps."""
+    """A checkpoint and exported weights, averaged and raw, every `checkpoint_every` steps.
+
+    Training waits only while the state is copied to host memory. `stall_seconds` adds that up.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
         engine: Engine,
+        channel: SideChannel,
+        lease: Lease,
         info: WeightsInfo,
         shards_sha256: str,
+        publish_metrics: Callable[[], None],
     ) -> None:
         self.every = config.checkpoint_every
-        self._config, self._engine = config, engine
+        self.stall_seconds = 0.0
+        self._config, self._engine, self._lease = config, engine, lease
         self._info, self._shards_sha256 = info, shards_sha256
+        self._publish_metrics = publish_metrics
+        first, *others = engine.ema_decays
+        self._exports: dict[str, tuple[float | None, str]] = {
+            "raw": (None, "backbone."),
+            "ema": (first, f"{average_name(first)}."),
+            **{f"ema_{decay}": (decay, f"{average_name(decay)}.") for decay in others},
+        }
+        prefixes = tuple(prefix for _, prefix in self._exports.values())
+        retention = Retention(
+            last=config.keep_checkpoints, every=config.keep_every, metric=config.keep_best
+        )
+        self.saver = CheckpointSaver(
+            config.run,
+            lease.token,
+            engine.world,
+            channel,
+            exported=lambda name: name.startswith(prefixes),
+            finish=self._finish,
+            prune=lambda: prune(config.run, retention),
+        )
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
-        """Gather the partitioned state on all processes, write on the main one."""
-        # Weights first: a run whose last checkpoint is complete has its last weights too.
-        self._export(state.step)
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
-        for name, tensor in self._engine.iter_state():
-            if self._engine.world.is_main:
-                parts[_part(name)][name] = tensor
-        if self._engine.world.is_main:
-            checkpoint = Checkpoint(state=state, shards_sha256=self._shards_sha256, **parts)
-            save_checkpoint(self._config.run, checkpoint)
-            prune_checkpoints(self._config.run, self._config.keep_checkpoints)
-        self._engine.barrier()
+        """Copy the state; the rest is done beside training. Raises what the save before met."""
+        draft = Checkpoint(
+            state=state,
+            scalars=self._engine.scalars(),
+            backbone=dataclasses.asdict(self._config.backbone),
+            recipe_sha256=self._info.recipe_sha256,
+            shards_sha256=self._shards_sha256,
+            parts=(),
+        )
+        self.stall_seconds += self.saver.save(
+            self._engine.iter_state(), draft, self._engine.synchronize
+        )
 
-    def _export(self, step: int) -> None:
-        """The trained weights in raw/, the first average in ema/, the others in ema_DECAY/."""
+    def _finish(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Write what must be there when the checkpoint is; then see that the run is still ours."""
         folder = join(self._config.run, "weights", step_name(step))
-        first, *others = self._engine.ema_decays
-        kinds = {"raw": None, "ema": first, **{f"ema_{decay}": decay for decay in others}}
-        for kind, decay in kinds.items():
-            backbone = self._engine.whole_backbone(decay)
+        for kind, (decay, prefix) in self._exports.items():
+            weights = {
+                n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
+            }
+            backbone = restore_backbone(self._config.backbone, weights)
             info = dataclasses.replace(self._info, step=step, ema_decay=decay)
-            if self._engine.world.is_main:
-                save_weights(join(folder, kind), backbone, info)
-
-
-def _part(name: str) -> str:
-    """The part of a checkpoint in which the tensor `name` of `Engine.iter_state` is kept."""
-    kind = name.partition(".")[0]
-    return "backbone" if kind == "backbone" else "optimizer" if kind in MOMENTS else "ema"
+            save_weights(join(folder, kind), backbone, info)
+        self._publish_metrics()
+        self._lease.check()
 
 
 class SampleGrid:

@@ -2,14 +2,15 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ifvit.storage import write_bytes
+from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.loop import StepReport
@@ -17,12 +18,17 @@ from ifvit.training.state import TrainState
 
 
 class MetricsLog:
-    """One row every `every` steps; a resumed run drops the rows it is about to repeat."""
+    """One row every `every` steps; a resumed run drops the rows it is about to repeat.
+
+    A local file grows row by row. An object cannot, so a remote one is replaced whole by
+    `publish`, before each checkpoint: a run that goes on from it has every row up to there.
+    """
 
     def __init__(self, config: TrainConfig, engine: Engine, flops_per_sample: float) -> None:
         self.every = config.log_every
         self._config = config
-        self._path = Path(config.run, "metrics.jsonl")
+        self._url = join(config.run, "metrics.jsonl")
+        self._rows: list[str] = []
         self._engine = engine
         self._flops_per_sample = flops_per_sample
 
@@ -33,8 +39,7 @@ class MetricsLog:
         if not self._engine.world.is_main:
             yield
             return
-        self._drop_rows_after(state.step)
-        folder = str(self._path.parent / "tensorboard")
+        self._keep_rows_until(state.step)
         with (
             tqdm(
                 total=self._config.max_steps,
@@ -42,14 +47,29 @@ class MetricsLog:
                 desc=f"train {self._config.run}",
                 unit="step",
             ) as self._bar,
-            SummaryWriter(folder, purge_step=state.step + 1) as self._board,
+            self._open_board(state.step) as self._board,
         ):
             yield
 
-    def _drop_rows_after(self, step: int) -> None:
-        rows = self._path.read_text().splitlines() if self._path.exists() else []
+    def publish(self) -> None:
+        """Make the rows so far survive whatever happens to this machine, even beside training."""
+        if is_remote(self._url):
+            write_bytes(self._url, "".join(list(self._rows)).encode())
+            return
+        with Path(self._url).open() as file:
+            os.fsync(file.fileno())
+
+    def _keep_rows_until(self, step: int) -> None:
+        rows = read_bytes(self._url).decode().splitlines() if exists(self._url) else []
         kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-        write_bytes(str(self._path), "".join(f"{row}\n" for row in kept).encode())
+        self._rows = [f"{row}\n" for row in kept]
+        write_bytes(self._url, "".join(self._rows).encode())
+
+    def _open_board(self, step: int) -> AbstractContextManager[SummaryWriter | None]:
+        """TensorBoard's event files, which only grow, so that an object store cannot hold them."""
+        if is_remote(self._url):
+            return nullcontext()
+        return SummaryWriter(join(self._config.run, "tensorboard"), purge_step=step + 1)
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Write the step's row; raises FloatingPointError when the loss is not finite."""
@@ -60,10 +80,12 @@ class MetricsLog:
         self._last = state
         if not self._engine.world.is_main:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._rows.append(json.dumps(row) + "\n")
+        if not is_remote(self._url):
+            with Path(self._url).open("a") as file:
+                file.write(self._rows[-1])
         for key, value in row.items():
-            if key != "step":
+            if key != "step" and self._board is not None:
                 self._board.add_scalar(key, value, state.step)
         self._bar.update(state.step - self._bar.n)
         self._bar.set_postfix(loss=f"{loss:.4f}")

@@ -17,6 +17,7 @@ MAY_CHANGE = frozenset(
     {
         *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
         *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
+        *("keep_every", "keep_best", "resume"),
     }
 )
 """Fields that a resumed run may set anew; any other would make it a different run."""

@@ -1,6 +1,7 @@
 """The verb `train`: a recipe => objects => the loop. Wiring only."""
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -9,21 +10,22 @@ from ifvit.config import dump_config
 from ifvit.diffusion.objective import NoisePrediction
 from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.distributed import World
-from ifvit.errors import UserError
 from ifvit.models.flops import count_cost
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes
 from ifvit.training.batches import Batches
-from ifvit.training.checkpoint import Checkpoint, restore_checkpoint
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine, engine_class
 from ifvit.training.hooks import SampleGrid, SaveCheckpoint
+from ifvit.training.lease import Lease
 from ifvit.training.loop import Hook, fit
 from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.order import BatchOrder
 from ifvit.training.preflight import check_encoders, check_recipe, check_shapes, manifest_sha256
+from ifvit.training.resume import resume
+from ifvit.training.side_channel import SideChannel
 from ifvit.training.state import TrainState
 
 
@@ -35,20 +37,28 @@ def train(config: TrainConfig) -> TrainState:
     reader = ShardReader(config.shards, config.cache)
     check_shapes(reader, config)
     check_encoders(reader, config)
-    check_recipe(config)
-    checkpoint = restore_checkpoint(config.run)
-    shards_sha256 = manifest_sha256(config.shards)
-    if checkpoint is not None and checkpoint.shards_sha256 != shards_sha256:
-        raise UserError(f"{config.run}: trained on other shards than {config.shards} holds now")
-    state = checkpoint.state if checkpoint else TrainState()
-
     torch.manual_seed(config.seed)  # for the initial weights; nothing else draws from it
     backbone = FusionUViT(**asdict(config.backbone))
     backbone.set_attention(config.engine.attention)
     batches, engine = _build_engine(config, reader, backbone)
-    if checkpoint:
-        _restore(checkpoint, engine)
+    channel = SideChannel(engine.world)
+    lease = channel.on_main(lambda: Lease.acquire(config.run))
+    with lease.held() if engine.world.is_main else nullcontext():
+        return _train(config, reader, batches, engine, channel, lease)
 
+
+def _train(
+    config: TrainConfig,
+    reader: ShardReader,
+    batches: Batches,
+    engine: Engine,
+    channel: SideChannel,
+    lease: Lease,
+) -> TrainState:
+    """The same once the run directory is ours."""
+    channel.on_main(lambda: check_recipe(config))
+    shards_sha256 = manifest_sha256(config.shards)
+    state = resume(config, engine, channel, shards_sha256, lease.token)
     info = _weights_info(config, reader)
     objective = NoisePrediction(
         schedule=NoiseSchedule(engine.device),
@@ -57,15 +67,15 @@ def train(config: TrainConfig) -> TrainState:
         min_snr_gamma=config.min_snr_gamma,
     )
     metrics = MetricsLog(config, engine, count_cost(config.backbone).flops)
-    hooks: list[Hook] = [
-        metrics,
-        SaveCheckpoint(config, engine, info, shards_sha256),
-    ]
+    checkpoints = SaveCheckpoint(
+        config, engine, channel, lease, info, shards_sha256, metrics.publish
+    )
+    hooks: list[Hook] = [metrics, checkpoints]
     if config.sample_grid.every:
         hooks.append(SampleGrid(config, engine, info))
     if engine.world.is_main:
         write_bytes(join(config.run, "config.yaml"), dump_config(config).encode())
-    with metrics.open(state):
+    with checkpoints.saver.open(), metrics.open(state):
         return fit(state, batches, objective, engine, hooks, config)
 
 
@@ -91,11 +101,6 @@ def _build_engine(
         num_micro_batches=batches.num_micro_batches,
     )
     return batches, engine
-
-
-def _restore(checkpoint: Checkpoint, engine: Engine) -> None:
-    tensors = {**checkpoint.backbone, **checkpoint.optimizer, **checkpoint.ema}
-    engine.load_state(tensors.__getitem__, checkpoint.state.step)
 
 
 def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:

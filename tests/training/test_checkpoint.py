@@ -1,117 +1,400 @@
-"""A checkpoint is complete or it is absent."""
+"""A checkpoint is complete or it is absent, and what was complete is never lost."""
 
 import json
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 import torch
+from faulty_proxy import Fault, FaultyProxy
+from torch import Tensor
 
+from ifvit import object_store, storage
+from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.training import checkpoint as checkpoint_module
-from ifvit.training.checkpoint import (
-    Checkpoint,
-    prune_checkpoints,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from ifvit.evaluation.metrics import Estimate, MetricsRow, Protocol, write_row
+from ifvit.storage import join, list_names, remove
+from ifvit.training.checkpoint import Checkpoint, fetch_newest, open_tensors, step_url
+from ifvit.training.checkpoint_saver import CheckpointSaver
+from ifvit.training.retention import Retention, kept_steps, prune
+from ifvit.training.side_channel import SideChannel
 from ifvit.training.state import TrainState
 
+SHAPES = {"backbone.a": (40, 30), "backbone.b": (7,), "exp_avg.a": (40, 30), "ema0.9.a": (40, 30)}
 
-def at_step(step: int) -> Checkpoint:
-    """A checkpoint whose tensors tell its step."""
-    value = {"weight": torch.full((3, 2), float(step))}
+
+class Exchange(SideChannel):
+    """The side channel of ranks that are threads of one process."""
+
+    def __init__(self, world: World, barrier: threading.Barrier, values: list[Any]) -> None:
+        self._world, self._barrier, self._values = world, barrier, values
+
+    def gather(self, value: Any) -> list[Any]:
+        self._values[self._world.rank] = value
+        self._barrier.wait()
+        gathered = list(self._values)
+        self._barrier.wait()
+        return gathered
+
+
+def savers(
+    run: str,
+    num_ranks: int = 1,
+    attempt: str = "aaaa",
+    finish: Callable[[int, dict[str, Tensor]], None] = lambda step, tensors: None,
+    retention: Retention = Retention(last=2),  # noqa: B008
+) -> list[CheckpointSaver]:
+    """One saver per rank."""
+    barrier, values = threading.Barrier(num_ranks), [None] * num_ranks
+    worlds = [World(rank=rank, size=num_ranks, local_rank=rank) for rank in range(num_ranks)]
+    return [
+        CheckpointSaver(
+            run,
+            attempt,
+            world,
+            Exchange(world, barrier, values),
+            exported=lambda name: name.startswith("backbone."),
+            finish=finish,
+            prune=lambda: prune(run, retention),
+        )
+        for world in worlds
+    ]
+
+
+def state_at(step: int) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that tell their step and name."""
+    for index, (name, shape) in enumerate(SHAPES.items()):
+        yield name, torch.full(shape, float(100 * step + index))
+
+
+def draft_at(step: int) -> Checkpoint:
     return Checkpoint(
         state=TrainState(step=step, samples_seen=8 * step, seconds=1.5),
+        scalars={"num_updates": float(step)},
+        backbone={"width": 32},
+        recipe_sha256="r",
         shards_sha256="s",
-        backbone=value,
-        optimizer={"exp_avg.weight": value["weight"]},
-        ema=value,
+        parts=(),
     )
 
 
-def restored_step(run: Path) -> int:
-    """Step of the checkpoint that would be resumed; its tensors must be that step's."""
-    checkpoint = restore_checkpoint(str(run))
-    assert checkpoint is not None
-    for part in (checkpoint.backbone, checkpoint.optimizer, checkpoint.ema):
-        assert all((tensor == checkpoint.state.step).all() for tensor in part.values())
+def save(ranks: list[CheckpointSaver], step: int) -> None:
+    """Save on all ranks and wait; raises what they raise."""
+    for rank in ranks:
+        rank.save(state_at(step), draft_at(step), lambda: None)
+    for rank in ranks:
+        rank.wait()
+
+
+def restored_step(run: str, cache: Path) -> int | None:
+    """Step that would be resumed; every tensor must be that step's."""
+    found = fetch_newest(run, cache)
+    if found is None:
+        return None
+    url, checkpoint = found
+    with open_tensors(url, checkpoint, cache) as read:
+        for name, tensor in state_at(checkpoint.state.step):
+            assert torch.equal(read(name), tensor)
+    assert sum(len(part.tensors) for part in checkpoint.parts) == len(SHAPES)
     return checkpoint.state.step
 
 
-def test_what_is_saved_is_restored(tmp_path: Path) -> None:
-    assert restore_checkpoint(str(tmp_path)) is None
-    save_checkpoint(str(tmp_path), at_step(7))
-    restored = restore_checkpoint(str(tmp_path))
-    assert restored is not None
-    assert restored.state == TrainState(step=7, samples_seen=56, seconds=1.5)
-    assert restored_step(tmp_path) == 7
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000007\n"
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A run directory of either kind."""
+    return (
+        str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3_bucket")
+    )
 
 
-@pytest.mark.parametrize("operation", range(5))
-def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: int
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hanging requests end after a second, and retries are left to us."""
+    config = {"connect_timeout": 1, "read_timeout": 1, "retries": {"max_attempts": 1}}
+    monkeypatch.setattr(object_store, "_S3_OPTIONS", {"config_kwargs": config})
+    monkeypatch.setattr(object_store, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 6])
+def test_what_any_number_of_ranks_saved_is_restored(run: str, cache: Path, num_ranks: int) -> None:
+    assert fetch_newest(run, cache) is None
+    save(savers(run, num_ranks), 7)
+    found = fetch_newest(run, cache)
+    assert found is not None
+    assert found[1].state == TrainState(step=7, samples_seen=56, seconds=1.5)
+    assert found[1].scalars == {"num_updates": 7.0}
+    assert len(found[1].parts) == num_ranks
+    assert restored_step(run, cache) == 7
+    assert storage.read_bytes(join(run, "checkpoints", "latest")) == b"step_00000007\n"
+
+
+def test_shares_are_balanced_and_only_the_main_rank_exports(tmp_path: Path) -> None:
+    exported: dict[str, Tensor] = {}
+    save(savers(str(tmp_path), 3, finish=lambda step, tensors: exported.update(tensors)), 1)
+    found = fetch_newest(str(tmp_path), tmp_path)
+    assert found is not None
+    tensors = [part.tensors for part in found[1].parts]
+    assert tensors == [("backbone.a",), ("backbone.b", "ema0.9.a"), ("exp_avg.a",)]
+    assert exported.keys() == {"backbone.a", "backbone.b"}
+
+
+def test_training_goes_on_while_a_save_runs_and_does_not_touch_it(tmp_path: Path) -> None:
+    run, release = str(tmp_path), threading.Event()
+    (saver,) = savers(run, finish=lambda step, tensors: release.wait() and None)
+    live = dict(state_at(1))
+    saver.save(live.items(), draft_at(1), lambda: None)
+    for tensor in live.values():
+        tensor.fill_(-1.0)
+    assert fetch_newest(run, tmp_path) is None
+    release.set()
+    saver.wait()
+    assert restored_step(run, tmp_path) == 1
+
+
+def test_a_failure_is_raised_by_the_next_save_on_every_rank(tmp_path: Path) -> None:
+    def fail(step: int, tensors: dict[str, Tensor]) -> None:
+        if step == 2:
+            raise OSError(28, "No space left on device")
+
+    ranks = savers(str(tmp_path), 2, finish=fail)
+    save(ranks, 1)
+    for rank in ranks:
+        rank.save(state_at(2), draft_at(2), lambda: None)
+    with ThreadPoolExecutor(2) as threads:
+        failures = [
+            threads.submit(rank.save, state_at(3), draft_at(3), lambda: None) for rank in ranks
+        ]
+        for failure in failures:
+            with pytest.raises(
+                UserError, match=r"step 2 failed on rank 0 .*No space left .*before"
+            ):
+                failure.result()
+    assert restored_step(str(tmp_path), tmp_path) == 1
+
+
+def test_a_disk_that_is_full_loses_only_the_save(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    save(savers(run), 1)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4096, unlimited[1])
+    )  # the kernel refuses, as it would
+    try:
+        with pytest.raises(
+            UserError, match=f"{run}: saving step 2 failed on rank 0 .*run the same"
+        ):
+            save(savers(run, attempt="bbbb"), 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert restored_step(run, tmp_path) == 1
+    save(savers(run, attempt="cccc"), 2)
+    assert restored_step(run, tmp_path) == 2
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_kill_at_any_file_of_a_local_save_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool
 ) -> None:
-    save_checkpoint(str(tmp_path), at_step(1))
-    count = 0
+    real = storage.publish
+    for operation in range(100):
+        run = str(tmp_path / str(operation))
+        save(savers(run, attempt="old"), 1)
+        count = 0
 
-    def dying(real):  # type: ignore[no-untyped-def]
-        def call(*arguments: object) -> None:
+        def dying(temporary: Path, path: Path, operation: int = operation) -> None:
             nonlocal count
-            if count == operation:
+            if (done and count <= operation) or (not done and count < operation):
+                real(temporary, path)
+            if count >= operation:
                 raise KeyboardInterrupt
             count += 1
-            real(*arguments)
 
-        return call
+        monkeypatch.setattr(storage, "publish", dying)
+        try:
+            save(savers(run, attempt="new"), 2)
+        except KeyboardInterrupt:
+            monkeypatch.undo()
+        else:
+            break
+        assert restored_step(run, tmp_path) == (2 if operation + done >= 2 else 1)
+        save(savers(run, attempt="newer"), 2)
+        assert restored_step(run, tmp_path) == 2
+        folder = Path(run, "checkpoints", "step_00000002")
+        assert {path.name for path in folder.iterdir()} == {
+            "manifest.json",
+            "part-00000-of-00001-newer.safetensors",
+        }
+    assert operation == 3  # a part, the manifest, `latest`, and then nothing was left to break
 
-    # Three parts, the manifest and `latest`: every write of a save goes through these two.
-    for name in ("_write_tensors", "write_json", "write_bytes"):
-        monkeypatch.setattr(checkpoint_module, name, dying(getattr(checkpoint_module, name)))
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(str(tmp_path), at_step(2))
-    monkeypatch.undo()
-    assert restored_step(tmp_path) == (2 if operation == 4 else 1)
-    save_checkpoint(str(tmp_path), at_step(2))
-    assert restored_step(tmp_path) == 2
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["drop", "lose_answer"])
+def test_a_kill_at_any_request_of_a_remote_save_leaves_a_whole_checkpoint(
+    kind: Any,
+    faulty_s3: FaultyProxy,
+    s3_bucket: str,
+    cache: Path,
+    impatient: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From one request on nothing changes the store any more: to it that is a killed client."""
+    monkeypatch.setenv("IFVIT_STORE_PATIENCE", "0")
+    for operation in range(1, 100):
+        run = join(s3_bucket, str(operation))
+        save(savers(run, attempt="old", retention=Retention(last=1)), 1)
+        write = Fault(kind, method="[PD]*", first=operation)
+        faulty_s3.plan(write, replace(write, kind="drop", first=operation + 1, times=None))
+        try:
+            save(savers(run, attempt="new", retention=Retention(last=1)), 2)
+        except UserError:
+            pass
+        else:
+            break
+        finally:
+            faulty_s3.plan()
+        is_committed = operation > 2 or (operation == 2 and kind == "lose_answer")
+        assert restored_step(run, cache) == (2 if is_committed else 1)
+        save(savers(run, attempt="newer", retention=Retention(last=1)), 2)
+        assert restored_step(run, cache) == 2
+        assert list_names(join(run, "checkpoints")) == ["latest", "step_00000002"]
+        assert len(list_names(step_url(run, 2))) == 2
+    assert operation == 6  # a part, the manifest, `latest`; the old manifest and the old folder go
 
 
-@pytest.mark.parametrize("part", ["backbone", "optimizer", "ema"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, part: str) -> None:
-    save_checkpoint(str(tmp_path), at_step(1))
-    save_checkpoint(str(tmp_path), at_step(2))
-    path = tmp_path / "checkpoints" / "step_00000002" / f"{part}.safetensors"
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["status", "drop", "lose_answer", "hang", "delay"])
+@pytest.mark.parametrize("method", ["PUT", "HEAD"])
+def test_a_store_that_fails_for_a_while_only_delays_a_save(
+    kind: Any,
+    method: str,
+    faulty_s3: FaultyProxy,
+    s3_bucket: str,
+    cache: Path,
+    impatient: None,
+) -> None:
+    for key in ("*/part-*", "*/manifest.json"):
+        faulty_s3.plan(Fault(kind, method=method, key=key, times=2, delay=0.2))
+        save(savers(s3_bucket, attempt=key[2:6]), 1)
+        assert faulty_s3.hits
+        faulty_s3.hits.clear()
+        assert restored_step(s3_bucket, cache) == 1
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["status", "reset", "truncate", "shorten", "flip"])
+def test_what_arrives_damaged_is_read_again(
+    kind: Any, faulty_s3: FaultyProxy, s3_bucket: str, cache: Path
+) -> None:
+    save(savers(s3_bucket), 1)
+    faulty_s3.plan(Fault(kind, method="GET", key="*/part-*", times=2))
+    assert restored_step(s3_bucket, cache) == 1
+    assert len(faulty_s3.hits) == 2
+
+
+@pytest.mark.s3
+def test_a_store_that_is_away_for_too_long_is_no_reason_to_start_over(
+    faulty_s3: FaultyProxy, s3_bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(savers(s3_bucket), 1)
+    save(savers(s3_bucket), 2)
+    monkeypatch.setenv("IFVIT_STORE_PATIENCE", "0.5")
+    faulty_s3.plan(Fault("status", method="GET", key="*/step_00000002/part-*", times=None))
+    with pytest.raises(object_store.StoreError, match="the store fails"):
+        fetch_newest(s3_bucket, cache)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    for step in (1, 2):
+        save(savers(run), step)
+    (path,) = Path(step_url(run, 2)).glob("part-*")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert restored_step(tmp_path) == 1
+    assert restored_step(run, tmp_path) == 1
     path.write_bytes(data[:-4])
-    assert restored_step(tmp_path) == 1
+    assert restored_step(run, tmp_path) == 1
+    path.unlink()
+    assert restored_step(run, tmp_path) == 1
+    Path(step_url(run, 2), "manifest.json").write_text('{"parts": 3}')
+    assert restored_step(run, tmp_path) == 1
 
 
-def test_a_run_with_only_damaged_checkpoints_is_not_started_over(tmp_path: Path) -> None:
-    save_checkpoint(str(tmp_path), at_step(1))
-    (tmp_path / "checkpoints" / "step_00000001" / "ema.safetensors").unlink()
-    with pytest.raises(UserError, match=r"ema\.safetensors: missing .* remove .* to start anew"):
-        restore_checkpoint(str(tmp_path))
+def test_a_run_with_only_damaged_checkpoints_is_not_started_over(run: str, cache: Path) -> None:
+    save(savers(run), 1)
+    (name,) = set(list_names(step_url(run, 1))) - {"manifest.json"}
+    remove(join(step_url(run, 1), name))
+    with pytest.raises(UserError, match=f"{name}.* remove .*checkpoints to start anew"):
+        fetch_newest(run, cache)
 
 
-def test_pruning_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save_checkpoint(str(tmp_path), at_step(step))
-    unfinished = tmp_path / "checkpoints" / "step_00000004"
-    unfinished.mkdir()
-    (unfinished / "backbone.safetensors").write_bytes(b"half")
-    prune_checkpoints(str(tmp_path), keep=2)
-    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == ["latest", "step_00000002", "step_00000003"]
-    assert restored_step(tmp_path) == 3
+def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
+    save(savers(str(tmp_path)), 1)
+    found = fetch_newest(str(tmp_path), tmp_path)
+    assert found is not None
+    with open_tensors(*found, tmp_path) as read, pytest.raises(UserError, match=r"no ema0\.5\.a"):
+        read("ema0.5.a")
 
 
-def test_the_manifest_lists_size_and_hash_of_every_part(tmp_path: Path) -> None:
-    save_checkpoint(str(tmp_path), at_step(1))
-    folder = tmp_path / "checkpoints" / "step_00000001"
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    for part in ("backbone", "optimizer", "ema"):
-        assert files[part]["bytes"] == (folder / f"{part}.safetensors").stat().st_size
-        assert len(files[part]["sha256"]) == 64
+@pytest.mark.parametrize(
+    ("retention", "best", "kept"),
+    [
+        (Retention(last=1), None, {70}),
+        (Retention(last=3), None, {50, 60, 70}),
+        (Retention(last=99), None, {10, 20, 30, 40, 50, 60, 70}),
+        (Retention(last=1, every=30), None, {30, 60, 70}),
+        (Retention(last=2, every=40), 10, {10, 40, 60, 70}),
+    ],
+)
+def test_kept_are_the_newest_every_mth_and_the_best(
+    retention: Retention, best: int | None, kept: set[int]
+) -> None:
+    assert kept_steps([10, 20, 30, 40, 50, 60, 70], retention, best) == kept
+
+
+def test_the_best_evaluation_keeps_its_checkpoint(run: str) -> None:
+    retention = Retention(last=1, metric="frechet_distance")
+    unmeasured = dict.fromkeys(MetricsRow.__dataclass_fields__)
+    protocol = Protocol(**dict.fromkeys(Protocol.__dataclass_fields__))  # type: ignore[arg-type]
+    for step, distance in ((1, 9.0), (2, 5.0), (3, 7.0)):
+        found = Estimate(value=distance, standard_error=0.1, num_samples=9)
+        row = {**unmeasured, "step": step, "frechet_distance": found, "protocol": protocol}
+        write_row(join(run, "evaluation", f"step_{step:08d}.json"), MetricsRow(**row))  # type: ignore[arg-type]
+        save(savers(run, retention=retention), step)
+    left = ["latest", "step_00000002", "step_00000003"]
+    assert list_names(join(run, "checkpoints")) == left
+    with pytest.raises(UserError, match="keep_best: evaluations have no number named beauty"):
+        Retention(last=1, metric="beauty")
+
+
+def test_pruning_removes_what_interrupted_saves_left(run: str) -> None:
+    save(savers(run), 1)
+    storage.write_bytes(join(step_url(run, 2), "part-00000-of-00002-dead.safetensors"), b"half")
+    storage.write_bytes(join(step_url(run, 3), "part-00000-of-00002-dead.safetensors"), b"half")
+    save(savers(run), 3)
+    assert list_names(join(run, "checkpoints")) == ["latest", "step_00000001", "step_00000003"]
+    assert list_names(step_url(run, 3)) == ["manifest.json", "part-00000-of-00001-aaaa.safetensors"]
+
+
+def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
+    save(savers(str(tmp_path), 2), 1)
+    stored = json.loads(Path(step_url(str(tmp_path), 1), "manifest.json").read_text())
+    assert stored["state"]["samples_seen"] == 8
+    assert [part["name"] for part in stored["parts"]] == [
+        "part-00000-of-00002-aaaa.safetensors",
+        "part-00001-of-00002-aaaa.safetensors",
+    ]
+    for part in stored["parts"]:
+        assert part["bytes"] == Path(step_url(str(tmp_path), 1), part["name"]).stat().st_size
