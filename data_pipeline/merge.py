@@ -61,15 +61,20 @@ def _check_alike(first: str, expected: Manifest, url: str, manifest: Manifest) -
     wrong = [key for key in SAME if getattr(manifest, key) != getattr(expected, key)]
     if manifest.vae.sha256 != expected.vae.sha256:
         wrong.append("vae")
-    if _text_identity(manifest) != _text_identity(expected):
+    if _text_encoder(manifest) != _text_encoder(expected):
         wrong.append("text_encoder")
+    elif _null_context(manifest) != _null_context(expected):
+        wrong.append("null_context")  # the same encoder, computing in another precision
     if wrong:
         raise UserError(f"{url}: cannot join {first}, they differ in {', '.join(wrong)}")
 
 
-def _text_identity(manifest: Manifest) -> tuple[object, ...]:
-    text = manifest.text
-    return (text.encoder.sha256, text.context_shape, text.null_context_sha256) if text else ()
+def _text_encoder(manifest: Manifest) -> str | None:
+    return manifest.text.encoder.sha256 if manifest.text else None
+
+
+def _null_context(manifest: Manifest) -> str | None:
+    return manifest.text.null_context_sha256 if manifest.text else None
 
 
 def _check_unique(entries: list[tuple[str, ShardEntry]]) -> None:

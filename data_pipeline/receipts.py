@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.write import remove_leftovers
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.shards import ShardEntry
+from ifvit.shards import ShardEntry, ShardError
 from ifvit.shards.records import Array, build_record, read_sealed, write_sealed
 
 RECEIPTS = "receipts"
@@ -112,7 +112,10 @@ def read_receipt(output: str, name: str) -> Receipt:
     value["shard"] = build_record(ShardEntry, value["shard"], where)
     value["failures"] = tuple(build_record(Failure, entry, where) for entry in value["failures"])
     value["latent_sums"] = build_record(LatentSums, value["latent_sums"], where)
-    return build_record(Receipt, value, where)
+    receipt = build_record(Receipt, value, where)
+    if receipt.shard.name != name:
+        raise ShardError(f"{where}: the receipt of {receipt.shard.name}; encode again")
+    return receipt
 
 
 def receipt_url(output: str, name: str) -> str:
