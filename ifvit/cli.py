@@ -20,7 +20,8 @@ class Verb:
     function: str
     help: str
     positional: str | None = None
-    """Field that takes the words before the first flag, as in `ifvit shards verify URL`."""
+    """Field that takes the words before the first flag, as in `ifvit shards verify URL`; of
+    several, separated by spaces, each takes one."""
 
 
 VERBS = {
@@ -71,6 +72,12 @@ VERBS = {
         "ifvit.sampling.generate:generate",
         "prompts -> images",
     ),
+    "export": Verb(
+        "ifvit.sampling.config:ExportConfig",
+        "ifvit.sampling.export:export",
+        "trained weights -> a diffusers pipeline",
+        positional="weights output",
+    ),
     "evaluate": Verb(
         "ifvit.evaluation.config:EvaluateConfig",
         "ifvit.evaluation.evaluate:evaluate",
@@ -80,6 +87,11 @@ VERBS = {
         "ifvit.analysis.config:CostConfig",
         "ifvit.analysis.cost:cost",
         "parameters and GFLOPs of every preset",
+    ),
+    "bench loader": Verb(
+        "ifvit.bench.config:BenchLoaderConfig",
+        "ifvit.bench.loader:bench_loader",
+        "batches a second, against other ways to read the same samples",
     ),
     "report": Verb(
         "ifvit.analysis.config:ReportConfig",

@@ -21,7 +21,8 @@ def read_config(
 ) -> Config:
     """Parse `--config` files and flags into the dataclass `cls`; a later value wins.
 
-    Words before the first flag go to the field `positional`, one to a string, many to a list.
+    Words before the first flag go to the field `positional`, one to a string, many to a list; it
+    may name several strings, separated by spaces.
     `--help` and `--print_config` print and leave with code 0. Raises UserError, in one line, for
     an unknown key, a wrong type, a missing value or one that `cls` refuses.
     """
@@ -45,14 +46,20 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def _name_positional(cls: type[Any], argv: Sequence[str], name: str | None) -> list[str]:
-    """`["a", "b", "--x"]` => `["--name+", "a", "--name+", "b", "--x"]`; a string takes one word."""
-    if name is None:
+def _name_positional(cls: type[Any], argv: Sequence[str], names: str | None) -> list[str]:
+    """`["a", "b", "--x"]` => `["--name+", "a", "--name+", "b", "--x"]` for one field of many words.
+
+    Fields of one word, `"first second"`, take one each: `["--first", "a", "--second", "b", "--x"]`.
+    """
+    if names is None:
         return list(argv)
     free = list(takewhile(lambda word: not word.startswith("-"), argv))
-    if any(field.name == name and field.type is str for field in dataclasses.fields(cls)):
-        return [f"--{name}", *argv] if free else list(argv)
-    return [*(word for value in free for word in (f"--{name}+", value)), *argv[len(free) :]]
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    if fields[names.split()[0]] is str:
+        named = [(f"--{name}", word) for name, word in zip(names.split(), free, strict=False)]
+    else:
+        named = [(f"--{names}+", word) for word in free]
+    return [*(word for pair in named for word in pair), *argv[len(named) :]]
 
 
 def _spell_switches(cls: type[Any], argv: Sequence[str]) -> list[str]:

@@ -49,6 +49,8 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["shards", "verify", "nowhere"], "nowhere/manifest.json: no such file"),
         (["generate", "--weights", "nowhere", "--prompt", "x"], "nowhere: no weights there"),
         (["generate", "--weights", "nowhere"], "give either prompt"),
+        (["export", "nowhere", "there"], "nowhere: no weights there"),
+        (["export", "nowhere"], "arguments are required: output"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

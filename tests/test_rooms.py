@@ -13,6 +13,7 @@ ROOMS = {
     "diffusers": [
         "ifvit/models/autoencoder.py",
         "ifvit/models/uvit.py",
+        "ifvit/sampling/pipeline.py",
         "ifvit/sampling/solvers.py",
     ],
     "fsspec": ["ifvit/object_store.py"],
@@ -29,7 +30,7 @@ ROOMS = {
     "pyarrow": ["data_pipeline/sources/table.py"],
     "tensorboard": ["ifvit/training/metrics_log.py"],
     "transformers": ["ifvit/models/clip.py"],
-    "webdataset": ["data_pipeline/write.py"],
+    "webdataset": ["data_pipeline/write.py", "ifvit/bench/loader_peers.py"],
     "xformers": ["ifvit/models/attention.py"],
 }
 

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 import ifvit.scenes
@@ -45,6 +45,17 @@ def identify(name: str, folder: Path) -> EncoderIdentity:
     for path in weights:
         digest.update(bytes.fromhex(sha256_of(path)))
     return EncoderIdentity(name=name, sha256=digest.hexdigest())
+
+
+def upload_pretrained(folder: Path, repository: str) -> None:
+    """Make `folder` the content of a hub repository. Raises UserError when the hub refuses."""
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{repository}: the hub refused the upload ({reason})") from None
 
 
 def _download(name: str) -> Path:

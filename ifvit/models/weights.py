@@ -100,6 +100,12 @@ def find_weights(url: str, *, prefer: Kind = "ema") -> str:
     raise UserError(f"{url}: no weights there or in its weights/step_* folders; train first")
 
 
+def run_of(folder: str) -> str | None:
+    """RUN of RUN/weights/step_…; None for weights that lie by themselves."""
+    run, found, _ = folder.rpartition("/weights/step_")
+    return run if found else None
+
+
 def _read_info(url: str) -> tuple[WeightsInfo, str]:
     """The record and the sha256 of the tensors' file."""
     stored = read_json(url)

@@ -38,13 +38,13 @@ class GuidedDenoiser:
         self._method = method
         self._schedule = NoiseSchedule(backbone.device)
         self._num_evaluations = 0
-        self._set_context(context)
+        self.set_context(context)
 
     def __call__(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents (B, C, S, S) at timesteps (B,), all equal => guided noise."""
         change = self._ask_method(x_t, timesteps)
         if change.context is not None:
-            self._set_context(change.context)
+            self.set_context(change.context)
         if not self._guidance.applies_at(float(timesteps[0])):
             return self._predict(x_t, timesteps, self._text, change.biases)
         # The backbone evaluates its blocks before the text once for both halves.
@@ -67,7 +67,8 @@ class GuidedDenoiser:
         self._num_evaluations += 1
         return self._method.before(evaluation)
 
-    def _set_context(self, context: Tensor) -> None:
+    def set_context(self, context: Tensor) -> None:
+        """From now on be guided by other contexts (B, M, D)."""
         self._context = context
         self._text = self._backbone.encode_text(context)
         self._both = _append(self._text, self._null_text)

@@ -56,6 +56,14 @@ def solve(denoiser: Denoiser, noise: Tensor, solver: SolverName, num_steps: int)
     scheduler.set_timesteps(num_steps, device=noise.device)
     x_t: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        predicted = denoiser(scheduler.scale_model_input(x_t, t), t.expand(len(noise)))
-        x_t = scheduler.step(predicted, t, x_t).prev_sample
+        x_t = step_solver(scheduler, denoiser, x_t, t)
     return x_t
+
+
+def step_solver(
+    scheduler: Any, denoiser: Denoiser, x_t: Tensor, t: Tensor, **options: Any
+) -> Tensor:
+    """x_t (B, …), scaled as `scheduler` wants it => the x of its next time; `options` of `step`."""
+    predicted = denoiser(scheduler.scale_model_input(x_t, t), t.expand(len(x_t)))
+    stepped: Tensor = scheduler.step(predicted, t, x_t, **options).prev_sample
+    return stepped

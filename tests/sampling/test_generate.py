@@ -5,16 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from untrained import save_untrained
 
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.images import decode_png
-from ifvit.models.autoencoder import load_autoencoder
-from ifvit.models.clip import load_text_encoder
-from ifvit.models.presets import PRESETS
-from ifvit.models.uvit import FusionUViT
-from ifvit.models.weights import WeightsInfo, save_weights
 from ifvit.sampling.config import GenerateConfig
 from ifvit.sampling.generate import generate
 from ifvit.shards import EncoderIdentity
@@ -23,27 +18,6 @@ from ifvit.shards import EncoderIdentity
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_untrained(tmp_path_factory.mktemp("weights"))
-
-
-def save_untrained(folder: Path, vae: EncoderIdentity | None = None) -> str:
-    encoder, autoencoder = load_text_encoder("scenes/clip"), load_autoencoder("scenes/vae")
-    channels, size, _ = autoencoder.latent_shape(64)
-    length, width = encoder.context_shape
-    shape = dataclasses.replace(
-        PRESETS["tiny"], latent_size=size, latent_channels=channels, width=32, num_heads=2,
-        depth=4, num_image_blocks=1, context_length=length, context_width=width,
-    )  # fmt: skip
-    info = WeightsInfo(
-        step=3,
-        ema_decay=None,
-        scaling_factor=0.5,
-        vae=vae or autoencoder.identity,
-        text_encoder=encoder.identity,
-        recipe_sha256="0" * 64,
-    )
-    torch.manual_seed(0)
-    save_weights(str(folder), FusionUViT(**dataclasses.asdict(shape)), info)
-    return str(folder)
 
 
 def test_flags_of_the_command_line_are_flat(weights: str, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""The card of an exported pipeline: what it is, what it was trained on, what it scored."""
+
+from collections.abc import Mapping
+
+import yaml
+
+from ifvit import storage
+from ifvit.models.config import FusionUViTConfig
+from ifvit.models.weights import WeightsInfo, run_of
+from ifvit.shards import ShardError, read_manifest
+
+_HEAD = """\
+---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [ifvit, text-to-image]
+---
+# Text-to-image by a fusion U-ViT
+
+```python
+from ifvit.sampling.pipeline import FusionPipeline
+
+pipeline = FusionPipeline.from_pretrained("THIS FOLDER, s3:// PREFIX OR HUB NAME")
+image = pipeline("two red circles above a blue square", guidance_scale=2.0).images[0]
+```
+"""
+
+
+def describe_pipeline(
+    folder: str, info: WeightsInfo, weights_sha256: str, shape: FusionUViTConfig
+) -> str:
+    """Markdown for README.md; recipe, data and metrics from the run that `folder` lies in.
+
+    `weights_sha256` is that of the backbone: metrics of other weights are not shown.
+    """
+    kind = f"exponential moving average, decay {info.ema_decay}" if info.ema_decay else "raw"
+    facts = {
+        "weights": kind,
+        "optimiser steps": info.step,
+        "conditioning": f"{shape.conditioning}, {shape.num_image_blocks} image-only blocks a side, "
+        f"{shape.num_text_blocks} text blocks",
+        "scaling factor of the latents": info.scaling_factor,
+        "VAE": f"{info.vae.name}, sha256 {info.vae.sha256}",
+        "text encoder": f"{info.text_encoder.name}, sha256 {info.text_encoder.sha256}",
+        "sha256 of the backbone": weights_sha256,
+        "sha256 of the recipe": info.recipe_sha256,
+    }
+    run = run_of(folder)
+    recipe_url = storage.join(run, "config.yaml") if run else ""
+    if run is None or not storage.exists(recipe_url):
+        return _HEAD + _table(facts) + "\nThe run that made these weights was not at hand.\n"
+    recipe = storage.read_bytes(recipe_url).decode()
+    return (
+        _HEAD
+        + _table(facts)
+        + f"\n## Data\n{_describe_data(str(yaml.safe_load(recipe)['shards']))}"
+        + f"\n## Metrics\n{_describe_metrics(run, info.step, weights_sha256)}"
+        + f"\n## Recipe\n```yaml\n{recipe}```\n"
+    )
+
+
+def _describe_data(shards: str) -> str:
+    try:
+        manifest = read_manifest(shards)
+    except ShardError as error:
+        return f"Shards `{shards}`, whose manifest could not be read ({error}).\n"
+    return _table(
+        {
+            "shards": f"`{shards}`, {len(manifest.shards)} files",
+            "images": manifest.num_samples,
+            "captions": manifest.num_captions,
+            "image size": manifest.image_size,
+            "resize": manifest.resize,
+            "standard deviation of the latents": manifest.latent_std,
+            "VAE": manifest.vae.name,
+        }
+    )
+
+
+def _describe_metrics(run: str, step: int, weights_sha256: str) -> str:
+    url = storage.join(run, "evaluation", f"step_{step:08d}.json")
+    row = storage.read_json(url) if storage.exists(url) else {}
+    if row.get("weights_sha256") != weights_sha256:
+        return "These weights have not been evaluated.\n"
+    measured = {
+        name: f"{entry['value']:.4f} ± {entry['standard_error']:.4f}"
+        for name, entry in row.items()
+        if isinstance(entry, dict) and "standard_error" in entry
+    }
+    return _table(measured) + "\nProtocol:\n" + _table(row["protocol"])
+
+
+def _table(rows: Mapping[str, object]) -> str:
+    lines = (f"| {name} | {value} |\n" for name, value in rows.items())
+    return "\n| | |\n|---|---|\n" + "".join(lines)

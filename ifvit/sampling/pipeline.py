@@ -1,0 +1,183 @@
+"""A trained backbone with its frozen encoders as a diffusers pipeline.
+
+Shapes: B images, M text tokens, D context width, C latent channels, S latent size, H, W image.
+"""
+
+import inspect
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from ifvit import storage
+from ifvit.models.clip import encode_captions
+from ifvit.models.uvit import FusionUViT
+from ifvit.sampling.config import Guidance
+from ifvit.sampling.guidance import GuidedDenoiser
+from ifvit.sampling.method import AlignmentMethod
+from ifvit.sampling.solvers import step_solver
+
+Generators = torch.Generator | list[torch.Generator]
+OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
+
+
+class FusionPipeline(DiffusionPipeline):
+    """Text => images, with any diffusers scheduler of the SD schedule that predicts noise.
+
+    `vae.config.scaling_factor` is the one of the training, not Stable Diffusion's.
+    """
+
+    _callback_tensor_inputs = ("latents", "prompt_embeds")
+
+    # Set by register_modules.
+    backbone: FusionUViT
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+
+    def __init__(
+        self,
+        backbone: FusionUViT,
+        vae: AutoencoderKL,
+        text_encoder: nn.Module,
+        tokenizer: Any,
+        scheduler: Any,
+    ) -> None:
+        super().__init__()
+        self.register_modules(  # type: ignore[no-untyped-call]
+            backbone=backbone,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+        )
+        self.image_processor = VaeImageProcessor()
+        self._interrupt = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """From a folder, an `s3://` prefix or a hub name; `options` as in diffusers."""
+        url = str(pretrained_model_name_or_path)
+        if not storage.is_remote(url):
+            return super().from_pretrained(url, **options)
+        with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
+            _download(url, Path(folder))
+            return super().from_pretrained(folder, **options)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`, which leaves out the steps that remain."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(  # noqa: PLR0913  the arguments every diffusers pipeline has
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        negative_prompt: str | list[str] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 2.0,
+        guidance_interval: tuple[float, float] = (0.0, 999.0),
+        num_images_per_prompt: int = 1,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        method: AlignmentMethod | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw `num_images_per_prompt` images of each prompt, those of one prompt in a row.
+
+        `guidance_scale` is w in eps_uncond + w (eps_cond - eps_uncond), within the timesteps of
+        `guidance_interval` (0 ... 999). `prompt_embeds` (prompts, M, D) take the place of prompts,
+        `negative_prompt` that of the empty caption. `generator` is one, or one for each image.
+        `latents` (B, C, S, S) is standard normal noise. `output_type`: pil, np, pt or latent.
+        `callback_on_step_end(pipeline, step, timestep, tensors)` may return other `latents` or
+        `prompt_embeds` (B, M, D). Raises ValueError for arguments that contradict each other.
+        """
+        context = self._embed(prompt, prompt_embeds, "prompt")
+        context = context.repeat_interleave(num_images_per_prompt, dim=0)
+        if negative_prompt is None and negative_prompt_embeds is None:
+            negative_prompt = ""
+        negative = self._embed(negative_prompt, negative_prompt_embeds, "negative_prompt")
+        if len(negative) > 1:
+            negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
+            if len(negative) != len(context):
+                raise ValueError("give one negative prompt, or one for each prompt")
+        low, high = guidance_interval
+        denoiser = GuidedDenoiser(
+            self.backbone,
+            context,
+            self.backbone.encode_text(negative),
+            Guidance(scale=guidance_scale, low=low, high=high),
+            method,
+        )
+
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        noise = self._draw_noise(len(context), generator) if latents is None else latents
+        latents = noise.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        options = self._step_options(generator)
+        self._interrupt = False
+        for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if self.interrupt:
+                break
+            latents = step_solver(self.scheduler, denoiser, latents, t, **options)
+            if callback_on_step_end is not None:
+                tensors = {"latents": latents, "prompt_embeds": context}
+                shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                changed = callback_on_step_end(self, step, t, shown)
+                latents = changed.get("latents", latents)
+                if "prompt_embeds" in changed:
+                    context = changed["prompt_embeds"]
+                    denoiser.set_context(context)
+
+        images: Any = latents
+        if output_type != "latent":
+            unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+            decoded = self.vae.decode(unscaled).sample
+            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _embed(self, prompt: str | list[str] | None, embeds: Tensor | None, name: str) -> Tensor:
+        """(prompts, M, D), from either of two arguments."""
+        if (prompt is None) == (embeds is None):
+            raise ValueError(f"give either {name} or {name}_embeds")
+        if embeds is not None:
+            return embeds.to(self._execution_device)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        assert prompts is not None
+        return encode_captions(self.text_encoder, self.tokenizer, prompts)
+
+    def _draw_noise(self, count: int, generator: Generators | None) -> Tensor:
+        """(count, C, S, S), standard normal."""
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators for {count} images")
+        shape = self.backbone.shape
+        size = (count, shape.latent_channels, shape.latent_size, shape.latent_size)
+        noise: Tensor = randn_tensor(size, generator=generator, device=self._execution_device)
+        return noise
+
+    def _step_options(self, generator: Generators | None) -> dict[str, Any]:
+        """What the scheduler's `step` takes besides the noise: a generator, if it adds noise."""
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if takes_generator else {}
+
+
+def _download(url: str, folder: Path) -> None:
+    """A pipeline's files: its index, and those of the components in their folders."""
+    storage.download(storage.join(url, "model_index.json"), folder / "model_index.json")
+    for component in storage.read_json(str(folder / "model_index.json")):
+        for name in storage.list_names(storage.join(url, component)):
+            storage.download(storage.join(url, component, name), folder / component / name)

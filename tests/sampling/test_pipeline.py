@@ -1,0 +1,226 @@
+"""The exported pipeline, as a user of diffusers meets it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from untrained import save_untrained
+
+from ifvit.randomness import Stream, normal
+from ifvit.sampling.config import ExportConfig, GenerateConfig
+from ifvit.sampling.export import export
+from ifvit.sampling.files import read_images
+from ifvit.sampling.generate import generate
+from ifvit.sampling.method import Change, Evaluation
+from ifvit.sampling.pipeline import FusionPipeline
+
+PROMPTS = ["two red circles", "a blue square"]
+STEPS = {"num_inference_steps": 3, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_untrained(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def folder(weights: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("pipeline"))
+    export(ExportConfig(weights=weights, output=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def components(folder: str) -> dict[str, Any]:
+    return FusionPipeline.from_pretrained(folder).components
+
+
+@pytest.fixture
+def pipeline(components: dict[str, Any]) -> FusionPipeline:
+    pipeline = FusionPipeline(**components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw(pipeline: FusionPipeline, prompt: Any = "a blue square", **options: Any) -> np.ndarray:
+    given = {"generator": torch.Generator().manual_seed(0)} | STEPS | options
+    return pipeline(prompt, **given).images
+
+
+def test_a_fresh_process_draws_the_same_image(pipeline: FusionPipeline, folder: str) -> None:
+    program = (
+        "import sys, torch\n"
+        "from ifvit.sampling.pipeline import FusionPipeline\n"
+        "pipeline = FusionPipeline.from_pretrained(sys.argv[1])\n"
+        "generator = torch.Generator().manual_seed(0)\n"
+        "image = pipeline('a blue square', num_inference_steps=3, generator=generator).images[0]\n"
+        "image.save(sys.argv[2])\n"
+    )
+    file = Path(folder, "drawn.png")
+    subprocess.run([sys.executable, "-c", program, folder, file], check=True, capture_output=True)
+    drawn = read_images([str(file)])[0].astype(int)
+    assert np.abs(drawn - (draw(pipeline)[0] * 255).round()).max() <= 1
+
+
+def test_the_pipeline_draws_what_generate_draws(
+    pipeline: FusionPipeline, weights: str, tmp_path: Path
+) -> None:
+    config = GenerateConfig(
+        weights=weights, prompt=PROMPTS[0], num_images=2, num_steps=3, guidance_scale=3.0,
+        seed=5, output=str(tmp_path), device="cpu",
+    )  # fmt: skip
+    generated = read_images(generate(config)).astype(int)
+    shape = (pipeline.backbone.shape.latent_channels, 8, 8)
+    noise = normal(5, 0, torch.arange(2), Stream.SAMPLING, shape)
+    drawn = draw(pipeline, [PROMPTS[0]] * 2, latents=noise, guidance_scale=3.0)
+    assert np.abs(generated - (drawn * 255).round()).max() <= 1
+
+
+def test_each_image_has_its_generator(pipeline: FusionPipeline) -> None:
+    together = draw(pipeline, num_images_per_prompt=2, generator=generators(3, 4))
+    alone = draw(pipeline, generator=generators(4))
+    np.testing.assert_allclose(together[1:], alone, atol=1e-4)
+    assert np.abs(together[0] - together[1]).max() > 0.01
+    with pytest.raises(ValueError, match="2 generators for 1 images"):
+        draw(pipeline, generator=generators(3, 4))
+
+
+def test_images_of_one_prompt_stand_in_a_row(pipeline: FusionPipeline) -> None:
+    noise = torch.randn(1, 4, 8, 8).expand(4, -1, -1, -1)
+    images = draw(pipeline, PROMPTS, num_images_per_prompt=2, latents=noise)
+    np.testing.assert_allclose(images[0], images[1], atol=1e-4)
+    np.testing.assert_allclose(images[2], images[3], atol=1e-4)
+    assert np.abs(images[1] - images[2]).max() > 1e-3
+
+
+def test_embeddings_stand_for_prompts(pipeline: FusionPipeline) -> None:
+    contexts = {
+        text: pipeline._embed(text, None, "prompt") for text in ("a blue square", "stripes")
+    }
+    plain = draw(pipeline)
+    given = draw(pipeline, None, prompt_embeds=contexts["a blue square"])
+    np.testing.assert_array_equal(given, plain)
+    np.testing.assert_array_equal(draw(pipeline, negative_prompt=""), plain)
+    negative = draw(pipeline, negative_prompt="stripes")
+    assert np.abs(negative - plain).max() > 1e-3
+    embedded = draw(pipeline, negative_prompt_embeds=contexts["stripes"])
+    np.testing.assert_array_equal(embedded, negative)
+
+
+def test_negative_prompts_may_differ_from_prompt_to_prompt(pipeline: FusionPipeline) -> None:
+    noise = torch.randn(2, 4, 8, 8)
+    both = draw(pipeline, PROMPTS, negative_prompt=["stripes", ""], latents=noise)
+    second = draw(pipeline, PROMPTS[1], latents=noise[1:])
+    np.testing.assert_allclose(both[1:], second, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"prompt": None}, "either prompt"),
+        ({"prompt_embeds": torch.zeros(1, 16, 64)}, "either prompt"),
+        ({"negative_prompt": ["a", "b"]}, "one negative prompt"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(
+    pipeline: FusionPipeline, wrong: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        pipeline(**{"prompt": "x", **STEPS, **wrong})
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(pipeline: FusionPipeline) -> None:
+    seen = []
+
+    def freeze(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append((step, int(t), sorted(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    image = pipeline(
+        "x", num_inference_steps=3, output_type="latent", callback_on_step_end=freeze
+    ).images
+    assert [step for step, _, _ in seen] == [0, 1, 2]
+    assert [t for _, t, _ in seen] == pipeline.scheduler.timesteps.tolist()
+    assert seen[0][2] == ["latents"]
+    assert not image.any()
+
+
+def test_a_callback_may_change_the_prompt(pipeline: FusionPipeline) -> None:
+    other = pipeline._embed("a blue square", None, "prompt")
+
+    def switch(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"prompt_embeds": other}
+
+    switched = draw(pipeline, "two red circles", callback_on_step_end=switch)
+    assert np.abs(switched - draw(pipeline, "two red circles")).max() > 1e-4
+
+
+def test_a_callback_can_end_the_drawing(pipeline: FusionPipeline) -> None:
+    steps = []
+
+    def stop(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return {}
+
+    pipeline("x", num_inference_steps=9, callback_on_step_end=stop)
+    assert steps == [0, 1]
+    pipeline("x", num_inference_steps=2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "PNDMScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
+def test_schedulers_of_diffusers_work_and_obey_the_generator(
+    pipeline: FusionPipeline, name: str
+) -> None:
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    first, again = (draw(pipeline, num_inference_steps=5) for _ in range(2))
+    assert np.isfinite(first).all()
+    np.testing.assert_array_equal(first, again)
+
+
+def test_an_alignment_method_takes_part(pipeline: FusionPipeline) -> None:
+    indices = []
+
+    class Watch:
+        def before(self, evaluation: Evaluation) -> Change:
+            indices.append(evaluation.index)
+            return Change()
+
+    watched = draw(pipeline, method=Watch())
+    assert indices == [0, 1, 2]
+    np.testing.assert_array_equal(watched, draw(pipeline))
+
+
+def test_half_precision_weights_draw_nearly_the_same(pipeline: FusionPipeline, folder: str) -> None:
+    half = FusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert half.backbone.dtype == torch.bfloat16
+    assert np.abs(draw(half) - draw(pipeline)).mean() < 0.02
+
+
+@pytest.mark.s3
+def test_export_and_load_go_through_an_object_store(weights: str, s3_bucket: str) -> None:
+    export(ExportConfig(weights=weights, output=s3_bucket))
+    pipeline = FusionPipeline.from_pretrained(s3_bucket)
+    assert draw(pipeline).shape == (1, 64, 64, 3)

@@ -1,0 +1,35 @@
+"""An untrained backbone that fits the shipped encoders, saved as a run saves its weights."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from ifvit.models.autoencoder import load_autoencoder
+from ifvit.models.clip import load_text_encoder
+from ifvit.models.presets import PRESETS
+from ifvit.models.uvit import FusionUViT
+from ifvit.models.weights import WeightsInfo, save_weights
+from ifvit.shards import EncoderIdentity
+
+
+def save_untrained(folder: Path, vae: EncoderIdentity | None = None) -> str:
+    """Weights for 64 x 64 pixels; `vae` is who they say their autoencoder is."""
+    encoder, autoencoder = load_text_encoder("scenes/clip"), load_autoencoder("scenes/vae")
+    channels, size, _ = autoencoder.latent_shape(64)
+    length, width = encoder.context_shape
+    shape = dataclasses.replace(
+        PRESETS["tiny"], latent_size=size, latent_channels=channels, width=32, num_heads=2,
+        depth=4, num_image_blocks=1, context_length=length, context_width=width,
+    )  # fmt: skip
+    info = WeightsInfo(
+        step=3,
+        ema_decay=None,
+        scaling_factor=0.5,
+        vae=vae or autoencoder.identity,
+        text_encoder=encoder.identity,
+        recipe_sha256="0" * 64,
+    )
+    torch.manual_seed(0)
+    save_weights(str(folder), FusionUViT(**dataclasses.asdict(shape)), info)
+    return str(folder)
