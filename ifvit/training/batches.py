@@ -7,6 +7,7 @@ from itertools import count
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ifvit.distributed import World
 from ifvit.errors import UserError
@@ -64,6 +65,11 @@ class Batches:
                     oldest, read = pending.popleft()
                     ahead.move_to(oldest)
                     yield read.result()()
+
+    def image_ids(self, state: TrainState, positions: Tensor) -> list[int | str]:
+        """Which images stand at `positions` of the global batch that follows `state`."""
+        samples = self._order.sample_indices(state.samples_seen, positions.numpy()).tolist()
+        return [self._reader.metadata(sample).image_id for sample in samples]
 
     def _shares(self, state: TrainState) -> Iterator[tuple[int, int, int]]:
         """Step, samples seen before it, and first position of each of our micro-batches."""

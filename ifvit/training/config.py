@@ -114,8 +114,14 @@ class TrainConfig:
     """Where s3:// shards are kept on this machine."""
     seed: int = 1234
     """Everything random follows from it."""
+    tolerate_nonfinite: int = 0
+    """Steps of the run that may pass without an update, because their gradient is not finite."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where else the numbers of metrics.jsonl go; tensorboard needs a local run directory."""
+    profile: bool = False
+    """Trace a few steps with torch's profiler into profile/ of the run."""
     checkpoint_every: int = 5000
     """Steps between checkpoints and exported weights."""
     keep_checkpoints: int = 2
@@ -146,3 +152,11 @@ class TrainConfig:
         for name in ("checkpoint_every", "keep_checkpoints", "num_workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Compute a failed training step again; a run leaves its file in failures/."""
+
+    file: str
+    """The file that the error message named."""

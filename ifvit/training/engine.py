@@ -1,6 +1,7 @@
 """One training step on this hardware, and the state that it works on."""
 
 import copy
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -17,6 +18,7 @@ from ifvit.training.ema import EMA
 from ifvit.training.forward import prepare_forward
 from ifvit.training.loss_scale import LossScale
 from ifvit.training.optim import MOMENTS, build_optimizer, create_moments
+from ifvit.training.timing import PhaseTimer
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165.2e12}
 """Dense bf16 tensor-core FLOP/s from the vendors' data sheets, by a part of the device's name."""
@@ -54,8 +56,11 @@ class Engine:
         self._parameters = dict(backbone.named_parameters())
         self._create_moments()
         self._averages = {decay: EMA(self._pieces(), decay) for decay in ema_decays}
-        self._loss_scale = LossScale() if config.precision == "fp16" else None
-        self._freezes = self._loss_scale is None and not tolerate_nonfinite
+        self.loss_scale = LossScale() if config.precision == "fp16" else None
+        """What the loss is multiplied by; None where gradients do not need it."""
+        self.timer = PhaseTimer(self.device)
+        """Where the time goes."""
+        self._freezes = self.loss_scale is None and not tolerate_nonfinite
         self._refused = torch.zeros((), device=self.device)
         self._update_applied = True
 
@@ -79,9 +84,20 @@ class Engine:
         """Dense bf16 FLOP/s of all processes' devices together, None for unknown devices."""
         if self.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name(self.device)
-        peaks = [peak for key, peak in PEAK_FLOPS.items() if key in name]
+        peaks = [peak for key, peak in PEAK_FLOPS.items() if key in self.device_name]
         return peaks[0] * self.world.size if peaks else None
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's model, or `cpu`."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that this process has held at most, on its GPU or in its whole."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
@@ -100,7 +116,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this micro-batch's mean loss."""
-        scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         (loss * (scale / self._num_micro_batches)).backward()  # type: ignore[no-untyped-call]
 
     def set_learning_rate(self, rate: float) -> None:
@@ -115,8 +131,8 @@ class Engine:
         """
         parameters = list(self._parameters.values())
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
-        if self._loss_scale is not None:
-            torch._foreach_div_(gradients, self._loss_scale.value)
+        if self.loss_scale is not None:
+            torch._foreach_div_(gradients, self.loss_scale.value)
         norm = nn.utils.get_total_norm(gradients)
         if self._max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
@@ -135,7 +151,7 @@ class Engine:
     def _settle(self, *, finite: bool) -> None:
         """Count a gradient that is not finite, unless a smaller loss scale may mend it."""
         self._update_applied = finite
-        mended = finite if self._loss_scale is None else self._loss_scale.adapt(finite)
+        mended = finite if self.loss_scale is None else self.loss_scale.adapt(finite)
         if not mended:
             self._refused += 1
 
@@ -200,15 +216,15 @@ class Engine:
     def scalars(self) -> dict[str, float]:
         """What else a checkpoint must hold; the same on every process."""
         num_updates = next(iter(self._adamw.state.values()))["step"].item()
-        scalars = {} if self._loss_scale is None else vars(self._loss_scale)
+        scalars = {} if self.loss_scale is None else vars(self.loss_scale)
         return {"num_updates": num_updates, **scalars}
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
         """Continue from `scalars()` of any engine; call it after `load_state`."""
         own = dict(scalars)
         self._set_num_updates(own.pop("num_updates"))
-        if self._loss_scale is not None:
-            vars(self._loss_scale).update(own)
+        if self.loss_scale is not None:
+            vars(self.loss_scale).update(own)
 
     def mean(self, value: Tensor) -> Tensor:
         """Average over processes, on all of them."""

@@ -37,6 +37,9 @@ class SaveCheckpoint:
     Training waits only while the state is copied to host memory. `stall_seconds` adds that up.
     """
 
+    name = "checkpoint"
+    on_stop = True
+
     def __init__(
         self,
         config: TrainConfig,
@@ -102,6 +105,9 @@ class SaveCheckpoint:
 
 class SampleGrid:
     """A picture of the same prompts from the same noise, drawn with the averaged weights."""
+
+    name = "samples"
+    on_stop = False
 
     def __init__(self, config: TrainConfig, engine: Engine, info: WeightsInfo) -> None:
         self.every = config.sample_grid.every

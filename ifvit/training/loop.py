@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,17 +15,20 @@ from ifvit.training.batches import Batches
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.optim import learning_rate
+from ifvit.training.profile import StepProfiler
+from ifvit.training.replay import report_nonfinite
 from ifvit.training.state import TrainState
+from ifvit.training.stop import Preempted, StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One finished step; tensors stay on the device until a hook reads them."""
+    """One finished step, the same on every process."""
 
-    loss: Tensor
-    """Mean loss of this process's share of the global batch, ()."""
-    grad_norm: Tensor
-    """Norm of the whole gradient before clipping, ()."""
+    loss: float
+    """Mean loss of the global batch."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
     learning_rate: float
 
 
@@ -33,6 +36,10 @@ class Hook(Protocol):
     """Something that happens every `every` steps and after the last one, on every process."""
 
     every: int
+    name: str
+    """How the time that the steps wait for it is called."""
+    on_stop: bool
+    """Whether it also happens after the last step before a signal ends the run."""
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Look at the run after a step, without changing it."""
@@ -45,50 +52,81 @@ def fit(
     engine: Engine,
     hooks: Sequence[Hook],
     config: TrainConfig,
+    stop: StopRequest,
+    profiler: StepProfiler,
 ) -> TrainState:
-    """Train to `config.max_steps`; continued from any step it repeats the unbroken run."""
+    """Train to `config.max_steps`; continued from any step it repeats the unbroken run.
+
+    Raises Preempted after a signal, when what must be saved is saved, and UserError when more
+    gradients are not finite than the recipe tolerates.
+    """
+    losses: list[Tensor] = []
     with closing(batches.from_state(state, engine.device)) as stream:
         while state.step < config.max_steps:
+            stop.ask()
             started = time.perf_counter()
             rate = learning_rate(state.step, config.max_steps, config.optim)
             engine.set_learning_rate(rate)
-            loss = torch.zeros((), device=engine.device)
-            data_wait = 0.0
-            for remaining in reversed(range(batches.num_micro_batches)):
-                batch, waited = _next(stream)
-                data_wait += waited
-                with engine.accumulate(last=not remaining):
-                    loss += _differentiate(batch, objective, engine, state.step)
-            grad_norm = engine.step()
-            engine.update_averages()
+            loss, data_wait = _accumulate(
+                stream, batches.num_micro_batches, objective, engine, state
+            )
+            losses.append(loss)
+            with engine.timer.phase("optimizer"):
+                grad_norm = engine.step()
+            with engine.timer.phase("ema"):
+                engine.update_averages()
 
-            due = [hook for hook in hooks if _is_due(hook.every, state.step + 1, config.max_steps)]
+            signal = stop.answer()
+            step = state.step + 1
+            due = [h for h in hooks if _is_due(h.every, step, config) or (signal and h.on_stop)]
             if due:
                 engine.synchronize()  # so that `seconds` holds the work, not its submission
             seconds = time.perf_counter() - started
             state = state.advance(config.global_batch_size, seconds, data_wait)
-            report = StepReport(
-                loss=loss / batches.num_micro_batches,
-                grad_norm=grad_norm,
-                learning_rate=rate,
-            )
-            for hook in due:
-                hook(state, report)
+            refused = engine.refused_updates(wait=bool(due))
+            if refused:
+                state = replace(state, nonfinite_steps=state.nonfinite_steps + refused)
+                if state.nonfinite_steps > config.tolerate_nonfinite:
+                    before = state.go_back(refused, config.global_batch_size)
+                    report_nonfinite(before, batches, objective, engine, config)
+            if due:
+                means = engine.mean(torch.stack(losses)).tolist()
+                losses.clear()
+                state = state.observe(means)
+                report = StepReport(loss=means[-1], grad_norm=float(grad_norm), learning_rate=rate)
+                for hook in due:
+                    with engine.timer.host_phase(hook.name):
+                        hook(state, report)
+            profiler.step()
+            if signal:
+                raise Preempted(signal, state.step)
     return state
 
 
-def _differentiate(batch: Batch, objective: NoisePrediction, engine: Engine, step: int) -> Tensor:
-    """Forward and backward of one micro-batch => its mean loss, detached."""
-    losses = objective(engine.denoise, batch.moments, batch.context, step, batch.positions)
-    engine.backward(losses.total)
-    return losses.total.detach()
+def _accumulate(
+    stream: Iterator[Batch],
+    num_micro_batches: int,
+    objective: NoisePrediction,
+    engine: Engine,
+    state: TrainState,
+) -> tuple[Tensor, float]:
+    """Gradients of this process's share of a step => its mean loss, (), and seconds of waiting."""
+    loss = torch.zeros((), device=engine.device)
+    data_wait = 0.0
+    for remaining in reversed(range(num_micro_batches)):
+        started = time.perf_counter()
+        with engine.timer.host_phase("data"):
+            batch = next(stream)
+        data_wait += time.perf_counter() - started
+        with engine.accumulate(last=not remaining):
+            with engine.timer.phase("forward"):
+                moments, context, positions = batch.moments, batch.context, batch.positions
+                losses = objective(engine.denoise, moments, context, state.step, positions)
+            with engine.timer.phase("backward"):
+                engine.backward(losses.total)
+        loss += losses.total.detach()
+    return loss / num_micro_batches, data_wait
 
 
-def _next(stream: Iterator[Batch]) -> tuple[Batch, float]:
-    started = time.perf_counter()
-    batch = next(stream)
-    return batch, time.perf_counter() - started
-
-
-def _is_due(every: int, step: int, max_steps: int) -> bool:
-    return step == max_steps or step % every == 0
+def _is_due(every: int, step: int, config: TrainConfig) -> bool:
+    return step == config.max_steps or step % every == 0

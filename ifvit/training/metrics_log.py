@@ -1,20 +1,26 @@
-"""metrics.jsonl, TensorBoard and the progress line."""
+"""metrics.jsonl, the trackers that repeat it, the progress line and the summary."""
 
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
+from ifvit.errors import UserError
+from ifvit.models.config import FusionUViTConfig
+from ifvit.models.flops import count_cost
 from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.loop import StepReport
 from ifvit.training.state import TrainState
+
+Row = dict[str, float | str | None]
 
 
 class MetricsLog:
@@ -24,32 +30,42 @@ class MetricsLog:
     `publish`, before each checkpoint: a run that goes on from it has every row up to there.
     """
 
-    def __init__(self, config: TrainConfig, engine: Engine, flops_per_sample: float) -> None:
+    name = "log"
+    on_stop = False
+
+    def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self.every = config.log_every
         self._config = config
         self._url = join(config.run, "metrics.jsonl")
         self._rows: list[str] = []
         self._engine = engine
-        self._flops_per_sample = flops_per_sample
+        self._row: Row = {}
 
     @contextmanager
     def open(self, state: TrainState) -> Iterator[None]:
-        """Around the loop: open the files at the step where training starts or goes on."""
+        """Around the loop: open the files at the step where training starts or goes on.
+
+        Raises UserError when a tracker of the recipe is not installed.
+        """
         self._last = state
         if not self._engine.world.is_main:
             yield
             return
         self._keep_rows_until(state.step)
-        with (
-            tqdm(
+        self._trackers = _open_trackers(self._config, state)
+        try:
+            with tqdm(
                 total=self._config.max_steps,
                 initial=state.step,
                 desc=f"train {self._config.run}",
                 unit="step",
-            ) as self._bar,
-            self._open_board(state.step) as self._board,
-        ):
-            yield
+                mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file keeps every line
+            ) as self._bar:
+                yield
+        finally:
+            for tracker in self._trackers:
+                tracker.finish()
+        self._summarise()
 
     def publish(self) -> None:
         """Make the rows so far survive whatever happens to this machine, even beside training."""
@@ -65,45 +81,86 @@ class MetricsLog:
         self._rows = [f"{row}\n" for row in kept]
         write_bytes(self._url, "".join(self._rows).encode())
 
-    def _open_board(self, step: int) -> AbstractContextManager[SummaryWriter | None]:
-        """TensorBoard's event files, which only grow, so that an object store cannot hold them."""
-        if is_remote(self._url):
-            return nullcontext()
-        return SummaryWriter(join(self._config.run, "tensorboard"), purge_step=step + 1)
-
     def __call__(self, state: TrainState, report: StepReport) -> None:
-        """Write the step's row; raises FloatingPointError when the loss is not finite."""
-        loss = self._engine.mean(report.loss).item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {state.step}: the loss is {loss}")
-        row = self._row(state, report, loss)
+        """Write the step's row."""
+        self._row = self._describe(state, report)
         self._last = state
         if not self._engine.world.is_main:
             return
-        self._rows.append(json.dumps(row) + "\n")
+        self._rows.append(json.dumps(self._row) + "\n")
         if not is_remote(self._url):
             with Path(self._url).open("a") as file:
                 file.write(self._rows[-1])
-        for key, value in row.items():
-            if key != "step" and self._board is not None:
-                self._board.add_scalar(key, value, state.step)
+        numbers = {key: value for key, value in self._row.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.log(numbers, step=state.step)
         self._bar.update(state.step - self._bar.n)
-        self._bar.set_postfix(loss=f"{loss:.4f}")
+        self._bar.set_postfix(loss=f"{report.loss:.4f}")
 
-    def _row(self, state: TrainState, report: StepReport, loss: float) -> dict[str, float]:
-        seconds = state.seconds - self._last.seconds
-        rate = (state.samples_seen - self._last.samples_seen) / seconds
-        row = {
+    def _describe(self, state: TrainState, report: StepReport) -> Row:
+        engine, last = self._engine, self._last
+        num_steps, seconds = state.step - last.step, state.seconds - last.seconds
+        rate = (state.samples_seen - last.samples_seen) / seconds
+        row: Row = {
             "step": state.step,
             "samples_seen": state.samples_seen,
-            "loss": loss,
+            "loss": _number(report.loss),
             "learning_rate": report.learning_rate,
-            "grad_norm": report.grad_norm.item(),
+            "grad_norm": _number(report.grad_norm),
+            "loss_spikes": state.loss_spikes,
+            "nonfinite_steps": state.nonfinite_steps,
             "samples_per_s": rate,
-            "data_wait": (state.data_wait - self._last.data_wait) / seconds,
+            "tokens_per_s": rate * _num_tokens(self._config.backbone),
+            "data_wait": (state.data_wait - last.data_wait) / seconds,
             "seconds": state.seconds,
         }
-        if self._engine.peak_flops is not None:
+        for phase, total in engine.timer.take().items():
+            row[f"{phase}_seconds"] = total / num_steps
+        if engine.loss_scale is not None:
+            row |= {"loss_scale": engine.loss_scale.value, "overflows": engine.loss_scale.overflows}
+        if engine.peak_flops is not None:
             # Three forwards' worth of arithmetic: one forward, two for the backward.
-            row["mfu"] = 3 * self._flops_per_sample * rate / self._engine.peak_flops
-        return row
+            row["mfu"] = 3 * count_cost(self._config.backbone).flops * rate / engine.peak_flops
+        return {**row, "peak_memory": engine.peak_memory, "device": engine.device_name}
+
+    def _summarise(self) -> None:
+        if not self._row:
+            return
+        state, row = self._last, self._row
+        facts = [
+            f"step {state.step} in {state.seconds:.0f} s",
+            f"loss {row['loss']}",
+            f"{row['samples_per_s']:.1f} samples/s",
+            f"data wait {row['data_wait']:.1%}",
+            *([f"MFU {row['mfu']:.1%}"] if "mfu" in row else []),
+            f"peak memory {self._engine.peak_memory / 1e9:.2f} GB on {row['device']}",
+            f"{state.loss_spikes} loss spikes",
+            f"{state.nonfinite_steps} steps without an update",
+        ]
+        sys.stderr.write(f"{self._config.run}: {', '.join(facts)}\n")
+
+
+def _number(value: float) -> float | None:
+    """`value`, or None where JSON has no such number."""
+    return value if math.isfinite(value) else None
+
+
+def _num_tokens(backbone: FusionUViTConfig) -> int:
+    """Tokens of a sample that enter the backbone: time, image, text."""
+    return 1 + backbone.num_image_tokens + backbone.context_length
+
+
+def _open_trackers(config: TrainConfig, state: TrainState) -> list[GeneralTracker]:
+    trackers: list[GeneralTracker] = []
+    # TensorBoard's event files only grow, so that an object store cannot hold them.
+    if "tensorboard" in config.trackers and not is_remote(config.run):
+        trackers.append(TensorBoardTracker("tensorboard", config.run, purge_step=state.step + 1))
+    if "wandb" in config.trackers:
+        name = config.run.rstrip("/").replace("/", "-")
+        trackers.append(WandBTracker("ifvit", name=name, id=name, resume="allow"))
+    try:
+        for tracker in trackers:
+            tracker.start()
+    except ImportError as error:
+        raise UserError(f"trackers: {error.name} is not installed; pip install it") from None
+    return trackers

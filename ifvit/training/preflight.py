@@ -1,6 +1,7 @@
 """Before the first step: do recipe, shards and run directory fit together?"""
 
 import hashlib
+import shutil
 from dataclasses import asdict
 from typing import Any
 
@@ -8,9 +9,10 @@ import yaml
 
 from ifvit.config import dump_config
 from ifvit.errors import UserError
+from ifvit.models.flops import count_cost
 from ifvit.models.pretrained import identify, resolve_pretrained
 from ifvit.shards import EncoderIdentity, ShardReader
-from ifvit.storage import exists, join, read_bytes
+from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
 from ifvit.training.config import TrainConfig
 
 MAY_CHANGE = frozenset(
@@ -18,6 +20,7 @@ MAY_CHANGE = frozenset(
         *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
         *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
         *("keep_every", "keep_best", "resume"),
+        *("tolerate_nonfinite", "trackers", "profile"),
     }
 )
 """Fields that a resumed run may set anew; any other would make it a different run."""
@@ -60,6 +63,27 @@ def check_recipe(config: TrainConfig) -> None:
                 f"{config.run}: started with {key}: {before.get(key)}, the recipe now says "
                 f"{now[key]}; restore that value or choose another run directory"
             )
+
+
+def claim_space(config: TrainConfig) -> None:
+    """Write config.yaml, and raise UserError where the next checkpoint could not be written."""
+    try:
+        write_bytes(join(config.run, "config.yaml"), dump_config(config).encode())
+    except OSError as error:
+        raise UserError(
+            f"{config.run}: cannot be written ({error}); choose another run directory"
+        ) from None
+    if is_remote(config.run):
+        return
+    # Parameters, two moments and averages; all but the moments once more in the exported weights.
+    num_copies = (3 + len(config.ema_decays)) + (1 + len(config.ema_decays))
+    needed = 4 * count_cost(config.backbone).params * num_copies
+    free = shutil.disk_usage(config.run).free
+    if free < needed:
+        raise UserError(
+            f"{config.run}: {free / 1e9:.1f} GB free, the next checkpoint takes "
+            f"{needed / 1e9:.1f} GB; make room or choose another run directory"
+        )
 
 
 def manifest_sha256(shards: str) -> str:

@@ -1,6 +1,7 @@
 """The verb `train`: a recipe => objects => the loop. Wiring only."""
 
 import hashlib
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -10,11 +11,9 @@ from ifvit.config import dump_config
 from ifvit.diffusion.objective import NoisePrediction
 from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.distributed import World
-from ifvit.models.flops import count_cost
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards import ShardReader
-from ifvit.storage import join, write_bytes
 from ifvit.training.batches import Batches
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine, engine_class
@@ -23,16 +22,25 @@ from ifvit.training.lease import Lease
 from ifvit.training.loop import Hook, fit
 from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.order import BatchOrder
-from ifvit.training.preflight import check_encoders, check_recipe, check_shapes, manifest_sha256
+from ifvit.training.preflight import (
+    check_encoders,
+    check_recipe,
+    check_shapes,
+    claim_space,
+    manifest_sha256,
+)
+from ifvit.training.profile import StepProfiler
 from ifvit.training.resume import resume
 from ifvit.training.side_channel import SideChannel
 from ifvit.training.state import TrainState
+from ifvit.training.stop import Preempted, StopRequest
 
 
 def train(config: TrainConfig) -> TrainState:
     """Train, or go on training, the run of `config.run` until `max_steps`.
 
-    Raises UserError when recipe, shards and run directory do not fit together.
+    Raises UserError when recipe, shards and run directory do not fit together, and Preempted when a
+    signal ended it before.
     """
     reader = ShardReader(config.shards, config.cache)
     check_shapes(reader, config)
@@ -66,17 +74,23 @@ def _train(
         seed=config.seed,
         min_snr_gamma=config.min_snr_gamma,
     )
-    metrics = MetricsLog(config, engine, count_cost(config.backbone).flops)
+    metrics = MetricsLog(config, engine)
     checkpoints = SaveCheckpoint(
         config, engine, channel, lease, info, shards_sha256, metrics.publish
     )
     hooks: list[Hook] = [metrics, checkpoints]
     if config.sample_grid.every:
         hooks.append(SampleGrid(config, engine, info))
-    if engine.world.is_main:
-        write_bytes(join(config.run, "config.yaml"), dump_config(config).encode())
-    with checkpoints.saver.open(), metrics.open(state):
-        return fit(state, batches, objective, engine, hooks, config)
+    channel.on_main(lambda: claim_space(config))
+    stop = StopRequest(engine.world)
+    profiler = StepProfiler(config.run, engine.world, enabled=config.profile)
+    try:
+        with stop.listen(), checkpoints.saver.open(), metrics.open(state), profiler.open():
+            return fit(state, batches, objective, engine, hooks, config, stop, profiler)
+    except Preempted as preempted:
+        if engine.world.is_main:
+            sys.stderr.write(f"{preempted.message}\n")
+        raise
 
 
 def _build_engine(
@@ -99,6 +113,7 @@ def _build_engine(
         ema_decays=config.ema_decays,
         micro_batch_size=config.micro_batch_size,
         num_micro_batches=batches.num_micro_batches,
+        tolerate_nonfinite=config.tolerate_nonfinite > 0,
     )
     return batches, engine
 

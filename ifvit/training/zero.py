@@ -1,6 +1,6 @@
 """The engine on DeepSpeed's ZeRO: the only file that knows DeepSpeed.
 
-Two of its private names are used, both in `_create_moments`: DeepSpeed makes AdamW's state at the
+What it does not document is used in the two `_create_moments`: DeepSpeed makes AdamW's state at the
 first step and only then links it to the parameters, but a resumed run has state before that.
 """
 
@@ -40,8 +40,8 @@ class ZeroEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this micro-batch's mean loss; DeepSpeed scales it."""
-        if self._loss_scale is not None:
-            self._optimizer.override_loss_scale(self._loss_scale.value)
+        if self.loss_scale is not None:
+            self._optimizer.override_loss_scale(self.loss_scale.value)
         self._zero.backward(loss)
 
     def step(self) -> Tensor:

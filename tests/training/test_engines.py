@@ -1,0 +1,229 @@
+"""One run, whatever engine computes it and however many processes share the work.
+
+The processes are started once: they train all recipes below one after the other.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_shards import make_samples, write_shards
+from run_files import finish, losses, rows, small_recipe, start
+
+from ifvit.config import dump_config
+from ifvit.errors import UserError
+from ifvit.models.weights import load_weights
+from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
+from ifvit.training.train import train
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+TOLERANCE = 1e-5
+"""Relative, of the loss of each of 30 steps in fp32."""
+ROUNDING = 2e-3
+"""The same with products in 16 bits, whose sums the engines round in another order."""
+
+ENGINES = {
+    "ddp": EngineConfig(backend="plain"),
+    "zero1": EngineConfig(backend="deepspeed", zero_stage=1),
+    "zero2": EngineConfig(backend="deepspeed", zero_stage=2),
+    "zero3": EngineConfig(backend="deepspeed", zero_stage=3),
+    "zero2_offload": EngineConfig(backend="deepspeed", zero_stage=2, offload_optimizer=True),
+    "zero3_offload": EngineConfig(backend="deepspeed", zero_stage=3, offload_optimizer=True),
+}
+HALF = {
+    "zero1_bf16": replace(ENGINES["zero1"], precision="bf16"),
+    "zero3_fp16": replace(ENGINES["zero3"], precision="fp16", activation_checkpointing=True),
+}
+HOPS = ("zero1", "zero3", "zero2_offload")
+"""Engines that one run goes through, four steps on each; one process finishes it."""
+NAN_IMAGE = 7
+
+Runs = dict[str, TrainConfig]
+
+
+def build(folder: Path, shards: str, name: str, **fields: object) -> TrainConfig:
+    """30 steps of 8 samples with clipping and two averages; the backbone trains in milliseconds."""
+    values: dict[str, object] = {
+        "max_steps": 30,
+        "ema_decays": (0.9, 0.5),
+        "optim": OptimConfig(learning_rate=1e-2, warmup_steps=4, max_grad_norm=0.5),
+        **fields,
+    }
+    return small_recipe(str(folder / name), shards, **values)
+
+
+def build_all(folder: Path, shards: str, damaged: str, micro_batch_size: int) -> Runs:
+    """Every run of the tests below, by name; `hop` is the last one of `HOPS`."""
+    runs = {name: build(folder, shards, name, engine=engine) for name, engine in ENGINES.items()}
+    for name, engine in HALF.items():
+        runs[name] = build(folder, shards, name, engine=engine, max_steps=8)
+    zero3 = ENGINES["zero3"]
+    runs["tolerant"] = build(
+        folder, damaged, "tolerant", engine=zero3, max_steps=8, tolerate_nonfinite=9
+    )
+    runs["intolerant"] = build(
+        folder, damaged, "intolerant", engine=ENGINES["zero1"], max_steps=8, log_every=5
+    )
+    runs["preempted"] = build(folder, shards, "preempted", engine=ENGINES["zero2"])
+    return {name: replace(run, micro_batch_size=micro_batch_size) for name, run in runs.items()}
+
+
+def build_hops(folder: Path, shards: str, micro_batch_size: int) -> list[TrainConfig]:
+    """One run as four recipes; wide enough for DeepSpeed to keep some parameters scattered."""
+    engines = [ENGINES[name] for name in HOPS] + [EngineConfig(backend="plain")]
+    wide = replace(small_recipe("", "").backbone, width=160)
+    return [
+        build(
+            folder,
+            shards,
+            "hop",
+            engine=engine,
+            backbone=wide,
+            optim=OptimConfig(learning_rate=1e-3, warmup_steps=4),
+            micro_batch_size=micro_batch_size,
+            max_steps=4 * number,
+        )
+        for number, engine in enumerate(engines, start=1)
+    ]
+
+
+def train_in_turn(recipes: list[TrainConfig], folder: Path, num_processes: int) -> None:
+    """Train all recipes in one set of processes."""
+    paths = []
+    for number, config in enumerate(recipes):
+        path = folder / str(number) / f"{Path(config.run).name}.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(dump_config(config))
+        paths.append(str(path))
+    worker = str(Path(__file__).with_name("train_in_turn.py"))
+    assert finish(start([worker, *paths], num_processes)) == [0] * num_processes
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The small dataset with one NaN in one image."""
+    samples = make_samples(21, seed=1)
+    broken = samples[NAN_IMAGE].moments.copy()
+    broken[0, 0, 0] = np.nan
+    samples[NAN_IMAGE] = replace(samples[NAN_IMAGE], moments=broken)
+    folder = tmp_path_factory.mktemp("damaged")
+    write_shards(folder, samples, (12, 9))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pair(shards: str, damaged: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All runs, trained by two processes in two micro-batches."""
+    folder = tmp_path_factory.mktemp("pair")
+    runs = build_all(folder, shards, damaged, micro_batch_size=2)
+    hops = build_hops(folder, shards, micro_batch_size=2)
+    train_in_turn([*runs.values(), *hops[:-1]], folder, 2)
+    return {**runs, "hop": replace(hops[-1], micro_batch_size=8)}
+
+
+@pytest.fixture(scope="module")
+def alone(shards: str, damaged: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The same runs for one process of plain PyTorch; not trained yet."""
+    folder = tmp_path_factory.mktemp("alone")
+    runs = build_all(folder, shards, damaged, micro_batch_size=8)
+    runs["hop"] = build_hops(folder, shards, micro_batch_size=8)[-1]
+    plain = EngineConfig(backend="plain")
+    return {
+        name: replace(run, engine=replace(plain, precision=run.engine.precision))
+        for name, run in runs.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(alone: Runs) -> TrainConfig:
+    """The undisturbed run of 30 steps."""
+    train(alone["ddp"])
+    return alone["ddp"]
+
+
+def assert_same_weights(one: TrainConfig, other: TrainConfig) -> None:
+    """The exported weights of both runs, trained and averaged, agree to rounding."""
+    for kind in ("raw", "ema", "ema_0.5"):
+        folder = f"weights/step_{one.max_steps:08d}/{kind}"
+        mine, _ = load_weights(f"{one.run}/{folder}")
+        theirs, _ = load_weights(f"{other.run}/{folder}")
+        for name, tensor in theirs.state_dict().items():
+            assert torch.allclose(mine.state_dict()[name], tensor, rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_gives_the_losses_of_one_process(
+    pair: Runs, reference: TrainConfig, name: str
+) -> None:
+    assert losses(pair[name]) == pytest.approx(losses(reference), rel=TOLERANCE)
+    norms = [[row["grad_norm"] for row in rows(run).values()] for run in (pair[name], reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert_same_weights(pair[name], reference)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_rounds_but_learns_the_same(
+    pair: Runs, alone: Runs, reference: TrainConfig, name: str
+) -> None:
+    train(alone[name])
+    assert losses(pair[name]) == pytest.approx(losses(alone[name]), rel=ROUNDING)
+    exact = losses(reference)[:8]
+    assert losses(pair[name]) == pytest.approx(exact, rel=ROUNDING)
+    assert losses(pair[name]) != pytest.approx(exact, rel=1e-6)
+
+
+def test_a_run_may_change_its_engine_at_every_restart(pair: Runs, alone: Runs) -> None:
+    train(pair["hop"])
+    train(alone["hop"])
+    assert losses(pair["hop"]) == pytest.approx(losses(alone["hop"]), rel=TOLERANCE)
+    assert_same_weights(pair["hop"], alone["hop"])
+
+
+def test_tolerated_steps_are_skipped_by_all_processes(pair: Runs, alone: Runs) -> None:
+    train(alone["tolerant"])
+    skipped, expected = rows(pair["tolerant"]), rows(alone["tolerant"])
+    finite = [step for step, row in expected.items() if row["loss"] is not None]
+    assert 3 < len(finite) < len(expected)
+    for step, row in expected.items():
+        assert skipped[step]["loss"] == pytest.approx(row["loss"], rel=TOLERANCE)
+        assert skipped[step]["nonfinite_steps"] == row["nonfinite_steps"]
+    assert_same_weights(pair["tolerant"], alone["tolerant"])
+
+
+def test_a_gradient_that_is_not_finite_stops_all_processes(pair: Runs, alone: Runs) -> None:
+    with pytest.raises(UserError, match="see it again with") as error:
+        train(alone["intolerant"])
+    where = re.search(
+        r"step \d+, .* at positions \[\d+\] of the batch, images \[7\]", str(error.value)
+    )
+    assert where is not None
+    endings = [Path(pair["intolerant"].run, f"ended-{rank}").read_text() for rank in (0, 1)]
+    told = [ending for ending in endings if "images [7]" in ending]
+    assert len(told) == 1
+    for number in re.findall(r"step \d+|positions \[\d+\]", where[0]):
+        assert number in told[0]
+    assert len(list(Path(pair["intolerant"].run, "failures").iterdir())) == 1
+    assert not Path(pair["intolerant"].run, "checkpoints").exists()
+
+
+def test_a_signal_on_one_process_stops_all_after_the_same_step(
+    pair: Runs, reference: TrainConfig
+) -> None:
+    run = pair["preempted"]
+    assert [Path(run.run, f"ended-{rank}").read_text() for rank in (0, 1)] == ["75", "75"]
+    assert 2 <= len(losses(run)) <= 4
+    train(replace(run, engine=EngineConfig(backend="plain"), micro_batch_size=8))
+    assert losses(run) == pytest.approx(losses(reference), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1"])
+def test_four_processes_give_the_losses_of_one(
+    shards: str, reference: TrainConfig, tmp_path: Path, name: str
+) -> None:
+    config = build(tmp_path, shards, name, engine=ENGINES[name], micro_batch_size=1)
+    train_in_turn([config], tmp_path, 4)
+    assert losses(config) == pytest.approx(losses(reference), rel=TOLERANCE)
