@@ -67,12 +67,6 @@ VERBS = {
         "ifvit.training.train:train",
         "shards -> a trained backbone; run again to resume",
     ),
-    "train --replay": Verb(
-        "ifvit.training.config:ReplayConfig",
-        "ifvit.training.replay:replay",
-        "compute again the step that ended a run",
-        positional="file",
-    ),
     "generate": Verb(
         "ifvit.sampling.config:GenerateConfig",
         "ifvit.sampling.generate:generate",
@@ -93,6 +87,11 @@ VERBS = {
         "ifvit.analysis.config:CostConfig",
         "ifvit.analysis.cost:cost",
         "parameters and GFLOPs of every preset",
+    ),
+    "bench encode": Verb(
+        "ifvit.bench.config:BenchEncodeConfig",
+        "ifvit.bench.encode:bench_encode",
+        "images/s of the encode job, against its models alone",
     ),
     "bench loader": Verb(
         "ifvit.bench.config:BenchLoaderConfig",

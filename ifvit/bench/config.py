@@ -1,0 +1,66 @@
+"""Settings of the benchmarks; imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLoaderConfig:
+    """Compare the loader with webdataset, with one file an array, and with a bare copy.
+
+    Samples have the paper's size and lie in a temporary folder ($TMPDIR), in memory after their
+    first reading.
+    """
+
+    num_samples: int = 4000
+    """Images with five captions each, 0.6 MB an image; written twice, and held in memory once."""
+    batch_size: int = 256
+    """Samples in a batch."""
+    num_workers: int = 2
+    """Threads of the loader and of the copy, processes of the others."""
+    rounds: int = 5
+    """Repetitions, in turn; medians are compared."""
+    seconds: float = 3.0
+    """Length of one measurement."""
+    store: str | None = None
+    """s3://bucket/prefix: also compare reading the samples from there with downloading them."""
+    json: bool = False
+    """Print one JSON object: samples_per_s, vs_webdataset, vs_npy, vs_copy, with a store
+    vs_download."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 2 * self.batch_size:
+            raise ValueError("num_samples must be at least two batches of batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEncodeConfig:
+    """Compare the whole encode job, files to manifest, with its two models alone.
+
+    Images are drawn as JPEGs of COCO's usual 640 x 480 pixels, with five captions each.
+    """
+
+    vae: str = "scenes/vae"
+    """Autoencoder: hub name, local folder, or scenes/vae."""
+    text_encoder: str = "scenes/clip"
+    """CLIP text encoder: hub name, local folder, or scenes/clip."""
+    num_images: int = 128
+    """Images in one measurement, two shards of them."""
+    image_size: int = 256
+    """Side in pixels of the square that is encoded."""
+    batch_size: int = 16
+    """Images that go through the models at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which the models compute."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the models run; auto takes a GPU when there is one."""
+    num_workers: int = 4
+    """Threads that read and resize images ahead of the models."""
+    rounds: int = 3
+    """Repetitions, in turn; medians are compared."""
+    json: bool = False
+    """Print one JSON object: images_per_s, vs_models_alone, and what was measured on what."""
+
+    def __post_init__(self) -> None:
+        if self.num_images < 2:
+            raise ValueError("num_images must be at least 2")
