@@ -5,7 +5,7 @@ from typing import Literal
 
 from ifvit.sampling.alignment.config import DateConfig, MethodName, RegulationConfig
 
-SolverName = Literal["dpm_solver_pp", "ddim", "euler", "unipc"]
+SolverName = Literal["dpm_solver_pp", "dpm_solver_pp_fast", "ddim", "euler", "unipc"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class SamplingConfig:
     """Solver, guidance and seed: all that decides what an image looks like besides the weights."""
 
     solver: SolverName = "dpm_solver_pp"
-    """ODE solver, all deterministic: DPM-Solver++ of order 2, DDIM, Euler or UniPC."""
+    """ODE solver, all deterministic: DPM-Solver++ of order 2 (multistep), U-ViT's "fast" one of
+    order 3 (singlestep), DDIM, Euler or UniPC."""
 
     num_steps: int = 50
     """Evaluations of the backbone per image (under guidance: of both halves together)."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -27,23 +28,34 @@ _SCHEDULE: dict[str, Any] = {
     "beta_end": BETA_END,
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
-    # "trailing" yields one step too many for some counts (61, 103, …), "leading" skips t = 999.
-    "timestep_spacing": "linspace",
 }
+# "trailing" yields one step too many for some counts (61, 103, …), "leading" skips t = 999.
+_SPACED = _SCHEDULE | {"timestep_spacing": "linspace"}
 # The last step goes to t = 0, as in U-ViT, not to sigma = 0: on a Gaussian that halves the error
 # at 20 to 100 steps. It is a long step in log-SNR, for DPM-Solver++ too long for order 2.
-_MULTISTEP = _SCHEDULE | {"final_sigmas_type": "sigma_min"}
+_MULTISTEP = _SPACED | {"final_sigmas_type": "sigma_min"}
 
 SOLVERS: dict[SolverName, Callable[[], Any]] = {
     # Lu et al. 2022, "DPM-Solver++", algorithm 2M.
     "dpm_solver_pp": partial(
         DPMSolverMultistepScheduler, solver_order=2, euler_at_final=True, **_MULTISTEP
     ),
+    # Lu et al. 2022, algorithm 3S in steps of three evaluations: U-ViT's "fast" sampler, for
+    # comparison with published numbers. Two things differ: diffusers rounds the times to integers,
+    # and the second of the three evaluations is reached by algorithm 2S with its own coefficient,
+    # (1 - e^-h) / 2 instead of 1 - (1 - e^-h) / h, which agree to first order in h.
+    "dpm_solver_pp_fast": partial(
+        DPMSolverSinglestepScheduler,
+        solver_order=3,
+        lower_order_final=True,
+        final_sigmas_type="sigma_min",
+        **_SCHEDULE,
+    ),
     # DDIM (Song et al. 2021, eta = 0) is DPM-Solver-1 (Lu et al. 2022, section 4.1). Diffusers'
     # own DDIM assumes equal integer strides and errs for every other number of steps.
     "ddim": partial(DPMSolverMultistepScheduler, solver_order=1, **_MULTISTEP),
     # Karras et al. 2022, algorithm 1.
-    "euler": partial(EulerDiscreteScheduler, **_SCHEDULE),
+    "euler": partial(EulerDiscreteScheduler, **_SPACED),
     # Zhao et al. 2023, UniPC-2 with B(h) = e^h - 1.
     "unipc": partial(UniPCMultistepScheduler, solver_order=2, **_MULTISTEP),
 }
