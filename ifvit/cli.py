@@ -67,6 +67,12 @@ VERBS = {
         "ifvit.training.train:train",
         "shards -> a trained backbone; run again to resume",
     ),
+    "train --replay": Verb(
+        "ifvit.training.config:ReplayConfig",
+        "ifvit.training.replay:replay",
+        "compute again the step that ended a run",
+        positional="file",
+    ),
     "generate": Verb(
         "ifvit.sampling.config:GenerateConfig",
         "ifvit.sampling.generate:generate",
