@@ -120,10 +120,10 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hanging requests end after a second, and retries are left to us."""
-    config = {"connect_timeout": 1, "read_timeout": 1, "retries": {"max_attempts": 1}}
+    """Requests that hang end after two seconds, and retries are left to us."""
+    config = {"connect_timeout": 2, "read_timeout": 2, "retries": {"max_attempts": 1}}
     monkeypatch.setattr(object_store, "_S3_OPTIONS", {"config_kwargs": config})
-    monkeypatch.setattr(object_store, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(object_store, "STALL_SECONDS", 2.0)
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
 
 
@@ -250,12 +250,12 @@ def test_a_kill_at_any_request_of_a_remote_save_leaves_a_whole_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From one request on nothing changes the store any more: to it that is a killed client."""
-    monkeypatch.setenv("IFVIT_STORE_PATIENCE", "0")
     for operation in range(1, 100):
         run = join(s3_bucket, str(operation))
         save(savers(run, attempt="old", retention=Retention(last=1)), 1)
         write = Fault(kind, method="[PD]*", first=operation)
         faulty_s3.plan(write, replace(write, kind="drop", first=operation + 1, times=None))
+        monkeypatch.setenv("IFVIT_STORE_PATIENCE", "0")
         try:
             save(savers(run, attempt="new", retention=Retention(last=1)), 2)
         except UserError:
@@ -264,6 +264,7 @@ def test_a_kill_at_any_request_of_a_remote_save_leaves_a_whole_checkpoint(
             break
         finally:
             faulty_s3.plan()
+            monkeypatch.delenv("IFVIT_STORE_PATIENCE")
         is_committed = operation > 2 or (operation == 2 and kind == "lose_answer")
         assert restored_step(run, cache) == (2 if is_committed else 1)
         save(savers(run, attempt="newer", retention=Retention(last=1)), 2)

@@ -1,0 +1,250 @@
+"""Kill a training run at random moments and compare it with one that was left alone.
+
+    python tools/kill_train.py s3://bucket/kill --kills 50
+    python tools/kill_train.py /tmp/kill --kills 5 --worlds 1 2 --steps 60
+
+Every rank gets SIGKILL at once, while starting, stepping, saving or uploading; the next start has
+another number of processes. After each kill the newest complete checkpoint is read in full: its
+step must never fall. At the end every logged loss and all final tensors are compared. Prints one
+JSON object; exit code 1 if anything differs by more than the tolerance.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from ifvit.config import dump_config
+from ifvit.models.config import FusionUViTConfig
+from ifvit.shards import ShardReader
+from ifvit.storage import exists, join, list_names, read_bytes
+from ifvit.training.checkpoint import MANIFEST, fetch_newest, open_tensors, saved_steps, step_url
+from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
+
+TOLERANCE = 1e-4
+"""Largest relative difference; the order of sums changes with the number of processes."""
+
+
+def main() -> None:
+    """Run the two trainings and print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="local folder or s3:// URL for the disturbed run")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--minutes", type=float, default=60.0, help="no more kills after this")
+    parser.add_argument("--shards", help="dataset; unset: a few scenes are drawn and encoded")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kill-train-") as local:
+        shards = arguments.shards or draw_shards(local)
+        calm = recipe(join(local, "calm"), shards, arguments.steps)
+        finish(start(calm, 1, Path(local)))
+        hunted = replace(calm, run=join(arguments.folder, "hunted"))
+        deadline = started + 60 * arguments.minutes
+        report = hunt(hunted, arguments, random.Random(arguments.seed), deadline, Path(local))
+        report |= compare(calm.run, hunted.run, Path(local))
+    report["minutes"] = (time.monotonic() - started) / 60
+    print(json.dumps(report, indent=2))
+    sys.exit(report["max_loss_difference"] > TOLERANCE or report["max_tensor_difference"] > 0.01)
+
+
+def draw_shards(folder: str) -> str:
+    """64 scenes as shards."""
+    from data_pipeline.config import EncodeConfig
+    from data_pipeline.encode import encode
+    from ifvit.scenes.coco import draw_scene_set
+
+    draw_scene_set(folder, "train2014", 64)
+    captions = join(folder, "annotations", "captions_train2014.json")
+    shards, images = join(folder, "shards"), join(folder, "train2014")
+    names = {"vae": "scenes/vae", "text_encoder": "scenes/clip", "image_size": 64}
+    encode(EncodeConfig(images=images, captions=captions, output=shards, **names))
+    return shards
+
+
+def recipe(run: str, shards: str, steps: int) -> TrainConfig:
+    """A tiny model, saved every third step."""
+    reader = ShardReader(shards)
+    channels, side, _ = reader.manifest.moments_shape
+    length, width = reader.text.context_shape
+    shape = FusionUViTConfig(
+        latent_channels=channels // 2,
+        latent_size=side,
+        patch_size=2,
+        width=32,
+        depth=4,
+        num_heads=2,
+        context_length=length,
+        context_width=width,
+        conditioning="cross_attention",
+        num_image_blocks=1,
+        num_text_blocks=1,
+    )
+    return TrainConfig(
+        run=run,
+        shards=shards,
+        backbone=shape,
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=10),
+        engine=EngineConfig(backend="plain"),
+        sample_grid=SampleGridConfig(every=0),
+        max_steps=steps,
+        global_batch_size=8,
+        micro_batch_size=2,
+        ema_decays=(0.9,),
+        log_every=1,
+        checkpoint_every=3,
+    )
+
+
+def start(config: TrainConfig, num_ranks: int, folder: Path) -> list[subprocess.Popen[str]]:
+    """One process per rank, without a launcher that would clean up after them."""
+    path = folder / "recipe.yaml"
+    path.write_text(dump_config(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(num_ranks):
+        own = {} if num_ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank), **world}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "ifvit", "train", "--config", str(path)],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **own},
+                stderr=(folder / f"rank{rank}.log").open("w"),
+                text=True,
+            )
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    """Wait for a clean end."""
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise SystemExit(f"training ended with {codes}")
+
+
+def hunt(
+    config: TrainConfig,
+    arguments: argparse.Namespace,
+    draw: random.Random,
+    deadline: float,
+    folder: Path,
+) -> dict[str, object]:
+    """Start and kill until the kills or the time are used up, then let the run finish."""
+    moments: dict[str, int] = {}
+    newest, worlds = 0, []
+    for _ in range(arguments.kills):
+        if time.monotonic() > deadline:
+            break
+        worlds.append(draw.choice([n for n in arguments.worlds if n not in worlds[-1:]] or [1]))
+        processes = start(config, worlds[-1], folder)
+        is_early = draw.random() < 0.1
+        wait_for_steps(
+            folder / "rank0.log", processes[0], 4.0 * draw.random() if is_early else None
+        )
+        time.sleep(draw.uniform(0.0, 2.0))
+        ended = [process.poll() for process in processes]
+        for process in draw.sample(processes, len(processes)):
+            process.send_signal(signal.SIGKILL)
+        for process in processes:
+            process.wait()
+        if any(code for code in ended if code is not None):
+            raise SystemExit(
+                f"a rank ended by itself: {(folder / 'rank0.log').read_text()[-2000:]}"
+            )
+        moment = moment_of_death(config.run)
+        moments[moment] = moments.get(moment, 0) + 1
+        step = newest_step(config.run, folder)
+        if step < newest:
+            raise SystemExit(f"step {newest} was complete and is lost; the newest is {step}")
+        newest = step
+        print(f"kill {sum(moments.values())}: {worlds[-1]} ranks, {moment}, saved step {step}")
+        if step >= config.max_steps:
+            break
+    finish(start(config, 1, folder))
+    return {"kills": sum(moments.values()), "moments": moments, "worlds": worlds}
+
+
+def wait_for_steps(log: Path, process: subprocess.Popen[str], limit: float | None) -> None:
+    """Return when the progress line is there, the process has ended, or after `limit` seconds."""
+    started = time.monotonic()
+    while (
+        process.poll() is None
+        and "step/s" not in log.read_text()
+        and "s/step" not in log.read_text()
+    ):
+        if limit is not None and time.monotonic() - started > limit:
+            return
+        time.sleep(0.05)
+
+
+def moment_of_death(run: str) -> str:
+    """What the store tells of the last moment: no manifest for the last folder means a save."""
+    steps = saved_steps(run)
+    if not steps:
+        return "before the first save"
+    names = list_names(step_url(run, steps[-1]))
+    if MANIFEST not in names:
+        return "between part and manifest"
+    latest = join(run, "checkpoints", "latest")
+    published = read_bytes(latest).decode().strip() if exists(latest) else ""
+    if published != f"step_{steps[-1]:08d}":
+        return "between manifest and latest"
+    if len(steps) > 2:
+        return "while pruning"
+    return "while stepping, copying or uploading"
+
+
+def newest_step(run: str, folder: Path) -> int:
+    """Step of the newest checkpoint, all of it read and verified."""
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        found = fetch_newest(run, Path(cache))
+    return found[1].state.step if found else 0
+
+
+def compare(calm: str, hunted: str, folder: Path) -> dict[str, object]:
+    """Largest differences: of losses, and of tensors against the largest value in each."""
+    losses = []
+    for run in (calm, hunted):
+        rows = [json.loads(line) for line in read_bytes(join(run, "metrics.jsonl")).splitlines()]
+        losses.append({row["step"]: row["loss"] for row in rows})
+        assert len(losses[-1]) == len(rows), f"{run}: a step was logged twice"
+    assert losses[0].keys() == losses[1].keys(), "a logged step is missing"
+    found = [fetch_newest(run, folder / Path(run).name) for run in (calm, hunted)]
+    assert found[0]
+    assert found[1]
+    assert found[0][1].state.step == found[1][1].state.step
+    caches = [folder / Path(run).name for run in (calm, hunted)]
+    with (
+        open_tensors(*found[0], caches[0]) as first,
+        open_tensors(*found[1], caches[1]) as second,
+    ):
+        names = [name for part in found[0][1].parts for name in part.tensors]
+        tensors = {
+            name: float((first(name) - second(name)).abs().max() / first(name).abs().max())
+            for name in names
+            if first(name).abs().max() > 0
+        }
+    worst = max(tensors, key=tensors.__getitem__)
+    return {
+        "logged_losses": len(losses[0]),
+        "max_loss_difference": max(abs(losses[1][s] - x) / abs(x) for s, x in losses[0].items()),
+        "max_tensor_difference": tensors[worst],
+        "worst_tensor": worst,
+    }
+
+
+if __name__ == "__main__":
+    main()
