@@ -1,0 +1,87 @@
+"""Where a run starts, and that a run in an object store is a run like any other."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ifvit.analysis.runs import read_run
+from ifvit.errors import UserError
+from ifvit.models.weights import load_weights
+from ifvit.storage import join, list_names, read_bytes
+from ifvit.training.config import TrainConfig
+from ifvit.training.lease import Lease
+from ifvit.training.train import train
+
+Recipe = Callable[..., TrainConfig]
+
+
+def losses(run: str) -> dict[int, float]:
+    rows = [json.loads(line) for line in read_bytes(join(run, "metrics.jsonl")).splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def test_never_refuses_a_run_that_has_checkpoints(recipe: Recipe) -> None:
+    config = recipe(max_steps=2, resume="never")
+    train(config)
+    with pytest.raises(UserError, match="holds checkpoints, and resume is never; choose another"):
+        train(replace(config, max_steps=3))
+
+
+@pytest.mark.parametrize("whole_run", [True, False])
+def test_a_run_may_start_from_another_and_then_goes_on_by_itself(
+    recipe: Recipe, whole_run: bool
+) -> None:
+    first, whole = recipe("first", max_steps=4), recipe("whole")
+    train(first)
+    train(whole)
+    url = first.run if whole_run else join(first.run, "checkpoints", "step_00000004")
+    branch = recipe("branch", max_steps=6, resume=url)
+    assert train(branch).step == 6
+    assert train(replace(branch, max_steps=8)).step == 8
+    expected = losses(whole.run)
+    assert losses(branch.run) == {step: expected[step] for step in (5, 6, 7, 8)}
+    assert list_names(join(first.run, "checkpoints")) == ["latest", "step_00000004"]
+
+
+def test_a_start_that_does_not_fit_is_refused(recipe: Recipe) -> None:
+    first = recipe("first", max_steps=2)
+    train(first)
+    with pytest.raises(UserError, match="no checkpoint there; resume takes a run or"):
+        train(recipe("a", resume=recipe("nowhere").run))
+    with pytest.raises(UserError, match="holds a backbone of another shape"):
+        train(recipe("b", resume=first.run, backbone=replace(first.backbone, width=16)))
+    with pytest.raises(UserError, match=r"holds no ema0\.5\."):
+        train(recipe("c", resume=first.run, ema_decays=(0.5,)))
+
+
+def test_a_run_that_another_job_holds_is_refused(recipe: Recipe) -> None:
+    config = recipe()
+    refused = pytest.raises(UserError, match=r"in use by process .* choose another run directory")
+    with Lease.acquire(config.run, beat_seconds=0.2).held(), refused:
+        train(config)
+    assert not Path(config.run, "config.yaml").exists()
+    train(replace(config, max_steps=1))
+
+
+@pytest.mark.s3
+def test_a_run_in_a_store_is_resumed_and_read_from_there(
+    recipe: Recipe, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IFVIT_CACHE", str(tmp_path / "cache"))
+    near, far = recipe("near"), replace(recipe(), run=s3_bucket)
+    train(near)
+    train(replace(far, max_steps=5))
+    train(far)
+    assert losses(far.run) == losses(near.run)
+    for _ in range(2):
+        (here, _), (there, info) = load_weights(near.run), load_weights(far.run)
+        assert info.step == 8
+        assert all(map(torch.equal, here.parameters(), there.parameters()))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    run = read_run(far.run, "far")
+    assert run.recipe is not None
+    assert len(run.curve) == 8
