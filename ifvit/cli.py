@@ -94,6 +94,11 @@ VERBS = {
         "ifvit.analysis.cost:cost",
         "parameters and GFLOPs of every preset",
     ),
+    "bench checkpoint": Verb(
+        "ifvit.bench.config:BenchCheckpointConfig",
+        "ifvit.bench.checkpoint:bench_checkpoint",
+        "what checkpoints cost the training loop",
+    ),
     "bench encode": Verb(
         "ifvit.bench.config:BenchEncodeConfig",
         "ifvit.bench.encode:bench_encode",

@@ -64,3 +64,25 @@ class BenchEncodeConfig:
     def __post_init__(self) -> None:
         if self.num_images < 2:
             raise ValueError("num_images must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCheckpointConfig:
+    """Measure what checkpoints of the 48M-parameter preset cost the training loop."""
+
+    run: str | None = None
+    """Where to save, a folder or s3://bucket/prefix; unset: a temporary folder."""
+    every: int = 20
+    """Steps between saves."""
+    num_steps: int = 40
+    """Steps measured without and again with saves; a multiple of `every`."""
+    batch_size: int = 4
+    """Samples per step; the paper's 256 on a GPU."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.batch_size < 1 or self.num_steps < self.every:
+            raise ValueError("every and batch_size must be positive, num_steps at least every")
+        if self.num_steps % self.every:
+            raise ValueError(f"num_steps {self.num_steps} is not a multiple of every {self.every}")
