@@ -99,6 +99,8 @@ class ShardReader:
         shards = self._shards_of(samples)
         places = self._tables.moments[samples]
         if mirrored is not None:
+            if not self.manifest.flipped:
+                raise ShardError(f"{self.url}: holds no mirrored images; encode with flip: true")
             places[mirrored] = self._tables.flipped[samples[mirrored]]
         self._read_rows("moments", samples, shards, places, _rows_of(out))
 
@@ -133,10 +135,10 @@ class ShardReader:
 
     def context(self, sample: int, caption: int) -> Array:
         """(M, D) embedding of one caption; the sample's other captions are not read."""
-        count = self.num_captions(sample)
+        shape, count = self.text.context_shape, self.num_captions(sample)
         if not 0 <= caption < count:
             raise IndexError(f"sample {sample} has {count} captions, asked for number {caption}")
-        out = np.empty((1, *self.text.context_shape), self.dtype)
+        out = np.empty((1, *shape), self.dtype)
         self.read_contexts(np.array([sample]), np.array([caption]), out)
         return out.squeeze(0)
 

@@ -1,94 +1,101 @@
 """Shards: round trip, only the needed bytes, and every kind of damage named at opening."""
 
-import hashlib
 import json
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from made_shards import make_samples, write_shards
 
-from data_pipeline.write import npy_bytes, write_shard
+from data_pipeline.write import npy_bytes
 from ifvit.shards import (
-    EncoderIdentity,
     LatentSample,
-    Manifest,
-    SampleMetadata,
     ShardError,
     ShardReader,
-    TextEncoding,
     read_manifest,
     write_manifest,
 )
+from ifvit.shards import files as shard_files
 
 MOMENTS_SHAPE = (8, 4, 4)
 CONTEXT_SHAPE = (5, 6)
 NUM_SAMPLES = 7
 
 
-def make_samples() -> list[LatentSample]:
-    generator = np.random.default_rng(0)
-    samples = []
-    for number in range(NUM_SAMPLES):
-        captions = tuple(f"{number} Käse, caption {k}" for k in range(number % 3 + 1))
-        samples.append(
-            LatentSample(
-                key=f"{number:012d}",
-                moments=generator.standard_normal(MOMENTS_SHAPE).astype(np.float16),
-                context=generator.standard_normal((len(captions), *CONTEXT_SHAPE)).astype("f2"),
-                metadata=SampleMetadata(image_id=number, captions=captions, width=9, height=8),
-            )
-        )
-    return samples
-
-
 @pytest.fixture
 def samples() -> list[LatentSample]:
-    return make_samples()
+    return make_samples(
+        NUM_SAMPLES, moments_shape=MOMENTS_SHAPE, context_shape=CONTEXT_SHAPE, flipped=True
+    )
 
 
 @pytest.fixture
 def dataset(tmp_path: Path, samples: list[LatentSample]) -> Path:
     """Shards of 3, 3 and 1 samples with a manifest."""
     folder = tmp_path / "shards"
-    shards = tuple(
-        write_shard(folder, f"shard-{k:05d}", samples[3 * k : 3 * k + 3]) for k in range(3)
-    )
-    null_context = npy_bytes(np.ones(CONTEXT_SHAPE, np.float16))
-    (folder / "null_context.npy").write_bytes(null_context)
-    manifest = Manifest(
-        vae=EncoderIdentity(name="vae", sha256="0" * 64),
-        text=TextEncoding(
-            encoder=EncoderIdentity(name="clip", sha256="1" * 64),
-            context_shape=CONTEXT_SHAPE,
-            null_context_sha256=hashlib.sha256(null_context).hexdigest(),
-        ),
-        image_size=32,
-        dtype="float16",
-        moments_shape=MOMENTS_SHAPE,
-        num_samples=NUM_SAMPLES,
-        num_captions=sum(len(sample.context) for sample in samples),
-        latent_mean=0.1,
-        latent_std=4.0,
-        shards=shards,
-    )
-    write_manifest(str(folder), manifest)
+    write_shards(folder, samples, (3, 3, 1))
     return folder
 
 
 def test_reader_returns_what_was_written(dataset: Path, samples: list[LatentSample]) -> None:
     reader = ShardReader(str(dataset))
     assert len(reader) == NUM_SAMPLES
-    assert reader.manifest.scaling_factor == 0.25
+    assert reader.manifest.scaling_factor == pytest.approx(1 / 1.5)
     np.testing.assert_array_equal(reader.null_context, np.ones(CONTEXT_SHAPE))
     for number, sample in enumerate(samples):
         assert reader.metadata(number) == sample.metadata
         assert reader.num_captions(number) == len(sample.context)
         assert reader.moments(number).dtype == np.float16
         np.testing.assert_array_equal(reader.moments(number), sample.moments)
+        np.testing.assert_array_equal(reader.flipped(number), sample.flipped)
         for caption, context in enumerate(sample.context):
             np.testing.assert_array_equal(reader.context(number, caption), context)
+
+
+def test_labels_are_read_as_written(tmp_path: Path) -> None:
+    samples = make_samples(5, labelled=True)
+    write_shards(tmp_path, samples, (3, 2))
+    reader = ShardReader(str(tmp_path))
+    assert [reader.label(number) for number in range(5)] == [0, 1, 0, 1, 0]
+    assert reader.metadata(3) == samples[3].metadata
+    with pytest.raises(ShardError, match="holds class labels, not captions"):
+        reader.context(0, 0)
+    with pytest.raises(ShardError, match="holds no mirrored images"):
+        reader.flipped(0)
+
+
+def test_a_batch_is_read_into_its_rows(dataset: Path, samples: list[LatentSample]) -> None:
+    reader = ShardReader(str(dataset))
+    chosen, captions = np.array([6, 2, 2, 0, 5]), np.array([0, 2, -1, 0, -1])
+    np.testing.assert_array_equal(reader.caption_counts(chosen), [1, 3, 3, 1, 3])
+    moments = np.empty((5, *MOMENTS_SHAPE), np.float16)
+    reader.read_moments(chosen, moments, np.array([True, False, True, False, True]))
+    contexts = np.empty((5, *CONTEXT_SHAPE), np.float16)
+    reader.read_contexts(chosen, captions, contexts)
+    for row, (number, caption) in enumerate(zip(chosen, captions, strict=True)):
+        sample = samples[number]
+        expected = sample.moments if row % 2 else sample.flipped
+        np.testing.assert_array_equal(moments[row], expected)
+        expected = np.ones(CONTEXT_SHAPE) if caption < 0 else sample.context[caption]
+        np.testing.assert_array_equal(contexts[row], expected)
+
+
+def test_few_files_are_open_however_many_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_files.LocalFiles, "max_open", 3)
+    samples = make_samples(20)
+    write_shards(tmp_path, samples, [1] * 20)
+    before = len(os.listdir("/proc/self/fd"))
+    reader = ShardReader(str(tmp_path))
+    for number, sample in enumerate(samples):
+        np.testing.assert_array_equal(reader.moments(number), sample.moments)
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    del reader
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_manifest_survives_a_round_trip(dataset: Path) -> None:
@@ -159,7 +166,7 @@ def flip_null_context(folder: Path) -> None:
 
 def edit_manifest(folder: Path) -> None:
     path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"latent_std": 4.0', '"latent_std": 5.0'))
+    path.write_text(path.read_text().replace('"latent_std": 1.5', '"latent_std": 5.0'))
 
 
 def cut_manifest(folder: Path) -> None:
@@ -178,7 +185,7 @@ def raise_format_version(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (cut_tar, "shard-00001.tar: 10239 bytes, the manifest says 10240"),
+        (cut_tar, "shard-00001.tar: 20479 bytes, the manifest says 20480"),
         (remove_tar, "shard-00001.tar: no such shard"),
         (remove_index, "shard-00001.index.npz: no such index"),
         (flip_index, "shard-00001.index.npz: index does not match"),
