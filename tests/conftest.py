@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import fsspec
@@ -55,6 +56,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def s3_bucket() -> Iterator[str]:
     """`s3://bucket/prefix` of this test alone, emptied afterwards; for tests marked `s3`."""
+    with s3_prefix() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def s3_module_bucket() -> Iterator[str]:
+    """The same for all tests of a module."""
+    with s3_prefix() as url:
+        yield url
+
+
+@contextmanager
+def s3_prefix() -> Iterator[str]:
+    """A prefix that nobody else uses, emptied afterwards."""
     url = f"s3://ifvit-tests/{uuid.uuid4().hex}"
     files = fsspec.filesystem("s3", use_listings_cache=False)
     files.makedirs("s3://ifvit-tests", exist_ok=True)

@@ -1,0 +1,35 @@
+"""A small dataset and a recipe for jobs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from small_jobs import NUM_IMAGES, encoding, training
+
+from data_pipeline.config import EncodeConfig
+from data_pipeline.encode import encode
+from ifvit.scenes.coco import draw_scene_set
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of 48 captioned scenes in COCO's layout."""
+    folder = tmp_path_factory.mktemp("images")
+    draw_scene_set(str(folder), "train2014", NUM_IMAGES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the encoded scenes."""
+    output = str(tmp_path_factory.mktemp("shards"))
+    encode(EncodeConfig(**encoding(images, output)))  # type: ignore[arg-type]
+    return output
+
+
+@pytest.fixture
+def recipe(shards: str, tmp_path: Path) -> Path:
+    """YAML file of a run in `tmp_path`/run."""
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(training(str(tmp_path / "run"), shards)))
+    return path

@@ -1,0 +1,116 @@
+"""Recipes of jobs that take seconds, and what to wait for while they run."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ifvit import storage
+from slurm.config import LogsConfig
+from slurm.status import JobStatus, collect, find_log
+
+PATIENCE = 240.0
+"""Seconds after which a job is taken for stuck."""
+NUM_IMAGES = 48
+BACKBONE = {
+    "latent_size": 8,
+    "patch_size": 2,
+    "width": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "context_length": 16,
+    "context_width": 64,
+    "conditioning": "concat",
+    "num_image_blocks": 0,
+    "num_text_blocks": 0,
+}
+
+
+def encoding(images: Path, output: str) -> dict[str, object]:
+    """Recipe of the encode job: 48 scenes in four shards."""
+    return {
+        "images": str(images / "train2014"),
+        "captions": str(images / "annotations" / "captions_train2014.json"),
+        "output": output,
+        "vae": "scenes/vae",
+        "text_encoder": "scenes/clip",
+        "image_size": 64,
+        "samples_per_shard": NUM_IMAGES // 4,
+        "num_workers": 1,
+    }
+
+
+def training(run: str, shards: str) -> dict[str, object]:
+    """Recipe of a run of 240 small steps on CPUs."""
+    return {
+        "run": run,
+        "shards": shards,
+        "backbone": BACKBONE,
+        "engine": {"backend": "plain"},
+        "optim": {"warmup_steps": 10},
+        "sample_grid": {"every": 0},
+        "max_steps": 240,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "log_every": 1,
+        "checkpoint_every": 40,
+        "num_workers": 1,
+    }
+
+
+def wait_until(true: Callable[[], Any], what: str) -> None:
+    """Poll until `true()`; fails after PATIENCE seconds."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, f"waited {PATIENCE:.0f} s for {what}"
+        time.sleep(0.2)
+
+
+def wait_for_jobs(home: str) -> list[JobStatus]:
+    """The statuses of a run's jobs once all have ended; each must have completed."""
+
+    def has_failed_or_all_ended() -> bool:
+        statuses = collect(home)
+        return all(s.has_ended for s in statuses) or any(s.state == "FAILED" for s in statuses)
+
+    wait_until(has_failed_or_all_ended, f"the jobs of {home}")
+    statuses = collect(home)
+    for status in statuses:
+        if status.state != "COMPLETED":
+            log = find_log(LogsConfig(run=home, job=status.job_id)).read_text()
+            raise AssertionError(f"{status}\n{log[-5000:]}")
+    return statuses
+
+
+def losses(run: str) -> dict[int, float]:
+    """Loss of every logged step."""
+    rows = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, rows)}
+
+
+def task_pids(job_id: str) -> dict[int, int]:
+    """Process ids of a job's python tasks, by rank; both virtual nodes are this machine."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            if b"submitit.core._submit" not in command or b"srun" in command[0]:
+                continue
+            pairs = (process / "environ").read_bytes().decode().split("\0")
+        except OSError:
+            continue  # it has ended
+        variables = dict(pair.partition("=")[::2] for pair in pairs)
+        if variables["SLURM_JOB_ID"] == job_id and "SLURM_STEP_ID" in variables:
+            found[int(variables["SLURM_PROCID"])] = int(process.name)
+    return found
+
+
+def fail_on_the_first_node(marker: str) -> None:
+    """A job: says that the hardware is broken where it runs first, then writes where it runs."""
+    first, then = Path(marker, "first"), Path(marker, "then")
+    if not first.exists():
+        first.write_text(socket.gethostname())
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    then.write_text(socket.gethostname())

@@ -1,0 +1,247 @@
+"""Jobs on a real cluster: what SLURM does to them must not show in what they compute."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import yaml
+from small_jobs import (
+    encoding,
+    losses,
+    task_pids,
+    training,
+    wait_for_jobs,
+    wait_until,
+)
+
+from ifvit import storage
+from slurm.cluster import ClusterConfig
+from slurm.config import SubmitConfig
+from slurm.jobs import VerbJob
+from slurm.status import collect
+from slurm.submission import Submission
+
+pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).parents[2]
+CLUSTER = str(ROOT / "configs" / "cluster" / "virtual.yaml")
+
+
+def submit(verb: str, recipe: dict[str, object], folder: Path, *flags: str) -> str:
+    """Call `ifvit submit VERB` on two virtual nodes; returns what it prints."""
+    path = folder / f"{verb}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    cluster = ["--cluster", CLUSTER, "--cluster.folder", str(folder / "jobs")]
+    command = [sys.executable, "-m", "ifvit", "submit", verb, *cluster, "--config", str(path)]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run that has ended."""
+
+    losses: dict[int, float]
+    requeues: int
+    log: str
+    seconds: float
+
+
+class Trainer:
+    """Submits training runs to an object store and disturbs them once they have a checkpoint."""
+
+    def __init__(self, shards: str, folder: Path, store: str) -> None:
+        self._shards, self._folder, self._store = shards, folder, store
+
+    def __call__(self, name: str, disturb: Callable[[str], None]) -> Run:
+        started = time.monotonic()
+        folder = self._folder / name
+        folder.mkdir()
+        run = storage.join(self._store, name)
+        job_id = submit("train", training(run, self._shards), folder).split(":")[0]
+        wait_until(
+            lambda: storage.exists(storage.join(run, "checkpoints", "latest")), "a checkpoint"
+        )
+        disturb(job_id)
+        [status] = wait_for_jobs(run)
+        return Run(
+            losses=losses(run),
+            requeues=status.requeues,
+            log=next(folder.glob("jobs/*/*_0_log.out")).read_text(),
+            seconds=time.monotonic() - started,
+        )
+
+
+def leave_alone(job_id: str) -> None:
+    """The undisturbed run."""
+
+
+def requeue(job_id: str) -> None:
+    """What an administrator does, or a job of higher priority."""
+    subprocess.run(["scontrol", "requeue", job_id], check=True)
+
+
+def kill_one_task(job_id: str) -> None:
+    """What the kernel does when memory is short."""
+    os.kill(task_pids(job_id)[1], signal.SIGKILL)
+
+
+def run_out_of_time(job_id: str) -> None:
+    """Freeze the tasks until SLURM signals the coming end of their time, which thaws them too."""
+    for task in task_pids(job_id).values():
+        os.kill(task, signal.SIGSTOP)
+    set_time_limit(job_id, math.ceil((seconds_run(job_id) + 45) / 60))
+    wait_until(lambda: not task_pids(job_id), "the end of the tasks")
+    set_time_limit(job_id, 60)
+
+
+def seconds_run(job_id: str) -> float:
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job_id], check=True, capture_output=True, text=True
+    )
+    started = re.search(r" StartTime=(\S+)", shown.stdout)
+    assert started
+    return (datetime.now() - datetime.fromisoformat(started[1])).total_seconds()
+
+
+def set_time_limit(job_id: str, minutes: int) -> None:
+    command = ["scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes}"]
+    subprocess.run(command, check=True)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    shards: str, s3_module_bucket: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Run]]]:
+    """All runs at once: most of their time they wait for SLURM."""
+    train = Trainer(shards, tmp_path_factory.mktemp("runs"), s3_module_bucket)
+    disturbances = [leave_alone, requeue, kill_one_task, run_out_of_time]
+    with ThreadPoolExecutor(len(disturbances)) as pool:
+        yield {d.__name__: pool.submit(train, d.__name__, d) for d in disturbances}
+
+
+@pytest.mark.s3
+def test_two_nodes_train_to_the_last_step(runs: dict[str, Future[Run]]) -> None:
+    run = runs["leave_alone"].result()
+    assert sorted(run.losses) == list(range(1, 241))
+    assert run.requeues == 0
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("disturbance", "exit_code"),
+    [("requeue", None), ("kill_one_task", 137), ("run_out_of_time", 75)],
+)
+def test_a_disturbed_run_ends_as_the_undisturbed_one(
+    disturbance: str,
+    exit_code: int | None,
+    runs: dict[str, Future[Run]],
+    record_property: Callable[[str, object], None],
+) -> None:
+    run = runs[disturbance].result()
+    record_property("seconds", round(run.seconds))
+    assert run.requeues >= 1
+    assert run.losses == pytest.approx(runs["leave_alone"].result().losses, rel=1e-6)
+    if exit_code is not None:  # a job that SLURM requeues is not supervised to its end
+        assert f"ended with exit {exit_code}" in run.log
+
+
+def test_a_sweep_is_an_array_of_runs(shards: str, tmp_path: Path) -> None:
+    home = str(tmp_path / "sweep")
+    axes = [
+        {
+            "early": {"backbone.num_image_blocks": 0, "backbone.num_text_blocks": 0},
+            "intermediate": {"backbone.num_image_blocks": 1, "backbone.num_text_blocks": 1},
+        },
+        {"seed1": {"seed": 1}, "seed2": {"seed": 2}},
+    ]
+    recipe = {**training(home, shards), "axes": axes, "max_steps": 5}
+    submit("sweep", recipe, tmp_path, "--cluster.nodes", "1")
+    statuses = wait_for_jobs(home)
+    names = ["early-seed1", "early-seed2", "intermediate-seed1", "intermediate-seed2"]
+    assert sorted(Path(status.run).name for status in statuses) == names
+    assert len({losses(f"{home}/{name}")[5] for name in names}) == 4
+
+
+def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> None:
+    shards, run = str(tmp_path / "shards"), str(tmp_path / "run")
+    page = tmp_path / "report.html"
+    evaluation = {
+        "weights": run,
+        "shards": shards,
+        "clip": "scenes/clip",
+        "num_samples": 4,
+        "num_tasks": 2,
+        "paper_prefix": "",
+        "sampling": {"num_steps": 2},
+    }
+    pipeline = {
+        "run": run,
+        "encode": [{**encoding(images, shards), "num_tasks": 4}],
+        "train": [{**training(run, shards), "max_steps": 5}],
+        "evaluate": [evaluation],
+        "report": {"runs": [run], "output": str(page)},
+    }
+    submit("pipeline", pipeline, tmp_path)
+    statuses = wait_for_jobs(run)
+    verbs = [status.verb for status in statuses]
+    assert verbs == ["encode"] * 4 + ["train"] + ["evaluate"] * 3 + ["report"]
+    assert page.read_text().startswith("<!")
+
+
+def test_status_logs_and_cancel_of_a_waiting_job(shards: str, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    submit("train", training(run, shards), tmp_path, "--cluster.sbatch", "{begin: now+1hour}")
+    wait_until(lambda: collect(run)[0].state == "PENDING", "the job in the queue")
+    call = [sys.executable, "-m", "ifvit", "submit"]
+    table = subprocess.run(
+        [*call, "status", run], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(r"train +PENDING .* no step yet", table)
+    logs = subprocess.run([*call, "logs", run], capture_output=True, text=True, check=False)
+    assert (logs.returncode, logs.stderr.count("\n")) == (2, 1)
+    subprocess.run([*call, "cancel", run], check=True)
+    wait_until(lambda: collect(run)[0].state.startswith("CANCELLED"), "the cancelled job")
+
+
+def test_a_mistake_in_the_recipe_is_not_repeated(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    submit("train", training(run, str(tmp_path / "nowhere")), tmp_path, "--cluster.nodes", "1")
+    wait_until(lambda: collect(run)[0].has_ended, "the failed job")
+    [status] = collect(run)
+    assert (status.state, status.requeues) == ("FAILED", 0)
+    log = next(tmp_path.glob("jobs/*/*_0_log.out")).read_text()
+    assert "error: " in log
+    assert "is not requeued: the recipe is refused" in log
+
+
+def test_a_node_whose_hardware_is_broken_is_avoided(tmp_path: Path) -> None:
+    cluster = ClusterConfig(
+        cpus_per_task=1,
+        mem_gb_per_task=1,
+        folder=str(tmp_path / "jobs"),
+        setup=(f"export PYTHONPATH=$PYTHONPATH:{Path(__file__).parent}",),
+    )
+    home = str(tmp_path / "run")
+    job = VerbJob(
+        verb="encode",
+        function="small_jobs:fail_on_the_first_node",
+        config=str(tmp_path),
+        run=home,
+        cluster=cluster,
+    )
+    Submission(SubmitConfig(cluster=cluster), home, "broken").add([job])
+    [status] = wait_for_jobs(home)
+    assert status.requeues == 1
+    first, then = (tmp_path / "first").read_text(), (tmp_path / "then").read_text()
+    assert {first, then} == {"node1", "node2"}

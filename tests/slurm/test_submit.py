@@ -1,0 +1,147 @@
+"""From a recipe to a job, as far as it goes without a cluster."""
+
+import dataclasses
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ifvit.cli import main
+from ifvit.config import read_config
+from ifvit.errors import UserError
+from slurm.cluster import ClusterConfig, sbatch_parameters
+from slurm.config import SubmitSweepConfig, SubmitTrainConfig
+from slurm.jobs import load_job
+from slurm.records import read_records
+from slurm.snapshot import PACKAGES, ROOT, take_snapshot
+from slurm.submit import expand_axes, submit_train
+
+CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
+TRAIN = str(ROOT / "configs" / "train" / "coco256_early.yaml")
+SWEEP = str(ROOT / "configs" / "sweep" / "coco256_paper.yaml")
+
+
+def script(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What `ifvit submit … --dry_run` prints."""
+    main(["submit", *argv, "--dry_run"])
+    return capsys.readouterr().out
+
+
+def test_dry_run_prints_the_script_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = script(
+        [
+            *("train", "--config", TRAIN, "--run", str(tmp_path / "run")),
+            *("--cluster.folder", str(tmp_path / "jobs"), "--cluster.partition", "gpu"),
+            *("--cluster.nodes", "2", "--cluster.gpus_per_node", "8"),
+            *("--cluster.cpus_per_task", "6", "--cluster.mem_gb_per_task", "32"),
+            *("--cluster.environment", '{NCCL_DEBUG: "WARN, now"}'),
+            *("--cluster.setup", "[module load cuda]", "--cluster.sbatch", "{reservation: tue}"),
+        ],
+        capsys,
+    )
+    for option in (
+        "--partition=gpu",
+        "--nodes=2",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--cpus-per-task=6",
+        "--mem=262144M",
+        "--time=60",
+        "--signal=USR2@120",
+        "--requeue",
+        "--reservation=tue",
+    ):
+        assert f"#SBATCH {option}\n" in text
+    commands = text[text.index("# setup") :]
+    assert "module load cuda\n" in commands
+    assert "export NCCL_DEBUG='WARN, now'\n" in commands
+    assert re.search(r"\nsrun .*--cpus-per-task=6 .*submitit.core._submit", commands)
+    assert re.search(r"python -m slurm.supervise \S+ \$\?\n$", commands)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encode_is_an_array_of_single_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(ROOT / "configs" / "data" / "coco2014_train.yaml")
+    argv = ["encode", "--config", data, "--num_tasks", "16", "--output", str(tmp_path)]
+    text = script([*argv, "--cluster.nodes", "2", "--cluster.gpus_per_node", "8"], capsys)
+    for option in ("--array=0-15%16", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1"):
+        assert f"#SBATCH {option}\n" in text
+
+
+@pytest.mark.parametrize("file", CLUSTERS, ids=lambda file: file.stem)
+def test_shipped_clusters_make_scripts(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "srun" in script(["train", "--config", TRAIN, "--cluster", str(file)], capsys)
+
+
+def test_a_container_reaches_srun() -> None:
+    cluster = ClusterConfig(container_image="ifvit.sqsh", container_mounts="/data:/data")
+    arguments = sbatch_parameters(cluster, "x", Path("/jobs"))["srun_args"]
+    assert {"--container-image=ifvit.sqsh", "--container-mounts=/data:/data"} < set(arguments)
+
+
+def test_a_sweep_is_the_product_of_its_axes() -> None:
+    argv = ["--config", SWEEP, "--run", "runs/paper", "--shards", "data"]
+    recipes = expand_axes(read_config(SubmitSweepConfig, argv, prog="sweep"))
+    assert len({recipe.run for recipe in recipes}) == len(recipes) == 12
+    early, intermediate = recipes[0], recipes[-1]
+    assert early.run == "runs/paper/concat_early-seed1234"
+    assert (early.backbone.conditioning, early.backbone.num_image_blocks) == ("concat", 0)
+    assert intermediate.backbone.conditioning == "cross_attention"
+    assert (intermediate.backbone.num_image_blocks, intermediate.backbone.num_text_blocks) == (4, 1)
+    same = {"run": "", "seed": 0, "backbone": None}
+    assert dataclasses.replace(early, **same) == dataclasses.replace(intermediate, **same)
+
+
+@pytest.mark.parametrize("field", ["backbone.widht", "sede"])
+def test_an_axis_over_an_unknown_field_is_refused(field: str) -> None:
+    argv = ["--config", TRAIN, "--axes", json.dumps([{"a": {field: 1}}])]
+    config = read_config(SubmitSweepConfig, argv, prog="sweep")
+    with pytest.raises(UserError, match=field):
+        expand_axes(config)
+
+
+def test_a_snapshot_runs_without_the_checkout(tmp_path: Path) -> None:
+    revision = take_snapshot(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(PACKAGES)
+    assert re.fullmatch(r"[0-9a-f]{40}|", revision.commit)
+    program = "import slurm.jobs, ifvit; print(slurm.jobs.__file__, ifvit.__file__)"
+    done = subprocess.run(
+        [ClusterConfig().python, "-c", program],
+        env={"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count(str(tmp_path)) == 2
+
+
+def test_without_slurm_the_remedy_is_named(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    argv = ["--config", str(recipe), "--cluster.folder", str(tmp_path / "jobs")]
+    with pytest.raises(UserError, match="--executor local"):
+        submit_train(read_config(SubmitTrainConfig, argv, prog="submit"))
+
+
+def test_the_local_executor_runs_the_snapshot_here(recipe: Path, tmp_path: Path) -> None:
+    main(
+        [
+            *("submit", "train", "--config", str(recipe), "--max_steps", "2"),
+            *("--executor", "local", "--cluster.folder", str(tmp_path / "jobs")),
+        ]
+    )
+    run = str(tmp_path / "run")
+    [record] = read_records(run)
+    [job] = record.jobs
+    assert load_job(Path(record.folder), job.job_id).run == run
+    assert sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
+    logs = sorted(Path(record.folder).glob("*_log.out"))
+    assert len(logs) == 1
