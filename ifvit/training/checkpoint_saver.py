@@ -39,7 +39,7 @@ class CheckpointSaver:
 
     `finish` is called on the main process between the parts and the manifest, with the copies of
     all tensors for which `exported(name)` holds: what it writes is there when the checkpoint is.
-    `prune` is called there after.
+    `prune` is called there after. `on_failure` is called on every process, from the thread.
     """
 
     def __init__(
@@ -52,19 +52,15 @@ class CheckpointSaver:
         exported: Callable[[str], bool],
         finish: Callable[[int, dict[str, Tensor]], None],
         prune: Callable[[], None],
+        on_failure: Callable[[], None],
     ) -> None:
         self._run, self._world, self._channel = run, world, channel
         self._part_name = f"part-{world.rank:05d}-of-{world.size:05d}-{attempt}.safetensors"
         self._exported, self._finish, self._prune = exported, finish, prune
+        self._on_failure = on_failure
         self._copy = HostCopy()
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the last save has ended in an error, which `wait` would raise."""
-        pending = self._pending
-        return pending is not None and pending.done() and pending.exception() is not None
 
     def save(self, state: State, draft: Checkpoint, synchronize: Callable[[], None]) -> float:
         """Copy the engine's state and save it in the background => seconds of waiting; collective.
@@ -76,6 +72,7 @@ class CheckpointSaver:
         share = self._take_share(state)
         synchronize()
         self._pending = self._executor.submit(self._save, draft, share)
+        self._pending.add_done_callback(lambda save: save.exception() and self._on_failure())
         return time.perf_counter() - started
 
     def wait(self) -> None:
@@ -86,9 +83,16 @@ class CheckpointSaver:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Around training; the last save is finished on the way out, whatever the reason."""
+        """Around training; the last save is finished on the way out, whatever the reason.
+
+        Raises its UserError, also in place of an exit that promises that all is saved.
+        """
         with self._executor:
-            yield
+            try:
+                yield
+            except SystemExit:
+                self.wait()
+                raise
             self.wait()
 
     def _take_share(self, state: State) -> list[str]:

@@ -35,6 +35,7 @@ class SaveCheckpoint:
     """A checkpoint and exported weights, averaged and raw, every `checkpoint_every` steps.
 
     Training waits only while the state is copied to host memory. `stall_seconds` adds that up.
+    A save that fails calls `on_failure`, and the next call raises why.
     """
 
     name = "checkpoint"
@@ -49,6 +50,7 @@ class SaveCheckpoint:
         info: WeightsInfo,
         shards_sha256: str,
         publish_metrics: Callable[[], None],
+        on_failure: Callable[[], None],
     ) -> None:
         self.every = config.checkpoint_every
         self.stall_seconds = 0.0
@@ -73,6 +75,7 @@ class SaveCheckpoint:
             exported=lambda name: name.startswith(prefixes),
             finish=self._finish,
             prune=lambda: prune(config.run, retention),
+            on_failure=on_failure,
         )
 
     def __call__(self, state: TrainState, report: StepReport) -> None:

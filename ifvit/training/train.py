@@ -75,14 +75,14 @@ def _train(
         min_snr_gamma=config.min_snr_gamma,
     )
     metrics = MetricsLog(config, engine)
+    stop = StopRequest(engine.world)
     checkpoints = SaveCheckpoint(
-        config, engine, channel, lease, info, shards_sha256, metrics.publish
+        config, engine, channel, lease, info, shards_sha256, metrics.publish, stop.request
     )
     hooks: list[Hook] = [metrics, checkpoints]
     if config.sample_grid.every:
         hooks.append(SampleGrid(config, engine, info))
     channel.on_main(lambda: claim_space(config))
-    stop = StopRequest(engine.world)
     profiler = StepProfiler(config.run, engine.world, enabled=config.profile)
     try:
         with stop.listen(), checkpoints.saver.open(), metrics.open(state), profiler.open():

@@ -48,6 +48,7 @@ def savers(
     num_ranks: int = 1,
     attempt: str = "aaaa",
     finish: Callable[[int, dict[str, Tensor]], None] = lambda step, tensors: None,
+    on_failure: Callable[[], None] = lambda: None,
     retention: Retention = Retention(last=2),  # noqa: B008
 ) -> list[CheckpointSaver]:
     """One saver per rank."""
@@ -62,6 +63,7 @@ def savers(
             exported=lambda name: name.startswith("backbone."),
             finish=finish,
             prune=lambda: prune(run, retention),
+            on_failure=on_failure,
         )
         for world in worlds
     ]
@@ -168,7 +170,8 @@ def test_a_failure_is_raised_by_the_next_save_on_every_rank(tmp_path: Path) -> N
         if step == 2:
             raise OSError(28, "No space left on device")
 
-    ranks = savers(str(tmp_path), 2, finish=fail)
+    stops: list[int] = []
+    ranks = savers(str(tmp_path), 2, finish=fail, on_failure=lambda: stops.append(1))
     save(ranks, 1)
     for rank in ranks:
         rank.save(state_at(2), draft_at(2), lambda: None)
@@ -181,6 +184,7 @@ def test_a_failure_is_raised_by_the_next_save_on_every_rank(tmp_path: Path) -> N
                 UserError, match=r"step 2 failed on rank 0 .*No space left .*before"
             ):
                 failure.result()
+    assert len(stops) == 2
     assert restored_step(str(tmp_path), tmp_path) == 1
 
 

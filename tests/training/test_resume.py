@@ -10,8 +10,9 @@ import torch
 
 from ifvit.analysis.runs import read_run
 from ifvit.errors import UserError
-from ifvit.models.weights import load_weights
+from ifvit.models.weights import WeightsInfo, load_weights, save_weights
 from ifvit.storage import join, list_names, read_bytes
+from ifvit.training import hooks
 from ifvit.training.config import TrainConfig
 from ifvit.training.lease import Lease
 from ifvit.training.train import train
@@ -65,6 +66,21 @@ def test_a_run_that_another_job_holds_is_refused(recipe: Recipe) -> None:
         train(config)
     assert not Path(config.run, "config.yaml").exists()
     train(replace(config, max_steps=1))
+
+
+def test_a_save_that_fails_ends_the_run_at_the_next_step(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: str, backbone: object, info: WeightsInfo) -> None:
+        if info.step == 4:
+            raise OSError(28, "No space left on device")
+        save_weights(folder, backbone, info)  # type: ignore[arg-type]
+
+    config = recipe(max_steps=1_000_000, checkpoint_every=2)
+    monkeypatch.setattr(hooks, "save_weights", fail)
+    with pytest.raises(UserError, match=r"saving step 4 failed on rank 0 .*No space left"):
+        train(config)
+    assert list_names(join(config.run, "checkpoints", "step_00000002"))[0] == "manifest.json"
 
 
 @pytest.mark.s3
