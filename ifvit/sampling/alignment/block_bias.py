@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from ifvit.sampling.alignment.config import Mass
-from ifvit.sampling.alignment.regulation import TextLogits, gaussian_basis, optimise_bias
+from ifvit.sampling.alignment.regulation import (
+    added_mass,
+    gaussian_basis,
+    optimise_bias,
+    relative_logits,
+)
 from ifvit.sampling.alignment.targets import TargetTokens
 
 _SMOOTHING = 0.25
@@ -38,13 +43,12 @@ class BlockBias:
         """
         image = slice(1, 1 + len(self._basis))
         logits = _logits(query[:, image], key[:, image.stop :])
-        parts = TextLogits.split(logits, self._targets)
-        bias = self._smooth(optimise_bias(parts, self._targets.present, self._basis).bias)
-        columns = self._targets.positions[:, None, None].expand_as(bias)
-        text_bias = torch.zeros_like(logits).scatter_add(3, columns, bias)
+        relative = relative_logits(logits, self._targets)
+        bias = self._smooth(optimise_bias(relative, self._targets.present, self._basis).bias)
+        columns = self._targets.positions[:, None, None].expand(*logits.shape[:3], -1)
+        text_bias = torch.zeros_like(logits).scatter_add(3, columns, bias.transpose(2, 3))
         if self._mass == "preserve":
-            added = parts.logsumexp(bias) - parts.logsumexp(torch.zeros_like(bias))
-            text_bias = text_bias - added[..., None]
+            text_bias = text_bias - added_mass(relative, bias)[..., None]
         addend = query.new_zeros(len(query), query.shape[2], query.shape[1], key.shape[1])
         addend[:, :, image, image.stop :] = text_bias.to(addend.dtype)
         return addend

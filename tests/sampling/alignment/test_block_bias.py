@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ifvit.sampling.alignment.block_bias import BlockBias
 from ifvit.sampling.alignment.config import Mass
-from ifvit.sampling.alignment.regulation import TextLogits, gaussian_basis, optimise_bias
+from ifvit.sampling.alignment.regulation import gaussian_basis, optimise_bias, relative_logits
 from ifvit.sampling.alignment.targets import TargetTokens
 
 NUM_IMAGE, NUM_TEXT, HEADS, CHANNELS = 16, 10, 2, 8
@@ -71,14 +71,25 @@ def test_a_caption_without_targets_is_left_alone(mass: Mass) -> None:
 def test_the_optimum_is_smoothed_over_two_evaluations_and_decays() -> None:
     query, key = queries_and_keys("cross_attention")
     logits = torch.einsum("bqhe,bkhe->bhqk", query[:, IMAGE], key[:, TEXT]) / math.sqrt(CHANNELS)
-    parts = TextLogits.split(logits, TARGETS)
-    optimum = optimise_bias(parts, TARGETS.present, gaussian_basis(4)).bias
+    relative = relative_logits(logits, TARGETS)
+    optimum = optimise_bias(relative, TARGETS.present, gaussian_basis(4)).bias
     block_bias = BlockBias(TARGETS, 4, "free")
     for wanted in (0.75, 0.99 * (0.25 + 0.75), 0.99**2):
         columns = block_bias(query, key)[:, :, IMAGE, TEXT]
         torch.testing.assert_close(
-            columns[0, ..., [2, 5]], wanted * optimum[0], rtol=1e-2, atol=1e-2
+            columns[0, ..., [2, 5]].transpose(1, 2), wanted * optimum[0], rtol=1e-2, atol=1e-2
         )
+
+
+def test_a_caption_does_not_know_its_neighbours() -> None:
+    query, key = queries_and_keys("concat")
+    alone = TargetTokens(positions=TARGETS.positions[1:2], present=TARGETS.present[1:2])
+    torch.testing.assert_close(
+        BlockBias(alone, 4, "preserve")(query[1:2], key[1:2]),
+        BlockBias(TARGETS, 4, "preserve")(query, key)[1:2],
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_half_precision_queries_get_an_addend_of_their_kind() -> None:

@@ -1,105 +1,122 @@
 """The optimisation of attention regulation on logits alone."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
 from ifvit.sampling.alignment.regulation import (
-    TextLogits,
+    added_mass,
     gaussian_basis,
     optimise_bias,
     regulation_loss,
+    relative_logits,
+    target_attention,
 )
 from ifvit.sampling.alignment.targets import TargetTokens
 
-SIDE, NUM_TOKENS, NUM_TEXT = 4, 16, 10
+NUM_TOKENS, NUM_TEXT = 16, 10
 LOGITS = 2 * torch.randn(3, 2, NUM_TOKENS, NUM_TEXT, generator=torch.Generator().manual_seed(0))
 TARGETS = TargetTokens(
     positions=torch.tensor([[2, 5], [4, 0], [0, 0]]),
     present=torch.tensor([[True, True], [True, False], [False, False]]),
 )
-PARTS = TextLogits.split(LOGITS, TARGETS)
-BASIS = gaussian_basis(SIDE)
+RELATIVE = relative_logits(LOGITS, TARGETS)
+BASIS = gaussian_basis(4)
 
 
-def loss_without_bias(parts: TextLogits, present: Tensor) -> Tensor:
-    zeros = torch.zeros_like(parts.targets)
-    weights = torch.zeros(*zeros.shape[:2], BASIS.shape[1], zeros.shape[3])
-    return regulation_loss(parts.attention(zeros), weights, present).mean(dim=1)
+def loss_without_bias() -> Tensor:
+    weights = torch.zeros(*RELATIVE.shape[:3], BASIS.shape[1])
+    return regulation_loss(target_attention(RELATIVE), weights, TARGETS.present).value.mean(dim=1)
 
 
-def test_the_parts_know_the_softmax_over_all_text_tokens() -> None:
-    bias = torch.randn_like(PARTS.targets)
+def loss_by_hand(attention: Tensor, weights: Tensor) -> Tensor:
+    """Of one head (T, N), (T, K), word for word."""
+    count = len(attention)
+    high = (attention.quantile(0.9, dim=1) - 0.9).square().mean()
+    mass = (attention.mean(dim=1) - min(1.0, 0.2 * count) / count).square().mean()
+    return high + 80 * mass + 0.09 * weights.square().mean()
+
+
+def test_relative_logits_give_the_softmax_over_all_text_tokens() -> None:
+    bias = torch.randn_like(RELATIVE)
     full = LOGITS.clone()
-    full[0, :, :, [2, 5]] += bias[0]
-    full[1, :, :, 4] += bias[1, :, :, 0]
-    expected = full.softmax(dim=-1)
-    found = PARTS.attention(bias)
-    torch.testing.assert_close(found[0], expected[0][..., [2, 5]])
-    torch.testing.assert_close(found[1, ..., 0], expected[1, ..., 4])
-    assert (found[1, ..., 1] == 0).all()
+    full[0, :, :, [2, 5]] += bias[0].transpose(1, 2)
+    full[1, :, :, 4] += bias[1, :, 0]
+    expected = full.softmax(dim=-1).transpose(2, 3)
+    found = target_attention(RELATIVE + bias)
+    torch.testing.assert_close(found[0], expected[0][:, [2, 5]])
+    torch.testing.assert_close(found[1, :, 0], expected[1, :, 4])
+    assert (found[1, :, 1] == 0).all()
     assert (found[2] == 0).all()
-    torch.testing.assert_close(PARTS.logsumexp(bias), full.logsumexp(dim=-1))
+    gained = full.logsumexp(dim=-1) - LOGITS.logsumexp(dim=-1)
+    torch.testing.assert_close(added_mass(RELATIVE, bias), gained)
 
 
 def test_the_basis_of_a_map_of_16_is_the_authors() -> None:
     basis = gaussian_basis(16).reshape(16, 16, 49)
     assert basis[2, 2, 0] == basis[14, 14, 48] == 1
-    # The second kernel lies two tokens to the right: one sigma is one token.
+    # The second kernel stands at column 4, one sigma is one token.
     assert basis[2, 5, 1].item() == pytest.approx(torch.tensor(-0.5).exp().item())
     torch.testing.assert_close(gaussian_basis(32).reshape(32, 32, 49)[::2, ::2], basis)
 
 
-def test_the_loss_is_its_equation() -> None:
-    attention = torch.rand(1, 1, NUM_TOKENS, 2, generator=torch.Generator().manual_seed(2))
-    weights = torch.full((1, 1, 49, 2), 0.5)
-    present = torch.tensor([[True, True]])
-    expected = torch.tensor(0.0)
-    for target in range(2):
-        column = attention[0, 0, :, target]
-        expected += (column.quantile(0.9) - 0.9) ** 2 + 80 * (column.mean() - 0.4 / 2) ** 2
+@pytest.mark.parametrize("num_targets", [1, 2, 8])
+def test_the_loss_is_its_equation_and_so_are_its_derivatives(num_targets: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    attention = torch.rand(2, 2, num_targets, NUM_TOKENS, generator=generator, dtype=torch.double)
+    weights = torch.rand(2, 2, num_targets, 49, generator=generator, dtype=torch.double)
+    attention.requires_grad_()
+    weights.requires_grad_()
+    present = torch.ones(2, num_targets, dtype=torch.bool)
+    expected = torch.stack(
+        [loss_by_hand(attention[b, h], weights[b, h]) for b in range(2) for h in range(2)]
+    )
+    by_attention, by_weights = torch.autograd.grad(expected.sum(), (attention, weights))
     found = regulation_loss(attention, weights, present)
-    torch.testing.assert_close(found[0, 0], expected / 2 + 0.09 * 0.25)
+    torch.testing.assert_close(found.value.flatten(), expected, check_dtype=False)
+    torch.testing.assert_close(found.by_attention, by_attention, check_dtype=False)
+    torch.testing.assert_close(found.by_weights, by_weights, check_dtype=False)
 
 
-def test_more_than_five_targets_share_the_whole_mass() -> None:
-    attention = torch.full((1, 1, NUM_TOKENS, 8), 1 / 8)
-    loss = regulation_loss(attention, torch.zeros(1, 1, 49, 8), torch.ones(1, 8, dtype=torch.bool))
-    torch.testing.assert_close(loss, torch.full((1, 1), (1 / 8 - 0.9) ** 2))
+def test_the_first_step_follows_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ifvit.sampling.alignment.regulation._NUM_ITERATIONS", 2)
+    monkeypatch.setattr("ifvit.sampling.alignment.regulation._STEP_SIZE", 1.0)
+    weights = torch.zeros(2, 2, 49, requires_grad=True)
+    attention = target_attention(RELATIVE[:1] + weights @ BASIS.T)[0]
+    loss = loss_by_hand(attention[0], weights[0]) + loss_by_hand(attention[1], weights[1])
+    (gradient,) = torch.autograd.grad(loss, weights)
+    found = optimise_bias(RELATIVE[:1], TARGETS.present[:1], BASIS)
+    torch.testing.assert_close(found.bias[0], -gradient @ BASIS.T)
+
+
+def test_absent_targets_do_not_count() -> None:
+    attention = target_attention(RELATIVE)
+    weights = torch.rand(*RELATIVE.shape[:3], 49)
+    found = regulation_loss(attention, weights, TARGETS.present)
+    torch.testing.assert_close(
+        found.value[1, 0], loss_by_hand(attention[1, 0, :1], weights[1, 0, :1])
+    )
+    assert (found.by_attention[1, :, 1] == 0).all()
+    assert (found.value[2] == 0).all()
 
 
 def test_the_best_bias_is_never_worse_than_none_and_mostly_far_better() -> None:
-    before, found = (
-        loss_without_bias(PARTS, TARGETS.present),
-        optimise_bias(PARTS, TARGETS.present, BASIS),
-    )
+    before, found = loss_without_bias(), optimise_bias(RELATIVE, TARGETS.present, BASIS)
     assert (found.loss <= before).all()
     assert (found.loss[:2] < before[:2] / 2).all()
-    assert (found.bias[1, ..., 1] == 0).all()
+    assert (found.bias[1, :, 1] == 0).all()
     assert (found.bias[2] == 0).all()
 
 
 def test_targets_gain_a_place_and_their_share() -> None:
-    found = PARTS.attention(optimise_bias(PARTS, TARGETS.present, BASIS).bias)[0]
-    plain = PARTS.attention(torch.zeros_like(PARTS.targets))[0]
-    assert (found.quantile(0.9, dim=1) > plain.quantile(0.9, dim=1)).all()
-    torch.testing.assert_close(found.mean(dim=1), torch.full((2, 2), 0.2), atol=0.07, rtol=0)
+    plain = target_attention(RELATIVE)[0]
+    found = target_attention(RELATIVE + optimise_bias(RELATIVE, TARGETS.present, BASIS).bias)[0]
+    assert (found.quantile(0.9, dim=2) > plain.quantile(0.9, dim=2)).all()
+    torch.testing.assert_close(found.mean(dim=2), torch.full((2, 2), 0.2), atol=0.07, rtol=0)
 
 
-def test_samples_do_not_know_their_neighbours() -> None:
-    together = optimise_bias(PARTS, TARGETS.present, BASIS)
-    alone = optimise_bias(
-        TextLogits(targets=PARTS.targets[1:2, ..., :1], rest=PARTS.rest[1:2]),
-        TARGETS.present[1:2, :1],
-        BASIS,
-    )
-    torch.testing.assert_close(together.bias[1:2, ..., :1], alone.bias, rtol=1e-3, atol=1e-3)
+def test_a_sample_does_not_know_its_neighbours() -> None:
+    together = optimise_bias(RELATIVE, TARGETS.present, BASIS)
+    alone = optimise_bias(RELATIVE[1:2, :, :1], TARGETS.present[1:2, :1], BASIS)
+    torch.testing.assert_close(together.bias[1:2, :, :1], alone.bias, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(together.loss[1:2], alone.loss, rtol=1e-3, atol=1e-4)
-
-
-def test_no_graph_leaves_the_optimisation() -> None:
-    with torch.no_grad():
-        found = optimise_bias(PARTS, TARGETS.present, BASIS)
-    assert not any(getattr(found, field.name).requires_grad for field in dataclasses.fields(found))
