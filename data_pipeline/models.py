@@ -44,7 +44,7 @@ class Encoders:
     def __init__(self, vae: Autoencoder, text: TextEncoder | None, device: str, flip: bool) -> None:
         self.vae = vae
         self.text = text
-        self._device = device
+        self.device = device
         self._flip = flip
         self._met: set[str] = set()
 
@@ -55,7 +55,7 @@ class Encoders:
         moments = flipped = None
         if readable:
             stacked = np.stack([found.pixels for _, found in readable])
-            pixels = to_model_range(stacked, self._device)
+            pixels = to_model_range(stacked, self.device)
             moments = self.vae.encode(pixels)
             flipped = self.vae.encode(pixels.flip(-1)) if self._flip else None
         captions = self._new_captions([image for image, _ in readable], batch.unit)

@@ -63,13 +63,13 @@ def bench_encode(config: BenchEncodeConfig) -> None:
 
 
 def _draw_images(folder: Path, config: BenchEncodeConfig) -> EncodeConfig:
-    """Enlarged scenes under noise, with their captions in COCO's layout, and the recipe for them."""
+    """Enlarged scenes under noise with captions, in COCO's layout, and the recipe for them."""
     images, annotations = [], []
     for number in range(config.num_images):
         drawn = draw_random_scene(0, number)
-        pixels = np.asarray(Image.fromarray(drawn.image).resize(IMAGE_SHAPE), dtype=np.float32)
-        pixels = pixels + np.random.default_rng(number).normal(0, GRAIN, pixels.shape)
-        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        smooth = np.asarray(Image.fromarray(drawn.image).resize(IMAGE_SHAPE))
+        grainy = smooth + np.random.default_rng(number).normal(0, GRAIN, smooth.shape)
+        picture = Image.fromarray(grainy.clip(0, 255).astype(np.uint8))
         picture.save(folder / f"{number:06d}.jpg", quality=90)
         images.append({"id": number, "file_name": f"{number:06d}.jpg"})
         annotations += [{"image_id": number, "caption": c} for c in write_captions(drawn.scene)]
