@@ -39,7 +39,8 @@ class FileCache:
         default = Path(tempfile.gettempdir(), f"ifvit-cache-{os.getuid()}")
         self.folder = Path(config.folder) if config.folder else default
         self.num_bytes = int(config.gigabytes * 1e9)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._locks = self.folder / "locks"
+        self._locks.mkdir(parents=True, exist_ok=True)
 
     def check_space(self, num_bytes: int) -> None:
         """Raise UserError unless the disk has room for `num_bytes`, the cached files included."""
@@ -50,18 +51,18 @@ class FileCache:
                 "cache.folder to a larger disk"
             )
 
-    def open(self, url: str, sha256: str, num_bytes: int) -> int:
-        """A descriptor of the local copy of `url`, whose size is `num_bytes`.
+    def open(self, url: str, sha256: str) -> int:
+        """A descriptor of the local copy of `url`, fetched unless it is here.
 
         Raises ContentError when the object has other content, UserError when there is none.
         """
         path = self.folder / sha256
-        with FileLock(f"{path}.lock"):
+        with FileLock(self._locks / sha256):
             while True:
                 try:
                     descriptor = os.open(path, os.O_RDONLY)
                 except FileNotFoundError:
-                    self._fetch(url, path, num_bytes)
+                    self._fetch(url, path)
                 else:
                     os.utime(descriptor)
                     return descriptor
@@ -70,11 +71,11 @@ class FileCache:
         """Remove a copy that has gone bad on this disk; the next `open` fetches it anew."""
         (self.folder / sha256).unlink(missing_ok=True)
 
-    def _fetch(self, url: str, path: Path, num_bytes: int) -> None:
+    def _fetch(self, url: str, path: Path) -> None:
         for leftover in self.folder.glob(f".{path.name}.*"):  # of a killed process
             leftover.unlink()
-        with FileLock(self.folder / "lock"):
-            self._make_room(num_bytes)
+        with FileLock(self._locks / "eviction"):
+            self._make_room(storage.file_size(url) or 0)
         storage.download(url, path, path.name)
 
     def _make_room(self, num_bytes: int) -> None:
@@ -90,6 +91,8 @@ class FileCache:
     def _files(self) -> Iterator[_CachedFile]:
         with os.scandir(self.folder) as entries:
             for entry in entries:
+                if entry.is_dir():
+                    continue
                 try:
                     stat = entry.stat()
                 except FileNotFoundError:  # renamed or evicted just now

@@ -101,7 +101,7 @@ class CachedFiles:
     def read_index(self, entry: ShardEntry) -> ShardIndex:
         """As `ShardFiles` says."""
         url = f"{self._url}/{entry.name}.index.npz"
-        with os.fdopen(self._open(url, entry, entry.index_sha256, 0), "rb") as file:
+        with os.fdopen(self._open(url, entry, entry.index_sha256), "rb") as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != entry.index_sha256:
             self._cache.forget(entry.index_sha256)
@@ -111,16 +111,16 @@ class CachedFiles:
     def open_tar(self, entry: ShardEntry) -> OpenFile:
         """As `ShardFiles` says."""
         url = f"{self._url}/{entry.name}.tar"
-        return OpenFile(self._open(url, entry, entry.sha256, entry.num_bytes))
+        return OpenFile(self._open(url, entry, entry.sha256))
 
     def damaged(self, entry: ShardEntry, what: str) -> ShardError:
         """As `ShardFiles` says; it arrived whole, so the copy here has gone bad."""
         self._cache.forget(entry.sha256)
         return _gone_bad(f"{self._url}/{entry.name}.tar", what)
 
-    def _open(self, url: str, entry: ShardEntry, sha256: str, num_bytes: int) -> int:
+    def _open(self, url: str, entry: ShardEntry, sha256: str) -> int:
         try:
-            return self._cache.open(url, sha256, num_bytes)
+            return self._cache.open(url, sha256)
         except StoreError:
             raise
         except UserError as error:

@@ -11,7 +11,7 @@ from ifvit.shards import LatentSample, ShardError, ShardReader
 from ifvit.shards.records import Array
 
 NUM_CORRUPTIONS = 2000
-NUM_SAMPLES = 7
+NUM_SAMPLES = 4
 
 Corruption = Callable[[bytearray, np.random.Generator], bytes]
 
@@ -77,7 +77,7 @@ def samples() -> list[LatentSample]:
 
 
 def test_no_corruption_reaches_a_batch(tmp_path: Path, samples: list[LatentSample]) -> None:
-    write_shards(tmp_path, samples, (3, 3, 1))
+    write_shards(tmp_path, samples, (3, 1))
     intact = read_everything(tmp_path)
     files = sorted(path for path in tmp_path.iterdir() if path.is_file())
     random = np.random.default_rng(0)

@@ -1,7 +1,6 @@
 """Shards: round trip, only the needed bytes, and every kind of damage named at opening."""
 
 import json
-import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -83,19 +82,24 @@ def test_a_batch_is_read_into_its_rows(dataset: Path, samples: list[LatentSample
         np.testing.assert_array_equal(contexts[row], expected)
 
 
+def num_open() -> int:
+    """File descriptors of this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_few_files_are_open_however_many_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_files.LocalFiles, "max_open", 3)
     samples = make_samples(20)
     write_shards(tmp_path, samples, [1] * 20)
-    before = len(os.listdir("/proc/self/fd"))
+    before = num_open()
     reader = ShardReader(str(tmp_path))
     for number, sample in enumerate(samples):
         np.testing.assert_array_equal(reader.moments(number), sample.moments)
-    assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert num_open() == before + 3
     del reader
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert num_open() == before
 
 
 def test_manifest_survives_a_round_trip(dataset: Path) -> None:
