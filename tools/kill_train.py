@@ -11,24 +11,24 @@ JSON object; exit code 1 if anything differs by more than the tolerance.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from ifvit.config import dump_config
 from ifvit.models.config import FusionUViTConfig
 from ifvit.shards import ShardReader
 from ifvit.storage import exists, join, list_names, read_bytes
 from ifvit.training.checkpoint import MANIFEST, fetch_newest, open_tensors, saved_steps, step_url
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
+FORKS = multiprocessing.get_context("forkserver")
 TOLERANCE = 1e-4
 """Largest relative difference; the order of sums changes with the number of processes."""
 
@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--shards", help="dataset; unset: a few scenes are drawn and encoded")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    FORKS.set_forkserver_preload(["ifvit.training.train"])
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill-train-") as local:
         shards = arguments.shards or draw_shards(local)
@@ -106,10 +108,8 @@ def recipe(run: str, shards: str, steps: int) -> TrainConfig:
     )
 
 
-def start(config: TrainConfig, num_ranks: int, folder: Path) -> list[subprocess.Popen[str]]:
-    """One process per rank, without a launcher that would clean up after them."""
-    path = folder / "recipe.yaml"
-    path.write_text(dump_config(config))
+def start(config: TrainConfig, num_ranks: int, folder: Path) -> list[BaseProcess]:
+    """One process per rank, forked from one that has imported everything and done nothing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -117,22 +117,29 @@ def start(config: TrainConfig, num_ranks: int, folder: Path) -> list[subprocess.
     processes = []
     for rank in range(num_ranks):
         own = {} if num_ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank), **world}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "ifvit", "train", "--config", str(path)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **own},
-                stderr=(folder / f"rank{rank}.log").open("w"),
-                text=True,
-            )
-        )
+        log = folder / f"rank{rank}.log"
+        log.write_text("")
+        processes.append(FORKS.Process(target=run_rank, args=(config, own, str(log))))
+        processes[-1].start()
     return processes
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> None:
+def run_rank(config: TrainConfig, environment: dict[str, str], log: str) -> None:
+    """Train as one rank, its standard error in a file."""
+    from ifvit.training.train import train
+
+    os.environ.update(environment)
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 2)
+        train(config)
+
+
+def finish(processes: list[BaseProcess]) -> None:
     """Wait for a clean end."""
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        raise SystemExit(f"training ended with {codes}")
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit(f"training ended with {[process.exitcode for process in processes]}")
 
 
 def hunt(
@@ -155,12 +162,12 @@ def hunt(
             folder / "rank0.log", processes[0], 4.0 * draw.random() if is_early else None
         )
         time.sleep(draw.uniform(0.0, 2.0))
-        ended = [process.poll() for process in processes]
+        ended = [process.exitcode for process in processes]
         for process in draw.sample(processes, len(processes)):
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         for process in processes:
-            process.wait()
-        if any(code for code in ended if code is not None):
+            process.join()
+        if any(ended):
             raise SystemExit(
                 f"a rank ended by itself: {(folder / 'rank0.log').read_text()[-2000:]}"
             )
@@ -177,13 +184,11 @@ def hunt(
     return {"kills": sum(moments.values()), "moments": moments, "worlds": worlds}
 
 
-def wait_for_steps(log: Path, process: subprocess.Popen[str], limit: float | None) -> None:
+def wait_for_steps(log: Path, process: BaseProcess, limit: float | None) -> None:
     """Return when the progress line is there, the process has ended, or after `limit` seconds."""
     started = time.monotonic()
     while (
-        process.poll() is None
-        and "step/s" not in log.read_text()
-        and "s/step" not in log.read_text()
+        process.is_alive() and "step/s" not in log.read_text() and "s/step" not in log.read_text()
     ):
         if limit is not None and time.monotonic() - started > limit:
             return
