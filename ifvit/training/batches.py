@@ -140,5 +140,5 @@ def _check_fit(reader: ShardReader, order: BatchOrder) -> None:
     if num_shards > reader.max_open:
         raise UserError(
             f"{reader.url}: cache.gigabytes has room for {reader.max_open} shards, two windows are "
-            f"{num_shards}; raise it, or lower shuffle_window to {reader.max_open // 2}"
+            f"{num_shards}; raise it or lower shuffle_window"
         )
