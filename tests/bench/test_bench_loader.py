@@ -1,0 +1,33 @@
+"""`ifvit bench loader`: the promised numbers, and nothing left behind."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from ifvit.bench.config import BenchLoaderConfig
+from ifvit.bench.loader import bench_loader
+
+
+def test_it_prints_ratios_and_cleans_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = BenchLoaderConfig(
+        num_samples=32,
+        batch_size=8,
+        num_workers=1,
+        rounds=1,
+        seconds=0.05,
+        store="memory://bench",
+        json=True,
+    )
+    bench_loader(config)
+    result = json.loads(capsys.readouterr().out)
+    names = ["samples_per_s", "vs_webdataset", "vs_npy", "vs_copy", "vs_download"]
+    assert list(result) == names
+    assert all(value > 0 for value in result.values())
+    assert list(tmp_path.iterdir()) == []
+    assert fsspec.filesystem("memory").find("/bench") == []
