@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--window", type=float, default=6.0, help="longest life in seconds")
     parser.add_argument("--minutes", type=float, default=60.0, help="no more kills after this")
     parser.add_argument("--shards", help="dataset; unset: a few scenes are drawn and encoded")
     parser.add_argument("--seed", type=int, default=0)
@@ -75,7 +76,7 @@ def draw_shards(folder: str) -> str:
 
 
 def recipe(run: str, shards: str, steps: int) -> TrainConfig:
-    """A tiny model, saved every third step."""
+    """A tiny model, saved every fifth step."""
     reader = ShardReader(shards)
     channels, side, _ = reader.manifest.moments_shape
     length, width = reader.text.context_shape
@@ -104,7 +105,7 @@ def recipe(run: str, shards: str, steps: int) -> TrainConfig:
         micro_batch_size=2,
         ema_decays=(0.9,),
         log_every=1,
-        checkpoint_every=3,
+        checkpoint_every=5,
     )
 
 
@@ -161,7 +162,7 @@ def hunt(
         wait_for_steps(
             folder / "rank0.log", processes[0], 4.0 * draw.random() if is_early else None
         )
-        time.sleep(draw.uniform(0.0, 2.0))
+        time.sleep(draw.uniform(0.0, arguments.window))
         ended = [process.exitcode for process in processes]
         for process in draw.sample(processes, len(processes)):
             process.kill()

@@ -17,6 +17,7 @@ def test_a_run_killed_on_the_way_to_a_store_ends_as_if_left_alone(
     s3_bucket: str, shards: str
 ) -> None:
     command = [sys.executable, str(TOOL), s3_bucket, "--kills", "3", "--steps", "45"]
+    command += ["--window", "2"]
     hunt = subprocess.run(
         [*command, "--worlds", "1", "2", "--shards", shards],
         stdout=subprocess.PIPE,
