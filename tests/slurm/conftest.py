@@ -33,3 +33,14 @@ def recipe(shards: str, tmp_path: Path) -> Path:
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(training(str(tmp_path / "run"), shards)))
     return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The wall time of everything that SLURM ran."""
+    reports = terminalreporter.getreports("passed")
+    jobs = [r for r in reports if r.when == "call" and "test_jobs_on_slurm" in r.nodeid]
+    if jobs:
+        terminalreporter.section("wall time of jobs on SLURM")
+    for report in jobs:
+        seconds = dict(report.user_properties).get("seconds", report.duration)
+        terminalreporter.line(f"{seconds:6.0f} s  {report.nodeid.partition('::')[2]}")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from small_jobs import (
+    PATIENCE,
     encoding,
     losses,
     task_pids,
@@ -131,8 +132,11 @@ def runs(
 
 
 @pytest.mark.s3
-def test_two_nodes_train_to_the_last_step(runs: dict[str, Future[Run]]) -> None:
+def test_two_nodes_train_to_the_last_step(
+    runs: dict[str, Future[Run]], record_property: Callable[[str, object], None]
+) -> None:
     run = runs["leave_alone"].result()
+    record_property("seconds", run.seconds)
     assert sorted(run.losses) == list(range(1, 241))
     assert run.requeues == 0
 
@@ -149,7 +153,7 @@ def test_a_disturbed_run_ends_as_the_undisturbed_one(
     record_property: Callable[[str, object], None],
 ) -> None:
     run = runs[disturbance].result()
-    record_property("seconds", round(run.seconds))
+    record_property("seconds", run.seconds)
     assert run.requeues >= 1
     assert run.losses == pytest.approx(runs["leave_alone"].result().losses, rel=1e-6)
     if exit_code is not None:  # a job that SLURM requeues is not supervised to its end
@@ -245,3 +249,24 @@ def test_a_node_whose_hardware_is_broken_is_avoided(tmp_path: Path) -> None:
     assert status.requeues == 1
     first, then = (tmp_path / "first").read_text(), (tmp_path / "then").read_text()
     assert {first, then} == {"node1", "node2"}
+
+
+def test_the_batch_script_of_the_guide_trains_on_two_nodes(shards: str, tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "cluster.md").read_text()
+    [text] = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", guide, re.DOTALL)
+    (tmp_path / "train.sbatch").write_text(text)
+    run = tmp_path / "run"
+    recipe = tmp_path / "train.yaml"
+    recipe.write_text(yaml.safe_dump({**training(str(run), shards), "max_steps": 5}))
+    subprocess.run(
+        [
+            *("sbatch", "--wait", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"),
+            *("--mem=1500", "train.sbatch", "--config", str(recipe)),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        check=True,
+        timeout=PATIENCE,
+    )
+    [log] = tmp_path.glob("slurm-*.out")
+    assert sorted(losses(str(run))) == [1, 2, 3, 4, 5], log.read_text()
