@@ -26,6 +26,12 @@ def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def repeat_rows(x: Tensor, count: int) -> Tensor:
+    """(B, ...) to (count, ...), all rows in turn; count is a multiple of B."""
+    copies = count // len(x)
+    return x if copies == 1 else x.repeat(copies, *(1,) * (x.ndim - 1))
+
+
 class PatchEmbed(nn.Module):
     """Latents (B, C, S, S) to one token per patch (B, L, D), row by row."""
 
@@ -52,9 +58,13 @@ class Attention(nn.Module):
     def forward(
         self, tokens: Tensor, text: KeysValues | None = None, bias: Bias | None = None
     ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D) under one softmax over all keys, those of the text last."""
+        """Tokens (B, L, D) to (B, L, D) under one softmax over all keys, those of the text last.
+
+        k * B captions in `text` give k * B rows, as if the tokens were repeated k times.
+        """
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if text is not None:
+            query, key, value = (repeat_rows(x, len(text[0])) for x in (query, key, value))
             key = torch.cat([key, text[0]], dim=1)
             value = torch.cat([value, text[1]], dim=1)
         heads = attend_biased(self.attend, bias, query, key, value)
@@ -99,13 +109,28 @@ class Block(nn.Module):
         skip: Tensor | None = None,
         bias: Bias | None = None,
     ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D); `skip` is what the mirror block had put out."""
+        """Tokens (B, L, D) to (B, L, D); `skip` is what the mirror block had put out.
+
+        Of what k captions share, one row does for all: of the tokens before the first text, and
+        of the skips from there. The text then has k times their rows, and so has the result.
+        """
         if self.skip_linear is not None:
             assert skip is not None
-            tokens = self.skip_linear(torch.cat([tokens, skip], dim=-1))
-        tokens = tokens + self.attn(self.norm1(tokens), text, bias)
+            tokens = self._join(tokens, skip)
+        attended = self.attn(self.norm1(tokens), text, bias)
+        tokens = repeat_rows(tokens, len(attended)) + attended
         updated: Tensor = tokens + self.mlp(self.norm2(tokens))
         return updated
+
+    def _join(self, tokens: Tensor, skip: Tensor) -> Tensor:
+        """Linear of tokens and skip side by side; a skip that rows share is multiplied once."""
+        assert self.skip_linear is not None
+        if len(skip) == len(tokens):
+            joined: Tensor = self.skip_linear(torch.cat([tokens, skip], dim=-1))
+            return joined
+        of_tokens, of_skip = self.skip_linear.weight.chunk(2, dim=1)
+        shared = functional.linear(skip, of_skip, self.skip_linear.bias)
+        return functional.linear(tokens, of_tokens) + repeat_rows(shared, len(tokens))
 
     def text_keys_values(self, tokens: Tensor) -> KeysValues:
         """What this block's attention sees of the text tokens (B, M, D)."""

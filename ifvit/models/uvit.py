@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from ifvit.errors import UserError
 from ifvit.models.attention import Backend, Bias, load_attention
 from ifvit.models.config import Conditioning, FusionUViTConfig
-from ifvit.models.layers import Attention, Block, KeysValues, PatchEmbed, timestep_embedding
+from ifvit.models.layers import (
+    Attention,
+    Block,
+    KeysValues,
+    PatchEmbed,
+    repeat_rows,
+    timestep_embedding,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,15 +130,11 @@ class FusionUViT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # their config
             tokens = block(tokens)
             skips.append(tokens)
 
-        copies, remainder = divmod(text.tokens.shape[0], tokens.shape[0])
-        if remainder:
+        if len(text.tokens) % len(tokens):
             raise UserError(
-                f"{text.tokens.shape[0]} captions cannot be shared out over "
-                f"{tokens.shape[0]} latents; give a multiple"
+                f"{len(text.tokens)} captions cannot be shared out over "
+                f"{len(tokens)} latents; give a multiple"
             )
-        if copies > 1:
-            tokens, *skips = (x.repeat(copies, 1, 1) for x in (tokens, *skips))
-
         tokens = self._fuse(tokens, text, biases or {})
         for block in self.out_blocks[self._num_fused_per_side :]:
             tokens = block(tokens, skip=skips.pop())
@@ -160,7 +163,7 @@ class FusionUViT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # their config
         """The middle of the U, where image tokens (B, 1 + L, D) meet the text."""
         num_tokens = tokens.shape[1]
         if self.shape.conditioning == "concat":
-            tokens = torch.cat([tokens, text.tokens], dim=1)
+            tokens = torch.cat([repeat_rows(tokens, len(text.tokens)), text.tokens], dim=1)
         skips: list[Tensor] = []
         for index, (block, keys_values) in enumerate(
             zip(self._fused_blocks(), text.keys_values, strict=True)

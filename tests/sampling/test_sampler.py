@@ -84,6 +84,18 @@ def test_guidance_of_one_leaves_the_unconditional_half_out() -> None:
     assert rows == [5, 10]
 
 
+def test_what_both_halves_share_is_computed_once() -> None:
+    """Up to the queries of the first fused block there is no text in anything."""
+    backbone = build_backbone()
+    rows: list[int] = []
+    for block in (*backbone.in_blocks, backbone.mid_block):
+        block.attn.qkv.register_forward_hook(lambda *call: rows.append(len(call[2])))
+    denoiser = build_denoiser(backbone, 3.0)
+    rows.clear()
+    denoiser(torch.randn(5, 4, 4, 4), torch.full((5,), 400))
+    assert rows == [5, 5, 10]
+
+
 def test_guidance_ends_where_its_interval_does() -> None:
     backbone = build_backbone()
     rows: list[int] = []
@@ -185,23 +197,18 @@ def test_latents_depend_on_position_and_not_on_the_batch() -> None:
 
 
 def test_images_are_the_same_in_batches_of_any_size(sampler: Sampler) -> None:
-    small, large = (
-        np.concatenate(
-            list(
-                generate_images(
-                    sampler,
-                    CONTEXTS.__getitem__,
-                    range(5),
-                    dataclasses.replace(CONFIG, batch_size=size),
-                )
-            )
-        )
-        for size in (2, 5)
+    def context_of(positions: Tensor) -> Tensor:
+        return CONTEXTS[positions % 5]
+
+    alone, some, many = (
+        np.concatenate(list(generate_images(sampler, context_of, range(32), config)))
+        for config in (dataclasses.replace(CONFIG, batch_size=size) for size in (1, 7, 32))
     )
-    assert large.shape == (5, 8, 8, 3)
-    assert large.dtype == np.uint8
+    assert many.shape == (32, 8, 8, 3)
+    assert many.dtype == np.uint8
     # One unit: the last bit of a float sum may decide how a value rounds.
-    assert np.abs(small.astype(int) - large).max() <= 1
+    assert np.abs(alone.astype(int) - many).max() <= 1
+    assert np.abs(some.astype(int) - many).max() <= 1
 
 
 def test_seed_and_solver_change_the_image(sampler: Sampler) -> None:
