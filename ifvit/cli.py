@@ -89,6 +89,12 @@ VERBS = {
         "ifvit.evaluation.evaluate:evaluate",
         "a checkpoint -> one row of metrics",
     ),
+    "compare-methods": Verb(
+        "ifvit.evaluation.config:CompareConfig",
+        "ifvit.evaluation.compare:compare_methods",
+        "runs x alignment methods -> one table of metrics and a grid",
+        positional="runs",
+    ),
     "cost": Verb(
         "ifvit.analysis.config:CostConfig",
         "ifvit.analysis.cost:cost",

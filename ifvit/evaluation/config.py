@@ -6,11 +6,8 @@ from ifvit.sampling.config import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Draw images for held-out captions and measure them; run it again to continue."""
-
-    weights: str
-    """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
+class MeasureConfig:
+    """What is drawn for held-out captions, and what it is measured by."""
 
     shards: str
     """Folder of held-out shards: the first caption of each of the first images is drawn."""
@@ -33,6 +30,22 @@ class EvaluateConfig:
     scenes: bool = False
     """Captions are those of `ifvit scenes`: score count, colour, kind and relation exactly."""
 
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse a number of samples that gives no covariance."""
+        if self.num_samples < 2:
+            raise ValueError(f"num_samples {self.num_samples} is less than 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(MeasureConfig):
+    """Draw images for held-out captions and measure them; run it again to continue."""
+
+    weights: str
+    """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
+
     output: str | None = None
     """Folder for rows and samples; unset: `evaluation` in the run folder of the weights."""
 
@@ -42,12 +55,19 @@ class EvaluateConfig:
     task: int = 0
     """Which of them this is, from 0."""
 
-    device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
-
     def __post_init__(self) -> None:
-        """Refuse a number of samples that gives no covariance, and a task that is none."""
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples {self.num_samples} is less than 2")
+        """Refuse a task that is none."""
+        super().__post_init__()
         if not 0 <= self.task < self.num_tasks:
             raise ValueError(f"task {self.task} is not one of num_tasks {self.num_tasks}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(MeasureConfig):
+    """Draw the same captions from the same noise by every alignment method, and measure them."""
+
+    runs: list[str]
+    """Run or weights folders, for example of early and of intermediate fusion."""
+
+    output: str = "comparison"
+    """Folder for table.md, table.json, grid.png and every method's samples; rerun to continue."""

@@ -26,7 +26,7 @@ from ifvit.evaluation.frechet import (
     estimate_frechet,
     extract,
 )
-from ifvit.evaluation.metrics import MetricsRow, Protocol, estimates_of, write_row
+from ifvit.evaluation.metrics import MetricsRow, Protocol, estimates_of, read_row, write_row
 from ifvit.evaluation.references import list_images, read_batches
 from ifvit.evaluation.retrieval import retrieval_accuracy
 from ifvit.evaluation.samples import (
@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> MetricsRow | None:
         return [prompts[position].text for position in positions.tolist()]
 
     method_of = build_method(config.sampling, sampler, info, captions_of)
-    draw_missing(folder, sampler, reader, share, settings, config.sampling, method_of)
+    seconds = draw_missing(folder, sampler, reader, share, settings, config.sampling, method_of)
     if config.num_tasks > 1:
         sys.stdout.write(f"{folder}: share {config.task} of {config.num_tasks} is drawn\n")
         return None
@@ -95,8 +95,12 @@ def evaluate(config: EvaluateConfig) -> MetricsRow | None:
     row = _measure(config, folder, prompts, references, reader.manifest, weights)
     if scores:
         row = _add_scenes(row, scenes_accuracy(scores))
-    write_row(f"{folder}.json", row)
-    sys.stdout.write(f"{folder}.json\n{format_row(row)}\n")
+    url = f"{folder}.json"
+    if seconds is None and storage.exists(url):
+        seconds = read_row(url).seconds_per_image
+    row = replace(row, seconds_per_image=seconds)
+    write_row(url, row)
+    sys.stdout.write(f"{url}\n{format_row(row)}\n")
     return row
 
 
@@ -152,8 +156,8 @@ def _measure(
     drawn = np.concatenate(
         list(_progress(extract(scorer.embed_images, samples, device), len(prompts), "score"))
     )
-    plain = _embed_texts(scorer, captions, batch_size)
-    prefixed = _embed_texts(scorer, [config.paper_prefix + text for text in captions], batch_size)
+    plain = embed_texts(scorer, captions, batch_size)
+    prefixed = embed_texts(scorer, [config.paper_prefix + text for text in captions], batch_size)
     reference = _reference_statistics(scorer, references, manifest.image_size, batch_size, device)
     return MetricsRow(
         weights=config.weights,
@@ -223,8 +227,8 @@ def _add_scenes(row: MetricsRow, accuracy: ScenesAccuracy) -> MetricsRow:
     )
 
 
-def _embed_texts(scorer: ClipScorer, captions: list[str], batch_size: int) -> Features:
-    """(N, E) float32."""
+def embed_texts(scorer: ClipScorer, captions: list[str], batch_size: int) -> Features:
+    """N captions => (N, E) float32."""
     starts = range(0, len(captions), batch_size)
     batches = (scorer.embed_texts(captions[start : start + batch_size]) for start in starts)
     return torch.cat([batch.cpu() for batch in batches]).numpy()

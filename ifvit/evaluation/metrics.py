@@ -64,6 +64,8 @@ class MetricsRow:
     kind_accuracy: Estimate | None = None
     relation_accuracy: Estimate | None = None
     scene_accuracy: Estimate | None = None
+    seconds_per_image: float | None = None
+    """Of drawing, PNG files included, when images were last drawn."""
 
 
 def estimates_of(row: MetricsRow) -> dict[str, Estimate]:

@@ -7,6 +7,7 @@ shows, FOLDER/grid.png shows the first of them, real_*.png the photographs of th
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,8 +77,8 @@ def draw_missing(
     settings: dict[str, Any],
     sampling: SamplingConfig,
     method_of: MethodOf | None,
-) -> None:
-    """Draw the prompts whose PNG is not in `folder` yet.
+) -> float | None:
+    """Draw the prompts whose PNG is not in `folder` yet; seconds per image, None if all are there.
 
     Raises UserError when the folder holds images of other settings, so that none is lost.
     """
@@ -88,8 +89,10 @@ def draw_missing(
     def context_of(batch: Tensor) -> Tensor:
         return torch.from_numpy(np.stack([reader.context(p, 0) for p in batch.tolist()]))
 
+    started = time.perf_counter()
     images = generate_images(sampler, context_of, positions, sampling, method_of)
     write_images(folder, positions, images)
+    return (time.perf_counter() - started) / len(positions) if positions else None
 
 
 def write_overview(

@@ -40,6 +40,7 @@ def save_run(folder: Path, manifest: Manifest, vae: EncoderIdentity | None = Non
         conditioning="cross_attention",
         num_image_blocks=1,
         num_text_blocks=1,
+        init_std=0.2,
     )
     info = WeightsInfo(
         step=7,

@@ -33,6 +33,12 @@ class DateConfig:
         if self.radius < 0:
             raise ValueError(f"date.radius {self.radius} is negative")
 
+    def is_due(self, index: int) -> bool:
+        """Whether to update before evaluation `index`."""
+        if self.evaluations is not None:
+            return index in self.evaluations
+        return index % self.every == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegulationConfig:

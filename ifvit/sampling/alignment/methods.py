@@ -28,7 +28,7 @@ class Date:
         """Update the context where the settings say so."""
         if self._original is None:
             self._original = evaluation.context
-        if not self._is_due(evaluation.index):
+        if not self._config.is_due(evaluation.index):
             return Change()
         start = self._original if self._config.start == "original" else evaluation.context
 
@@ -36,11 +36,6 @@ class Date:
             return self._score(self._decode(evaluation.predict_clean(context)))
 
         return Change(context=update_context(start, score, self._config.radius))
-
-    def _is_due(self, index: int) -> bool:
-        if self._config.evaluations is not None:
-            return index in self._config.evaluations
-        return index % self._config.every == 0
 
 
 class Regulation:
