@@ -33,7 +33,7 @@ ROOMS = {
     ],
     "pyarrow": ["data_pipeline/sources/table.py"],
     "transformers": ["ifvit/models/clip.py"],
-    "webdataset": ["data_pipeline/write.py", "ifvit/bench/loader_peers.py"],
+    "webdataset": ["ifvit/bench/loader_peers.py", "data_pipeline/write.py"],
     "xformers": ["ifvit/models/attention.py"],
 }
 
