@@ -64,21 +64,21 @@ class Lease:
     def acquire(cls, run: str, beat_seconds: float = BEAT_SECONDS) -> "Lease":
         """Take the run, at once if it is free, or after watching its holder be silent.
 
-        Raises UserError that names the holder when it is alive.
+        Raises UserError that names the holder when it is alive, or when nothing can be written.
         """
         holder = _this_process(beat_seconds)
-        while True:
-            newest = _newest(run)
-            if newest:
-                _await_end(run, newest, holder)
-            if create(_url(run, newest + 1, "json"), json.dumps(asdict(holder)).encode()):
-                break
+        try:
+            generation = _take_next(run, holder)
+        except OSError as error:
+            raise UserError(
+                f"{run}: cannot be written ({error}); choose another run directory"
+            ) from None
         # The generation before stays: others may be about to read it.
-        for generation in _generations(run):
-            if generation < newest:
-                remove(_url(run, generation, "json"))
-                remove(_url(run, generation, "beat"))
-        return cls(run, newest + 1, holder)
+        for old in _generations(run):
+            if old < generation - 1:
+                remove(_url(run, old, "json"))
+                remove(_url(run, old, "beat"))
+        return cls(run, generation, holder)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -115,6 +115,16 @@ class Lease:
             write_json(_url(self._run, self._generation, "beat"), beat)
         except (UserError, OSError) as error:
             log.warning("%s; the lease of %s is not renewed for now", error, self._run)
+
+
+def _take_next(run: str, holder: Holder) -> int:
+    """The generation that `holder` gets, when the one before has ended."""
+    while True:
+        newest = _newest(run)
+        if newest:
+            _await_end(run, newest, holder)
+        if create(_url(run, newest + 1, "json"), json.dumps(asdict(holder)).encode()):
+            return newest + 1
 
 
 def _await_end(run: str, generation: int, taker: Holder) -> None:

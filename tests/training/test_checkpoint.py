@@ -188,6 +188,21 @@ def test_a_failure_is_raised_by_the_next_save_on_every_rank(tmp_path: Path) -> N
     assert restored_step(str(tmp_path), tmp_path) == 1
 
 
+def test_an_exit_that_promises_a_save_waits_for_it(tmp_path: Path) -> None:
+    def fail(step: int, tensors: dict[str, Tensor]) -> None:
+        raise OSError(28, "No space left on device")
+
+    (good,) = savers(str(tmp_path / "good"))
+    with pytest.raises(SystemExit, match="75"), good.open():
+        good.save(state_at(1), draft_at(1), lambda: None)
+        raise SystemExit(75)
+    assert restored_step(str(tmp_path / "good"), tmp_path) == 1
+    (bad,) = savers(str(tmp_path / "bad"), finish=fail)
+    with pytest.raises(UserError, match="saving step 1 failed"), bad.open():
+        bad.save(state_at(1), draft_at(1), lambda: None)
+        raise SystemExit(75)
+
+
 def test_a_disk_that_is_full_loses_only_the_save(tmp_path: Path) -> None:
     run = str(tmp_path)
     save(savers(run), 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Semaphore
 
 import pytest
 
@@ -63,21 +64,24 @@ def test_a_dead_job_elsewhere_is_outlived_whatever_its_clock_said(run: str) -> N
     assert read_json(join(run, "lease", "000002.json"))["pid"] == os.getpid()
 
 
-def test_of_many_takers_of_a_dead_job_one_wins(run: str) -> None:
+def test_of_many_takers_of_a_free_run_one_wins(run: str) -> None:
     leave_lease(run, ELSEWHERE)
+    write_json(join(run, "lease", "000001.beat"), {"released": True})
+    refused = Semaphore(0)
 
-    def take(_: int) -> str | None:
+    def take(_: int) -> bool:
         try:
-            lease = Lease.acquire(run, BEAT)
+            lease = Lease.acquire(run, beat_seconds=1.0)
         except UserError:
-            return None
+            refused.release()
+            return False
         with lease.held():
-            time.sleep(10 * BEAT)
+            assert all(refused.acquire(timeout=60) for _ in range(3))
             lease.check()
-        return lease.token
+        return True
 
     with ThreadPoolExecutor(4) as threads:
-        assert sum(token is not None for token in threads.map(take, range(4))) == 1
+        assert sorted(threads.map(take, range(4))) == [False, False, False, True]
 
 
 def test_a_killed_process_of_this_machine_is_known_to_be_dead(tmp_path: Path) -> None:
@@ -97,6 +101,20 @@ def test_a_requeued_slurm_job_takes_its_own_lease_at_once(
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     Lease.acquire(str(tmp_path))
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: cannot be written .* choose another"):
+        Lease.acquire(str(tmp_path / "file" / "run"))
+
+
+def test_only_the_last_two_generations_stay(tmp_path: Path) -> None:
+    for _ in range(4):
+        with Lease.acquire(str(tmp_path)).held():
+            pass
+    names = sorted(path.name for path in (tmp_path / "lease").iterdir())
+    assert names == ["000003.beat", "000003.json", "000004.beat", "000004.json"]
 
 
 def test_a_holder_that_slept_too_long_finds_its_successor(tmp_path: Path) -> None:
