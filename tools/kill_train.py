@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("folder", help="local folder or s3:// URL for the disturbed run")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--window", type=float, default=6.0, help="longest life in seconds")
     parser.add_argument("--minutes", type=float, default=60.0, help="no more kills after this")
@@ -50,7 +51,7 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill-train-") as local:
         shards = arguments.shards or draw_shards(local)
-        calm = recipe(join(local, "calm"), shards, arguments.steps)
+        calm = recipe(join(local, "calm"), shards, arguments.steps, arguments.every)
         finish(start(calm, 1, Path(local)))
         hunted = replace(calm, run=join(arguments.folder, "hunted"))
         deadline = started + 60 * arguments.minutes
@@ -75,8 +76,8 @@ def draw_shards(folder: str) -> str:
     return shards
 
 
-def recipe(run: str, shards: str, steps: int) -> TrainConfig:
-    """A tiny model, saved every fifth step."""
+def recipe(run: str, shards: str, steps: int, every: int) -> TrainConfig:
+    """A tiny model."""
     reader = ShardReader(shards)
     channels, side, _ = reader.manifest.moments_shape
     length, width = reader.text.context_shape
@@ -105,7 +106,7 @@ def recipe(run: str, shards: str, steps: int) -> TrainConfig:
         micro_batch_size=2,
         ema_decays=(0.9,),
         log_every=1,
-        checkpoint_every=5,
+        checkpoint_every=every,
     )
 
 

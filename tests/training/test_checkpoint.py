@@ -192,15 +192,16 @@ def test_an_exit_that_promises_a_save_waits_for_it(tmp_path: Path) -> None:
     def fail(step: int, tensors: dict[str, Tensor]) -> None:
         raise OSError(28, "No space left on device")
 
-    (good,) = savers(str(tmp_path / "good"))
-    with pytest.raises(SystemExit, match="75"), good.open():
-        good.save(state_at(1), draft_at(1), lambda: None)
-        raise SystemExit(75)
+    def preempt(saver: CheckpointSaver) -> None:
+        with saver.open():
+            saver.save(state_at(1), draft_at(1), lambda: None)
+            raise SystemExit(75)
+
+    with pytest.raises(SystemExit, match="75"):
+        preempt(*savers(str(tmp_path / "good")))
     assert restored_step(str(tmp_path / "good"), tmp_path) == 1
-    (bad,) = savers(str(tmp_path / "bad"), finish=fail)
-    with pytest.raises(UserError, match="saving step 1 failed"), bad.open():
-        bad.save(state_at(1), draft_at(1), lambda: None)
-        raise SystemExit(75)
+    with pytest.raises(UserError, match="saving step 1 failed"):
+        preempt(*savers(str(tmp_path / "bad"), finish=fail))
 
 
 def test_a_disk_that_is_full_loses_only_the_save(tmp_path: Path) -> None:
