@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
+from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.models.autoencoder import Autoencoder, load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
@@ -45,9 +46,14 @@ def weights_sha256(backbone: nn.Module) -> str:
 
 
 def choose_device(device: str) -> str:
-    """`auto` => cuda when there is one, cpu otherwise. Raises UserError for an absent GPU."""
+    """`auto` => this process's GPU when there is one, cpu otherwise.
+
+    Raises UserError for an absent GPU.
+    """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{World.from_environment().local_rank % torch.cuda.device_count()}"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device}: torch sees no GPU here; use cpu or auto")
     return device

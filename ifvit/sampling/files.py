@@ -1,23 +1,67 @@
 """Drawn images as files: POSITION.png and JSON lines beside them."""
 
-import itertools
 import json
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from ifvit import storage
+from ifvit.errors import UserError
 from ifvit.images import Pixels, decode_png, encode_png
 
+_NUM_WRITERS = 4
 
-def write_images(folder: str, positions: Sequence[int], batches: Iterable[Pixels]) -> list[str]:
-    """Write POSITION.png for every image as the batches come; returns the URLs."""
-    urls = []
-    for position, image in zip(positions, itertools.chain.from_iterable(batches), strict=True):
-        urls.append(storage.join(folder, image_name(position)))
-        storage.write_bytes(urls[-1], encode_png(image))
-    return urls
+
+def claim_folder(folder: str, settings: dict[str, Any]) -> None:
+    """Say in settings.json what the folder's images are, or check that this has been said.
+
+    Raises UserError when it holds images of other settings, so that none is lost.
+    """
+    url = storage.join(folder, "settings.json")
+    if storage.create(url, (json.dumps(settings, indent=2) + "\n").encode()):
+        return
+    found = storage.read_json(url)
+    differing = sorted(key for key in settings if found.get(key) != settings[key])
+    if differing:
+        raise UserError(
+            f"{folder} holds samples of another {', '.join(differing)}; "
+            "delete it or give another --output"
+        )
+
+
+def missing_images(folder: str, positions: Iterable[int]) -> list[int]:
+    """The positions whose PNG is not there yet."""
+    present = set(storage.list_names(folder))
+    return [position for position in positions if image_name(position) not in present]
+
+
+def write_images(folder: str, positions: Sequence[int], batches: Iterable[Pixels]) -> None:
+    """Write POSITION.png for every image, one batch while the next one comes."""
+    remaining = iter(positions)
+    with ThreadPoolExecutor(_NUM_WRITERS) as pool:
+        pending: list[Future[None]] = []
+        for batch in batches:
+            _wait(pending)
+            urls = [image_url(folder, next(remaining)) for _ in batch]
+            pending = [pool.submit(_write_image, *pair) for pair in zip(urls, batch, strict=True)]
+        _wait(pending)
+
+
+def _write_image(url: str, image: Pixels) -> None:
+    storage.write_bytes(url, encode_png(image))
+
+
+def _wait(writes: Iterable[Future[None]]) -> None:
+    """Until all are done; raises what one of them raised."""
+    for write in writes:
+        write.result()
+
+
+def image_url(folder: str, position: int) -> str:
+    """`FOLDER/00042.png`"""
+    return storage.join(folder, image_name(position))
 
 
 def read_images(urls: Iterable[str]) -> Pixels:

@@ -1,15 +1,19 @@
 """The verb `generate`: prompts and trained weights => PNG files and samples.jsonl."""
 
+import json
 import math
 import sys
 from dataclasses import asdict, fields
+from hashlib import sha256
+from typing import Any
 
 from torch import Tensor
 
 from ifvit import storage
+from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.images import encode_png
-from ifvit.models.weights import load_weights
+from ifvit.models.weights import WeightsInfo, load_weights
 from ifvit.sampling.alignment.build import build_method
 from ifvit.sampling.config import GenerateConfig, SamplingConfig
 from ifvit.sampling.encoders import (
@@ -18,7 +22,15 @@ from ifvit.sampling.encoders import (
     open_text_encoder,
     weights_sha256,
 )
-from ifvit.sampling.files import read_images, write_images, write_jsonl
+from ifvit.sampling.files import (
+    claim_folder,
+    image_name,
+    image_url,
+    missing_images,
+    read_images,
+    write_images,
+    write_jsonl,
+)
 from ifvit.sampling.grid import make_grid
 from ifvit.sampling.sampler import Sampler, generate_images
 
@@ -29,9 +41,12 @@ def generate(config: GenerateConfig) -> list[str]:
     """Draw `num_images` per prompt; returns the URLs of the PNG files in order.
 
     Image k of prompt i has position k * num_prompts + i, so asking for more images of the same
-    prompts keeps the first ones. Raises UserError for missing prompts, weights or encoders.
+    prompts keeps the first ones. Images that are there already are not drawn again, and several
+    processes (torchrun, srun) draw a share each; the last to finish writes samples.jsonl.
+    Raises UserError for missing prompts, weights or encoders, or for images of other settings.
     """
     prompts = _read_prompts(config)
+    world = World.from_environment()
     device = choose_device(config.device)
     backbone, info = load_weights(config.weights)
     backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
@@ -49,27 +64,30 @@ def generate(config: GenerateConfig) -> list[str]:
     def context_of(positions: Tensor) -> Tensor:
         return text_encoder.encode(prompts_of(positions))
 
+    settings = _describe(config, weights_sha256(backbone), info)
+    claim = settings | {"prompts_sha256": sha256(json.dumps(prompts).encode()).hexdigest()}
+    claim_folder(config.output, claim)
     positions = range(len(prompts) * config.num_images)
+    share = missing_images(config.output, positions[world.rank :: world.size])
     method_of = build_method(config, sampler, info, prompts_of)
-    batches = generate_images(sampler, context_of, positions, config, method_of)
-    urls = write_images(config.output, positions, batches)
-    given = asdict(config)
-    settings = {
-        **{field.name: given[field.name] for field in fields(SamplingConfig)},
-        "weights": config.weights,
-        "weights_sha256": weights_sha256(backbone),
-        "step": info.step,
-        "ema_decay": info.ema_decay,
-    }
-    rows = [
+    batches = generate_images(sampler, context_of, share, config, method_of)
+    write_images(config.output, share, batches)
+
+    urls = [image_url(config.output, position) for position in positions]
+    num_missing = len(missing_images(config.output, positions))
+    if num_missing:
+        sys.stdout.write(f"{num_missing} of {len(urls)} images are left to other processes\n")
+        return urls
+    rows = (
         {
-            "file": url.rsplit("/", 1)[-1],
+            "file": image_name(position),
             "prompt": prompts[position % len(prompts)],
             "position": position,
+            "weights": config.weights,
             **settings,
         }
-        for position, url in zip(positions, urls, strict=True)
-    ]
+        for position in positions
+    )
     write_jsonl(storage.join(config.output, "samples.jsonl"), rows)
     if len(urls) > 1:
         shown = read_images(urls[:_MAX_GRID])
@@ -77,6 +95,17 @@ def generate(config: GenerateConfig) -> list[str]:
         storage.write_bytes(storage.join(config.output, "grid.png"), encode_png(grid))
     sys.stdout.write(f"{len(urls)} images in {config.output}\n")
     return urls
+
+
+def _describe(config: GenerateConfig, digest: str, info: WeightsInfo) -> dict[str, Any]:
+    """All that decides what a prompt looks like at its position, as JSON gives it back."""
+    given = json.loads(json.dumps(asdict(config)))
+    names = {field.name for field in fields(SamplingConfig)} - {"batch_size"}
+    return {name: given[name] for name in given if name in names} | {
+        "weights_sha256": digest,
+        "step": info.step,
+        "ema_decay": info.ema_decay,
+    }
 
 
 def _read_prompts(config: GenerateConfig) -> list[str]:

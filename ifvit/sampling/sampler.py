@@ -3,7 +3,8 @@
 Shapes: B batch, M text tokens, D context width, C latent channels, S latent size, H, W image.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -67,14 +68,41 @@ def generate_images(
     The null context is encoded once, each caption once for all solver steps. Methods of
     `method_of` take part in the sampling of one batch each.
     """
+    latents = _generate_latents(sampler, context_of, positions, config, method_of)
+    with tqdm(total=len(positions), unit="image", desc="draw", leave=False) as progress:
+        for images in _decode_behind(sampler, latents):
+            yield images
+            progress.update(len(images))
+
+
+def _generate_latents(
+    sampler: Sampler,
+    context_of: ContextOf,
+    positions: Sequence[int],
+    config: SamplingConfig,
+    method_of: MethodOf | None,
+) -> Iterator[Tensor]:
     device = sampler.backbone.device
     null_text = sampler.backbone.encode_text(sampler.null_context[None].to(device))
-    with tqdm(total=len(positions), unit="image", desc="draw", leave=False) as progress:
-        for start in range(0, len(positions), config.batch_size):
-            batch = torch.tensor(positions[start : start + config.batch_size])
-            method = method_of(batch) if method_of else None
-            latents = sample_latents(
-                sampler.backbone, context_of(batch).to(device), null_text, batch, config, method
-            )
-            yield to_pixels(sampler.autoencoder.decode(latents / sampler.scaling_factor))
-            progress.update(len(batch))
+    for start in range(0, len(positions), config.batch_size):
+        batch = torch.tensor(positions[start : start + config.batch_size])
+        method = method_of(batch) if method_of else None
+        context = context_of(batch).to(device)
+        yield sample_latents(sampler.backbone, context, null_text, batch, config, method)
+
+
+def _decode_behind(sampler: Sampler, batches: Iterable[Tensor]) -> Iterator[Pixels]:
+    """Decode each batch while the next one is drawn: on a GPU, copy and rounding cost no time."""
+
+    @torch.no_grad()  # which holds for one thread only
+    def decode(latents: Tensor) -> Pixels:
+        return to_pixels(sampler.autoencoder.decode(latents / sampler.scaling_factor))
+
+    with ThreadPoolExecutor(1) as thread:
+        pending: Future[Pixels] | None = None
+        for latents in batches:
+            if pending:
+                yield pending.result()
+            pending = thread.submit(decode, latents)
+        if pending:
+            yield pending.result()

@@ -53,6 +53,58 @@ def test_prompts_become_files_rows_and_a_grid(weights: str, tmp_path: Path) -> N
         assert abs(difference).max() <= 1  # a rounding in another batch
 
 
+def build_config(weights: str, folder: Path, **changes: object) -> GenerateConfig:
+    (folder / "prompts.txt").write_text("two red circles\na blue square\na green triangle\n")
+    given = {
+        "weights": weights,
+        "prompts": str(folder / "prompts.txt"),
+        "output": str(folder / "out"),
+        "num_steps": 2,
+        "device": "cpu",
+    }
+    return GenerateConfig(**{**given, **changes})
+
+
+def test_images_that_are_there_are_not_drawn_again(weights: str, tmp_path: Path) -> None:
+    urls = [Path(url) for url in generate(build_config(weights, tmp_path))]
+    urls[0].write_bytes(urls[2].read_bytes())
+    drawn = urls[1].read_bytes()
+    urls[1].unlink()
+    more = generate(build_config(weights, tmp_path, num_images=2))
+    assert urls[0].read_bytes() == urls[2].read_bytes()
+    difference = decode_png(urls[1].read_bytes()).astype(int) - decode_png(drawn)
+    assert abs(difference).max() <= 1
+    assert len((tmp_path / "out/samples.jsonl").read_text().splitlines()) == len(more) == 6
+
+
+def test_processes_draw_a_share_each_and_the_last_one_lists_them(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build_config(weights, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    drawn = []
+    for rank in ("1", "0"):
+        assert not (tmp_path / "out/samples.jsonl").exists()
+        monkeypatch.setenv("RANK", rank)
+        generate(config)
+        drawn.append(sorted(path.name for path in (tmp_path / "out").glob("0*.png")))
+    assert drawn == [["00001.png"], ["00000.png", "00001.png", "00002.png"]]
+    assert len((tmp_path / "out/samples.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"seed": 1}, "seed"), ({"prompts": None, "prompt": "x"}, "prompts_sha256")],
+)
+def test_images_of_other_settings_are_not_mixed_in(
+    weights: str, tmp_path: Path, change: dict[str, object], named: str
+) -> None:
+    generate(build_config(weights, tmp_path))
+    with pytest.raises(UserError, match=f"holds samples of another {named}"):
+        generate(build_config(weights, tmp_path, **change))
+    generate(build_config(weights, tmp_path, batch_size=1))
+
+
 def test_another_encoder_than_that_of_the_training_is_refused(tmp_path: Path) -> None:
     foreign = EncoderIdentity(name="scenes/vae", sha256="f" * 64)
     config = GenerateConfig(weights=save_untrained(tmp_path, vae=foreign), prompt="x", device="cpu")

@@ -1,0 +1,38 @@
+"""Images on their way to files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ifvit import storage
+from ifvit.images import Pixels
+from ifvit.sampling.files import missing_images, read_images, write_images
+
+IMAGES = np.arange(5 * 4 * 4 * 3, dtype=np.uint8).reshape(5, 4, 4, 3)
+
+
+def test_images_come_back_at_their_positions(tmp_path: Path) -> None:
+    write_images(str(tmp_path), [4, 0, 7, 2, 1], [IMAGES[:2], IMAGES[2:]])
+    urls = [str(tmp_path / f"0000{position}.png") for position in (4, 0, 7, 2, 1)]
+    assert (read_images(urls) == IMAGES).all()
+    assert missing_images(str(tmp_path), range(9)) == [3, 5, 6, 8]
+
+
+def test_a_write_that_fails_ends_the_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches_drawn = 0
+
+    def draw() -> Iterator[Pixels]:
+        nonlocal batches_drawn
+        for image in IMAGES:
+            batches_drawn += 1
+            yield image[None]
+
+    def fail(url: str, data: bytes) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(storage, "write_bytes", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_images("nowhere", range(5), draw())
+    assert batches_drawn == 2
