@@ -1,7 +1,6 @@
 """One training step on this hardware, and the state that it works on."""
 
 import copy
-import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -19,9 +18,6 @@ from ifvit.training.forward import prepare_forward
 from ifvit.training.loss_scale import LossScale
 from ifvit.training.optim import MOMENTS, build_optimizer, create_moments
 from ifvit.training.timing import PhaseTimer
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165.2e12}
-"""Dense bf16 tensor-core FLOP/s from the vendors' data sheets, by a part of the device's name."""
 
 
 class Engine:
@@ -78,26 +74,6 @@ class Engine:
             size=accelerator.num_processes,
             local_rank=accelerator.local_process_index,
         )
-
-    @property
-    def peak_flops(self) -> float | None:
-        """Dense bf16 FLOP/s of all processes' devices together, None for unknown devices."""
-        if self.device.type != "cuda":
-            return None
-        peaks = [peak for key, peak in PEAK_FLOPS.items() if key in self.device_name]
-        return peaks[0] * self.world.size if peaks else None
-
-    @property
-    def device_name(self) -> str:
-        """The GPU's model, or `cpu`."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-
-    @property
-    def peak_memory(self) -> int:
-        """Bytes that this process has held at most, on its GPU or in its whole."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @property
     def ema_decays(self) -> tuple[float, ...]:

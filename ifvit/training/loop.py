@@ -84,11 +84,10 @@ def fit(
             seconds = time.perf_counter() - started
             state = state.advance(config.global_batch_size, seconds, data_wait)
             refused = engine.refused_updates(wait=bool(due))
-            if refused:
-                state = replace(state, nonfinite_steps=state.nonfinite_steps + refused)
-                if state.nonfinite_steps > config.tolerate_nonfinite:
-                    before = state.go_back(refused, config.global_batch_size)
-                    report_nonfinite(before, batches, objective, engine, config)
+            state = replace(state, nonfinite_steps=state.nonfinite_steps + refused)
+            if refused and state.nonfinite_steps > config.tolerate_nonfinite:
+                before = state.go_back(refused, config.global_batch_size)
+                report_nonfinite(before, batches, objective, engine, config)
             if due:
                 means = engine.mean(torch.stack(losses)).tolist()
                 losses.clear()

@@ -17,6 +17,7 @@ from ifvit.models.flops import count_cost
 from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
+from ifvit.training.hardware import device_name, peak_flops, peak_memory
 from ifvit.training.loop import StepReport
 from ifvit.training.state import TrainState
 
@@ -118,10 +119,13 @@ class MetricsLog:
             row[f"{phase}_seconds"] = total / num_steps
         if engine.loss_scale is not None:
             row |= {"loss_scale": engine.loss_scale.value, "overflows": engine.loss_scale.overflows}
-        if engine.peak_flops is not None:
+        peak = peak_flops(engine.device)
+        if peak is not None:
             # Three forwards' worth of arithmetic: one forward, two for the backward.
-            row["mfu"] = 3 * count_cost(self._config.backbone).flops * rate / engine.peak_flops
-        return {**row, "peak_memory": engine.peak_memory, "device": engine.device_name}
+            flops = 3 * count_cost(self._config.backbone).flops * rate
+            row["mfu"] = flops / (peak * engine.world.size)
+        row["peak_memory"] = peak_memory(engine.device)
+        return {**row, "device": device_name(engine.device)}
 
     def _summarise(self) -> None:
         if not self._row:
@@ -133,7 +137,7 @@ class MetricsLog:
             f"{row['samples_per_s']:.1f} samples/s",
             f"data wait {row['data_wait']:.1%}",
             *([f"MFU {row['mfu']:.1%}"] if "mfu" in row else []),
-            f"peak memory {self._engine.peak_memory / 1e9:.2f} GB on {row['device']}",
+            f"peak memory {peak_memory(self._engine.device) / 1e9:.2f} GB on {row['device']}",
             f"{state.loss_spikes} loss spikes",
             f"{state.nonfinite_steps} steps without an update",
         ]

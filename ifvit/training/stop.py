@@ -45,7 +45,7 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Note signals inside instead of dying from them; a second SIGINT interrupts at once."""
+        """Note signals inside instead of dying from them."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield
@@ -69,6 +69,4 @@ class StopRequest:
         return signal.Signals(number) if number else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self._noted == signal.SIGINT:
-            raise KeyboardInterrupt
         self.request(number)

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -65,7 +66,9 @@ class ZeroEngine(Engine):
 
     def _connect(self, config: EngineConfig, micro_batch_size: int) -> Accelerator:
         """An Accelerator on DeepSpeed, with NCCL on CUDA and gloo elsewhere."""
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # or it buries the progress line
+        # Or they bury the progress line; DeepSpeed calls collectives by names that torch renames.
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # DeepSpeed compiles its CPU communication with ninja, which lies beside the interpreter.

@@ -187,10 +187,10 @@ def test_tolerated_steps_are_skipped_by_all_processes(pair: Runs, alone: Runs) -
     train(alone["tolerant"])
     skipped, expected = rows(pair["tolerant"]), rows(alone["tolerant"])
     finite = [step for step, row in expected.items() if row["loss"] is not None]
-    assert 3 < len(finite) < len(expected)
-    for step, row in expected.items():
-        assert skipped[step]["loss"] == pytest.approx(row["loss"], rel=TOLERANCE)
-        assert skipped[step]["nonfinite_steps"] == row["nonfinite_steps"]
+    assert finite == [step for step, row in skipped.items() if row["loss"] is not None]
+    assert expected[8]["nonfinite_steps"] == 8 - len(finite) == skipped[8]["nonfinite_steps"] > 0
+    for step in finite:
+        assert skipped[step]["loss"] == pytest.approx(expected[step]["loss"], rel=TOLERANCE)
     assert_same_weights(pair["tolerant"], alone["tolerant"])
 
 
@@ -220,10 +220,13 @@ def test_a_signal_on_one_process_stops_all_after_the_same_step(
     assert losses(run) == pytest.approx(losses(reference), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1"])
 def test_four_processes_give_the_losses_of_one(
-    shards: str, reference: TrainConfig, tmp_path: Path, name: str
+    shards: str, reference: TrainConfig, tmp_path: Path
 ) -> None:
-    config = build(tmp_path, shards, name, engine=ENGINES[name], micro_batch_size=1)
-    train_in_turn([config], tmp_path, 4)
-    assert losses(config) == pytest.approx(losses(reference), rel=TOLERANCE)
+    runs = [
+        build(tmp_path, shards, name, engine=ENGINES[name], micro_batch_size=micro_batch_size)
+        for name, micro_batch_size in (("ddp", 1), ("zero1", 2))
+    ]
+    train_in_turn(runs, tmp_path, 4)
+    for run in runs:
+        assert losses(run) == pytest.approx(losses(reference), rel=TOLERANCE)

@@ -1,6 +1,5 @@
 """The randomness contract: a run is one sequence of losses, however it was carried out."""
 
-import json
 import os
 import signal
 import socket
@@ -12,33 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import write_dataset
+from run_files import losses, rows
 
 from ifvit.config import dump_config
 from ifvit.errors import UserError
-from ifvit.training.checkpoint import fetch_newest, open_tensors
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
 from ifvit.training.optim import learning_rate
 from ifvit.training.train import train
 
 Recipe = Callable[..., TrainConfig]
-
-
-def rows(config: TrainConfig) -> dict[int, dict[str, float]]:
-    """metrics.jsonl by step; a step must stand there once."""
-    lines = Path(config.run, "metrics.jsonl").read_text().splitlines()
-    table = [json.loads(line) for line in lines]
-    by_step = {row["step"]: row for row in table}
-    assert len(by_step) == len(table)
-    return by_step
-
-
-def losses(config: TrainConfig) -> list[float]:
-    """The loss of every step, from 1 on without a gap."""
-    table = rows(config)
-    assert list(table) == list(range(1, len(table) + 1))
-    return [row["loss"] for row in table.values()]
 
 
 def launch(config: TrainConfig, num_processes: int) -> subprocess.Popen[bytes]:
@@ -92,39 +74,6 @@ def test_rate_falls_linearly_to_zero_over_the_cooldown() -> None:
     optim = OptimConfig(learning_rate=1.0, warmup_steps=2, cooldown_steps=4)
     rates = [learning_rate(step, 10, optim) for step in range(11)]
     assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["plain", "deepspeed"])
-def test_two_processes_give_the_losses_of_one(recipe: Recipe, backend: str) -> None:
-    alone = recipe("alone", micro_batch_size=4)
-    train(alone)
-    pair = replace(recipe("pair", micro_batch_size=2), engine=EngineConfig(backend=backend))  # type: ignore[arg-type]
-    finish(launch(pair, 2))
-    assert losses(pair) == pytest.approx(losses(alone), rel=1e-5)
-    norms = [[row["grad_norm"] for row in rows(run).values()] for run in (alone, pair)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_bf16_keeps_fp32_parameters_and_nearly_the_fp32_losses(recipe: Recipe) -> None:
-    exact = recipe("exact")
-    train(exact)
-    alone = recipe("alone", engine=EngineConfig(backend="plain", precision="bf16"))
-    train(alone)
-    engine = EngineConfig(backend="deepspeed", precision="bf16")
-    pair = recipe("pair", engine=engine, micro_batch_size=4)
-    finish(launch(pair, 2))
-    for run in (alone, pair):
-        assert losses(run) == pytest.approx(losses(exact), rel=0.02)
-        assert losses(run) != losses(exact)
-        saved = fetch_newest(run.run, Path(run.run))
-        assert saved is not None
-        with open_tensors(*saved, Path(run.run)) as read:
-            names = [name for part in saved[1].parts for name in part.tensors]
-            assert {read(name).dtype for name in names} == {torch.float32}
 
 
 @pytest.mark.distributed

@@ -1,0 +1,49 @@
+"""Ways to compute the blocks that change no result."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from run_files import losses
+
+from ifvit.errors import UserError
+from ifvit.training.config import EngineConfig, TrainConfig
+from ifvit.training.train import train
+
+Recipe = Callable[..., TrainConfig]
+PLAIN = EngineConfig(backend="plain")
+
+
+def test_activations_computed_again_give_the_same_losses(recipe: Recipe) -> None:
+    kept = recipe("kept")
+    again = recipe("again", engine=replace(PLAIN, activation_checkpointing=True))
+    train(kept)
+    train(again)
+    assert losses(again) == losses(kept)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(recipe: Recipe) -> None:
+    eager = recipe("eager", max_steps=4)
+    compiled = replace(eager, run=f"{eager.run}2", engine=replace(PLAIN, compile=True))
+    train(eager)
+    train(compiled)
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+
+
+def test_compilation_without_a_compiler_is_refused(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"engine\.compile: .* no-such-compiler, which is not on"):
+        train(recipe(engine=replace(PLAIN, compile=True)))
+
+
+def test_offload_without_deepspeed_is_refused(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match=r"engine\.offload_optimizer: needs DeepSpeed"):
+        train(recipe(engine=replace(PLAIN, offload_optimizer=True)))
+
+
+def test_deepspeed_with_nothing_to_partition_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"engine\.zero_stage: 0 partitions nothing"):
+        EngineConfig(backend="deepspeed", zero_stage=0)

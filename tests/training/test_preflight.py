@@ -1,0 +1,31 @@
+"""What would end a run hours later ends it before the first step."""
+
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ifvit.errors import UserError
+from ifvit.training import preflight
+from ifvit.training.config import TrainConfig
+from ifvit.training.preflight import claim_space
+
+
+def test_a_disk_too_full_for_the_next_checkpoint_is_refused(
+    recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", ["free"])
+    config = recipe(ema_decays=(0.9, 0.99))
+    claim_space(config)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(free=10**5))
+    with pytest.raises(UserError, match=r"0\.0 GB free, the next checkpoint takes 0\.0 GB; make"):
+        claim_space(config)
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(
+    recipe: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: cannot be written .* choose another"):
+        claim_space(recipe("file/run"))

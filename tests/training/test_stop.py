@@ -1,0 +1,64 @@
+"""A signal ends a run after a step, saved."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from run_files import losses, rows
+
+from ifvit.distributed import EXIT_PREEMPTED, World
+from ifvit.training.config import TrainConfig
+from ifvit.training.engine import Engine
+from ifvit.training.stop import Preempted, StopRequest
+from ifvit.training.train import train
+
+ALONE = World(rank=0, size=1, local_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, EXIT_PREEMPTED),
+        (signal.SIGUSR1, EXIT_PREEMPTED),
+        (signal.SIGUSR2, EXIT_PREEMPTED),
+        (signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    recipe: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    whole, broken = recipe("whole", max_steps=6), recipe("broken", max_steps=6, log_every=3)
+    train(whole)
+    handler = signal.getsignal(number)
+    real = Engine.step
+
+    def step(engine: Engine) -> object:
+        os.kill(os.getpid(), number)
+        return real(engine)
+
+    monkeypatch.setattr(Engine, "step", step)
+    with pytest.raises(Preempted) as ending:
+        train(broken)
+    monkeypatch.undo()
+    assert ending.value.code == code
+    assert f"{number.name}: stopped after step 2;" in capsys.readouterr().err
+    assert signal.getsignal(number) is handler
+    assert Path(broken.run, "checkpoints", "step_00000002", "manifest.json").exists()
+    train(broken)
+    table = rows(broken)
+    assert [row["loss"] for row in table.values()] == [losses(whole)[step - 1] for step in table]
+
+
+def test_a_request_counts_from_the_next_question_on() -> None:
+    stop = StopRequest(ALONE)
+    stop.ask()
+    stop.request()
+    assert stop.answer() is None
+    stop.ask()
+    assert stop.answer() is signal.SIGTERM
