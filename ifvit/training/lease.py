@@ -6,6 +6,7 @@ own clock and takes generation 8 once it has stood still. A holder that was only
 newer generation before it commits anything. Clocks of different machines are never compared.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -104,10 +105,10 @@ class Lease:
             )
 
     def _beat(self, stop: Event) -> None:
-        count = 0
-        while not stop.wait(self._holder.beat_seconds):
-            count += 1
+        for count in itertools.count():
             self._write_beat({"count": count})
+            if stop.wait(self._holder.beat_seconds):
+                return
 
     def _write_beat(self, beat: dict[str, int]) -> None:
         # A store that is away must not end training; the lease then lapses, or the store returns.
