@@ -185,6 +185,8 @@ def _protocol(
         solver=config.sampling.solver,
         num_steps=config.sampling.num_steps,
         guidance_scale=config.sampling.guidance_scale,
+        guidance_low=config.sampling.guidance_low,
+        guidance_high=config.sampling.guidance_high,
         seed=config.sampling.seed,
         image_size=manifest.image_size,
         resize=manifest.resize,

@@ -32,6 +32,8 @@ class Protocol:
     solver: str
     num_steps: int
     guidance_scale: float
+    guidance_low: float = 0.0
+    guidance_high: float = 999.0
     seed: int
     image_size: int
     resize: str

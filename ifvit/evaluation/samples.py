@@ -22,7 +22,15 @@ from ifvit.errors import UserError
 from ifvit.evaluation.references import find_image, read_reference
 from ifvit.images import Pixels, encode_png
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.files import image_name, read_images, write_images, write_jsonl
+from ifvit.sampling.files import (
+    claim_folder,
+    image_name,
+    image_url,
+    missing_images,
+    read_images,
+    write_images,
+    write_jsonl,
+)
 from ifvit.sampling.grid import make_grid
 from ifvit.sampling.method import MethodOf
 from ifvit.sampling.sampler import Sampler, generate_images
@@ -82,9 +90,8 @@ def draw_missing(
 
     Raises UserError when the folder holds images of other settings, so that none is lost.
     """
-    _claim(folder, settings)
-    present = set(storage.list_names(folder))
-    positions = [p.position for p in prompts if image_name(p.position) not in present]
+    claim_folder(folder, settings)
+    positions = missing_images(folder, (prompt.position for prompt in prompts))
 
     def context_of(batch: Tensor) -> Tensor:
         return torch.from_numpy(np.stack([reader.context(p, 0) for p in batch.tolist()]))
@@ -131,19 +138,4 @@ def read_samples(folder: str, prompts: list[Prompt], batch_size: int) -> Iterato
     """The drawn images in the order of `prompts`, (B, H, W, 3) at a time."""
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        yield read_images(storage.join(folder, image_name(prompt.position)) for prompt in batch)
-
-
-def _claim(folder: str, settings: dict[str, Any]) -> None:
-    """Say what the folder's images are, or check that this has been said."""
-    url = storage.join(folder, "settings.json")
-    if not storage.exists(url):
-        storage.write_json(url, settings)
-        return
-    found = storage.read_json(url)
-    differing = sorted(key for key in settings if found.get(key) != settings[key])
-    if differing:
-        raise UserError(
-            f"{folder} holds samples of another {', '.join(differing)}; "
-            "delete it or give another --output"
-        )
+        yield read_images(image_url(folder, prompt.position) for prompt in batch)
