@@ -20,6 +20,7 @@ from ifvit.evaluation.metrics import Estimate, MetricsRow, estimate_mean
 from ifvit.evaluation.samples import Prompt, read_prompts, read_samples
 from ifvit.images import Pixels, encode_png
 from ifvit.models.clip import ClipScorer, load_clip
+from ifvit.sampling.alignment.build import date_updates
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.encoders import choose_device
 from ifvit.sampling.grid import make_grid
@@ -120,8 +121,7 @@ def _variants(sampling: SamplingConfig) -> dict[str, SamplingConfig]:
 def _num_evaluations(sampling: SamplingConfig) -> int:
     if sampling.method not in ("date", "both"):
         return sampling.num_steps
-    updates = sum(map(sampling.date.is_due, range(sampling.num_steps)))
-    return sampling.num_steps + _EVALUATIONS_PER_UPDATE * updates
+    return sampling.num_steps + _EVALUATIONS_PER_UPDATE * len(date_updates(sampling))
 
 
 def _evaluation(

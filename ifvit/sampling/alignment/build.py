@@ -21,6 +21,7 @@ CaptionsOf = Callable[[Tensor], list[str]]
 
 _MethodFor = Callable[[Sequence[str]], AlignmentMethod]
 _NUM_REGULATED = 5
+_EVALUATIONS_PER_STEP = {"dpm_solver_pp_fast": 3}
 
 
 def build_method(
@@ -50,6 +51,21 @@ def build_method(
     return method_of
 
 
+def date_updates(config: SamplingConfig) -> tuple[int, ...]:
+    """The evaluations before which DATE updates, each at the start of a step of the solver."""
+    wanted = config.date.evaluations
+    if wanted is None:
+        wanted = tuple(range(0, config.num_steps, config.date.every))
+    starts = {_next_start(index, config) for index in wanted}
+    return tuple(sorted(start for start in starts if start < config.num_steps))
+
+
+def _next_start(index: int, config: SamplingConfig) -> int:
+    """The first evaluation from `index` on that starts a step; within one nothing may change."""
+    length = _EVALUATIONS_PER_STEP.get(config.solver, 1)
+    return math.ceil(index / length) * length
+
+
 def _date(
     config: SamplingConfig, sampler: Sampler, info: WeightsInfo, objective: Objective | None
 ) -> _MethodFor:
@@ -62,7 +78,8 @@ def _date(
     def decode(latents: Tensor) -> Tensor:
         return sampler.autoencoder.decode_unclamped(latents / sampler.scaling_factor)
 
-    return lambda captions: Date(config.date, objective(captions), decode)
+    updates = date_updates(config)
+    return lambda captions: Date(config.date, updates, objective(captions), decode)
 
 
 def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> _MethodFor:
@@ -75,7 +92,7 @@ def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> 
             f"0 ... {shape.num_fused_blocks - 1}"
         )
     token_spans = load_token_spans(info.text_encoder.name, shape.context_length)
-    num_evaluations = math.ceil(settings.share_of_steps * config.num_steps)
+    num_evaluations = _next_start(math.ceil(settings.share_of_steps * config.num_steps), config)
     side = shape.latent_size // shape.patch_size
 
     def regulate(captions: Sequence[str]) -> Regulation:

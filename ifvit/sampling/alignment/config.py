@@ -18,7 +18,8 @@ class DateConfig:
     """Length rho of every update, in the space of the text encoder's output."""
 
     every: int = 10
-    """Update before the evaluations 0, every, 2 every, … of the backbone."""
+    """Update before the evaluations 0, every, 2 every, … of the backbone; a solver that takes
+    three to a step has them moved to the start of its next step."""
 
     evaluations: tuple[int, ...] | None = None
     """Instead of `every`: the evaluations to update before, counted from 0."""
@@ -32,12 +33,6 @@ class DateConfig:
             raise ValueError(f"date.every {self.every} is less than 1")
         if self.radius < 0:
             raise ValueError(f"date.radius {self.radius} is negative")
-
-    def is_due(self, index: int) -> bool:
-        """Whether to update before evaluation `index`."""
-        if self.evaluations is not None:
-            return index in self.evaluations
-        return index % self.every == 0
 
 
 @dataclass(frozen=True, kw_only=True)

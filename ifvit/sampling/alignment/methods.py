@@ -1,7 +1,7 @@
 """The alignment methods as they take part in sampling, each for one batch of prompts."""
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 from torch import Tensor
 
@@ -16,19 +16,27 @@ class Date:
     """Moves the context of each prompt so that the image it leads to scores higher."""
 
     def __init__(
-        self, config: DateConfig, score: Score, decode: Callable[[Tensor], Tensor]
+        self,
+        config: DateConfig,
+        updates: Container[int],
+        score: Score,
+        decode: Callable[[Tensor], Tensor],
     ) -> None:
-        """`decode` turns scaled latents (B, C, S, S) into images (B, 3, H, W), differentiably."""
+        """`updates`: evaluations to update before, from 0.
+
+        `decode` turns scaled latents (B, C, S, S) into images (B, 3, H, W), differentiably.
+        """
         self._config = config
+        self._updates = updates
         self._score = score
         self._decode = decode
         self._original: Tensor | None = None
 
     def before(self, evaluation: Evaluation) -> Change:
-        """Update the context where the settings say so."""
+        """Update the context where it is due."""
         if self._original is None:
             self._original = evaluation.context
-        if not self._config.is_due(evaluation.index):
+        if evaluation.index not in self._updates:
             return Change()
         start = self._original if self._config.start == "original" else evaluation.context
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.alignment.block_bias import BlockBias
-from ifvit.sampling.alignment.build import middle_blocks
+from ifvit.sampling.alignment.build import date_updates, middle_blocks
 from ifvit.sampling.alignment.config import DateConfig, RegulationConfig
 from ifvit.sampling.alignment.methods import Date, Regulation, Together
 from ifvit.sampling.alignment.targets import TargetTokens
@@ -42,7 +42,8 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def date(score: object = brightness, **settings: object) -> Date:
-    return Date(DateConfig(**settings), score, lambda latents: 0.5 * latents)
+    config = dataclasses.replace(CONFIG, date=DateConfig(**settings))
+    return Date(config.date, date_updates(config), score, lambda latents: 0.5 * latents)
 
 
 def regulation(num_evaluations: int = 3) -> Regulation:
@@ -91,6 +92,13 @@ def test_date_updates_when_it_is_told_to(
     recorder = Recorder(date(**settings))
     draw(backbone, recorder)
     assert recorder.updated_at == expected
+
+
+def test_a_step_of_several_evaluations_sees_one_context() -> None:
+    config = SamplingConfig(num_steps=50, solver="dpm_solver_pp_fast")
+    assert date_updates(config) == (0, 12, 21, 30, 42)
+    late = dataclasses.replace(config, date=DateConfig(evaluations=(2, 3, 49)))
+    assert date_updates(late) == (3,)
 
 
 @pytest.mark.parametrize(("start", "furthest"), [("original", 0.5), ("latest", 1.5)])
