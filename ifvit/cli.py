@@ -110,6 +110,11 @@ VERBS = {
         "ifvit.bench.encode:bench_encode",
         "images/s of the encode job, against its models alone",
     ),
+    "bench generate": Verb(
+        "ifvit.bench.config:BenchGenerateConfig",
+        "ifvit.bench.generate:bench_generate",
+        "images/s of guided sampling, against the same model without sharing and caches",
+    ),
     "bench loader": Verb(
         "ifvit.bench.config:BenchLoaderConfig",
         "ifvit.bench.loader:bench_loader",

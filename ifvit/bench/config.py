@@ -56,6 +56,9 @@ class BenchEncodeConfig:
     """Where the models run; auto takes a GPU when there is one."""
     num_workers: int = 4
     """Threads that read and resize images ahead of the models."""
+    num_threads: int | None = None
+    """CPU threads of the models, in both; by default all cores but one, because beside a GPU, too,
+    the rest of the job has cores of its own."""
     rounds: int = 3
     """Repetitions, in turn; medians are compared."""
     json: bool = False
@@ -86,3 +89,36 @@ class BenchCheckpointConfig:
             raise ValueError("every and batch_size must be positive, num_steps at least every")
         if self.num_steps % self.every:
             raise ValueError(f"num_steps {self.num_steps} is not a multiple of every {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchGenerateConfig:
+    """Compare guided sampling with the same untrained model, eager, without what it saves.
+
+    Without: two passes a step, the text branch and the keys and values of the text in each.
+    The decoder is left out on both sides.
+    """
+
+    preset: Literal["tiny", "small", "mid", "large", "huge"] = "small"
+    """Size of the backbone: intermediate fusion by cross-attention, 32 x 32 latents from small on
+    (256 x 256 pixels)."""
+    num_steps: int = 50
+    """Evaluations that an image takes."""
+    timed_steps: int = 4
+    """Evaluations that one measurement runs through; an image's time follows from them."""
+    batch_size: int = 4
+    """Images drawn together."""
+    rounds: int = 5
+    """Repetitions, in turn; medians are compared."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the weights."""
+    compile: bool = False
+    """Compile the backbone, on a GPU with CUDA graphs; the other side stays eager."""
+    json: bool = False
+    """Print one JSON object: images_per_s, vs_no_cache, and what was measured on what."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_steps, self.timed_steps, self.batch_size, self.rounds) < 1:
+            raise ValueError("num_steps, timed_steps, batch_size and rounds must be at least 1")

@@ -32,6 +32,7 @@ from ifvit.sampling.files import (
     write_jsonl,
 )
 from ifvit.sampling.grid import make_grid
+from ifvit.sampling.guidance import compile_backbone
 from ifvit.sampling.sampler import Sampler, generate_images
 
 _MAX_GRID = 64
@@ -50,6 +51,8 @@ def generate(config: GenerateConfig) -> list[str]:
     device = choose_device(config.device)
     backbone, info = load_weights(config.weights)
     backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
+    if config.compile:
+        compile_backbone(backbone)
     text_encoder = open_text_encoder(info, device)
     sampler = Sampler(
         backbone=backbone,
