@@ -208,7 +208,7 @@ def _print_verbs(prefix: str) -> None:
     print("usage: ifvit VERB [--config RECIPE.yaml] [--flag value ...]\n")
     for name, verb in VERBS.items():
         if name.startswith(prefix):
-            print(f"  {name:<16}{verb.help}")
+            print(f"  {name:<18}{verb.help}")
     print("\nifvit VERB --help lists a verb's flags.")
 
 
