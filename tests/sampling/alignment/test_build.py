@@ -1,0 +1,127 @@
+"""Settings become methods, with the shipped CLIP and tokenizer."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from ifvit.config import read_config
+from ifvit.errors import UserError
+from ifvit.models.autoencoder import Autoencoder
+from ifvit.models.uvit import FusionUViT
+from ifvit.models.weights import WeightsInfo
+from ifvit.sampling.alignment.build import build_method
+from ifvit.sampling.alignment.config import DateConfig, RegulationConfig
+from ifvit.sampling.alignment.objectives import Score
+from ifvit.sampling.config import GenerateConfig, SamplingConfig
+from ifvit.sampling.method import AlignmentMethod, Evaluation
+from ifvit.sampling.sampler import Sampler
+from ifvit.shards import EncoderIdentity
+
+CAPTIONS = ["two red circles", "a blue square"]
+CONFIG = SamplingConfig(num_steps=4)
+CLIP = EncoderIdentity(name="scenes/clip", sha256="0" * 64)
+INFO = WeightsInfo(
+    step=0, ema_decay=None, scaling_factor=0.5, vae=CLIP, text_encoder=CLIP, recipe_sha256="0" * 64
+)
+
+
+@pytest.fixture
+def sampler(backbone: FusionUViT) -> Sampler:
+    vae = AutoencoderKL(latent_channels=2, block_out_channels=(8,), norm_num_groups=4)
+    return Sampler(
+        backbone=backbone,
+        autoencoder=Autoencoder(vae.eval(), CLIP),
+        null_context=torch.zeros(6, 16),
+        scaling_factor=0.5,
+    )
+
+
+def build(sampler: Sampler, **changes: object) -> AlignmentMethod | None:
+    config = dataclasses.replace(CONFIG, **changes)
+    method_of = build_method(
+        config, sampler, INFO, lambda positions: [CAPTIONS[i] for i in positions.tolist()]
+    )
+    return method_of(torch.tensor([0, 1])) if method_of else None
+
+
+def evaluation(index: int) -> Evaluation:
+    """Whose clean latents are the context itself, brought into their shape."""
+    return Evaluation(
+        index=index,
+        x_t=torch.zeros(2, 2, 8, 8),
+        timesteps=torch.zeros(2),
+        context=torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(index)),
+        predict_clean=lambda context: context[:, :4, :].reshape(2, 1, 8, 8).expand(2, 2, 8, 8),
+    )
+
+
+def test_plain_sampling_has_no_method(sampler: Sampler) -> None:
+    assert build(sampler) is None
+
+
+def test_date_follows_the_clip_score_of_what_the_vae_decodes(sampler: Sampler) -> None:
+    method = build(sampler, method="date", date=DateConfig(every=2))
+    assert method is not None
+    changes = [method.before(evaluation(index)) for index in range(4)]
+    moved = [change.context for change in changes]
+    assert [context is None for context in moved] == [False, True, False, True]
+    assert moved[0] is not None
+    step = (moved[0] - evaluation(0).context).flatten(1).norm(dim=1)
+    torch.testing.assert_close(step, torch.full((2,), 0.5))
+    assert all(not change.biases for change in changes)
+
+
+def test_regulation_biases_the_middle_blocks_in_the_first_half(sampler: Sampler) -> None:
+    method = build(sampler, method="regulate")
+    assert method is not None
+    changes = [method.before(evaluation(index)) for index in range(4)]
+    assert [sorted(change.biases) for change in changes] == [[0, 1, 2], [0, 1, 2], [], []]
+    assert all(change.context is None for change in changes)
+
+
+def test_both_do_both(sampler: Sampler) -> None:
+    method = build(sampler, method="both", regulation=RegulationConfig(blocks=(1,)))
+    assert method is not None
+    change = method.before(evaluation(0))
+    assert change.context is not None
+    assert list(change.biases) == [1]
+
+
+def test_a_user_may_score_images_otherwise(sampler: Sampler) -> None:
+    def redness(prompts: Sequence[str]) -> Score:
+        return lambda images: images[:, 0].mean(dim=(1, 2)) * len(prompts)
+
+    method_of = build_method(
+        dataclasses.replace(CONFIG, method="date"),
+        sampler,
+        INFO,
+        lambda positions: CAPTIONS,
+        objective=redness,
+    )
+    assert method_of is not None
+    assert method_of(torch.tensor([0, 1])).before(evaluation(0)).context is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (RegulationConfig(blocks=(0, 3)), "this backbone has the fused blocks 0 ... 2"),
+        (RegulationConfig(targets="circles"), 'not in the prompt "a blue square"'),
+    ],
+)
+def test_settings_that_fit_neither_backbone_nor_prompt_are_refused(
+    sampler: Sampler, settings: RegulationConfig, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build(sampler, method="regulate", regulation=settings)
+
+
+def test_flags_choose_the_method_and_its_settings() -> None:
+    flags = ["--weights", "x", "--prompt", "y", "--method", "both", "--date.radius", "1"]
+    flags += ["--date.evaluations", "[0, 5]", "--regulation.targets", "two circles"]
+    config = read_config(GenerateConfig, flags, prog="ifvit generate")
+    assert (config.method, config.date.radius, config.date.evaluations) == ("both", 1.0, (0, 5))
+    assert config.regulation.targets == "two circles"

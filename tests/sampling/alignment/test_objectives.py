@@ -1,0 +1,51 @@
+"""The scores that DATE raises, on real scenes and the shipped CLIP."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ifvit.images import to_model_range
+from ifvit.models.clip import ClipScorer, load_clip
+from ifvit.sampling.alignment.objectives import Score, clip_score_of, weighted_sum
+from ifvit.scenes.captions import write_captions
+from ifvit.scenes.draw import draw_random_scene
+
+SCENES = [draw_random_scene(5, number) for number in range(4)]
+CAPTIONS = [write_captions(drawn.scene)[0] for drawn in SCENES]
+IMAGES = to_model_range(np.stack([drawn.image for drawn in SCENES]))
+
+
+@pytest.fixture(scope="module")
+def scorer() -> ClipScorer:
+    return load_clip("scenes/clip")
+
+
+def test_the_clip_score_is_the_cosine_and_knows_its_caption(scorer: ClipScorer) -> None:
+    scores = clip_score_of(scorer)(CAPTIONS)(IMAGES)
+    expected = (scorer.embed_images(IMAGES) * scorer.embed_texts(CAPTIONS)).sum(dim=1)
+    torch.testing.assert_close(scores, expected)
+    assert (scores > clip_score_of(scorer)(CAPTIONS[::-1])(IMAGES)).all()
+
+
+@pytest.mark.parametrize("size", [64, 32])
+def test_every_pixel_has_a_gradient_beyond_white_and_at_any_size(
+    scorer: ClipScorer, size: int
+) -> None:
+    images = torch.full((4, 3, size, size), 1.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(clip_score_of(scorer)(CAPTIONS)(images).sum(), images)
+    assert (gradient.abs().sum(dim=1) > 0).float().mean() > 0.99
+
+
+def test_a_weighted_sum_is_one(scorer: ClipScorer) -> None:
+    def brightness(prompts: Sequence[str]) -> Score:
+        def score(images: Tensor) -> Tensor:
+            return images.mean(dim=(1, 2, 3)) + len(prompts)
+
+        return score
+
+    both = weighted_sum([(2.0, clip_score_of(scorer)), (-0.5, brightness)])(CAPTIONS)(IMAGES)
+    expected = 2 * clip_score_of(scorer)(CAPTIONS)(IMAGES) - 0.5 * brightness(CAPTIONS)(IMAGES)
+    torch.testing.assert_close(both, expected)
