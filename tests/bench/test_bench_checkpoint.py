@@ -1,0 +1,28 @@
+"""The benchmark of checkpoints, on a model that saves in no time."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ifvit.bench.checkpoint import bench_checkpoint
+from ifvit.bench.config import BenchCheckpointConfig
+from ifvit.models.presets import PRESETS
+from ifvit.storage import list_names
+
+
+def test_the_cost_of_saves_is_printed_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PRESETS, "small", PRESETS["tiny"])
+    run = str(tmp_path / "run")
+    bench_checkpoint(BenchCheckpointConfig(run=run, every=2, num_steps=4, batch_size=2, json=True))
+    result = json.loads(capsys.readouterr().out)
+    assert 0 < result["stall_share"] < 1
+    assert result["gigabytes"] > 0
+    assert list_names(f"{run}/checkpoints") == ["latest", "step_00000002", "step_00000004"]
+
+
+def test_steps_that_end_between_saves_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_steps 30 is not a multiple of every 20"):
+        BenchCheckpointConfig(num_steps=30)
