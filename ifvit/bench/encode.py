@@ -1,6 +1,7 @@
 """The verb `bench encode`: images per second, and what the job adds to its two models."""
 
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ Inputs = list[tuple[Pixels, list[str]]]
 
 def bench_encode(config: BenchEncodeConfig) -> None:
     """Draw images, encode them in both ways in turn, print the ratio, remove everything."""
+    torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
     with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as name:
         recipe = _draw_images(Path(name), config)
         encoders = load_encoders(recipe, has_classes=False, local_rank=0)

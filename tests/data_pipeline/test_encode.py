@@ -11,6 +11,7 @@ from encoded_files import image_files
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
+from data_pipeline.round_trip import psnr
 from ifvit.errors import UserError
 from ifvit.images import read_square, to_model_range
 from ifvit.models.autoencoder import load_autoencoder
@@ -50,20 +51,54 @@ def test_latent_statistics_are_those_of_posterior_draws(config: EncodeConfig) ->
     assert manifest.latent_std == pytest.approx(draws.std(), rel=5e-3)
 
 
-def test_equal_captions_of_a_batch_are_encoded_once(
+def test_equal_captions_of_a_shard_are_encoded_once(
     config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[str]] = []
+    config = replace(config, samples_per_shard=5)
+    expected = ShardReader(encode_to(config, "_expected"))
+    asked: list[str] = []
     original = TextEncoder.encode
 
     def record(encoder: TextEncoder, captions: list[str]) -> torch.Tensor:
-        asked.append(captions)
+        asked.extend(captions)
         return original(encoder, captions)
 
     monkeypatch.setattr(TextEncoder, "encode", record)
+    reader = ShardReader(encode_to(config, "_recorded"))
+    assert asked.count("a dog") == 2  # once in each of the two shards
+    assert len(asked) == 2 + 6 + 1  # six cats, and the empty caption
+    for sample in range(10):
+        for caption in range(reader.num_captions(sample)):
+            left, right = reader.context(sample, caption), expected.context(sample, caption)
+            np.testing.assert_array_equal(left, right)
+
+
+def encode_to(config: EncodeConfig, suffix: str) -> str:
+    """Encode into another folder; returns it."""
+    encode(replace(config, output=config.output + suffix))
+    return config.output + suffix
+
+
+def test_bf16_gives_nearly_the_same_numbers(config: EncodeConfig) -> None:
+    exact = ShardReader(encode_to(config, "_fp32"))
+    rounded = ShardReader(encode_to(replace(config, precision="bf16"), "_bf16"))
+    for sample in range(10):
+        np.testing.assert_allclose(rounded.moments(sample), exact.moments(sample), atol=0.1)
+    assert rounded.moments(0).tobytes() != exact.moments(0).tobytes()
+
+
+def test_the_round_trip_is_told_once_with_its_psnr(
+    config: EncodeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     encode(config)
-    assert all(len(captions) == len(set(captions)) for captions in asked)
-    assert max(map(len, asked)) == 3  # "a dog" and two different cats
+    assert "round trip of 1 images: PSNR 1" in capsys.readouterr().out  # 12 dB: random weights
+    encode(config)
+    assert "round trip" not in capsys.readouterr().out
+
+
+def test_psnr_is_that_of_its_definition() -> None:
+    black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 51, np.uint8)
+    assert psnr(black, grey) == pytest.approx(20 * np.log10(5))
 
 
 def test_webdataset_reads_the_shards_without_this_library(config: EncodeConfig) -> None:
