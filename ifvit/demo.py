@@ -17,7 +17,7 @@ from ifvit.models.presets import PRESETS
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.coco import draw_scene_set
 from ifvit.storage import join, write_json
-from ifvit.training.config import OptimConfig, SampleGridConfig, TrainConfig
+from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 from ifvit.training.train import train
 
 NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 6000, 256, 256
@@ -108,6 +108,7 @@ def _recipe(run: str, shards: str, config: DemoConfig) -> TrainConfig:
             cooldown_steps=max_steps * 2 // 3,
             max_grad_norm=1.0,
         ),
+        engine=EngineConfig(backend="plain"),  # two runs in one process, nothing to partition
         sample_grid=SampleGridConfig(
             every=max(1, max_steps // 4), prompts=PROMPTS, num_steps=15, guidance_scale=GUIDANCE
         ),
