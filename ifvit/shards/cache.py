@@ -51,8 +51,8 @@ class FileCache:
                 "cache.folder to a larger disk"
             )
 
-    def open(self, url: str, sha256: str) -> int:
-        """A descriptor of the local copy of `url`, fetched unless it is here.
+    def open(self, url: str, sha256: str, num_bytes: int) -> int:
+        """A descriptor of the local copy of `url`, of that size, fetched unless it is here.
 
         Raises ContentError when the object has other content, UserError when there is none.
         """
@@ -62,7 +62,7 @@ class FileCache:
                 try:
                     descriptor = os.open(path, os.O_RDONLY)
                 except FileNotFoundError:
-                    self._fetch(url, path)
+                    self._fetch(url, path, num_bytes)
                 else:
                     os.utime(descriptor)
                     return descriptor
@@ -71,11 +71,11 @@ class FileCache:
         """Remove a copy that has gone bad on this disk; the next `open` fetches it anew."""
         (self.folder / sha256).unlink(missing_ok=True)
 
-    def _fetch(self, url: str, path: Path) -> None:
+    def _fetch(self, url: str, path: Path, num_bytes: int) -> None:
         for leftover in self.folder.glob(f".{path.name}.*"):  # of a killed process
             leftover.unlink()
         with FileLock(self._locks / "eviction"):
-            self._make_room(storage.file_size(url) or 0)
+            self._make_room(num_bytes)
         storage.download(url, path, path.name)
 
     def _make_room(self, num_bytes: int) -> None:

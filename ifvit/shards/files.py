@@ -24,6 +24,8 @@ from ifvit.shards.records import (
     remedy_for,
 )
 
+_TRIES = 3
+"""How often a small object is read before it counts as damaged, not as badly transferred."""
 MAX_OPEN = 256
 """Tars that a reader keeps open; a quarter of the descriptors that a process usually may have."""
 
@@ -101,30 +103,29 @@ class CachedFiles:
     def read_index(self, entry: ShardEntry) -> ShardIndex:
         """As `ShardFiles` says."""
         url = f"{self._url}/{entry.name}.index.npz"
-        with os.fdopen(self._open(url, entry, entry.index_sha256), "rb") as file:
-            data = file.read()
-        if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-            self._cache.forget(entry.index_sha256)
-            raise _gone_bad(url, "its index")
-        return _parse_index(data, entry, url)
+        for _ in range(_TRIES):
+            data = storage.read_bytes(url)
+            if hashlib.sha256(data).hexdigest() == entry.index_sha256:
+                return _parse_index(data, entry, url)
+        raise _wrong_index(url, entry)
 
     def open_tar(self, entry: ShardEntry) -> OpenFile:
         """As `ShardFiles` says."""
         url = f"{self._url}/{entry.name}.tar"
-        return OpenFile(self._open(url, entry, entry.sha256))
-
-    def damaged(self, entry: ShardEntry, what: str) -> ShardError:
-        """As `ShardFiles` says; it arrived whole, so the copy here has gone bad."""
-        self._cache.forget(entry.sha256)
-        return _gone_bad(f"{self._url}/{entry.name}.tar", what)
-
-    def _open(self, url: str, entry: ShardEntry, sha256: str) -> int:
         try:
-            return self._cache.open(url, sha256)
+            return OpenFile(self._cache.open(url, entry.sha256, entry.num_bytes))
         except StoreError:
             raise
         except UserError as error:
             raise ShardError(f"{error}; {remedy_for(entry)}") from None
+
+    def damaged(self, entry: ShardEntry, what: str) -> ShardError:
+        """As `ShardFiles` says; it arrived whole, so the copy here has gone bad."""
+        self._cache.forget(entry.sha256)
+        return ShardError(
+            f"{self._url}/{entry.name}.tar: {what} is damaged in the local cache; it was removed, "
+            "run the command again"
+        )
 
 
 def open_files(url: str, manifest: Manifest, cache: CacheConfig) -> ShardFiles:
@@ -160,7 +161,7 @@ def read_index(folder: Path, entry: ShardEntry) -> ShardIndex:
         raise ShardError(f"{path}: no such index; {remedy_for(entry)}")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-        raise ShardError(f"{path}: index does not match the manifest's hash; {remedy_for(entry)}")
+        raise _wrong_index(str(path), entry)
     return _parse_index(data, entry, str(path))
 
 
@@ -183,7 +184,5 @@ def _parse_index(data: bytes, entry: ShardEntry, where: str) -> ShardIndex:
     return index
 
 
-def _gone_bad(url: str, what: str) -> ShardError:
-    return ShardError(
-        f"{url}: {what} is damaged in the local cache; it was removed, run the command again"
-    )
+def _wrong_index(where: str, entry: ShardEntry) -> ShardError:
+    return ShardError(f"{where}: index does not match the manifest's hash; {remedy_for(entry)}")
