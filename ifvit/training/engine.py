@@ -28,6 +28,9 @@ class Engine:
     tensors by name, so that a run saved under one engine continues under any other.
     """
 
+    _may_freeze = True
+    """Whether the host can do without looking at the gradient's norm after every step."""
+
     def __init__(
         self,
         backbone: FusionUViT,
@@ -56,8 +59,9 @@ class Engine:
         """What the loss is multiplied by; None where gradients do not need it."""
         self.timer = PhaseTimer(self.device)
         """Where the time goes."""
-        self._freezes = self.loss_scale is None and not tolerate_nonfinite
-        self._refused = torch.zeros((), device=self.device)
+        self._freezes = self._may_freeze and self.loss_scale is None and not tolerate_nonfinite
+        self._frozen_steps = torch.zeros((), device=self.device)
+        self._refused = 0
         self._update_applied = True
 
     @property
@@ -114,8 +118,8 @@ class Engine:
             nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
         nonfinite = (~norm.isfinite()).float()
         if self._freezes:
-            nonfinite = nonfinite.maximum(self._refused.sign())
-            self._refused += nonfinite
+            nonfinite = nonfinite.maximum(self._frozen_steps.sign())
+            self._frozen_steps += nonfinite
         else:
             self._settle(finite=not nonfinite.item())
         # AdamW's fused kernel reads the flag on the device and leaves everything as it is.
@@ -137,10 +141,10 @@ class Engine:
         Where the recipe tolerates none, the first one freezes the parameters on the device. So
         the host need not look after every step; it learns of it when it can `wait` for the device.
         """
-        if self._freezes and not wait:
-            return 0
-        count = int(self._refused.item())
-        self._refused.zero_()
+        if self._freezes and wait:
+            self._refused = int(self._frozen_steps.item())
+            self._frozen_steps.zero_()
+        count, self._refused = self._refused, 0
         return count
 
     def update_averages(self) -> None:

@@ -34,6 +34,8 @@ from ifvit.training.optim import create_moments
 class ZeroEngine(Engine):
     """Partitions the moments (ZeRO stage 1) and the gradients (stage 2); parameters stay whole."""
 
+    _may_freeze = False
+
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """Around each micro-batch; tells DeepSpeed which one is the last."""
         self._zero.set_gradient_accumulation_boundary(last)
@@ -55,10 +57,6 @@ class ZeroEngine(Engine):
         self._settle(finite=applied)
         norm = self._zero.get_global_grad_norm() if applied else torch.inf
         return torch.as_tensor(norm, dtype=torch.float32)
-
-    def refused_updates(self, *, wait: bool) -> int:
-        """Updates refused since the last call; known at once here."""
-        return super().refused_updates(wait=True)
 
     @property
     def _zero(self) -> Any:
