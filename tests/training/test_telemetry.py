@@ -27,7 +27,9 @@ def test_a_row_says_where_the_time_of_a_step_went(
     before = 0.0
     for row in rows(config).values():
         per_step = (row["seconds"] - before) / 2
-        assert 0.8 * per_step < sum(row[f"{phase}_seconds"] for phase in PHASES) <= per_step
+        seconds = [row[f"{phase}_seconds"] for phase in PHASES]
+        assert min(seconds) > 0
+        assert sum(seconds) <= per_step
         before = row["seconds"]
         assert row["tokens_per_s"] == pytest.approx(row["samples_per_s"] * (1 + 16 + 5))
         assert row["peak_memory"] > 10**7
