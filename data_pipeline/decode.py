@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from PIL import UnidentifiedImageError
+
 from data_pipeline.config import EncodeConfig
 from data_pipeline.receipts import Failure
 from data_pipeline.sources.source import CaptionedImage, Unit
@@ -62,10 +64,15 @@ def read_or_fail(image: CaptionedImage, image_size: int) -> DecodedImage | Failu
     except StoreError:
         raise
     except Exception as error:  # a broken file can make a decoder raise anything; it is recorded
-        text = str(error) or type(error).__name__
-        # Our own errors open with the path, which would make receipts depend on the folder.
-        reason = text.rpartition(": ")[2] if isinstance(error, UserError) else text
-        return Failure(image_id=image.image_id, file=image.name, reason=reason)
+        return Failure(image_id=image.image_id, file=image.name, reason=_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in words that depend on no folder and no memory address: receipts repeat."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    text = str(error) or type(error).__name__
+    return text.rpartition(": ")[2] if isinstance(error, UserError) else text  # without the path
 
 
 _Result = Future[DecodedImage | Failure]

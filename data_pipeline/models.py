@@ -88,7 +88,9 @@ def load_encoders(config: EncodeConfig, *, has_classes: bool, local_rank: int) -
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = f"cuda:{local_rank}" if device == "cuda" else device
+    place = device
+    if device == "cuda":  # a launcher may show each process only a GPU of its own
+        place = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
     dtype = PRECISIONS[config.precision]
     torch.backends.cudnn.deterministic = True  # equal shards, whichever GPU of a kind made them
     text = None

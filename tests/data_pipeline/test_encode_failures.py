@@ -1,6 +1,7 @@
 """Images that cannot be read: named, counted, tolerated, and encoded once they are mended."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,21 @@ def test_a_mended_image_makes_only_its_shard_again(
     encode(config)
     assert names == ["shard-00001"]
     assert hashes(config) == hashes(undisturbed)
+
+
+def test_receipts_of_failures_do_not_depend_on_folder_or_process(config: EncodeConfig) -> None:
+    missing, garbage, empty, cut = image_files(config)[:4]
+    missing.unlink()
+    garbage.write_text("<html>not found</html>")
+    empty.write_bytes(b"")
+    truncate(cut)
+    moved = Path(config.images + "_moved")
+    shutil.copytree(config.images, moved)
+    other = replace(config, images=str(moved), output=config.output + "_moved", tolerate=4)
+    encode(replace(config, tolerate=4))
+    encode(other)
+    assert hashes(other) == hashes(config)
+    receipt = json.loads(Path(config.output, "receipts", "shard-00000.json").read_text())
+    reasons = [failure["reason"] for failure in receipt["failures"]]
+    assert reasons[:3] == ["no such file", *["not an image of a known format"] * 2]
+    assert "truncated" in reasons[3]
