@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -58,18 +59,25 @@ def upload_pretrained(folder: Path, repository: str) -> None:
         raise UserError(f"{repository}: the hub refused the upload ({reason})") from None
 
 
-def _download(name: str) -> Path:
-    organisation, _, rest = name.partition("/")
-    repository, _, subfolder = rest.partition("/")
-    prefix = f"{subfolder}/" if subfolder else ""
+def download_pretrained(repository: str, folder: str = "", **options: Any) -> Path:
+    """Local copy of a hub repository, or of one folder in it; configs and safetensors only.
+
+    `options` are those of huggingface_hub's snapshot_download: revision, token, cache_dir, ...
+    Raises UserError when it cannot be fetched.
+    """
+    prefix = f"{folder}/" if folder else ""
+    patterns = [f"{prefix}*.json", f"{prefix}*.safetensors", f"{prefix}*merges.txt"]
     try:
-        root = snapshot_download(
-            f"{organisation}/{repository}",
-            allow_patterns=[f"{prefix}*.json", f"{prefix}*.safetensors", f"{prefix}merges.txt"],
-        )
+        return Path(snapshot_download(repository, allow_patterns=patterns, **options), folder)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
+        name = f"{repository}/{folder}".rstrip("/")
         raise UserError(
             f"{name}: neither a local folder nor a hub name that could be fetched ({reason})"
         ) from None
-    return Path(root) / subfolder
+
+
+def _download(name: str) -> Path:
+    organisation, _, rest = name.partition("/")
+    repository, _, folder = rest.partition("/")
+    return download_pretrained(f"{organisation}/{repository}", folder)

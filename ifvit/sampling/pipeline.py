@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ifvit import storage
 from ifvit.models.clip import encode_captions
+from ifvit.models.pretrained import download_pretrained
 from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.config import Guidance
 from ifvit.sampling.guidance import GuidedDenoiser
@@ -25,6 +26,7 @@ from ifvit.sampling.method import AlignmentMethod
 from ifvit.sampling.solvers import step_solver
 
 Generators = torch.Generator | list[torch.Generator]
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
@@ -64,13 +66,20 @@ class FusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """From a folder, an `s3://` prefix or a hub name; `options` as in diffusers."""
+        """From a folder, an `s3://` prefix or a hub name; `options` as in diffusers.
+
+        Raises UserError for a hub name that cannot be fetched, or an s3:// prefix without files.
+        """
         url = str(pretrained_model_name_or_path)
-        if not storage.is_remote(url):
-            return super().from_pretrained(url, **options)
-        with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
-            _download(url, Path(folder))
-            return super().from_pretrained(folder, **options)
+        if storage.is_remote(url):
+            with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
+                _download(url, Path(folder))
+                return super().from_pretrained(folder, **options)
+        if not Path(url).is_dir():
+            # Diffusers' own download refuses components whose class lies in an installed package.
+            of_hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
+            url = str(download_pretrained(url, **of_hub))
+        return super().from_pretrained(url, **options)
 
     @property
     def interrupt(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from untrained import save_untrained
 
+from ifvit.models import pretrained
 from ifvit.randomness import Stream, normal
 from ifvit.sampling.config import ExportConfig, GenerateConfig
 from ifvit.sampling.export import export
@@ -217,6 +218,20 @@ def test_half_precision_weights_draw_nearly_the_same(pipeline: FusionPipeline, f
     half = FusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     assert half.backbone.dtype == torch.bfloat16
     assert np.abs(draw(half) - draw(pipeline)).mean() < 0.02
+
+
+def test_a_hub_name_loads_the_revision_that_was_asked_for(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def snapshot(repository: str, *, allow_patterns: list[str], revision: str) -> str:
+        asked.append((repository, revision))
+        return folder
+
+    monkeypatch.setattr(pretrained, "snapshot_download", snapshot)
+    assert draw(FusionPipeline.from_pretrained("team/model", revision="v2")).shape == (1, 64, 64, 3)
+    assert asked == [("team/model", "v2")]
 
 
 @pytest.mark.s3
