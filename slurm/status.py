@@ -28,7 +28,7 @@ class JobStatus:
     job_id: str
     verb: str
     state: str
-    """As `sacct` says it; UNKNOWN for a job too new, or too old, for it."""
+    """As SLURM says it; UNKNOWN for a job that it does not know yet, or no more."""
     nodes: str
     requeues: int
     run: str
@@ -76,21 +76,29 @@ def _status(
 
 
 def ask_slurm(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
-    """What `sacct` knows of each job. Raises UserError where there is no SLURM."""
+    """State and NodeList of each job that SLURM knows. Raises UserError where there is none."""
     arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
-    command = ["sacct", "-X", "--parsable2", "-o", "JobID,State,NodeList", "-j", arrays]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except FileNotFoundError:
-        raise UserError("no `sacct` on this machine; ask on a login node of the cluster") from None
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"sacct: {' '.join(error.stderr.split())}") from None
-    return parse_sacct(done.stdout)
+        ended = _run("sacct", "-X", "--parsable2", "-o", "JobID,State,NodeList", "-j", arrays)
+        # For jobs that are not over, since sacct may say REQUEUED of one that runs again.
+        queued = _run("squeue", "-h", "-r", "-o", "%i|%T|%N", "-j", arrays)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no `{error.filename}` on this machine; ask on a login node of the cluster"
+        ) from None
+    return parse_slurm(ended, queued)
 
 
-def parse_sacct(text: str) -> dict[str, dict[str, str]]:
+def _run(*command: str) -> str:
+    """What a command prints; `squeue` fails, and prints nothing, for jobs that are long over."""
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+
+
+def parse_slurm(ended: str, queued: str) -> dict[str, dict[str, str]]:
     """`JobID|State|NodeList` lines by job id; `7_[2-3]`, which wait together, become two."""
-    return SlurmInfoWatcher().read_info(text)
+    return SlurmInfoWatcher().read_info(ended) | SlurmInfoWatcher().read_info(
+        f"JobID|State|NodeList\n{queued}"
+    )
 
 
 def table(statuses: Sequence[JobStatus]) -> str:

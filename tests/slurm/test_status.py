@@ -1,4 +1,4 @@
-"""`ifvit submit status` and `logs`, with recorded answers of `sacct`."""
+"""`ifvit submit status` and `logs`, with recorded answers of SLURM."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,22 @@ from ifvit.errors import UserError
 from slurm.config import LogsConfig
 from slurm.progress import describe_progress
 from slurm.records import JobRecord, SubmissionRecord, read_records, write_record
-from slurm.status import collect, find_log, parse_sacct, table
+from slurm.status import collect, find_log, parse_slurm, table
 
 SACCT = """JobID|State|NodeList
 81|CANCELLED by 0|None assigned
 80_0|COMPLETED|node1
-80_1|RUNNING|node[1-2]
+80_1|REQUEUED|node[1-2]
 80_[2-3%2]|PENDING|None assigned
+"""
+SQUEUE = """80_2|PENDING|
+80_3|PENDING|
+80_1|RUNNING|node[1-2]
 """
 
 
-def test_the_waiting_jobs_of_an_array_are_told_apart() -> None:
-    states = {job_id: info["State"] for job_id, info in parse_sacct(SACCT).items()}
+def test_states_are_those_of_each_job_now() -> None:
+    states = {job_id: info["State"] for job_id, info in parse_slurm(SACCT, SQUEUE).items()}
     assert states == {
         "81": "CANCELLED by 0",
         "80_0": "COMPLETED",
@@ -60,7 +64,7 @@ def test_a_record_comes_back_whole(home: Path) -> None:
 def test_status_joins_records_slurm_logs_and_metrics(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slurm.status.ask_slurm", lambda ids: parse_sacct(SACCT))
+    monkeypatch.setattr("slurm.status.ask_slurm", lambda ids: parse_slurm(SACCT, SQUEUE))
     statuses = {status.job_id: status for status in collect(str(home))}
     assert [status.has_ended for status in statuses.values()] == [True, False, True]
     assert [status.requeues for status in statuses.values()] == [0, 1, 0]

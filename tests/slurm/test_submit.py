@@ -98,7 +98,7 @@ def test_a_sweep_is_the_product_of_its_axes() -> None:
     assert dataclasses.replace(early, **same) == dataclasses.replace(intermediate, **same)
 
 
-@pytest.mark.parametrize("field", ["backbone.widht", "sede"])
+@pytest.mark.parametrize("field", ["backbone.breadth", "sede"])
 def test_an_axis_over_an_unknown_field_is_refused(field: str) -> None:
     argv = ["--config", TRAIN, "--axes", json.dumps([{"a": {field: 1}}])]
     config = read_config(SubmitSweepConfig, argv, prog="sweep")
