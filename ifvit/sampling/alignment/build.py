@@ -85,7 +85,9 @@ def _date(
 def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> _MethodFor:
     shape = sampler.backbone.shape
     settings = config.regulation
-    blocks = settings.blocks or middle_blocks(shape.num_fused_blocks)
+    blocks = settings.blocks
+    if blocks is None:
+        blocks = middle_blocks(shape.num_fused_blocks)
     if not all(0 <= block < shape.num_fused_blocks for block in blocks):
         raise UserError(
             f"regulation.blocks {list(blocks)}: this backbone has the fused blocks "
