@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data_pipeline.config import EncodeConfig
 from data_pipeline.decode import decode_batches, read_or_fail
 from data_pipeline.finish import collect_receipts, finish
-from data_pipeline.models import Encoders, load_encoders
+from data_pipeline.models import Encoders, load_encoders, one_thread
 from data_pipeline.receipts import (
     Job,
     Receipt,
@@ -45,6 +45,11 @@ def encode(config: EncodeConfig) -> Manifest | None:
     manifest, when more images than `config.tolerate` could not be read; everything else is
     encoded by then and kept.
     """
+    with one_thread():
+        return _encode_share(config)
+
+
+def _encode_share(config: EncodeConfig) -> Manifest | None:
     world = World.from_environment()
     share = find_share(config, world)
     source = open_source(config)

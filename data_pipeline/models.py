@@ -1,6 +1,7 @@
 """The frozen models of the encode job: decoded batches => moments and contexts, on the device."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,21 @@ class Encoders:
         return new
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one CPU thread inside.
+
+    Sums round differently on two, and launchers set that number by how many processes they start:
+    shards would depend on it. More CPU cores are used by more processes.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def load_encoders(config: EncodeConfig, *, has_classes: bool, local_rank: int) -> Encoders:
     """Open the models on this process's device.
 
@@ -88,7 +104,7 @@ def load_encoders(config: EncodeConfig, *, has_classes: bool, local_rank: int) -
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = device
+    place: str = device
     if device == "cuda":  # a launcher may show each process only a GPU of its own
         place = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
     dtype = PRECISIONS[config.precision]

@@ -56,9 +56,6 @@ class BenchEncodeConfig:
     """Where the models run; auto takes a GPU when there is one."""
     num_workers: int = 4
     """Threads that read and resize images ahead of the models."""
-    num_threads: int | None = None
-    """CPU threads of the models, in both; by default all cores but one, because beside a GPU, too,
-    the rest of the job has cores of its own."""
     rounds: int = 3
     """Repetitions, in turn; medians are compared."""
     json: bool = False

@@ -1,7 +1,6 @@
 """The verb `bench encode`: images per second, and what the job adds to its two models."""
 
 import contextlib
-import os
 import sys
 import tempfile
 import time
@@ -15,7 +14,7 @@ from PIL import Image
 from data_pipeline.config import EncodeConfig
 from data_pipeline.decode import decode_batches
 from data_pipeline.encode import encode
-from data_pipeline.models import Encoders, load_encoders
+from data_pipeline.models import Encoders, load_encoders, one_thread
 from data_pipeline.sources.choose import open_source
 from ifvit import storage
 from ifvit.bench.config import BenchEncodeConfig
@@ -34,8 +33,7 @@ Inputs = list[tuple[Pixels, list[str]]]
 
 def bench_encode(config: BenchEncodeConfig) -> None:
     """Draw images, encode them in both ways in turn, print the ratio, remove everything."""
-    torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
-    with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as name, one_thread():
         recipe = _draw_images(Path(name), config)
         encoders = load_encoders(recipe, has_classes=False, local_rank=0)
         inputs = _prepare(recipe, encoders)
@@ -54,7 +52,6 @@ def bench_encode(config: BenchEncodeConfig) -> None:
             "images_per_s": config.num_images / seconds["job"],
             "vs_models_alone": seconds["job"] / seconds["models"],
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "threads": torch.get_num_threads(),
             "vae": config.vae,
             "text_encoder": config.text_encoder,
             "image_size": config.image_size,

@@ -5,10 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from encoded_files import hashes
 
 from data_pipeline.config import EncodeConfig
+from data_pipeline.decode import DecodedBatch
 from data_pipeline.encode import encode
+from data_pipeline.models import EncodedBatch, Encoders
 from data_pipeline.share import Share, find_share
 from ifvit.distributed import World
 from ifvit.errors import UserError
@@ -97,3 +100,20 @@ def test_a_task_without_its_place_is_refused(config: EncodeConfig) -> None:
         find_share(replace(config, num_tasks=2), ALONE)
     with pytest.raises(UserError, match="task is 2 of 2; it must be 0 to 1"):
         find_share(replace(config, num_tasks=2, task=2), ALONE)
+
+
+def test_the_number_of_cpu_threads_has_no_say(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = set()
+    original = Encoders.encode
+
+    def record(encoders: Encoders, batch: DecodedBatch) -> EncodedBatch:
+        used.add(torch.get_num_threads())
+        return original(encoders, batch)
+
+    monkeypatch.setattr(Encoders, "encode", record)
+    torch.set_num_threads(2)  # as torchrun would not: it allows each process one
+    encode(config)
+    assert used == {1}
+    assert torch.get_num_threads() == 2
