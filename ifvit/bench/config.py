@@ -101,11 +101,11 @@ class BenchGenerateConfig:
     (256 x 256 pixels)."""
     num_steps: int = 50
     """Evaluations that an image takes."""
-    timed_steps: int = 4
+    timed_steps: int = 1
     """Evaluations that one measurement runs through; an image's time follows from them."""
     batch_size: int = 4
     """Images drawn together."""
-    rounds: int = 5
+    rounds: int = 11
     """Repetitions, in turn; medians are compared."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
