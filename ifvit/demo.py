@@ -1,9 +1,14 @@
 """The verb `demo`: every stage of the real path, small enough for two slow cores."""
 
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
@@ -21,6 +26,7 @@ from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, T
 from ifvit.training.train import train
 
 NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 6000, 256, 256
+NUM_WORKERS = 2
 STEPS_PER_MINUTE = 520
 """Optimizer steps of each model per minute of `--minutes`; fixed, so that a demo repeats."""
 GUIDANCE = 1.5
@@ -55,29 +61,52 @@ def demo(config: DemoConfig) -> None:
         ),
         "intermediate": PRESETS["tiny"],
     }
-    _announce("1/5", "draw scenes in COCO's layout")
+    runs = [join(config.folder, name) for name in settings]
+    _announce("1/4", "draw scenes in COCO's layout")
     for split, count in (("train2014", NUM_TRAIN), ("val2014", NUM_HELD_OUT)):
         draw_scene_set(images, split, count)
-    _announce("2/5", "encode them into shards of VAE moments and CLIP contexts")
-    for split in ("train2014", "val2014"):
-        encode(_encoding(images, shards, split))
-    rows, seconds = {}, {}
-    for name, backbone in settings.items():
-        run = join(config.folder, name)
-        _announce("3/5", f"train {name} fusion ({backbone.conditioning})")
-        recipe = _recipe(run, join(shards, "train2014"), config)
-        seconds[name] = train(replace(recipe, backbone=backbone)).seconds
-        _announce("4/5", f"draw held-out captions with {name} fusion and measure the pictures")
-        row = evaluate(_evaluation(run, join(shards, "val2014"), join(images, "val2014")))
-        assert row is not None  # it is not split over tasks
-        rows[name] = row
-    _announce("5/5", "report")
+    with _worker_processes() as pool:
+        _announce("2/4", "encode them into shards of VAE moments and CLIP contexts")
+        encodings = [
+            replace(_encoding(images, shards, "train2014"), num_tasks=NUM_WORKERS, task=task)
+            for task in range(NUM_WORKERS)
+        ]
+        list(pool.map(encode, [*encodings, _encoding(images, shards, "val2014")]))
+        _announce("3/4", "train both fusions side by side, draw held-out captions, measure")
+        recipes = [
+            replace(_recipe(run, join(shards, "train2014"), config), backbone=backbone)
+            for run, backbone in zip(runs, settings.values(), strict=True)
+        ]
+        evaluations = [
+            _evaluation(run, join(shards, "val2014"), join(images, "val2014")) for run in runs
+        ]
+        measured = list(pool.map(_train_and_measure, recipes, evaluations))
+    _announce("4/4", "report")
     page = join(config.folder, "report.html")
-    runs = [join(config.folder, name) for name in settings]
     report(ReportConfig(runs=runs, output=page, title="ifvit demo: early against intermediate"))
-    summary = {name: _summarise(row, seconds[name]) for name, row in rows.items()}
+    summary = dict(zip(settings, measured, strict=True))
     write_json(join(config.folder, "summary.json"), summary)
     _finish(config.folder, summary, time.perf_counter() - started)
+
+
+def _worker_processes() -> ProcessPoolExecutor:
+    """Two processes with half of the cores each.
+
+    Steps of so small a model last milliseconds; two threads spend much of that waiting for each
+    other, two processes nothing.
+    """
+    threads = max(1, (os.cpu_count() or 1) // NUM_WORKERS)
+    return ProcessPoolExecutor(
+        NUM_WORKERS, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    )
+
+
+def _train_and_measure(recipe: TrainConfig, evaluation: EvaluateConfig) -> dict[str, float | None]:
+    """One model's row of the summary."""
+    seconds = train(recipe).seconds
+    row = evaluate(evaluation)
+    assert row is not None  # it is not split over tasks
+    return _summarise(row, seconds)
 
 
 def _encoding(images: str, shards: str, split: str) -> EncodeConfig:
@@ -108,7 +137,7 @@ def _recipe(run: str, shards: str, config: DemoConfig) -> TrainConfig:
             cooldown_steps=max_steps * 2 // 3,
             max_grad_norm=1.0,
         ),
-        engine=EngineConfig(backend="plain"),  # two runs in one process, nothing to partition
+        engine=EngineConfig(backend="plain"),  # one process for each run, nothing to partition
         sample_grid=SampleGridConfig(
             every=max(1, max_steps // 4), prompts=PROMPTS, num_steps=15, guidance_scale=GUIDANCE
         ),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ifvit.analysis.runs import Run
-from ifvit.evaluation.metrics import Estimate, MetricsRow
+from ifvit.evaluation.metrics import LOWER_IS_BETTER, Estimate, MetricsRow
 
 NOISE_ERRORS = 2.0
 """Differences below this many standard errors are called noise."""
@@ -18,7 +18,11 @@ class Metric:
     field: str
     title: str
     is_percent: bool = True
-    lower_is_better: bool = False
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether smaller values are better ones."""
+        return self.field in LOWER_IS_BETTER
 
     def of(self, row: MetricsRow | None) -> Estimate | None:
         """The measured number, if it was measured."""
@@ -34,9 +38,7 @@ METRICS = (
     Metric(field="retrieval_at_16", title="Retrieval among 16 captions"),
     Metric(field="clip_score", title="CLIP Score (raw cosine)", is_percent=False),
     Metric(field="clip_score_paper", title="CLIP Score (paper's scale)", is_percent=False),
-    Metric(
-        field="frechet_distance", title="Fréchet distance", is_percent=False, lower_is_better=True
-    ),
+    Metric(field="frechet_distance", title="Fréchet distance", is_percent=False),
     Metric(field="count_accuracy", title="Count right"),
     Metric(field="colour_accuracy", title="Colour right"),
     Metric(field="kind_accuracy", title="Kind right"),

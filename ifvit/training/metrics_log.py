@@ -95,8 +95,8 @@ class MetricsLog:
         numbers = {key: value for key, value in self._row.items() if isinstance(value, int | float)}
         for tracker in self._trackers:
             tracker.log(numbers, step=state.step)
+        self._bar.set_postfix(loss=f"{report.loss:.4f}", refresh=False)
         self._bar.update(state.step - self._bar.n)
-        self._bar.set_postfix(loss=f"{report.loss:.4f}")
 
     def _describe(self, state: TrainState, report: StepReport) -> Row:
         engine, last = self._engine, self._last
