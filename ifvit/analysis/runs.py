@@ -68,7 +68,7 @@ class Run:
 
 def read_runs(urls: list[str]) -> list[Run]:
     """Read run folders. Raises UserError for one that does not exist."""
-    return [read_run(url, name) for url, name in zip(urls, _short_names(urls), strict=True)]
+    return [read_run(url, name) for url, name in zip(urls, short_names(urls), strict=True)]
 
 
 def read_run(url: str, name: str) -> Run:
@@ -89,7 +89,7 @@ def read_run(url: str, name: str) -> Run:
     )
 
 
-def _short_names(urls: list[str]) -> list[str]:
+def short_names(urls: list[str]) -> list[str]:
     """Last parts of the URLs, with as many folders before them as it takes to differ."""
     parts = [url.rstrip("/").split("/") for url in urls]
     longest = max((len(part) for part in parts), default=1)

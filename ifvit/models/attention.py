@@ -33,6 +33,12 @@ def load_attention(backend: Backend) -> Attend:
     return _LOADERS[backend]()
 
 
+def logits_of(query: Tensor, key: Tensor) -> Tensor:
+    """q k / sqrt(E) in float32 (B, H, Q, K), as the softmax of attention has it."""
+    scale = query.shape[-1] ** -0.5
+    return torch.einsum("bqhe,bkhe->bhqk", query.float() * scale, key.float())
+
+
 def attend_biased(
     attend: Attend, bias: Bias | None, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:

@@ -111,15 +111,20 @@ def _describe(config: GenerateConfig, digest: str, info: WeightsInfo) -> dict[st
     }
 
 
+def read_prompt_file(url: str) -> list[str]:
+    """The lines of a text file that are not empty. Raises UserError for one without any."""
+    try:
+        lines = storage.read_bytes(url).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{url}: not UTF-8 text ({error}); convert it") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{url}: no prompts in it; write one a line")
+    return prompts
+
+
 def _read_prompts(config: GenerateConfig) -> list[str]:
     if config.prompt is not None:
         return [config.prompt]
     assert config.prompts is not None
-    try:
-        lines = storage.read_bytes(config.prompts).decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{config.prompts}: not UTF-8 text ({error}); convert it") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{config.prompts}: no prompts in it; write one a line")
-    return prompts
+    return read_prompt_file(config.prompts)

@@ -10,6 +10,7 @@ map, M text tokens, T target tokens.
 import torch
 from torch import Tensor
 
+from ifvit.models.attention import logits_of
 from ifvit.sampling.alignment.config import Mass
 from ifvit.sampling.alignment.regulation import (
     added_mass,
@@ -42,7 +43,7 @@ class BlockBias:
         so each image query keeps its sum over the text.
         """
         image = slice(1, 1 + len(self._basis))
-        logits = _logits(query[:, image], key[:, image.stop :])
+        logits = logits_of(query[:, image], key[:, image.stop :])
         relative = relative_logits(logits, self._targets)
         bias = self._smooth(optimise_bias(relative, self._targets.present, self._basis).bias)
         columns = self._targets.positions[:, None, None].expand(*logits.shape[:3], -1)
@@ -59,9 +60,3 @@ class BlockBias:
         self._previous = optimum
         self._num_calls += 1
         return decay * (_SMOOTHING * previous + (1 - _SMOOTHING) * optimum)
-
-
-def _logits(query: Tensor, key: Tensor) -> Tensor:
-    """q k / sqrt(E) in float32 (B, H, N, M), as the softmax of attention has it."""
-    scale = query.shape[-1] ** -0.5
-    return torch.einsum("bnhe,bmhe->bhnm", query.float() * scale, key.float())
