@@ -22,7 +22,7 @@ ROOMS = {
     ],
     "fsspec": ["ifvit/object_store.py"],
     "huggingface_hub": ["ifvit/models/pretrained.py"],
-    "jinja2": ["ifvit/analysis/report.py"],
+    "jinja2": ["ifvit/analysis/page.py"],
     "jsonargparse": ["ifvit/config.py"],
     "matplotlib": ["ifvit/analysis/curves.py"],
     "submitit": [

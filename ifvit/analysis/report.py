@@ -1,18 +1,15 @@
 """The verb `report`: run folders => one self-contained HTML page."""
 
-import base64
-import io
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader
-from PIL import Image
 
 from ifvit import storage
 from ifvit.analysis.config import ReportConfig
 from ifvit.analysis.curves import CURVES, NUM_COLOURS, draw_curve
+from ifvit.analysis.page import inline, render
 from ifvit.analysis.runs import Run, Sample, read_runs
 from ifvit.analysis.tables import (
     history,
@@ -26,8 +23,6 @@ from ifvit.errors import UserError
 
 _NUM_CAPTIONS = 24
 _NUM_GRIDS = 6
-_MAX_WIDTH = 1100
-_SMALL = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +53,8 @@ def report(config: ReportConfig) -> None:
     if not config.runs:
         raise UserError("report: no runs given; name at least one run folder")
     runs = read_runs(config.runs)
-    environment = Environment(loader=PackageLoader("ifvit", "analysis"), autoescape=True)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         title=config.title,
         runs=[{"name": run.name, "colour": n % NUM_COLOURS} for n, run in enumerate(runs)],
         settings=setting_lines(runs),
@@ -78,7 +72,7 @@ def report(config: ReportConfig) -> None:
         recipes=[(run.name, _as_yaml(run.recipe)) for run in runs],
         holes=[hole for run in runs for hole in _holes(run)],
     )
-    storage.write_bytes(config.output, page.encode())
+    storage.write_bytes(config.output, page)
     sys.stdout.write(f"{config.output}\n")
 
 
@@ -111,7 +105,7 @@ def _grid_pictures(run: Run) -> list[tuple[int, str]]:
     if len(grids) > _NUM_GRIDS:
         stride = (len(grids) - 1) / (_NUM_GRIDS - 1)
         grids = [grids[round(stride * number)] for number in range(_NUM_GRIDS)]
-    return [(step, _inline(url)) for step, url in grids]
+    return [(step, inline(url)) for step, url in grids]
 
 
 def _holes(run: Run) -> list[str]:
@@ -131,17 +125,4 @@ def _as_yaml(recipe: dict[str, Any] | None) -> str | None:
 
 
 def _inline_if_there(url: str | None) -> str | None:
-    return _inline(url) if url and storage.exists(url) else None
-
-
-def _inline(url: str) -> str:
-    """An image file as a data URI; small ones as they are, large ones as WebP."""
-    data = storage.read_bytes(url)
-    with Image.open(io.BytesIO(data)) as file:
-        if file.width > _SMALL:
-            picture = file.convert("RGB")
-            picture.thumbnail((_MAX_WIDTH, 4 * _MAX_WIDTH), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            picture.save(buffer, "WEBP", quality=90)
-            return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return inline(url) if url and storage.exists(url) else None
