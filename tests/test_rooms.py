@@ -24,7 +24,7 @@ ROOMS = {
     "huggingface_hub": ["ifvit/models/pretrained.py"],
     "jinja2": ["ifvit/analysis/page.py"],
     "jsonargparse": ["ifvit/config.py"],
-    "matplotlib": ["ifvit/analysis/curves.py"],
+    "matplotlib": ["ifvit/analysis/curves.py", "ifvit/analysis/figure_style.py"],
     "submitit": [
         "slurm/jobs.py",
         "slurm/status.py",

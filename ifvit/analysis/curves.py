@@ -1,42 +1,21 @@
 """Training curves as inline SVG that takes its colours from the page around it."""
 
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
+from ifvit.analysis.figure_style import RUN_COLOURS, house_style, to_svg
 from ifvit.analysis.runs import Run
 
 Floats = NDArray[np.float64]
 
-# Stand-ins that the finished SVG names as CSS variables, so that light and dark pages both work.
-_INK, _LINE = "#010203", "#010204"
-_RUN_COLOURS = tuple(f"#0101{number:02x}" for number in range(16, 24))
-NUM_COLOURS = len(_RUN_COLOURS)
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ifvit",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _LINE,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+NUM_COLOURS = len(RUN_COLOURS)
+_VARIABLES = {colour: f"run{number}" for number, colour in enumerate(RUN_COLOURS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +40,11 @@ CURVES = (
 
 def draw_curve(curve: Curve, runs: Sequence[Run]) -> str | None:
     """SVG text with every run's raw values faint and smoothed ones solid; None without values."""
-    with rc_context(_STYLE):
+    with house_style():
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
         drawn = [
-            _draw(axes, run, curve, _RUN_COLOURS[index % NUM_COLOURS])
+            _draw(axes, run, curve, RUN_COLOURS[index % NUM_COLOURS])
             for index, run in enumerate(runs)
         ]
         if not any(drawn):
@@ -79,9 +58,7 @@ def draw_curve(curve: Curve, runs: Sequence[Run]) -> str | None:
         axes.set_xlabel(curve.x_label)
         axes.grid(visible=True, axis="y")
         axes.margins(x=0.01)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _theme(buffer.getvalue())
+    return to_svg(figure, _VARIABLES)
 
 
 def smooth(values: Floats, window: int) -> Floats:
@@ -100,12 +77,3 @@ def _draw(axes: Axes, run: Run, curve: Curve, colour: str) -> bool:
     axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.9)
     axes.plot(x, smooth(y, max(1, len(y) // 25)), color=colour, linewidth=2.0)
     return True
-
-
-def _theme(svg: str) -> str:
-    """The <svg> element alone, its stand-in colours replaced by the page's CSS variables."""
-    svg = svg[svg.index("<svg") :]
-    for number, colour in enumerate(_RUN_COLOURS):
-        svg = svg.replace(colour, f"var(--run{number})")
-    svg = svg.replace(_INK, "var(--muted)").replace(_LINE, "var(--rule)")
-    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
