@@ -7,10 +7,17 @@ from torch import Tensor
 
 from ifvit.errors import UserError
 from ifvit.models.clip import load_clip, load_token_spans
+from ifvit.models.image_reward import load_image_reward
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.alignment.block_bias import BlockBias
+from ifvit.sampling.alignment.config import DateConfig
 from ifvit.sampling.alignment.methods import Date, Regulation, Together
-from ifvit.sampling.alignment.objectives import Objective, clip_score_of
+from ifvit.sampling.alignment.objectives import (
+    Objective,
+    clip_score_of,
+    image_reward_of,
+    weighted_sum,
+)
 from ifvit.sampling.alignment.targets import find_targets
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.method import AlignmentMethod, MethodOf
@@ -33,7 +40,7 @@ def build_method(
 ) -> MethodOf | None:
     """What `generate_images` asks for a method per batch; None for the method `plain`.
 
-    `objective` replaces the CLIP score that DATE raises. Raises UserError for settings that do
+    `objective` replaces what DATE raises by its settings. Raises UserError for settings that do
     not fit the backbone or, when the batch comes, its captions.
     """
     makers: list[_MethodFor] = []
@@ -70,8 +77,7 @@ def _date(
     config: SamplingConfig, sampler: Sampler, info: WeightsInfo, objective: Objective | None
 ) -> _MethodFor:
     if objective is None:
-        name = config.date.clip or info.text_encoder.name
-        objective = clip_score_of(load_clip(name, str(sampler.backbone.device)))
+        objective = _objective(config.date, info, str(sampler.backbone.device))
     # Only the context needs a gradient; saved activations of the weights' would cost memory.
     sampler.backbone.requires_grad_(False)
 
@@ -80,6 +86,17 @@ def _date(
 
     updates = date_updates(config)
     return lambda captions: Date(config.date, updates, objective(captions), decode)
+
+
+def _objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
+    terms: list[tuple[float, Objective]] = []
+    if config.clip_weight:
+        scorer = load_clip(config.clip or info.text_encoder.name, device)
+        terms.append((config.clip_weight, clip_score_of(scorer)))
+    if config.image_reward_weight:
+        model = load_image_reward(config.image_reward, device)
+        terms.append((config.image_reward_weight, image_reward_of(model)))
+    return weighted_sum(terms)
 
 
 def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> _MethodFor:

@@ -14,6 +14,15 @@ class DateConfig:
     clip: str | None = None
     """CLIP model whose score rises; unset: the one whose text tower encodes the prompts."""
 
+    clip_weight: float = 1.0
+    """Weight of the CLIP score in what rises; 0 leaves it out."""
+
+    image_reward: str = "zai-org/ImageReward"
+    """Folder or hub repository of ImageReward.pt and med_config.json; read when it has a weight."""
+
+    image_reward_weight: float = 0.0
+    """Weight of ImageReward in what rises; 0 leaves it out."""
+
     radius: float = 0.5
     """Length rho of every update, in the space of the text encoder's output."""
 
@@ -28,11 +37,13 @@ class DateConfig:
     """Embedding that each update starts from; `original` never leaves the ball of radius rho."""
 
     def __post_init__(self) -> None:
-        """Refuse a frequency or a radius without meaning."""
+        """Refuse a frequency or a radius without meaning, and nothing to raise."""
         if self.every < 1:
             raise ValueError(f"date.every {self.every} is less than 1")
         if self.radius < 0:
             raise ValueError(f"date.radius {self.radius} is negative")
+        if not (self.clip_weight or self.image_reward_weight):
+            raise ValueError("date.clip_weight and date.image_reward_weight: at least one not 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ifvit.models.clip import ClipScorer
+from ifvit.models.image_reward import ImageReward
 
 Score = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W), nominally in [-1, 1] but not clamped => scores (B,), differentiable."""
@@ -30,6 +31,11 @@ def clip_score_of(scorer: ClipScorer) -> Objective:
         return score
 
     return prepare
+
+
+def image_reward_of(model: ImageReward) -> Objective:
+    """ImageReward of image and prompt, about N(0, 1) over what people write and see."""
+    return lambda prompts: model.score_of(list(prompts))
 
 
 def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from made_image_reward import write_image_reward
 
 from ifvit.config import read_config
 from ifvit.errors import UserError
@@ -103,6 +105,21 @@ def test_a_user_may_score_images_otherwise(sampler: Sampler) -> None:
     )
     assert method_of is not None
     assert method_of(torch.tensor([0, 1])).before(evaluation(0)).context is not None
+
+
+def test_date_raises_image_reward_beside_the_clip_score(sampler: Sampler, tmp_path: Path) -> None:
+    both = DateConfig(image_reward=write_image_reward(tmp_path), image_reward_weight=0.2)
+    settings = (DateConfig(), both, dataclasses.replace(both, clip_weight=0.0))
+    moved = []
+    for date in settings:
+        method = build(sampler, method="date", date=date)
+        assert method is not None
+        moved.append(method.before(evaluation(0)).context)
+    clip, summed, reward = (context - evaluation(0).context for context in moved)  # type: ignore[operator]
+    assert not torch.allclose(clip, summed)
+    assert not torch.allclose(summed, reward)
+    with pytest.raises(ValueError, match="at least one not 0"):
+        DateConfig(clip_weight=0.0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,187 @@
+"""ImageReward (Xu et al. 2023): how much people would like an image for its prompt, about N(0, 1).
+
+The released `ImageReward.pt` is read into transformers' BLIP, so that neither its own package nor
+torchvision is needed. Shapes: B batch, H, W image, D width of the text tower.
+"""
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoTokenizer, BertTokenizer
+from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
+from transformers.models.blip.modeling_blip import BlipVisionModel
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ifvit.errors import UserError
+from ifvit.storage import read_json
+
+_WEIGHTS, _TEXT_CONFIG = "ImageReward.pt", "med_config.json"
+_TOKENIZER = "bert-base-uncased"
+_MAX_TOKENS = 35
+_HEAD_WIDTH = 64
+_MEAN, _STANDARD_DEVIATION = 0.16717362830052426, 1.0333394966054072
+"""Of the raw rewards over its authors' prompts."""
+
+_VISION_NAMES = {
+    r"cls_token": "embeddings.class_embedding",
+    r"pos_embed": "embeddings.position_embedding",
+    r"patch_embed\.proj": "embeddings.patch_embedding",
+    r"blocks\.(\d+)\.norm([12])": r"encoder.layers.\1.layer_norm\2",
+    r"blocks\.(\d+)\.attn\.qkv": r"encoder.layers.\1.self_attn.qkv",
+    r"blocks\.(\d+)\.attn\.proj": r"encoder.layers.\1.self_attn.projection",
+    r"blocks\.(\d+)\.mlp": r"encoder.layers.\1.mlp",
+    r"norm(?=\.)": "post_layernorm",
+}
+"""Patterns of names in BLIP's own vision tower => names in transformers; the text tower's agree."""
+
+
+class ImageReward(nn.Module):
+    """BLIP's text tower reads the prompt and, by cross-attention, the image; an MLP scores it."""
+
+    def __init__(self, vision: BlipVisionModel, text: BlipTextModel, tokenizer: Any) -> None:
+        super().__init__()
+        self.vision = vision
+        self.text = text
+        self.tokenizer = tokenizer
+        # Five linear layers without a nonlinearity; Dropout only keeps the released names.
+        widths = (text.config.hidden_size, 1024, 128, 64, 16, 1)
+        linear = [nn.Linear(before, after) for before, after in pairwise(widths)]
+        dropouts = [nn.Dropout(share) for share in (0.2, 0.2, 0.1)]
+        paired = [layer for pair in zip(linear, dropouts, strict=False) for layer in pair]
+        self.mlp = nn.Sequential(*paired, *linear[3:])
+
+    def score_of(self, prompts: list[str]) -> Callable[[Tensor], Tensor]:
+        """B prompts => a function of images (B, 3, H, W) in [-1, 1] to rewards (B,).
+
+        Differentiable in the images; they are resized without a clamp, so no gradient is lost.
+        """
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=_MAX_TOKENS,
+            return_tensors="pt",
+        ).to(self.text.device)
+        side = int(self.vision.config.image_size)  # type: ignore[arg-type]  # square by our loader
+        mean, standard_deviation = torch.tensor(
+            [OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=self.text.device
+        ).view(2, 1, 3, 1, 1)
+
+        def score(images: Tensor) -> Tensor:
+            resized = functional.interpolate(images, (side, side), mode="bilinear")
+            pixels = (resized / 2 + 0.5 - mean) / standard_deviation
+            seen = self.vision(pixel_values=pixels).last_hidden_state
+            read = self.text(
+                input_ids=tokens.input_ids,
+                attention_mask=tokens.attention_mask,
+                encoder_hidden_states=seen,
+                is_decoder=False,
+            ).last_hidden_state
+            reward: Tensor = (self.mlp(read[:, 0]).squeeze(1) - _MEAN) / _STANDARD_DEVIATION
+            return reward
+
+        return score
+
+
+def load_image_reward(name: str, device: str = "cpu") -> ImageReward:
+    """Load a folder or hub repository that holds ImageReward.pt and med_config.json.
+
+    BERT's tokenizer is read from the same folder if its vocab.txt is there, else from the hub.
+    Raises UserError when the files cannot be had or are something else.
+    """
+    folder = _find(name)
+    stored = _read_weights(folder / _WEIGHTS)
+    try:
+        vision = {
+            key: value for key, value in stored.items() if key.startswith("blip.visual_encoder.")
+        }
+        model = ImageReward(
+            BlipVisionModel(_vision_config(vision)),
+            BlipTextModel(_text_config(folder, vision), add_pooling_layer=False),
+            _load_tokenizer(folder),
+        )
+        names = {_rename(key): value for key, value in stored.items() if _is_scored(key)}
+        model.load_state_dict(names)
+    except (KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{folder / _WEIGHTS}: not the weights of ImageReward ({reason})") from None
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _find(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=[_WEIGHTS, _TEXT_CONFIG]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name}: no folder, and not to be fetched from the hub ({reason})"
+        ) from None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        stored: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: cannot be read ({reason}); fetch it again") from None
+    return stored
+
+
+def _vision_config(stored: dict[str, Tensor]) -> BlipVisionConfig:
+    """Read the shape off the weights; heads are 64 wide in all of BLIP's vision towers."""
+    patches = stored["blip.visual_encoder.patch_embed.proj.weight"]
+    width, _, patch_size, _ = patches.shape
+    positions = stored["blip.visual_encoder.pos_embed"].shape[1] - 1
+    return BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=sum(key.endswith("attn.qkv.weight") for key in stored),
+        num_attention_heads=width // _HEAD_WIDTH,
+        image_size=patch_size * round(positions**0.5),
+        patch_size=patch_size,
+        layer_norm_eps=1e-6,
+    )
+
+
+def _text_config(folder: Path, vision: dict[str, Tensor]) -> BlipTextConfig:
+    stored = read_json(str(folder / _TEXT_CONFIG))
+    stored["encoder_hidden_size"] = vision["blip.visual_encoder.cls_token"].shape[-1]
+    stored.pop("model_type", None)
+    return BlipTextConfig(**stored)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if (folder / "vocab.txt").is_file():
+        return BertTokenizer(vocab=str(folder / "vocab.txt"))
+    return AutoTokenizer.from_pretrained(_TOKENIZER)
+
+
+def _is_scored(key: str) -> bool:
+    """Whether a tensor takes part; the file also holds BLIP's contrastive heads and queues."""
+    parts = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
+    return key.startswith(parts) and not key.endswith("position_ids")
+
+
+def _rename(key: str) -> str:
+    if key.startswith("mlp.layers."):
+        return key.replace("mlp.layers.", "mlp.")
+    if key.startswith("blip.text_encoder."):
+        return key.replace("blip.text_encoder.", "text.")
+    rest = key.removeprefix("blip.visual_encoder.")
+    for pattern, name in _VISION_NAMES.items():
+        renamed, found = re.subn(f"^{pattern}", name, rest)
+        if found:
+            return f"vision.{renamed}"
+    raise KeyError(f"unknown tensor {key}")

@@ -1,0 +1,61 @@
+"""ImageReward read from its released format, against its own package's arithmetic."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from made_image_reward import released_weights, write_image_reward
+from torch import Tensor
+
+from ifvit.errors import UserError
+from ifvit.models.image_reward import ImageReward, load_image_reward
+
+PROMPTS = ["two red bus", "a blue sheep"]
+GOLDEN = [5.874577045440674, 6.060009956359863]
+"""What image-reward 1.5 answers for `released_weights()`, PROMPTS and `images()`."""
+
+
+def images() -> Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_image_reward(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model(folder: Path) -> ImageReward:
+    return load_image_reward(str(folder))
+
+
+def test_rewards_equal_those_of_the_released_package(model: ImageReward) -> None:
+    rewards = model.score_of(PROMPTS)(images())
+    torch.testing.assert_close(rewards, torch.tensor(GOLDEN), rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_another_size_are_resized_and_get_a_gradient(model: ImageReward) -> None:
+    large = torch.nn.functional.interpolate(images(), (64, 64)).requires_grad_()
+    model.score_of(PROMPTS)(large).sum().backward()
+    assert large.grad is not None
+    assert large.grad.flatten(1).norm(dim=1).min() > 0
+
+
+def test_prompts_do_not_see_each_other(model: ImageReward) -> None:
+    alone = [model.score_of([prompt])(images()[i : i + 1]) for i, prompt in enumerate(PROMPTS)]
+    torch.testing.assert_close(model.score_of(PROMPTS)(images()), torch.cat(alone))
+
+
+def test_missing_tensor_is_named(folder: Path) -> None:
+    weights = released_weights()
+    del weights["mlp.layers.7.bias"]
+    torch.save(weights, folder / "ImageReward.pt")
+    with pytest.raises(UserError, match=r"ImageReward.pt: not the weights of ImageReward .*mlp.7"):
+        load_image_reward(str(folder))
+
+
+def test_broken_file_is_refused(folder: Path) -> None:
+    (folder / "ImageReward.pt").write_bytes(b"not a zip file")
+    with pytest.raises(UserError, match=r"ImageReward.pt: cannot be read"):
+        load_image_reward(str(folder))
