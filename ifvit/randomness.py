@@ -95,11 +95,12 @@ def _ten_rounds(words: Sequence[Words], seed: int) -> tuple[Words, ...]:
 
 
 def _multiply(x: Words, factor: int) -> tuple[Words, Words]:
-    """High and low 32 bits of the product of two uint32, in int64 without overflow."""
-    upper, lower = (x >> 16) * factor, (x & 0xFFFF) * factor
-    high = (upper + (lower >> 16)) >> 16
-    low = (((upper & 0xFFFF) << 16) + lower) & _MASK
-    return high, low
+    """High and low 32 bits of the product of two uint32, in int64 without overflow.
+
+    By x * factor = x * (factor - 2^32) + x * 2^32, whose first product lies above -2^63.
+    """
+    product = x * (factor - (1 << 32))
+    return (product >> 32) + x, product & _MASK
 
 
 def _words(seed: int, step: int, positions: Tensor, stream: Stream, count: int) -> Tensor:
