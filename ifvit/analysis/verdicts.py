@@ -18,6 +18,8 @@ class Metric:
     field: str
     title: str
     is_percent: bool = True
+    digits: int = 4
+    """Behind the point, where it is no percentage."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -31,7 +33,7 @@ class Metric:
 
     def show(self, value: float) -> str:
         """The number with the digits that make sense for it."""
-        return f"{100 * value:.1f} %" if self.is_percent else f"{value:.4f}"
+        return f"{100 * value:.1f} %" if self.is_percent else f"{value:.{self.digits}f}"
 
 
 METRICS = (
@@ -86,7 +88,7 @@ def compare(baseline: Run, other: Run) -> Comparison | None:
     for metric in METRICS:
         first, second = metric.of(baseline.last), metric.of(other.last)
         if first and second:
-            verdicts.append(_compare(metric, (baseline.name, first), (other.name, second)))
+            verdicts.append(judge(metric, first.value, second.value, _noise(first, second)))
     if not verdicts:
         return None
     return Comparison(baseline=baseline.name, other=other.name, verdicts=verdicts)
@@ -109,24 +111,25 @@ def best_run(metric: Metric, runs: list[Run]) -> Run | None:
     return best if all(_is_clear(highest, estimate) for _, estimate in others) else None
 
 
+def judge(metric: Metric, first: float, second: float, noise: float) -> Verdict:
+    """The second value against the first, where a difference of `noise` or less means nothing."""
+    difference = second - first
+    values = f"{metric.show(second)} against {metric.show(first)}"
+    size = metric.show(abs(difference)).replace(" %", " points")
+    margin = metric.show(noise).replace(" %", " points")
+    if abs(difference) <= noise:
+        text = f"{values}: the difference of {size} is smaller than the noise of {margin}."
+        return Verdict(metric=metric.title, outcome="same", sentence=text)
+    outcome: Literal["better", "worse"] = (
+        "better" if (difference < 0) == metric.lower_is_better else "worse"
+    )
+    text = f"{values}: {outcome} by {size}, the noise is {margin}."
+    return Verdict(metric=metric.title, outcome=outcome, sentence=text)
+
+
 def _noise(first: Estimate, second: Estimate) -> float:
     return NOISE_ERRORS * math.hypot(first.standard_error, second.standard_error)
 
 
 def _is_clear(first: Estimate, second: Estimate) -> bool:
     return abs(first.value - second.value) > _noise(first, second)
-
-
-def _compare(metric: Metric, first: tuple[str, Estimate], second: tuple[str, Estimate]) -> Verdict:
-    difference = second[1].value - first[1].value
-    values = f"{metric.show(second[1].value)} against {metric.show(first[1].value)}"
-    size = metric.show(abs(difference)).replace(" %", " points")
-    noise = metric.show(_noise(first[1], second[1])).replace(" %", " points")
-    if not _is_clear(first[1], second[1]):
-        text = f"{values}: the difference of {size} is smaller than the noise of {noise}."
-        return Verdict(metric=metric.title, outcome="same", sentence=text)
-    outcome: Literal["better", "worse"] = (
-        "better" if (difference < 0) == metric.lower_is_better else "worse"
-    )
-    text = f"{values}: {outcome} by {size}, the noise is {noise}."
-    return Verdict(metric=metric.title, outcome=outcome, sentence=text)
