@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ifvit.errors import UserError
 
-Backend = Literal["auto", "sdpa", "xformers", "math"]
+Backend = Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(B, Q, H, E) queries, (B, K, H, E) keys and values -> (B, Q, H, E), scale 1/sqrt(E), no mask."""
 Bias = Callable[[Tensor, Tensor], Tensor | None]
@@ -22,11 +23,15 @@ Bias = Callable[[Tensor, Tensor], Tensor | None]
 The addend (b, H, Q, K) is for the first b <= B rows; the others, and all for None, stay plain.
 """
 
+_REMEDY = "choose attention backend sdpa"
+_NO_KERNEL = ("No available kernel", "No viable backend")  # torch on CUDA, torch on the CPU
+
 
 def load_attention(backend: Backend) -> Attend:
     """The attention function of this name, ready to be called.
 
-    Raises UserError for an unknown name, or if xformers is not installed or finds no CUDA device.
+    Raises UserError for an unknown name and for one that this machine does not have; what it
+    returns raises UserError for inputs that the kernel cannot take.
     """
     if backend not in _LOADERS:
         raise UserError(f"attention backend must be one of {', '.join(_LOADERS)}: {backend}")
@@ -64,26 +69,50 @@ def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhe->bqhe", logits.softmax(dim=-1), value)
 
 
+def _load_kernel(name: str, backend: SDPBackend) -> Attend:
+    """SDPA by this kernel alone, where "sdpa" chooses one by the inputs."""
+    if backend is not SDPBackend.FLASH_ATTENTION:
+        _require_cuda(name)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        try:
+            with sdpa_kernel(backend):
+                return _sdpa(query, key, value)
+        except RuntimeError as error:
+            if not str(error).startswith(_NO_KERNEL):
+                raise
+            raise _refusal(name, query) from None
+
+    return attend
+
+
 def _load_xformers() -> Attend:
-    remedy = "choose attention backend sdpa"
-    if not torch.cuda.is_available():
-        raise UserError(f"xformers attention needs a CUDA device and none is visible; {remedy}")
+    _require_cuda("xformers")
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError:
         raise UserError(
-            f"xformers is not installed; pip install 'ifvit[gpu]' or {remedy}"
+            f"xformers is not installed; pip install 'ifvit[gpu]' or {_REMEDY}"
         ) from None
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         try:
             attended: Tensor = memory_efficient_attention(query, key, value)
         except NotImplementedError:
-            what = f"{query.dtype} on {query.device}, {query.shape[-1]} channels per head"
-            raise UserError(f"xformers has no attention operator for {what}; {remedy}") from None
+            raise _refusal("xformers", query) from None
         return attended
 
     return attend
+
+
+def _require_cuda(name: str) -> None:
+    if not torch.cuda.is_available():
+        raise UserError(f"{name} attention needs a CUDA device and none is visible; {_REMEDY}")
+
+
+def _refusal(name: str, query: Tensor) -> UserError:
+    what = f"{query.dtype} on {query.device}, {query.shape[-1]} channels per head"
+    return UserError(f"{name} has no attention operator for {what}; {_REMEDY}")
 
 
 def _load_fastest() -> Attend:
@@ -96,6 +125,9 @@ def _load_fastest() -> Attend:
 _LOADERS: dict[str, Callable[[], Attend]] = {
     "auto": _load_fastest,
     "sdpa": lambda: _sdpa,
+    "flash": lambda: _load_kernel("flash", SDPBackend.FLASH_ATTENTION),
+    "cudnn": lambda: _load_kernel("cudnn", SDPBackend.CUDNN_ATTENTION),
+    "efficient": lambda: _load_kernel("efficient", SDPBackend.EFFICIENT_ATTENTION),
     "xformers": _load_xformers,
     "math": lambda: _math,
 }

@@ -25,7 +25,7 @@ def random_heads(num_queries, num_keys, num_heads, channels):
     return [torch.randn(2, n, num_heads, channels, generator=generator) for n in sizes]
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "flash", "math"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_backends_agree_with_attention_in_float64(backend, shape, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -38,10 +38,11 @@ def test_backends_agree_with_attention_in_float64(backend, shape, monkeypatch):
     torch.testing.assert_close(attended.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_xformers_without_cuda_is_one_clear_error(monkeypatch):
+@pytest.mark.parametrize("backend", ["cudnn", "efficient", "xformers"])
+def test_a_kernel_without_its_cuda_device_is_one_clear_error(backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"needs a CUDA device.*choose attention backend sdpa"):
-        load_attention("xformers")
+    with pytest.raises(UserError, match=rf"{backend} attention needs a CUDA device.*backend sdpa"):
+        load_attention(backend)
 
 
 def test_an_operator_that_xformers_lacks_is_one_clear_error(monkeypatch):
@@ -58,6 +59,12 @@ def test_an_operator_that_xformers_lacks_is_one_clear_error(monkeypatch):
         attend(*random_heads(17, 17, 5, 32))
 
 
+def test_inputs_that_a_kernel_cannot_take_are_one_clear_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"cudnn has no attention operator for torch\.float32 on c"):
+        load_attention("cudnn")(*random_heads(17, 17, 5, 32))
+
+
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(UserError, match="one of auto, sdpa, xformers, math: flash"):
-        load_attention("flash")
+    with pytest.raises(UserError, match=r"one of auto, sdpa, .*, math: fast"):
+        load_attention("fast")
