@@ -1,11 +1,11 @@
 """COCO captions, 2014 and 2017 layout: an image folder and one `captions_SPLIT.json`."""
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipeline.sources.listed import ListedUnit, cut_list, hash_list
+from data_pipeline.sources.listed import ListedSource
 from data_pipeline.sources.source import CaptionedImage
 from ifvit import storage
 from ifvit.errors import UserError
@@ -20,7 +20,7 @@ EXPECTED_COUNTS = {  # stem of COCO's own files => images, captions of the compl
 Value = TypeVar("Value")
 
 
-class CocoCaptions:
+class CocoCaptions(ListedSource):
     """The images of one annotation file, sorted by image id.
 
     Raises UserError, in one line, for a missing folder, a file that is not COCO captions, an
@@ -40,7 +40,7 @@ class CocoCaptions:
         names, texts = _read_annotations(content, captions)
         self._is_official = "COCO 20" in str(content.get("info"))  # other sets borrow its names
         self._file = captions
-        self._images = [
+        coco = [
             CaptionedImage(
                 key=f"{image_id:012d}",
                 image_id=image_id,
@@ -50,25 +50,21 @@ class CocoCaptions:
             )
             for image_id in texts
         ]
-        self.absent = _find_absent(images, [image.name for image in self._images])
-        if len(self.absent) == len(self._images):
+        super().__init__(coco)
+        self.absent = _find_absent(images, [image.name for image in self.images])
+        if len(self.absent) == len(self.images):
             raise UserError(
-                f"{images}: holds none of the {len(self._images)} images that {captions} lists"
+                f"{images}: holds none of the {len(self.images)} images that {captions} lists"
             )
 
     @property
     def num_captions(self) -> int:
         """Captions of all images together."""
-        return sum(len(image.captions) for image in self._images)
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of ids, file names and captions: what the dataset is made of, whatever its path."""
-        return hash_list(self._images)
+        return sum(len(image.captions) for image in self.images)
 
     def report(self) -> str:
         """Counts, and what is missing, in a few lines to read before hours are spent."""
-        num_images = len(self._images)
+        num_images = len(self.images)
         lines = [f"{self._file}: {num_images:,} images, {self.num_captions:,} captions"]
         expected = EXPECTED_COUNTS.get(Path(self._file).stem)
         if self._is_official and expected and expected != (num_images, self.num_captions):
@@ -78,10 +74,6 @@ class CocoCaptions:
         if self.absent:
             lines.append(f"warning: {len(self.absent):,} image files absent: {self.absent[0]}, …")
         return "\n".join(lines)
-
-    def units(self, samples_per_shard: int) -> list[ListedUnit]:
-        """The sorted images, cut into shards."""
-        return cut_list(self._images, samples_per_shard)
 
 
 def _find_absent(images: str, names: Sequence[str]) -> list[str]:

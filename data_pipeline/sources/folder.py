@@ -1,17 +1,15 @@
 """Image folders, one for each class: `IMAGES/CLASS/*.jpg`; images carry labels, not captions."""
 
-from functools import cached_property, partial
 from pathlib import PurePosixPath
 
-from data_pipeline.sources.listed import ListedUnit, cut_list, hash_list
-from data_pipeline.sources.source import CaptionedImage
+from data_pipeline.sources.listed import ListedSource, numbered_image
 from ifvit import storage
 from ifvit.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-class ImageFolders:
+class ImageFolders(ListedSource):
     """Every class's first image, then every class's second, and so on.
 
     So each shard holds all classes, and a loader that shuffles within a few shards still mixes
@@ -33,32 +31,19 @@ class ImageFolders:
                 raise UserError(f"{images}/{name}: no images ({', '.join(IMAGE_SUFFIXES)})")
             self._num_others += len(files) - len(chosen)
             ranked += [(rank, label, f"{name}/{file}") for rank, file in enumerate(chosen)]
-        self._images = [
-            CaptionedImage(
-                key=f"{number:012d}",
-                image_id=path,
-                name=path,
-                read=partial(storage.read_bytes, storage.join(images, path)),
-                label=label,
-            )
-            for number, (_, label, path) in enumerate(sorted(ranked))
-        ]
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of paths and labels."""
-        return hash_list(self._images)
+        super().__init__(
+            [
+                numbered_image(number, images, path, label=label)
+                for number, (_, label, path) in enumerate(sorted(ranked))
+            ]
+        )
 
     def report(self) -> str:
         """Counts, and how many files are no images."""
-        text = f"{self._folder}: {len(self._images):,} images in {len(self.classes):,} classes"
+        text = f"{self._folder}: {len(self.images):,} images in {len(self.classes):,} classes"
         if self._num_others:
             text += f"\nwarning: {self._num_others:,} files are no images and stay out"
         return text
-
-    def units(self, samples_per_shard: int) -> list[ListedUnit]:
-        """The images, class by class in turn, cut into shards."""
-        return cut_list(self._images, samples_per_shard)
 
 
 def _list_classes(images: str) -> list[str]:

@@ -4,12 +4,10 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_pipeline.sources.listed import ListedUnit, cut_list, hash_list
-from data_pipeline.sources.source import CaptionedImage
+from data_pipeline.sources.listed import ListedSource, numbered_image
 from ifvit import storage
 from ifvit.errors import UserError
 
@@ -20,7 +18,7 @@ Row = tuple[str, dict[str, Any]]
 """Where the row stands, for messages, and its values by column."""
 
 
-class CaptionTable:
+class CaptionTable(ListedSource):
     """The images of one table, sorted by path; captions of a path in the order of their rows.
 
     The columns are `path`, relative to the folder or `s3://` prefix `images`, and `caption`.
@@ -42,33 +40,20 @@ class CaptionTable:
             texts.setdefault(path, []).append(caption)
         if not texts:
             raise UserError(f"{captions}: no rows")
-        self._images = [
-            CaptionedImage(
-                key=f"{number:012d}",
-                image_id=path,
-                name=path,
-                read=partial(storage.read_bytes, storage.join(images, path)),
-                captions=tuple(texts[path]),
-            )
-            for number, path in enumerate(sorted(texts))
-        ]
-        probes = [storage.join(images, image.name) for image in self._images[:NUM_PROBES]]
+        super().__init__(
+            [
+                numbered_image(number, images, path, captions=tuple(texts[path]))
+                for number, path in enumerate(sorted(texts))
+            ]
+        )
+        probes = [storage.join(images, image.name) for image in self.images[:NUM_PROBES]]
         if not any(map(storage.exists, probes)):
             raise UserError(f"{probes[0]}: no such file; paths in {captions} start at {images}")
 
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of paths and captions."""
-        return hash_list(self._images)
-
     def report(self) -> str:
         """Counts of images and captions."""
-        num_captions = sum(len(image.captions) for image in self._images)
-        return f"{self._file}: {len(self._images):,} images, {num_captions:,} captions"
-
-    def units(self, samples_per_shard: int) -> list[ListedUnit]:
-        """The sorted images, cut into shards."""
-        return cut_list(self._images, samples_per_shard)
+        num_captions = sum(len(image.captions) for image in self.images)
+        return f"{self._file}: {len(self.images):,} images, {num_captions:,} captions"
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str:

@@ -12,33 +12,26 @@ from ifvit.shards import ShardReader
 
 MODULE = '''
 from pathlib import Path
-from data_pipeline.sources.listed import cut_list, hash_list
+from data_pipeline.sources.listed import ListedSource
 from data_pipeline.sources.source import CaptionedImage
 
-class Reversed:
+class Reversed(ListedSource):
     """The images of one folder, the last one first, captioned by their names."""
 
     classes = ()
 
     def __init__(self, images, captions):
         paths = sorted(Path(images).iterdir(), reverse=True)
-        self.images = [
+        super().__init__([
             CaptionedImage(
                 key=path.stem, image_id=path.stem, name=path.name,
                 read=path.read_bytes, captions=(path.stem,),
             )
             for path in paths
-        ]
-
-    @property
-    def sha256(self):
-        return hash_list(self.images)
+        ])
 
     def report(self):
         return f"{len(self.images)} images, last one first"
-
-    def units(self, samples_per_shard):
-        return cut_list(self.images, samples_per_shard)
 '''
 
 

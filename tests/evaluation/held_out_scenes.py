@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from made_backbone import small_shape
 
-from ifvit.models.config import FusionUViTConfig
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo, save_weights
 from ifvit.shards import EncoderIdentity, Manifest
@@ -28,18 +28,11 @@ def save_run(folder: Path, manifest: Manifest, vae: EncoderIdentity | None = Non
     torch.manual_seed(0)
     channels, size, _ = manifest.moments_shape
     length, width = manifest.text.context_shape
-    shape = FusionUViTConfig(
+    shape = small_shape(
         latent_size=size,
         latent_channels=channels // 2,
-        patch_size=2,
-        width=32,
-        depth=4,
-        num_heads=2,
         context_length=length,
         context_width=width,
-        conditioning="cross_attention",
-        num_image_blocks=1,
-        num_text_blocks=1,
         init_std=0.2,
     )
     info = WeightsInfo(

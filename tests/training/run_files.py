@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ifvit.models.config import FusionUViTConfig
+from made_backbone import small_shape
+
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
 CONTEXT_SHAPE = (5, 12)
@@ -17,18 +18,7 @@ CONTEXT_SHAPE = (5, 12)
 def small_recipe(run: str, shards: str, **fields: object) -> TrainConfig:
     """8 quick steps for latents (4, 8, 8) and contexts (5, 12); `fields` override the rest."""
     defaults: dict[str, object] = {
-        "backbone": FusionUViTConfig(
-            latent_size=8,
-            patch_size=2,
-            width=32,
-            depth=4,
-            num_heads=2,
-            context_length=CONTEXT_SHAPE[0],
-            context_width=CONTEXT_SHAPE[1],
-            conditioning="cross_attention",
-            num_image_blocks=1,
-            num_text_blocks=1,
-        ),
+        "backbone": small_shape(context_length=CONTEXT_SHAPE[0], context_width=CONTEXT_SHAPE[1]),
         "optim": OptimConfig(learning_rate=1e-2, warmup_steps=4),
         "engine": EngineConfig(backend="plain"),
         "sample_grid": SampleGridConfig(every=0),

@@ -1,0 +1,23 @@
+"""The shape of a small backbone, for tests that need any."""
+
+from dataclasses import replace
+
+from ifvit.models.config import FusionUViTConfig
+
+_SMALL = FusionUViTConfig(
+    latent_size=8,
+    patch_size=2,
+    width=32,
+    depth=4,
+    num_heads=2,
+    context_length=6,
+    context_width=16,
+    conditioning="cross_attention",
+    num_image_blocks=1,
+    num_text_blocks=1,
+)
+
+
+def small_shape(**changes: object) -> FusionUViTConfig:
+    """4 x 8 x 8 latents, context 6 x 16, intermediate cross-attention; `changes` override."""
+    return replace(_SMALL, **changes)
