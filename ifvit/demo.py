@@ -15,7 +15,7 @@ from data_pipeline.encode import encode
 from ifvit.analysis.config import ReportConfig
 from ifvit.analysis.report import report
 from ifvit.demo_config import DemoConfig
-from ifvit.evaluation.config import EvaluateConfig
+from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.metrics import Estimate, MetricsRow
 from ifvit.models.presets import PRESETS
@@ -158,11 +158,14 @@ def _evaluation(run: str, shards: str, images: str) -> EvaluateConfig:
         weights=run,
         shards=shards,
         images=images,
-        clip="scenes/clip",
-        num_samples=NUM_SAMPLES,
-        sampling=SamplingConfig(num_steps=20, guidance_scale=GUIDANCE),
-        paper_prefix="",
-        scenes=True,
+        protocol=ProtocolConfig(
+            name="scenes",
+            num_samples=NUM_SAMPLES,
+            sampling=SamplingConfig(num_steps=20, guidance_scale=GUIDANCE),
+            clip="scenes/clip",
+            paper_prefix="",
+            scenes=True,
+        ),
     )
 
 

@@ -22,7 +22,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
 
 def written(folder: str) -> dict[str, int]:
     """Files of the stages that must not be repeated, with their time of writing."""
-    patterns = ("images/*/*", "shards/*/*.tar", "*/checkpoints/*/*", "*/evaluation/*/0*.png")
+    patterns = ("images/*/*", "shards/*/*.tar", "*/checkpoints/*/*", "*/evaluation/*/*/*/0*.png")
     paths = [path for pattern in patterns for path in Path(folder).glob(pattern)]
     return {str(path): path.stat().st_mtime_ns for path in paths}
 

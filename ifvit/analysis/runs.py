@@ -8,7 +8,8 @@ import yaml
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.metrics import MetricsRow, read_row
+from ifvit.evaluation.metrics import MetricsRow
+from ifvit.evaluation.rows import FOLDER, main_series, read_rows, samples_url
 from ifvit.models.config import FusionUViTConfig
 from ifvit.models.flops import Cost, count_cost
 
@@ -28,8 +29,10 @@ class Sample:
 class Run:
     """What one run directory holds. None and empty mean: no such file.
 
-    `curve` are the rows of metrics.jsonl, `evaluations` go from the first step to the last,
-    `samples` belong to the last one, `training_grids` are (step, URL).
+    `curve` are the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol name, guidance
+    scale and step. `evaluations` are those of the protocol name and guidance scale that most rows
+    have (of several: the first name, the smallest scale), from the first step to the last;
+    `samples` belong to the last one. `training_grids` are (step, URL).
     """
 
     name: str
@@ -37,6 +40,7 @@ class Run:
     recipe: dict[str, Any] | None
     backbone: FusionUViTConfig | None
     curve: list[dict[str, float]]
+    rows: list[MetricsRow]
     evaluations: list[MetricsRow]
     samples: list[Sample]
     training_grids: list[tuple[int, str]]
@@ -75,16 +79,18 @@ def read_run(url: str, name: str) -> Run:
     """Read one run folder. Raises UserError if there is none, or if a file in it is broken."""
     if not storage.exists(url):
         raise UserError(f"{url}: no such run; give the folder that `ifvit train` wrote")
-    steps = _newest_last(storage.join(url, "evaluation"), ".json")
-    evaluations = [read_row(row) for _, row in steps]
+    rows = read_rows(storage.join(url, FOLDER))
+    evaluations = main_series(list(rows.values()))
+    last = next((place for place, row in rows.items() if row is evaluations[-1]), None)
     return Run(
         name=name,
         url=url,
         recipe=_read_recipe(storage.join(url, "config.yaml")),
         backbone=_read_backbone(url),
         curve=_read_jsonl(storage.join(url, "metrics.jsonl")),
+        rows=list(rows.values()),
         evaluations=evaluations,
-        samples=_read_samples(steps[-1][1].removesuffix(".json")) if steps else [],
+        samples=_read_samples(samples_url(last)) if last else [],
         training_grids=_newest_last(storage.join(url, "samples"), ".png"),
     )
 

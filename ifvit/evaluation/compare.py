@@ -17,6 +17,7 @@ from ifvit.evaluation.config import CompareConfig, EvaluateConfig, MeasureConfig
 from ifvit.evaluation.evaluate import embed_texts, evaluate
 from ifvit.evaluation.frechet import Features, extract
 from ifvit.evaluation.metrics import Estimate, MetricsRow, estimate_mean
+from ifvit.evaluation.rows import row_url, samples_url
 from ifvit.evaluation.samples import Prompt, read_prompts, read_samples
 from ifvit.images import Pixels, encode_png
 from ifvit.models.clip import ClipScorer, load_clip
@@ -61,18 +62,20 @@ def compare_methods(config: CompareConfig) -> list[Comparison]:
     names = [PurePosixPath(run).name for run in config.runs]
     if len(set(names)) < len(names):
         raise UserError(f"runs {', '.join(names)}: two of one name; copy or link one to another")
-    prompts = read_prompts(ShardReader(config.shards), config.num_samples)
-    scorer = load_clip(config.clip, choose_device(config.device))
-    texts = embed_texts(scorer, [prompt.text for prompt in prompts], config.sampling.batch_size)
+    prompts = read_prompts(ShardReader(config.shards), config.protocol)
+    scorer = load_clip(config.protocol.clip, choose_device(config.device))
+    batch_size = config.protocol.sampling.batch_size
+    texts = embed_texts(scorer, [prompt.score_text for prompt in prompts], batch_size)
     compared: list[Comparison] = []
     columns: list[Pixels] = []
     for name, run in zip(names, config.runs, strict=True):
         plain: Features | None = None
-        for method, sampling in _variants(config.sampling).items():
+        for method, sampling in _variants(config.protocol.sampling).items():
             output = storage.join(config.output, name, method)
             row = evaluate(_evaluation(config, run, sampling, output))
             assert row is not None  # it is not split over tasks
-            folder = storage.join(output, f"step_{row.step:08d}")
+            protocol, scale = row.protocol.name, row.protocol.guidance_scale
+            folder = samples_url(row_url(output, protocol, scale, row.step))
             features = _embed(scorer, folder, prompts, config)
             plain = features if plain is None else plain
             compared.append(
@@ -128,13 +131,14 @@ def _evaluation(
     config: CompareConfig, run: str, sampling: SamplingConfig, output: str
 ) -> EvaluateConfig:
     shared = {field.name: getattr(config, field.name) for field in fields(MeasureConfig)}
-    return EvaluateConfig(**{**shared, "sampling": sampling}, weights=run, output=output)
+    protocol = replace(config.protocol, sampling=sampling)
+    return EvaluateConfig(**{**shared, "protocol": protocol}, weights=run, output=output)
 
 
 def _embed(
     scorer: ClipScorer, folder: str, prompts: list[Prompt], config: CompareConfig
 ) -> Features:
-    samples = read_samples(folder, prompts, config.sampling.batch_size)
+    samples = read_samples(folder, prompts, config.protocol.sampling.batch_size)
     return np.concatenate(list(extract(scorer.embed_images, samples, choose_device(config.device))))
 
 

@@ -1,28 +1,36 @@
 """How a checkpoint is measured; imports no torch."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ifvit.sampling.config import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
-    """What is drawn for held-out captions, and what it is measured by."""
+class ProtocolConfig:
+    """What is drawn for held-out captions, and by what it is measured."""
 
-    shards: str
-    """Folder of held-out shards: the first caption of each of the first images is drawn."""
-
-    images: str | None = None
-    """Folder of real images for the Frechet distance; unset: no Frechet distance."""
-
-    clip: str = "openai/clip-vit-large-patch14"
-    """CLIP model that scores and whose image embeddings are the Frechet distance's features."""
+    name: str = "custom"
+    """Folder of its rows in RUN/evaluation; a label, not part of what decides the numbers."""
 
     num_samples: int = 30_000
-    """Images to draw and measure."""
+    """Images to draw and measure: for the first held-out images."""
+
+    caption_rule: Literal["first", "random"] = "first"
+    """Which of an image's captions is drawn; random: by seed and position."""
+
+    score_caption: Literal["same", "first"] = "same"
+    """Which one the drawn image is scored against: the same, or the first of the image."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Solver, guidance and seed."""
+
+    clip: str = "openai/clip-vit-large-patch14"
+    """CLIP of CLIP Score, retrieval, Fréchet distance and CMMD."""
+
+    inception: str | None = None
+    """TorchScript Inception of FID and KID: a file, an s3:// URL, or `inception-2015-12-05`, which
+    is downloaded once; unset: no FID and KID."""
 
     paper_prefix: str = "A photo depicts "
     """Put before captions for the paper's CLIP Score; empty where the tokenizer cannot read it."""
@@ -30,13 +38,37 @@ class MeasureConfig:
     scenes: bool = False
     """Captions are those of `ifvit scenes`: score count, colour, kind and relation exactly."""
 
+    def __post_init__(self) -> None:
+        """Refuse a number of samples that gives no covariance, and a name that is no folder's."""
+        if self.num_samples < 2:
+            raise ValueError(f"num_samples {self.num_samples} is less than 2")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name {self.name!r} is not the name of a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What is measured against what."""
+
+    shards: str
+    """Folder of held-out shards, whose captions are drawn."""
+
+    images: str | None = None
+    """Folder of real images for the distances; without it and `reference`, there are none."""
+
+    reference: str | None = None
+    """Instead of `images`, what `ifvit evaluate --make_reference` made of them: an .npz file."""
+
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    """A file or, by its name, one of configs/protocol; single fields go over it."""
+
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
 
     def __post_init__(self) -> None:
-        """Refuse a number of samples that gives no covariance."""
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples {self.num_samples} is less than 2")
+        """Refuse two references."""
+        if self.images and self.reference:
+            raise ValueError("give images or reference, not both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +77,12 @@ class EvaluateConfig(MeasureConfig):
 
     weights: str
     """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
+
+    steps: Literal["all"] | list[int] | None = None
+    """Saved steps of the run that `weights` names, a row each; unset: the newest one."""
+
+    guidance_scales: list[float] | None = None
+    """Guidance scales, a row each; unset: that of the protocol."""
 
     output: str | None = None
     """Folder for rows and samples; unset: `evaluation` in the run folder of the weights."""

@@ -1,8 +1,6 @@
 """The verb `evaluate`: a checkpoint and held-out captions => one MetricsRow."""
 
-import hashlib
 import itertools
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,22 +16,25 @@ from tqdm import tqdm
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.clip_score import clip_score, clip_score_paper
-from ifvit.evaluation.config import EvaluateConfig
+from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.evaluation.frechet import (
     Features,
     FeatureStatistics,
     RunningStatistics,
     estimate_frechet,
     extract,
+    statistics,
 )
-from ifvit.evaluation.metrics import MetricsRow, Protocol, estimates_of, read_row, write_row
+from ifvit.evaluation.metrics import MetricsRow, estimates_of, read_row, write_row
+from ifvit.evaluation.protocol import Protocol
 from ifvit.evaluation.references import list_images, read_batches
 from ifvit.evaluation.retrieval import retrieval_accuracy
+from ifvit.evaluation.rows import FOLDER, row_url, samples_url
 from ifvit.evaluation.samples import (
-    CAPTION_RULE,
     Prompt,
     describe_samples,
     draw_missing,
+    hash_prompts,
     read_prompts,
     read_samples,
     write_overview,
@@ -58,7 +59,7 @@ Batch = TypeVar("Batch", Features, Pixels)
 
 
 def evaluate(config: EvaluateConfig) -> MetricsRow | None:
-    """Draw what is not drawn yet, measure, write RUN/evaluation/step_XXXXXXXX.json, return it.
+    """Draw what is not drawn yet, measure, write the row where `row_url` says, return it.
 
     One of several tasks draws its share and returns None.
     Raises UserError for shards of other encoders than the backbone's, or other samples in place.
@@ -68,9 +69,12 @@ def evaluate(config: EvaluateConfig) -> MetricsRow | None:
     reader = ShardReader(config.shards)
     _check_fit(backbone, info, reader)
     references = list_images(config.images) if config.images else []
-    prompts = read_prompts(reader, config.num_samples)
+    protocol, sampling = config.protocol, config.protocol.sampling
+    prompts = read_prompts(reader, protocol)
     digest = weights_sha256(backbone)
-    folder = storage.join(_output_folder(config), f"step_{info.step:08d}")
+    output = _output_folder(config)
+    url = row_url(output, protocol.name, sampling.guidance_scale, info.step)
+    folder = samples_url(url)
     backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
     sampler = Sampler(
         backbone=backbone,
@@ -78,24 +82,23 @@ def evaluate(config: EvaluateConfig) -> MetricsRow | None:
         null_context=torch.from_numpy(np.array(reader.null_context)),
         scaling_factor=info.scaling_factor,
     )
-    settings = describe_samples(digest, reader.manifest, config.sampling)
+    settings = describe_samples(digest, reader.manifest, protocol)
     share = prompts[config.task :: config.num_tasks]
 
     def captions_of(positions: Tensor) -> list[str]:
         return [prompts[position].text for position in positions.tolist()]
 
-    method_of = build_method(config.sampling, sampler, info, captions_of)
-    seconds = draw_missing(folder, sampler, reader, share, settings, config.sampling, method_of)
+    method_of = build_method(sampling, sampler, info, captions_of)
+    seconds = draw_missing(folder, sampler, reader, share, settings, sampling, method_of)
     if config.num_tasks > 1:
         sys.stdout.write(f"{folder}: share {config.task} of {config.num_tasks} is drawn\n")
         return None
-    scores = _score(folder, prompts, config.sampling.batch_size) if config.scenes else None
+    scores = _score(folder, prompts, sampling.batch_size) if protocol.scenes else None
     write_overview(folder, prompts, references, reader.manifest.image_size, scores)
     weights = _Provenance(info=info, sha256=digest)
     row = _measure(config, folder, prompts, references, reader.manifest, weights)
     if scores:
         row = _add_scenes(row, scenes_accuracy(scores))
-    url = f"{folder}.json"
     if seconds is None and storage.exists(url):
         seconds = read_row(url).seconds_per_image
     row = replace(row, seconds_per_image=seconds)
@@ -136,7 +139,7 @@ def _output_folder(config: EvaluateConfig) -> str:
     if config.output:
         return config.output
     run = re.split(r"/?\bweights/step_\d+", find_weights(config.weights))[0]
-    return storage.join(run or ".", "evaluation")
+    return storage.join(run or ".", FOLDER)
 
 
 def _measure(
@@ -149,23 +152,25 @@ def _measure(
 ) -> MetricsRow:
     """All metrics of the PNG files in `folder`."""
     device = choose_device(config.device)
-    scorer = load_clip(config.clip, device)
-    batch_size = config.sampling.batch_size
-    captions = [prompt.text for prompt in prompts]
+    scorer = load_clip(config.protocol.clip, device)
+    batch_size, prefix = config.protocol.sampling.batch_size, config.protocol.paper_prefix
+    captions = [prompt.score_text for prompt in prompts]
     samples = read_samples(folder, prompts, batch_size)
     drawn = np.concatenate(
         list(_progress(extract(scorer.embed_images, samples, device), len(prompts), "score"))
     )
     plain = embed_texts(scorer, captions, batch_size)
-    prefixed = embed_texts(scorer, [config.paper_prefix + text for text in captions], batch_size)
+    prefixed = embed_texts(scorer, [prefix + text for text in captions], batch_size)
     reference = _reference_statistics(scorer, references, manifest.image_size, batch_size, device)
     return MetricsRow(
         weights=config.weights,
         weights_sha256=weights.sha256,
         step=weights.info.step,
         ema_decay=weights.info.ema_decay,
-        protocol=_protocol(config, captions, manifest, scorer, reference),
-        frechet_distance=estimate_frechet(drawn, reference) if reference else None,
+        protocol=_protocol(config.protocol, prompts, manifest, scorer, reference),
+        frechet_distance=estimate_frechet(drawn, statistics(drawn), reference)
+        if reference
+        else None,
         clip_score=clip_score(drawn, plain),
         clip_score_paper=clip_score_paper(drawn, prefixed),
         retrieval_at_16=retrieval_accuracy(drawn, plain, captions),
@@ -173,27 +178,33 @@ def _measure(
 
 
 def _protocol(
-    config: EvaluateConfig,
-    captions: list[str],
+    config: ProtocolConfig,
+    prompts: list[Prompt],
     manifest: Manifest,
     scorer: ClipScorer,
     reference: FeatureStatistics | None,
 ) -> Protocol:
+    sampling = config.sampling
     return Protocol(
+        name=config.name,
         num_samples=config.num_samples,
-        caption_rule=CAPTION_RULE,
-        solver=config.sampling.solver,
-        num_steps=config.sampling.num_steps,
-        guidance_scale=config.sampling.guidance_scale,
-        guidance_low=config.sampling.guidance_low,
-        guidance_high=config.sampling.guidance_high,
-        seed=config.sampling.seed,
+        prompts_sha256=hash_prompts(prompts),
+        caption_rule=config.caption_rule,
+        score_caption=config.score_caption,
+        seed=sampling.seed,
+        solver=sampling.solver,
+        num_steps=sampling.num_steps,
+        guidance_scale=sampling.guidance_scale,
+        guidance_low=sampling.guidance_low,
+        guidance_high=sampling.guidance_high,
+        method=sampling.method,
         image_size=manifest.image_size,
         resize=manifest.resize,
-        prompts_sha256=hashlib.sha256(json.dumps(captions).encode()).hexdigest(),
         features=scorer.identity.name,
         features_sha256=scorer.identity.sha256,
         paper_prefix=config.paper_prefix,
+        inception=None,
+        inception_sha256=None,
         num_reference_images=reference.num_samples if reference else None,
         reference_sha256=reference.sha256 if reference else None,
     )

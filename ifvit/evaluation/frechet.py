@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ifvit.evaluation.metrics import Estimate
+from ifvit.evaluation.metrics import Estimate, estimate_around
 from ifvit.images import Pixels, to_model_range
 
 Floats = NDArray[np.float64]
@@ -21,7 +21,10 @@ Features = NDArray[np.floating]
 FeatureNetwork = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) in [-1, 1] => features (B, F)."""
 
-_NUM_RESAMPLES = 20
+_CHUNK = 4096
+"""Samples that are held in float64 at a time."""
+_NEGLIGIBLE = 1e-12
+"""Eigenvalues below this share of the largest are rounding: directions without any sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,33 +84,47 @@ def extract(network: FeatureNetwork, batches: Iterable[Pixels], device: str) -> 
         yield network(to_model_range(pixels).to(device)).float().cpu().numpy()
 
 
-def estimate_frechet(features: Features, reference: FeatureStatistics) -> Estimate:
-    """Distance of features (N, F) from the reference, its error by 20 bootstrap resamples of N."""
-    rng = np.random.default_rng(0)
-    resampled = [
-        frechet_distance(
-            reference, statistics(features[rng.integers(len(features), size=len(features))])
-        )
-        for _ in range(_NUM_RESAMPLES)
-    ]
-    return Estimate(
-        value=frechet_distance(reference, statistics(features)),
-        standard_error=float(np.std(resampled, ddof=1)),
-        num_samples=len(features),
-    )
+def estimate_frechet(
+    features: Features, drawn: FeatureStatistics, reference: FeatureStatistics
+) -> Estimate:
+    """Distance of `drawn` from the reference, and how far other samples would move it.
+
+    `features` (n, F) are all samples behind `drawn`, or a random part of them. The reference
+    counts as fixed. The first-order change of the distance by a sample with d = x - m is
+    2 (m - m_r).d + d.(1 - A) d, where A = R (R S R)^(-1/2) R and R = S_r^(1/2).
+    """
+    eigenvalues, rotated = _cross(reference, drawn)
+    kept = eigenvalues > _NEGLIGIBLE * eigenvalues.max()
+    factor = rotated[:, kept] / eigenvalues[kept] ** 0.25  # A = factor factor^T
+    shift = drawn.mean - reference.mean
+    influences = np.empty(len(features))
+    for start in range(0, len(features), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        centred = features[rows].astype(np.float64) - drawn.mean
+        quadratic = np.square(centred).sum(axis=1) - np.square(centred @ factor).sum(axis=1)
+        influences[rows] = 2 * centred @ shift + quadratic
+    return estimate_around(_distance(reference, drawn, eigenvalues), influences, drawn.num_samples)
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), never negative.
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), never negative."""
+    return _distance(first, second, _cross(first, second)[0])
 
-    tr (S1 S2)^(1/2) is the sum of square roots of the eigenvalues of the symmetric
-    S1^(1/2) S2 S1^(1/2), which stays real where a general matrix square root does not.
+
+def _distance(first: FeatureStatistics, second: FeatureStatistics, eigenvalues: Floats) -> float:
+    shift = first.mean - second.mean
+    trace = np.trace(first.covariance) + np.trace(second.covariance)
+    return max(0.0, float(shift @ shift + trace - 2 * np.sqrt(eigenvalues).sum()))
+
+
+def _cross(first: FeatureStatistics, second: FeatureStatistics) -> tuple[Floats, Floats]:
+    """Eigenvalues (F,) of R S2 R, none negative, and R times its eigenvectors; R = S1^(1/2).
+
+    tr (S1 S2)^(1/2) is the sum of the square roots of these eigenvalues, which stay real where a
+    general matrix square root does not.
     """
     values, vectors = np.linalg.eigh(first.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     product = root @ second.covariance @ root
-    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
-    cross = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
-    shift = first.mean - second.mean
-    trace = np.trace(first.covariance) + np.trace(second.covariance)
-    return max(0.0, float(shift @ shift + trace - 2 * cross))
+    eigenvalues, basis = np.linalg.eigh((product + product.T) / 2)
+    return np.clip(eigenvalues, 0, None), root @ basis

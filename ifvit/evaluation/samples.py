@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.references import find_image, read_reference
 from ifvit.images import Pixels, encode_png
+from ifvit.randomness import Stream, draw
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.files import (
     claim_folder,
@@ -37,40 +39,64 @@ from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.scenes.score import SceneScore
 from ifvit.shards import Manifest, ShardReader
 
-CAPTION_RULE = "first caption of each image"
 _NUM_SHOWN = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The caption that is drawn for one held-out image."""
+    """The caption that is drawn for one held-out image, and the one it is scored against."""
 
     position: int
-    text: str
     image_id: int | str
+    caption: int
+    """Its number among the image's captions."""
+    text: str
+    score_text: str
 
 
-def read_prompts(reader: ShardReader, num_samples: int) -> list[Prompt]:
-    """Caption 0 of the first images. Raises UserError when there are not that many."""
-    if num_samples > len(reader):
+def read_prompts(reader: ShardReader, protocol: ProtocolConfig) -> list[Prompt]:
+    """The captions of the first images. Raises UserError when there are not that many."""
+    count = protocol.num_samples
+    if count > len(reader):
         raise UserError(
-            f"{reader.url}: {len(reader)} images, num_samples asks for {num_samples}; lower it"
+            f"{reader.url}: {len(reader)} images, num_samples asks for {count}; lower it"
         )
-    metadata = map(reader.metadata, range(num_samples))
-    return [
-        Prompt(position=position, text=entry.captions[0], image_id=entry.image_id)
-        for position, entry in enumerate(metadata)
-    ]
+    positions = np.arange(count)
+    chosen = np.zeros(count, np.int64)
+    if protocol.caption_rule == "random":
+        shares = draw(protocol.sampling.seed, 0, positions, Stream.CAPTION)
+        chosen = (shares * reader.caption_counts(positions)).astype(np.int64)
+    prompts = []
+    for position, caption in enumerate(chosen.tolist()):
+        entry = reader.metadata(position)
+        scored = caption if protocol.score_caption == "same" else 0
+        prompts.append(
+            Prompt(
+                position=position,
+                image_id=entry.image_id,
+                caption=caption,
+                text=entry.captions[caption],
+                score_text=entry.captions[scored],
+            )
+        )
+    return prompts
+
+
+def hash_prompts(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of which captions of which images are drawn, in order."""
+    drawn = [[prompt.image_id, prompt.text] for prompt in prompts]
+    return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
 
 
 def describe_samples(
-    weights_sha256: str, manifest: Manifest, sampling: SamplingConfig
+    weights_sha256: str, manifest: Manifest, protocol: ProtocolConfig
 ) -> dict[str, Any]:
     """All that decides what a position's image looks like; batch size does not."""
     shards = json.dumps([entry.sha256 for entry in manifest.shards])
     # As JSON gives it back: a tuple would not equal the list that is read.
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(sampling))) | {
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(protocol.sampling))) | {
         "weights_sha256": weights_sha256,
+        "caption_rule": protocol.caption_rule,
         "shards_sha256": hashlib.sha256(shards.encode()).hexdigest(),
     }
     del settings["batch_size"]
@@ -91,10 +117,12 @@ def draw_missing(
     Raises UserError when the folder holds images of other settings, so that none is lost.
     """
     claim_folder(folder, settings)
-    positions = missing_images(folder, (prompt.position for prompt in prompts))
+    captions = {prompt.position: prompt.caption for prompt in prompts}
+    positions = missing_images(folder, captions)
 
     def context_of(batch: Tensor) -> Tensor:
-        return torch.from_numpy(np.stack([reader.context(p, 0) for p in batch.tolist()]))
+        contexts = [reader.context(p, captions[p]) for p in batch.tolist()]
+        return torch.from_numpy(np.stack(contexts))
 
     started = time.perf_counter()
     images = generate_images(sampler, context_of, positions, sampling, method_of)

@@ -1,6 +1,7 @@
 """The card of an exported pipeline: what it is, what it was trained on, what it scored."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
@@ -78,10 +79,19 @@ def _describe_data(shards: str) -> str:
 
 
 def _describe_metrics(run: str, step: int, weights_sha256: str) -> str:
-    url = storage.join(run, "evaluation", f"step_{step:08d}.json")
-    row = storage.read_json(url) if storage.exists(url) else {}
-    if row.get("weights_sha256") != weights_sha256:
-        return "These weights have not been evaluated.\n"
+    """Every evaluation of these weights, by protocol and guidance scale."""
+    evaluations = storage.join(run, "evaluation")
+    found = ""
+    for protocol in storage.list_names(evaluations):
+        for scale in storage.list_names(storage.join(evaluations, protocol)):
+            url = storage.join(evaluations, protocol, scale, f"step_{step:08d}.json")
+            row = storage.read_json(url) if storage.exists(url) else {}
+            if row.get("weights_sha256") == weights_sha256:
+                found += f"\n### {protocol}, {scale}\n{_describe_row(row)}"
+    return found or "These weights have not been evaluated.\n"
+
+
+def _describe_row(row: Mapping[str, Any]) -> str:
     measured = {
         name: f"{entry['value']:.4f} ± {entry['standard_error']:.4f}"
         for name, entry in row.items()

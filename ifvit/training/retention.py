@@ -4,7 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ifvit.errors import UserError
-from ifvit.evaluation.metrics import LOWER_IS_BETTER, Estimate, MetricsRow, read_row
+from ifvit.evaluation.metrics import LOWER_IS_BETTER, Estimate, MetricsRow
+from ifvit.evaluation.rows import FOLDER, main_series, read_rows
 from ifvit.storage import join, list_names, read_json, remove
 from ifvit.training.checkpoint import MANIFEST, is_committed, saved_steps, step_url
 
@@ -16,7 +17,7 @@ class Retention:
     last: int
     every: int = 0
     metric: str | None = None
-    """Field of MetricsRow, looked up in the run's evaluations of saved steps."""
+    """Field of MetricsRow, looked up in the run's main evaluations (`main_series`)."""
 
     def __post_init__(self) -> None:
         """Refuse a metric that no evaluation has."""
@@ -50,9 +51,7 @@ def kept_steps(complete: list[int], retention: Retention, best: int | None) -> s
 
 def _best_step(run: str, metric: str, complete: Collection[int]) -> int | None:
     """The complete step whose evaluation has the best `metric`; the earliest of equals."""
-    folder = join(run, "evaluation")
-    names = [n for n in list_names(folder) if n.startswith("step_") and n.endswith(".json")]
-    rows = [read_row(join(folder, name)) for name in names]
+    rows = main_series(list(read_rows(join(run, FOLDER)).values()))
     measured = {row.step: getattr(row, metric) for row in rows if row.step in complete}
     sign = 1 if metric in LOWER_IS_BETTER else -1
     scores = [

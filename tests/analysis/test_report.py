@@ -15,7 +15,9 @@ from ifvit.analysis.report import report
 from ifvit.analysis.runs import read_run, read_runs
 from ifvit.analysis.verdicts import METRICS, best_run, compare
 from ifvit.errors import UserError
-from ifvit.evaluation.metrics import Estimate, MetricsRow, Protocol, write_row
+from ifvit.evaluation.metrics import Estimate, MetricsRow, write_row
+from ifvit.evaluation.protocol import Protocol
+from ifvit.evaluation.rows import FOLDER, row_url, samples_url
 from ifvit.images import encode_png
 from ifvit.models.presets import PRESETS
 from ifvit.sampling.grid import make_grid
@@ -25,14 +27,21 @@ PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
 
 def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsRow:
     def estimate(value: float) -> Estimate:
-        return Estimate(value=value, standard_error=0.02, num_samples=500)
+        return Estimate(
+            value=value, standard_error=0.02, num_samples=500, low=value - 0.04, high=value + 0.04
+        )
 
     protocol = Protocol(
+        name="scenes",
         num_samples=500,
-        caption_rule="first caption of each image",
+        caption_rule="first",
+        score_caption="same",
         solver="dpm_solver_pp",
         num_steps=25,
         guidance_scale=2.0,
+        guidance_low=0.0,
+        guidance_high=999.0,
+        method="plain",
         seed=0,
         image_size=64,
         resize="center_crop+lanczos",
@@ -40,6 +49,8 @@ def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsR
         features="scenes/clip",
         features_sha256="b" * 64,
         paper_prefix="",
+        inception=None,
+        inception_sha256=None,
         num_reference_images=500,
         reference_sha256="c" * 64,
     )
@@ -67,7 +78,9 @@ def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
          "learning_rate": 2e-4, "samples_per_s": 400.0, "data_wait": 0.01, "seconds": step / 8}
         for step in range(10, 1201, 10)
     ]  # fmt: skip
-    evaluation = folder / "evaluation" / f"step_{row.step:08d}"
+    protocol = row.protocol
+    url = row_url(str(folder / FOLDER), protocol.name, protocol.guidance_scale, row.step)
+    evaluation = Path(samples_url(url))
     samples = [
         {"file": f"{n:05d}.png", "prompt": prompt, "position": n, "image_id": n,
          "real": f"real_{n:05d}.png" if n == 0 else None,
@@ -87,7 +100,7 @@ def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
     storage.write_bytes(str(evaluation / "real_00000.png"), encode_png(pixels[0]))
     grid = encode_png(make_grid(pixels, 3))
     storage.write_bytes(str(folder / "samples/step_00001200.png"), grid)
-    write_row(f"{evaluation}.json", row)
+    write_row(url, row)
     return str(folder)
 
 
@@ -152,7 +165,9 @@ def test_a_difference_within_the_noise_is_called_that(tmp_path: Path) -> None:
 def test_a_smaller_frechet_distance_is_better(tmp_path: Path) -> None:
     good = dataclasses.replace(
         build_row(0.5),
-        frechet_distance=Estimate(value=0.01, standard_error=0.001, num_samples=500),
+        frechet_distance=Estimate(
+            value=0.01, standard_error=0.001, num_samples=500, low=0.008, high=0.012
+        ),
     )
     runs = read_runs(
         [

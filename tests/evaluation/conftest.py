@@ -7,7 +7,7 @@ from held_out_scenes import NUM_IMAGES, HeldOut, save_run
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from ifvit.evaluation.config import EvaluateConfig
+from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.coco import draw_scene_set
 from ifvit.shards import read_manifest
@@ -44,10 +44,13 @@ def config(held_out: HeldOut, run: str) -> EvaluateConfig:
         weights=run,
         shards=held_out.shards,
         images=held_out.images,
-        clip="scenes/clip",
-        num_samples=20,
-        sampling=SamplingConfig(num_steps=2, batch_size=8),
-        paper_prefix="",
-        scenes=True,
+        protocol=ProtocolConfig(
+            name="test",
+            num_samples=20,
+            sampling=SamplingConfig(num_steps=2, batch_size=8),
+            clip="scenes/clip",
+            paper_prefix="",
+            scenes=True,
+        ),
         device="cpu",
     )

@@ -10,7 +10,7 @@ from held_out_scenes import HeldOut
 
 from ifvit.errors import UserError
 from ifvit.evaluation.compare import compare_methods
-from ifvit.evaluation.config import CompareConfig
+from ifvit.evaluation.config import CompareConfig, ProtocolConfig
 from ifvit.images import decode_png
 from ifvit.sampling.config import SamplingConfig
 
@@ -21,11 +21,14 @@ def comparison(held_out: HeldOut, run: str, tmp_path: Path) -> CompareConfig:
         runs=[run],
         output=str(tmp_path / "comparison"),
         shards=held_out.shards,
-        clip="scenes/clip",
-        num_samples=16,
-        sampling=SamplingConfig(num_steps=2, batch_size=16),
-        paper_prefix="",
-        scenes=True,
+        protocol=ProtocolConfig(
+            name="test",
+            num_samples=16,
+            sampling=SamplingConfig(num_steps=2, batch_size=16),
+            clip="scenes/clip",
+            paper_prefix="",
+            scenes=True,
+        ),
         device="cpu",
     )
 
@@ -47,12 +50,12 @@ def test_all_methods_are_measured_on_the_same_captions_and_noise(
         )
 
     folder = tmp_path / "comparison"
-    settings = json.loads((folder / "run/both/step_00000007/settings.json").read_text())
+    settings = json.loads((folder / "run/both/test/w2/step_00000007/settings.json").read_text())
     assert (settings["method"], settings["date"]["radius"]) == ("both", 0.5)
     assert (folder / "table.md").read_text().count("\n") == 2 + 5
     grid = decode_png((folder / "grid.png").read_bytes())
     assert grid.shape == (8 * 66 - 2, 5 * 66 - 2, 3)
-    first = decode_png((folder / "run/date/step_00000007/00000.png").read_bytes())
+    first = decode_png((folder / "run/date/test/w2/step_00000007/00000.png").read_bytes())
     np.testing.assert_array_equal(grid[:64, 2 * 66 : 2 * 66 + 64], first)
 
     again = compare_methods(comparison)

@@ -22,11 +22,16 @@ from ifvit.sampling.config import SamplingConfig
 from ifvit.shards import EncoderIdentity, ShardReader
 
 
+def with_protocol(config: EvaluateConfig, **changes: object) -> EvaluateConfig:
+    protocol = dataclasses.replace(config.protocol, **changes)
+    return dataclasses.replace(config, protocol=protocol)
+
+
 def test_one_evaluation_leaves_its_row_its_images_and_their_captions(
     config: EvaluateConfig, held_out: HeldOut, run: str
 ) -> None:
     row = evaluate(config)
-    folder = Path(run, "evaluation", "step_00000007")
+    folder = Path(run, "evaluation/test/w2/step_00000007")
     assert read_row(f"{folder}.json") == row
     assert (row.step, row.ema_decay, row.protocol.num_samples) == (7, 0.999, 20)
     assert row.protocol.features_sha256 == load_clip("scenes/clip").identity.sha256
@@ -45,7 +50,7 @@ def test_one_evaluation_leaves_its_row_its_images_and_their_captions(
 
 def test_a_second_evaluation_draws_only_what_is_missing(config: EvaluateConfig, run: str) -> None:
     evaluate(config)
-    folder = Path(run, "evaluation", "step_00000007")
+    folder = Path(run, "evaluation/test/w2/step_00000007")
     kept, lost = folder / "00003.png", folder / "00004.png"
     kept_at, before = kept.stat().st_mtime_ns, decode_png(lost.read_bytes())
     row = evaluate(config)
@@ -59,9 +64,9 @@ def test_a_second_evaluation_draws_only_what_is_missing(config: EvaluateConfig, 
 
 def test_samples_of_other_settings_are_not_mixed_or_lost(config: EvaluateConfig) -> None:
     evaluate(config)
-    other = dataclasses.replace(config, sampling=SamplingConfig(num_steps=3, batch_size=8))
+    sampling = SamplingConfig(num_steps=3, batch_size=8)
     with pytest.raises(UserError, match="another num_steps"):
-        evaluate(other)
+        evaluate(with_protocol(config, sampling=sampling))
 
 
 def test_shards_of_another_encoder_are_refused(
@@ -76,7 +81,6 @@ def test_shards_of_another_encoder_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_samples": 25}, "24 images, num_samples asks for 25"),
         ({"images": "nowhere"}, "nowhere: no such folder"),
         ({"weights": "nowhere"}, "nowhere"),
         ({"shards": "nowhere"}, "nowhere"),
@@ -88,6 +92,11 @@ def test_wrong_input_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         evaluate(dataclasses.replace(config, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_more_samples_than_images_are_refused(config: EvaluateConfig) -> None:
+    with pytest.raises(UserError, match="24 images, num_samples asks for 25"):
+        evaluate(with_protocol(config, num_samples=25))
 
 
 def test_a_broken_real_image_is_named(tmp_path: Path) -> None:

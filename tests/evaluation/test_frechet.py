@@ -63,8 +63,23 @@ def test_any_network_gives_features() -> None:
     np.testing.assert_array_equal(features, [[-1, -1, -1], [1, -1, -1]])
 
 
-def test_error_of_the_distance_shrinks_with_the_number_of_samples() -> None:
-    reference = statistics(SECOND)
-    few, many = estimate_frechet(FIRST[:50], reference), estimate_frechet(FIRST, reference)
-    assert few.standard_error > many.standard_error > 0
-    assert many.value == frechet_distance(reference, statistics(FIRST))
+def test_error_of_the_distance_is_what_other_samples_would_show() -> None:
+    reference, rng = statistics(SECOND), np.random.default_rng(1)
+    mixing = rng.normal(size=(12, 12))
+    samples = rng.normal(size=(200, 400, 12)) @ mixing
+    found = [estimate_frechet(part, statistics(part), reference) for part in samples]
+    spread = np.std([estimate.value for estimate in found], ddof=1)
+    errors = [estimate.standard_error for estimate in found]
+    assert np.mean(errors) == pytest.approx(spread, rel=0.2)
+    centre = np.mean([estimate.value for estimate in found])
+    covered = np.mean([estimate.low <= centre <= estimate.high for estimate in found])
+    assert 0.9 <= covered <= 0.99
+
+
+def test_a_random_part_of_the_samples_gives_nearly_the_same_error() -> None:
+    drawn, reference = statistics(FIRST), statistics(SECOND)
+    whole, part = (estimate_frechet(rows, drawn, reference) for rows in (FIRST, FIRST[::2]))
+    assert whole.value == part.value == frechet_distance(reference, drawn)
+    assert part.num_samples == len(FIRST)
+    assert part.standard_error == pytest.approx(whole.standard_error, rel=0.2)
+    assert part.high - part.low == pytest.approx(whole.high - whole.low, rel=0.2)

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_metrics(run: Path, weights: str) -> None:
     estimate = {"value": 0.25, "standard_error": 0.0125, "num_samples": 64}
     row = {"weights_sha256": weights, "protocol": {"num_steps": 50}, "clip_score": estimate}
-    storage.write_json(str(run / "evaluation/step_00000003.json"), row)
+    storage.write_json(str(run / "evaluation/scenes/w2/step_00000003.json"), row)
 
 
 def read_card(run: Path, folder: Path) -> str:

@@ -19,6 +19,7 @@ from ifvit import object_store, storage
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate, MetricsRow, Protocol, write_row
+from ifvit.evaluation.rows import FOLDER, row_url
 from ifvit.storage import join, list_names, remove
 from ifvit.training.checkpoint import Checkpoint, fetch_newest, open_tensors, step_url
 from ifvit.training.checkpoint_saver import CheckpointSaver
@@ -393,9 +394,9 @@ def test_the_best_evaluation_keeps_its_checkpoint(run: str) -> None:
     unmeasured = dict.fromkeys(MetricsRow.__dataclass_fields__)
     protocol = Protocol(**dict.fromkeys(Protocol.__dataclass_fields__))  # type: ignore[arg-type]
     for step, distance in ((1, 9.0), (2, 5.0), (3, 7.0)):
-        found = Estimate(value=distance, standard_error=0.1, num_samples=9)
+        found = Estimate(value=distance, standard_error=0.1, num_samples=9, low=0.0, high=9.9)
         row = {**unmeasured, "step": step, "frechet_distance": found, "protocol": protocol}
-        write_row(join(run, "evaluation", f"step_{step:08d}.json"), MetricsRow(**row))  # type: ignore[arg-type]
+        write_row(row_url(join(run, FOLDER), "scenes", 1.5, step), MetricsRow(**row))  # type: ignore[arg-type]
         save(savers(run, retention=retention), step)
     left = ["latest", "step_00000002", "step_00000003"]
     assert list_names(join(run, "checkpoints")) == left

@@ -1,0 +1,64 @@
+"""How numbers were made: two rows of metrics compare only if this is the same for both."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What was drawn and how it was measured, stored with every number.
+
+    `name` is a label; all else decides the numbers. Hashes are SHA-256.
+    """
+
+    name: str
+    num_samples: int
+    prompts_sha256: str
+    """Of image id and drawn caption of every sample, in order."""
+    caption_rule: str
+    """Which of an image's captions is drawn: `first` or `random` (of seed and position)."""
+    score_caption: str
+    """Which one the image is scored against: the `same`, or the `first` of the image."""
+    seed: int
+    solver: str
+    num_steps: int
+    guidance_scale: float
+    guidance_low: float
+    guidance_high: float
+    method: str
+    """Alignment method while sampling; `plain` is none."""
+    image_size: int
+    resize: str
+    """How real images became square."""
+    features: str
+    """CLIP of all numbers but FID and KID."""
+    features_sha256: str
+    paper_prefix: str
+    inception: str | None
+    """Inception of FID and KID; None: neither was measured."""
+    inception_sha256: str | None
+    num_reference_images: int | None
+    reference_sha256: str | None
+    """Of the real images' files, their order and their resize; None: no distance was measured."""
+
+
+def differences(first: Protocol, second: Protocol) -> list[str]:
+    """What keeps numbers of the two from being compared, in words; empty when nothing does."""
+    names = [field.name for field in fields(Protocol) if field.name != "name"]
+    pairs = {name: (getattr(first, name), getattr(second, name)) for name in names}
+    return [
+        f"{describe_field(name)} {describe_value(name, a)} against {describe_value(name, b)}"
+        for name, (a, b) in pairs.items()
+        if a != b
+    ]
+
+
+def describe_field(name: str) -> str:
+    """`guidance_scale` => `guidance scale`, `prompts_sha256` => `prompts hash`."""
+    return name.replace("_", " ").replace("sha256", "hash")
+
+
+def describe_value(name: str, value: object) -> str:
+    """The value as text, hashes shortened to 12 digits."""
+    if value is None:
+        return "none"
+    return str(value)[:12] if name.endswith("sha256") else str(value)
