@@ -90,8 +90,8 @@ def read_run(url: str, name: str) -> Run:
         curve=_read_jsonl(storage.join(url, "metrics.jsonl")),
         rows=list(rows.values()),
         evaluations=evaluations,
-        samples=_read_samples(samples_url(last)) if last else [],
-        training_grids=_newest_last(storage.join(url, "samples"), ".png"),
+        samples=read_samples(samples_url(last)) if last else [],
+        training_grids=step_files(storage.join(url, "samples"), ".png"),
     )
 
 
@@ -106,8 +106,8 @@ def short_names(urls: list[str]) -> list[str]:
     raise UserError("runs: the same folder is given twice; name each run once")
 
 
-def _newest_last(folder: str, suffix: str) -> list[tuple[int, str]]:
-    """(step, URL) of the step_… files in a folder."""
+def step_files(folder: str, suffix: str) -> list[tuple[int, str]]:
+    """(step, URL) of the step_… files in a folder, the newest last."""
     names = [
         name
         for name in storage.list_names(folder)
@@ -156,7 +156,8 @@ def _read_jsonl(url: str) -> list[dict[str, Any]]:
         raise UserError(f"{url}: not one JSON object a line ({error})") from None
 
 
-def _read_samples(folder: str) -> list[Sample]:
+def read_samples(folder: str) -> list[Sample]:
+    """What samples.jsonl in a folder of an evaluation lists; empty without that file."""
     return [
         Sample(
             prompt=row["prompt"],

@@ -1,20 +1,23 @@
 """The report's tables: one line per quantity, one cell per run."""
 
+import csv
+import io
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ifvit.analysis.runs import Run
 from ifvit.analysis.verdicts import METRICS, best_run
 
-_HOLE = "—"
+HOLE = "—"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """A value of one run in a table; `note` is printed small beside it."""
 
-    text: str = _HOLE
+    text: str = HOLE
     note: str = ""
     is_best: bool = False
 
@@ -25,6 +28,15 @@ class Line:
 
     title: str
     cells: list[Cell]
+
+
+def to_csv(records: Sequence[Mapping[str, object]]) -> bytes:
+    """A CSV file of records (at least one) with the same keys; None is an empty field."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, records[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue().encode()
 
 
 def setting_lines(runs: list[Run]) -> list[Line]:
@@ -86,7 +98,7 @@ def protocol_lines(runs: list[Run]) -> list[Line]:
     return [
         Line(
             title=name.replace("_", " ").replace("sha256", "hash"),
-            cells=[Cell(text=_short(name, row.get(name, _HOLE))) for row in rows],
+            cells=[Cell(text=_short(name, row.get(name, HOLE))) for row in rows],
         )
         for name in names
     ]
@@ -101,7 +113,7 @@ def history(runs: list[Run]) -> list[tuple[str, int, list[str]]]:
             run.name,
             row.step,
             [
-                metric.show(estimate.value) if (estimate := metric.of(row)) else _HOLE
+                metric.show(estimate.value) if (estimate := metric.of(row)) else HOLE
                 for metric in METRICS
             ],
         )
@@ -115,7 +127,7 @@ def recipe_differences(runs: list[Run]) -> list[Line]:
     flat = [_flatten(run.recipe or {}) for run in runs]
     names = dict.fromkeys(name for recipe in flat for name in recipe)
     return [
-        Line(title=name, cells=[Cell(text=str(recipe.get(name, _HOLE))) for recipe in flat])
+        Line(title=name, cells=[Cell(text=str(recipe.get(name, HOLE))) for recipe in flat])
         for name in names
         if len({repr(recipe.get(name)) for recipe in flat}) > 1
     ]
@@ -137,5 +149,5 @@ def _flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short(name: str, value: object) -> str:
-    text = _HOLE if value is None else str(value)
+    text = HOLE if value is None else str(value)
     return text[:12] if name.endswith("sha256") else text

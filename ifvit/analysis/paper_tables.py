@@ -1,0 +1,258 @@
+"""Tables 1 and 2 of arXiv 2403.16530 with our numbers beside the paper's."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ifvit.analysis.paper_numbers import (
+    CLIP_SCALE,
+    FOUNDATION_MODELS,
+    PAPER_OWN,
+    PAPER_TABLE_1,
+    PaperRow,
+    batch_size,
+    other_backbone,
+    other_hardware,
+    other_measurement,
+)
+from ifvit.analysis.runs import Run
+from ifvit.analysis.settings import PAPER_SETTINGS, SeedMean, Setting, noise_between
+from ifvit.analysis.sheet import Sheet
+from ifvit.analysis.tables import HOLE, Cell, Line
+from ifvit.analysis.verdicts import Metric
+
+FID = Metric(field="fid", title="FID", is_percent=False, digits=2)
+FRECHET = Metric(
+    field="frechet_distance", title="Fréchet distance on CLIP features", is_percent=False
+)
+CLIP_SCORE = Metric(field="clip_score_paper", title="CLIP Score", is_percent=False, digits=3)
+RAW_CLIP_SCORE = Metric(
+    field="clip_score", title="CLIP Score, raw cosine", is_percent=False, digits=3
+)
+RETRIEVAL = Metric(field="retrieval_at_16", title="Retrieval among 16 captions")
+COUNT = Metric(field="count_accuracy", title="Count right")
+RELATION = Metric(field="relation_accuracy", title="Relation right")
+FURTHER = (
+    Metric(field="kid", title="KID", is_percent=False),
+    Metric(field="cmmd", title="CMMD", is_percent=False, digits=3),
+    RETRIEVAL,
+    COUNT,
+    RELATION,
+    Metric(field="colour_accuracy", title="Colour right"),
+    Metric(field="kind_accuracy", title="Kind right"),
+    Metric(field="scene_accuracy", title="Everything right"),
+)
+"""What the paper does not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table for the page, and the same numbers with all their digits for a CSV file."""
+
+    name: str
+    heads: list[str]
+    lines: list[Line]
+    records: list[dict[str, object]]
+    notes: list[str]
+    """Why numbers are not set against the paper's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """One quantity; a SeedMean has noise, a plain number has none."""
+
+    key: str
+    title: str
+    values: Mapping[Setting, SeedMean | float | None]
+    show: Callable[[float], str]
+    metric: Metric | None = None
+    paper: Callable[[PaperRow], float] | None = None
+    differs: str | None = None
+    """Why our number and the paper's do not compare."""
+
+
+def table_1(sheet: Sheet) -> Table:
+    """The four settings, each number with the paper's and, where both compare, the difference."""
+    shape, measured = other_backbone(sheet), other_measurement(sheet)
+    columns = [
+        _metric_column(sheet, FID, "FID-30K ↓", lambda row: row.fid, shape or measured),
+        _metric_column(
+            sheet, CLIP_SCORE, "CLIP Score ↑", lambda row: row.clip_score, shape or measured
+        ),
+        _Column(
+            key="mparams",
+            title="Parameters",
+            values={s: _cost(runs, "params", 1e6) for s, runs in sheet.settings.items()},
+            show=lambda value: f"{value:.2f}M",
+            paper=lambda row: row.mparams,
+            differs=shape,
+        ),
+        _Column(
+            key="iterations_per_s",
+            title="Training it/s ↑",
+            values={s: _iterations_per_s(runs) for s, runs in sheet.settings.items()},
+            show=lambda value: f"{value:.2f}",
+            paper=lambda row: row.iterations_per_s,
+            differs=shape or other_hardware(sheet),
+        ),
+        _Column(
+            key="gflops",
+            title="GFLOPs ↓",
+            values={s: _cost(runs, "layer_flops", 1e9) for s, runs in sheet.settings.items()},
+            show=lambda value: f"{value:.2f}" if value >= 1 else f"{value:.4f}",
+            paper=lambda row: row.gflops,
+            differs=shape,
+        ),
+    ]
+    if sheet.has(FRECHET):
+        columns.insert(1, _metric_column(sheet, FRECHET, f"{FRECHET.title} ↓"))
+    return _make_table("table1", sheet, PAPER_SETTINGS, columns)
+
+
+def table_further(sheet: Sheet) -> Table | None:
+    """What the paper did not measure, for all settings; None where nothing of it was."""
+    columns = [
+        _metric_column(sheet, metric, f"{metric.title} {'↓' if metric.lower_is_better else '↑'}")
+        for metric in FURTHER
+        if sheet.has(metric)
+    ]
+    return _make_table("table1_further", sheet, list(sheet.settings), columns) if columns else None
+
+
+def table_2(sheet: Sheet, ours: Sequence[Setting]) -> Table:
+    """The paper's Table 2 with CLIP Scores as raw cosines too, and our settings `ours`."""
+    rows: list[tuple[object, ...]] = [
+        (f"{name}, as the paper cites it", "early", "cross-attention", fid, printed, printed, None)
+        for name, fid, printed in FOUNDATION_MODELS
+    ]
+    for name, setting in PAPER_OWN.items():
+        paper = PAPER_TABLE_1[setting]
+        score, raw = f"{paper.clip_score:.3f}", f"{paper.clip_score / CLIP_SCALE:.3f}"
+        head = (f"{name}, the paper's own", setting.fusion, setting.path)
+        rows.append((*head, paper.fid, score, raw, paper.gflops))
+    for setting in ours:
+        means = [sheet.mean(setting, metric) for metric in (CLIP_SCORE, RAW_CLIP_SCORE)]
+        scores = [f"{mean.value:.3f}" if mean else None for mean in means]
+        fid = sheet.mean(setting, FID)
+        gflops = _cost(sheet.settings[setting], "layer_flops", 1e9)
+        head = ("ours", setting.fusion, setting.path)
+        rows.append((*head, fid.value if fid else None, *scores, gflops))
+    keys = ("model", "fusion", "path", "fid", "clip_score_printed", "clip_score_raw", "gflops")
+    return Table(
+        name="table2",
+        heads=["Model", "Fusion", "Path", "FID-30K ↓", "CLIP Score ↑", "Raw cosine ↑", "GFLOPs ↓"],
+        lines=[Line(title=str(row[0]), cells=list(map(_plain_cell, row[1:]))) for row in rows],
+        records=[dict(zip(keys, row, strict=True)) for row in rows],
+        notes=[],
+    )
+
+
+def _metric_column(
+    sheet: Sheet,
+    metric: Metric,
+    title: str,
+    paper: Callable[[PaperRow], float] | None = None,
+    differs: str | None = None,
+) -> _Column:
+    return _Column(
+        key=metric.field,
+        title=title,
+        values={setting: sheet.mean(setting, metric) for setting in sheet.settings},
+        show=metric.show,
+        metric=metric,
+        paper=paper,
+        differs=differs,
+    )
+
+
+def _make_table(
+    name: str, sheet: Sheet, settings: Sequence[Setting], columns: Sequence[_Column]
+) -> Table:
+    lines, records = [], []
+    for setting in settings:
+        runs = sheet.settings.get(setting, [])
+        compared = sum(bool(sheet.rows[run.name]) for run in runs)
+        count = Cell(text=str(len(runs)), note=f"{compared} evaluated alike")
+        cells = [count, *(_cell(column, setting) for column in columns)]
+        lines.append(Line(title=setting.title, cells=cells))
+        record: dict[str, object] = {"setting": setting.slug, "runs": len(runs)}
+        for column in columns:
+            record |= _record(column, setting)
+        records.append(record)
+    reasons: dict[str, list[str]] = {}
+    for column in columns:
+        if column.differs:
+            reasons.setdefault(column.differs, []).append(column.title.rstrip(" ↑↓"))
+    return Table(
+        name=name,
+        heads=["Setting", "Runs", *(column.title for column in columns)],
+        lines=lines,
+        records=records,
+        notes=[f"{', '.join(titles)}: {reason}." for reason, titles in reasons.items()],
+    )
+
+
+def _cell(column: _Column, setting: Setting) -> Cell:
+    found = column.values.get(setting)
+    text, note = HOLE, ""
+    if found is not None:
+        text = column.show(_value(found))
+        text += f" ± {column.show(found.error)}" if isinstance(found, SeedMean) else ""
+    if column.paper:
+        paper = column.paper(PAPER_TABLE_1[setting])
+        note = f"paper {paper:g}"
+        if found is not None and not column.differs:
+            difference = _value(found) - paper
+            sign = "+" if difference >= 0 else "-"
+            note += f", {sign}{column.show(abs(difference))}"
+    return Cell(text=text, note=note, is_best=_is_best(column, setting))
+
+
+def _is_best(column: _Column, setting: Setting) -> bool:
+    """Whether it is better than every other setting, each time by more than the noise."""
+    mean = column.values.get(setting)
+    others = [other for key, other in column.values.items() if key != setting]
+    measured = [other for other in others if isinstance(other, SeedMean)]
+    if column.metric is None or not isinstance(mean, SeedMean) or not measured:
+        return False
+    sign = 1 if column.metric.lower_is_better else -1
+    return all(sign * (o.value - mean.value) > noise_between(mean, o) for o in measured)
+
+
+def _record(column: _Column, setting: Setting) -> dict[str, object]:
+    found = column.values.get(setting)
+    record: dict[str, object] = {column.key: None if found is None else _value(found)}
+    if column.metric:
+        mean = found if isinstance(found, SeedMean) else None
+        record[f"{column.key}_seed_error"] = mean.seed_error if mean else None
+        record[f"{column.key}_sample_error"] = mean.sample_error if mean else None
+    if column.paper:
+        record[f"{column.key}_paper"] = column.paper(PAPER_TABLE_1[setting])
+    return record
+
+
+def _plain_cell(value: object) -> Cell:
+    if value is None:
+        return Cell()
+    return Cell(text=f"{value:.4g}" if isinstance(value, float) else str(value))
+
+
+def _value(found: SeedMean | float) -> float:
+    return found.value if isinstance(found, SeedMean) else found
+
+
+def _cost(runs: Sequence[Run], field: str, unit: float) -> float:
+    """Of the backbone that the runs of a setting share."""
+    return float(getattr(runs[0].cost, field)) / unit
+
+
+def _iterations_per_s(runs: Sequence[Run]) -> float | None:
+    """Mean over runs of the median over log lines: a median forgives pauses."""
+    speeds = [speed for run in runs if (speed := _speed(run))]
+    return statistics.mean(speeds) if speeds else None
+
+
+def _speed(run: Run) -> float | None:
+    rates = [row["samples_per_s"] for row in run.curve if "samples_per_s" in row]
+    size = batch_size(run)
+    return statistics.median(rates) / size if rates and size else None
