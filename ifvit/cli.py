@@ -95,6 +95,12 @@ VERBS = {
         "runs x alignment methods -> one table of metrics and a grid",
         positional="runs",
     ),
+    "count-objects": Verb(
+        "ifvit.evaluation.object_count_config:ObjectCountConfig",
+        "ifvit.analysis.object_count:count_objects_of_runs",
+        "runs -> how often a prompt for three apples shows three",
+        positional="runs",
+    ),
     "cost": Verb(
         "ifvit.analysis.config:CostConfig",
         "ifvit.analysis.cost:cost",

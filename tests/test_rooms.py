@@ -24,7 +24,11 @@ ROOMS = {
     "huggingface_hub": ["ifvit/models/pretrained.py"],
     "jinja2": ["ifvit/analysis/page.py"],
     "jsonargparse": ["ifvit/config.py"],
-    "matplotlib": ["ifvit/analysis/curves.py", "ifvit/analysis/figure_style.py"],
+    "matplotlib": [
+        "ifvit/analysis/curves.py",
+        "ifvit/analysis/figure_style.py",
+        "ifvit/analysis/object_count_figure.py",
+    ],
     "submitit": [
         "slurm/jobs.py",
         "slurm/status.py",
@@ -32,7 +36,7 @@ ROOMS = {
         "slurm/supervise.py",
     ],
     "pyarrow": ["data_pipeline/sources/table.py"],
-    "transformers": ["ifvit/models/clip.py"],
+    "transformers": ["ifvit/evaluation/detector.py", "ifvit/models/clip.py"],
     "webdataset": ["ifvit/bench/loader_peers.py", "data_pipeline/write.py"],
     "xformers": ["ifvit/models/attention.py"],
 }
