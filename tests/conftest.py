@@ -1,7 +1,7 @@
-"""What a test needs from outside: a real S3 server, a real SLURM cluster.
+"""What a test needs from outside: a real S3 server, a real SLURM cluster, a real browser.
 
 Where one is missing the test skips and names the command that starts it.
-IFVIT_TEST_REQUIRE=s3,slurm turns that skip into a failure: CI cannot pass by skipping.
+IFVIT_TEST_REQUIRE=s3,slurm,browser turns that skip into a failure: CI cannot pass by skipping.
 """
 
 import os
@@ -30,6 +30,11 @@ def s3_answers() -> bool:
     return True
 
 
+def browser_is_there() -> bool:
+    """Whether Debian's Chromium and its driver are installed."""
+    return all(shutil.which(name) for name in ("chromium", "chromedriver"))
+
+
 def slurm_answers() -> bool:
     """Whether SLURM's controller is there."""
     if shutil.which("sinfo") is None:
@@ -39,6 +44,7 @@ def slurm_answers() -> bool:
 
 SERVERS: dict[str, tuple[Callable[[], bool], str]] = {
     "s3": (cache(s3_answers), "no S3 server; start one with: eval $(tools/s3_server.sh up)"),
+    "browser": (cache(browser_is_there), "no Chromium; install it with: tools/browser.sh up"),
     "slurm": (cache(slurm_answers), "no SLURM; start it with: tools/slurm_cluster.sh up"),
 }
 

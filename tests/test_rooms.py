@@ -22,13 +22,16 @@ ROOMS = {
     ],
     "fsspec": ["ifvit/object_store.py"],
     "huggingface_hub": ["ifvit/models/pretrained.py"],
-    "jinja2": ["ifvit/analysis/page.py"],
+    "jinja2": ["ifvit/analysis/page.py", "ifvit/rating/pages.py"],
     "jsonargparse": ["ifvit/config.py"],
+    "krippendorff": ["ifvit/rating/statistics.py"],
     "matplotlib": [
         "ifvit/analysis/curves.py",
         "ifvit/analysis/figure_style.py",
         "ifvit/analysis/object_count_figure.py",
     ],
+    "sqlite3": ["ifvit/rating/store.py"],
+    "starlette": ["ifvit/rating/server.py"],
     "submitit": [
         "slurm/jobs.py",
         "slurm/status.py",
@@ -37,6 +40,7 @@ ROOMS = {
     ],
     "pyarrow": ["data_pipeline/sources/table.py"],
     "transformers": ["ifvit/evaluation/detector.py", "ifvit/models/clip.py"],
+    "uvicorn": ["ifvit/rating/server.py"],
     "webdataset": ["ifvit/bench/loader_peers.py", "data_pipeline/write.py"],
     "xformers": ["ifvit/models/attention.py"],
 }
