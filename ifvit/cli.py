@@ -132,6 +132,42 @@ VERBS = {
         "runs -> one HTML page",
         positional="runs",
     ),
+    "rate create": Verb(
+        "ifvit.rating.config:CreateConfig",
+        "ifvit.rating.create:create",
+        "drawn images -> a study for human raters, and their links",
+        positional="study",
+    ),
+    "rate links": Verb(
+        "ifvit.rating.config:LinksConfig",
+        "ifvit.rating.create:links",
+        "the raters' links and progress; adds raters",
+        positional="study",
+    ),
+    "rate serve": Verb(
+        "ifvit.rating.config:ServeConfig",
+        "ifvit.rating.server:serve",
+        "the raters' web page, and the admin's",
+        positional="study",
+    ),
+    "rate report": Verb(
+        "ifvit.rating.config:RateReportConfig",
+        "ifvit.rating.report:report",
+        "answers -> one HTML page and its numbers",
+        positional="study",
+    ),
+    "rate export": Verb(
+        "ifvit.rating.config:RateExportConfig",
+        "ifvit.rating.export:export",
+        "answers -> CSV or JSON lines",
+        positional="study",
+    ),
+    "report paper": Verb(
+        "ifvit.analysis.config:PaperConfig",
+        "ifvit.analysis.paper:report_paper",
+        "runs -> the paper's tables and figures, with its numbers beside ours",
+        positional="runs",
+    ),
     "submit train": Verb(
         "slurm.config:SubmitTrainConfig",
         "slurm.submit:submit_train",
