@@ -101,6 +101,12 @@ VERBS = {
         "runs -> how often a prompt for three apples shows three",
         positional="runs",
     ),
+    "analyze attention": Verb(
+        "ifvit.analysis.config:AttentionConfig",
+        "ifvit.analysis.analyze_attention:analyze_attention",
+        "runs -> attention maps and singular values by layer, a figure",
+        positional="runs",
+    ),
     "cost": Verb(
         "ifvit.analysis.config:CostConfig",
         "ifvit.analysis.cost:cost",

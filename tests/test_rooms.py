@@ -26,6 +26,7 @@ ROOMS = {
     "jsonargparse": ["ifvit/config.py"],
     "krippendorff": ["ifvit/rating/statistics.py"],
     "matplotlib": [
+        "ifvit/analysis/attention_figure.py",
         "ifvit/analysis/curves.py",
         "ifvit/analysis/figure_style.py",
         "ifvit/analysis/object_count_figure.py",

@@ -1,6 +1,8 @@
 """Settings of the analysis verbs; imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ifvit.sampling.config import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +25,46 @@ class ReportConfig:
 
     title: str = "ifvit report"
     """Heading of the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Average what image tokens attend to while sampling, by layer (arXiv 2403.16530, Figure 8).
+
+    Of the conditional half, by the plain method; maps, their singular values, a figure, a table.
+    """
+
+    runs: list[str]
+    """Run or weights folders, for example of early and of intermediate fusion."""
+
+    prompts: str | None = None
+    """A text file with one prompt a line."""
+
+    shards: str | None = None
+    """Instead, held-out shards: the first caption of each of the first images."""
+
+    num_prompts: int | None = None
+    """The first of them; unset: all of the file, 64 of the shards. Memory does not grow with it."""
+
+    output: str | None = None
+    """Folder for everything; unset: analysis/attention in each run's folder."""
+
+    trim: int = 1
+    """Patches to leave out at each edge of the latent grid, where padding draws attention."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Solver, guidance and seed."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse a config without prompts, or one that the analysis is not about."""
+        if (self.prompts is None) == (self.shards is None):
+            raise ValueError("give either prompts (a text file) or shards (a folder)")
+        if self.num_prompts is not None and self.num_prompts < 2:
+            raise ValueError(f"num_prompts {self.num_prompts} gives no standard error; give 2")
+        if self.trim < 0:
+            raise ValueError(f"trim {self.trim} is negative")
+        if self.sampling.method != "plain":
+            raise ValueError(f"sampling.method {self.sampling.method}: attention is that of plain")

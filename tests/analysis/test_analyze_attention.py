@@ -1,0 +1,151 @@
+"""The verb: weights and prompts in, files, a figure and a table out."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from made_shards import make_samples, write_shards
+from PIL import Image
+
+from ifvit.analysis.attention import read_attention
+from ifvit.cli import main
+from ifvit.models.clip import load_text_encoder
+from ifvit.models.config import FusionUViTConfig
+from ifvit.models.uvit import FusionUViT
+from ifvit.models.weights import WeightsInfo, save_weights
+from ifvit.shards import EncoderIdentity
+
+MADE_UP = EncoderIdentity(name="made-up", sha256="1" * 64)
+
+
+def save_run(
+    folder: Path,
+    num_blocks: int,
+    text_encoder: EncoderIdentity = MADE_UP,
+    context_shape: tuple[int, int] = (5, 12),
+) -> str:
+    """A run of untrained weights at step 3, of latents 8 x 8 in patches of 2."""
+    torch.manual_seed(num_blocks)
+    shape = FusionUViTConfig(
+        latent_size=8,
+        patch_size=2,
+        width=16,
+        depth=4,
+        num_heads=2,
+        context_length=context_shape[0],
+        context_width=context_shape[1],
+        conditioning="concat",
+        num_image_blocks=num_blocks,
+        num_text_blocks=num_blocks,
+        init_std=0.3,
+    )
+    info = WeightsInfo(
+        step=3,
+        ema_decay=0.9,
+        scaling_factor=0.5,
+        vae=EncoderIdentity(name="made-up", sha256="0" * 64),
+        text_encoder=text_encoder,
+        recipe_sha256="0" * 64,
+    )
+    backbone = FusionUViT(**dataclasses.asdict(shape))
+    save_weights(str(folder / "weights/step_00000003/ema"), backbone, info)
+    return str(folder)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    (tmp_path / "shards").mkdir()
+    write_shards(tmp_path / "shards", make_samples(6), [6])
+    return str(tmp_path / "shards")
+
+
+def test_two_runs_are_set_side_by_side(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [save_run(tmp_path / "early", 0), save_run(tmp_path / "intermediate", 1)]
+    output = tmp_path / "out"
+    flags = ["--shards", shards, "--num_prompts", "4", "--sampling.num_steps", "2"]
+    main(["analyze", "attention", *runs, *flags, "--output", str(output)])
+    printed = capsys.readouterr().out
+
+    early, intermediate = (
+        read_attention(str(output / name / "step_00000003.json"))
+        for name in ("early", "intermediate")
+    )
+    assert early.protocol == intermediate.protocol
+    assert early.protocol.num_prompts == 4
+    assert (intermediate.num_image_blocks, intermediate.num_text_blocks) == (1, 1)
+    assert [bool(layer.text) for layer in early.layers] == [True] * 5
+    assert [bool(layer.text) for layer in intermediate.layers] == [False, *[True] * 3, False]
+
+    rows = list(csv.DictReader((output / "attention.csv").open()))
+    assert [row["run"] for row in rows] == ["early"] * 5 + ["intermediate"] * 5
+    for row, layer in zip(rows, (*early.layers, *intermediate.layers), strict=True):
+        assert row["layer"] == layer.name
+        assert float(row["text_share"]) == layer.text_share.value
+        rank = layer.text.prompt_effective_rank.value if layer.text else ""
+        assert row["prompt_rank"] == str(rank)
+    assert printed.count("no text") == 2
+    assert f"{rows[2]['run']}         mid     {float(rows[2]['text_share']):.4f}" in printed
+    with Image.open(output / "attention.png") as figure:
+        assert figure.width > 500
+
+
+def test_without_an_output_each_run_keeps_its_own(shards: str, tmp_path: Path) -> None:
+    runs = [save_run(tmp_path / name, 0) for name in ("one", "two")]
+    flags = ["--shards", shards, "--num_prompts", "2", "--sampling.num_steps", "2"]
+    main(["analyze", "attention", *runs, *flags])
+    for run in runs:
+        names = sorted(path.name for path in Path(run, "analysis/attention").iterdir())
+        stem = "step_00000003"
+        assert names == ["attention.csv", "attention.png", f"{stem}.json", f"{stem}.npz"]
+
+
+def test_prompts_come_from_a_text_file_too(tmp_path: Path) -> None:
+    encoder = load_text_encoder("scenes/clip")
+    run = save_run(tmp_path / "run", 1, encoder.identity, encoder.context_shape)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one red circle\n\ntwo blue squares\nthree green triangles\n")
+    flags = ["--prompts", str(prompts), "--sampling.num_steps", "2"]
+    main(["analyze", "attention", run, *flags])
+    summary = read_attention(f"{run}/analysis/attention/step_00000003.json")
+    assert summary.protocol.num_prompts == 3
+    main(["analyze", "attention", run, *flags, "--num_prompts", "2"])
+    shorter = read_attention(f"{run}/analysis/attention/step_00000003.json")
+    assert shorter.protocol.num_prompts == 2
+    assert shorter.protocol.prompts_sha256 != summary.protocol.prompts_sha256
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--num_prompts", "7"], "6 images, num_prompts asks for 7; lower it"),
+        (["--num_prompts", "4", "--trim", "2"], "trim 2 leaves nothing of 4 x 4 patches"),
+        (["--num_prompts", "1"], "num_prompts 1 gives no standard error"),
+        (["--prompts", "p.txt"], "give either prompts (a text file) or shards"),
+        (["--sampling.method", "date"], "sampling.method date"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(
+    flags: list[str], named: str, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run", 0)
+    with pytest.raises(SystemExit) as end:
+        main(["analyze", "attention", run, "--shards", shards, *flags])
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert named in lines[0]
+
+
+def test_captions_of_another_encoder_are_refused(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = EncoderIdentity(name="other", sha256="2" * 64)
+    run = save_run(tmp_path / "run", 0, other)
+    with pytest.raises(SystemExit):
+        main(["analyze", "attention", run, "--shards", shards, "--num_prompts", "2"])
+    assert "text encoder made-up has sha256 111111111111" in capsys.readouterr().err
