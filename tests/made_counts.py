@@ -1,0 +1,44 @@
+"""A row of object counts without any images behind it."""
+
+from dataclasses import asdict
+
+from made_backbone import small_shape
+
+from ifvit.evaluation.detector import CountingRule
+from ifvit.evaluation.object_count import (
+    CountedImage,
+    ObjectCountProtocol,
+    ObjectCountRow,
+    score_counts,
+)
+from ifvit.evaluation.object_prompts import read_count_prompts
+
+
+def made_row(errors: tuple[int, ...] = (0, 1), **shape: object) -> ObjectCountRow:
+    """The paper's prompts, an image of each for every error, which has so many objects more."""
+    images = [
+        CountedImage(
+            file=f"{number:05d}.png",
+            prompt=one.prompt,
+            object=one.object,
+            asked=one.count,
+            counted=one.count + error,
+        )
+        for number, error in enumerate(errors)
+        for one in read_count_prompts("paper")
+    ]
+    return ObjectCountRow(
+        weights="run",
+        weights_sha256="0" * 64,
+        step=2000,
+        ema_decay=0.99,
+        backbone=asdict(small_shape(**shape)),
+        protocol=ObjectCountProtocol(
+            prompts_sha256="1" * 64,
+            num_images=len(errors),
+            sampling={"solver": "ddim", "seed": 0},
+            rule=CountingRule(detector="d", detector_sha256="2" * 64, threshold=0.9, max_boxes=16),
+        ),
+        scores=score_counts(images),
+        images=tuple(images),
+    )
