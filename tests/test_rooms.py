@@ -16,6 +16,9 @@ ROOMS = {
     "deepspeed": ["ifvit/training/zero.py"],
     "diffusers": [
         "ifvit/models/autoencoder.py",
+        "ifvit/models/backbone.py",
+        "ifvit/models/token_transformer.py",
+        "ifvit/models/unet.py",
         "ifvit/models/uvit.py",
         "ifvit/sampling/pipeline.py",
         "ifvit/sampling/solvers.py",
@@ -30,6 +33,7 @@ ROOMS = {
         "ifvit/analysis/curves.py",
         "ifvit/analysis/figure_style.py",
         "ifvit/analysis/object_count_figure.py",
+        "ifvit/analysis/paper_figures.py",
     ],
     "sqlite3": ["ifvit/rating/store.py"],
     "starlette": ["ifvit/rating/server.py"],

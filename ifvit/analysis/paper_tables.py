@@ -90,7 +90,7 @@ def table_1(sheet: Sheet) -> Table:
         _Column(
             key="iterations_per_s",
             title="Training it/s ↑",
-            values={s: _iterations_per_s(runs) for s, runs in sheet.settings.items()},
+            values={s: iterations_per_s(runs) for s, runs in sheet.settings.items()},
             show=lambda value: f"{value:.2f}",
             paper=lambda row: row.iterations_per_s,
             differs=shape or other_hardware(sheet),
@@ -246,7 +246,7 @@ def _cost(runs: Sequence[Run], field: str, unit: float) -> float:
     return float(getattr(runs[0].cost, field)) / unit
 
 
-def _iterations_per_s(runs: Sequence[Run]) -> float | None:
+def iterations_per_s(runs: Sequence[Run]) -> float | None:
     """Mean over runs of the median over log lines: a median forgives pauses."""
     speeds = [speed for run in runs if (speed := _speed(run))]
     return statistics.mean(speeds) if speeds else None

@@ -94,6 +94,18 @@ class SeedMean:
         """Over seeds where there are several, else over samples."""
         return self.sample_error if self.seed_error is None else self.seed_error
 
+    def as_estimate(self) -> Estimate:
+        """With the 95 % interval that belongs to `error`."""
+        freedom = len(self.values) - 1
+        half = (_t_975(freedom) if freedom else _NORMAL_975) * self.error
+        return Estimate(
+            value=self.value,
+            standard_error=self.error,
+            num_samples=self.num_samples,
+            low=self.value - half,
+            high=self.value + half,
+        )
+
 
 def group_runs(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
     """Settings in the paper's order, each with its runs in the given order.
@@ -145,8 +157,11 @@ def noise_between(first: SeedMean, second: SeedMean) -> float:
     freedoms = [len(mean.values) - 1 for mean in (first, second)]
     parts = sum(share**2 / freedom for share, freedom in zip(shares, freedoms, strict=True))
     freedom = math.floor(sum(shares) ** 2 / parts + 1e-9)
-    factor = _T_975[freedom - 1] if freedom <= len(_T_975) else _NORMAL_975
-    return factor * math.sqrt(sum(shares))
+    return _t_975(freedom) * math.sqrt(sum(shares))
+
+
+def _t_975(freedom: int) -> float:
+    return _T_975[freedom - 1] if freedom <= len(_T_975) else _NORMAL_975
 
 
 def _shape(run: Run) -> FusionUViTConfig:

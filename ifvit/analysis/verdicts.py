@@ -7,6 +7,8 @@ from typing import Literal
 from ifvit.analysis.runs import Run
 from ifvit.evaluation.metrics import LOWER_IS_BETTER, Estimate, MetricsRow
 
+Outcome = Literal["better", "worse", "same"]
+
 NOISE_ERRORS = 2.0
 """Differences below this many standard errors are called noise."""
 
@@ -54,7 +56,7 @@ class Verdict:
     """One metric of two runs; `outcome` is `same` when the difference is within the noise."""
 
     metric: str
-    outcome: Literal["better", "worse", "same"]
+    outcome: Outcome
     sentence: str
 
 
@@ -120,9 +122,7 @@ def judge(metric: Metric, first: float, second: float, noise: float) -> Verdict:
     if abs(difference) <= noise:
         text = f"{values}: the difference of {size} is smaller than the noise of {margin}."
         return Verdict(metric=metric.title, outcome="same", sentence=text)
-    outcome: Literal["better", "worse"] = (
-        "better" if (difference < 0) == metric.lower_is_better else "worse"
-    )
+    outcome: Outcome = "better" if (difference < 0) == metric.lower_is_better else "worse"
     text = f"{values}: {outcome} by {size}, the noise is {margin}."
     return Verdict(metric=metric.title, outcome=outcome, sentence=text)
 

@@ -17,8 +17,8 @@ _TAIL = 0.025
 _QUANTILE = 1.959964
 """Of the standard normal distribution at 97.5 %."""
 
-LOWER_IS_BETTER = frozenset({"frechet_distance", "fid", "kid", "cmmd"})
-"""Numbers of a MetricsRow that fall as images get better; all others rise."""
+LOWER_IS_BETTER = frozenset({"frechet_distance", "fid", "kid", "cmmd", "average_error"})
+"""Numbers of a MetricsRow or a CountScore that fall as images get better; all others rise."""
 
 
 @dataclass(frozen=True, kw_only=True)

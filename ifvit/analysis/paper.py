@@ -1,0 +1,111 @@
+"""The verb `report paper`: run folders => the tables and figures of arXiv 2403.16530."""
+
+import sys
+from fnmatch import fnmatch
+
+from ifvit import storage
+from ifvit.analysis.config import PaperConfig
+from ifvit.analysis.page import inline_bytes, render
+from ifvit.analysis.paper_claims import compare_with_claims
+from ifvit.analysis.paper_counts import count_claims, read_counts
+from ifvit.analysis.paper_exhibits import make_exhibits
+from ifvit.analysis.paper_figures import SETTING_COLOURS
+from ifvit.analysis.paper_numbers import devices
+from ifvit.analysis.paper_panels import quality_metric
+from ifvit.analysis.paper_tables import table_1, table_2, table_further
+from ifvit.analysis.runs import read_runs
+from ifvit.analysis.settings import PAPER_SETTINGS, SETTINGS, Setting
+from ifvit.analysis.sheet import Sheet, make_sheet, series_of
+from ifvit.analysis.tables import recipe_differences, to_csv
+from ifvit.errors import UserError
+from ifvit.evaluation.protocol import describe_field, describe_value
+
+_MAY_DIFFER = ("run", "seed", "backbone.conditioning", "backbone.num_")
+
+
+def report_paper(config: PaperConfig) -> None:
+    """Write OUTPUT/paper.html, and each table as CSV, each figure as PNG and CSV, beside it.
+
+    What the runs lack is a named hole. Raises UserError for no runs, runs that make no setting, a
+    baseline or series that there is not, and files that are broken.
+    """
+    if not config.runs:
+        raise UserError("report paper: no runs given; name at least one run folder")
+    runs = read_runs(config.runs)
+    sheet = make_sheet(runs, config.series)
+    baseline = _choose_baseline(sheet, config.baseline)
+    best = _choose_best(sheet, baseline)
+    counts = read_counts(sheet)
+    main = [table_1(sheet), table_further(sheet)]
+    tables = {table.name: table for table in (*main, table_2(sheet, (baseline, best))) if table}
+    exhibits = make_exhibits(sheet, baseline, best, counts, config.study)
+    for table in tables.values():
+        _write(config, f"{table.name}.csv", to_csv(table.records))
+    for exhibit in exhibits:
+        if exhibit.png and exhibit.csv:
+            _write(config, f"{exhibit.name}.png", exhibit.png)
+            _write(config, f"{exhibit.name}.csv", exhibit.csv)
+    page = render(
+        "paper.html",
+        title="Intermediate fusion: the paper's tables and figures from our runs",
+        colours=SETTING_COLOURS,
+        settings=[
+            {
+                "name": setting.title,
+                "colour": SETTINGS.index(setting),
+                "runs": [run.name for run in members],
+                "num_runs": len(members),
+            }
+            for setting, members in sheet.settings.items()
+        ],
+        series=series_of(sheet.reference.protocol) if sheet.reference else None,
+        reference=sheet.reference,
+        devices=devices(sheet),
+        baseline=baseline.title,
+        best=best.title,
+        quality=quality_metric(sheet).title,
+        tables=tables,
+        claims=compare_with_claims(sheet) + count_claims(counts),
+        exhibits=[(e, inline_bytes(e.png) if e.png and not e.panels else None) for e in exhibits],
+        excluded=sheet.excluded,
+        protocol=_describe(sheet),
+        differences=[
+            line.title
+            for line in recipe_differences(runs)
+            if not line.title.startswith(_MAY_DIFFER)
+        ],
+        missing=[s.title for s in PAPER_SETTINGS if s not in sheet.settings],
+    )
+    _write(config, "paper.html", page)
+    sys.stdout.write(f"{storage.join(config.output, 'paper.html')}\n")
+
+
+def _choose_baseline(sheet: Sheet, pattern: str | None) -> Setting:
+    """The first setting whose slug matches; without a pattern the paper's, if it was trained."""
+    found = [s for s in sheet.settings if fnmatch(s.slug, pattern or "*")]
+    if not found:
+        known = ", ".join(setting.slug for setting in sheet.settings)
+        raise UserError(f"--baseline {pattern}: no such setting; choose one of {known}")
+    return found[0]
+
+
+def _choose_best(sheet: Sheet, baseline: Setting) -> Setting:
+    """Of the paper's other settings the one of best quality; the last one if none was measured."""
+    others = [s for s in PAPER_SETTINGS if s in sheet.settings and s != baseline]
+    metric = quality_metric(sheet)
+    measured = {s: mean.value for s in others if (mean := sheet.mean(s, metric))}
+    if measured:
+        return min(measured, key=lambda setting: measured[setting])
+    return others[-1] if others else baseline
+
+
+def _describe(sheet: Sheet) -> list[tuple[str, str]]:
+    """The protocol of every number on the page, field by field."""
+    if sheet.reference is None:
+        return []
+    found = vars(sheet.reference.protocol)
+    return [(describe_field(name), describe_value(name, value)) for name, value in found.items()]
+
+
+def _write(config: PaperConfig, name: str, data: bytes) -> None:
+    storage.write_bytes(storage.join(config.output, name), data)

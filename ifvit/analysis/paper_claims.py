@@ -1,0 +1,146 @@
+"""What arXiv 2403.16530 claims, and what our runs say of it, with the noise."""
+
+from dataclasses import dataclass, field
+
+from ifvit.analysis.paper_numbers import PAPER_TABLE_1
+from ifvit.analysis.paper_panels import quality_metric
+from ifvit.analysis.paper_tables import (
+    CLIP_SCORE,
+    COUNT,
+    FID,
+    RELATION,
+    RETRIEVAL,
+    iterations_per_s,
+)
+from ifvit.analysis.settings import PAPER_SETTINGS, Setting, noise_between
+from ifvit.analysis.sheet import Sheet
+from ifvit.analysis.verdicts import Metric, Outcome, Verdict, judge
+from ifvit.models.flops import Cost
+
+_CONCAT_EARLY, _CONCAT_BOTH, _CROSS_EARLY, _CROSS_BOTH = PAPER_SETTINGS
+_CROSS_IMAGE = Setting("cross_attention", True, False)
+_CROSS_TEXT = Setting("cross_attention", False, True)
+_FURTHER = (RETRIEVAL, COUNT, RELATION)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A sentence of the paper, and ours: verdicts with noise, facts that have none."""
+
+    text: str
+    verdicts: list[Verdict] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    expected: Outcome = "better"
+    """The outcome that the paper's sentence means."""
+
+    @property
+    def summary(self) -> str:
+        """How many verdicts agree; empty without any."""
+        outcomes = [verdict.outcome for verdict in self.verdicts]
+        agreeing, undecided = outcomes.count(self.expected), outcomes.count("same")
+        opposed = len(outcomes) - agreeing - undecided
+        parts = {"agree": agreeing, "say the opposite": opposed, "stay within the noise": undecided}
+        said = ", ".join(f"{number} {words}" for words, number in parts.items() if number)
+        return f"Of {len(outcomes)} numbers here: {said}." if outcomes else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    text: str
+    first: Setting
+    second: Setting
+    metrics: tuple[Metric, ...]
+    expected: Outcome = "better"
+
+
+_COMPARISONS = (
+    _Comparison(
+        text="With concatenation, intermediate fusion has lower FID (5.77 against 5.98) and higher "
+        "CLIP Score (0.588 against 0.584) than early fusion.",
+        first=_CONCAT_EARLY,
+        second=_CONCAT_BOTH,
+        metrics=(FID, CLIP_SCORE, *_FURTHER),
+    ),
+    _Comparison(
+        text="With cross-attention, intermediate fusion has lower FID (5.68 against 6.48) and "
+        "higher CLIP Score (0.588 against 0.575) than early fusion.",
+        first=_CROSS_EARLY,
+        second=_CROSS_BOTH,
+        metrics=(FID, CLIP_SCORE, *_FURTHER),
+    ),
+    _Comparison(
+        text="Intermediate fusion by cross-attention is the best of the four settings; against the "
+        "baseline: FID 5.68 and 5.98, CLIP Score 0.588 and 0.584.",
+        first=_CONCAT_EARLY,
+        second=_CROSS_BOTH,
+        metrics=(FID, CLIP_SCORE, *_FURTHER),
+    ),
+    _Comparison(
+        text="Fusing in the middle blocks alone is the major source of the lower FID (Figure 7).",
+        first=_CROSS_EARLY,
+        second=_CROSS_IMAGE,
+        metrics=(FID,),
+    ),
+    _Comparison(
+        text="Fusing in the middle blocks alone lowers the CLIP Score (Figure 7).",
+        first=_CROSS_EARLY,
+        second=_CROSS_IMAGE,
+        metrics=(CLIP_SCORE,),
+        expected="worse",
+    ),
+    _Comparison(
+        text="The text branch alone is the major source of the higher CLIP Score (Figure 7).",
+        first=_CROSS_EARLY,
+        second=_CROSS_TEXT,
+        metrics=(CLIP_SCORE,),
+    ),
+)
+
+
+def compare_with_claims(sheet: Sheet) -> list[Claim]:
+    """The claims that the runs can speak to; without FID the distance on CLIP features speaks."""
+    return [
+        claim
+        for claim in (*(_judge(sheet, comparison) for comparison in _COMPARISONS), _cost(sheet))
+        if claim.verdicts or claim.facts
+    ]
+
+
+def _judge(sheet: Sheet, comparison: _Comparison) -> Claim:
+    verdicts = []
+    for metric in comparison.metrics:
+        shown = quality_metric(sheet) if metric is FID else metric
+        means = [sheet.mean(s, shown) for s in (comparison.first, comparison.second)]
+        if means[0] and means[1]:
+            noise = noise_between(means[0], means[1])
+            verdicts.append(judge(shown, means[0].value, means[1].value, noise))
+    return Claim(text=comparison.text, verdicts=verdicts, expected=comparison.expected)
+
+
+def _cost(sheet: Sheet) -> Claim:
+    """Speed and operations against concat, early; as ratios, which need no like hardware."""
+    facts = []
+    base = sheet.settings.get(_CONCAT_EARLY)
+    for setting in PAPER_SETTINGS[1:]:
+        runs = sheet.settings.get(setting)
+        if not base or not runs:
+            continue
+        paper, paper_base = PAPER_TABLE_1[setting], PAPER_TABLE_1[_CONCAT_EARLY]
+        fact = (
+            f"{setting.title}: {_flops(runs[0].cost) / _flops(base[0].cost) - 1:+.1%} GFLOPs "
+            f"(paper {paper.gflops / paper_base.gflops - 1:+.1%})"
+        )
+        speeds = iterations_per_s(runs), iterations_per_s(base)
+        if speeds[0] and speeds[1]:
+            fact += (
+                f", {speeds[0] / speeds[1] - 1:+.0%} training iterations a second "
+                f"(paper {paper.iterations_per_s / paper_base.iterations_per_s - 1:+.0%})"
+            )
+        facts.append(f"{fact}.")
+    text = "Against the baseline, all other settings train faster and need fewer operations."
+    return Claim(text=text, facts=facts)
+
+
+def _flops(cost: Cost | None) -> int:
+    assert cost is not None  # or the run would have no setting
+    return cost.layer_flops

@@ -1,0 +1,217 @@
+"""Figures 3 to 8 of arXiv 2403.16530 from what runs and a study left; holes where nothing is."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ifvit import storage
+from ifvit.analysis.attention import AttentionSummary, read_attention
+from ifvit.analysis.attention_figure import attention_figure
+from ifvit.analysis.figure_style import to_png
+from ifvit.analysis.object_count_figure import figure as object_count_figure
+from ifvit.analysis.object_count_figure import table as object_count_table
+from ifvit.analysis.paper_counts import Counts
+from ifvit.analysis.paper_figures import pairs_png, panel_svg, panels_png
+from ifvit.analysis.paper_panels import Panel, figure_3, figure_6, figure_7, panel_records
+from ifvit.analysis.runs import Run, Sample, read_samples, step_files
+from ifvit.analysis.settings import PAPER_SETTINGS, Setting
+from ifvit.analysis.sheet import Sheet
+from ifvit.analysis.tables import to_csv
+from ifvit.evaluation.rows import FOLDER, row_url, samples_url
+from ifvit.rating.results import StudyResults, read_results
+from ifvit.sampling.files import read_images
+
+_NUM_PAIRS = 12
+_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exhibit:
+    """A figure as files, and on the page as `panels` (title, SVG) or as its PNG; or a `hole`."""
+
+    name: str
+    title: str
+    text: str = ""
+    """What is seen, below the title."""
+    notes: list[str] = field(default_factory=list)
+    hole: str | None = None
+    """What is missing and how to make it."""
+    panels: list[tuple[str, str]] = field(default_factory=list)
+    png: bytes | None = None
+    csv: bytes | None = None
+
+
+def make_exhibits(
+    sheet: Sheet, baseline: Setting, best: Setting, counts: Counts, study: str | None
+) -> list[Exhibit]:
+    """All six in the paper's order."""
+    return [
+        _curves(sheet),
+        _pairs(sheet, baseline, best),
+        _counts(counts),
+        _preference(study),
+        _ablation(sheet),
+        _attention(sheet),
+    ]
+
+
+def _curves(sheet: Sheet) -> Exhibit:
+    settings = [setting for setting in PAPER_SETTINGS if setting in sheet.settings]
+    return _panelled(
+        "figure3",
+        "Figure 3: during training, and under guidance",
+        figure_3(sheet, settings),
+        text="Means over a setting's runs with standard errors. Guidance w counts as in "
+        "eps_uncond + w (eps_cond - eps_uncond); the paper prints w - 1.",
+        hole="no run was evaluated at two steps or two guidance scales; run "
+        "`ifvit evaluate --weights RUN --steps all --guidance_scales [1.5,3] …`",
+    )
+
+
+def _ablation(sheet: Sheet) -> Exhibit:
+    return _panelled(
+        "figure7",
+        "Figure 7: each half of intermediate fusion alone",
+        figure_7(sheet),
+        text="Image blocks: text is fused in the middle blocks only. Text branch: text goes "
+        "through blocks of its own first. Small points are single runs.",
+        hole="no run has one half of intermediate fusion; train with "
+        "`--backbone.num_image_blocks N --backbone.num_text_blocks 0` and with `0` and `1`",
+    )
+
+
+def _panelled(name: str, title: str, panels: list[Panel], *, text: str, hole: str) -> Exhibit:
+    if not panels:
+        return Exhibit(name=name, title=title, hole=hole)
+    return Exhibit(
+        name=name,
+        title=title,
+        text=text,
+        panels=[(panel.title, panel_svg(panel)) for panel in panels],
+        png=panels_png(panels),
+        csv=to_csv(panel_records(panels)),
+    )
+
+
+def _pairs(sheet: Sheet, baseline: Setting, best: Setting) -> Exhibit:
+    """Captions drawn by chance among those that both runs drew; never chosen by eye."""
+    name, title = "figure4", "Figure 4: the same captions and noise"
+    drawn = [_samples(sheet, setting) for setting in (baseline, best)]
+    if baseline == best or not all(drawn):
+        hole = "no samples of two settings; run `ifvit evaluate --weights RUN …` for both"
+        return Exhibit(name=name, title=title, hole=hole)
+    top, bottom = drawn
+    common = sorted(set(top) & set(bottom))
+    chosen = random.Random(_SEED).sample(common, min(_NUM_PAIRS, len(common)))
+    pairs = [(top[key], bottom[key]) for key in chosen]
+    above, below = (read_images(s.image for s in line) for line in zip(*pairs, strict=True))
+    records = [{"caption": a.prompt, "top": a.image, "bottom": b.image} for a, b in pairs]
+    return Exhibit(
+        name=name,
+        title=title,
+        text=f"Top: {baseline.title}, bottom: {best.title}, the first compared run of each; "
+        f"{len(pairs)} captions drawn at random with a fixed seed.",
+        png=pairs_png([a.prompt for a, _ in pairs], list(above), list(below)),
+        csv=to_csv(records),
+    )
+
+
+def _samples(sheet: Sheet, setting: Setting) -> dict[str, Sample]:
+    """Samples by file name, which says position, of the setting's first compared run."""
+    run = next((run for run in sheet.settings[setting] if sheet.rows[run.name]), None)
+    if run is None or sheet.reference is None:
+        return {}
+    protocol, step = sheet.reference.protocol, sheet.reference.step
+    folder = storage.join(run.url, FOLDER)
+    samples = read_samples(
+        samples_url(row_url(folder, protocol.name, protocol.guidance_scale, step))
+    )
+    return {sample.image.rpartition("/")[2]: sample for sample in samples}
+
+
+def _counts(counts: Counts) -> Exhibit:
+    name, title = "figure5", "Figure 5: object count"
+    if not counts.rows:
+        hole = "no run has object counts; run `ifvit count-objects RUN… --prompts paper …`"
+        return Exhibit(name=name, title=title, hole=hole, notes=counts.excluded)
+    rows = counts.figure_rows()
+    (rule,) = {row.protocol.rule for row in rows.values()}
+    return Exhibit(
+        name=name,
+        title=title,
+        text=f"Counted by {rule.detector}, where the paper asked people. Bars of several runs are "
+        "their mean with its 95 % interval over runs, bars of one run have one over images.",
+        notes=counts.excluded,
+        png=to_png(object_count_figure(rows)),
+        csv=object_count_table(rows).encode(),
+    )
+
+
+def _preference(study: str | None) -> Exhibit:
+    name, title = "figure6", "Figure 6: human preference"
+    if study is None:
+        hole = (
+            "no study given; run `ifvit rate create STUDY …`, let people rate, give --study STUDY"
+        )
+        return Exhibit(name=name, title=title, hole=hole)
+    results: StudyResults = read_results(study)
+    if results.preference is None:
+        return Exhibit(name=name, title=title, hole=f"{study}: nobody has ranked images yet")
+    found = results.preference
+    panels = figure_6(found.score)
+    wins = [
+        f"{one.first} was ranked above {one.second} in {one.share.value:.0%} of "
+        f"{one.share.num_samples} rankings (95 % interval {one.share.low:.0%} to "
+        f"{one.share.high:.0%})."
+        for one in found.win_rates
+    ]
+    return Exhibit(
+        name=name,
+        title=title,
+        text=f"{found.num_rankings} rankings; each image's place on the page was drawn anew. "
+        f"Standard errors from resampling raters and items.",
+        notes=wins,
+        panels=[(panel.title, panel_svg(panel)) for panel in panels],
+        png=panels_png(panels),
+        csv=to_csv(panel_records(panels)),
+    )
+
+
+def _attention(sheet: Sheet) -> Exhibit:
+    name, title = "figure8", "Figure 8: where attention goes"
+    found = [(s, summary) for s, runs in sheet.settings.items() if (summary := _summary(runs))]
+    if not found:
+        hole = "no run has an analysis; run `ifvit analyze attention RUN… --shards HELD_OUT`"
+        return Exhibit(name=name, title=title, hole=hole)
+    protocol = found[0][1].protocol
+    alike = {s.title: summary for s, summary in found if summary.protocol == protocol}
+    others = [s.title for s, summary in found if summary.protocol != protocol]
+    records: list[dict[str, object]] = [
+        {
+            "setting": setting,
+            "layer": layer.name,
+            "text_share": layer.text_share.value,
+            "effective_rank": layer.text.effective_rank if layer.text else None,
+            "largest_singular_value": layer.text.singular_values[0] if layer.text else None,
+        }
+        for setting, summary in alike.items()
+        for layer in summary.layers
+    ]
+    return Exhibit(
+        name=name,
+        title=title,
+        text="Of the first analysed run of each setting: image-to-image maps, text-to-image maps, "
+        "singular values of the latter, layer by layer.",
+        notes=[f"{setting} was analysed otherwise and is left out." for setting in others],
+        png=to_png(attention_figure(alike)),
+        csv=to_csv(records),
+    )
+
+
+def _summary(runs: Sequence[Run]) -> AttentionSummary | None:
+    """The newest analysis of the first run that has one."""
+    for run in runs:
+        files = step_files(storage.join(run.url, "analysis", "attention"), ".json")
+        if files:
+            return read_attention(files[-1][1])
+    return None
