@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from ifvit.errors import UserError
+from ifvit.variants import choose_variants
 
 Config = TypeVar("Config")
 
@@ -30,11 +31,14 @@ def read_config(
         prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="YAML recipe; repeat it, later ones win")
-    fields = parser.add_class_arguments(cls)
-    words = _spell_switches(cls, _name_positional(cls, argv, positional))
+    words = _spell_switches(cls, _name_each(cls, _name_positional(cls, argv, positional)))
     try:
+        chosen, words = choose_variants(cls, words)
+        fields = parser.add_class_arguments(cls, skip=set(chosen))
+        for name, variant in chosen.items():
+            parser.add_argument(f"--{name}", type=variant, required=True)
         values = parser.instantiate(parser.parse_args(words))
-        return cls(**{name: values[name] for name in fields})
+        return cls(**{name: values[name] for name in (*fields, *chosen)})
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{prog}: {_one_line(error)}") from None
 
@@ -60,6 +64,24 @@ def _name_positional(cls: type[Any], argv: Sequence[str], names: str | None) -> 
     else:
         named = [(f"--{names}+", word) for word in free]
     return [*(word for pair in named for word in pair), *argv[len(named) :]]
+
+
+def _name_each(cls: type[Any], argv: Sequence[str]) -> list[str]:
+    """`--class a b` => `--classes+ a --classes+ b` for a field `classes` of "each" `class`."""
+    fields = {
+        f"--{field.metadata['each']}": f"--{field.name}+"
+        for field in dataclasses.fields(cls)
+        if "each" in field.metadata
+    }
+    named: list[str] = []
+    flag = None
+    for word in argv:
+        if word.startswith("-"):
+            flag = fields.get(word)
+            named += [] if flag else [word]
+        else:
+            named += [flag, word] if flag else [word]
+    return named
 
 
 def _spell_switches(cls: type[Any], argv: Sequence[str]) -> list[str]:

@@ -7,8 +7,8 @@ import torch
 
 from ifvit.bench.config import BenchCheckpointConfig
 from ifvit.bench.timing import print_result
+from ifvit.models.build import build_backbone
 from ifvit.models.presets import PRESETS
-from ifvit.models.uvit import build_backbone
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards import EncoderIdentity
 from ifvit.storage import file_size, join, list_names

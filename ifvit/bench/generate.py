@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ifvit.bench.config import BenchGenerateConfig
 from ifvit.bench.timing import median_of_rounds, print_result
+from ifvit.models.backbone import Backbone
+from ifvit.models.build import build_backbone
 from ifvit.models.presets import PRESETS
-from ifvit.models.uvit import FusionUViT, build_backbone
 from ifvit.sampling.config import Guidance
 from ifvit.sampling.encoders import choose_device
 from ifvit.sampling.guidance import GuidedDenoiser, compile_backbone
@@ -34,7 +35,7 @@ def bench_generate(config: BenchGenerateConfig) -> None:
         config.batch_size + 1, shape.context_length, shape.context_width, device=device
     )
     context, null_context = contexts[:-1], contexts[-1:]
-    null_text = backbone.encode_text(null_context)
+    null_text = backbone.encode_condition(null_context)
     contenders: dict[str, Callable[[], Denoiser]] = {
         "shared": partial(GuidedDenoiser, backbone, context, null_text, Guidance(scale=_SCALE)),
         "no_cache": partial(_guide_plainly, backbone, context, null_context),
@@ -58,7 +59,7 @@ def bench_generate(config: BenchGenerateConfig) -> None:
     )
 
 
-def _guide_plainly(backbone: FusionUViT, context: Tensor, null_context: Tensor) -> Denoiser:
+def _guide_plainly(backbone: Backbone, context: Tensor, null_context: Tensor) -> Denoiser:
     """Guidance as U-ViT writes it: all of the model twice, from the text encoder's output on."""
     null_contexts = null_context.expand_as(context)
 
@@ -72,9 +73,7 @@ def _guide_plainly(backbone: FusionUViT, context: Tensor, null_context: Tensor) 
     return denoise
 
 
-def _time(
-    build: Callable[[], Denoiser], backbone: FusionUViT, config: BenchGenerateConfig
-) -> float:
+def _time(build: Callable[[], Denoiser], backbone: Backbone, config: BenchGenerateConfig) -> float:
     """Seconds per image: of what is done once, and of `num_steps` evaluations."""
     shape = backbone.shape
     size = (config.batch_size, shape.latent_channels, shape.latent_size, shape.latent_size)
@@ -91,6 +90,6 @@ def _time(
     return (ready - started + steps) / config.batch_size
 
 
-def _synchronise(backbone: FusionUViT) -> None:
+def _synchronise(backbone: Backbone) -> None:
     if backbone.device.type == "cuda":
         torch.cuda.synchronize(backbone.device)

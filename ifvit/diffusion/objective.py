@@ -1,6 +1,7 @@
 """The training objective: noise the latents, ask the backbone for the noise, weigh the error.
 
-Shapes: B batch, C latent channels, H, W latent, M context tokens, D context width.
+Shapes: B batch, C latent channels, H, W latent; a condition is whatever the
+denoiser takes, contexts (B, M, D) of captions or class numbers (B,).
 """
 
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from ifvit.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.randomness import Stream, normal, uniform
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t (B, C, H, W), timesteps (B,), context (B, M, D)) => predicted noise (B, C, H, W)."""
+"""(x_t (B, C, H, W), timesteps (B,), condition (B, ...)) => predicted noise (B, C, H, W)."""
+NormalDraw = Callable[[int, int, Tensor, Stream, tuple[int, ...]], Tensor]
+"""`ifvit.randomness.normal`, or the same compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +41,18 @@ class NoisePrediction:
     scaling_factor: float
     seed: int
     min_snr_gamma: float | None = None
+    draw: NormalDraw = normal
 
     def __call__(
-        self, denoiser: Denoiser, moments: Tensor, context: Tensor, step: int, positions: Tensor
+        self, denoiser: Denoiser, moments: Tensor, condition: Tensor, step: int, positions: Tensor
     ) -> Losses:
-        """Moments (B, 2C, H, W), context (B, M, D), positions (B,) int64 => losses."""
+        """Moments (B, 2C, H, W), condition (B, ...), positions (B,) int64 => losses."""
         x_0 = self.draw_latents(moments, step, positions)
-        noise = normal(self.seed, step, positions, Stream.NOISE, tuple(x_0.shape[1:]))
+        noise = self.draw(self.seed, step, positions, Stream.NOISE, tuple(x_0.shape[1:]))
         u = uniform(self.seed, step, positions, Stream.TIMESTEP, 1)[:, 0]
         timesteps = (u * NUM_TIMESTEPS).long()
         x_t = self.schedule.add_noise(x_0, noise, timesteps)
-        error = (denoiser(x_t, timesteps, context).float() - noise).square()
+        error = (denoiser(x_t, timesteps, condition).float() - noise).square()
         per_sample = error.flatten(1).mean(dim=1)
         if self.min_snr_gamma is not None:
             snr = self.schedule.snr(timesteps)
@@ -59,5 +63,5 @@ class NoisePrediction:
         """A fresh draw from the VAE posterior, scaled: (B, 2C, H, W) => x_0 (B, C, H, W)."""
         mean, logvar = moments.float().chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-        noise = normal(self.seed, step, positions, Stream.POSTERIOR, tuple(mean.shape[1:]))
+        noise = self.draw(self.seed, step, positions, Stream.POSTERIOR, tuple(mean.shape[1:]))
         return (mean + std * noise) * self.scaling_factor

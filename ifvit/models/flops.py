@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass
 
-from ifvit.models.config import FusionUViTConfig
+from ifvit.models.config import (
+    BackboneConfig,
+    FusionUViTConfig,
+    PatchesConfig,
+    TokenTransformerConfig,
+    UNetConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +28,25 @@ class Cost:
         return self.layer_flops + self.attention_flops
 
 
-def count_cost(config: FusionUViTConfig) -> Cost:
-    """Count `config` by the formulas below; tests hold them against the instantiated module.
+def count_cost(config: BackboneConfig) -> Cost:
+    """Count `config`: transformers by formulas, which tests hold against the modules; the U-Net by
+    running it without data.
+    """
+    if isinstance(config, FusionUViTConfig):
+        return _count_fusion(config)
+    if isinstance(config, TokenTransformerConfig):
+        return _count_token_transformer(config)
+    return _measure(config)
 
-    L image tokens and one time token run through every block, M text tokens through the text
+
+def _count_fusion(config: FusionUViTConfig) -> Cost:
+    """L image tokens and one time token run through every block, M text tokens through the text
     branch, and through fused blocks as full tokens (concat) or as keys and values only.
     """
     width, num_fused = config.width, config.num_fused_blocks
     image, text = 1 + config.num_image_tokens, config.context_length
     joint = image + text
-    patch_values = config.patch_size**2 * config.latent_channels
-    per_token = (4 + 2 * config.mlp_ratio) * width**2
+    per_token = _block_macs(config)
 
     fused_tokens = joint if config.conditioning == "concat" else image
     text_keys_values = 0 if config.conditioning == "concat" else text * 2 * width**2
@@ -43,33 +57,106 @@ def count_cost(config: FusionUViTConfig) -> Cost:
         + config.num_text_blocks * text * per_token
         + (num_fused_skips * fused_tokens + config.num_image_blocks * image) * 2 * width**2
         + text * config.context_width * width
-        + 2 * config.num_image_tokens * patch_values * width
-        + (config.latent_size * config.latent_channels) ** 2 * 9
+        + _end_macs(config)
     )
     pairs = (
         num_plain * image**2 + num_fused * fused_tokens * joint + config.num_text_blocks * text**2
     )
+    params = (
+        (config.depth + 1 + config.num_text_blocks) * _block_params(config)
+        + config.depth // 2 * _skip_params(config)
+        + (config.context_width + 1) * width
+        + _end_params(config, config.num_tokens)
+    )
+    return Cost(params=params, layer_flops=2 * layer_macs, attention_flops=2 * 2 * width * pairs)
+
+
+def _count_token_transformer(config: TokenTransformerConfig) -> Cost:
+    """All tokens run through all blocks."""
+    width, tokens = config.width, config.num_tokens
+    num_skips = config.depth // 2 if config.long_skip else 0
+    layer_macs = (
+        tokens * (config.depth * _block_macs(config) + num_skips * 2 * width**2)
+        + 8 * width**2
+        + _end_macs(config)
+    )
+    params = (
+        config.depth * _block_params(config)
+        + num_skips * _skip_params(config)
+        + 8 * width**2
+        + 5 * width
+        + _end_params(config, tokens)
+    )
+    if config.context_shape is None:
+        assert config.num_classes is not None
+        params += (config.num_classes + 1) * width
+    else:
+        length, context_width = config.context_shape
+        params += (context_width + 1) * width
+        layer_macs += length * context_width * width
+    attention_flops = 2 * 2 * width * config.depth * tokens**2
+    return Cost(params=params, layer_flops=2 * layer_macs, attention_flops=attention_flops)
+
+
+def _measure(config: UNetConfig) -> Cost:
+    """Count what torch would compute, on its meta device."""
+    import torch  # the other architectures do without
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ifvit.models.build import build_backbone
+
+    with torch.device("meta"):
+        backbone = build_backbone(config)
+        latents = torch.zeros(1, config.latent_channels, config.latent_size, config.latent_size)
+        condition = (
+            torch.zeros(1, dtype=torch.int64)
+            if config.context_shape is None
+            else torch.zeros(1, *config.context_shape)
+        )
+        backbone.set_attention("math")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            backbone(latents, torch.zeros(1), condition)
+    by_operation = counter.get_flop_counts()["Global"]
+    attention_flops = by_operation[torch.ops.aten.bmm]
     return Cost(
-        params=_count_params(config),
-        layer_flops=2 * layer_macs,
-        attention_flops=2 * 2 * width * pairs,
+        params=sum(parameter.numel() for parameter in backbone.parameters()),
+        layer_flops=counter.get_total_flops() - attention_flops,
+        attention_flops=attention_flops,
     )
 
 
-def _count_params(config: FusionUViTConfig) -> int:
+def _block_macs(config: PatchesConfig) -> int:
+    """Of one token in one block, without attention and skip."""
+    return (4 + 2 * config.mlp_ratio) * config.width**2
+
+
+def _end_macs(config: PatchesConfig) -> int:
+    """Of patch embedding and head."""
+    patch_values = config.patch_size**2 * config.latent_channels
+    convolution = (config.latent_size * config.latent_channels) ** 2 * 9
+    return 2 * config.num_image_tokens * patch_values * config.width + convolution
+
+
+def _block_params(config: PatchesConfig) -> int:
+    """Of a block without skip."""
     width, hidden = config.width, config.mlp_ratio * config.width
-    channels = config.latent_channels
-    patch_values = config.patch_size**2 * channels
     norms = 2 * 2 * width
     attention = 4 * width**2 + width
     mlp = 2 * width * hidden + hidden + width
-    skip = 2 * width**2 + width
+    return norms + attention + mlp
+
+
+def _skip_params(config: PatchesConfig) -> int:
+    return 2 * config.width**2 + config.width
+
+
+def _end_params(config: PatchesConfig, num_tokens: int) -> int:
+    """Of positions, patch embedding and head."""
+    width, channels = config.width, config.latent_channels
+    patch_values = config.patch_size**2 * channels
     return (
-        (config.depth + 1 + config.num_text_blocks) * (norms + attention + mlp)
-        + config.depth // 2 * skip
-        + (1 + config.context_length + config.num_image_tokens) * width
+        num_tokens * width
         + (patch_values + 1) * width
-        + (config.context_width + 1) * width
         + 2 * width
         + (width + 1) * patch_values
         + (9 * channels + 1) * channels

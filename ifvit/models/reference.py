@@ -10,13 +10,15 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ifvit.errors import UserError
+from ifvit.models.build import build_backbone, restore_backbone
 from ifvit.models.config import FusionUViTConfig
-from ifvit.models.uvit import FusionUViT, build_backbone, restore_backbone
+from ifvit.models.uvit import FusionUViT
 
 _RANKS = {
     "pos_embed": 3,
@@ -73,7 +75,7 @@ def from_reference_state_dict(
         image, time, text = torch.split(converted["pos_embed"], sizes, dim=1)
         converted["pos_embed"] = torch.cat([time, text, image], dim=1)
         _warn_of_fixed_queries(config)
-    return restore_backbone(config, converted)
+    return cast(FusionUViT, restore_backbone(config, converted))
 
 
 def _infer_config(

@@ -15,8 +15,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from ifvit.errors import UserError
-from ifvit.models.config import FusionUViTConfig
-from ifvit.models.uvit import FusionUViT, restore_backbone
+from ifvit.models.backbone import Backbone
+from ifvit.models.build import restore_backbone
+from ifvit.models.config import restore_config
 from ifvit.shards import EncoderIdentity
 from ifvit.storage import (
     exists,
@@ -49,13 +50,15 @@ class WeightsInfo:
     """Autoencoder latents times this are what the backbone was trained on."""
     vae: EncoderIdentity
     """The autoencoder whose latents it was trained on."""
-    text_encoder: EncoderIdentity
-    """The text encoder whose context it was trained on."""
+    text_encoder: EncoderIdentity | None
+    """The text encoder whose context it was trained on; None: it was trained on classes."""
+    classes: tuple[str, ...] = ()
+    """Names of those, by number."""
     recipe_sha256: str
     """Hash of the recipe that trained it."""
 
 
-def save_weights(folder: str, backbone: FusionUViT, info: WeightsInfo) -> None:
+def save_weights(folder: str, backbone: Backbone, info: WeightsInfo) -> None:
     """Write a folder (local or s3://) that `load_weights` and diffusers' from_pretrained read."""
     with tempfile.TemporaryDirectory() as local:
         backbone.save_pretrained(local, max_shard_size="1TB")
@@ -65,7 +68,7 @@ def save_weights(folder: str, backbone: FusionUViT, info: WeightsInfo) -> None:
     write_json(join(folder, _INFO), {**dataclasses.asdict(info), _DIGEST: digest})
 
 
-def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[FusionUViT, WeightsInfo]:
+def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[Backbone, WeightsInfo]:
     """The backbone, float32 in eval mode, and the provenance of its weights.
 
     `url` is a folder of `save_weights`, a step's folder with ema/ or raw/ in it, or a run
@@ -77,11 +80,9 @@ def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[FusionUViT, Weights
     info, digest = _read_info(join(folder, _INFO))
     stored = read_json(join(folder, _CONFIG))
     path = local_copy(join(folder, _TENSORS), digest)
-    fields = {field.name for field in dataclasses.fields(FusionUViTConfig)}
     try:
-        config = FusionUViTConfig(**{key: stored[key] for key in fields})
         tensors = safetensors.torch.load_file(path)
-        return restore_backbone(config, tensors), info
+        return restore_backbone(restore_config(stored), tensors), info
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: {_CONFIG} and {_TENSORS} do not load ({reason})") from None
@@ -111,7 +112,9 @@ def _read_info(url: str) -> tuple[WeightsInfo, str]:
     stored = read_json(url)
     try:
         digest = stored.pop(_DIGEST)
-        encoders = {key: EncoderIdentity(**stored[key]) for key in ("vae", "text_encoder")}
-        return WeightsInfo(**{**stored, **encoders}), digest
+        for key in ("vae", "text_encoder"):
+            stored[key] = stored[key] and EncoderIdentity(**stored[key])
+        stored["classes"] = tuple(stored.get("classes", ()))  # older ones all know captions only
+        return WeightsInfo(**stored), digest
     except (KeyError, TypeError) as error:
         raise UserError(f"{url}: not a record of weights ({error})") from None

@@ -78,7 +78,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SamplingConfig):
-    """Prompts and weights in, PNG files and samples.jsonl out."""
+    """Prompts or classes and weights in, PNG files and samples.jsonl out."""
 
     weights: str
     """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
@@ -87,7 +87,11 @@ class GenerateConfig(SamplingConfig):
     """What to draw."""
 
     prompts: str | None = None
-    """Instead of one prompt: a text file with one prompt a line."""
+    """Instead of one prompt: a text file with one prompt, or class, a line."""
+
+    classes: list[str] = field(default_factory=list, metadata={"each": "class"})
+    """Instead of prompts, for weights that draw classes: names or numbers, also as
+    --class NAME NAME."""
 
     output: str = "samples"
     """Folder or s3:// URL for the PNG files and samples.jsonl."""
@@ -104,8 +108,10 @@ class GenerateConfig(SamplingConfig):
     def __post_init__(self) -> None:
         """Refuse a config without prompts or with two sources of them."""
         super().__post_init__()
-        if (self.prompt is None) == (self.prompts is None):
-            raise ValueError("give either prompt (one text) or prompts (a text file)")
+        if [self.prompt is None, self.prompts is None, not self.classes].count(False) != 1:
+            raise ValueError(
+                "give either prompt (one text), prompts (a text file) or class (names)"
+            )
         if self.num_images < 1:
             raise ValueError(f"num_images {self.num_images} is less than 1")
 

@@ -1,9 +1,13 @@
 """The frozen encoders a backbone was trained with, opened by name and checked by hash."""
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ifvit.distributed import World
 from ifvit.errors import UserError
@@ -21,10 +25,60 @@ def open_autoencoder(info: WeightsInfo, device: str) -> Autoencoder:
 
 
 def open_text_encoder(info: WeightsInfo, device: str) -> TextEncoder:
-    """The encoder of the training captions. Raises UserError if its weights are other ones now."""
-    encoder = load_text_encoder(info.text_encoder.name, device)
-    check_identity("text encoder", encoder.identity, info.text_encoder)
+    """The encoder of the training captions.
+
+    Raises UserError if its weights are other ones now, or if the backbone was trained on classes.
+    """
+    trained_with = require_text_encoder(info)
+    encoder = load_text_encoder(trained_with.name, device)
+    check_identity("text encoder", encoder.identity, trained_with)
     return encoder
+
+
+def require_text_encoder(info: WeightsInfo) -> EncoderIdentity:
+    """Who encoded the training captions. Raises UserError for weights that draw classes."""
+    if info.text_encoder is None:
+        raise UserError(
+            f"the weights draw {len(info.classes)} classes; methods and texts need captions"
+        )
+    return info.text_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """How prompts become what a backbone takes."""
+
+    encode: Callable[[list[str]], Tensor]
+    """B captions => contexts (B, M, D), or B names or numbers of classes => numbers (B,)."""
+    null: Tensor
+    """One row that stands for no prompt, (M, D) or ()."""
+
+
+def open_conditions(info: WeightsInfo, device: str) -> Conditions:
+    """The encoder of captions or classes, whichever the backbone was trained on."""
+    if info.text_encoder is None:
+        return number_conditions(info.classes)
+    encoder = open_text_encoder(info, device)
+    return Conditions(encode=encoder.encode, null=encoder.null_context())
+
+
+def number_conditions(classes: tuple[str, ...]) -> Conditions:
+    """Class numbers; the number behind the last one stands for no class."""
+    return Conditions(encode=partial(number_classes, classes), null=torch.tensor(len(classes)))
+
+
+def number_classes(classes: tuple[str, ...], names: list[str]) -> Tensor:
+    """Numbers (B,) of classes given by name or number. Raises UserError for an unknown one."""
+    numbers = {str(number): number for number in range(len(classes))}
+    numbers |= {name: number for number, name in enumerate(classes)}
+    unknown = [name for name in names if name not in numbers]
+    if unknown:
+        close = get_close_matches(unknown[0], classes) or classes[:3]
+        raise UserError(
+            f"class {unknown[0]} is none of the {len(classes)}, such as {', '.join(close)}; "
+            f"give one of those or a number below {len(classes)}"
+        )
+    return torch.tensor([numbers[name] for name in names])
 
 
 def check_identity(role: str, found: EncoderIdentity, trained_with: EncoderIdentity) -> None:

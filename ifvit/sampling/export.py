@@ -25,13 +25,14 @@ def export(config: ExportConfig) -> None:
     """
     folder = find_weights(config.weights, prefer=config.kind)
     backbone, info = load_weights(folder)
-    text_encoder = open_text_encoder(info, "cpu")
+    text_encoder = open_text_encoder(info, "cpu") if info.text_encoder else None
     pipeline = FusionPipeline(
         backbone=backbone,
         vae=_open_vae(info),
-        text_encoder=text_encoder.model,
-        tokenizer=text_encoder.tokenizer,
+        text_encoder=text_encoder.model if text_encoder else None,
+        tokenizer=text_encoder.tokenizer if text_encoder else None,
         scheduler=SOLVERS["dpm_solver_pp"](),
+        classes=info.classes,
     )
     with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
         pipeline.save_pretrained(temporary)

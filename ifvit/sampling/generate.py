@@ -19,7 +19,7 @@ from ifvit.sampling.config import GenerateConfig, SamplingConfig
 from ifvit.sampling.encoders import (
     choose_device,
     open_autoencoder,
-    open_text_encoder,
+    open_conditions,
     weights_sha256,
 )
 from ifvit.sampling.files import (
@@ -53,19 +53,20 @@ def generate(config: GenerateConfig) -> list[str]:
     backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
     if config.compile:
         compile_backbone(backbone)
-    text_encoder = open_text_encoder(info, device)
+    _check_kind(config, info)
+    conditions = open_conditions(info, device)
     sampler = Sampler(
         backbone=backbone,
         autoencoder=open_autoencoder(info, device),
-        null_context=text_encoder.null_context(),
+        null_condition=conditions.null,
         scaling_factor=info.scaling_factor,
     )
 
     def prompts_of(positions: Tensor) -> list[str]:
         return [prompts[position % len(prompts)] for position in positions.tolist()]
 
-    def context_of(positions: Tensor) -> Tensor:
-        return text_encoder.encode(prompts_of(positions))
+    def condition_of(positions: Tensor) -> Tensor:
+        return conditions.encode(prompts_of(positions))
 
     settings = _describe(config, weights_sha256(backbone), info)
     claim = settings | {"prompts_sha256": sha256(json.dumps(prompts).encode()).hexdigest()}
@@ -73,7 +74,7 @@ def generate(config: GenerateConfig) -> list[str]:
     positions = range(len(prompts) * config.num_images)
     share = missing_images(config.output, positions[world.rank :: world.size])
     method_of = build_method(config, sampler, info, prompts_of)
-    batches = generate_images(sampler, context_of, share, config, method_of)
+    batches = generate_images(sampler, condition_of, share, config, method_of)
     write_images(config.output, share, batches)
 
     urls = [image_url(config.output, position) for position in positions]
@@ -123,7 +124,19 @@ def read_prompt_file(url: str) -> list[str]:
     return prompts
 
 
+def _check_kind(config: GenerateConfig, info: WeightsInfo) -> None:
+    if config.classes and info.text_encoder:
+        raise UserError(f"{config.weights}: draws captions, not classes; give --prompt")
+    if config.prompt is not None and info.text_encoder is None:
+        raise UserError(
+            f"{config.weights}: draws classes, not captions; give --class, "
+            f"for example {info.classes[0]}"
+        )
+
+
 def _read_prompts(config: GenerateConfig) -> list[str]:
+    if config.classes:
+        return config.classes
     if config.prompt is not None:
         return [config.prompt]
     assert config.prompts is not None

@@ -6,58 +6,86 @@ from typing import Any
 import yaml
 
 from ifvit import storage
-from ifvit.models.config import FusionUViTConfig
+from ifvit.models.config import BackboneConfig, FusionUViTConfig
 from ifvit.models.weights import WeightsInfo, run_of
 from ifvit.shards import ShardError, read_manifest
 
 _HEAD = """\
 ---
 library_name: diffusers
-pipeline_tag: text-to-image
-tags: [ifvit, text-to-image]
+pipeline_tag: {task}
+tags: [ifvit, {task}]
 ---
-# Text-to-image by a fusion U-ViT
+# {title}
 
 ```python
 from ifvit.sampling.pipeline import FusionPipeline
 
 pipeline = FusionPipeline.from_pretrained("THIS FOLDER, s3:// PREFIX OR HUB NAME")
-image = pipeline("two red circles above a blue square", guidance_scale=2.0).images[0]
+image = pipeline("{prompt}", guidance_scale=2.0).images[0]
 ```
 """
 
 
 def describe_pipeline(
-    folder: str, info: WeightsInfo, weights_sha256: str, shape: FusionUViTConfig
+    folder: str, info: WeightsInfo, weights_sha256: str, shape: BackboneConfig
 ) -> str:
     """Markdown for README.md; recipe, data and metrics from the run that `folder` lies in.
 
     `weights_sha256` is that of the backbone: metrics of other weights are not shown.
     """
+    head = _describe_use(info, shape)
     kind = f"exponential moving average, decay {info.ema_decay}" if info.ema_decay else "raw"
     facts = {
         "weights": kind,
         "optimiser steps": info.step,
-        "conditioning": f"{shape.conditioning}, {shape.num_image_blocks} image-only blocks a side, "
-        f"{shape.num_text_blocks} text blocks",
+        "architecture": shape.architecture,
+        **_describe_condition(info, shape),
         "scaling factor of the latents": info.scaling_factor,
         "VAE": f"{info.vae.name}, sha256 {info.vae.sha256}",
-        "text encoder": f"{info.text_encoder.name}, sha256 {info.text_encoder.sha256}",
         "sha256 of the backbone": weights_sha256,
         "sha256 of the recipe": info.recipe_sha256,
     }
     run = run_of(folder)
     recipe_url = storage.join(run, "config.yaml") if run else ""
     if run is None or not storage.exists(recipe_url):
-        return _HEAD + _table(facts) + "\nThe run that made these weights was not at hand.\n"
+        return head + _table(facts) + "\nThe run that made these weights was not at hand.\n"
     recipe = storage.read_bytes(recipe_url).decode()
     return (
-        _HEAD
+        head
         + _table(facts)
         + f"\n## Data\n{_describe_data(str(yaml.safe_load(recipe)['shards']))}"
         + f"\n## Metrics\n{_describe_metrics(run, info.step, weights_sha256)}"
         + f"\n## Recipe\n```yaml\n{recipe}```\n"
     )
+
+
+def _describe_use(info: WeightsInfo, shape: BackboneConfig) -> str:
+    """What opens the card; diffusers has no name for the task of drawing classes."""
+    if info.text_encoder is None:
+        return _HEAD.format(
+            task="unconditional-image-generation",
+            title=f"Images of {len(info.classes)} classes by a {shape.architecture}",
+            prompt=info.classes[0],
+        )
+    return _HEAD.format(
+        task="text-to-image",
+        title=f"Text-to-image by a {shape.architecture}",
+        prompt="two red circles above a blue square",
+    )
+
+
+def _describe_condition(info: WeightsInfo, shape: BackboneConfig) -> dict[str, object]:
+    if info.text_encoder is None:
+        return {"classes": ", ".join(info.classes)}
+    encoder = f"{info.text_encoder.name}, sha256 {info.text_encoder.sha256}"
+    if not isinstance(shape, FusionUViTConfig):
+        return {"text encoder": encoder}
+    return {
+        "conditioning": f"{shape.conditioning}, {shape.num_image_blocks} image-only blocks a side, "
+        f"{shape.num_text_blocks} text blocks",
+        "text encoder": encoder,
+    }
 
 
 def _describe_data(shards: str) -> str:

@@ -17,10 +17,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ifvit import storage
+from ifvit.models.backbone import Backbone
 from ifvit.models.clip import encode_captions
 from ifvit.models.pretrained import download_pretrained
-from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.config import Guidance
+from ifvit.sampling.encoders import number_classes
 from ifvit.sampling.guidance import GuidedDenoiser
 from ifvit.sampling.method import AlignmentMethod
 from ifvit.sampling.solvers import step_solver
@@ -31,15 +32,16 @@ OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 class FusionPipeline(DiffusionPipeline):
-    """Text => images, with any diffusers scheduler of the SD schedule that predicts noise.
+    """Text or classes => images, by any diffusers scheduler of SD's schedule that predicts noise.
 
     `vae.config.scaling_factor` is the one of the training, not Stable Diffusion's.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds")
+    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012  diffusers adds lists
 
     # Set by register_modules.
-    backbone: FusionUViT
+    backbone: Backbone
     vae: Any
     text_encoder: Any
     tokenizer: Any
@@ -47,13 +49,16 @@ class FusionPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        backbone: FusionUViT,
+        backbone: Backbone,
         vae: AutoencoderKL,
-        text_encoder: nn.Module,
+        text_encoder: nn.Module | None,
         tokenizer: Any,
         scheduler: Any,
+        classes: Sequence[str] = (),
     ) -> None:
+        """`classes` names those of a class-conditional backbone, which has no text encoder."""
         super().__init__()
+        self.register_to_config(classes=list(classes))  # type: ignore[no-untyped-call]
         self.register_modules(  # type: ignore[no-untyped-call]
             backbone=backbone,
             vae=vae,
@@ -110,7 +115,8 @@ class FusionPipeline(DiffusionPipeline):
 
         `guidance_scale` is w in eps_uncond + w (eps_cond - eps_uncond), within the timesteps of
         `guidance_interval` (0 ... 999). `prompt_embeds` (prompts, M, D) take the place of prompts,
-        `negative_prompt` that of the empty caption. `generator` is one, or one for each image.
+        `negative_prompt` that of the empty caption. Of a backbone that draws classes a prompt is
+        the name or number of one. `generator` is one, or one for each image.
         `latents` (B, C, S, S) is standard normal noise. `output_type`: pil, np, pt or latent.
         `callback_on_step_end(pipeline, step, timestep, tensors)` may return other `latents` or
         `prompt_embeds` (B, M, D). Raises ValueError for arguments that contradict each other.
@@ -128,7 +134,7 @@ class FusionPipeline(DiffusionPipeline):
         denoiser = GuidedDenoiser(
             self.backbone,
             context,
-            self.backbone.encode_text(negative),
+            self.backbone.encode_condition(negative),
             Guidance(scale=guidance_scale, low=low, high=high),
             method,
         )
@@ -150,7 +156,7 @@ class FusionPipeline(DiffusionPipeline):
                 latents = changed.get("latents", latents)
                 if "prompt_embeds" in changed:
                     context = changed["prompt_embeds"]
-                    denoiser.set_context(context)
+                    denoiser.set_condition(context)
 
         images: Any = latents
         if output_type != "latent":
@@ -160,13 +166,17 @@ class FusionPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _embed(self, prompt: str | list[str] | None, embeds: Tensor | None, name: str) -> Tensor:
-        """(prompts, M, D), from either of two arguments."""
+        """(prompts, M, D), or (prompts,) for classes, from either of two arguments."""
         if (prompt is None) == (embeds is None):
             raise ValueError(f"give either {name} or {name}_embeds")
         if embeds is not None:
             return embeds.to(self._execution_device)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         assert prompts is not None
+        if self.text_encoder is None:
+            names = self.config["classes"]
+            numbers = number_classes((*names, ""), prompts)  # "" is the null class
+            return numbers.to(self._execution_device)
         return encode_captions(self.text_encoder, self.tokenizer, prompts)
 
     def _draw_noise(self, count: int, generator: Generators | None) -> Tensor:

@@ -1,6 +1,7 @@
-"""Contexts => latents => images, each image a function of seed and position alone.
+"""Conditions => latents => images, each image a function of seed and position alone.
 
-Shapes: B batch, M text tokens, D context width, C latent channels, S latent size, H, W image.
+Shapes: B batch, C latent channels, S latent size, H, W image; a condition is contexts (B, M, D) of
+captions or numbers (B,) of classes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,62 +14,62 @@ from tqdm import tqdm
 
 from ifvit.images import Pixels, to_pixels
 from ifvit.models.autoencoder import Autoencoder
-from ifvit.models.uvit import FusionUViT, TextContext
+from ifvit.models.backbone import Backbone, EncodedCondition
 from ifvit.randomness import Stream, normal
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.guidance import GuidedDenoiser
 from ifvit.sampling.method import AlignmentMethod, MethodOf
 from ifvit.sampling.solvers import solve
 
-ContextOf = Callable[[Tensor], Tensor]
-"""Positions (B,) int64 => contexts (B, M, D); `contexts.__getitem__` of a tensor (N, M, D)."""
+ConditionOf = Callable[[Tensor], Tensor]
+"""Positions (B,) int64 => conditions (B, ...); `conditions.__getitem__` of a tensor (N, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """The frozen models that drawing needs; `null_context` (M, D) stands for "no text"."""
+    """The frozen models that drawing needs; `null_condition` (M, D) or () is "nothing"."""
 
-    backbone: FusionUViT
+    backbone: Backbone
     autoencoder: Autoencoder
-    null_context: Tensor
+    null_condition: Tensor
     scaling_factor: float
 
 
 @torch.no_grad()
 def sample_latents(
-    backbone: FusionUViT,
-    context: Tensor,
-    null_text: TextContext,
+    backbone: Backbone,
+    condition: Tensor,
+    null_condition: EncodedCondition,
     positions: Tensor,
     config: SamplingConfig,
     method: AlignmentMethod | None = None,
 ) -> Tensor:
-    """Scaled latents (B, C, S, S) for contexts (B, M, D) of captions and positions (B,) int64.
+    """Scaled latents (B, C, S, S) for conditions (B, ...) and positions (B,) int64.
 
-    `null_text` is the null context alone, batch 1. The noise depends on seed and position only,
+    `null_condition` is "nothing" alone, batch 1. The noise depends on seed and position only,
     so neither batch size nor the number of processes changes an image.
     """
     size = backbone.shape.latent_size
     shape = (backbone.shape.latent_channels, size, size)
     noise = normal(config.seed, 0, positions, Stream.SAMPLING, shape).to(backbone.device)
-    denoiser = GuidedDenoiser(backbone, context, null_text, config.guidance, method)
+    denoiser = GuidedDenoiser(backbone, condition, null_condition, config.guidance, method)
     return solve(denoiser, noise, config.solver, config.num_steps)
 
 
 @torch.no_grad()
 def generate_images(
     sampler: Sampler,
-    context_of: ContextOf,
+    condition_of: ConditionOf,
     positions: Sequence[int],
     config: SamplingConfig,
     method_of: MethodOf | None = None,
 ) -> Iterator[Pixels]:
     """Draw the image of every position, in order and in batches uint8 (B, H, W, 3).
 
-    The null context is encoded once, each caption once for all solver steps. Methods of
+    The null condition is encoded once, each other once for all solver steps. Methods of
     `method_of` take part in the sampling of one batch each.
     """
-    latents = _generate_latents(sampler, context_of, positions, config, method_of)
+    latents = _generate_latents(sampler, condition_of, positions, config, method_of)
     with tqdm(total=len(positions), unit="image", desc="draw", leave=False) as progress:
         for images in _decode_behind(sampler, latents):
             yield images
@@ -77,18 +78,18 @@ def generate_images(
 
 def _generate_latents(
     sampler: Sampler,
-    context_of: ContextOf,
+    condition_of: ConditionOf,
     positions: Sequence[int],
     config: SamplingConfig,
     method_of: MethodOf | None,
 ) -> Iterator[Tensor]:
     device = sampler.backbone.device
-    null_text = sampler.backbone.encode_text(sampler.null_context[None].to(device))
+    null_condition = sampler.backbone.encode_condition(sampler.null_condition[None].to(device))
     for start in range(0, len(positions), config.batch_size):
         batch = torch.tensor(positions[start : start + config.batch_size])
         method = method_of(batch) if method_of else None
-        context = context_of(batch).to(device)
-        yield sample_latents(sampler.backbone, context, null_text, batch, config, method)
+        condition = condition_of(batch).to(device)
+        yield sample_latents(sampler.backbone, condition, null_condition, batch, config, method)
 
 
 def _decode_behind(sampler: Sampler, batches: Iterable[Tensor]) -> Iterator[Pixels]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.shards import ShardReader
-from ifvit.shards.files import require_text
 from ifvit.training.batch import Batch, BatchMemory, CudaMemory, HostMemory
 from ifvit.training.order import BatchOrder
 from ifvit.training.state import TrainState
@@ -88,10 +87,14 @@ class Batches:
         captions = order.caption_indices(step, positions, reader.caption_counts(samples))
         moments = memory.empty((self._micro, *reader.manifest.moments_shape), reader.dtype)
         reader.read_moments(samples, moments.numpy(), order.mirrored(step, positions))
-        context = memory.empty((self._micro, *reader.text.context_shape), reader.dtype)
-        reader.read_contexts(samples, captions, context.numpy())
+        if reader.manifest.classes:
+            condition = memory.empty((self._micro,), np.dtype(np.int64))
+            reader.read_labels(samples, captions < 0, condition.numpy())
+        else:
+            condition = memory.empty((self._micro, *reader.text.context_shape), reader.dtype)
+            reader.read_contexts(samples, captions, condition.numpy())
         return memory.send(
-            Batch(moments=moments, context=context, positions=torch.from_numpy(positions))
+            Batch(moments=moments, condition=condition, positions=torch.from_numpy(positions))
         )
 
 
@@ -121,7 +124,6 @@ class _FetchAhead:
 
 
 def _check_fit(reader: ShardReader, order: BatchOrder) -> None:
-    require_text(reader.manifest, reader.url)
     if not len(reader):
         raise UserError(f"{reader.url}: holds no samples; encode again")
     if order.random_flip and not reader.manifest.flipped:

@@ -56,7 +56,7 @@ class Checkpoint:
     scalars: dict[str, float]
     """What the engine keeps besides tensors: loss scale, counters."""
     backbone: dict[str, object]
-    """Fields of FusionUViTConfig."""
+    """Fields of the backbone's configuration."""
     recipe_sha256: str
     """Hash of the recipe, as `weights.json` has it."""
     shards_sha256: str

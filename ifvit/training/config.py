@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ifvit.models.config import FusionUViTConfig
+from ifvit.models.config import BackboneConfig
 from ifvit.shards.config import CacheConfig
 
 
@@ -48,13 +48,18 @@ class EngineConfig:
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping what it computed."""
     compile: bool = False
-    """Compile the blocks with torch.compile."""
-    attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"
-    """auto: xformers where it is installed with CUDA, otherwise torch's SDPA."""
+    """Compile the blocks and the draws of the objective with torch.compile."""
+    cuda_graphs: bool = False
+    """Record the compiled blocks as CUDA graphs, which spares their launches; for small batches."""
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
+    """auto: xformers where it is installed with CUDA, otherwise sdpa, which lets torch choose;
+    flash, cudnn and efficient are torch's kernels, each alone."""
 
     def __post_init__(self) -> None:
         if self.backend == "deepspeed" and self.zero_stage == 0:
             raise ValueError("engine.zero_stage: 0 partitions nothing; set engine.backend: plain")
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("engine.cuda_graphs: needs engine.compile: true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,7 @@ class SampleGridConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a fusion backbone on pre-encoded shards; run the same command again to resume."""
+    """Train a backbone on pre-encoded shards; run the same command again to resume."""
 
     run: str
     """Run directory: config, metrics, checkpoints, weights, samples."""
@@ -83,8 +88,8 @@ class TrainConfig:
     """The VAE that the shards must come from; unset: whichever made them."""
     text_encoder: str | None = None
     """The text encoder that the shards must come from; unset: whichever made them."""
-    backbone: FusionUViTConfig
-    """The network; a YAML file of configs/model or single fields."""
+    backbone: BackboneConfig
+    """The network; a YAML file of configs/model or single fields, `architecture` first."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -98,7 +103,7 @@ class TrainConfig:
     micro_batch_size: int = 256
     """Samples per forward pass and process; smaller ones accumulate gradients."""
     caption_dropout: float = 0.1
-    """Share of samples trained with the null context, for guidance."""
+    """Share of samples trained without their caption or class, for guidance."""
     min_snr_gamma: float | None = None
     """Weigh samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: all alike, as the paper."""
     scaling_factor: float | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.models.uvit import FusionUViT
+from ifvit.models.backbone import Backbone
 from ifvit.training.config import EngineConfig, OptimConfig
 from ifvit.training.ema import EMA
 from ifvit.training.forward import prepare_forward
@@ -33,7 +33,7 @@ class Engine:
 
     def __init__(
         self,
-        backbone: FusionUViT,
+        backbone: Backbone,
         config: EngineConfig,
         optim: OptimConfig,
         *,
@@ -47,7 +47,7 @@ class Engine:
         self._num_micro_batches = num_micro_batches
         self._accelerator = self._connect(config, micro_batch_size)
         nn.Module.to(backbone, self.device)
-        prepare_forward(backbone, config, self.device)
+        prepare_forward(backbone, config, self.device, num_micro_batches)
         optimizer = build_optimizer(backbone.parameters(), optim)
         prepared = self._accelerator.prepare(backbone, optimizer)
         self._model: nn.Module = prepared[0]
@@ -84,9 +84,9 @@ class Engine:
         """Decays of the averages, in the recipe's order."""
         return tuple(self._averages)
 
-    def denoise(self, x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """The backbone in the recipe's precision: (B, C, H, W), (B,), (B, M, D) => (B, C, H, W)."""
-        return cast(Tensor, self._model(x_t, timesteps, context))
+    def denoise(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """The backbone in the recipe's precision; shapes as in `ifvit.diffusion.objective`."""
+        return cast(Tensor, self._model(x_t, timesteps, condition))
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """Around each micro-batch; gradients are exchanged at the `last` one of a step only."""
@@ -153,14 +153,14 @@ class Engine:
             for average in self._averages.values():
                 average.update(self._pieces())
 
-    def whole_backbone(self, ema_decay: float | None) -> FusionUViT:
+    def whole_backbone(self, ema_decay: float | None) -> Backbone:
         """A backbone with the averaged weights or, given None, the trained ones; collective.
 
         fp32, in eval mode. Where nothing is partitioned it shares the engine's memory: it is for
         sampling and export before the next update, and must not be changed.
         """
         pieces = self._pieces() if ema_decay is None else self._averages[ema_decay].shadows
-        whole: FusionUViT = copy.deepcopy(self._blank)
+        whole: Backbone = copy.deepcopy(self._blank)
         whole.load_state_dict(dict(self._gather_named("", pieces)), assign=True)
         return whole
 

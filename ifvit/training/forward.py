@@ -5,32 +5,55 @@ import shutil
 from functools import partial
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ifvit.diffusion.objective import NormalDraw
 from ifvit.errors import UserError
-from ifvit.models.layers import Block
+from ifvit.models.backbone import Backbone
+from ifvit.randomness import normal
 from ifvit.training.config import EngineConfig
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def prepare_forward(backbone: nn.Module, config: EngineConfig, device: torch.device) -> None:
+def prepare_forward(
+    backbone: Backbone, config: EngineConfig, device: torch.device, num_micro_batches: int = 1
+) -> None:
     """Change the forward pass of `backbone` in place; parameters and their names stay.
 
-    Raises UserError when this machine cannot compile.
+    Raises UserError when this machine cannot compile, or graphs cannot hold the gradients.
     """
-    blocks = [module for module in backbone.modules() if isinstance(module, Block)]
-    for block in blocks:
+    if config.compile:
+        _require_compiler(device)
+    if config.cuda_graphs:
+        _require_graphs(device, num_micro_batches)
+    for block in backbone.blocks():
         if config.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if config.compile:
-            _require_compiler(device)
-            block.compile()
+            # Static: the blocks see two or three shapes, and kernels made for each are faster.
+            mode = "reduce-overhead" if config.cuda_graphs else None
+            block.compile(dynamic=False, mode=mode)
     if config.precision in _AUTOCAST:
         # Inside the module, where DeepSpeed leaves autocast alone: the same arithmetic everywhere.
         autocast = torch.autocast(device.type, _AUTOCAST[config.precision])
-        backbone.forward = autocast(backbone.forward)
+        backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
+
+
+def prepare_draws(config: EngineConfig) -> NormalDraw:
+    """How the objective draws its noise: compiled, the rounds of the generator are one kernel."""
+    return torch.compile(normal) if config.compile else normal
+
+
+def _require_graphs(device: torch.device, num_micro_batches: int) -> None:
+    if device.type != "cuda":
+        raise UserError("engine.cuda_graphs: needs a CUDA device; set it to false")
+    if num_micro_batches > 1:
+        # A replay writes to where the last one left its gradients (pytorch issue 169545).
+        raise UserError(
+            f"engine.cuda_graphs: cannot accumulate gradients over {num_micro_batches} "
+            "micro-batches; raise micro_batch_size or set it to false"
+        )
 
 
 def _require_compiler(device: torch.device) -> None:

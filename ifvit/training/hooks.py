@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ifvit.images import encode_png
-from ifvit.models.clip import load_text_encoder
-from ifvit.models.uvit import restore_backbone
+from ifvit.models.build import restore_backbone
 from ifvit.models.weights import WeightsInfo, save_weights
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.encoders import check_identity, open_autoencoder
+from ifvit.sampling.encoders import open_autoencoder, open_conditions
 from ifvit.sampling.grid import make_grid
 from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.shards import ShardReader
@@ -116,11 +115,11 @@ class SampleGrid:
         self.every = config.sample_grid.every
         self._run, self._engine = config.run, engine
         reader = ShardReader(config.shards, config.cache)
-        self._contexts = _grid_contexts(config.sample_grid, reader, engine.device)
+        self._conditions, null_condition = _grid_conditions(config.sample_grid, reader, info)
         self._build_sampler = partial(
             Sampler,
             autoencoder=open_autoencoder(info, str(engine.device)),
-            null_context=torch.from_numpy(np.array(reader.null_context)),
+            null_condition=null_condition,
             scaling_factor=info.scaling_factor,
         )
         self._sampling = SamplingConfig(
@@ -132,8 +131,10 @@ class SampleGrid:
         backbone = self._engine.whole_backbone(self._engine.ema_decays[0])
         if self._engine.world.is_main:
             sampler = self._build_sampler(backbone=backbone)
-            positions = range(len(self._contexts))
-            drawn = generate_images(sampler, self._contexts.__getitem__, positions, self._sampling)
+            positions = range(len(self._conditions))
+            drawn = generate_images(
+                sampler, self._conditions.__getitem__, positions, self._sampling
+            )
             images = np.concatenate(list(drawn))
             name = f"{step_name(state.step)}.png"
             write_bytes(
@@ -142,11 +143,17 @@ class SampleGrid:
         self._engine.barrier()
 
 
-def _grid_contexts(config: SampleGridConfig, reader: ShardReader, device: torch.device) -> Tensor:
-    """(N, M, D) contexts of the prompts, or of the first two rows' worth of training captions."""
-    if not config.prompts:
-        count = min(2 * _GRID_COLUMNS, len(reader))
-        return torch.from_numpy(np.stack([reader.context(i, 0) for i in range(count)]))
-    encoder = load_text_encoder(reader.text.encoder.name, str(device))
-    check_identity("text encoder", encoder.identity, reader.text.encoder)
-    return encoder.encode(list(config.prompts))
+def _grid_conditions(
+    config: SampleGridConfig, reader: ShardReader, info: WeightsInfo
+) -> tuple[Tensor, Tensor]:
+    """(N, ...) conditions and the one of no prompt.
+
+    Of the prompts; else of the first captions or classes, two rows full.
+    """
+    if config.prompts or info.text_encoder is None:
+        conditions = open_conditions(info, "cpu")
+        prompts = config.prompts or info.classes[: 2 * _GRID_COLUMNS]
+        return conditions.encode(list(prompts)), conditions.null
+    count = min(2 * _GRID_COLUMNS, len(reader))
+    contexts = torch.from_numpy(np.stack([reader.context(i, 0) for i in range(count)]))
+    return contexts, torch.from_numpy(np.array(reader.null_context))

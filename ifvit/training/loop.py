@@ -119,8 +119,8 @@ def _accumulate(
         data_wait += time.perf_counter() - started
         with engine.accumulate(last=not remaining):
             with engine.timer.phase("forward"):
-                moments, context, positions = batch.moments, batch.context, batch.positions
-                losses = objective(engine.denoise, moments, context, state.step, positions)
+                moments, condition, positions = batch.moments, batch.condition, batch.positions
+                losses = objective(engine.denoise, moments, condition, state.step, positions)
             with engine.timer.phase("backward"):
                 engine.backward(losses.total)
         loss += losses.total.detach()

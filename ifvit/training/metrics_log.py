@@ -12,7 +12,6 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
 from ifvit.errors import UserError
-from ifvit.models.config import FusionUViTConfig
 from ifvit.models.flops import count_cost
 from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
 from ifvit.training.config import TrainConfig
@@ -111,7 +110,7 @@ class MetricsLog:
             "loss_spikes": state.loss_spikes,
             "nonfinite_steps": state.nonfinite_steps,
             "samples_per_s": rate,
-            "tokens_per_s": rate * _num_tokens(self._config.backbone),
+            "tokens_per_s": rate * self._config.backbone.num_tokens,
             "data_wait": (state.data_wait - last.data_wait) / seconds,
             "seconds": state.seconds,
         }
@@ -147,11 +146,6 @@ class MetricsLog:
 def _number(value: float) -> float | None:
     """`value`, or None where JSON has no such number."""
     return value if math.isfinite(value) else None
-
-
-def _num_tokens(backbone: FusionUViTConfig) -> int:
-    """Tokens of a sample that enter the backbone: time, image, text."""
-    return 1 + backbone.num_image_tokens + backbone.context_length
 
 
 def _open_trackers(config: TrainConfig, state: TrainState) -> list[GeneralTracker]:

@@ -9,6 +9,7 @@ import yaml
 
 from ifvit.config import dump_config
 from ifvit.errors import UserError
+from ifvit.models.config import BackboneConfig, restore_config
 from ifvit.models.flops import count_cost
 from ifvit.models.pretrained import identify, resolve_pretrained
 from ifvit.shards import EncoderIdentity, ShardReader
@@ -36,10 +37,13 @@ def check_shapes(reader: ShardReader, config: TrainConfig) -> None:
         (backbone.latent_channels, backbone.latent_size, backbone.latent_size),
         "backbone.latent_channels and backbone.latent_size",
     )
+    if backbone.context_shape is None:
+        _require_classes(config.shards, reader.manifest.classes, backbone)
+        return
     _require_shape(
         f"{config.shards}: context",
         tuple(reader.text.context_shape),
-        (backbone.context_length, backbone.context_width),
+        backbone.context_shape,
         "backbone.context_length and backbone.context_width",
     )
 
@@ -47,7 +51,8 @@ def check_shapes(reader: ShardReader, config: TrainConfig) -> None:
 def check_encoders(reader: ShardReader, config: TrainConfig) -> None:
     """Raise UserError when the shards come from other encoders than the recipe names."""
     _require_encoder("vae", config.vae, reader.manifest.vae, config.shards)
-    _require_encoder("text_encoder", config.text_encoder, reader.text.encoder, config.shards)
+    if config.text_encoder is not None:
+        _require_encoder("text_encoder", config.text_encoder, reader.text.encoder, config.shards)
 
 
 def check_recipe(config: TrainConfig) -> None:
@@ -56,6 +61,8 @@ def check_recipe(config: TrainConfig) -> None:
     if not exists(path):
         return
     before: dict[str, Any] = yaml.safe_load(read_bytes(path))
+    # With the defaults of fields that are younger than the run.
+    before["backbone"] = yaml.safe_load(dump_config(restore_config(before["backbone"])))
     now = yaml.safe_load(dump_config(config))
     for key in sorted(set(asdict(config)) - MAY_CHANGE):
         if before.get(key) != now[key]:
@@ -96,6 +103,19 @@ def _require_shape(what: str, found: tuple[int, ...], wanted: tuple[int, ...], k
         raise UserError(
             f"{what} are {'x'.join(map(str, found))}, but the backbone takes "
             f"{'x'.join(map(str, wanted))}; set {keys} to match, or encode again"
+        )
+
+
+def _require_classes(shards: str, classes: tuple[str, ...], backbone: BackboneConfig) -> None:
+    if not classes:
+        raise UserError(
+            f"{shards}: holds captions, not classes; give backbone.context_length and "
+            "backbone.context_width instead of num_classes"
+        )
+    if len(classes) != backbone.num_classes:
+        raise UserError(
+            f"{shards}: has {len(classes)} classes, the backbone {backbone.num_classes}; "
+            "set backbone.num_classes to match"
         )
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ifvit.diffusion.objective import NoisePrediction
 from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.errors import UserError
-from ifvit.models.config import FusionUViTConfig
-from ifvit.models.uvit import FusionUViT, restore_backbone
+from ifvit.models.backbone import Backbone
+from ifvit.models.build import restore_backbone
+from ifvit.models.config import restore_config
 from ifvit.storage import join, write_file
 from ifvit.training.batch import Batch
 from ifvit.training.batches import Batches
@@ -26,7 +27,7 @@ from ifvit.training.engine import Engine
 from ifvit.training.forward import prepare_forward
 from ifvit.training.state import TrainState
 
-_TENSORS = ("moments", "context", "positions")
+_TENSORS = ("moments", "condition", "positions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +87,7 @@ def replay(config: ReplayConfig) -> None:
         raise UserError(f"{config.file}: not written by a failed training step ({error})") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = Batch(**{name: tensors.pop(name).to(device) for name in _TENSORS})
-    backbone = nn.Module.to(
-        restore_backbone(FusionUViTConfig(**facts["backbone"]), tensors), device
-    )
+    backbone = nn.Module.to(restore_backbone(restore_config(facts["backbone"]), tensors), device)
     prepare_forward(backbone, EngineConfig(precision=facts["precision"]), device)
     objective = NoisePrediction(schedule=NoiseSchedule(device), **facts["objective"])
     now, then = _differentiate(backbone, objective, batch, facts["step"]), facts["outcome"]
@@ -100,7 +99,7 @@ def _find_nonfinite(
     state: TrainState,
     batches: Batches,
     objective: NoisePrediction,
-    backbone: FusionUViT,
+    backbone: Backbone,
     engine: Engine,
 ) -> tuple[Batch, Outcome] | None:
     with closing(batches.from_state(state, engine.device)) as stream:
@@ -112,16 +111,16 @@ def _find_nonfinite(
 
 
 def _differentiate(
-    backbone: FusionUViT, objective: NoisePrediction, batch: Batch, step: int
+    backbone: Backbone, objective: NoisePrediction, batch: Batch, step: int
 ) -> Outcome:
     backbone.zero_grad()
-    loss = objective(backbone, batch.moments, batch.context, step, batch.positions).total
+    loss = objective(backbone, batch.moments, batch.condition, step, batch.positions).total
     loss.backward()  # type: ignore[no-untyped-call]
     norm = nn.utils.get_total_norm([p.grad for p in backbone.parameters() if p.grad is not None])
     return Outcome(loss=loss.item(), grad_norm=norm.item())
 
 
-def _culprits(batch: Batch, objective: NoisePrediction, backbone: FusionUViT, step: int) -> Tensor:
+def _culprits(batch: Batch, objective: NoisePrediction, backbone: Backbone, step: int) -> Tensor:
     """Positions of the samples that are not finite by themselves, or of all if none is."""
     alone = [
         Batch(**{name: getattr(batch, name)[i : i + 1] for name in _TENSORS})
@@ -137,7 +136,7 @@ def _dump(
     outcome: Outcome,
     state: TrainState,
     objective: NoisePrediction,
-    backbone: FusionUViT,
+    backbone: Backbone,
     config: TrainConfig,
 ) -> None:
     facts = {

@@ -4,10 +4,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ifvit.errors import UserError
+from ifvit.models.config import restore_config
 from ifvit.storage import exists, is_remote, join
 from ifvit.training.checkpoint import (
     MANIFEST,
@@ -46,7 +47,7 @@ def resume(
         checkpoint = found.checkpoint
         if checkpoint.shards_sha256 != shards_sha256:
             raise UserError(f"{found.url}: trained on other shards than {config.shards} holds now")
-        if checkpoint.backbone != asdict(config.backbone):
+        if restore_config(checkpoint.backbone) != config.backbone:
             raise UserError(f"{found.url}: holds a backbone of another shape than the recipe's")
         if engine.world.local_rank == 0 and is_remote(found.url):
             fetch(found.url, cache)

@@ -3,7 +3,6 @@
 import hashlib
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
 
 import torch
 
@@ -11,12 +10,14 @@ from ifvit.config import dump_config
 from ifvit.diffusion.objective import NoisePrediction
 from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.distributed import World
-from ifvit.models.uvit import FusionUViT
+from ifvit.models.backbone import Backbone
+from ifvit.models.build import build_backbone
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards import ShardReader
 from ifvit.training.batches import Batches
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine, engine_class
+from ifvit.training.forward import prepare_draws
 from ifvit.training.hooks import SampleGrid, SaveCheckpoint
 from ifvit.training.lease import Lease
 from ifvit.training.loop import Hook, fit
@@ -46,7 +47,7 @@ def train(config: TrainConfig) -> TrainState:
     check_shapes(reader, config)
     check_encoders(reader, config)
     torch.manual_seed(config.seed)  # for the initial weights; nothing else draws from it
-    backbone = FusionUViT(**asdict(config.backbone))
+    backbone = build_backbone(config.backbone)
     backbone.set_attention(config.engine.attention)
     batches, engine = _build_engine(config, reader, backbone)
     channel = SideChannel(engine.world)
@@ -73,6 +74,7 @@ def _train(
         scaling_factor=info.scaling_factor,
         seed=config.seed,
         min_snr_gamma=config.min_snr_gamma,
+        draw=prepare_draws(config.engine),
     )
     metrics = MetricsLog(config, engine)
     stop = StopRequest(engine.world)
@@ -94,7 +96,7 @@ def _train(
 
 
 def _build_engine(
-    config: TrainConfig, reader: ShardReader, backbone: FusionUViT
+    config: TrainConfig, reader: ShardReader, backbone: Backbone
 ) -> tuple[Batches, Engine]:
     order = BatchOrder(
         shard_sizes=reader.shard_sizes,
@@ -119,11 +121,13 @@ def _build_engine(
 
 
 def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:
+    text = reader.manifest.text
     return WeightsInfo(
         step=0,
         ema_decay=None,
         scaling_factor=config.scaling_factor or reader.manifest.scaling_factor,
         vae=reader.manifest.vae,
-        text_encoder=reader.text.encoder,
+        text_encoder=text.encoder if text else None,
+        classes=reader.manifest.classes,
         recipe_sha256=hashlib.sha256(dump_config(config).encode()).hexdigest(),
     )

@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ifvit.analysis.config import CostConfig
 from ifvit.analysis.cost import cost, cost_rows
 from ifvit.config import read_config
+from ifvit.models.build import build_backbone
 from ifvit.models.flops import count_cost
 from ifvit.models.layers import Attention
 from ifvit.models.presets import PRESETS
-from ifvit.models.uvit import build_backbone
 
 ROWS = list(cost_rows())
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ifvit.bench.config import BenchGenerateConfig
 from ifvit.bench.generate import _guide_plainly, bench_generate
 from ifvit.models.presets import PRESETS
-from ifvit.models.uvit import build_backbone
+from ifvit.models.build import build_backbone
 from ifvit.sampling.config import Guidance
 from ifvit.sampling.guidance import GuidedDenoiser
 
@@ -22,7 +22,7 @@ def test_sharing_changes_nothing_but_the_work() -> None:
     x_t, timesteps = torch.randn(1, 4, 32, 32), torch.tensor([500])
     denoisers = [
         GuidedDenoiser(
-            backbone, context[None], backbone.encode_text(null_context[None]), Guidance(scale=2.0)
+            backbone, context[None], backbone.encode_condition(null_context[None]), Guidance(scale=2.0)
         ),
         _guide_plainly(backbone, context[None], null_context[None]),
     ]

@@ -6,9 +6,10 @@ import torch
 from uvit_oracle import Oracle, random_weights, uvit_layout
 
 from ifvit.errors import UserError
+from ifvit.models.build import build_backbone, restore_backbone
 from ifvit.models.config import FusionUViTConfig
 from ifvit.models.presets import PRESETS
-from ifvit.models.uvit import FusionUViT, build_backbone, restore_backbone
+from ifvit.models.uvit import FusionUViT
 
 CONDITIONINGS = ["concat", "cross_attention"]
 SETTINGS = [(c, i, t) for c in CONDITIONINGS for i, t in [(0, 0), (2, 1), (0, 1), (2, 0), (3, 2)]]
@@ -72,7 +73,7 @@ def test_text_encoded_once_gives_the_same_prediction(setting):
     latents, timesteps, context = inputs()
     with torch.no_grad():
         plain = backbone(latents, timesteps, context)
-        once = backbone(latents, timesteps, backbone.encode_text(context))
+        once = backbone(latents, timesteps, backbone.encode_condition(context))
     assert torch.equal(plain, once)
 
 
@@ -108,7 +109,7 @@ def test_blocks_before_the_text_run_once_for_all_captions(conditioning):
 
 def test_captions_that_do_not_share_out_are_refused():
     backbone, _ = loud_backbone(TINY)
-    with pytest.raises(UserError, match="3 captions cannot be shared out over 2 latents"):
+    with pytest.raises(UserError, match="3 conditions cannot be shared out over 2 latents"):
         backbone(*inputs(batch=2, captions=3))
 
 
@@ -127,7 +128,7 @@ def test_text_joins_at_the_first_fused_block_and_leaves_after_the_last(condition
 def test_cross_attention_reads_keys_and_values_only_and_never_updates_text():
     backbone, _ = loud_backbone(tiny("cross_attention", 2, 1))
     latents, timesteps, context = inputs()
-    text = backbone.encode_text(context)
+    text = backbone.encode_condition(context)
     without_tokens = dataclasses.replace(text, tokens=torch.zeros_like(text.tokens))
     assert len(text.keys_values) == 3
     expected = backbone(latents, timesteps, text)

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from ifvit.errors import UserError
+from ifvit.models.build import build_backbone
 from ifvit.models.config import FusionUViTConfig
-from ifvit.models.uvit import FusionUViT, build_backbone
+from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo, load_weights, save_weights
 from ifvit.shards import EncoderIdentity
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from made_backbone import small_shape
 from torch import Tensor
 
 from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.models.autoencoder import Autoencoder
-from ifvit.models.config import Conditioning, FusionUViTConfig
+from ifvit.models.config import Conditioning
 from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.config import Guidance, SamplingConfig
 from ifvit.sampling.guidance import GuidedDenoiser
@@ -25,25 +26,14 @@ CONFIG = SamplingConfig(num_steps=4, guidance_scale=3.0, seed=7, batch_size=5)
 
 def build_backbone(conditioning: Conditioning = "cross_attention") -> FusionUViT:
     torch.manual_seed(0)
-    config = FusionUViTConfig(
-        latent_size=4,
-        patch_size=2,
-        width=32,
-        depth=4,
-        num_heads=2,
-        context_length=6,
-        context_width=16,
-        conditioning=conditioning,
-        num_image_blocks=1,
-        num_text_blocks=1,
-    )
+    config = small_shape(latent_size=4, conditioning=conditioning)
     return FusionUViT(**dataclasses.asdict(config)).eval()
 
 
 def build_denoiser(
     backbone: FusionUViT, scale: float, method: AlignmentMethod | None = None
 ) -> GuidedDenoiser:
-    null_text = backbone.encode_text(NULL[None])
+    null_text = backbone.encode_condition(NULL[None])
     return GuidedDenoiser(backbone, CONTEXTS, null_text, Guidance(scale=scale), method)
 
 
@@ -58,7 +48,7 @@ def sampler() -> Sampler:
     return Sampler(
         backbone=build_backbone(),
         autoencoder=Autoencoder(vae, identity),
-        null_context=NULL,
+        null_condition=NULL,
         scaling_factor=0.5,
     )
 
@@ -101,7 +91,7 @@ def test_guidance_ends_where_its_interval_does() -> None:
     rows: list[int] = []
     backbone.mid_block.register_forward_hook(lambda *call: rows.append(len(call[2])))
     guidance = Guidance(scale=2.0, low=100, high=800)
-    denoiser = GuidedDenoiser(backbone, CONTEXTS, backbone.encode_text(NULL[None]), guidance)
+    denoiser = GuidedDenoiser(backbone, CONTEXTS, backbone.encode_condition(NULL[None]), guidance)
     for t in (999, 801, 800, 100, 99, 0):
         denoiser(torch.randn(5, 4, 4, 4), torch.full((5,), t))
     assert rows == [5, 5, 10, 10, 5, 5]
@@ -185,7 +175,7 @@ def test_text_is_encoded_once_per_caption_whatever_the_number_of_steps(sampler: 
 
 def test_latents_depend_on_position_and_not_on_the_batch() -> None:
     backbone = build_backbone()
-    null_text = backbone.encode_text(NULL[None])
+    null_text = backbone.encode_condition(NULL[None])
 
     def draw(positions: list[int]) -> Tensor:
         where = torch.tensor(positions)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_shards import make_samples, write_shards
+from made_shards import CLASSES, make_samples, write_shards
 
 from ifvit import storage
 from ifvit.distributed import World
@@ -87,7 +87,7 @@ def read_step(
     assert sorted(positions.tolist()) == list(range(GLOBAL_BATCH))
     places = torch.argsort(positions)
     moments = torch.cat([part.moments for part in parts])[places]
-    return moments, torch.cat([part.context for part in parts])[places]
+    return moments, torch.cat([part.condition for part in parts])[places]
 
 
 @pytest.mark.parametrize("window", [None, 1])
@@ -124,7 +124,7 @@ def test_a_batch_holds_what_the_order_names(
                 moments = samples[i].flipped if flip else samples[i].moments
                 context = samples[i].context[caption] if caption >= 0 else np.ones((5, 12))  # type: ignore[index]
                 np.testing.assert_array_equal(batch.moments[row], moments)
-                np.testing.assert_array_equal(batch.context[row], context)
+                np.testing.assert_array_equal(batch.condition[row], context)
                 kinds.add((flip, caption))
     assert kinds == {(flip, caption) for flip in (True, False) for caption in (-1, 0, 1, 2)}
 
@@ -141,7 +141,7 @@ def test_an_object_store_gives_the_batches_of_a_local_folder(
     with closing(streams[0]), closing(streams[1]):
         for local_batch, remote_batch in islice(zip(*streams, strict=True), 6):
             assert torch.equal(local_batch.moments, remote_batch.moments)
-            assert torch.equal(local_batch.context, remote_batch.context)
+            assert torch.equal(local_batch.condition, remote_batch.condition)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_batch_keeps_its_content_while_others_are_read(shards: str) -> None:
     with closing(make_batches(shards).from_state(TrainState(), CPU)) as stream:
         kept = list(islice(stream, 5))
         copies = [batch.moments.clone() for batch in kept]
-        views = [batch.context[3:4] for batch in kept]
+        views = [batch.condition[3:4] for batch in kept]
         contexts = [view.clone() for view in views]
         moments = [batch.moments for batch in kept]
         del kept
@@ -213,10 +213,21 @@ def test_what_does_not_fit_is_refused(shards: str, fields: dict[str, int], messa
         make_batches(shards, **fields)
 
 
-def test_labelled_shards_are_refused(tmp_path: Path) -> None:
-    write_shards(tmp_path, make_samples(4, labelled=True), (4,))
-    with pytest.raises(ShardError, match="holds class labels, not captions"):
-        make_batches(str(tmp_path))
+def test_batches_of_labelled_shards_hold_class_numbers_some_dropped(tmp_path: Path) -> None:
+    samples = make_samples(10, labelled=True)
+    write_shards(tmp_path, samples, (6, 4))
+    batches = make_batches(str(tmp_path))
+    order = batches._order
+    with closing(batches.from_state(TrainState(), CPU)) as stream:
+        batch = next(stream)
+    positions = batch.positions.numpy()
+    numbers = order.sample_indices(0, positions)
+    dropped = order.caption_indices(0, positions, np.zeros(len(positions), int)) < 0
+    assert 0 < dropped.sum() < len(dropped)
+    wanted = [
+        len(CLASSES) if d else samples[n].label for n, d in zip(numbers, dropped, strict=True)
+    ]
+    assert batch.condition.tolist() == wanted
 
 
 @pytest.mark.gpu
@@ -229,5 +240,5 @@ def test_batches_on_a_gpu_equal_those_on_the_host(shards: str) -> None:
     for host, device in islice(zip(*streams, strict=True), 40):
         assert device.moments.is_cuda
         assert torch.equal(device.moments.cpu(), host.moments)
-        assert torch.equal(device.context.cpu(), host.context)
+        assert torch.equal(device.condition.cpu(), host.condition)
         assert torch.equal(device.positions.cpu(), host.positions)

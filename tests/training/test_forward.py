@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from run_files import losses
 
 from ifvit.errors import UserError
+from ifvit.models.build import build_backbone
 from ifvit.training.config import EngineConfig, TrainConfig
+from ifvit.training.forward import prepare_forward
 from ifvit.training.train import train
 
 Recipe = Callable[..., TrainConfig]
@@ -40,6 +43,18 @@ def test_compilation_without_a_compiler_is_refused(
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"engine\.compile: .* no-such-compiler, which is not on"):
         train(recipe(engine=replace(PLAIN, compile=True)))
+
+
+def test_cuda_graphs_are_refused_where_they_cannot_be(recipe: Recipe) -> None:
+    graphs = replace(PLAIN, compile=True, cuda_graphs=True)
+    with pytest.raises(UserError, match=r"engine\.cuda_graphs: needs a CUDA device"):
+        train(recipe(engine=graphs))
+    with pytest.raises(UserError, match=r"engine\.cuda_graphs: cannot accumulate .* over 2 micro"):
+        prepare_forward(
+            build_backbone(recipe().backbone), graphs, torch.device("cuda"), num_micro_batches=2
+        )
+    with pytest.raises(ValueError, match=r"engine\.cuda_graphs: needs engine\.compile"):
+        EngineConfig(cuda_graphs=True)
 
 
 def test_offload_without_deepspeed_is_refused(recipe: Recipe) -> None:

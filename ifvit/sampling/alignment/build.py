@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ifvit.errors import UserError
 from ifvit.models.clip import load_clip, load_token_spans
+from ifvit.models.config import FusionUViTConfig
 from ifvit.models.image_reward import load_image_reward
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.alignment.block_bias import BlockBias
@@ -20,6 +21,7 @@ from ifvit.sampling.alignment.objectives import (
 )
 from ifvit.sampling.alignment.targets import find_targets
 from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.encoders import require_text_encoder
 from ifvit.sampling.method import AlignmentMethod, MethodOf
 from ifvit.sampling.sampler import Sampler
 
@@ -43,6 +45,8 @@ def build_method(
     `objective` replaces what DATE raises by its settings. Raises UserError for settings that do
     not fit the backbone or, when the batch comes, its captions.
     """
+    if config.method != "plain":
+        require_text_encoder(info)
     makers: list[_MethodFor] = []
     if config.method in ("date", "both"):
         makers.append(_date(config, sampler, info, objective))
@@ -91,7 +95,7 @@ def _date(
 def _objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
     terms: list[tuple[float, Objective]] = []
     if config.clip_weight:
-        scorer = load_clip(config.clip or info.text_encoder.name, device)
+        scorer = load_clip(config.clip or require_text_encoder(info).name, device)
         terms.append((config.clip_weight, clip_score_of(scorer)))
     if config.image_reward_weight:
         model = load_image_reward(config.image_reward, device)
@@ -101,6 +105,11 @@ def _objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
 
 def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> _MethodFor:
     shape = sampler.backbone.shape
+    if not isinstance(shape, FusionUViTConfig):
+        raise UserError(
+            f"method {config.method}: attention regulation knows the blocks of fusion_uvit, "
+            f"not those of {shape.architecture}; use date or plain"
+        )
     settings = config.regulation
     blocks = settings.blocks
     if blocks is None:
@@ -110,7 +119,7 @@ def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> 
             f"regulation.blocks {list(blocks)}: this backbone has the fused blocks "
             f"0 ... {shape.num_fused_blocks - 1}"
         )
-    token_spans = load_token_spans(info.text_encoder.name, shape.context_length)
+    token_spans = load_token_spans(require_text_encoder(info).name, shape.context_length)
     num_evaluations = _next_start(math.ceil(settings.share_of_steps * config.num_steps), config)
     side = shape.latent_size // shape.patch_size
 

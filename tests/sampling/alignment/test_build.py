@@ -36,7 +36,7 @@ def sampler(backbone: FusionUViT) -> Sampler:
     return Sampler(
         backbone=backbone,
         autoencoder=Autoencoder(vae.eval(), CLIP),
-        null_context=torch.zeros(6, 16),
+        null_condition=torch.zeros(6, 16),
         scaling_factor=0.5,
     )
 

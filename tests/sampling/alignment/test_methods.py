@@ -31,7 +31,7 @@ def draw(
     positions: tuple[int, ...] = (0, 1, 2),
     config: SamplingConfig = CONFIG,
 ) -> Tensor:
-    null_text = backbone.encode_text(torch.zeros(1, 6, 16))
+    null_text = backbone.encode_condition(torch.zeros(1, 6, 16))
     rows = list(positions)
     return sample_latents(backbone, CONTEXTS[rows], null_text, torch.tensor(rows), config, method)
 

@@ -1,0 +1,137 @@
+"""What engine and sampler see of every backbone, and what all backbones over patches share.
+
+Shapes: B batch, C latent channels, S latent size, L image tokens, M condition tokens, D width.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ifvit.errors import UserError
+from ifvit.models.attention import Backend, load_attention
+from ifvit.models.config import BackboneConfig, FusionUViTConfig, TokenTransformerConfig
+from ifvit.models.layers import Attention, Block, KeysValues, PatchEmbed
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedCondition:
+    """All of a condition that depends on neither time nor latents; computed once per prompt."""
+
+    tokens: Tensor
+    """(B, M, D): text tokens after the text branch, or the class token."""
+    keys_values: tuple[KeysValues | None, ...] = ()
+    """Per fused block, in order of use; None where tokens join the sequence."""
+
+
+class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their config_name differs
+    """Predicts the noise in latents, given a timestep and a caption or a class."""
+
+    shape: BackboneConfig
+
+    @abstractmethod
+    def encode_condition(self, condition: Tensor) -> EncodedCondition:
+        """Contexts (B, M, context_width) of captions, or numbers (B,) of classes, encoded."""
+
+    @abstractmethod
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, condition: Tensor | EncodedCondition
+    ) -> Tensor:
+        """Noise predicted in noisy latents (B, C, S, S) at timesteps (B,) in 0 ... 999.
+
+        `condition` may hold k * B rows, row i meant for latents i mod B; so has the result then.
+        """
+
+    @abstractmethod
+    def set_attention(self, backend: Backend) -> None:
+        """Choose how attention is computed; raises UserError if this machine cannot."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The parts that are compiled, or computed again in the backward pass, one by one."""
+
+    def _encode_for(
+        self, latents: Tensor, condition: Tensor | EncodedCondition
+    ) -> EncodedCondition:
+        """The condition, encoded if it is not yet.
+
+        Raises UserError for latents of another shape, or conditions that are no multiple of them.
+        """
+        size = self.shape.latent_size
+        check_shape("latents", latents, (self.shape.latent_channels, size, size))
+        if not isinstance(condition, EncodedCondition):
+            condition = self.encode_condition(condition)
+        if len(condition.tokens) % len(latents):
+            raise UserError(
+                f"{len(condition.tokens)} conditions cannot be shared out over "
+                f"{len(latents)} latents; give a multiple"
+            )
+        return condition
+
+
+class PatchBackbone(Backbone):
+    """The first and the last layers of transformers over patches, with U-ViT's parameter names."""
+
+    shape: FusionUViTConfig | TokenTransformerConfig
+
+    def set_attention(self, backend: Backend) -> None:
+        """As `Backbone` says."""
+        attend = load_attention(backend)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attend = attend
+
+    def blocks(self) -> list[nn.Module]:
+        """As `Backbone` says."""
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+    def _create_embedding(self, num_tokens: int) -> None:
+        """Patches to tokens, and positions of `num_tokens` tokens."""
+        shape = self.shape
+        self.patch_embed = PatchEmbed(shape.latent_channels, shape.patch_size, shape.width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, shape.width))
+
+    def _create_head(self) -> None:
+        """Tokens to noise."""
+        channels = self.shape.latent_channels
+        self.norm = nn.LayerNorm(self.shape.width)
+        self.decoder_pred = nn.Linear(self.shape.width, self.shape.patch_size**2 * channels)
+        self.final_layer = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def _create_blocks(self, count: int, *, has_skip: bool = False) -> nn.ModuleList:
+        shape = self.shape
+        return nn.ModuleList(
+            Block(shape.width, shape.num_heads, shape.mlp_ratio, has_skip=has_skip)
+            for _ in range(count)
+        )
+
+    def _initialise(self) -> None:
+        """Normal(0, 0.02) positions, Normal(0, init_std) other weights, zero Linear biases."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=self.shape.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _read_noise(self, image_tokens: Tensor) -> Tensor:
+        """Image tokens (B, L, D) to (B, C, S, S)."""
+        patch, side = self.shape.patch_size, self.shape.latent_size // self.shape.patch_size
+        pixels = self.decoder_pred(self.norm(image_tokens))
+        pixels = pixels.unflatten(-1, (patch, patch, -1)).unflatten(1, (side, side))
+        noise: Tensor = self.final_layer(
+            pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        )
+        return noise
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise UserError unless every row of `tensor` has the shape that a backbone was built for."""
+    if tuple(tensor.shape[1:]) != expected:
+        raise UserError(
+            f"{name} of shape {tuple(tensor.shape[1:])} do not fit this backbone, "
+            f"which was built for {expected}"
+        )

@@ -1,0 +1,88 @@
+"""A plain transformer over class, time and image tokens, without long skips unless asked for.
+
+"Exploring Transformer Backbones for Image Diffusion Models" (arXiv 2212.14678); with long skips it
+is class-conditional U-ViT (Bao et al. 2023). Caption tokens may take the place of the class token.
+
+Shapes: B batch, C latent channels, S latent size, L image tokens, M condition tokens, D width.
+"""
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from ifvit.models.backbone import EncodedCondition, PatchBackbone, check_shape
+from ifvit.models.config import TokenTransformerConfig, restore_config
+from ifvit.models.layers import repeat_rows, timestep_embedding
+
+
+class TokenTransformer(PatchBackbone):
+    """Self-attention over class | time | image, or caption | time | image, in all blocks."""
+
+    shape: TokenTransformerConfig
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(  # noqa: PLR0913  diffusers writes config.json from these arguments
+        self,
+        *,
+        latent_size: int,
+        latent_channels: int = 4,
+        num_classes: int | None = None,
+        context_length: int | None = None,
+        context_width: int | None = None,
+        patch_size: int,
+        width: int,
+        num_heads: int,
+        mlp_ratio: int = 4,
+        init_std: float = 0.02,
+        architecture: str = "token_transformer",
+        depth: int,
+        long_skip: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        shape = restore_config(self.config)  # register_to_config has stored the arguments already
+        assert isinstance(shape, TokenTransformerConfig)
+        self.shape = shape
+        self._create_embedding(shape.num_tokens)
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes + 1, width)
+        elif context_width is not None:
+            self.context_embed = nn.Linear(context_width, width)
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
+        )
+        num_skips = depth // 2 if long_skip else 0
+        self.in_blocks = self._create_blocks(depth - num_skips)
+        self.out_blocks = self._create_blocks(num_skips, has_skip=True)
+        self._create_head()
+        self._initialise()
+
+    def encode_condition(self, condition: Tensor) -> EncodedCondition:
+        """Numbers (B,) of classes, or contexts (B, M, context_width), to the first tokens."""
+        if self.shape.context_shape is None:
+            tokens = self.label_emb(condition)[:, None]
+        else:
+            check_shape("context", condition, self.shape.context_shape)
+            tokens = self.context_embed(condition.to(self.pos_embed.dtype))
+        return EncodedCondition(tokens=tokens + self.pos_embed[:, : tokens.shape[1]])
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, condition: Tensor | EncodedCondition
+    ) -> Tensor:
+        """As `Backbone` says. Raises UserError for latents or contexts of another shape."""
+        encoded = self._encode_for(latents, condition)
+        num_conditions = self.shape.num_condition_tokens
+        dtype = self.pos_embed.dtype
+        time = self.time_embed(timestep_embedding(timesteps, self.shape.width).to(dtype))
+        image = self.patch_embed(latents.to(dtype))
+        tokens = torch.cat([time[:, None], image], dim=1) + self.pos_embed[:, num_conditions:]
+        tokens = repeat_rows(tokens, len(encoded.tokens))
+        tokens = torch.cat([encoded.tokens, tokens], dim=1)
+        skips: list[Tensor] = []
+        for block in self.in_blocks:
+            tokens = block(tokens)
+            if self.shape.long_skip:
+                skips.append(tokens)
+        # The last of in_blocks is the middle one, which nothing skips.
+        for block, skip in zip(self.out_blocks, skips[-2::-1], strict=True):
+            tokens = block(tokens, skip=skip)
+        return self._read_noise(tokens[:, num_conditions + 1 :])
