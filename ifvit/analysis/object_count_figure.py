@@ -148,5 +148,4 @@ def _label(axes: Axes, title: str, places: list[str], x_label: str, y_label: str
     axes.set_xticks(range(len(places)), places)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.set_ylim(bottom=0)
     axes.grid(visible=True, axis="y")

@@ -73,7 +73,7 @@ class SceneCounter:
     def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
         """How many of `objects[b]` image b of (B, H, W, 3) shows."""
         return [
-            sum(found.kind == name for found in find_objects(image))
+            sum(found.kind == name.lower() for found in find_objects(image))
             for image, name in zip(images, objects, strict=True)
         ]
 

@@ -33,6 +33,15 @@ def test_bars_are_the_rows_numbers() -> None:
         assert [bar.get_label() for bar in bars] == list(ROWS)
 
 
+def test_axes_begin_at_0_and_hold_every_interval() -> None:
+    rows = {"near": ROWS["cross"], "far": made_row((0, 9), conditioning="concat")}
+    *objects, errors, matches = figure(rows).axes
+    highest = max(one.average_error.high for one in rows["far"].scores if one.object)
+    assert {axes.get_ylim() for axes in objects} == {objects[0].get_ylim()}
+    assert objects[0].get_ylim()[1] > highest
+    assert all(axes.get_ylim()[0] == 0 for axes in (*objects, errors, matches))
+
+
 def test_early_fusion_is_lighter_and_seeds_differ_in_their_hatch() -> None:
     axes = figure(ROWS | {"seed2": ROWS["concat"]}).axes[0]
     bars = {bar.get_label(): bar.patches[0] for bar in axes.containers[1::2]}

@@ -133,7 +133,9 @@ def test_colours_do_not_matter_to_a_count_of_scenes() -> None:
         second=Group(count=1, colour="blue", kind="square"),
     )
     image = draw_scene(scene, rng).image
-    assert open_counter("scenes", None, "cpu").count(image[None], ["square"]) == [3]
+    counter = open_counter("scenes", None, "cpu")
+    counter.check(["Square"])
+    assert counter.count(np.stack([image] * 3), ["square", "Square", "circle"]) == [3, 3, 0]
 
 
 def test_an_unknown_object_is_told_the_names_near_it(tmp_path: Path) -> None:
