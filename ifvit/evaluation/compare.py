@@ -6,26 +6,25 @@ table), OUTPUT/RUN/METHOD with the samples and the row of metrics of each.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.config import CompareConfig, EvaluateConfig, MeasureConfig
-from ifvit.evaluation.evaluate import embed_texts, evaluate
-from ifvit.evaluation.frechet import Features, extract
+from ifvit.evaluation.config import CompareConfig
+from ifvit.evaluation.evaluate import Evaluator
+from ifvit.evaluation.frechet import Features
 from ifvit.evaluation.metrics import Estimate, MetricsRow, estimate_mean
+from ifvit.evaluation.networks import CLIP
 from ifvit.evaluation.rows import row_url, samples_url
-from ifvit.evaluation.samples import Prompt, read_prompts, read_samples
+from ifvit.evaluation.samples import read_samples
 from ifvit.images import Pixels, encode_png
-from ifvit.models.clip import ClipScorer, load_clip
 from ifvit.sampling.alignment.build import date_updates
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.encoders import choose_device
 from ifvit.sampling.grid import make_grid
-from ifvit.shards import ShardReader
+from ifvit.side_channel import open_channel
 
 _NUM_SHOWN = 8
 _EVALUATIONS_PER_UPDATE = 2
@@ -62,35 +61,35 @@ def compare_methods(config: CompareConfig) -> list[Comparison]:
     names = [PurePosixPath(run).name for run in config.runs]
     if len(set(names)) < len(names):
         raise UserError(f"runs {', '.join(names)}: two of one name; copy or link one to another")
-    prompts = read_prompts(ShardReader(config.shards), config.protocol)
-    scorer = load_clip(config.protocol.clip, choose_device(config.device))
-    batch_size = config.protocol.sampling.batch_size
-    texts = embed_texts(scorer, [prompt.score_text for prompt in prompts], batch_size)
     compared: list[Comparison] = []
     columns: list[Pixels] = []
-    for name, run in zip(names, config.runs, strict=True):
-        plain: Features | None = None
-        for method, sampling in _variants(config.protocol.sampling).items():
-            output = storage.join(config.output, name, method)
-            row = evaluate(_evaluation(config, run, sampling, output))
-            assert row is not None  # it is not split over tasks
-            protocol, scale = row.protocol.name, row.protocol.guidance_scale
-            folder = samples_url(row_url(output, protocol, scale, row.step))
-            features = _embed(scorer, folder, prompts, config)
-            plain = features if plain is None else plain
-            compared.append(
-                Comparison(
-                    run=name,
-                    method=method,
-                    evaluations=_num_evaluations(sampling),
-                    row=row,
-                    clip_gain=estimate_mean(((features - plain) * texts).sum(axis=1)),
-                    # 1 - cosine of unit vectors, and exactly 0 for equal ones.
-                    change=estimate_mean(np.square(features - plain).sum(axis=1) / 2),
+    with open_channel() as channel:
+        evaluator = Evaluator(config, channel)
+        for name, run in zip(names, config.runs, strict=True):
+            model = evaluator.open(run)
+            plain: Features | None = None
+            for method, sampling in _variants(config.protocol.sampling).items():
+                output = storage.join(config.output, name, method)
+                row = evaluator.row(model, sampling, output)
+                url = row_url(output, row.protocol.name, sampling.guidance_scale, row.step)
+                features = evaluator.measurement.embed(samples_url(url))[CLIP].part
+                plain = features if plain is None else plain
+                gains = ((features - plain) * evaluator.measurement.texts).sum(axis=1)
+                compared.append(
+                    Comparison(
+                        run=name,
+                        method=method,
+                        evaluations=_num_evaluations(sampling),
+                        row=row,
+                        clip_gain=estimate_mean(gains),
+                        # 1 - cosine of unit vectors, and exactly 0 for equal ones.
+                        change=estimate_mean(np.square(features - plain).sum(axis=1) / 2),
+                    )
                 )
-            )
-            columns.append(next(read_samples(folder, prompts[:_NUM_SHOWN], _NUM_SHOWN)))
-    _write(config.output, compared, columns)
+                shown = evaluator.prompts[:_NUM_SHOWN]
+                columns.append(next(read_samples(samples_url(url), shown, _NUM_SHOWN)))
+        if channel.world.is_main:
+            _write(config.output, compared, columns)
     return compared
 
 
@@ -125,21 +124,6 @@ def _num_evaluations(sampling: SamplingConfig) -> int:
     if sampling.method not in ("date", "both"):
         return sampling.num_steps
     return sampling.num_steps + _EVALUATIONS_PER_UPDATE * len(date_updates(sampling))
-
-
-def _evaluation(
-    config: CompareConfig, run: str, sampling: SamplingConfig, output: str
-) -> EvaluateConfig:
-    shared = {field.name: getattr(config, field.name) for field in fields(MeasureConfig)}
-    protocol = replace(config.protocol, sampling=sampling)
-    return EvaluateConfig(**{**shared, "protocol": protocol}, weights=run, output=output)
-
-
-def _embed(
-    scorer: ClipScorer, folder: str, prompts: list[Prompt], config: CompareConfig
-) -> Features:
-    samples = read_samples(folder, prompts, config.protocol.sampling.batch_size)
-    return np.concatenate(list(extract(scorer.embed_images, samples, choose_device(config.device))))
 
 
 def _write(output: str, compared: list[Comparison], columns: list[Pixels]) -> None:

@@ -101,6 +101,26 @@ class EvaluateConfig(MeasureConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MakeReferenceConfig:
+    """Keep the features of real images in a file, for `ifvit evaluate --reference FILE`."""
+
+    output: str
+    """The .npz file or s3:// URL to write."""
+
+    images: str
+    """Folder of real images; all of them count."""
+
+    image_size: int = 256
+    """Pixels to which they are cropped and resized: those of the shards they stand against."""
+
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    """Of a protocol its networks count: clip and inception."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig(MeasureConfig):
     """Draw the same captions from the same noise by every alignment method, and measure them."""
 

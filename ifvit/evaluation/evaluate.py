@@ -1,255 +1,165 @@
-"""The verb `evaluate`: a checkpoint and held-out captions => one MetricsRow."""
+"""The verb `evaluate`: weights, guidance scales and held-out captions => rows of metrics."""
 
 import itertools
-import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from dataclasses import replace
+from functools import cached_property
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.clip_score import clip_score, clip_score_paper
-from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
-from ifvit.evaluation.frechet import (
-    Features,
-    FeatureStatistics,
-    RunningStatistics,
-    estimate_frechet,
-    extract,
-    statistics,
-)
+from ifvit.evaluation.config import EvaluateConfig, MeasureConfig
+from ifvit.evaluation.draw import Model, draw_missing, open_model
+from ifvit.evaluation.measure import Measurement, Numbers, scene_numbers
 from ifvit.evaluation.metrics import MetricsRow, estimates_of, read_row, write_row
-from ifvit.evaluation.protocol import Protocol
-from ifvit.evaluation.references import list_images, read_batches
-from ifvit.evaluation.retrieval import retrieval_accuracy
+from ifvit.evaluation.progress import show_progress
+from ifvit.evaluation.protocol import Protocol, differences
+from ifvit.evaluation.references import list_images
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
-from ifvit.evaluation.samples import (
-    Prompt,
-    describe_samples,
-    draw_missing,
-    hash_prompts,
-    read_prompts,
-    read_samples,
-    write_overview,
-)
-from ifvit.evaluation.scenes_accuracy import ScenesAccuracy, scenes_accuracy, score_scenes
-from ifvit.images import Pixels
-from ifvit.models.clip import ClipScorer, load_clip
-from ifvit.models.uvit import FusionUViT
-from ifvit.models.weights import WeightsInfo, find_weights, load_weights
-from ifvit.sampling.alignment.build import build_method
-from ifvit.sampling.encoders import (
-    check_identity,
-    choose_device,
-    open_autoencoder,
-    weights_sha256,
-)
-from ifvit.sampling.sampler import Sampler
+from ifvit.evaluation.samples import read_prompts, read_samples, write_overview
+from ifvit.evaluation.scenes_accuracy import score_scenes
+from ifvit.models.weights import find_weights, run_of
+from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.encoders import choose_device
 from ifvit.scenes.score import SceneScore
-from ifvit.shards import Manifest, ShardReader
+from ifvit.shards import ShardReader
+from ifvit.side_channel import SideChannel, open_channel
 
-Batch = TypeVar("Batch", Features, Pixels)
 
+def evaluate(config: EvaluateConfig) -> list[MetricsRow]:
+    """A row for every chosen step and guidance scale, written where `row_url` says.
 
-def evaluate(config: EvaluateConfig) -> MetricsRow | None:
-    """Draw what is not drawn yet, measure, write the row where `row_url` says, return it.
-
-    One of several tasks draws its share and returns None.
+    What is drawn or measured already is not done again. Under torchrun or srun the processes share
+    the work and all return the rows. One of several tasks draws its share and returns no rows.
     Raises UserError for shards of other encoders than the backbone's, or other samples in place.
     """
-    device = choose_device(config.device)
-    backbone, info = load_weights(config.weights)
-    reader = ShardReader(config.shards)
-    _check_fit(backbone, info, reader)
-    references = list_images(config.images) if config.images else []
-    protocol, sampling = config.protocol, config.protocol.sampling
-    prompts = read_prompts(reader, protocol)
-    digest = weights_sha256(backbone)
-    output = _output_folder(config)
-    url = row_url(output, protocol.name, sampling.guidance_scale, info.step)
-    folder = samples_url(url)
-    backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
-    sampler = Sampler(
-        backbone=backbone,
-        autoencoder=open_autoencoder(info, device),
-        null_context=torch.from_numpy(np.array(reader.null_context)),
-        scaling_factor=info.scaling_factor,
-    )
-    settings = describe_samples(digest, reader.manifest, protocol)
-    share = prompts[config.task :: config.num_tasks]
-
-    def captions_of(positions: Tensor) -> list[str]:
-        return [prompts[position].text for position in positions.tolist()]
-
-    method_of = build_method(sampling, sampler, info, captions_of)
-    seconds = draw_missing(folder, sampler, reader, share, settings, sampling, method_of)
-    if config.num_tasks > 1:
-        sys.stdout.write(f"{folder}: share {config.task} of {config.num_tasks} is drawn\n")
-        return None
-    scores = _score(folder, prompts, sampling.batch_size) if protocol.scenes else None
-    write_overview(folder, prompts, references, reader.manifest.image_size, scores)
-    weights = _Provenance(info=info, sha256=digest)
-    row = _measure(config, folder, prompts, references, reader.manifest, weights)
-    if scores:
-        row = _add_scenes(row, scenes_accuracy(scores))
-    if seconds is None and storage.exists(url):
-        seconds = read_row(url).seconds_per_image
-    row = replace(row, seconds_per_image=seconds)
-    write_row(url, row)
-    sys.stdout.write(f"{url}\n{format_row(row)}\n")
-    return row
+    with open_channel() as channel:
+        evaluator = Evaluator(config, channel)
+        output = config.output or _rows_folder(config.weights)
+        scales = config.guidance_scales or [config.protocol.sampling.guidance_scale]
+        rows = []
+        for weights in _weights_of(config):
+            model = evaluator.open(weights)
+            for scale in scales:
+                sampling = replace(config.protocol.sampling, guidance_scale=scale)
+                if config.num_tasks > 1:
+                    evaluator.draw(model, sampling, output, config.task, config.num_tasks)
+                else:
+                    rows.append(evaluator.row(model, sampling, output))
+    return rows
 
 
 def format_row(row: MetricsRow) -> str:
-    """The measured numbers, one a line, with their standard errors."""
+    """The measured numbers, one a line, with their 95 % intervals."""
     return "\n".join(
-        f"{name:20}{estimate.value:10.4f} +- {estimate.standard_error:.4f}"
+        f"{name:20}{estimate.value:10.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]"
         for name, estimate in estimates_of(row).items()
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Provenance:
-    info: WeightsInfo
-    sha256: str
+class Evaluator:
+    """What the rows of one command share: captions, and what they are measured by."""
 
+    def __init__(self, config: MeasureConfig, channel: SideChannel) -> None:
+        self._config = config
+        self._channel = channel
+        self._reader = ShardReader(config.shards)
+        self.prompts = read_prompts(self._reader, config.protocol)
+        self._photographs = list_images(config.images) if config.images else []
 
-def _check_fit(backbone: FusionUViT, info: WeightsInfo, reader: ShardReader) -> None:
-    """Raise UserError unless the shards were made by the backbone's encoders, in its shape."""
-    manifest = reader.manifest
-    check_identity(f"{reader.url}: vae", manifest.vae, info.vae)
-    check_identity(f"{reader.url}: text encoder", reader.text.encoder, info.text_encoder)
-    size = backbone.shape.latent_size
-    if manifest.moments_shape != (2 * backbone.shape.latent_channels, size, size):
-        raise UserError(
-            f"{reader.url}: moments {manifest.moments_shape} do not fit a backbone of "
-            f"{backbone.shape.latent_channels} x {size} x {size} latents; encode at its image size"
+    @cached_property
+    def measurement(self) -> Measurement:
+        """Opened when there is something to measure."""
+        return Measurement(self._config, self._reader.manifest, self.prompts, self._channel)
+
+    def open(self, weights: str) -> Model:
+        """Weights that fit the shards."""
+        return open_model(weights, self._reader, choose_device(self._config.device))
+
+    def draw(
+        self, model: Model, sampling: SamplingConfig, output: str, task: int = 0, num_tasks: int = 1
+    ) -> float | None:
+        """Draw what is missing of a task's share; returns this process's seconds per image."""
+        folder = samples_url(self._row_url(model, sampling, output))
+        world = self._channel.world
+        share = self.prompts[task::num_tasks][world.rank :: world.size]
+        protocol = replace(self._config.protocol, sampling=sampling)
+        seconds = draw_missing(folder, model, self._reader, share, protocol)
+        if num_tasks > 1 and world.is_main:
+            sys.stdout.write(f"{folder}: share {task} of {num_tasks} is drawn\n")
+        return seconds
+
+    def row(self, model: Model, sampling: SamplingConfig, output: str) -> MetricsRow:
+        """Draw, measure, write; or read the row that is there, if it is of the same protocol."""
+        url, main = self._row_url(model, sampling, output), self._channel.on_main
+        protocol = self.measurement.protocol(sampling)
+        before = main(lambda: read_row(url) if storage.exists(url) else None)
+        if before and self._is_done(before, model, protocol):
+            main(lambda: _tell(f"{url} is there\n{format_row(before)}\n"))
+            return before
+        seconds = self.draw(model, sampling, output)
+        self._channel.gather(None)  # until the others have drawn, too
+        drawn = self.measurement.embed(samples_url(url))
+        _ = self.measurement.reference_features
+
+        def measure() -> MetricsRow:
+            numbers = self._overlook(samples_url(url)) | self.measurement.compare(drawn)
+            row = MetricsRow(
+                weights=model.url,
+                weights_sha256=model.sha256,
+                step=model.info.step,
+                ema_decay=model.info.ema_decay,
+                protocol=protocol,
+                seconds_per_image=seconds or (before.seconds_per_image if before else None),
+                **numbers,  # type: ignore[arg-type]  # some fields are never None
+            )
+            write_row(url, row)
+            _tell(f"{url}\n{format_row(row)}\n")
+            return row
+
+        return main(measure)
+
+    def _row_url(self, model: Model, sampling: SamplingConfig, output: str) -> str:
+        return row_url(output, self._config.protocol.name, sampling.guidance_scale, model.info.step)
+
+    def _is_done(self, row: MetricsRow, model: Model, protocol: Protocol) -> bool:
+        """Whether computing the row again would give the same one."""
+        return (
+            row.weights_sha256 == model.sha256
+            and not differences(row.protocol, protocol)
+            and (row.scene_accuracy is not None or not self._config.protocol.scenes)
         )
 
-
-def _output_folder(config: EvaluateConfig) -> str:
-    """RUN/evaluation of RUN/weights/step_…, or `evaluation` in a weights folder without run."""
-    if config.output:
-        return config.output
-    run = re.split(r"/?\bweights/step_\d+", find_weights(config.weights))[0]
-    return storage.join(run or ".", FOLDER)
-
-
-def _measure(
-    config: EvaluateConfig,
-    folder: str,
-    prompts: list[Prompt],
-    references: list[Path],
-    manifest: Manifest,
-    weights: _Provenance,
-) -> MetricsRow:
-    """All metrics of the PNG files in `folder`."""
-    device = choose_device(config.device)
-    scorer = load_clip(config.protocol.clip, device)
-    batch_size, prefix = config.protocol.sampling.batch_size, config.protocol.paper_prefix
-    captions = [prompt.score_text for prompt in prompts]
-    samples = read_samples(folder, prompts, batch_size)
-    drawn = np.concatenate(
-        list(_progress(extract(scorer.embed_images, samples, device), len(prompts), "score"))
-    )
-    plain = embed_texts(scorer, captions, batch_size)
-    prefixed = embed_texts(scorer, [prefix + text for text in captions], batch_size)
-    reference = _reference_statistics(scorer, references, manifest.image_size, batch_size, device)
-    return MetricsRow(
-        weights=config.weights,
-        weights_sha256=weights.sha256,
-        step=weights.info.step,
-        ema_decay=weights.info.ema_decay,
-        protocol=_protocol(config.protocol, prompts, manifest, scorer, reference),
-        frechet_distance=estimate_frechet(drawn, statistics(drawn), reference)
-        if reference
-        else None,
-        clip_score=clip_score(drawn, plain),
-        clip_score_paper=clip_score_paper(drawn, prefixed),
-        retrieval_at_16=retrieval_accuracy(drawn, plain, captions),
-    )
+    def _overlook(self, folder: str) -> Numbers:
+        """Write what shows the samples to people; on scenes, score them."""
+        scores: list[SceneScore] = []
+        if self._config.protocol.scenes:
+            batches = read_samples(folder, self.prompts, self._config.protocol.sampling.batch_size)
+            shown = show_progress(batches, len(self.prompts), "scenes", self._channel.world)
+            captions = [prompt.text for prompt in self.prompts]
+            scores = score_scenes(itertools.chain.from_iterable(shown), captions)
+        size = self._reader.manifest.image_size
+        write_overview(folder, self.prompts, self._photographs, size, scores)
+        return scene_numbers(scores) if scores else {}
 
 
-def _protocol(
-    config: ProtocolConfig,
-    prompts: list[Prompt],
-    manifest: Manifest,
-    scorer: ClipScorer,
-    reference: FeatureStatistics | None,
-) -> Protocol:
-    sampling = config.sampling
-    return Protocol(
-        name=config.name,
-        num_samples=config.num_samples,
-        prompts_sha256=hash_prompts(prompts),
-        caption_rule=config.caption_rule,
-        score_caption=config.score_caption,
-        seed=sampling.seed,
-        solver=sampling.solver,
-        num_steps=sampling.num_steps,
-        guidance_scale=sampling.guidance_scale,
-        guidance_low=sampling.guidance_low,
-        guidance_high=sampling.guidance_high,
-        method=sampling.method,
-        image_size=manifest.image_size,
-        resize=manifest.resize,
-        features=scorer.identity.name,
-        features_sha256=scorer.identity.sha256,
-        paper_prefix=config.paper_prefix,
-        inception=None,
-        inception_sha256=None,
-        num_reference_images=reference.num_samples if reference else None,
-        reference_sha256=reference.sha256 if reference else None,
-    )
+def _weights_of(config: EvaluateConfig) -> list[str]:
+    """The weights folders to measure. Raises UserError for steps that the run does not have."""
+    if config.steps is None:
+        return [config.weights]
+    folder = storage.join(config.weights, "weights")
+    saved = [name for name in storage.list_names(folder) if name.startswith("step_")]
+    wanted = saved if config.steps == "all" else [f"step_{step:08d}" for step in config.steps]
+    missing = sorted(set(wanted) - set(saved))
+    if missing or not wanted:
+        there = ", ".join(saved) or "none"
+        raise UserError(f"{folder}: no {', '.join(missing) or 'weights'}; there are: {there}")
+    return [storage.join(folder, name) for name in wanted]
 
 
-def _reference_statistics(
-    scorer: ClipScorer, paths: list[Path], image_size: int, batch_size: int, device: str
-) -> FeatureStatistics | None:
-    if not paths:
-        return None
-    running = RunningStatistics()
-    batches = read_batches(paths, image_size, batch_size)
-    features = extract(scorer.embed_images, batches, device)
-    for batch in _progress(features, len(paths), "real images"):
-        running.add(batch)
-    return running.finish()
+def _rows_folder(weights: str) -> str:
+    """RUN/evaluation of RUN/weights/step_…; `evaluation` here for weights without a run."""
+    return storage.join(run_of(find_weights(weights)) or ".", FOLDER)
 
 
-def _score(folder: str, prompts: list[Prompt], batch_size: int) -> list[SceneScore]:
-    batches = read_samples(folder, prompts, batch_size)
-    images = itertools.chain.from_iterable(_progress(batches, len(prompts), "scenes"))
-    return score_scenes(images, [prompt.text for prompt in prompts])
-
-
-def _add_scenes(row: MetricsRow, accuracy: ScenesAccuracy) -> MetricsRow:
-    return replace(
-        row,
-        count_accuracy=accuracy.count,
-        colour_accuracy=accuracy.colour,
-        kind_accuracy=accuracy.kind,
-        relation_accuracy=accuracy.relation,
-        scene_accuracy=accuracy.scene,
-    )
-
-
-def embed_texts(scorer: ClipScorer, captions: list[str], batch_size: int) -> Features:
-    """N captions => (N, E) float32."""
-    starts = range(0, len(captions), batch_size)
-    batches = (scorer.embed_texts(captions[start : start + batch_size]) for start in starts)
-    return torch.cat([batch.cpu() for batch in batches]).numpy()
-
-
-def _progress(batches: Iterable[Batch], total: int, title: str) -> Iterator[Batch]:
-    """Pass batches on and show how many of `total` images have gone by."""
-    with tqdm(total=total, unit="image", desc=title, leave=False) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
+def _tell(text: str) -> None:
+    sys.stdout.write(text)

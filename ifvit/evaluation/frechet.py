@@ -3,17 +3,14 @@
 F is the feature width.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ifvit.evaluation.metrics import Estimate, estimate_around
-from ifvit.images import Pixels, to_model_range
 
 Floats = NDArray[np.float64]
 Features = NDArray[np.floating]
@@ -35,14 +32,6 @@ class FeatureStatistics:
     mean: Floats
     covariance: Floats
 
-    @property
-    def sha256(self) -> str:
-        """Hash of count, mean and covariance, rounded so that the last bits do not matter."""
-        digest = hashlib.sha256(str(self.num_samples).encode())
-        for array in (self.mean, self.covariance):
-            digest.update(np.round(array, 6).astype(np.float32).tobytes())
-        return digest.hexdigest()
-
 
 class RunningStatistics:
     """Accumulates features batch by batch in float64; holds one (F, F) matrix, no samples."""
@@ -53,14 +42,25 @@ class RunningStatistics:
         self._scatter: Floats = np.zeros((1, 1))
 
     def add(self, features: Features) -> None:
-        """Merge a batch (B, F) by the pairwise update of Chan et al. 1979 (no cancellation)."""
+        """Add a batch (B, F)."""
         batch = features.astype(np.float64)
-        total = self._count + len(batch)
-        centred = batch - batch.mean(axis=0)
-        shift = batch.mean(axis=0) - self._mean
-        between = np.outer(shift, shift) * (self._count * len(batch) / total)
-        self._scatter = self._scatter + centred.T @ centred + between
-        self._mean = self._mean + shift * (len(batch) / total)
+        mean = batch.mean(axis=0)
+        centred = batch - mean
+        self._merge(len(batch), mean, centred.T @ centred)
+
+    def merge(self, other: "RunningStatistics") -> None:
+        """Add all that `other` has added."""
+        self._merge(other._count, other._mean, other._scatter)
+
+    def _merge(self, count: int, mean: Floats, scatter: Floats) -> None:
+        """The pairwise update of Chan et al. 1979 (no cancellation)."""
+        if count == 0:
+            return
+        total = self._count + count
+        shift = mean - self._mean
+        self._scatter = self._scatter + scatter
+        self._scatter += np.outer(shift, shift) * (self._count * count / total)
+        self._mean = self._mean + shift * (count / total)
         self._count = total
 
     def finish(self) -> FeatureStatistics:
@@ -75,13 +75,6 @@ def statistics(features: Features) -> FeatureStatistics:
     running = RunningStatistics()
     running.add(features)
     return running.finish()
-
-
-@torch.no_grad()
-def extract(network: FeatureNetwork, batches: Iterable[Pixels], device: str) -> Iterator[Features]:
-    """Features float32 (B, F) of each batch uint8 (B, H, W, 3)."""
-    for pixels in batches:
-        yield network(to_model_range(pixels).to(device)).float().cpu().numpy()
 
 
 def estimate_frechet(

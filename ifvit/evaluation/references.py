@@ -1,13 +1,17 @@
 """Real images of the evaluation set, cropped and resized as they were for training."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import UnidentifiedImageError
+from tqdm import tqdm
 
 from ifvit.errors import UserError
 from ifvit.images import Pixels, read_square
+from ifvit.side_channel import SideChannel
+from ifvit.storage import sha256_of
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -36,8 +40,28 @@ def read_reference(path: Path, image_size: int) -> Pixels:
         raise UserError(f"{path}: not a readable image ({error}); replace or delete it") from None
 
 
-def read_batches(paths: list[Path], image_size: int, batch_size: int) -> Iterator[Pixels]:
+def read_batches(paths: Sequence[Path], image_size: int, batch_size: int) -> Iterator[Pixels]:
     """All images in order, (B, image_size, image_size, 3) at a time."""
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         yield np.stack([read_reference(path, image_size) for path in batch])
+
+
+def hash_images(paths: Sequence[Path], image_size: int, resize: str, channel: SideChannel) -> str:
+    """SHA-256 of the files' contents, in order, and of how they become pixels.
+
+    Not of the features, whose last bits differ between machines. Every process hashes a share.
+    """
+    world = channel.world
+    share = tqdm(
+        paths[world.rank :: world.size],
+        unit="image",
+        desc="hash real images",
+        leave=False,
+        disable=not world.is_main,
+    )
+    digests = channel.gather([sha256_of(path) for path in share])
+    whole = hashlib.sha256(f"{resize} {image_size}".encode())
+    for position in range(len(paths)):
+        whole.update(digests[position % world.size][position // world.size].encode())
+    return whole.hexdigest()

@@ -1,21 +1,18 @@
-"""The images of one evaluation: drawn once, kept as PNG files, continued after a break.
+"""The captions of one evaluation, and the images that were drawn for them.
 
-FOLDER/settings.json says what the PNG files are, FOLDER/samples.jsonl which caption each one
-shows, FOLDER/grid.png shows the first of them, real_*.png the photographs of the same captions.
+FOLDER/POSITION.png are the images, FOLDER/settings.json says how they were drawn,
+FOLDER/samples.jsonl which caption each one shows, FOLDER/grid.png shows the first of them,
+real_*.png the photographs of the same captions.
 """
 
 import hashlib
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ifvit import storage
 from ifvit.errors import UserError
@@ -23,21 +20,15 @@ from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.references import find_image, read_reference
 from ifvit.images import Pixels, encode_png
 from ifvit.randomness import Stream, draw
-from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.files import (
-    claim_folder,
     image_name,
     image_url,
-    missing_images,
     read_images,
-    write_images,
     write_jsonl,
 )
 from ifvit.sampling.grid import make_grid
-from ifvit.sampling.method import MethodOf
-from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.scenes.score import SceneScore
-from ifvit.shards import Manifest, ShardReader
+from ifvit.shards import ShardReader
 
 _NUM_SHOWN = 64
 
@@ -86,48 +77,6 @@ def hash_prompts(prompts: Sequence[Prompt]) -> str:
     """SHA-256 of which captions of which images are drawn, in order."""
     drawn = [[prompt.image_id, prompt.text] for prompt in prompts]
     return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
-
-
-def describe_samples(
-    weights_sha256: str, manifest: Manifest, protocol: ProtocolConfig
-) -> dict[str, Any]:
-    """All that decides what a position's image looks like; batch size does not."""
-    shards = json.dumps([entry.sha256 for entry in manifest.shards])
-    # As JSON gives it back: a tuple would not equal the list that is read.
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(protocol.sampling))) | {
-        "weights_sha256": weights_sha256,
-        "caption_rule": protocol.caption_rule,
-        "shards_sha256": hashlib.sha256(shards.encode()).hexdigest(),
-    }
-    del settings["batch_size"]
-    return settings
-
-
-def draw_missing(
-    folder: str,
-    sampler: Sampler,
-    reader: ShardReader,
-    prompts: list[Prompt],
-    settings: dict[str, Any],
-    sampling: SamplingConfig,
-    method_of: MethodOf | None,
-) -> float | None:
-    """Draw the prompts whose PNG is not in `folder` yet; seconds per image, None if all are there.
-
-    Raises UserError when the folder holds images of other settings, so that none is lost.
-    """
-    claim_folder(folder, settings)
-    captions = {prompt.position: prompt.caption for prompt in prompts}
-    positions = missing_images(folder, captions)
-
-    def context_of(batch: Tensor) -> Tensor:
-        contexts = [reader.context(p, captions[p]) for p in batch.tolist()]
-        return torch.from_numpy(np.stack(contexts))
-
-    started = time.perf_counter()
-    images = generate_images(sampler, context_of, positions, sampling, method_of)
-    write_images(folder, positions, images)
-    return (time.perf_counter() - started) / len(positions) if positions else None
 
 
 def write_overview(

@@ -23,8 +23,10 @@ class HeldOut:
     images: str
 
 
-def save_run(folder: Path, manifest: Manifest, vae: EncoderIdentity | None = None) -> str:
-    """A run folder whose weights of step 7 are random, for the latents of `manifest`."""
+def save_run(
+    folder: Path, manifest: Manifest, vae: EncoderIdentity | None = None, step: int = 7
+) -> str:
+    """A run folder whose weights of `step` are random, for the latents of `manifest`."""
     torch.manual_seed(0)
     channels, size, _ = manifest.moments_shape
     length, width = manifest.text.context_shape
@@ -36,7 +38,7 @@ def save_run(folder: Path, manifest: Manifest, vae: EncoderIdentity | None = Non
         init_std=0.2,
     )
     info = WeightsInfo(
-        step=7,
+        step=step,
         ema_decay=0.999,
         scaling_factor=manifest.scaling_factor,
         vae=vae or manifest.vae,
@@ -44,5 +46,5 @@ def save_run(folder: Path, manifest: Manifest, vae: EncoderIdentity | None = Non
         recipe_sha256="0" * 64,
     )
     backbone = FusionUViT(**dataclasses.asdict(shape))
-    save_weights(str(folder / "weights" / "step_00000007" / "ema"), backbone, info)
+    save_weights(str(folder / "weights" / f"step_{step:08d}" / "ema"), backbone, info)
     return str(folder)

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 from held_out_scenes import HeldOut, save_run
 
+from ifvit.analysis.runs import read_run
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
-from ifvit.evaluation.frechet import extract, frechet_distance, statistics
+from ifvit.evaluation.frechet import frechet_distance, statistics
 from ifvit.evaluation.metrics import read_row
+from ifvit.evaluation.protocol import differences
 from ifvit.evaluation.references import list_images, read_batches, read_reference
 from ifvit.evaluation.retrieval import retrieval_accuracy
+from ifvit.evaluation.samples import hash_prompts, read_prompts
 from ifvit.evaluation.scenes_accuracy import scenes_accuracy, score_scenes
-from ifvit.images import decode_png
+from ifvit.images import decode_png, to_model_range
 from ifvit.models.clip import load_clip
 from ifvit.sampling.config import SamplingConfig
 from ifvit.shards import EncoderIdentity, ShardReader
@@ -30,7 +33,7 @@ def with_protocol(config: EvaluateConfig, **changes: object) -> EvaluateConfig:
 def test_one_evaluation_leaves_its_row_its_images_and_their_captions(
     config: EvaluateConfig, held_out: HeldOut, run: str
 ) -> None:
-    row = evaluate(config)
+    (row,) = evaluate(config)
     folder = Path(run, "evaluation/test/w2/step_00000007")
     assert read_row(f"{folder}.json") == row
     assert (row.step, row.ema_decay, row.protocol.num_samples) == (7, 0.999, 20)
@@ -48,18 +51,91 @@ def test_one_evaluation_leaves_its_row_its_images_and_their_captions(
     assert set(samples[0]["scores"]) == {"count", "colour", "kind", "relation"}
 
 
-def test_a_second_evaluation_draws_only_what_is_missing(config: EvaluateConfig, run: str) -> None:
-    evaluate(config)
+def test_a_row_that_is_there_is_not_computed_again(config: EvaluateConfig, run: str) -> None:
+    (row,) = evaluate(config)
+    folder = Path(run, "evaluation/test/w2/step_00000007")
+    (folder / "00004.png").unlink()
+    assert evaluate(config) == [row]
+    assert not (folder / "00004.png").exists()
+
+
+def test_without_a_row_only_missing_images_are_drawn(config: EvaluateConfig, run: str) -> None:
+    (row,) = evaluate(config)
     folder = Path(run, "evaluation/test/w2/step_00000007")
     kept, lost = folder / "00003.png", folder / "00004.png"
     kept_at, before = kept.stat().st_mtime_ns, decode_png(lost.read_bytes())
-    row = evaluate(config)
-    assert evaluate(config) == row
     lost.unlink()
-    evaluate(config)
+    Path(f"{folder}.json").unlink()
+    (again,) = evaluate(config)
     assert kept.stat().st_mtime_ns == kept_at
     after = decode_png(lost.read_bytes())
     assert np.abs(after.astype(int) - before).max() <= 1  # a rounding in another batch
+    assert again.clip_score.value == pytest.approx(row.clip_score.value, abs=1e-4)
+
+
+def test_a_row_of_another_protocol_is_replaced(config: EvaluateConfig) -> None:
+    (row,) = evaluate(dataclasses.replace(config, images=None))
+    assert row.frechet_distance is None
+    (other,) = evaluate(config)
+    assert other.frechet_distance is not None
+    assert other.seconds_per_image == row.seconds_per_image
+    assert differences(row.protocol, other.protocol) == [
+        "num reference images none against 24",
+        f"reference hash none against {other.protocol.reference_sha256[:12]}",
+    ]
+
+
+def test_every_step_and_guidance_scale_gets_its_row(
+    config: EvaluateConfig, held_out: HeldOut, run: str
+) -> None:
+    save_run(Path(run), held_out.manifest, step=12)
+    few = with_protocol(config, num_samples=2, scenes=False)
+    few = dataclasses.replace(few, images=None, steps="all", guidance_scales=[1.0, 2.5])
+    rows = evaluate(few)
+    found = [(row.step, row.protocol.guidance_scale) for row in rows]
+    assert found == [(7, 1.0), (7, 2.5), (12, 1.0), (12, 2.5)]
+    read = read_run(run, "run")
+    assert read.rows == [rows[0], rows[2], rows[1], rows[3]]
+    assert [row.step for row in read.evaluations] == [7, 12]
+    assert read.last == rows[2]
+    assert evaluate(dataclasses.replace(few, steps=[12])) == rows[2:]
+    with pytest.raises(UserError, match=r"no step_00000008; there are: step_00000007, step_0000"):
+        evaluate(dataclasses.replace(few, steps=[7, 8]))
+
+
+def test_tasks_draw_and_one_more_measures(config: EvaluateConfig, run: str) -> None:
+    few = dataclasses.replace(with_protocol(config, num_samples=5), num_tasks=2)
+    assert evaluate(few) == []
+    assert evaluate(dataclasses.replace(few, task=1)) == []
+    folder = Path(run, "evaluation/test/w2/step_00000007")
+    assert [path.name for path in sorted(folder.glob("*.png"))] == [
+        f"{position:05d}.png" for position in range(5)
+    ]
+    (row,) = evaluate(dataclasses.replace(few, num_tasks=1))
+    assert row.clip_score.num_samples == 5
+
+
+def test_a_random_caption_is_drawn_and_the_first_one_scored(
+    config: EvaluateConfig, held_out: HeldOut, run: str
+) -> None:
+    protocol = dataclasses.replace(
+        config.protocol, caption_rule="random", score_caption="first", scenes=False
+    )
+    reader = ShardReader(held_out.shards)
+    prompts = read_prompts(reader, protocol)
+    assert len({prompt.caption for prompt in prompts}) > 2
+    for prompt in prompts:
+        captions = reader.metadata(prompt.position).captions
+        assert prompt.text == captions[prompt.caption]
+        assert prompt.score_text == captions[0]
+    assert read_prompts(reader, protocol) == prompts
+    other = dataclasses.replace(protocol, score_caption="same")
+    assert all(prompt.score_text == prompt.text for prompt in read_prompts(reader, other))
+    (row,) = evaluate(dataclasses.replace(config, protocol=protocol, images=None))
+    samples = Path(run, "evaluation/test/w2/step_00000007/samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in samples] == [p.text for p in prompts]
+    assert row.protocol.caption_rule == "random"
+    assert row.protocol.prompts_sha256 == hash_prompts(prompts)
 
 
 def test_samples_of_other_settings_are_not_mixed_or_lost(config: EvaluateConfig) -> None:
@@ -115,7 +191,7 @@ def test_real_scenes_score_as_good_as_it_gets(held_out: HeldOut) -> None:
     assert accuracy.scene.value == 1
 
     scorer = load_clip("scenes/clip")
-    features = np.concatenate(list(extract(scorer.embed_images, [images], "cpu")))
+    features = scorer.embed_images(to_model_range(images)).numpy()
     found = retrieval_accuracy(features, scorer.embed_texts(captions).numpy(), captions)
     assert found is not None
     assert found.value > 0.8
