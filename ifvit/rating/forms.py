@@ -10,8 +10,8 @@ CANNOT_TELL = "cannot tell"
 """The reason behind its own button when counting."""
 
 SKIP_REASONS: dict[Kind, tuple[str, ...]] = {
-    "preference": ("too close to call", "prompt is unclear", "images do not show", "other"),
-    "counting": ("object is unclear", "image does not show", "other"),
+    "preference": ("too close to call", "text is unclear", "images do not load", "other"),
+    "counting": ("object is unclear", "image does not load", "other"),
 }
 
 

@@ -241,7 +241,9 @@ def _is_foreign(request: Request) -> bool:
     origin = request.headers.get("origin")
     if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
         return True
-    return origin is not None and urllib.parse.urlsplit(origin).netloc != request.headers["host"]
+    return origin is not None and urllib.parse.urlsplit(origin).netloc != request.headers.get(
+        "host"
+    )
 
 
 async def _read_fields(request: Request) -> dict[str, str]:
@@ -279,4 +281,5 @@ def _listen(config: ServeConfig) -> socket.socket:
             f"{config.host}:{config.port}: cannot listen there ({error.strerror}); "
             "give another --host or --port"
         ) from None
+    listener.listen()  # from here on early visitors wait rather than fail
     return listener

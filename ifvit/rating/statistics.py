@@ -9,7 +9,7 @@ from typing import Literal
 import krippendorff
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import chi2
+from scipy.special import chdtrc
 
 from ifvit.evaluation.metrics import Estimate, estimate_share
 
@@ -65,7 +65,7 @@ def order_bias(ranks: Floats) -> OrderBias:
     return OrderBias(
         mean_ranks=(sums / number).tolist(),
         chi_square=float(statistic),
-        p_value=float(chi2.sf(statistic, places - 1)),
+        p_value=float(chdtrc(places - 1, statistic)),
         num_answers=number,
     )
 

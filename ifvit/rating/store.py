@@ -25,8 +25,10 @@ CREATE TABLE answer (
 );
 CREATE INDEX answer_to ON answer (rater, item, repetition);
 -- A changed answer is a new row; the old ones stay as its history.
-CREATE VIEW current_answer AS SELECT * FROM answer
-WHERE id IN (SELECT max(id) FROM answer GROUP BY rater, item, repetition);
+CREATE VIEW current_answer AS SELECT * FROM answer AS this WHERE NOT EXISTS (
+    SELECT 1 FROM answer AS later WHERE later.rater = this.rater AND later.item = this.item
+    AND later.repetition = this.repetition AND later.id > this.id
+);
 """
 
 
@@ -58,8 +60,8 @@ class Answer:
 class Store:
     """study.sqlite in a study's folder; one object serves any number of threads.
 
-    Every method is one SQL statement that commits by itself, so a process that is killed loses
-    nothing that a method has returned from.
+    Every statement commits by itself, so a process that is killed loses nothing that a method has
+    returned from.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,8 +132,8 @@ class Store:
         """The current answers of one rater or of all, oldest first."""
         rows = self._connection.execute(
             "SELECT rater, item, repetition, shown, value, skip_reason, answered_at"
-            " FROM current_answer WHERE ?1 IS NULL OR rater = ?1 ORDER BY id",
-            (rater,),
+            f" FROM current_answer {'' if rater is None else 'WHERE rater = ?'} ORDER BY id",
+            () if rater is None else (rater,),
         ).fetchall()
         return [
             Answer(

@@ -28,9 +28,9 @@ function ranking() {
     field.value = order.join(",");
     next.disabled = order.length < choices.length;
     by("clear").disabled = order.length === 0;
-    by("hint").textContent = next.disabled
-      ? `Choose the ${ordinal(order.length)} image. Choose a ranked one again to take it back.`
-      : "Ranked. Go on, or choose an image again to take it back.";
+    by("hint").textContent =
+      (next.disabled ? `Choose the ${ordinal(order.length)} image.` : "All are ranked.") +
+      (order.length ? " Choose a ranked one again to take it back." : "");
   }
 
   function toggle(place) {

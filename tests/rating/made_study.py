@@ -1,0 +1,96 @@
+"""Small studies of tiny images, and a rater who knows which model is which."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from ifvit.images import encode_png
+from ifvit.rating.config import CreateConfig
+from ifvit.rating.create import create
+from ifvit.rating.store import Answer, Store
+from ifvit.rating.study import Study, Task, read_study
+
+MODELS = ("early", "intermediate", "late")
+COUNT_PROMPTS = [
+    {"prompt": "two apples", "object": "apple", "count": 2},
+    {"prompt": "a bus", "object": "bus", "count": 1},
+]
+
+
+def write_samples(folder: Path, prompts: list[str], colour: int, seed: int = 1) -> str:
+    """A folder like that of `ifvit generate`; every image is another, and each says who drew it."""
+    folder.mkdir(parents=True)
+    rows = []
+    for position, prompt in enumerate(prompts):
+        pixels = np.full((16, 16, 3), (120 * colour % 256, 60 * position % 256, 99), np.uint8)
+        note = PngImagePlugin.PngInfo()
+        note.add_text("model", folder.name)
+        Image.fromarray(pixels).save(folder / f"{position:05d}.png", pnginfo=note)
+        rows.append({"file": f"{position:05d}.png", "prompt": prompt, "position": position})
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "settings.json").write_text(json.dumps({"seed": seed}))
+    return str(folder)
+
+
+def make_study(folder: Path, num_preference: int = 4, raters: int = 3, **settings: object) -> Study:
+    """Rankings of three models and counts of two, each prompt once."""
+    prompts = [f"prompt {number}" for number in range(num_preference)]
+    asked = folder / "asked.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    asked.write_text("".join(json.dumps(row) + "\n" for row in COUNT_PROMPTS))
+    words = [str(row["prompt"]) for row in COUNT_PROMPTS]
+    config = CreateConfig(
+        study=str(folder / "study"),
+        preference={
+            name: write_samples(folder / name / "preference", prompts, colour)
+            for colour, name in enumerate(MODELS)
+        },
+        counting={
+            name: write_samples(folder / name / "counting", words, 100 + colour)
+            for colour, name in enumerate(MODELS[:2])
+        },
+        counting_prompts=str(asked),
+        raters=raters,
+        **settings,  # type: ignore[arg-type]
+    )
+    create(config)
+    return read_study(config.study)
+
+
+def rank(task: Task, study: Study, order: tuple[str, ...]) -> str:
+    """The form's field for a ranking of model names from best to worst."""
+    blind = {name: blind for blind, name in study.names.items()}
+    return ",".join(str(task.shown.index(blind[name])) for name in order)
+
+
+def add(
+    store: Store,
+    task: Task,
+    rater: int,
+    value: int | tuple[str, ...] | None,
+    skip_reason: str | None = None,
+) -> None:
+    """Record an answer as the server does."""
+    store.add(
+        Answer(
+            rater=rater,
+            item=task.item.number,
+            repetition=task.repetition,
+            shown=task.shown,
+            value=value,
+            skip_reason=skip_reason,
+        )
+    )
+
+
+def image_data(study: Study) -> Mapping[str, bytes]:
+    """The content of the study's image files by name."""
+    return {path.name: path.read_bytes() for path in (study.folder / "images").iterdir()}
+
+
+def plain_png(path: str) -> bytes:
+    """An image without whatever its file says besides pixels."""
+    return encode_png(Image.open(path).convert("RGB"))

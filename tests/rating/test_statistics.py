@@ -1,0 +1,101 @@
+"""Numbers about answers against the literature, other implementations, and planted truth."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import friedmanchisquare
+
+from ifvit.rating.statistics import agreement, estimate_columns, order_bias
+
+NAN = np.nan
+# Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", example C.
+KRIPPENDORFF = np.array(
+    [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, NAN, NAN, NAN],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, NAN, 3],
+        [NAN, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, NAN],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, NAN],
+    ]
+)
+
+
+def test_alpha_is_that_of_the_literature() -> None:
+    assert agreement(KRIPPENDORFF, "ordinal") == pytest.approx(0.815, abs=5e-4)
+    assert agreement(KRIPPENDORFF, "interval") == pytest.approx(0.849, abs=5e-4)
+
+
+def test_alpha_is_one_for_equal_raters_and_zero_for_guesses() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 6, 500).astype(float)
+    assert agreement(np.stack([truth, truth]), "interval") == pytest.approx(1)
+    guesses = rng.integers(0, 6, (4, 500)).astype(float)
+    assert abs(agreement(guesses, "interval") or 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    "values", [[[1.0, 2.0]], [[1.0, NAN], [NAN, 2.0]], [[3.0, 3.0], [3.0, 3.0]]]
+)
+def test_alpha_is_undefined_without_pairs_or_variation(values: list[list[float]]) -> None:
+    assert agreement(np.array(values), "interval") is None
+
+
+def rankings(rng: np.random.Generator, number: int, places: int, pull: float) -> np.ndarray:
+    """Ranks by place from noisy scores that fall by `pull` from each place to the next."""
+    scores = rng.normal(size=(number, places)) - pull * np.arange(places)
+    return (-scores).argsort(axis=1).argsort(axis=1) + 1.0
+
+
+def test_a_preference_of_places_is_found() -> None:
+    found = order_bias(rankings(np.random.default_rng(0), 150, 4, pull=0.5))
+    assert found.p_value < 0.001
+    assert found.mean_ranks == sorted(found.mean_ranks)
+    assert sum(found.mean_ranks) == pytest.approx(10)
+
+
+@pytest.mark.parametrize("places", [2, 4])
+def test_fair_rankings_are_called_biased_as_rarely_as_promised(places: int) -> None:
+    rng = np.random.default_rng(0)
+    p = [order_bias(rankings(rng, 60, places, pull=0)).p_value for _ in range(400)]
+    assert 0.02 < np.mean(np.array(p) < 0.05) < 0.08
+
+
+def test_the_test_of_places_is_friedmans() -> None:
+    ranks = rankings(np.random.default_rng(1), 40, 3, pull=0.2)
+    statistic, p_value = friedmanchisquare(*ranks.T)
+    found = order_bias(ranks)
+    assert found.chi_square == pytest.approx(statistic)
+    assert found.p_value == pytest.approx(p_value)
+
+
+def test_errors_contain_the_spread_of_raters_and_of_items() -> None:
+    rng = np.random.default_rng(0)
+    raters, items = rng.normal(size=30), 2 * rng.normal(size=40)
+    values = np.repeat((raters[:, None] + items[None])[..., None], 2, axis=2)
+    values[..., 1] = raters[:, None]
+    both, raters_only = estimate_columns(values)
+    assert both is not None
+    assert raters_only is not None
+    assert both.value == pytest.approx(raters.mean() + items.mean())
+    assert both.standard_error == pytest.approx(
+        math.hypot(raters.std() / math.sqrt(30), items.std() / math.sqrt(40)), rel=0.1
+    )
+    assert raters_only.standard_error == pytest.approx(raters.std() / math.sqrt(30), rel=0.1)
+    assert both.high - both.low == pytest.approx(3.92 * both.standard_error, rel=0.1)
+    assert both.num_samples == 1200
+
+
+def test_missing_answers_take_no_part() -> None:
+    values = np.full((2, 3, 2), NAN)
+    values[0, :, 0] = [1, 2, 6]
+    first, second = estimate_columns(values)
+    assert first is not None
+    assert (first.value, first.num_samples) == (3, 3)
+    assert second is None
+
+
+def test_a_share_without_exceptions_still_has_an_interval() -> None:
+    (always,) = estimate_columns(np.ones((2, 5, 1)), is_share=True)
+    assert always is not None
+    assert (always.value, always.high) == pytest.approx((1, 1))
+    assert 0.6 < always.low < 0.8  # Wilson's for 10 of 10: 0.722
