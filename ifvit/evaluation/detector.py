@@ -147,7 +147,7 @@ def open_counter(name: str, threshold: float | None, device: str) -> ObjectCount
         config = AutoConfig.from_pretrained(folder)
         takes_words = isinstance(config, OwlViTConfig | Owlv2Config)
         if not takes_words and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
-            raise ValueError(f"{config.model_type} detects no objects")
+            raise ValueError(f"its model type is {config.model_type}")
         if takes_words:
             model = _load(AutoModelForZeroShotObjectDetection, folder, device)
             processor_class: Any = AutoProcessor
