@@ -11,6 +11,7 @@ from ifvit.models.build import build_backbone
 from ifvit.models.presets import PRESETS
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards import EncoderIdentity
+from ifvit.side_channel import SideChannel
 from ifvit.storage import file_size, join, list_names
 from ifvit.training.checkpoint import step_url
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
@@ -18,7 +19,6 @@ from ifvit.training.engine import Engine
 from ifvit.training.hooks import SaveCheckpoint
 from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
-from ifvit.training.side_channel import SideChannel
 from ifvit.training.state import TrainState
 
 _REPORT = StepReport(loss=0.0, grad_norm=0.0, learning_rate=0.0)

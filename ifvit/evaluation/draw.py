@@ -12,10 +12,15 @@ from torch import Tensor
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.samples import Prompt
-from ifvit.models.uvit import FusionUViT
+from ifvit.models.backbone import Backbone
 from ifvit.models.weights import WeightsInfo, load_weights
 from ifvit.sampling.alignment.build import build_method
-from ifvit.sampling.encoders import check_identity, open_autoencoder, weights_sha256
+from ifvit.sampling.encoders import (
+    check_identity,
+    open_autoencoder,
+    require_text_encoder,
+    weights_sha256,
+)
 from ifvit.sampling.files import claim_folder, missing_images, write_images
 from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.shards import ShardReader
@@ -91,11 +96,12 @@ def _describe(model: Model, reader: ShardReader, protocol: ProtocolConfig) -> di
     return settings
 
 
-def _check_fit(backbone: FusionUViT, info: WeightsInfo, reader: ShardReader) -> None:
+def _check_fit(backbone: Backbone, info: WeightsInfo, reader: ShardReader) -> None:
     """Raise UserError unless the shards were made by the backbone's encoders, in its shape."""
     manifest = reader.manifest
     check_identity(f"{reader.url}: vae", manifest.vae, info.vae)
-    check_identity(f"{reader.url}: text encoder", reader.text.encoder, info.text_encoder)
+    text_encoder = require_text_encoder(info)
+    check_identity(f"{reader.url}: text encoder", reader.text.encoder, text_encoder)
     size = backbone.shape.latent_size
     if manifest.moments_shape != (2 * backbone.shape.latent_channels, size, size):
         raise UserError(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ifvit.distributed import World
 from ifvit.errors import UserError
+from ifvit.side_channel import SideChannel
 from ifvit.training.checkpoint import Checkpoint, commit, step_url, write_part
-from ifvit.training.side_channel import SideChannel
 
 State = Iterable[tuple[str, Tensor]]
 

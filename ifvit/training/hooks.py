@@ -16,6 +16,7 @@ from ifvit.sampling.encoders import open_autoencoder, open_conditions
 from ifvit.sampling.grid import make_grid
 from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.shards import ShardReader
+from ifvit.side_channel import SideChannel
 from ifvit.storage import join, write_bytes
 from ifvit.training.checkpoint import Checkpoint, step_name
 from ifvit.training.checkpoint_saver import CheckpointSaver
@@ -24,7 +25,6 @@ from ifvit.training.engine import Engine, average_name
 from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
 from ifvit.training.retention import Retention, prune
-from ifvit.training.side_channel import SideChannel
 from ifvit.training.state import TrainState
 
 _GRID_COLUMNS = 8

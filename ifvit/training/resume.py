@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ifvit.errors import UserError
 from ifvit.models.config import restore_config
+from ifvit.side_channel import SideChannel
 from ifvit.storage import exists, is_remote, join
 from ifvit.training.checkpoint import (
     MANIFEST,
@@ -21,7 +22,6 @@ from ifvit.training.checkpoint import (
 )
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
-from ifvit.training.side_channel import SideChannel
 from ifvit.training.state import TrainState
 
 

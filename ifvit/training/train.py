@@ -14,6 +14,7 @@ from ifvit.models.backbone import Backbone
 from ifvit.models.build import build_backbone
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards import ShardReader
+from ifvit.side_channel import SideChannel
 from ifvit.training.batches import Batches
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine, engine_class
@@ -32,7 +33,6 @@ from ifvit.training.preflight import (
 )
 from ifvit.training.profile import StepProfiler
 from ifvit.training.resume import resume
-from ifvit.training.side_channel import SideChannel
 from ifvit.training.state import TrainState
 from ifvit.training.stop import Preempted, StopRequest
 

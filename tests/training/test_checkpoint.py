@@ -20,11 +20,11 @@ from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate, MetricsRow, Protocol, write_row
 from ifvit.evaluation.rows import FOLDER, row_url
+from ifvit.side_channel import SideChannel
 from ifvit.storage import join, list_names, remove
 from ifvit.training.checkpoint import Checkpoint, fetch_newest, open_tensors, step_url
 from ifvit.training.checkpoint_saver import CheckpointSaver
 from ifvit.training.retention import Retention, kept_steps, prune
-from ifvit.training.side_channel import SideChannel
 from ifvit.training.state import TrainState
 
 SHAPES = {"backbone.a": (40, 30), "backbone.b": (7,), "exp_avg.a": (40, 30), "ema0.9.a": (40, 30)}

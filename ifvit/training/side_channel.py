@@ -1,3 +1,0 @@
-"""Where the side channel was before evaluation needed it, too."""
-
-from ifvit.side_channel import SideChannel as SideChannel
