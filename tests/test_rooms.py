@@ -35,6 +35,7 @@ ROOMS = {
         "ifvit/analysis/object_count_figure.py",
         "ifvit/analysis/paper_figures.py",
     ],
+    "numba": ["ifvit/shards/rows.py"],
     "sqlite3": ["ifvit/rating/store.py"],
     "starlette": ["ifvit/rating/server.py"],
     "submitit": [

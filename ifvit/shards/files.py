@@ -34,15 +34,10 @@ class OpenFile:
     """A descriptor that is closed when nobody holds this object any more."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        os.close(self._descriptor)
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill the buffer from `offset` on => bytes read, fewer where the file ends."""
-        # Not by memory map: reading a file that was cut short would kill the process (SIGBUS).
-        return os.preadv(self._descriptor, (buffer,), offset)
+        os.close(self.descriptor)
 
 
 class ShardFiles(Protocol):

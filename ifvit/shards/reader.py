@@ -8,7 +8,7 @@ import numpy as np
 from ifvit import storage
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.files import OpenFile, ShardFiles, open_files, read_null_context, require_text
-from ifvit.shards.index import ABSENT, checksum
+from ifvit.shards.index import ABSENT
 from ifvit.shards.records import (
     MANIFEST,
     Array,
@@ -19,7 +19,11 @@ from ifvit.shards.records import (
     parse_metadata,
     read_manifest,
 )
+from ifvit.shards.rows import read_rows
 from ifvit.shards.tables import IndexTables
+
+ROWS_AT_ONCE = 64
+"""Rows that a call reads; it keeps their files open, whatever other threads open meanwhile."""
 
 
 class ShardReader:
@@ -102,7 +106,7 @@ class ShardReader:
             if not self.manifest.flipped:
                 raise ShardError(f"{self.url}: holds no mirrored images; encode with flip: true")
             places[mirrored] = self._tables.flipped[samples[mirrored]]
-        self._read_rows("moments", samples, shards, places, _rows_of(out))
+        self._read("moments", samples, shards, places, np.arange(len(out)), out)
 
     def read_contexts(self, samples: Array, captions: Array, out: Array) -> None:
         """Fill `out` (B, M, D) with one caption's embedding each, of number -1 the empty one's.
@@ -114,8 +118,12 @@ class ShardReader:
         chosen = samples[rows]
         shards = self._shards_of(chosen)
         places = self._tables.context[self._tables.first_caption[chosen] + captions[rows]]
-        views = _rows_of(out)
-        self._read_rows("context", chosen, shards, places, [views[row] for row in rows.tolist()])
+        self._read("context", chosen, shards, places, rows, out)
+
+    def read_labels(self, samples: Array, dropped: Array, out: Array) -> None:
+        """Fill `out` (B,) with class numbers; where `dropped` (B,), with the number of classes."""
+        self._shards_of(samples)
+        out[:] = np.where(dropped, len(self.manifest.classes), self._tables.label[samples])
 
     def num_captions(self, sample: int) -> int:
         """How many captions the sample's image has."""
@@ -155,7 +163,7 @@ class ShardReader:
         shards = self._shards_of(np.array([sample]))
         place = self._tables.metadata[[sample]]
         out = np.empty((1, int(place[0, 1])), np.uint8)
-        self._read_rows("json", np.array([sample]), shards, place[:, [0, 2]], _rows_of(out))
+        self._read("json", np.array([sample]), shards, place[:, [0, 2]], np.array([0]), out)
         entry = self.manifest.shards[int(shards[0])]
         return parse_metadata(out.tobytes(), f"{entry.name} sample {sample}")
 
@@ -174,16 +182,25 @@ class ShardReader:
             self.fetch(shard)
         return shards
 
-    def _read_rows(
-        self, field: str, samples: Array, shards: Array, places: Array, rows: list[memoryview]
+    def _read(
+        self,
+        field: str,
+        samples: Array,
+        shards: Array,
+        places: Array,
+        rows: Array,
+        out: Array,
     ) -> None:
-        """Read one array into each of `rows`; `places` (B, 2) are their offsets and checksums."""
-        numbers = zip(samples.tolist(), shards.tolist(), places.tolist(), rows, strict=True)
-        for sample, shard, (offset, expected), row in numbers:
-            found = self._open(shard).read_into(row, offset)
-            if found != len(row) or checksum(row) != expected:
-                what = f"{self._tables.key(sample)}.{field}"
-                raise self._files.damaged(self.manifest.shards[shard], what)
+        """Read one array of each sample into `out[rows]`; `places` (B, 2) offset and checksum."""
+        for start in range(0, len(samples), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            files = [self._open(shard) for shard in shards[part].tolist()]
+            offsets, checksums = places[part].T
+            descriptors = [file.descriptor for file in files]
+            bad = read_rows(descriptors, offsets, checksums, rows[part], out)
+            if bad is not None:
+                what = f"{self._tables.key(int(samples[start + bad]))}.{field}"
+                raise self._files.damaged(self.manifest.shards[shards[start + bad]], what)
 
 
 def _open_shard(
@@ -192,10 +209,3 @@ def _open_shard(
     if not tables.filled[shard]:
         tables.fill(shard, files.read_index(entries[shard]))
     return files.open_tar(entries[shard])
-
-
-def _rows_of(out: Array) -> list[memoryview]:
-    """The bytes of each row of a contiguous array, writable."""
-    flat = out.data.cast("B")
-    size = len(flat) // len(out)
-    return [flat[start : start + size] for start in range(0, len(flat), size)]
