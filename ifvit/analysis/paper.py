@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from ifvit import storage
 from ifvit.analysis.config import PaperConfig
 from ifvit.analysis.page import inline_bytes, render
-from ifvit.analysis.paper_claims import compare_with_claims
+from ifvit.analysis.paper_claims import compare_with_claims, preference_claims
 from ifvit.analysis.paper_counts import count_claims, read_counts
 from ifvit.analysis.paper_exhibits import make_exhibits
 from ifvit.analysis.paper_figures import SETTING_COLOURS
@@ -19,6 +19,7 @@ from ifvit.analysis.sheet import Sheet, make_sheet, series_of
 from ifvit.analysis.tables import recipe_differences, to_csv
 from ifvit.errors import UserError
 from ifvit.evaluation.protocol import describe_field, describe_value
+from ifvit.rating.results import read_results
 
 _MAY_DIFFER = ("run", "seed", "backbone.conditioning", "backbone.num_")
 
@@ -38,7 +39,10 @@ def report_paper(config: PaperConfig) -> None:
     counts = read_counts(sheet)
     main = [table_1(sheet), table_further(sheet)]
     tables = {table.name: table for table in (*main, table_2(sheet, (baseline, best))) if table}
-    exhibits = make_exhibits(sheet, baseline, best, counts, config.study)
+    preference = read_results(config.study).preference if config.study else None
+    exhibits = make_exhibits(sheet, baseline, best, counts, preference)
+    claims = compare_with_claims(sheet) + count_claims(counts)
+    claims += preference_claims(preference) if preference else []
     for table in tables.values():
         _write(config, f"{table.name}.csv", to_csv(table.records))
     for exhibit in exhibits:
@@ -65,7 +69,7 @@ def report_paper(config: PaperConfig) -> None:
         best=best.title,
         quality=quality_metric(sheet).title,
         tables=tables,
-        claims=compare_with_claims(sheet) + count_claims(counts),
+        claims=claims,
         exhibits=[(e, inline_bytes(e.png) if e.png and not e.panels else None) for e in exhibits],
         excluded=sheet.excluded,
         protocol=_describe(sheet),

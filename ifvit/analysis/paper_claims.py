@@ -16,6 +16,7 @@ from ifvit.analysis.settings import PAPER_SETTINGS, Setting, noise_between
 from ifvit.analysis.sheet import Sheet
 from ifvit.analysis.verdicts import Metric, Outcome, Verdict, judge
 from ifvit.models.flops import Cost
+from ifvit.rating.preference import PreferenceResults, WinRate
 
 _CONCAT_EARLY, _CONCAT_BOTH, _CROSS_EARLY, _CROSS_BOTH = PAPER_SETTINGS
 _CROSS_IMAGE = Setting("cross_attention", True, False)
@@ -104,6 +105,29 @@ def compare_with_claims(sheet: Sheet) -> list[Claim]:
         for claim in (*(_judge(sheet, comparison) for comparison in _COMPARISONS), _cost(sheet))
         if claim.verdicts or claim.facts
     ]
+
+
+def preference_claims(found: PreferenceResults) -> list[Claim]:
+    """About models that the study calls by their settings' slugs, pair by pair."""
+    verdicts = []
+    for early, both in ((_CONCAT_EARLY, _CONCAT_BOTH), (_CROSS_EARLY, _CROSS_BOTH)):
+        for one in found.win_rates:
+            if {one.first, one.second} == {early.slug, both.slug}:
+                verdicts.append(_judge_wins(early, both, one))
+    text = "People prefer each intermediate fusion setting to its early fusion counterpart."
+    return [Claim(text=text, verdicts=verdicts)] if verdicts else []
+
+
+def _judge_wins(early: Setting, both: Setting, found: WinRate) -> Verdict:
+    low, value, high = found.share.low, found.share.value, found.share.high
+    if found.first == early.slug:
+        low, value, high = 1 - high, 1 - value, 1 - low
+    outcome: Outcome = "better" if low > 0.5 else "worse" if high < 0.5 else "same"
+    sentence = (
+        f"{both.title} is ranked above {early.title} in {value:.0%} of "
+        f"{found.share.num_samples} rankings; the 95 % interval is {low:.0%} to {high:.0%}."
+    )
+    return Verdict(metric="Preference:", outcome=outcome, sentence=sentence)
 
 
 def _judge(sheet: Sheet, comparison: _Comparison) -> Claim:

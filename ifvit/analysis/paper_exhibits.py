@@ -18,7 +18,7 @@ from ifvit.analysis.settings import PAPER_SETTINGS, Setting
 from ifvit.analysis.sheet import Sheet
 from ifvit.analysis.tables import to_csv
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
-from ifvit.rating.results import StudyResults, read_results
+from ifvit.rating.preference import PreferenceResults
 from ifvit.sampling.files import read_images
 
 _NUM_PAIRS = 12
@@ -42,14 +42,18 @@ class Exhibit:
 
 
 def make_exhibits(
-    sheet: Sheet, baseline: Setting, best: Setting, counts: Counts, study: str | None
+    sheet: Sheet,
+    baseline: Setting,
+    best: Setting,
+    counts: Counts,
+    preference: PreferenceResults | None,
 ) -> list[Exhibit]:
     """All six in the paper's order."""
     return [
         _curves(sheet),
         _pairs(sheet, baseline, best),
         _counts(counts),
-        _preference(study),
+        _preference(preference),
         _ablation(sheet),
         _attention(sheet),
     ]
@@ -147,30 +151,19 @@ def _counts(counts: Counts) -> Exhibit:
     )
 
 
-def _preference(study: str | None) -> Exhibit:
+def _preference(found: PreferenceResults | None) -> Exhibit:
     name, title = "figure6", "Figure 6: human preference"
-    if study is None:
+    if found is None:
         hole = (
-            "no study given; run `ifvit rate create STUDY …`, let people rate, give --study STUDY"
+            "no study with rankings; run `ifvit rate create STUDY …`, let people rate, give --study"
         )
         return Exhibit(name=name, title=title, hole=hole)
-    results: StudyResults = read_results(study)
-    if results.preference is None:
-        return Exhibit(name=name, title=title, hole=f"{study}: nobody has ranked images yet")
-    found = results.preference
     panels = figure_6(found.score)
-    wins = [
-        f"{one.first} was ranked above {one.second} in {one.share.value:.0%} of "
-        f"{one.share.num_samples} rankings (95 % interval {one.share.low:.0%} to "
-        f"{one.share.high:.0%})."
-        for one in found.win_rates
-    ]
     return Exhibit(
         name=name,
         title=title,
-        text=f"{found.num_rankings} rankings; each image's place on the page was drawn anew. "
-        f"Standard errors from resampling raters and items.",
-        notes=wins,
+        text=f"{found.num_rankings} rankings by people; the order on the page was random. Standard "
+        "errors from resampling raters and items.",
         panels=[(panel.title, panel_svg(panel)) for panel in panels],
         png=panels_png(panels),
         csv=to_csv(panel_records(panels)),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from ifvit.analysis.runs import Run
-from ifvit.analysis.settings import PAPER_SETTINGS
+from ifvit.analysis.settings import PAPER_SETTINGS, shape_of
 from ifvit.analysis.sheet import Sheet
 from ifvit.models.presets import PRESETS
 
@@ -57,8 +57,7 @@ def other_backbone(sheet: Sheet) -> str | None:
     """Why these backbones are not those of the paper; None if they are."""
     paper = PRESETS["small"]
     for setting, runs in sheet.settings.items():
-        shape = runs[0].backbone
-        assert shape is not None  # or it would have no setting
+        shape = shape_of(runs[0])
         same = replace(
             paper,
             conditioning=setting.conditioning,

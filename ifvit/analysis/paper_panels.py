@@ -71,11 +71,12 @@ def figure_3(sheet: Sheet, settings: Sequence[Setting]) -> list[Panel]:
 
 
 def figure_6(score: Mapping[str, Estimate]) -> list[Panel]:
-    """Preference score by the study's model names; error bars are standard errors."""
+    """Preference score by the study's model names, in a setting's colour if named by its slug."""
+    slugs = [setting.slug for setting in SETTINGS]
     traces = [
         Trace(
             name=name,
-            colour=place % len(SETTINGS),
+            colour=slugs.index(name) if name in slugs else place,
             is_early=False,
             points=[Point(x=place, y=found.value, error=found.standard_error)],
         )

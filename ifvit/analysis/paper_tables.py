@@ -74,6 +74,8 @@ class _Column:
 def table_1(sheet: Sheet) -> Table:
     """The four settings, each number with the paper's and, where both compare, the difference."""
     shape, measured = other_backbone(sheet), other_measurement(sheet)
+    gflops = {s: _cost(runs, "layer_flops", 1e9) for s, runs in sheet.settings.items()}
+    digits = 2 if min(gflops.values()) >= 1 else 4
     columns = [
         _metric_column(sheet, FID, "FID-30K ↓", lambda row: row.fid, shape or measured),
         _metric_column(
@@ -98,8 +100,8 @@ def table_1(sheet: Sheet) -> Table:
         _Column(
             key="gflops",
             title="GFLOPs ↓",
-            values={s: _cost(runs, "layer_flops", 1e9) for s, runs in sheet.settings.items()},
-            show=lambda value: f"{value:.2f}" if value >= 1 else f"{value:.4f}",
+            values=gflops,
+            show=lambda value: f"{value:.{digits}f}",
             paper=lambda row: row.gflops,
             differs=shape,
         ),
@@ -173,7 +175,7 @@ def _make_table(
         runs = sheet.settings.get(setting, [])
         compared = sum(bool(sheet.rows[run.name]) for run in runs)
         count = Cell(text=str(len(runs)), note=f"{compared} evaluated alike")
-        cells = [count, *(_cell(column, setting) for column in columns)]
+        cells = [count, *(_cell(column, setting, settings) for column in columns)]
         lines.append(Line(title=setting.title, cells=cells))
         record: dict[str, object] = {"setting": setting.slug, "runs": len(runs)}
         for column in columns:
@@ -192,7 +194,7 @@ def _make_table(
     )
 
 
-def _cell(column: _Column, setting: Setting) -> Cell:
+def _cell(column: _Column, setting: Setting, shown: Sequence[Setting]) -> Cell:
     found = column.values.get(setting)
     text, note = HOLE, ""
     if found is not None:
@@ -205,13 +207,13 @@ def _cell(column: _Column, setting: Setting) -> Cell:
             difference = _value(found) - paper
             sign = "+" if difference >= 0 else "-"
             note += f", {sign}{column.show(abs(difference))}"
-    return Cell(text=text, note=note, is_best=_is_best(column, setting))
+    return Cell(text=text, note=note, is_best=_is_best(column, setting, shown))
 
 
-def _is_best(column: _Column, setting: Setting) -> bool:
-    """Whether it is better than every other setting, each time by more than the noise."""
+def _is_best(column: _Column, setting: Setting, shown: Sequence[Setting]) -> bool:
+    """Whether it is better than every other one shown, each time by more than the noise."""
     mean = column.values.get(setting)
-    others = [other for key, other in column.values.items() if key != setting]
+    others = [column.values.get(other) for other in shown if other != setting]
     measured = [other for other in others if isinstance(other, SeedMean)]
     if column.metric is None or not isinstance(mean, SeedMean) or not measured:
         return False

@@ -1,7 +1,7 @@
 """A run directory as the report reads it: files only, and what is missing stays missing."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -10,8 +10,16 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import MetricsRow
 from ifvit.evaluation.rows import FOLDER, main_series, read_rows, samples_url
-from ifvit.models.config import FusionUViTConfig
+from ifvit.models.config import BackboneConfig, FusionUViTConfig, restore_config
 from ifvit.models.flops import Cost, count_cost
+
+FUSIONS = {
+    (False, False): "early",
+    (True, True): "intermediate",
+    (True, False): "image blocks only",
+    (False, True): "text branch only",
+}
+"""Name of a setting by whether it has image-only blocks and a text branch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,7 @@ class Run:
     name: str
     url: str
     recipe: dict[str, Any] | None
-    backbone: FusionUViTConfig | None
+    backbone: BackboneConfig | None
     curve: list[dict[str, float]]
     rows: list[MetricsRow]
     evaluations: list[MetricsRow]
@@ -57,17 +65,11 @@ class Run:
 
     @property
     def fusion(self) -> str | None:
-        """Which row of the paper's table the backbone is."""
-        if self.backbone is None:
-            return None
-        names = {
-            (False, False): "early",
-            (True, True): "intermediate",
-            (True, False): "image blocks only",
-            (False, True): "text branch only",
-        }
+        """Which row of the paper's table the backbone is; None for one that fuses no text."""
         shape = self.backbone
-        return names[shape.num_image_blocks > 0, shape.num_text_blocks > 0]
+        if not isinstance(shape, FusionUViTConfig):
+            return None
+        return FUSIONS[shape.num_image_blocks > 0, shape.num_text_blocks > 0]
 
 
 def read_runs(urls: list[str]) -> list[Run]:
@@ -126,7 +128,7 @@ def _read_recipe(url: str) -> dict[str, Any] | None:
     return recipe
 
 
-def _read_backbone(run: str) -> FusionUViTConfig | None:
+def _read_backbone(run: str) -> BackboneConfig | None:
     folder = storage.join(run, "weights")
     steps = [name for name in storage.list_names(folder) if name.startswith("step_")]
     candidates = [
@@ -137,11 +139,9 @@ def _read_backbone(run: str) -> FusionUViTConfig | None:
     found = next((url for url in candidates if storage.exists(url)), None)
     if found is None:
         return None
-    stored = storage.read_json(found)
     try:
-        names = [field.name for field in fields(FusionUViTConfig)]
-        return FusionUViTConfig(**{name: stored[name] for name in names})
-    except (KeyError, TypeError, ValueError) as error:
+        return restore_config(storage.read_json(found))
+    except (TypeError, ValueError) as error:
         raise UserError(f"{found}: not the configuration of a backbone ({error})") from None
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ifvit.analysis.runs import Run
+from ifvit.analysis.runs import FUSIONS, Run
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate
 from ifvit.models.config import Conditioning, FusionUViTConfig
@@ -30,13 +30,7 @@ class Setting:
     @property
     def fusion(self) -> str:
         """In the paper's words; a half of intermediate fusion is named by what it has."""
-        names = {
-            (False, False): "early",
-            (True, True): "intermediate",
-            (True, False): "image blocks only",
-            (False, True): "text branch only",
-        }
-        return names[self.image_blocks, self.text_blocks]
+        return FUSIONS[self.image_blocks, self.text_blocks]
 
     @property
     def path(self) -> str:
@@ -110,18 +104,25 @@ class SeedMean:
 def group_runs(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
     """Settings in the paper's order, each with its runs in the given order.
 
-    Raises UserError for a run without weights, and for two shapes that are the same setting.
+    Raises UserError for a run without weights of a fusion backbone, and for two shapes that are
+    the same setting.
     """
     groups: dict[Setting, list[Run]] = {setting: [] for setting in SETTINGS}
     for run in runs:
-        if run.backbone is None:
-            raise UserError(f"{run.url}/weights: no backbone, so no setting; train it or leave out")
-        groups[setting_of(run.backbone)].append(run)
+        groups[setting_of(shape_of(run))].append(run)
     for setting, members in groups.items():
-        if len({_shape(run) for run in members}) > 1:
+        # How the weights began is not what they are.
+        if len({replace(shape_of(run), init_std=1.0) for run in members}) > 1:
             names = ", ".join(run.url for run in members)
             raise UserError(f"{names}: {setting.title} in two shapes; give one sheet to each")
     return {setting: members for setting, members in groups.items() if members}
+
+
+def shape_of(run: Run) -> FusionUViTConfig:
+    """The run's backbone. Raises UserError if it has none that fuses text."""
+    if not isinstance(run.backbone, FusionUViTConfig):
+        raise UserError(f"{run.url}/weights: no fusion backbone, so no setting; leave this run out")
+    return run.backbone
 
 
 def setting_of(backbone: FusionUViTConfig) -> Setting:
@@ -162,8 +163,3 @@ def noise_between(first: SeedMean, second: SeedMean) -> float:
 
 def _t_975(freedom: int) -> float:
     return _T_975[freedom - 1] if freedom <= len(_T_975) else _NORMAL_975
-
-
-def _shape(run: Run) -> FusionUViTConfig:
-    assert run.backbone is not None
-    return replace(run.backbone, init_std=1.0)  # how it began is not what it is

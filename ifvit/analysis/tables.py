@@ -9,6 +9,7 @@ from typing import Any
 
 from ifvit.analysis.runs import Run
 from ifvit.analysis.verdicts import METRICS, best_run
+from ifvit.models.config import FusionUViTConfig
 
 HOLE = "—"
 
@@ -49,10 +50,11 @@ def setting_lines(runs: list[Run]) -> list[Line]:
         ]
         return Line(title=title, cells=cells)
 
-    shapes = [run.backbone for run in runs]
+    shapes = [b if isinstance(b := run.backbone, FusionUViTConfig) else None for run in runs]
     costs = [run.cost for run in runs]
     ends = [run.curve[-1] if run.curve else {} for run in runs]
     return [
+        line("Architecture", [run.backbone.architecture if run.backbone else None for run in runs]),
         line("Fusion", [run.fusion for run in runs]),
         line("Conditioning", [s.conditioning.replace("_", "-") if s else None for s in shapes]),
         line("Image-only blocks per side", [s.num_image_blocks if s else None for s in shapes]),

@@ -1,107 +1,20 @@
 """The report of run folders made of real files; what is missing must show as missing."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from made_runs import build_row, write_run
 
-from ifvit import storage
 from ifvit.analysis.config import ReportConfig
 from ifvit.analysis.curves import smooth
 from ifvit.analysis.report import report
 from ifvit.analysis.runs import read_run, read_runs
 from ifvit.analysis.verdicts import METRICS, best_run, compare
 from ifvit.errors import UserError
-from ifvit.evaluation.metrics import Estimate, MetricsRow, write_row
-from ifvit.evaluation.protocol import Protocol
-from ifvit.evaluation.rows import FOLDER, row_url, samples_url
-from ifvit.images import encode_png
-from ifvit.models.presets import PRESETS
-from ifvit.sampling.grid import make_grid
-
-PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
-
-
-def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsRow:
-    def estimate(value: float) -> Estimate:
-        return Estimate(
-            value=value, standard_error=0.02, num_samples=500, low=value - 0.04, high=value + 0.04
-        )
-
-    protocol = Protocol(
-        name="scenes",
-        num_samples=500,
-        caption_rule="first",
-        score_caption="same",
-        solver="dpm_solver_pp",
-        num_steps=25,
-        guidance_scale=2.0,
-        guidance_low=0.0,
-        guidance_high=999.0,
-        method="plain",
-        seed=0,
-        image_size=64,
-        resize="center_crop+lanczos",
-        prompts_sha256="a" * 64,
-        features="scenes/clip",
-        features_sha256="b" * 64,
-        paper_prefix="",
-        inception=None,
-        inception_sha256=None,
-        num_reference_images=500,
-        reference_sha256="c" * 64,
-    )
-    return MetricsRow(
-        weights="run",
-        weights_sha256="d" * 64,
-        step=step,
-        ema_decay=0.999,
-        protocol=dataclasses.replace(protocol, **changes),
-        frechet_distance=estimate(0.12),
-        clip_score=estimate(0.61),
-        clip_score_paper=estimate(1.52),
-        retrieval_at_16=estimate(retrieval),
-        count_accuracy=estimate(0.5),
-    )
-
-
-def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
-    """A complete run folder; its pictures are noise."""
-    draw = np.random.default_rng(num_image_blocks)
-    pixels = draw.integers(0, 256, (len(PROMPTS), 16, 16, 3), dtype=np.uint8)
-    shape = dataclasses.asdict(PRESETS["tiny"]) | {"num_image_blocks": num_image_blocks}
-    curve = [
-        {"step": step, "samples_seen": 64 * step, "loss": 1 / step, "grad_norm": 1.0,
-         "learning_rate": 2e-4, "samples_per_s": 400.0, "data_wait": 0.01, "seconds": step / 8}
-        for step in range(10, 1201, 10)
-    ]  # fmt: skip
-    protocol = row.protocol
-    url = row_url(str(folder / FOLDER), protocol.name, protocol.guidance_scale, row.step)
-    evaluation = Path(samples_url(url))
-    samples = [
-        {"file": f"{n:05d}.png", "prompt": prompt, "position": n, "image_id": n,
-         "real": f"real_{n:05d}.png" if n == 0 else None,
-         "scores": {"count": False, "colour": True, "kind": True, "relation": None}}
-        for n, prompt in enumerate(PROMPTS)
-    ]  # fmt: skip
-    files = {
-        folder / "config.yaml": f"seed: 1\nbackbone:\n  num_image_blocks: {num_image_blocks}\n",
-        folder / "metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in curve),
-        folder / "weights/step_00001200/ema/config.json": json.dumps(shape),
-        evaluation / "samples.jsonl": "".join(json.dumps(entry) + "\n" for entry in samples),
-    }
-    for path, text in files.items():
-        storage.write_bytes(str(path), text.encode())
-    for n, image in enumerate(pixels):
-        storage.write_bytes(str(evaluation / f"{n:05d}.png"), encode_png(image))
-    storage.write_bytes(str(evaluation / "real_00000.png"), encode_png(pixels[0]))
-    grid = encode_png(make_grid(pixels, 3))
-    storage.write_bytes(str(folder / "samples/step_00001200.png"), grid)
-    write_row(url, row)
-    return str(folder)
+from ifvit.evaluation.metrics import Estimate
 
 
 @pytest.fixture

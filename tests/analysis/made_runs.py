@@ -1,0 +1,116 @@
+"""Run folders as training and evaluation leave them, without either."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ifvit import storage
+from ifvit.evaluation.metrics import Estimate, MetricsRow, write_row
+from ifvit.evaluation.protocol import Protocol
+from ifvit.evaluation.rows import FOLDER, row_url, samples_url
+from ifvit.images import Pixels, encode_png
+from ifvit.models.config import FusionUViTConfig
+from ifvit.models.presets import PRESETS
+from ifvit.sampling.grid import make_grid
+
+PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
+
+
+def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsRow:
+    def estimate(value: float) -> Estimate:
+        return Estimate(
+            value=value, standard_error=0.02, num_samples=500, low=value - 0.04, high=value + 0.04
+        )
+
+    protocol = Protocol(
+        name="scenes",
+        num_samples=500,
+        caption_rule="first",
+        score_caption="same",
+        solver="dpm_solver_pp",
+        num_steps=25,
+        guidance_scale=2.0,
+        guidance_low=0.0,
+        guidance_high=999.0,
+        method="plain",
+        seed=0,
+        image_size=64,
+        resize="center_crop+lanczos",
+        prompts_sha256="a" * 64,
+        features="scenes/clip",
+        features_sha256="b" * 64,
+        paper_prefix="",
+        inception=None,
+        inception_sha256=None,
+        num_reference_images=500,
+        reference_sha256="c" * 64,
+    )
+    return MetricsRow(
+        weights="run",
+        weights_sha256="d" * 64,
+        step=step,
+        ema_decay=0.999,
+        protocol=dataclasses.replace(protocol, **changes),
+        frechet_distance=estimate(0.12),
+        clip_score=estimate(0.61),
+        clip_score_paper=estimate(1.52),
+        retrieval_at_16=estimate(retrieval),
+        count_accuracy=estimate(0.5),
+    )
+
+
+def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
+    """A complete run folder of the tiny preset with one evaluation."""
+    shape = dataclasses.replace(PRESETS["tiny"], num_image_blocks=num_image_blocks)
+    write_training(folder, shape)
+    write_evaluation(folder, row)
+    return str(folder)
+
+
+def write_training(folder: Path, shape: FusionUViTConfig, seed: int = 1) -> None:
+    """What `ifvit train` leaves; the weights are their configuration alone."""
+    curve = [
+        {"step": step, "samples_seen": 64 * step, "loss": 1 / step, "grad_norm": 1.0,
+         "learning_rate": 2e-4, "samples_per_s": 400.0, "data_wait": 0.01, "seconds": step / 8,
+         "device": "cpu"}
+        for step in range(10, 1201, 10)
+    ]  # fmt: skip
+    files = {
+        folder / "config.yaml": (
+            f"seed: {seed}\nglobal_batch_size: 32\n"
+            f"backbone:\n  num_image_blocks: {shape.num_image_blocks}\n"
+        ),
+        folder / "metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in curve),
+        folder / "weights/step_00001200/ema/config.json": json.dumps(dataclasses.asdict(shape)),
+    }
+    for path, text in files.items():
+        storage.write_bytes(str(path), text.encode())
+    grid = encode_png(make_grid(noise(0), 3))
+    storage.write_bytes(str(folder / "samples/step_00001200.png"), grid)
+
+
+def write_evaluation(folder: Path, row: MetricsRow) -> None:
+    """The row and its samples, which are noise."""
+    protocol = row.protocol
+    url = row_url(str(folder / FOLDER), protocol.name, protocol.guidance_scale, row.step)
+    pixels, evaluation = noise(row.step), Path(samples_url(url))
+    samples = [
+        {"file": f"{n:05d}.png", "prompt": prompt, "position": n, "image_id": n,
+         "real": f"real_{n:05d}.png" if n == 0 else None,
+         "scores": {"count": False, "colour": True, "kind": True, "relation": None}}
+        for n, prompt in enumerate(PROMPTS)
+    ]  # fmt: skip
+    lines = "".join(json.dumps(entry) + "\n" for entry in samples)
+    storage.write_bytes(str(evaluation / "samples.jsonl"), lines.encode())
+    for n, image in enumerate(pixels):
+        storage.write_bytes(str(evaluation / f"{n:05d}.png"), encode_png(image))
+    storage.write_bytes(str(evaluation / "real_00000.png"), encode_png(pixels[0]))
+    write_row(url, row)
+
+
+def noise(seed: int) -> Pixels:
+    """A picture (16, 16, 3) per prompt."""
+    draw = np.random.default_rng(seed)
+    return draw.integers(0, 256, (len(PROMPTS), 16, 16, 3), dtype=np.uint8)

@@ -1,0 +1,340 @@
+"""The paper's sheet of made run folders: whose numbers stand where, and what stays a hole."""
+
+import csv
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from made_counts import made_row
+from made_runs import build_row, write_evaluation, write_training
+from PIL import Image
+
+from ifvit.analysis.config import PaperConfig
+from ifvit.analysis.paper import report_paper
+from ifvit.analysis.paper_claims import Claim, compare_with_claims, preference_claims
+from ifvit.analysis.paper_counts import count_claims, read_counts
+from ifvit.analysis.paper_panels import figure_3, figure_6, figure_7
+from ifvit.analysis.paper_tables import FRECHET, table_1, table_2, table_further
+from ifvit.analysis.runs import read_runs
+from ifvit.analysis.settings import PAPER_SETTINGS, SETTINGS
+from ifvit.analysis.sheet import Sheet, make_sheet
+from ifvit.errors import UserError
+from ifvit.evaluation.metrics import Estimate, MetricsRow
+from ifvit.evaluation.object_count import write_object_count
+from ifvit.models.presets import PRESETS
+from ifvit.rating.preference import PreferenceResults, WinRate
+from ifvit.rating.statistics import OrderBias
+from ifvit.rating.tables import Replies
+
+PAPER = {
+    "name": "coco2014_fid30k",
+    "num_samples": 30_000,
+    "features": "openai/clip-vit-large-patch14",
+}
+COUNTS = "evaluation/object_count/step_00002000.json"
+QUALITY = {setting: 0.2 - 0.04 * n for n, setting in enumerate(SETTINGS[:6])}
+
+EMPTY = PreferenceResults(
+    num_rankings=40,
+    mean_rank={},
+    score={},
+    win_rates=[],
+    alpha=None,
+    order_bias=OrderBias(mean_ranks=[], chi_square=0.0, p_value=1.0, num_answers=40),
+    replies=Replies(num_shown=40, skips={}, num_repeats=0, consistency=None),
+)
+
+
+def estimate(value: float, error: float = 0.001) -> Estimate:
+    return Estimate(
+        value=value, standard_error=error, num_samples=500, low=value - error, high=value + error
+    )
+
+
+def row_of(distance: float, **changes: object) -> MetricsRow:
+    """A row whose CLIP Score rises as the distance falls."""
+    row = build_row(0.9 - distance, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(
+        row, frechet_distance=estimate(distance), clip_score_paper=estimate(1.0 - distance)
+    )
+
+
+def write_runs(
+    folder: Path, preset: str = "tiny", settings: Sequence[int] = range(6), num_seeds: int = 2
+) -> list[str]:
+    """Seeds of the first SETTINGS at two steps and two guidance scales, later settings better."""
+    paths = []
+    for setting in [SETTINGS[number] for number in settings]:
+        blocks = PRESETS[preset]
+        shape = dataclasses.replace(
+            blocks,
+            conditioning=setting.conditioning,
+            num_image_blocks=blocks.num_image_blocks * setting.image_blocks,
+            num_text_blocks=blocks.num_text_blocks * setting.text_blocks,
+        )
+        for seed in range(num_seeds):
+            run = folder / setting.slug / f"seed{seed}"
+            write_training(run, shape, seed)
+            distance = QUALITY[setting] + 0.002 * seed
+            write_evaluation(run, row_of(distance + 0.1, step=600))
+            write_evaluation(run, row_of(distance))
+            write_evaluation(run, row_of(distance + 0.05, guidance_scale=4.0))
+            paths.append(str(run))
+    return paths
+
+
+def sheet_of(runs: list[str], series: str | None = None) -> Sheet:
+    return make_sheet(read_runs(runs), series)
+
+
+def render(runs: list[str], output: Path, **flags: str) -> str:
+    report_paper(PaperConfig(runs=runs, output=str(output), **flags))
+    return (output / "paper.html").read_text()
+
+
+def records(output: Path, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((output / f"{name}.csv").read_text().splitlines()))
+
+
+def test_the_page_and_its_files_are_whole_and_need_no_network(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path / "runs")
+    for run, number in zip(runs, [0, 0, 1, 1], strict=False):
+        write_object_count(
+            f"{run}/evaluation/object_count/step_00001200.json", made_row((number,) * 2)
+        )
+    page = render(runs, tmp_path / "sheet")
+    files = {path.name for path in (tmp_path / "sheet").iterdir()}
+    tables = {"table1.csv", "table1_further.csv", "table2.csv"}
+    figures = {f"figure{n}.{end}" for n in (3, 4, 5, 7) for end in ("png", "csv")}
+    assert files == {"paper.html", *tables, *figures}
+    for figure in figures:
+        if figure.endswith("png"):
+            Image.open(tmp_path / "sheet" / figure).verify()
+    assert not re.search(r"""src=["'](?!data:)""", page)
+    assert set(re.findall(r'href="([^#"]+)"', page)) == {
+        "https://arxiv.org/abs/2403.16530",
+        *(files - {"paper.html"}),
+    }
+    assert "<script" not in page
+    assert "url(http" not in page
+    assert page == render(runs, tmp_path / "again")
+    for hole in ("Figure 6: no study", "Figure 8: no run has an analysis"):
+        assert page.count(hole) == 2
+    (pair, *_) = records(tmp_path / "sheet", "figure4")
+    assert "concat_early/seed0" in pair["top"]
+    assert "cross_attention_intermediate/seed0" in pair["bottom"]
+    assert Path(pair["top"]).name == Path(pair["bottom"]).name
+
+
+def test_what_is_missing_is_named_and_never_invented(tmp_path: Path) -> None:
+    write_training(tmp_path / "run", PRESETS["tiny"])
+    page = render([str(tmp_path / "run")], tmp_path / "sheet")
+    for name in ("Figure 3", "Figure 4", "Figure 5", "Figure 6", "Figure 7", "Figure 8"):
+        assert f"{name}: no " in page
+    for setting in ("Concat, early", "Concat, intermediate", "Cross-attention, early"):
+        assert f"{setting}: no run was given" in page
+    assert "No run was evaluated" in page
+    ours = [line for line in records(tmp_path / "sheet", "table1") if line["runs"] == "1"]
+    assert [(line["fid"], line["clip_score_paper"]) for line in ours] == [("", "")]
+    assert {path.name for path in (tmp_path / "sheet").iterdir()} == {
+        "paper.html",
+        "table1.csv",
+        "table2.csv",
+    }
+
+
+def test_table_1_has_means_over_seeds_and_no_distance_under_fid(tmp_path: Path) -> None:
+    table = table_1(sheet_of(write_runs(tmp_path)))
+    assert [line.title for line in table.lines] == [setting.title for setting in PAPER_SETTINGS]
+    first = dict(zip(table.heads[1:], table.lines[0].cells, strict=True))
+    assert first["Runs"].text == "2"
+    assert (first["FID-30K ↓"].text, first["FID-30K ↓"].note) == ("—", "paper 5.98")
+    assert first["Fréchet distance on CLIP features ↓"].text == "0.2010 ± 0.0010"
+    assert first["Training it/s ↑"].text == "12.50"
+    assert first["Parameters"].note == "paper 45"
+    assert table.records[0]["frechet_distance_seed_error"] == pytest.approx(0.001)
+    assert table.records[0]["frechet_distance_sample_error"] == pytest.approx(0.001)
+    assert [line.cells[2].is_best for line in table.lines] == [False, False, False, True]
+    assert "a backbone of width 96" in table.notes[0]
+    further = table_further(sheet_of([str(p) for p in tmp_path.glob("*/*")]))
+    assert further is not None
+    assert [line.title for line in further.lines] == [setting.title for setting in SETTINGS[:6]]
+
+
+def test_differences_to_the_paper_are_marked_where_both_compare(tmp_path: Path) -> None:
+    runs = []
+    for setting, fid in zip(PAPER_SETTINGS, (6.0, 5.77, 6.5, 5.6), strict=True):
+        small = PRESETS["small"]
+        shape = dataclasses.replace(
+            small,
+            conditioning=setting.conditioning,
+            num_image_blocks=small.num_image_blocks * setting.image_blocks,
+            num_text_blocks=small.num_text_blocks * setting.text_blocks,
+        )
+        run = tmp_path / setting.slug
+        write_training(run, shape)
+        row = dataclasses.replace(build_row(0.5, **PAPER), fid=estimate(fid, 0.02))
+        write_evaluation(run, row)
+        runs.append(str(run))
+    table = table_1(sheet_of(runs))
+    cells = [dict(zip(table.heads[1:], line.cells, strict=True)) for line in table.lines]
+    assert [cell["FID-30K ↓"].note for cell in cells] == [
+        "paper 5.98, +0.02",
+        "paper 5.77, +0.00",
+        "paper 6.48, +0.02",
+        "paper 5.68, -0.08",
+    ]
+    assert cells[0]["FID-30K ↓"].text == "6.00 ± 0.02"
+    assert cells[0]["GFLOPs ↓"].note == "paper 29.56, -0.07"
+    assert cells[1]["Parameters"].text == "47.84M"
+    assert table.notes == ["Training it/s: cpu at batch 32 is not an RTX 4090 at batch 256."]
+
+
+def test_table_2_has_both_scales_of_clip_score(tmp_path: Path) -> None:
+    sheet = sheet_of(write_runs(tmp_path, settings=[0, 3]))
+    found = {str(r["model"]): r for r in table_2(sheet, (SETTINGS[0], SETTINGS[3])).records}
+    paper = found["IF-U-ViT, the paper's own"]
+    assert (paper["clip_score_printed"], paper["clip_score_raw"]) == ("0.588", "0.235")
+    foundation = found["SDXL, as the paper cites it"]
+    assert foundation["clip_score_raw"] == foundation["clip_score_printed"] == "0.305"
+    assert found["ours"]["clip_score_raw"] == "0.610"
+
+
+def test_a_run_that_was_evaluated_otherwise_is_left_out_and_the_page_says_why(
+    tmp_path: Path,
+) -> None:
+    runs = write_runs(tmp_path / "runs", settings=[0, 3])
+    other = tmp_path / "runs/concat_early/seed2"
+    write_training(other, read_runs(runs)[0].backbone or PRESETS["tiny"], 2)
+    write_evaluation(other, row_of(9.0, num_steps=50))
+    early = tmp_path / "runs/concat_early/seed3"
+    write_training(early, read_runs(runs)[0].backbone or PRESETS["tiny"], 3)
+    write_evaluation(early, row_of(9.0, step=600))
+    sheet = sheet_of([*runs, str(other), str(early)])
+    assert sheet.excluded == [
+        "concat_early/seed2 is not compared: num steps 50 against 25",
+        "concat_early/seed3 is not compared: step 600 against 1,200",
+    ]
+    line = table_1(sheet).lines[0]
+    assert (line.cells[0].text, line.cells[0].note) == ("4", "2 evaluated alike")
+    assert line.cells[2].text == "0.2010 ± 0.0010"
+    assert "num steps 50 against 25" in render([*runs, str(other)], tmp_path / "sheet")
+
+
+def test_the_series_is_the_fullest_then_the_one_nearest_to_the_papers(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, settings=[0], num_seeds=1)
+    sheet = sheet_of(runs)
+    assert sheet.reference is not None
+    assert sheet.reference.protocol.guidance_scale == 2.0
+    assert sheet_of(runs, "scenes/w4").mean(SETTINGS[0], FRECHET).value == pytest.approx(0.25)
+    with pytest.raises(UserError, match=r"scenes/w7: no run has it; choose one of scenes/w2, "):
+        sheet_of(runs, "scenes/w7")
+
+
+def test_figure_3_shows_training_and_guidance(tmp_path: Path) -> None:
+    panels = figure_3(sheet_of(write_runs(tmp_path)), PAPER_SETTINGS)
+    titles = [panel.title for panel in panels]
+    assert titles[:3] == [
+        "Fréchet distance on CLIP features during training",
+        "CLIP Score during training",
+        "Fréchet distance on CLIP features over CLIP Score, guidance w",
+    ]
+    assert [trace.name for trace in panels[0].traces] == [s.title for s in PAPER_SETTINGS]
+    assert [(p.x, round(p.y, 3)) for p in panels[0].traces[0].points] == [
+        (600, 0.301),
+        (1200, 0.201),
+    ]
+    assert [point.label for point in panels[2].traces[0].points] == ["w=2", "w=4"]
+
+
+def test_figure_7_sets_each_half_between_none_and_both(tmp_path: Path) -> None:
+    (panel, *_) = figure_7(sheet_of(write_runs(tmp_path / "all")))
+    assert [trace.name.split(", ")[1] for trace in panel.traces] == [
+        "early",
+        "image blocks only",
+        "text branch only",
+        "intermediate",
+    ]
+    assert [point.x for trace in panel.traces for point in trace.points] == [0, 1, 2, 3]
+    assert figure_7(sheet_of(write_runs(tmp_path / "four", settings=range(4)))) == []
+
+
+def test_claims_are_judged_by_the_noise_over_seeds(tmp_path: Path) -> None:
+    found = compare_with_claims(sheet_of(write_runs(tmp_path)))
+    concat, *_, efficiency = found
+    assert [verdict.outcome for verdict in concat.verdicts] == [
+        "better",
+        "better",
+        "better",
+        "same",
+    ]
+    assert concat.summary == "Of 4 numbers here: 3 agree, 1 stay within the noise."
+    assert "better by 0.0400, the noise is 0.0061" in concat.verdicts[0].sentence
+    # By Figure 7, image blocks alone lower the CLIP Score; here they raise it.
+    (lowers,) = [claim for claim in found if claim.expected == "worse"]
+    assert lowers.summary == "Of 1 numbers here: 1 say the opposite."
+    assert efficiency.verdicts == []
+    assert len(efficiency.facts) == 3
+    assert efficiency.facts[0].startswith("Concat, intermediate: -")
+    assert "(paper -12.6%)" in efficiency.facts[0]
+
+
+def test_counts_are_means_over_seeds_of_rows_made_alike(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, settings=[0, 1])
+    for run, errors in zip(runs, ((2, 2), (1, 1), (0, 1), (0, 1)), strict=True):
+        write_object_count(f"{run}/{COUNTS}", made_row(errors))
+    counts = read_counts(sheet_of(runs))
+    score = counts.figure_rows()["Concat, early"].score("bus", 2)
+    assert score is not None
+    assert score.average_error.value == 1.5
+    assert score.average_error.standard_error == pytest.approx(0.5)
+    (claim,) = count_claims(counts)
+    assert "lower for 20 of 20 pairs and equal for 0" in claim.facts[0]
+
+    other = dataclasses.replace(made_row((0, 0)).protocol, num_images=7)
+    row = dataclasses.replace(made_row((0, 0)), protocol=other)
+    write_object_count(f"{runs[1]}/{COUNTS}", row)
+    counts = read_counts(sheet_of(runs))
+    assert counts.excluded == ["concat_early/seed1 was counted with another num_images."]
+    assert len(counts.rows[SETTINGS[0]]) == 1
+
+
+def test_preference_is_judged_where_models_have_their_settings_names() -> None:
+    def wins(first: str, second: str, low: float, high: float) -> WinRate:
+        share = Estimate(
+            value=(low + high) / 2, standard_error=0.1, num_samples=40, low=low, high=high
+        )
+        return WinRate(first=first, second=second, share=share)
+
+    def judged(*rates: WinRate) -> list[Claim]:
+        return preference_claims(dataclasses.replace(EMPTY, win_rates=list(rates)))
+
+    (claim,) = judged(
+        wins("concat_early", "concat_intermediate", 0.2, 0.4),
+        wins("cross_attention_intermediate", "cross_attention_early", 0.4, 0.7),
+        wins("concat_early", "cross_attention_early", 0.9, 0.95),
+    )
+    assert [verdict.outcome for verdict in claim.verdicts] == ["better", "same"]
+    assert "in 70% of 40 rankings; the 95 % interval is 60% to 80%" in claim.verdicts[0].sentence
+    assert judged(wins("a", "b", 0.2, 0.4)) == []
+
+
+def test_a_model_of_a_study_has_the_colour_of_its_setting() -> None:
+    (panel,) = figure_6({"mine": estimate(1.0), "concat_intermediate": estimate(2.0)})
+    assert [trace.colour for trace in panel.traces] == [0, 1]
+    assert panel.places == ("mine", "concat_intermediate")
+
+
+def test_a_baseline_that_matches_no_setting_is_refused(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, settings=[0, 3], num_seeds=1)
+    with pytest.raises(UserError, match=r"--baseline early: no such setting; .*concat_early, "):
+        render(runs, tmp_path / "sheet", baseline="early")
+
+
+def test_recipes_that_differ_beyond_setting_and_seed_are_told(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path / "runs", settings=[0, 3], num_seeds=1)
+    config = Path(runs[1], "config.yaml")
+    config.write_text(config.read_text() + "max_steps: 7\n")
+    assert "differ in more than setting and seed: max_steps." in render(runs, tmp_path / "sheet")
