@@ -90,10 +90,11 @@ class BenchCheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchGenerateConfig:
-    """Compare guided sampling with the same untrained model, eager, without what it saves.
+    """Compare guided sampling with the same untrained model, eager, without what it saves, and on a
+    GPU with U-ViT (early fusion by concatenation) under eager fp16 autocast.
 
     Without: two passes a step, the text branch and the keys and values of the text in each.
-    The decoder is left out on both sides.
+    The decoder is left out everywhere.
     """
 
     preset: Literal["tiny", "small", "mid", "large", "huge"] = "small"
@@ -114,8 +115,45 @@ class BenchGenerateConfig:
     compile: bool = False
     """Compile the backbone, on a GPU with CUDA graphs; the other side stays eager."""
     json: bool = False
-    """Print one JSON object: images_per_s, vs_no_cache, and what was measured on what."""
+    """Print one JSON object: images_per_s, vs_no_cache, vs_eager_fp16 (null without a GPU), and
+    what was measured on what."""
 
     def __post_init__(self) -> None:
         if min(self.num_steps, self.timed_steps, self.batch_size, self.rounds) < 1:
             raise ValueError("num_steps, timed_steps, batch_size and rounds must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrainConfig:
+    """Compare training steps: the paper's four settings with each other and with U-ViT's recipe,
+    the engine with a bare loop, all with what the device can do.
+
+    One process, plain PyTorch, random data that need not be read.
+    """
+
+    preset: Literal["tiny", "small", "mid", "large", "huge"] = "small"
+    """Size of the backbones; 32 x 32 latents from small on (256 x 256 pixels)."""
+    batch_size: int = 4
+    """Samples in a step; the paper's 256 on a GPU."""
+    steps: int = 1
+    """Steps in one measurement; more where a step takes milliseconds."""
+    rounds: int = 5
+    """Repetitions, in turn; medians are compared."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Type of matrix products; unset: bf16 on a GPU, fp32 elsewhere. U-ViT's recipe: fp16 on a GPU,
+    fp32 elsewhere."""
+    activation_checkpointing: bool = False
+    """Compute each block again in the backward pass; not in U-ViT's recipe."""
+    compile: bool = False
+    """Compile the blocks; not in U-ViT's recipe."""
+    cuda_graphs: bool = False
+    """Record the compiled blocks as CUDA graphs; not in U-ViT's recipe."""
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
+    """As engine.attention of a training recipe; U-ViT's recipe has sdpa."""
+    json: bool = False
+    """Print one JSON object: rows, intermediate_vs_early, engine_overhead, vs_uvit_recipe, and what
+    was measured on what."""
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.steps, self.rounds) < 1:
+            raise ValueError("batch_size, steps and rounds must be at least 1")
