@@ -1,0 +1,103 @@
+"""`ifvit bench train`: contenders do the same work, and rows say what was measured."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ifvit.bench.config import BenchTrainConfig
+from ifvit.bench.roofline import kept_bytes
+from ifvit.bench.timing import median_ratio, spread
+from ifvit.bench.train import bench_train
+from ifvit.bench.train_contenders import BareSteps, EngineSteps, UViTRecipeSteps
+from ifvit.models.flops import count_cost
+from ifvit.models.presets import PRESETS
+from ifvit.training.config import EngineConfig, TrainConfig
+
+CPU = torch.device("cpu")
+SETTINGS = [
+    "concat_early",
+    "concat_intermediate",
+    "cross_attention_early",
+    "cross_attention_intermediate",
+]
+
+
+def recipe() -> TrainConfig:
+    """One step of two samples by the smallest backbone."""
+    return TrainConfig(
+        run="",
+        shards="",
+        backbone=PRESETS["tiny"],
+        engine=EngineConfig(backend="plain", attention="math"),
+        global_batch_size=2,
+        micro_batch_size=2,
+    )
+
+
+def test_contenders_multiply_the_same_matrices() -> None:
+    steps = (EngineSteps(recipe()), BareSteps(recipe(), CPU), UViTRecipeSteps(recipe(), CPU))
+    flops = []
+    for contender in steps:
+        for module in contender.backbone.modules():
+            if hasattr(module, "attend"):
+                module.attend = lambda query, key, value: query + 0 * (key + value).mean()
+        with FlopCounterMode(display=False) as counter:
+            contender(1)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] == flops[2]
+    # The backward pass needs no gradient of contexts and latents, a little less than two forwards.
+    assert 2.9 * 2 < flops[0] / count_cost(PRESETS["tiny"]).layer_flops < 3 * 2
+
+
+def test_steps_of_the_engine_continue_one_run() -> None:
+    steps = EngineSteps(recipe())
+    steps(2)
+    steps(1)
+    assert steps.engine.scalars()["num_updates"] == 3
+
+
+def test_what_a_layer_keeps_is_counted_once_and_without_its_parameters() -> None:
+    layer = torch.nn.Linear(8, 4)
+    x = torch.zeros(5, 8)
+    kept = kept_bytes(lambda: layer(x).exp().sum() + layer(x).exp().sum(), [*layer.parameters()])
+    assert kept == 4 * (5 * 8 + 2 * 5 * 4)  # the input once, the results of both exponentials
+
+
+def test_rows_and_ratios_come_out_as_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_train(BenchTrainConfig(preset="tiny", batch_size=2, rounds=2, json=True))
+    result = json.loads(capsys.readouterr().out)
+    rows = {row["setting"]: row for row in result["rows"]}
+    assert list(rows) == SETTINGS
+    for name in ("intermediate_vs_early", "vs_uvit_recipe", "matmul_flops_per_s"):
+        assert result[name] > 0
+    assert result["engine_overhead"] > -1
+    for row in rows.values():
+        assert row["step_seconds"] == pytest.approx(
+            row["vs_floor"] * (row["floor_flops_seconds"] + row["floor_bytes_seconds"])
+        )
+        assert 0 < row["mfu_paper"] < row["mfu"]
+    # Parameters, two moments and one average in fp32.
+    early, late = rows["concat_early"], rows["cross_attention_intermediate"]
+    assert late["state_bytes"] == 16 * count_cost(PRESETS["tiny"]).params
+    assert early["step_bytes"] - early["state_bytes"] / 4 > late["step_bytes"] - (
+        late["state_bytes"] / 4
+    )
+
+
+def test_the_table_has_a_line_for_each_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_train(BenchTrainConfig(preset="tiny", batch_size=1, rounds=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == SETTINGS
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    assert median_ratio([2.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == 2.0
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+
+
+def test_nothing_to_measure_is_refused() -> None:
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        replace(BenchTrainConfig(), rounds=0)
