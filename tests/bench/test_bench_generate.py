@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.bench.config import BenchGenerateConfig
-from ifvit.bench.generate import _guide_plainly, bench_generate
-from ifvit.models.presets import PRESETS
+from ifvit.bench.generate import _guide_like_uvit, _guide_plainly, bench_generate
 from ifvit.models.build import build_backbone
+from ifvit.models.presets import PRESETS
 from ifvit.sampling.config import Guidance
 from ifvit.sampling.guidance import GuidedDenoiser
 
@@ -22,7 +22,10 @@ def test_sharing_changes_nothing_but_the_work() -> None:
     x_t, timesteps = torch.randn(1, 4, 32, 32), torch.tensor([500])
     denoisers = [
         GuidedDenoiser(
-            backbone, context[None], backbone.encode_condition(null_context[None]), Guidance(scale=2.0)
+            backbone,
+            context[None],
+            backbone.encode_condition(null_context[None]),
+            Guidance(scale=2.0),
         ),
         _guide_plainly(backbone, context[None], null_context[None]),
     ]
@@ -35,11 +38,26 @@ def test_sharing_changes_nothing_but_the_work() -> None:
     assert work[1] / work[0] > 1.23
 
 
+@torch.no_grad()
+def test_u_vits_way_rounds_and_otherwise_predicts_the_same() -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone(PRESETS["tiny"]).eval()
+    context, null_context = torch.randn(3, 16, 64), torch.randn(1, 16, 64)
+    x_t, timesteps = torch.randn(3, 4, 8, 8), torch.tensor([500] * 3)
+    plain, rounded = (
+        guide(backbone, context, null_context)(x_t, timesteps)
+        for guide in (_guide_plainly, _guide_like_uvit)
+    )
+    torch.testing.assert_close(rounded, plain, rtol=2e-2, atol=2e-2)
+    assert not torch.equal(rounded, plain)
+
+
 def test_it_prints_what_it_measured_on_what(capsys: pytest.CaptureFixture[str]) -> None:
     bench_generate(
         BenchGenerateConfig(preset="tiny", timed_steps=1, batch_size=2, rounds=1, json=True)
     )
     result = json.loads(capsys.readouterr().out)
-    assert list(result)[:2] == ["images_per_s", "vs_no_cache"]
+    assert list(result)[:3] == ["images_per_s", "vs_no_cache", "vs_eager_fp16"]
+    assert torch.cuda.is_available() or result["vs_eager_fp16"] is None
     assert min(result["images_per_s"], result["vs_no_cache"]) > 0
     assert (result["preset"], result["batch_size"]) == ("tiny", 2)
