@@ -132,6 +132,11 @@ VERBS = {
         "ifvit.bench.loader:bench_loader",
         "batches a second, against other ways to read the same samples",
     ),
+    "bench train": Verb(
+        "ifvit.bench.config:BenchTrainConfig",
+        "ifvit.bench.train:bench_train",
+        "seconds a training step, against a bare loop, U-ViT's recipe and the hardware",
+    ),
     "report": Verb(
         "ifvit.analysis.config:ReportConfig",
         "ifvit.analysis.report:report",
