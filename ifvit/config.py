@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -13,6 +15,9 @@ from ifvit.errors import UserError
 from ifvit.variants import choose_variants
 
 Config = TypeVar("Config")
+
+_CONFIGS = Path(__file__).parent / "configs"
+"""A link to the repository's recipes, whose place their copies take in an installed package."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -34,6 +39,7 @@ def read_config(
     words = _spell_switches(cls, _name_each(cls, _name_positional(cls, argv, positional)))
     try:
         chosen, words = choose_variants(cls, words)
+        words = _find_shipped(cls, words)
         fields = parser.add_class_arguments(cls, skip=set(chosen))
         for name, variant in chosen.items():
             parser.add_argument(f"--{name}", type=variant, required=True)
@@ -64,6 +70,24 @@ def _name_positional(cls: type[Any], argv: Sequence[str], names: str | None) -> 
     else:
         named = [(f"--{names}+", word) for word in free]
     return [*(word for pair in named for word in pair), *argv[len(named) :]]
+
+
+def _find_shipped(cls: type[Any], words: Sequence[str]) -> list[str]:
+    """`--protocol scenes` => `--protocol PATH` of configs/protocol/scenes.yaml, as installed.
+
+    Of every field that has a folder of its name there; a file of that name goes before.
+    """
+    flags = {f"--{field.name}" for field in dataclasses.fields(cls)}
+    found = list(words)
+    for place, (flag, name) in enumerate(pairwise(words), start=1):
+        folder = _CONFIGS / flag.removeprefix("--")
+        if flag in flags and folder.is_dir() and re.fullmatch(r"[\w-]+", name):
+            path = folder / f"{name}.yaml"
+            if not path.is_file() and not Path(name).exists():
+                shipped = ", ".join(sorted(file.stem for file in folder.iterdir()))
+                raise UserError(f"{flag} {name}: no such file; by name there are {shipped}")
+            found[place] = name if Path(name).exists() else str(path)
+    return found
 
 
 def _name_each(cls: type[Any], argv: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Every shipped recipe is one that its verb accepts."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from data_pipeline.config import EncodeConfig
 from ifvit.config import dump_config, read_config
 from ifvit.errors import UserError
+from ifvit.evaluation.config import EvaluateConfig
 from ifvit.models.config import FusionUViTConfig
 from ifvit.models.presets import PRESETS
 from ifvit.training.config import TrainConfig
@@ -27,6 +29,28 @@ def test_a_recipe_is_accepted_and_survives_a_round_trip(
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_config(config))
     assert read_config(cls, ["--config", str(copy)], prog="test") == config
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("protocol/*.yaml")])
+def test_a_protocol_is_found_by_name_and_called_by_it(name: str) -> None:
+    words = ["--weights", "w", "--shards", "s", "--protocol", name]
+    config = read_config(EvaluateConfig, [*words, "--protocol.num_samples", "7"], prog="test")
+    assert (config.protocol.name, config.protocol.num_samples) == (name, 7)
+    words[-1] = str(CONFIGS / "protocol" / f"{name}.yaml")
+    by_path = read_config(EvaluateConfig, words, prog="test")
+    assert dataclasses.replace(by_path.protocol, num_samples=7) == config.protocol
+
+
+def test_a_name_that_is_not_shipped_is_one_line_with_those_that_are() -> None:
+    with pytest.raises(UserError, match=r"--protocol coco: no such file; by name there are coco2"):
+        read_config(EvaluateConfig, ["--protocol=coco"], prog="test")
+
+
+def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scenes").write_text("name: mine\n")
+    words = ["--weights", "w", "--shards", "s", "--protocol", "scenes"]
+    assert read_config(EvaluateConfig, words, prog="test").protocol.name == "mine"
 
 
 @pytest.mark.parametrize("name", PRESETS)
