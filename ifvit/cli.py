@@ -87,7 +87,13 @@ VERBS = {
     "evaluate": Verb(
         "ifvit.evaluation.config:EvaluateConfig",
         "ifvit.evaluation.evaluate:evaluate",
-        "a checkpoint -> one row of metrics",
+        "checkpoints x guidance scales -> rows of metrics",
+    ),
+    "evaluate --make_reference": Verb(
+        "ifvit.evaluation.config:MakeReferenceConfig",
+        "ifvit.evaluation.reference_set:make_reference",
+        "real images -> the file that evaluations compare with",
+        positional="output",
     ),
     "compare-methods": Verb(
         "ifvit.evaluation.config:CompareConfig",
