@@ -2,18 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
 from ifvit.evaluation.metrics import Estimate
 from ifvit.rating.forms import CANNOT_TELL
-from ifvit.rating.statistics import agreement, estimate_columns
+from ifvit.rating.statistics import Floats, agreement, estimate_columns
 from ifvit.rating.store import Answer
 from ifvit.rating.study import Item, Study
 from ifvit.rating.tables import Replies, by_name, split_answers, tabulate
-
-_Values = Mapping[tuple[int, int], float]
-"""By rater and number of the item."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,63 +46,79 @@ class CountingResults:
 def summarise_counting(study: Study, answers: Sequence[Answer]) -> CountingResults | None:
     """None as long as there is no count."""
     replies, first = split_answers(study, answers, "counting", _same_number)
-    counts = {(a.rater, a.item): float(a.value) for a in first if isinstance(a.value, int)}
-    if not counts:
+    counted = [answer for answer in first if isinstance(answer.value, int)]
+    if not counted:
         return None
-    groups = (_count_group(study, counts, *wanted) for wanted in _wanted_groups(study))
-    unclear = {(a.rater, a.item): float(a.skip_reason == CANNOT_TELL) for a in first}
-    units = tabulate({key: [count] for key, count in counts.items()})[..., 0]
+    names = [model.name for model in study.models if model.counting is not None]
+    items, counts = _tabulate(study, names, {_key(a): _number(a) for a in counted})
+    asked = np.array([item.count for item in items], np.float64)
+    errors = np.abs(counts - asked[:, None])
+    groups = (_count_group(names, items, errors, *wanted) for wanted in _wanted_groups(items))
+    unclear = {_key(answer): float(answer.skip_reason == CANNOT_TELL) for answer in first}
+    _, cannot_tell = _tabulate(study, names, unclear)
     return CountingResults(
-        num_counts=len(counts),
-        groups=[group for group in groups if group.average_error],
-        cannot_tell=_by_model(study, unclear, is_share=True),
-        alpha=agreement(units, "interval"),
+        num_counts=len(counted),
+        groups=list(groups),
+        cannot_tell=by_name(names, estimate_columns(cannot_tell, is_share=True)),
+        alpha=agreement(counts.reshape(len(counts), -1), "interval"),
         replies=replies,
     )
+
+
+def _key(answer: Answer) -> tuple[int, int]:
+    return answer.rater, answer.item
+
+
+def _number(answer: Answer) -> float:
+    assert isinstance(answer.value, int)
+    return float(answer.value)
 
 
 def _same_number(one: Answer, other: Answer) -> float:
     return float(one.value == other.value)
 
 
-def _wanted_groups(study: Study) -> list[tuple[str | None, int | None]]:
-    items = [item for item in study.items if item.kind == "counting"]
-    objects = dict.fromkeys(item.object for item in items)
-    counts = sorted({_asked(item) for item in items})
-    pairs = sorted({(item.object, _asked(item)) for item in items}, key=str)
+def _tabulate(
+    study: Study, names: Sequence[str], values: Mapping[tuple[int, int], float]
+) -> tuple[list[Item], Floats]:
+    """Values by rater and item => (R, U, M), and an item of each of the U prompts.
+
+    The M images of one prompt and noise stand together, because they are resampled together.
+    """
+    rows: dict[tuple[int, tuple[int, str]], list[float]] = {}
+    items: dict[tuple[int, str], Item] = {}
+    column = {blind: names.index(name) for blind, name in study.names.items() if name in names}
+    for (rater, number), value in values.items():
+        item = study.items[number]
+        unit = item.position, item.prompt
+        (blind,) = item.images
+        rows.setdefault((rater, unit), [np.nan] * len(names))[column[blind]] = value
+        items.setdefault(unit, item)
+    return list(items.values()), tabulate(rows)
+
+
+def _wanted_groups(items: Sequence[Item]) -> list[tuple[str | None, int | None]]:
+    in_order = sorted(items, key=lambda item: item.number)
+    objects = list(dict.fromkeys(item.object for item in in_order))
+    counts = sorted({item.count for item in items if item.count is not None})
+    asked = {(item.object, item.count) for item in items}
+    pairs = (pair for pair in product(objects, counts) if pair in asked)
     return [(None, None), *((o, None) for o in objects), *((None, c) for c in counts), *pairs]
 
 
 def _count_group(
-    study: Study, counts: _Values, object_: str | None, count: int | None
+    names: Sequence[str],
+    items: Sequence[Item],
+    errors: Floats,
+    object_: str | None,
+    count: int | None,
 ) -> CountGroup:
-    errors = {
-        (rater, number): abs(counted - _asked(study.items[number]))
-        for (rater, number), counted in counts.items()
-        if object_ in (None, study.items[number].object)
-        and count in (None, study.items[number].count)
-    }
-    matches = {key: float(error == 0) for key, error in errors.items()}
+    belongs = [object_ in (None, item.object) and count in (None, item.count) for item in items]
+    chosen = errors[:, belongs]
+    matches = np.where(np.isnan(chosen), np.nan, chosen == 0)
     return CountGroup(
         object=object_,
         count=count,
-        average_error=_by_model(study, errors),
-        match_ratio=_by_model(study, matches, is_share=True),
+        average_error=by_name(names, estimate_columns(chosen)),
+        match_ratio=by_name(names, estimate_columns(matches, is_share=True)),
     )
-
-
-def _asked(item: Item) -> int:
-    assert item.count is not None
-    return item.count
-
-
-def _by_model(study: Study, values: _Values, is_share: bool = False) -> dict[str, Estimate]:
-    """Means for each model that has values; images of one prompt and noise resampled together."""
-    names = [model.name for model in study.models if model.counting is not None]
-    rows: dict[tuple[int, tuple[int, str]], list[float]] = {}
-    for (rater, number), value in values.items():
-        item = study.items[number]
-        (blind,) = item.images
-        row = rows.setdefault((rater, (item.position, item.prompt)), [np.nan] * len(names))
-        row[names.index(study.names[blind])] = value
-    return by_name(names, estimate_columns(tabulate(rows), is_share)) if rows else {}

@@ -6,6 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from ifvit.rating.sentences import percent
+
 
 def render(template: str, **values: Any) -> str:
     """The page; text in `values` is escaped."""
@@ -25,5 +27,5 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda share: f"{100 * share:.0f} %"
+    environment.filters["percent"] = percent
     return environment

@@ -45,15 +45,15 @@ def _of_preference(results: PreferenceResults) -> Iterator[str]:
 def _of_win_rate(rate: WinRate) -> str:
     share = rate.share
     numbers = (
-        f"{_percent(share.value)} of {share.num_samples} rankings "
-        f"(95 % interval {_percent(share.low)} to {_percent(share.high)})"
+        f"{percent(share.value)} of {share.num_samples} rankings "
+        f"(95 % interval {percent(share.low)} to {percent(share.high)})"
     )
     if share.low > 0.5:
         return f"{rate.first} is preferred to {rate.second}: above it in {numbers}."
     if share.high < 0.5:
         mirrored = (
-            f"{_percent(1 - share.value)} of {share.num_samples} rankings "
-            f"(95 % interval {_percent(1 - share.high)} to {_percent(1 - share.low)})"
+            f"{percent(1 - share.value)} of {share.num_samples} rankings "
+            f"(95 % interval {percent(1 - share.high)} to {percent(1 - share.low)})"
         )
         return f"{rate.second} is preferred to {rate.first}: above it in {mirrored}."
     return f"{rate.first} and {rate.second} are not told apart: the first is above in {numbers}."
@@ -65,8 +65,8 @@ def _of_counting(results: CountingResults) -> Iterator[str]:
         match = everything.match_ratio[name]
         yield (
             f"{name}: off by {error.value:.2f} objects on average (95 % interval {error.low:.2f} "
-            f"to {error.high:.2f}), the asked number in {_percent(match.value)} of "
-            f"{match.num_samples} answers ({_percent(match.low)} to {_percent(match.high)})."
+            f"to {error.high:.2f}), the asked number in {percent(match.value)} of "
+            f"{match.num_samples} answers ({percent(match.low)} to {percent(match.high)})."
         )
     yield _of_alpha(results.alpha)
     yield from _of_replies(results.replies, "counts", "were the same number")
@@ -84,15 +84,16 @@ def _of_alpha(alpha: float | None) -> str:
 
 def _of_replies(replies: Replies, things: str, alike: str) -> Iterator[str]:
     if replies.consistency is not None:
-        share = _percent(replies.consistency)
+        share = percent(replies.consistency)
         yield f"Asked again ({replies.num_repeats} questions), {share} of the {things} {alike}."
     reasons = ", ".join(f"{reason} {number}" for reason, number in replies.skips.items())
-    share = _percent(replies.num_skipped / replies.num_shown)
+    share = percent(replies.num_skipped / replies.num_shown)
     yield f"{share} of {replies.num_shown} questions were skipped{reasons and ': '}{reasons}."
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def percent(share: float) -> str:
+    """A share in per cent that no line break tears apart."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
 def _p(value: float) -> str:

@@ -3,7 +3,7 @@
 Shapes: R raters, I items, C columns (models, pairs of models); NaN where there is no answer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import krippendorff
@@ -35,7 +35,7 @@ def estimate_columns(values: Floats, is_share: bool = False) -> list[Estimate | 
 
     Errors and 95 % intervals by resampling raters and items, both with replacement ("pigeonhole
     bootstrap", Owen 2007, arXiv 0712.1111): the next study has other raters and other prompts.
-    Where all answers are alike, a share has Wilson's interval instead.
+    Where all answers are alike, a share has Wilson's interval over the items instead.
     """
     present = ~np.isnan(values)
     counts = present.sum(axis=(0, 1))
@@ -46,7 +46,9 @@ def estimate_columns(values: Floats, is_share: bool = False) -> list[Estimate | 
         if count == 0:
             estimates.append(None)
         elif is_share and answers.min() == answers.max():
-            estimates.append(estimate_share(answers == 1))
+            num_items = present[..., column].any(axis=0).sum()
+            alike = estimate_share(np.full(num_items, answers[0] == 1))
+            estimates.append(replace(alike, num_samples=len(answers)))
         else:
             estimates.append(_estimate(answers, resampled[:, column]))
     return estimates

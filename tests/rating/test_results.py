@@ -100,7 +100,7 @@ def test_counts_become_the_papers_error_and_match_ratio(study: Study) -> None:
 
 def test_the_report_says_it_in_words_and_numbers(study: Study) -> None:
     report(RateReportConfig(study=str(study.folder)))
-    page = (study.folder / "report.html").read_text()
+    page = (study.folder / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert "intermediate is preferred to early: above it in 100 % of 19 rankings" in page
     assert "No sign that the place on the page decided the rank" in page
     assert "early: off by 1.50 objects on average" in page
