@@ -14,6 +14,7 @@ from torch import Tensor
 from ifvit.shards.records import Array
 
 CACHE_LINE = 64
+"""Bytes; the kernel reads a fifth faster into memory that starts with one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class HostMemory:
         try:
             owner = free.pop()
         except IndexError:
-            owner = _aligned(shape, dtype)
+            owner = empty_aligned(shape, dtype)
         lent = owner.view()
         weakref.finalize(lent, free.append, owner)  # every tensor upon it keeps `lent` alive
         return torch.from_numpy(lent)
@@ -65,8 +66,8 @@ class HostMemory:
         return lambda: batch
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An array that starts with a cache line: the kernel reads a fifth faster into those."""
+def empty_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array that starts with a cache line, which NumPy's own do not."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + CACHE_LINE, np.uint8)
     start = -memory.ctypes.data % CACHE_LINE
