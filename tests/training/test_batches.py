@@ -1,6 +1,7 @@
 """Batches hold what the order says, whoever reads them; damage stops before it is trained on."""
 
 import functools
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -184,6 +185,16 @@ def test_memory_is_used_again_once_nobody_holds_it() -> None:
     assert memory.empty((2, 3), dtype).data_ptr() != place
     del view
     assert memory.empty((2, 3), dtype).data_ptr() == place
+
+
+def test_a_shard_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    write_shards(tmp_path, make_samples(30), SIZES)
+    with closing(make_batches(str(tmp_path)).from_state(TrainState(), CPU)) as stream:
+        next(stream)
+        os.truncate(tmp_path / "shard-00002.tar", 10_000)
+        with pytest.raises(ShardError, match=r"shard-00002\.tar: 0+\d+\.\w+ is damaged"):
+            for _ in islice(stream, 20):
+                pass
 
 
 def test_damage_is_an_error_and_not_a_batch(tmp_path: Path) -> None:
