@@ -38,10 +38,11 @@ from ifvit.sampling.encoders import (
     check_identity,
     choose_device,
     open_text_encoder,
+    require_text_encoder,
     weights_sha256,
 )
 from ifvit.sampling.generate import read_prompt_file
-from ifvit.sampling.sampler import ContextOf, sample_latents
+from ifvit.sampling.sampler import ConditionOf, sample_latents
 from ifvit.shards import ShardReader
 
 _NUM_OF_SHARDS = 64
@@ -52,7 +53,7 @@ class Prompts:
     """Captions, their contexts by position, and the null context (M, D)."""
 
     texts: list[str]
-    context_of: ContextOf
+    context_of: ConditionOf
     null_context: torch.Tensor
 
 
@@ -88,7 +89,7 @@ def summarise_run(config: AttentionConfig, run: str) -> AttentionSummary:
             "fusion backbones; leave this run out"
         )
     digest = weights_sha256(backbone)
-    backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
+    backbone.to(device)
     prompts = _open_prompts(config, info, device)
     layers = record_layers(backbone, prompts, config)
     sampling = config.sampling
@@ -123,7 +124,7 @@ def record_layers(
     inside = inner_tokens(shape.latent_size // shape.patch_size, config.trim)
     names = layer_names(shape.depth)
     layers = [LayerSums(name, shape.num_image_tokens, inside) for name in names]
-    null_text = backbone.encode_text(prompts.null_context[None].to(backbone.device))
+    null_text = backbone.encode_condition(prompts.null_context[None].to(backbone.device))
     positions = torch.arange(len(prompts.texts))
     with tqdm(total=len(positions), unit="prompt", desc="attend", leave=False) as progress:
         for batch in torch.split(positions, config.sampling.batch_size):
@@ -197,7 +198,8 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
             null_context=encoder.null_context(),
         )
     reader = ShardReader(config.shards)
-    check_identity(f"{reader.url}: text encoder", reader.text.encoder, info.text_encoder)
+    trained_with = require_text_encoder(info)
+    check_identity(f"{reader.url}: text encoder", reader.text.encoder, trained_with)
     count = config.num_prompts or _NUM_OF_SHARDS
     if count > len(reader):
         raise UserError(

@@ -1,7 +1,6 @@
 """The verb: weights and prompts in, files, a figure and a table out."""
 
 import csv
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,9 @@ from PIL import Image
 
 from ifvit.analysis.attention import read_attention
 from ifvit.cli import main
+from ifvit.models.build import build_backbone
 from ifvit.models.clip import load_text_encoder
-from ifvit.models.config import FusionUViTConfig
-from ifvit.models.uvit import FusionUViT
+from ifvit.models.config import BackboneConfig, FusionUViTConfig, TokenTransformerConfig
 from ifvit.models.weights import WeightsInfo, save_weights
 from ifvit.shards import EncoderIdentity
 
@@ -41,6 +40,10 @@ def save_run(
         num_text_blocks=num_blocks,
         init_std=0.3,
     )
+    return save(folder, shape, text_encoder)
+
+
+def save(folder: Path, shape: BackboneConfig, text_encoder: EncoderIdentity | None) -> str:
     info = WeightsInfo(
         step=3,
         ema_decay=0.9,
@@ -49,8 +52,7 @@ def save_run(
         text_encoder=text_encoder,
         recipe_sha256="0" * 64,
     )
-    backbone = FusionUViT(**dataclasses.asdict(shape))
-    save_weights(str(folder / "weights/step_00000003/ema"), backbone, info)
+    save_weights(str(folder / "weights/step_00000003/ema"), build_backbone(shape), info)
     return str(folder)
 
 
@@ -149,3 +151,16 @@ def test_captions_of_another_encoder_are_refused(
     with pytest.raises(SystemExit):
         main(["analyze", "attention", run, "--shards", shards, "--num_prompts", "2"])
     assert "text encoder made-up has sha256 111111111111" in capsys.readouterr().err
+
+
+def test_backbones_of_other_architectures_are_refused(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = TokenTransformerConfig(
+        latent_size=8, patch_size=2, width=16, depth=2, num_heads=2, num_classes=3
+    )
+    run = save(tmp_path / "classes", shape, None)
+    with pytest.raises(SystemExit):
+        main(["analyze", "attention", run, "--shards", shards, "--num_prompts", "2"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "weights of a TokenTransformer" in line

@@ -76,7 +76,7 @@ def build_config(batch_size: int = NUM_PROMPTS, trim: int = 1) -> AttentionConfi
 
 
 def draw(backbone: FusionUViT) -> Tensor:
-    null_text = backbone.encode_text(NULL[None])
+    null_text = backbone.encode_condition(NULL[None])
     return sample_latents(backbone, CONTEXTS, null_text, torch.arange(NUM_PROMPTS), SAMPLING)
 
 
@@ -164,7 +164,7 @@ def test_watching_leaves_the_images_as_they_were(conditioning: Conditioning) -> 
 def test_only_the_conditional_half_is_recorded(conditioning: Conditioning) -> None:
     backbone = build_backbone(conditioning)
     x_t = torch.randn(NUM_PROMPTS, 2, 8, 8, generator=torch.Generator().manual_seed(2))
-    null_text = backbone.encode_text(NULL[None])
+    null_text = backbone.encode_condition(NULL[None])
 
     def record(scale: float) -> list[np.ndarray]:
         rows = PromptRows(NUM_PROMPTS, inner_tokens(SIDE, 0))
