@@ -1,0 +1,192 @@
+"""`ifvit cost --plan`: its formulas against numbers worked out by hand and against the model."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from ifvit.analysis.plan import plan, plan_row, plan_rows
+from ifvit.analysis.plan_config import HardwareConfig, PlanConfig
+from ifvit.analysis.plan_formulas import (
+    activation_bytes,
+    cast_bytes,
+    collective_seconds,
+    network_bytes,
+    sample_bytes,
+    stall_seconds,
+    state_bytes,
+    update_bytes,
+)
+from ifvit.bench.roofline import kept_bytes
+from ifvit.models.build import build_backbone
+from ifvit.models.config import FusionUViTConfig
+from ifvit.models.flops import count_cost
+from ifvit.models.presets import PRESETS
+
+BILLION = 10**9
+HARDWARE = HardwareConfig()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "stage", "expected"),
+    [
+        (1, 0, 20e9),  # parameters, gradients, two moments, one average: 4 bytes each
+        (64, 0, 20e9),
+        (4, 1, 3 * 4e9 + 3 * 1e9 + 2e9),  # moments and the second copy in quarters, the buffer
+        (4, 2, 2 * 4e9 + 4 * 1e9 + 2e9),  # gradients too
+        (4, 3, 5 * 1e9 + 4e9),  # all in quarters, but what is gathered
+    ],
+)
+def test_states_are_what_the_engine_keeps(gpus: int, stage: int, expected: float) -> None:
+    assert state_bytes(BILLION, gpus, stage, averages=1) == expected
+
+
+def test_stage_3_halves_with_twice_the_gpus_but_for_what_is_gathered() -> None:
+    few, many, most = (state_bytes(BILLION, n, 3, averages=2) for n in (64, 128, 10**9))
+    assert few - many == pytest.approx((4 * 6 * BILLION / 64) / 2)
+    assert most == pytest.approx(4e9, rel=1e-6)
+
+
+def concat(**fields: object) -> FusionUViTConfig:
+    """17 image and time tokens, 3 of text, 3 blocks that all see both."""
+    shape = dataclasses.replace(
+        PRESETS["tiny"],
+        width=64,
+        depth=2,
+        num_heads=1,
+        conditioning="concat",
+        num_image_blocks=0,
+        num_text_blocks=0,
+        context_length=3,
+        context_width=8,
+    )
+    return dataclasses.replace(shape, **fields)
+
+
+def test_activations_are_those_counted_by_hand() -> None:
+    # 36 bytes a token and channel in a block, 4 in the skip; then the head and the context.
+    whole = 64 * (3 * 20 * 36 + 20 * 4) + 17 * 6 * 64 + 3 * (2 * 8 + 4 * 64)
+    assert activation_bytes(concat(), 1, "bf16", checkpointing=False) == whole
+    assert activation_bytes(concat(), 5, "bf16", checkpointing=False) == 5 * whole
+    # The inputs of three blocks, and one block.
+    again = 64 * (3 * 20 * 4 + 20 * (36 + 4)) + 17 * 6 * 64 + 3 * (2 * 8 + 4 * 64)
+    assert activation_bytes(concat(), 1, "bf16", checkpointing=True) == again
+
+
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
+@pytest.mark.parametrize("outer", [0, 1])
+def test_activations_are_those_that_the_model_keeps(conditioning: str, outer: int) -> None:
+    shape = dataclasses.replace(
+        PRESETS["tiny"], conditioning=conditioning, num_image_blocks=outer, num_text_blocks=outer
+    )
+    backbone = build_backbone(shape)
+    latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    contexts = torch.randn(2, *shape.context_shape)
+    kept = kept_bytes(
+        lambda: backbone(latents, timesteps, contexts).square().mean(), backbone.parameters()
+    )
+    predicted = activation_bytes(shape, 2, "fp32", checkpointing=False)
+    assert predicted == pytest.approx(kept, rel=0.01)
+
+
+def test_autocast_holds_the_parameters_once_more() -> None:
+    assert (cast_bytes(BILLION, "bf16"), cast_bytes(BILLION, "fp32")) == (2e9, 0)
+
+
+def test_collectives_take_the_time_of_their_slowest_wires() -> None:
+    in_node = 8e9 * 7 / 8 / 450e9
+    assert collective_seconds(8e9, 1, HARDWARE) == 0
+    assert collective_seconds(8e9, 8, HARDWARE) == pytest.approx(in_node)
+    assert network_bytes(8e9, 8, HARDWARE) == 0
+    assert network_bytes(8e9, 16, HARDWARE) == 0.5e9
+    assert collective_seconds(8e9, 16, HARDWARE) == pytest.approx(in_node + 0.01)
+
+
+def test_updates_read_and_write_every_value_that_a_process_owns() -> None:
+    assert update_bytes(BILLION, 8, 0, averages=1) == 40e9
+    assert update_bytes(BILLION, 8, 2, averages=1) == 32e9 / 8 + 8e9
+    assert update_bytes(BILLION, 8, 3, averages=1) == 40e9 / 8
+
+
+def test_a_checkpoint_waits_for_gathering_and_copies() -> None:
+    copies = 16e9 / 8 / 50e9
+    assert stall_seconds(BILLION, 8, 0, 1, HARDWARE) == pytest.approx(copies)
+    gathering = collective_seconds(16e9, 8, HARDWARE)
+    assert stall_seconds(BILLION, 8, 3, 1, HARDWARE) == pytest.approx(copies + gathering)
+
+
+def test_a_sample_is_as_large_as_in_the_shards() -> None:
+    assert sample_bytes(PRESETS["small"]) == 2 * (8 * 32 * 32 + 77 * 768)
+
+
+def test_one_gpu_takes_the_sum_of_its_parts() -> None:
+    shape = PRESETS["small"]
+    config = PlanConfig(presets=("small",), gpus=(1,), batch_per_gpu=8)
+    row = plan_row("small", shape, 1, config)
+    cost = count_cost(shape)
+    assert row.memory_by_stage[0] == (
+        22 * cost.params + activation_bytes(shape, 8, "bf16", checkpointing=True)
+    )
+    compute = 4 * 8 * cost.flops / (989e12 * 0.5)  # one forward pass again, for the checkpoints
+    step = compute + 40 * cost.params / 4.8e12
+    assert (row.zero_stage, row.fits, row.network_bytes) == (0, True, 0)
+    assert row.step_seconds == pytest.approx((step, step))
+    assert row.mfu[0] == pytest.approx(3 * 8 * cost.flops / step / 989e12)
+    assert row.save_seconds == pytest.approx((16 + 8) * cost.params / 2e9)
+    assert row.loader_bytes_per_s == pytest.approx(8 * sample_bytes(shape) / step)
+
+
+def test_the_lowest_stage_that_fits_is_taken() -> None:
+    def stage(gigabytes: float) -> tuple[int, bool]:
+        config = PlanConfig(hardware=HardwareConfig(memory_bytes=gigabytes * 1e9))
+        row = next(row for row in plan_rows(config) if row.name == "8b")
+        return row.zero_stage, row.fits
+
+    assert [stage(g) for g in (210, 141, 110, 60, 20)] == [
+        (0, True),
+        (1, True),
+        (2, True),
+        (3, True),
+        (3, False),
+    ]
+
+
+def test_presets_have_the_size_of_their_names() -> None:
+    params = {row.name: row.params for row in plan_rows(PlanConfig(gpus=(64,)))}
+    assert params == pytest.approx({"1b": 1e9, "8b": 8e9}, rel=0.05)
+
+
+def test_width_and_depth_plan_another_backbone() -> None:
+    (row,) = plan_rows(PlanConfig(width=512, depth=12, gpus=(8,)))
+    assert (row.name, row.params) == ("512x12", count_cost(PRESETS["small"]).params)
+
+
+def test_json_and_table_hold_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    config = PlanConfig(gpus=(8, 64))
+    plan(dataclasses.replace(config, json=True))
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["gpus"]) for row in rows] == [
+        (name, gpus) for name in ("1b", "8b") for gpus in (8, 64)
+    ]
+    plan(config)
+    starts = [line.split()[:1] for line in capsys.readouterr().out.splitlines()]
+    assert starts.count(["8"]) == starts.count(["64"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 512}, "both width and depth"),
+        ({"gpus": (12,)}, "gpus: 12 are not whole nodes of 8"),
+        ({"gpus": ()}, "must be at least 1"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PlanConfig(), **fields)
+
+
+def test_hardware_that_does_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"hardware\.efficiency must be positive"):
+        HardwareConfig(efficiency=0.0)
