@@ -118,6 +118,11 @@ VERBS = {
         "ifvit.analysis.cost:cost",
         "parameters and GFLOPs of every preset",
     ),
+    "cost --plan": Verb(
+        "ifvit.analysis.plan_config:PlanConfig",
+        "ifvit.analysis.plan:plan",
+        "memory, time and traffic of training on many GPUs, by formulas",
+    ),
     "bench checkpoint": Verb(
         "ifvit.bench.config:BenchCheckpointConfig",
         "ifvit.bench.checkpoint:bench_checkpoint",
