@@ -37,7 +37,7 @@ ROOMS = {
     ],
     "numba": ["ifvit/shards/rows.py"],
     "sqlite3": ["ifvit/rating/store.py"],
-    "starlette": ["ifvit/rating/server.py"],
+    "starlette": ["ifvit/rating/protection.py", "ifvit/rating/server.py"],
     "submitit": [
         "slurm/jobs.py",
         "slurm/status.py",
@@ -45,7 +45,11 @@ ROOMS = {
         "slurm/supervise.py",
     ],
     "pyarrow": ["data_pipeline/sources/table.py"],
-    "transformers": ["ifvit/evaluation/detector.py", "ifvit/models/clip.py"],
+    "transformers": [
+        "ifvit/evaluation/detector.py",
+        "ifvit/models/clip.py",
+        "ifvit/models/image_reward.py",
+    ],
     "uvicorn": ["ifvit/rating/server.py"],
     "webdataset": ["ifvit/bench/loader_peers.py", "data_pipeline/write.py"],
     "xformers": ["ifvit/models/attention.py"],

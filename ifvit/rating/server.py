@@ -3,44 +3,29 @@
 import secrets
 import socket
 import sys
-import urllib.parse
 from dataclasses import dataclass
 from importlib.resources import files
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from ifvit.errors import UserError
 from ifvit.rating.config import ServeConfig
 from ifvit.rating.forms import CANNOT_TELL, MAX_COUNT, SKIP_REASONS, FormError, read_form
 from ifvit.rating.pages import render
+from ifvit.rating.protection import SecurityHeaders, is_foreign, read_fields
 from ifvit.rating.results import StudyResults, summarise
 from ifvit.rating.sentences import describe
 from ifvit.rating.store import Answer, Store
 from ifvit.rating.study import Study, Task, read_study
-
-_MAX_FORM_BYTES = 4096
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
-        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    ),
-    # The raters' codes stand in the address: no other site and no search engine learns them.
-    "Referrer-Policy": "same-origin",
-    "X-Robots-Tag": "noindex",
-    "X-Content-Type-Options": "nosniff",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 
 
 def serve(config: ServeConfig) -> None:
@@ -57,13 +42,13 @@ def serve(config: ServeConfig) -> None:
     sys.stdout.flush()
     # The access log would hold the secret codes.
     settings = uvicorn.Config(
-        make_app(study, store), log_level="warning", access_log=False, server_header=False
+        _make_app(study, store), log_level="warning", access_log=False, server_header=False
     )
     uvicorn.Server(settings).run(sockets=[listener])
     store.close()
 
 
-def make_app(study: Study, store: Store) -> ASGIApp:
+def _make_app(study: Study, store: Store) -> ASGIApp:
     """The pages of one study."""
     site = _Site(study, store)
     static = StaticFiles(directory=str(files("ifvit.rating").joinpath("static")))
@@ -77,7 +62,7 @@ def make_app(study: Study, store: Store) -> ASGIApp:
             Route("/admin/{token}", site.admin),
             Mount("/static", static),
         ],
-        middleware=[Middleware(_SecurityHeaders)],
+        middleware=[Middleware(SecurityHeaders)],
         exception_handlers={HTTPException: _error_page},
     )
 
@@ -144,9 +129,9 @@ class _Site:
 
     async def answer(self, request: Request) -> Response:
         """Record the answer to one question; the reply follows the commit."""
-        if _is_foreign(request):
+        if is_foreign(request):
             raise HTTPException(403, "This form comes from another site.")
-        form = await _read_fields(request)
+        form = await read_fields(request)
         return await run_in_threadpool(self._record, request, form)
 
     def _record(self, request: Request, form: dict[str, str]) -> Response:
@@ -208,23 +193,6 @@ class _Site:
         return number - 1
 
 
-class _SecurityHeaders:
-    """Adds _HEADERS to every response that does not say otherwise."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
-
-
 _NO_CODE = "Please open the link that you were given: it holds your personal code."
 _UNKNOWN = "This link is not known here. Please check it, or ask for another one."
 
@@ -233,32 +201,6 @@ def _error_page(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     page = render("message.html", title="This did not work", text=error.detail)
     return HTMLResponse(page, status_code=error.status_code)
-
-
-def _is_foreign(request: Request) -> bool:
-    """Whether a browser says that the form stands on another site's page."""
-    origin = request.headers.get("origin")
-    if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
-        return True
-    return origin is not None and urllib.parse.urlsplit(origin).netloc != request.headers.get(
-        "host"
-    )
-
-
-async def _read_fields(request: Request) -> dict[str, str]:
-    """The fields of a small form; repeated ones are no form of ours."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_FORM_BYTES:
-            raise HTTPException(413, "This form is too large.")
-    try:
-        fields = urllib.parse.parse_qsl(body.decode(), strict_parsing=True)
-    except ValueError:
-        raise HTTPException(400, "This is no form.") from None
-    if len(dict(fields)) < len(fields):
-        raise HTTPException(400, "This form says something twice.")
-    return dict(fields)
 
 
 def _as_form(task: Task, answer: Answer | None) -> str:
