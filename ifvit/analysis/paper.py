@@ -38,7 +38,11 @@ def report_paper(config: PaperConfig) -> None:
     best = _choose_best(sheet, baseline)
     counts = read_counts(sheet)
     main = [table_1(sheet), table_further(sheet)]
-    tables = {table.name: table for table in (*main, table_2(sheet, (baseline, best))) if table}
+    tables = {
+        table.name: table
+        for table in (*main, table_2(sheet, {"baseline": baseline, "best": best}))
+        if table
+    }
     preference = read_results(config.study).preference if config.study else None
     exhibits = make_exhibits(sheet, baseline, best, counts, preference)
     claims = compare_with_claims(sheet) + count_claims(counts)

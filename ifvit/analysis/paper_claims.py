@@ -40,9 +40,8 @@ class Claim:
         outcomes = [verdict.outcome for verdict in self.verdicts]
         agreeing, undecided = outcomes.count(self.expected), outcomes.count("same")
         opposed = len(outcomes) - agreeing - undecided
-        parts = {"agree": agreeing, "say the opposite": opposed, "stay within the noise": undecided}
-        said = ", ".join(f"{number} {words}" for words, number in parts.items() if number)
-        return f"Of {len(outcomes)} numbers here: {said}." if outcomes else ""
+        counts = f"Agree: {agreeing}. Opposite: {opposed}. Within the noise: {undecided}."
+        return counts if outcomes else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +126,7 @@ def _judge_wins(early: Setting, both: Setting, found: WinRate) -> Verdict:
         f"{both.title} is ranked above {early.title} in {value:.0%} of "
         f"{found.share.num_samples} rankings; the 95 % interval is {low:.0%} to {high:.0%}."
     )
-    return Verdict(metric="Preference:", outcome=outcome, sentence=sentence)
+    return Verdict(metric="Preference", outcome=outcome, sentence=sentence)
 
 
 def _judge(sheet: Sheet, comparison: _Comparison) -> Claim:

@@ -112,8 +112,8 @@ def _mean_row(rows: list[ObjectCountRow]) -> ObjectCountRow:
         CountScore(
             object=score.object,
             asked=score.asked,
-            average_error=_mean(rows, _ERROR, score.object, score.asked).as_estimate(),
-            match_ratio=_mean(rows, _MATCH, score.object, score.asked).as_estimate(),
+            average_error=_mean(rows, _ERROR, score.object, score.asked).as_estimate(0.0),
+            match_ratio=_mean(rows, _MATCH, score.object, score.asked).as_estimate(0.0, 1.0),
         )
         for score in rows[0].scores
     )

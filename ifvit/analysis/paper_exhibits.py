@@ -17,6 +17,7 @@ from ifvit.analysis.runs import Run, Sample, read_samples, step_files
 from ifvit.analysis.settings import PAPER_SETTINGS, Setting
 from ifvit.analysis.sheet import Sheet
 from ifvit.analysis.tables import to_csv
+from ifvit.evaluation.detector import SCENES
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
 from ifvit.rating.preference import PreferenceResults
 from ifvit.sampling.files import read_images
@@ -37,6 +38,8 @@ class Exhibit:
     hole: str | None = None
     """What is missing and how to make it."""
     panels: list[tuple[str, str]] = field(default_factory=list)
+    legend: list[dict[str, object]] = field(default_factory=list)
+    """Name and colour of what the panels show, where their axes do not say it."""
     png: bytes | None = None
     csv: bytes | None = None
 
@@ -87,11 +90,13 @@ def _ablation(sheet: Sheet) -> Exhibit:
 def _panelled(name: str, title: str, panels: list[Panel], *, text: str, hole: str) -> Exhibit:
     if not panels:
         return Exhibit(name=name, title=title, hole=hole)
+    traces = {trace.name: trace.colour for panel in panels for trace in panel.traces}
     return Exhibit(
         name=name,
         title=title,
         text=text,
         panels=[(panel.title, panel_svg(panel)) for panel in panels],
+        legend=[{"name": name, "colour": colour} for name, colour in traces.items()],
         png=panels_png(panels),
         csv=to_csv(panel_records(panels)),
     )
@@ -139,11 +144,12 @@ def _counts(counts: Counts) -> Exhibit:
         hole = "no run has object counts; run `ifvit count-objects RUN… --prompts paper …`"
         return Exhibit(name=name, title=title, hole=hole, notes=counts.excluded)
     rows = counts.figure_rows()
-    (rule,) = {row.protocol.rule for row in rows.values()}
+    (detector,) = {row.protocol.rule.detector for row in rows.values()}
+    how = "exact analysis of the scenes" if detector == SCENES else detector
     return Exhibit(
         name=name,
         title=title,
-        text=f"Counted by {rule.detector}, where the paper asked people. Bars of several runs are "
+        text=f"Counted by {how}, where the paper asked people. Bars of several runs are "
         "their mean with its 95 % interval over runs, bars of one run have one over images.",
         notes=counts.excluded,
         png=to_png(object_count_figure(rows)),
@@ -158,15 +164,13 @@ def _preference(found: PreferenceResults | None) -> Exhibit:
             "no study with rankings; run `ifvit rate create STUDY …`, let people rate, give --study"
         )
         return Exhibit(name=name, title=title, hole=hole)
-    panels = figure_6(found.score)
-    return Exhibit(
-        name=name,
-        title=title,
+    return _panelled(
+        name,
+        title,
+        figure_6(found.score),
         text=f"{found.num_rankings} rankings by people; the order on the page was random. Standard "
         "errors from resampling raters and items.",
-        panels=[(panel.title, panel_svg(panel)) for panel in panels],
-        png=panels_png(panels),
-        csv=to_csv(panel_records(panels)),
+        hole="",
     )
 
 

@@ -71,7 +71,7 @@ def pairs_png(captions: Sequence[str], top: Sequence[Pixels], bottom: Sequence[P
     num_lines = -(-len(captions) // num_columns)
     with house_style():
         figure = Figure(
-            figsize=(_CELL * num_columns, (2 * _CELL + 0.6) * num_lines), layout="constrained"
+            figsize=(_CELL * num_columns, (2 * _CELL + 0.4) * num_lines), layout="constrained"
         )
         grid = figure.subplots(2 * num_lines, num_columns, squeeze=False)
         for axes in grid.flat:
@@ -94,7 +94,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y_label)
     axes.grid(visible=True, axis="y")
     if panel.places:
-        axes.set_xticks(range(len(panel.places)), panel.places)
+        axes.set_xticks(range(len(panel.places)), panel.places, fontsize=9)
         axes.set_xlim(-0.5, len(panel.places) - 0.5)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -126,6 +126,7 @@ def _draw_trace(axes: Axes, trace: Trace, connected: bool) -> None:
             axes.plot(
                 [point.x + 0.14] * len(point.values), point.values, ".", color=colour, alpha=0.55
             )
+    for point in (trace.points[0], trace.points[-1]):
         if point.label:
             axes.annotate(
                 point.label, (point.x, point.y), (4, 4), textcoords="offset points", fontsize=8

@@ -1,5 +1,6 @@
 """The numbers in Figures 3, 6 and 7 of arXiv 2403.16530, before anything is drawn."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from ifvit.analysis.sheet import Sheet
 from ifvit.analysis.verdicts import Metric
 from ifvit.evaluation.metrics import Estimate
 
+_PLACE_WIDTH = 12
 _ABLATION = {
     (False, False): "none\n(early)",
     (True, False): "image\nblocks",
@@ -72,18 +74,19 @@ def figure_3(sheet: Sheet, settings: Sequence[Setting]) -> list[Panel]:
 
 def figure_6(score: Mapping[str, Estimate]) -> list[Panel]:
     """Preference score by the study's model names, in a setting's colour if named by its slug."""
-    slugs = [setting.slug for setting in SETTINGS]
+    known = {setting.slug: setting for setting in SETTINGS}
     traces = [
         Trace(
             name=name,
-            colour=slugs.index(name) if name in slugs else place,
-            is_early=False,
+            colour=SETTINGS.index(known[name]) if name in known else place,
+            is_early=name in known and known[name].is_early,
             points=[Point(x=place, y=found.value, error=found.standard_error)],
         )
         for place, (name, found) in enumerate(score.items())
     ]
+    places = tuple(textwrap.fill(name.replace("_", " "), _PLACE_WIDTH) for name in score)
     title = f"Preference score, from 1 (last) to {len(score)} (first)"
-    panel = Panel(title=title, x_label="", y_label="score", traces=traces, places=tuple(score))
+    panel = Panel(title=title, x_label="", y_label="score", traces=traces, places=places)
     return [panel]
 
 
@@ -175,7 +178,7 @@ def _trace(setting: Setting, points: list[Point]) -> Trace:
     return Trace(
         name=setting.title,
         colour=SETTINGS.index(setting),
-        is_early=setting.fusion == "early",
+        is_early=setting.is_early,
         points=points,
     )
 

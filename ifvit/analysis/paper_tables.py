@@ -121,8 +121,8 @@ def table_further(sheet: Sheet) -> Table | None:
     return _make_table("table1_further", sheet, list(sheet.settings), columns) if columns else None
 
 
-def table_2(sheet: Sheet, ours: Sequence[Setting]) -> Table:
-    """The paper's Table 2 with CLIP Scores as raw cosines too, and our settings `ours`."""
+def table_2(sheet: Sheet, ours: Mapping[str, Setting]) -> Table:
+    """The paper's Table 2 with CLIP Scores as raw cosines too, and our settings by a name."""
     rows: list[tuple[object, ...]] = [
         (f"{name}, as the paper cites it", "early", "cross-attention", fid, printed, printed, None)
         for name, fid, printed in FOUNDATION_MODELS
@@ -132,20 +132,21 @@ def table_2(sheet: Sheet, ours: Sequence[Setting]) -> Table:
         score, raw = f"{paper.clip_score:.3f}", f"{paper.clip_score / CLIP_SCALE:.3f}"
         head = (f"{name}, the paper's own", setting.fusion, setting.path)
         rows.append((*head, paper.fid, score, raw, paper.gflops))
-    for setting in ours:
+    for name, setting in ours.items():
         means = [sheet.mean(setting, metric) for metric in (CLIP_SCORE, RAW_CLIP_SCORE)]
         scores = [f"{mean.value:.3f}" if mean else None for mean in means]
         fid = sheet.mean(setting, FID)
         gflops = _cost(sheet.settings[setting], "layer_flops", 1e9)
-        head = ("ours", setting.fusion, setting.path)
+        head = (f"ours, {name}", setting.fusion, setting.path)
         rows.append((*head, fid.value if fid else None, *scores, gflops))
+    reasons = other_backbone(sheet), other_measurement(sheet)
     keys = ("model", "fusion", "path", "fid", "clip_score_printed", "clip_score_raw", "gflops")
     return Table(
         name="table2",
         heads=["Model", "Fusion", "Path", "FID-30K ↓", "CLIP Score ↑", "Raw cosine ↑", "GFLOPs ↓"],
         lines=[Line(title=str(row[0]), cells=list(map(_plain_cell, row[1:]))) for row in rows],
         records=[dict(zip(keys, row, strict=True)) for row in rows],
-        notes=[],
+        notes=[f"Ours: {reason}." for reason in reasons if reason],
     )
 
 
@@ -174,7 +175,9 @@ def _make_table(
     for setting in settings:
         runs = sheet.settings.get(setting, [])
         compared = sum(bool(sheet.rows[run.name]) for run in runs)
-        count = Cell(text=str(len(runs)), note=f"{compared} evaluated alike")
+        count = Cell(
+            text=str(len(runs)), note=f"{compared} compared" if compared < len(runs) else ""
+        )
         cells = [count, *(_cell(column, setting, settings) for column in columns)]
         lines.append(Line(title=setting.title, cells=cells))
         record: dict[str, object] = {"setting": setting.slug, "runs": len(runs)}
@@ -196,18 +199,15 @@ def _make_table(
 
 def _cell(column: _Column, setting: Setting, shown: Sequence[Setting]) -> Cell:
     found = column.values.get(setting)
-    text, note = HOLE, ""
-    if found is not None:
-        text = column.show(_value(found))
-        text += f" ± {column.show(found.error)}" if isinstance(found, SeedMean) else ""
+    text = HOLE if found is None else column.show(_value(found))
+    notes = [f"± {column.show(found.error)}"] if isinstance(found, SeedMean) else []
     if column.paper:
         paper = column.paper(PAPER_TABLE_1[setting])
-        note = f"paper {paper:g}"
+        notes.append(f"paper {paper:g}")
         if found is not None and not column.differs:
             difference = _value(found) - paper
-            sign = "+" if difference >= 0 else "-"
-            note += f", {sign}{column.show(abs(difference))}"
-    return Cell(text=text, note=note, is_best=_is_best(column, setting, shown))
+            notes[-1] += f", {'+' if difference >= 0 else '-'}{column.show(abs(difference))}"
+    return Cell(text=text, note="\n".join(notes), is_best=_is_best(column, setting, shown))
 
 
 def _is_best(column: _Column, setting: Setting, shown: Sequence[Setting]) -> bool:

@@ -33,6 +33,11 @@ class Setting:
         return FUSIONS[self.image_blocks, self.text_blocks]
 
     @property
+    def is_early(self) -> bool:
+        """Whether it is the one that others are compared with."""
+        return not (self.image_blocks or self.text_blocks)
+
+    @property
     def path(self) -> str:
         """How fused blocks see text."""
         return self.conditioning.replace("_", "-")
@@ -88,16 +93,16 @@ class SeedMean:
         """Over seeds where there are several, else over samples."""
         return self.sample_error if self.seed_error is None else self.seed_error
 
-    def as_estimate(self) -> Estimate:
-        """With the 95 % interval that belongs to `error`."""
+    def as_estimate(self, lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
+        """With the 95 % interval that belongs to `error`, as far as such values exist."""
         freedom = len(self.values) - 1
         half = (_t_975(freedom) if freedom else _NORMAL_975) * self.error
         return Estimate(
             value=self.value,
             standard_error=self.error,
             num_samples=self.num_samples,
-            low=self.value - half,
-            high=self.value + half,
+            low=max(lowest, self.value - half),
+            high=min(highest, self.value + half),
         )
 
 
