@@ -30,8 +30,8 @@ VERBS = {
     ),
     "scenes": Verb(
         "ifvit.scenes.config:ScenesConfig",
-        "ifvit.scenes.coco:draw_scenes",
-        "draw a captioned image set in COCO's layout",
+        "ifvit.scenes.verb:draw_scenes",
+        "draw an image set, captioned in COCO's layout or in class folders",
     ),
     "encode": Verb(
         "data_pipeline.config:EncodeConfig",
@@ -101,16 +101,16 @@ VERBS = {
         "runs x alignment methods -> one table of metrics and a grid",
         positional="runs",
     ),
-    "count-objects": Verb(
-        "ifvit.evaluation.object_count_config:ObjectCountConfig",
-        "ifvit.analysis.object_count:count_objects_of_runs",
-        "runs -> how often a prompt for three apples shows three",
-        positional="runs",
-    ),
     "analyze attention": Verb(
         "ifvit.analysis.config:AttentionConfig",
         "ifvit.analysis.analyze_attention:analyze_attention",
         "runs -> attention maps and singular values by layer, a figure",
+        positional="runs",
+    ),
+    "count-objects": Verb(
+        "ifvit.evaluation.object_count_config:ObjectCountConfig",
+        "ifvit.analysis.object_count:count_objects_of_runs",
+        "runs -> how often a prompt for three apples shows three",
         positional="runs",
     ),
     "cost": Verb(

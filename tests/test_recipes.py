@@ -10,8 +10,7 @@ from data_pipeline.config import EncodeConfig
 from ifvit.config import dump_config, read_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
-from ifvit.models.config import FusionUViTConfig
-from ifvit.models.presets import PRESETS
+from ifvit.models.presets import CLASS_PRESETS, PRESETS
 from ifvit.training.config import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -53,10 +52,11 @@ def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.M
     assert read_config(EvaluateConfig, words, prog="test").protocol.name == "mine"
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *CLASS_PRESETS])
 def test_a_model_file_is_its_preset(name: str) -> None:
     path = CONFIGS / "model" / f"{name}.yaml"
-    assert read_config(FusionUViTConfig, ["--config", str(path)], prog="test") == PRESETS[name]
+    preset = {**PRESETS, **CLASS_PRESETS}[name]
+    assert read_config(type(preset), ["--config", str(path)], prog="test") == preset
 
 
 def test_a_recipe_takes_its_backbone_from_a_model_file() -> None:
@@ -68,6 +68,24 @@ def test_a_recipe_takes_its_backbone_from_a_model_file() -> None:
     assert config.optim.betas == (0.9, 0.9)
 
 
+def test_a_backbone_of_another_architecture_takes_the_place_of_the_recipes() -> None:
+    early, classes = (
+        str(CONFIGS / "train" / f"{name}.yaml") for name in ("coco256_early", "scenes_classes")
+    )
+    unet = str(CONFIGS / "model" / "unet_tiny.yaml")
+    config = read_config(
+        TrainConfig,
+        ["--config", early, "--backbone.depth=4", f"--backbone={unet}", "--backbone.head_width=16"],
+        prog="test",
+    )
+    assert config.backbone == dataclasses.replace(CLASS_PRESETS["unet_tiny"], head_width=16)
+    config = read_config(TrainConfig, ["--config", early, "--config", classes], prog="test")
+    assert config.backbone == CLASS_PRESETS["token_tiny"]
+    assert config.text_encoder == "openai/clip-vit-large-patch14"
+    config = read_config(TrainConfig, ["--config", classes, "--backbone.depth", "9"], prog="test")
+    assert config.backbone == dataclasses.replace(CLASS_PRESETS["token_tiny"], depth=9)
+
+
 BROKEN = {
     "unknown key": ("max_stepz: 3", "max_stepz"),
     "unknown nested key": ("optim: {learning_rat: 1}", "learning_rat"),
@@ -75,6 +93,8 @@ BROKEN = {
     "wrong choice": ("engine: {precision: fp64}", "precision"),
     "refused value": ("caption_dropout: 2.0", "caption_dropout"),
     "refused nested value": ("optim: {warmup_steps: -1}", "warmup_steps"),
+    "unknown architecture": ("backbone: {architecture: unett}", "unett is none of fusion_uvit"),
+    "another architecture's key": ("backbone: {architecture: unet, patch_size: 2}", "patch_size"),
     "broken YAML": ("optim: [", "parsing"),
     "missing key": ("seed: 1", "run"),
 }

@@ -7,7 +7,6 @@ from tqdm import tqdm
 
 from ifvit.errors import UserError
 from ifvit.scenes.captions import write_captions
-from ifvit.scenes.config import ScenesConfig
 from ifvit.scenes.draw import DrawnScene, draw_random_scene, encode_jpeg
 from ifvit.scenes.layout import IMAGE_SIZE, KINDS, PlacedObject
 from ifvit.storage import read_json, write_json
@@ -26,31 +25,17 @@ def draw_scene_set(folder: str | Path, split: str, num_images: int, seed: int = 
 
     The same arguments give the same bytes. A set that is finished is left alone; one that was
     interrupted or has other parameters is drawn from its first image (captions come last).
-    `annotations/scenes_SPLIT.json`, written first, marks the set as drawn, so that nobody's own
-    images are replaced. Raises UserError for those and for an unknown split.
+    Raises UserError for a folder with somebody's own images and for an unknown split.
     """
-    if split not in _SPLITS or not 0 < num_images < _SPLIT_CAPACITY:
-        known = ", ".join(_SPLITS)
-        raise UserError(
-            f"scenes {split}, {num_images} images: need a split of {known} and 1..999999"
-        )
     images = Path(folder, split)
-    claim, captions, instances = (
-        Path(folder, "annotations", f"{name}_{split}.json")
-        for name in ("scenes", "captions", "instances")
+    captions, instances = (
+        Path(folder, "annotations", f"{name}_{split}.json") for name in ("captions", "instances")
     )
-    info = _info(split, num_images, seed)
-    if not claim.exists() and (captions.exists() or instances.exists() or any(images.glob("*"))):
-        raise UserError(f"{images}: holds images of another origin; choose another folder")
-    if captions.exists() and read_json(str(claim)) == info:
+    ids, info = image_ids(split, num_images), describe_set(split, num_images, seed)
+    if not claim_set(folder, info, (captions, instances)):
         return
-    for stale in (captions, instances, *images.glob(f"COCO_{split}_*.jpg")):
-        stale.unlink(missing_ok=True)
-    write_json(str(claim), info)
-    images.mkdir(parents=True, exist_ok=True)
-    first_id = _SPLITS[split] * _SPLIT_CAPACITY + 1
     drawn = {}
-    for image_id in tqdm(range(first_id, first_id + num_images), desc=f"draw {split}"):
+    for image_id in tqdm(ids, desc=f"draw {split}"):
         drawn[image_id] = draw_random_scene(seed, image_id)
         jpeg = encode_jpeg(drawn[image_id].image)
         (images / _file_name(split, image_id)).write_bytes(jpeg)
@@ -64,7 +49,39 @@ def draw_scene_set(folder: str | Path, split: str, num_images: int, seed: int = 
     write_json(str(captions), shared | {"annotations": _caption_records(drawn)})
 
 
-def _info(split: str, num_images: int, seed: int) -> dict[str, Any]:
+def image_ids(split: str, num_images: int) -> range:
+    """Ids that no other split has. Raises UserError for an unknown split or too many images."""
+    if split not in _SPLITS or not 0 < num_images < _SPLIT_CAPACITY:
+        known = ", ".join(_SPLITS)
+        raise UserError(
+            f"scenes {split}, {num_images} images: need a split of {known} and 1..999999"
+        )
+    first = _SPLITS[split] * _SPLIT_CAPACITY + 1
+    return range(first, first + num_images)
+
+
+def claim_set(folder: str | Path, info: dict[str, Any], results: tuple[Path, ...]) -> bool:
+    """Empty the set's folder for drawing; False when `results`, written last, are there already.
+
+    `annotations/scenes_SPLIT.json`, written first, marks the set as drawn. Raises UserError for a
+    folder with images of another origin.
+    """
+    split = info["split"]
+    images, claim = Path(folder, split), Path(folder, "annotations", f"scenes_{split}.json")
+    is_claimed = claim.exists()
+    if not is_claimed and (any(result.exists() for result in results) or any(images.glob("*"))):
+        raise UserError(f"{images}: holds images of another origin; choose another folder")
+    if results[0].exists() and is_claimed and read_json(str(claim)) == info:
+        return False
+    for stale in (*results, *images.rglob("*.jpg")):
+        stale.unlink(missing_ok=True)
+    write_json(str(claim), info)
+    images.mkdir(parents=True, exist_ok=True)
+    return True
+
+
+def describe_set(split: str, num_images: int, seed: int) -> dict[str, Any]:
+    """COCO's `info` object, which also decides the files."""
     return {
         "description": _DESCRIPTION,
         "url": "",
@@ -125,8 +142,3 @@ def _instance_record(annotation_id: int, image_id: int, placed: PlacedObject) ->
         "id": annotation_id,
         "colour": placed.colour,
     }
-
-
-def draw_scenes(config: ScenesConfig) -> None:
-    """The verb `scenes`."""
-    draw_scene_set(config.folder, config.split, config.num_images, config.seed)
