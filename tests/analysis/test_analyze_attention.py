@@ -105,7 +105,9 @@ def test_without_an_output_each_run_keeps_its_own(shards: str, tmp_path: Path) -
         assert names == ["attention.csv", "attention.png", f"{stem}.json", f"{stem}.npz"]
 
 
-def test_prompts_come_from_a_text_file_too(tmp_path: Path) -> None:
+def test_prompts_come_from_a_text_file_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     encoder = load_text_encoder("scenes/clip")
     run = save_run(tmp_path / "run", 1, encoder.identity, encoder.context_shape)
     prompts = tmp_path / "prompts.txt"
@@ -118,6 +120,9 @@ def test_prompts_come_from_a_text_file_too(tmp_path: Path) -> None:
     shorter = read_attention(f"{run}/analysis/attention/step_00000003.json")
     assert shorter.protocol.num_prompts == 2
     assert shorter.protocol.prompts_sha256 != summary.protocol.prompts_sha256
+    with pytest.raises(SystemExit):
+        main(["analyze", "attention", run, *flags, "--num_prompts", "4"])
+    assert "prompts.txt: 3 prompts, needed are 4; write more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
