@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -140,16 +141,16 @@ def _read(url: str, image_size: int, networks: Networks) -> Reference:
             raise UserError(f"{url}: no features by {name} {identity.name}; {remedy}")
 
     def load() -> dict[str, FeatureSet]:
-        return {
-            name: FeatureSet(
-                statistics=FeatureStatistics(
-                    num_samples=num_images,
-                    mean=file[f"{name}.mean"],
-                    covariance=file[f"{name}.covariance"],
-                ),
-                part=file[f"{name}.part"],
-            )
-            for name in networks.identities
-        }
+        try:
+            return {name: _feature_set(file, name, num_images) for name in networks.identities}
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{url}: damaged ({error}); {remedy}") from None
 
     return Reference(num_images=num_images, sha256=digest, load=load)
+
+
+def _feature_set(file: Mapping[str, Any], name: str, num_images: int) -> FeatureSet:
+    statistics = FeatureStatistics(
+        num_samples=num_images, mean=file[f"{name}.mean"], covariance=file[f"{name}.covariance"]
+    )
+    return FeatureSet(statistics=statistics, part=file[f"{name}.part"])

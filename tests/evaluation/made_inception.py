@@ -11,9 +11,9 @@ NUM_FEATURES = 12
 class Network(nn.Module):
     """Images (B, 3, 299, 299) in [0, 255] => features (B, 12), or logits without the flag."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.layers = nn.Conv2d(3, NUM_FEATURES, 8, stride=8)
 
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
@@ -22,8 +22,8 @@ class Network(nn.Module):
         return features if return_features else features * 0 - 1
 
 
-def save_inception(folder: Path) -> str:
+def save_inception(folder: Path, seed: int = 0) -> str:
     """A TorchScript file in `folder`."""
     path = folder / "inception.pt"
-    torch.jit.script(Network().requires_grad_(False)).save(str(path))
+    torch.jit.script(Network(seed).requires_grad_(False)).save(str(path))
     return str(path)
