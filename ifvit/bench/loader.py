@@ -1,5 +1,6 @@
 """The verb `bench loader`: samples per second, against three others on the same samples."""
 
+import statistics
 import tempfile
 import time
 import uuid
@@ -10,12 +11,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ifvit import storage
 from ifvit.bench import loader_peers
 from ifvit.bench.config import BenchLoaderConfig
 from ifvit.bench.loader_data import make_content, write_files, write_shards
-from ifvit.bench.timing import median_of_rounds, print_result
+from ifvit.bench.timing import measure_rounds, median_ratio, print_result
 from ifvit.distributed import World
 from ifvit.shards import CacheConfig, ShardReader
 from ifvit.training.batch import Batch
@@ -31,29 +33,35 @@ Stream = Generator[int]
 
 
 def bench_loader(config: BenchLoaderConfig) -> None:
-    """Write the samples in both layouts, measure, print ratios, remove everything."""
-    content = make_content(config.num_samples)
-    with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as name:
-        shards, files = Path(name, "shards"), Path(name, "files")
-        write_shards(shards, content)
-        write_files(files, content)
-        streams: dict[str, Callable[[], Stream]] = {
-            "loader": partial(read_shards, str(shards), config),
-            "webdataset": partial(loader_peers.read_webdataset, shards, config),
-            "npy": partial(loader_peers.read_files, files, config),
-            "copy": partial(loader_peers.copy_memory, content, config),
-        }
-        measures = {
-            name: partial(samples_per_second, stream, config.seconds)
-            for name, stream in streams.items()
-        }
-        rates = median_of_rounds(measures, config.rounds)
-        result: dict[str, object] = {"samples_per_s": rates["loader"]}
-        for name in ("webdataset", "npy", "copy"):
-            result[f"vs_{name}"] = rates["loader"] / rates[name]
-        if config.store is not None:
-            result["vs_download"] = compare_with_download(shards, config, config.store)
+    """Write the samples, measure, print ratios, remove everything."""
+    with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as folder:
+        if config.store is None:
+            result = compare_with_peers(Path(folder), config)
+        else:
+            result = compare_with_download(Path(folder), config, config.store)
     print_result(result, config.json)
+
+
+def compare_with_peers(folder: Path, config: BenchLoaderConfig) -> dict[str, float]:
+    """Samples a second, and their ratio to those of each of the others."""
+    content = make_content(config.num_images)
+    shards, files = folder / "shards", folder / "files"
+    write_shards(shards, content)
+    write_files(files, content)
+    streams: dict[str, Callable[[], Stream]] = {
+        "loader": partial(read_shards, str(shards), config),
+        "webdataset": partial(loader_peers.read_webdataset, shards, config),
+        "npy": partial(loader_peers.read_files, files, config),
+        "copy": partial(loader_peers.copy_memory, content, config),
+    }
+    measures = {
+        name: partial(samples_per_second, stream, config.seconds)
+        for name, stream in streams.items()
+    }
+    rates = measure_rounds(measures, config.rounds)
+    loader = rates.pop("loader")
+    ratios = {f"vs_{name}": median_ratio(loader, others) for name, others in rates.items()}
+    return {"samples_per_s": statistics.median(loader), **ratios}
 
 
 def samples_per_second(start: Callable[[], Stream], seconds: float) -> float:
@@ -75,22 +83,26 @@ def read_shards(url: str, config: BenchLoaderConfig) -> Stream:
             yield len(batch.moments)
 
 
-def compare_with_download(folder: Path, config: BenchLoaderConfig, store: str) -> float:
-    """Rate of reading an epoch from an empty cache / rate of downloading its tars one by one."""
-    url = storage.join(store, f"bench-{uuid.uuid4().hex}")
+def compare_with_download(folder: Path, config: BenchLoaderConfig, store: str) -> dict[str, float]:
+    """Rate of an epoch from an empty cache, and its ratio to downloading the tars one by one."""
+    shards, url = folder / "shards", storage.join(store, f"bench-{uuid.uuid4().hex}")
+    write_shards(shards, make_content(config.num_images))
     try:
-        for path in sorted(folder.iterdir()):
+        for path in tqdm(sorted(shards.iterdir()), desc="upload", leave=False):
             storage.upload(path, storage.join(url, path.name))
-        seconds = median_of_rounds(
+        seconds = measure_rounds(
             {
-                "epoch": partial(_seconds_of_epoch, url, folder.parent, config),
-                "download": partial(_seconds_of_downloads, url, folder.parent),
+                "epoch": partial(_seconds_of_epoch, url, folder, config),
+                "download": partial(_seconds_of_downloads, url, folder),
             },
             config.rounds,
         )
     finally:
         storage.remove(url)
-    return seconds["download"] / seconds["epoch"]
+    return {
+        "samples_per_s": config.num_images / statistics.median(seconds["epoch"]),
+        "vs_download": median_ratio(seconds["download"], seconds["epoch"]),
+    }
 
 
 def _seconds_of_epoch(url: str, parent: Path, config: BenchLoaderConfig) -> float:

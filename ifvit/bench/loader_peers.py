@@ -40,7 +40,7 @@ def read_webdataset(folder: Path, config: BenchLoaderConfig) -> Generator[int]:
 def read_files(folder: Path, config: BenchLoaderConfig) -> Generator[int]:
     """U-ViT's layout by torch's DataLoader: two small files for each sample."""
     loader = DataLoader(
-        _NpyFiles(folder, config.num_samples),
+        _NpyFiles(folder, config.num_images),
         batch_size=config.batch_size,
         shuffle=True,
         drop_last=True,
@@ -75,7 +75,7 @@ def copy_memory(content: Content, config: BenchLoaderConfig) -> Generator[int]:
 def _choices(config: BenchLoaderConfig) -> list[tuple[Array, Array]]:
     """Samples and captions of the batches of an epoch, as the loader reads them."""
     order = BatchOrder(
-        shard_sizes=np.array([config.num_samples]),
+        shard_sizes=np.array([config.num_images]),
         global_batch_size=config.batch_size,
         seed=0,
         caption_dropout=0.0,
@@ -87,7 +87,7 @@ def _choices(config: BenchLoaderConfig) -> list[tuple[Array, Array]]:
             order.sample_indices(step * config.batch_size, positions),
             order.caption_indices(step, positions, counts),
         )
-        for step in range(config.num_samples // config.batch_size)
+        for step in range(config.num_images // config.batch_size)
     ]
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from tqdm import tqdm
 
 
 def measure_rounds(
@@ -17,9 +18,8 @@ def measure_rounds(
     In turn, so that a machine that slows down slows all of them.
     """
     results: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, measure in contenders.items():
-            results[name].append(measure())
+    for name in tqdm([*contenders] * rounds, desc="measure", leave=False):
+        results[name].append(contenders[name]())
     return results
 
 

@@ -11,8 +11,16 @@ from ifvit.bench.config import BenchLoaderConfig
 from ifvit.bench.loader import bench_loader
 
 
+@pytest.mark.parametrize(
+    ("store", "ratios"),
+    [(None, ["vs_webdataset", "vs_npy", "vs_copy"]), ("memory://bench", ["vs_download"])],
+)
 def test_it_prints_ratios_and_cleans_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    store: str | None,
+    ratios: list[str],
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config = BenchLoaderConfig(
@@ -21,13 +29,12 @@ def test_it_prints_ratios_and_cleans_up(
         num_workers=1,
         rounds=1,
         seconds=0.05,
-        store="memory://bench",
+        store=store,
         json=True,
     )
     bench_loader(config)
     result = json.loads(capsys.readouterr().out)
-    names = ["samples_per_s", "vs_webdataset", "vs_npy", "vs_copy", "vs_download"]
-    assert list(result) == names
+    assert list(result) == ["samples_per_s", *ratios]
     assert all(value > 0 for value in result.values())
     assert list(tmp_path.iterdir()) == []
     assert fsspec.filesystem("memory").find("/bench") == []
