@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from held_out_scenes import HeldOut, save_run
+from transformers import CLIPModel, CLIPTokenizer
 
 from ifvit.analysis.runs import read_run
 from ifvit.errors import UserError
@@ -21,6 +23,7 @@ from ifvit.evaluation.samples import hash_prompts, read_prompts
 from ifvit.evaluation.scenes_accuracy import scenes_accuracy, score_scenes
 from ifvit.images import decode_png, to_model_range
 from ifvit.models.clip import load_clip
+from ifvit.models.pretrained import resolve_pretrained
 from ifvit.sampling.config import SamplingConfig
 from ifvit.shards import EncoderIdentity, ShardReader
 
@@ -198,3 +201,30 @@ def test_real_scenes_score_as_good_as_it_gets(held_out: HeldOut) -> None:
     assert frechet_distance(statistics(features), statistics(features)) == pytest.approx(
         0, abs=1e-5
     )
+
+
+def test_clip_score_is_that_of_transformers(
+    config: EvaluateConfig, run: str, held_out: HeldOut
+) -> None:
+    (row,) = evaluate(with_protocol(config, scenes=False))
+    folder = resolve_pretrained("scenes/clip")
+    model = CLIPModel.from_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    stored = json.loads((folder / "preprocessor_config.json").read_text())
+    reader = ShardReader(held_out.shards)
+    cosines = []
+    for position in range(20):
+        png = Path(run, f"evaluation/test/w2/step_00000007/{position:05d}.png").read_bytes()
+        pixels = (decode_png(png) / 255 - stored["image_mean"]) / stored["image_std"]
+        text = tokenizer(
+            reader.metadata(position).captions[0], padding="max_length", return_tensors="pt"
+        )
+        with torch.no_grad():
+            output = model(
+                pixel_values=torch.from_numpy(pixels).permute(2, 0, 1)[None].float(),
+                input_ids=text.input_ids,
+            )
+            cosines.append(float(output.logits_per_image / model.logit_scale.exp()))
+    assert row.clip_score.value == pytest.approx(np.mean(cosines), abs=1e-4)
+    scaled = 2.5 * np.maximum(cosines, 0)
+    assert row.clip_score_paper.value == pytest.approx(scaled.mean(), abs=1e-4)
