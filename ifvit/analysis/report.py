@@ -18,7 +18,7 @@ from ifvit.analysis.tables import (
     recipe_differences,
     setting_lines,
 )
-from ifvit.analysis.verdicts import METRICS, compare, protocol_differences
+from ifvit.analysis.verdicts import METRICS, compare, mismatches
 from ifvit.errors import UserError
 
 _NUM_CAPTIONS = 24
@@ -61,7 +61,7 @@ def report(config: ReportConfig) -> None:
         metrics=metric_lines(runs),
         comparisons=[found for other in runs[1:] if (found := compare(runs[0], other))],
         protocol=protocol_lines(runs),
-        protocol_differences=protocol_differences(runs),
+        mismatches=mismatches(runs),
         history=history(runs),
         metric_titles=[metric.title for metric in METRICS],
         curves=[(curve.title, draw_curve(curve, runs)) for curve in CURVES],

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ifvit.analysis.runs import Run
-from ifvit.analysis.verdicts import METRICS, best_run
+from ifvit.analysis.verdicts import METRICS, best_run, mismatches
+from ifvit.evaluation.protocol import describe_field, describe_value
 from ifvit.models.config import FusionUViTConfig
 
 HOLE = "—"
@@ -71,8 +72,12 @@ def setting_lines(runs: list[Run]) -> list[Line]:
 
 
 def metric_lines(runs: list[Run]) -> list[Line]:
-    """The metrics that any run has, with standard errors; the best of two or more is marked."""
+    """The metrics that any run has, with standard errors; the best of two or more is marked.
+
+    So are the numbers of runs that do not compare with the first.
+    """
     lines = []
+    marks = dict.fromkeys(mismatches(runs), ", not compared")
     for metric in METRICS:
         estimates = [metric.of(run.last) for run in runs]
         if not any(estimates):
@@ -81,7 +86,7 @@ def metric_lines(runs: list[Run]) -> list[Line]:
         cells = [
             Cell(
                 text=metric.show(estimate.value),
-                note=f"± {metric.show(estimate.standard_error)}",
+                note=f"± {metric.show(estimate.standard_error)}{marks.get(run.name, '')}",
                 is_best=run is best,
             )
             if estimate
@@ -99,8 +104,8 @@ def protocol_lines(runs: list[Run]) -> list[Line]:
     names = next((list(row) for row in rows if row), [])
     return [
         Line(
-            title=name.replace("_", " ").replace("sha256", "hash"),
-            cells=[Cell(text=_short(name, row.get(name, HOLE))) for row in rows],
+            title=describe_field(name),
+            cells=[Cell(text=describe_value(name, row.get(name, HOLE))) for row in rows],
         )
         for name in names
     ]
@@ -148,8 +153,3 @@ def _flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _short(name: str, value: object) -> str:
-    text = HOLE if value is None else str(value)
-    return text[:12] if name.endswith("sha256") else text

@@ -6,6 +6,7 @@ from typing import Literal
 
 from ifvit.analysis.runs import Run
 from ifvit.evaluation.metrics import LOWER_IS_BETTER, Estimate, MetricsRow
+from ifvit.evaluation.protocol import differences
 
 Outcome = Literal["better", "worse", "same"]
 
@@ -43,6 +44,9 @@ METRICS = (
     Metric(field="clip_score", title="CLIP Score (raw cosine)", is_percent=False),
     Metric(field="clip_score_paper", title="CLIP Score (paper's scale)", is_percent=False),
     Metric(field="frechet_distance", title="Fréchet distance", is_percent=False),
+    Metric(field="cmmd", title="CMMD", is_percent=False),
+    Metric(field="fid", title="FID", is_percent=False),
+    Metric(field="kid", title="KID", is_percent=False),
     Metric(field="count_accuracy", title="Count right"),
     Metric(field="colour_accuracy", title="Colour right"),
     Metric(field="kind_accuracy", title="Kind right"),
@@ -85,7 +89,12 @@ class Comparison:
 
 
 def compare(baseline: Run, other: Run) -> Comparison | None:
-    """One verdict per metric that both runs have; None when there is no such metric."""
+    """One verdict per metric that both runs have.
+
+    None when there is no such metric, or when their protocols differ.
+    """
+    if mismatches([baseline, other]):
+        return None
     verdicts = []
     for metric in METRICS:
         first, second = metric.of(baseline.last), metric.of(other.last)
@@ -96,16 +105,27 @@ def compare(baseline: Run, other: Run) -> Comparison | None:
     return Comparison(baseline=baseline.name, other=other.name, verdicts=verdicts)
 
 
-def protocol_differences(runs: list[Run]) -> list[str]:
-    """Names of the protocol's fields in which the last evaluations differ."""
-    protocols = [vars(run.last.protocol) for run in runs if run.last]
-    names = protocols[0] if protocols else {}
-    return [name for name in names if len({repr(protocol[name]) for protocol in protocols}) > 1]
+def mismatches(runs: list[Run]) -> dict[str, list[str]]:
+    """Why runs, by name, do not compare with the first one that has been evaluated.
+
+    Each in words, the run's own value first; runs that compare are not in it.
+    """
+    protocols = {run.name: row.protocol for run in runs if (row := run.last)}
+    baseline = next(iter(protocols.values()), None)
+    return {
+        name: found
+        for name, protocol in protocols.items()
+        if baseline and (found := differences(protocol, baseline))
+    }
 
 
 def best_run(metric: Metric, runs: list[Run]) -> Run | None:
-    """The run that is better than every other one by more than the noise, if there is one."""
-    measured = [(run, estimate) for run in runs if (estimate := metric.of(run.last))]
+    """The run that is better than every other one by more than the noise, if there is one.
+
+    Among those that compare with the first.
+    """
+    compared = [run for run in runs if run.name not in mismatches(runs)]
+    measured = [(run, estimate) for run in compared if (estimate := metric.of(run.last))]
     measured.sort(key=lambda pair: pair[1].value, reverse=not metric.lower_is_better)
     if len(measured) < 2:
         return None

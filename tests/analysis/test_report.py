@@ -12,6 +12,7 @@ from ifvit.analysis.config import ReportConfig
 from ifvit.analysis.curves import smooth
 from ifvit.analysis.report import report
 from ifvit.analysis.runs import read_run, read_runs
+from ifvit.analysis.tables import metric_lines
 from ifvit.analysis.verdicts import METRICS, best_run, compare
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate
@@ -94,12 +95,21 @@ def test_a_smaller_frechet_distance_is_better(tmp_path: Path) -> None:
     assert outcomes["Fréchet distance"] == "better"
 
 
-def test_evaluations_done_differently_are_marked(tmp_path: Path) -> None:
-    runs = [
+def test_evaluations_done_differently_are_marked_and_not_compared(tmp_path: Path) -> None:
+    urls = [
         write_run(tmp_path / "a", build_row(0.5), 0),
-        write_run(tmp_path / "b", build_row(0.5, guidance_scale=4.0), 3),
+        write_run(tmp_path / "b", build_row(0.9, guidance_scale=4.0), 3),
+        write_run(tmp_path / "c", build_row(0.7), 3),
     ]
-    assert "not done alike (guidance scale" in render(runs, tmp_path / "report.html")
+    page = " ".join(render(urls, tmp_path / "report.html").split())
+    assert "b is not compared, because it was not measured like the first run" in page
+    assert "first run: guidance scale 4.0 against 2.0." in page
+    assert "b against a" not in page
+    assert "c against a" in page
+    runs = read_runs(urls)
+    assert best_run(METRICS[0], runs) is runs[2]
+    notes = [cell.note for cell in metric_lines(runs)[0].cells]
+    assert ["not compared" in note for note in notes] == [False, True, False]
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
