@@ -143,7 +143,7 @@ class BenchTrainConfig:
     """Samples in a step; the paper's 256 on a GPU."""
     steps: int = 1
     """Steps in one measurement; more where a step takes milliseconds."""
-    rounds: int = 5
+    rounds: int = 7
     """Repetitions, in turn; medians are compared."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Type of matrix products; unset: bf16 on a GPU, fp32 elsewhere. U-ViT's recipe: fp16 on a GPU,

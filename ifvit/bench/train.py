@@ -8,6 +8,12 @@ from functools import partial
 
 import torch
 
+from ifvit.analysis.plan_formulas import (
+    activation_bytes,
+    cast_bytes,
+    state_bytes,
+    update_bytes,
+)
 from ifvit.bench.config import BenchTrainConfig
 from ifvit.bench.roofline import Probe, copy_probe, kept_bytes, matmul_probe
 from ifvit.bench.timing import measure_rounds, median_ratio, print_result, seconds_on, spread
@@ -150,17 +156,19 @@ def _row(
     config: BenchTrainConfig,
     ceiling: Ceiling,
 ) -> Row:
-    """Times of one step; MFU of the nominal peak where there is one, else of the measured one."""
+    """Times of one step; MFU of the nominal peak where there is one, else of the measured one.
+
+    `planned_bytes`: what `ifvit cost --plan` says that state and step take.
+    """
     cost = count_cost(recipe.backbone)
     step = statistics.median(seconds[name]) / config.steps
     # One forward pass, and a backward pass that costs two.
     flops, layer_flops = (3 * count * config.batch_size for count in (cost.flops, cost.layer_flops))
     peak = ceiling.nominal_flops_per_s or ceiling.flops_per_s
-    # Parameters, moments and averages are read and written, gradients written and read.
-    moved = 4 * cost.params * 2 * (4 + len(recipe.ema_decays))
+    averages = len(recipe.ema_decays)
     floor = {
         "floor_flops_seconds": flops / ceiling.flops_per_s,
-        "floor_bytes_seconds": moved / ceiling.bytes_per_s,
+        "floor_bytes_seconds": update_bytes(cost.params, 1, 0, averages) / ceiling.bytes_per_s,
     }
     return {
         "setting": name,
@@ -172,7 +180,21 @@ def _row(
         "mfu": flops / step / peak,
         "mfu_paper": layer_flops / step / peak,
         "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[name]),
+        "planned_bytes": _planned_bytes(recipe, cost.params),
     }
+
+
+def _planned_bytes(recipe: TrainConfig, params: int) -> float:
+    shape, engine = recipe.backbone, recipe.engine
+    assert isinstance(shape, FusionUViTConfig)  # as the presets are
+    activations = activation_bytes(
+        shape,
+        recipe.micro_batch_size,
+        engine.precision,
+        checkpointing=engine.activation_checkpointing,
+    )
+    states = state_bytes(params, 1, 0, len(recipe.ema_decays))
+    return states + cast_bytes(params, engine.precision) + activations
 
 
 def _print_table(rows: list[Row]) -> None:
