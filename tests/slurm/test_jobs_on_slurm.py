@@ -183,11 +183,13 @@ def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> 
     evaluation = {
         "weights": run,
         "shards": shards,
-        "clip": "scenes/clip",
-        "num_samples": 4,
         "num_tasks": 2,
-        "paper_prefix": "",
-        "sampling": {"num_steps": 2},
+        "protocol": {
+            "clip": "scenes/clip",
+            "num_samples": 4,
+            "paper_prefix": "",
+            "sampling": {"num_steps": 2},
+        },
     }
     pipeline = {
         "run": run,
