@@ -4,17 +4,20 @@ from dataclasses import dataclass, field
 
 from ifvit.analysis.paper_numbers import PAPER_TABLE_1
 from ifvit.analysis.paper_panels import quality_metric
-from ifvit.analysis.paper_tables import (
-    CLIP_SCORE,
-    COUNT,
-    FID,
-    RELATION,
-    RETRIEVAL,
-    iterations_per_s,
-)
+from ifvit.analysis.paper_tables import iterations_per_s
 from ifvit.analysis.settings import PAPER_SETTINGS, Setting, noise_between
 from ifvit.analysis.sheet import Sheet
-from ifvit.analysis.verdicts import Metric, Outcome, Verdict, judge
+from ifvit.analysis.verdicts import (
+    COUNT,
+    FID,
+    PAPER_CLIP_SCORE,
+    RELATION,
+    RETRIEVAL,
+    Metric,
+    Outcome,
+    Verdict,
+    judge,
+)
 from ifvit.models.flops import Cost
 from ifvit.rating.preference import PreferenceResults, WinRate
 
@@ -59,21 +62,21 @@ _COMPARISONS = (
         "CLIP Score (0.588 against 0.584) than early fusion.",
         first=_CONCAT_EARLY,
         second=_CONCAT_BOTH,
-        metrics=(FID, CLIP_SCORE, *_FURTHER),
+        metrics=(FID, PAPER_CLIP_SCORE, *_FURTHER),
     ),
     _Comparison(
         text="With cross-attention, intermediate fusion has lower FID (5.68 against 6.48) and "
         "higher CLIP Score (0.588 against 0.575) than early fusion.",
         first=_CROSS_EARLY,
         second=_CROSS_BOTH,
-        metrics=(FID, CLIP_SCORE, *_FURTHER),
+        metrics=(FID, PAPER_CLIP_SCORE, *_FURTHER),
     ),
     _Comparison(
         text="Intermediate fusion by cross-attention is the best of the four settings; against the "
         "baseline: FID 5.68 and 5.98, CLIP Score 0.588 and 0.584.",
         first=_CONCAT_EARLY,
         second=_CROSS_BOTH,
-        metrics=(FID, CLIP_SCORE, *_FURTHER),
+        metrics=(FID, PAPER_CLIP_SCORE, *_FURTHER),
     ),
     _Comparison(
         text="Fusing in the middle blocks alone is the major source of the lower FID (Figure 7).",
@@ -85,14 +88,14 @@ _COMPARISONS = (
         text="Fusing in the middle blocks alone lowers the CLIP Score (Figure 7).",
         first=_CROSS_EARLY,
         second=_CROSS_IMAGE,
-        metrics=(CLIP_SCORE,),
+        metrics=(PAPER_CLIP_SCORE,),
         expected="worse",
     ),
     _Comparison(
         text="The text branch alone is the major source of the higher CLIP Score (Figure 7).",
         first=_CROSS_EARLY,
         second=_CROSS_TEXT,
-        metrics=(CLIP_SCORE,),
+        metrics=(PAPER_CLIP_SCORE,),
     ),
 )
 

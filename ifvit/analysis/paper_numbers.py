@@ -5,14 +5,21 @@ from dataclasses import dataclass, replace
 from ifvit.analysis.runs import Run
 from ifvit.analysis.settings import PAPER_SETTINGS, shape_of
 from ifvit.analysis.sheet import Sheet
+from ifvit.evaluation.protocol import describe_field
 from ifvit.models.presets import PRESETS
 
 CLIP_SCALE = 2.5
 """Of the paper's CLIP Score, 2.5 max(cosine, 0); its code shows it, its text does not."""
 
-_PROTOCOLS = ("coco2014_fid30k", "paper_compat")
 _CLIP = "clip-vit-large-patch14"
-_NUM_SAMPLES = 30_000
+_FID_PROTOCOL = {
+    "num_samples": 30_000,
+    "caption_rule": "random",
+    "guidance_scale": 2.0,
+    "num_steps": 50,
+    "method": "plain",
+}
+_CLIP_PROTOCOL = {**_FID_PROTOCOL, "score_caption": "first", "paper_prefix": "A photo depicts "}
 _BATCH_SIZE = 256
 _GPU = "4090"
 
@@ -74,19 +81,30 @@ def other_backbone(sheet: Sheet) -> str | None:
     return None
 
 
-def other_measurement(sheet: Sheet) -> str | None:
-    """Why FID and CLIP Score were not measured as the paper did; None if they were."""
+def other_fid(sheet: Sheet) -> str | None:
+    """Why FID was not measured as the paper did; None if it was."""
+    return _other_protocol(sheet, _FID_PROTOCOL)
+
+
+def other_clip_score(sheet: Sheet) -> str | None:
+    """Why the CLIP Score was not measured as the paper did; None if it was."""
+    reason = _other_protocol(sheet, _CLIP_PROTOCOL)
+    if reason or sheet.reference is None:
+        return reason
+    features = sheet.reference.protocol.features
+    return None if features.endswith(_CLIP) else f"scored by {features}, not by {_CLIP}"
+
+
+def _other_protocol(sheet: Sheet, paper: dict[str, object]) -> str | None:
     if sheet.reference is None:
         return "nothing was evaluated"
-    protocol = sheet.reference.protocol
-    if protocol.name not in _PROTOCOLS or protocol.num_samples != _NUM_SAMPLES:
-        return (
-            f"measured by protocol {protocol.name} on {protocol.num_samples:,} samples, "
-            f"not by {' or '.join(_PROTOCOLS)} on {_NUM_SAMPLES:,}"
-        )
-    if not protocol.features.endswith(_CLIP):
-        return f"scored by {protocol.features}, not by {_CLIP}"
-    return None
+    ours = vars(sheet.reference.protocol)
+    found = [
+        f"{describe_field(name)} {ours[name]!r}, the paper's {value!r}"
+        for name, value in paper.items()
+        if ours[name] != value
+    ]
+    return "; ".join(found) or None
 
 
 def other_hardware(sheet: Sheet) -> str | None:

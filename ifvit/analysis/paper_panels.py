@@ -4,10 +4,17 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ifvit.analysis.paper_tables import CLIP_SCORE, COUNT, FID, FRECHET, RELATION, RETRIEVAL
 from ifvit.analysis.settings import SETTINGS, SeedMean, Setting
 from ifvit.analysis.sheet import Sheet
-from ifvit.analysis.verdicts import Metric
+from ifvit.analysis.verdicts import (
+    COUNT,
+    FID,
+    FRECHET,
+    PAPER_CLIP_SCORE,
+    RELATION,
+    RETRIEVAL,
+    Metric,
+)
 from ifvit.evaluation.metrics import Estimate
 
 _PLACE_WIDTH = 12
@@ -66,7 +73,7 @@ def figure_3(sheet: Sheet, settings: Sequence[Setting]) -> list[Panel]:
     quality = quality_metric(sheet)
     panels = [
         _over_steps(sheet, settings, metric)
-        for metric in (quality, CLIP_SCORE, RETRIEVAL, COUNT, RELATION)
+        for metric in (quality, PAPER_CLIP_SCORE, RETRIEVAL, COUNT, RELATION)
     ]
     panels.insert(2, _over_guidance(sheet, settings, quality))
     return [panel for panel in panels if any(len(trace.points) > 1 for trace in panel.traces)]
@@ -100,7 +107,7 @@ def figure_7(sheet: Sheet) -> list[Panel]:
     }
     panels = []
     for conditioning in conditionings:
-        for metric in (quality_metric(sheet), CLIP_SCORE, RETRIEVAL, COUNT, RELATION):
+        for metric in (quality_metric(sheet), PAPER_CLIP_SCORE, RETRIEVAL, COUNT, RELATION):
             traces = []
             for place, halves in enumerate(_ABLATION):
                 setting = Setting(conditioning, *halves)
@@ -152,7 +159,7 @@ def _over_steps(sheet: Sheet, settings: Sequence[Setting], metric: Metric) -> Pa
 def _over_guidance(sheet: Sheet, settings: Sequence[Setting], quality: Metric) -> Panel:
     traces = []
     for setting in settings:
-        scores = sheet.over_guidance(setting, CLIP_SCORE)
+        scores = sheet.over_guidance(setting, PAPER_CLIP_SCORE)
         found = sheet.over_guidance(setting, quality)
         points = [
             Point(
@@ -167,8 +174,8 @@ def _over_guidance(sheet: Sheet, settings: Sequence[Setting], quality: Metric) -
         ]
         traces.append(_trace(setting, points))
     return Panel(
-        title=f"{quality.title} over CLIP Score, guidance w",
-        x_label=_arrow(CLIP_SCORE),
+        title=f"{quality.title} over {PAPER_CLIP_SCORE.title}",
+        x_label=_arrow(PAPER_CLIP_SCORE),
         y_label=_arrow(quality),
         traces=traces,
     )

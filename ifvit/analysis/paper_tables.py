@@ -12,37 +12,17 @@ from ifvit.analysis.paper_numbers import (
     PaperRow,
     batch_size,
     other_backbone,
+    other_clip_score,
+    other_fid,
     other_hardware,
-    other_measurement,
 )
 from ifvit.analysis.runs import Run
 from ifvit.analysis.settings import PAPER_SETTINGS, SeedMean, Setting, noise_between
 from ifvit.analysis.sheet import Sheet
 from ifvit.analysis.tables import HOLE, Cell, Line
-from ifvit.analysis.verdicts import Metric
+from ifvit.analysis.verdicts import CLIP_SCORE, FID, FRECHET, METRICS, PAPER_CLIP_SCORE, Metric
 
-FID = Metric(field="fid", title="FID", is_percent=False, digits=2)
-FRECHET = Metric(
-    field="frechet_distance", title="Fréchet distance on CLIP features", is_percent=False
-)
-CLIP_SCORE = Metric(field="clip_score_paper", title="CLIP Score", is_percent=False, digits=3)
-RAW_CLIP_SCORE = Metric(
-    field="clip_score", title="CLIP Score, raw cosine", is_percent=False, digits=3
-)
-RETRIEVAL = Metric(field="retrieval_at_16", title="Retrieval among 16 captions")
-COUNT = Metric(field="count_accuracy", title="Count right")
-RELATION = Metric(field="relation_accuracy", title="Relation right")
-FURTHER = (
-    Metric(field="kid", title="KID", is_percent=False),
-    Metric(field="cmmd", title="CMMD", is_percent=False, digits=3),
-    RETRIEVAL,
-    COUNT,
-    RELATION,
-    Metric(field="colour_accuracy", title="Colour right"),
-    Metric(field="kind_accuracy", title="Kind right"),
-    Metric(field="scene_accuracy", title="Everything right"),
-)
-"""What the paper does not have."""
+_IN_TABLE_1 = (FID, FRECHET, PAPER_CLIP_SCORE, CLIP_SCORE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +53,23 @@ class _Column:
 
 def table_1(sheet: Sheet) -> Table:
     """The four settings, each number with the paper's and, where both compare, the difference."""
-    shape, measured = other_backbone(sheet), other_measurement(sheet)
+    shape = other_backbone(sheet)
     gflops = {s: _cost(runs, "layer_flops", 1e9) for s, runs in sheet.settings.items()}
     digits = 2 if min(gflops.values()) >= 1 else 4
     columns = [
-        _metric_column(sheet, FID, "FID-30K ↓", lambda row: row.fid, shape or measured),
+        _metric_column(sheet, FID, "FID-30K ↓", lambda row: row.fid, shape or other_fid(sheet)),
         _metric_column(
-            sheet, CLIP_SCORE, "CLIP Score ↑", lambda row: row.clip_score, shape or measured
+            sheet,
+            PAPER_CLIP_SCORE,
+            "CLIP Score ↑",
+            lambda row: row.clip_score,
+            shape or other_clip_score(sheet),
         ),
         _Column(
             key="mparams",
-            title="Parameters",
+            title="Parameters, M",
             values={s: _cost(runs, "params", 1e6) for s, runs in sheet.settings.items()},
-            show=lambda value: f"{value:.2f}M",
+            show=lambda value: f"{value:.2f}",
             paper=lambda row: row.mparams,
             differs=shape,
         ),
@@ -115,8 +99,8 @@ def table_further(sheet: Sheet) -> Table | None:
     """What the paper did not measure, for all settings; None where nothing of it was."""
     columns = [
         _metric_column(sheet, metric, f"{metric.title} {'↓' if metric.lower_is_better else '↑'}")
-        for metric in FURTHER
-        if sheet.has(metric)
+        for metric in METRICS
+        if metric not in _IN_TABLE_1 and sheet.has(metric)
     ]
     return _make_table("table1_further", sheet, list(sheet.settings), columns) if columns else None
 
@@ -133,13 +117,13 @@ def table_2(sheet: Sheet, ours: Mapping[str, Setting]) -> Table:
         head = (f"{name}, the paper's own", setting.fusion, setting.path)
         rows.append((*head, paper.fid, score, raw, paper.gflops))
     for name, setting in ours.items():
-        means = [sheet.mean(setting, metric) for metric in (CLIP_SCORE, RAW_CLIP_SCORE)]
+        means = [sheet.mean(setting, metric) for metric in (PAPER_CLIP_SCORE, CLIP_SCORE)]
         scores = [f"{mean.value:.3f}" if mean else None for mean in means]
         fid = sheet.mean(setting, FID)
         gflops = _cost(sheet.settings[setting], "layer_flops", 1e9)
         head = (f"ours, {name}", setting.fusion, setting.path)
         rows.append((*head, fid.value if fid else None, *scores, gflops))
-    reasons = other_backbone(sheet), other_measurement(sheet)
+    reasons = other_backbone(sheet), other_clip_score(sheet)
     keys = ("model", "fusion", "path", "fid", "clip_score_printed", "clip_score_raw", "gflops")
     return Table(
         name="table2",

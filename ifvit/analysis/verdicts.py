@@ -39,18 +39,30 @@ class Metric:
         return f"{100 * value:.1f} %" if self.is_percent else f"{value:.{self.digits}f}"
 
 
+FID = Metric(field="fid", title="FID", is_percent=False, digits=2)
+FRECHET = Metric(
+    field="frechet_distance", title="Fréchet distance on CLIP features", is_percent=False
+)
+CLIP_SCORE = Metric(field="clip_score", title="CLIP Score (raw cosine)", is_percent=False)
+PAPER_CLIP_SCORE = Metric(
+    field="clip_score_paper", title="CLIP Score (paper's scale)", is_percent=False
+)
+RETRIEVAL = Metric(field="retrieval_at_16", title="Retrieval among 16 captions")
+COUNT = Metric(field="count_accuracy", title="Count right")
+RELATION = Metric(field="relation_accuracy", title="Relation right")
+
 METRICS = (
-    Metric(field="retrieval_at_16", title="Retrieval among 16 captions"),
-    Metric(field="clip_score", title="CLIP Score (raw cosine)", is_percent=False),
-    Metric(field="clip_score_paper", title="CLIP Score (paper's scale)", is_percent=False),
-    Metric(field="frechet_distance", title="Fréchet distance", is_percent=False),
-    Metric(field="cmmd", title="CMMD", is_percent=False),
-    Metric(field="fid", title="FID", is_percent=False),
+    FID,
     Metric(field="kid", title="KID", is_percent=False),
-    Metric(field="count_accuracy", title="Count right"),
+    RETRIEVAL,
+    CLIP_SCORE,
+    PAPER_CLIP_SCORE,
+    FRECHET,
+    Metric(field="cmmd", title="CMMD", is_percent=False, digits=3),
+    COUNT,
     Metric(field="colour_accuracy", title="Colour right"),
     Metric(field="kind_accuracy", title="Kind right"),
-    Metric(field="relation_accuracy", title="Relation right"),
+    RELATION,
     Metric(field="scene_accuracy", title="Everything right"),
 )
 

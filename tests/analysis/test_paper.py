@@ -16,10 +16,11 @@ from ifvit.analysis.paper import report_paper
 from ifvit.analysis.paper_claims import Claim, compare_with_claims, preference_claims
 from ifvit.analysis.paper_counts import count_claims, read_counts
 from ifvit.analysis.paper_panels import figure_3, figure_6, figure_7
-from ifvit.analysis.paper_tables import FRECHET, table_1, table_2, table_further
+from ifvit.analysis.paper_tables import table_1, table_2, table_further
 from ifvit.analysis.runs import read_runs
 from ifvit.analysis.settings import PAPER_SETTINGS, SETTINGS
 from ifvit.analysis.sheet import Sheet, make_sheet
+from ifvit.analysis.verdicts import FRECHET
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate, MetricsRow
 from ifvit.evaluation.object_count import write_object_count
@@ -31,6 +32,8 @@ from ifvit.rating.tables import Replies
 PAPER = {
     "name": "coco2014_fid30k",
     "num_samples": 30_000,
+    "caption_rule": "random",
+    "num_steps": 50,
     "features": "openai/clip-vit-large-patch14",
 }
 COUNTS = "evaluation/object_count/step_00002000.json"
@@ -119,7 +122,6 @@ def test_the_page_and_its_files_are_whole_and_need_no_network(tmp_path: Path) ->
     }
     assert "<script" not in page
     assert "url(http" not in page
-    assert page == render(runs, tmp_path / "again")
     for hole in ("Figure 6: no study", "Figure 8: no run has an analysis"):
         assert page.count(hole) == 2
     (pair, *_) = records(tmp_path / "sheet", "figure4")
@@ -153,7 +155,7 @@ def test_table_1_has_means_over_seeds_and_no_distance_under_fid(tmp_path: Path) 
     assert (first["FID-30K ↓"].text, first["FID-30K ↓"].note) == ("—", "paper 5.98")
     assert first["Fréchet distance on CLIP features ↓"].note == "± 0.0010"
     assert first["Training it/s ↑"].text == "12.50"
-    assert first["Parameters"].note == "paper 45"
+    assert first["Parameters, M"].note == "paper 45"
     assert table.records[0]["frechet_distance_seed_error"] == pytest.approx(0.001)
     assert table.records[0]["frechet_distance_sample_error"] == pytest.approx(0.001)
     assert [line.cells[2].is_best for line in table.lines] == [False, False, False, True]
@@ -188,8 +190,12 @@ def test_differences_to_the_paper_are_marked_where_both_compare(tmp_path: Path) 
     ]
     assert cells[0]["FID-30K ↓"].text == "6.00"
     assert cells[0]["GFLOPs ↓"].note == "paper 29.56, -0.07"
-    assert cells[1]["Parameters"].text == "47.84M"
-    assert table.notes == ["Training it/s: cpu at batch 32 is not an RTX 4090 at batch 256."]
+    assert cells[1]["Parameters, M"].text == "47.84"
+    assert table.notes == [
+        "CLIP Score: score caption 'same', the paper's 'first'; paper prefix '', the paper's "
+        "'A photo depicts '.",
+        "Training it/s: cpu at batch 32 is not an RTX 4090 at batch 256.",
+    ]
 
 
 def test_table_2_has_both_scales_of_clip_score(tmp_path: Path) -> None:
@@ -238,8 +244,8 @@ def test_figure_3_shows_training_and_guidance(tmp_path: Path) -> None:
     titles = [panel.title for panel in panels]
     assert titles[:3] == [
         "Fréchet distance on CLIP features during training",
-        "CLIP Score during training",
-        "Fréchet distance on CLIP features over CLIP Score, guidance w",
+        "CLIP Score (paper's scale) during training",
+        "Fréchet distance on CLIP features over CLIP Score (paper's scale)",
     ]
     assert [trace.name for trace in panels[0].traces] == [s.title for s in PAPER_SETTINGS]
     assert [(p.x, round(p.y, 3)) for p in panels[0].traces[0].points] == [
@@ -337,4 +343,6 @@ def test_recipes_that_differ_beyond_setting_and_seed_are_told(tmp_path: Path) ->
     runs = write_runs(tmp_path / "runs", settings=[0, 3], num_seeds=1)
     config = Path(runs[1], "config.yaml")
     config.write_text(config.read_text() + "max_steps: 7\n")
-    assert "differ in more than setting and seed: max_steps." in render(runs, tmp_path / "sheet")
+    page = render(runs, tmp_path / "sheet")
+    assert "differ in more than setting and seed: max_steps." in page
+    assert page == render(runs, tmp_path / "again")

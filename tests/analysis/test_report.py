@@ -13,7 +13,7 @@ from ifvit.analysis.curves import smooth
 from ifvit.analysis.report import report
 from ifvit.analysis.runs import read_run, read_runs
 from ifvit.analysis.tables import metric_lines
-from ifvit.analysis.verdicts import METRICS, best_run, compare
+from ifvit.analysis.verdicts import RETRIEVAL, best_run, compare
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate
 
@@ -72,8 +72,8 @@ def test_a_difference_within_the_noise_is_called_that(tmp_path: Path) -> None:
     assert "no difference beyond the noise in Retrieval" in within.summary
     assert beyond.verdicts[0].outcome == "worse"
     assert "by 20.0 points" in beyond.verdicts[0].sentence
-    assert best_run(METRICS[0], [early, close]) is None
-    assert best_run(METRICS[0], [far, close]) is close
+    assert best_run(RETRIEVAL, [early, close]) is None
+    assert best_run(RETRIEVAL, [far, close]) is close
 
 
 def test_a_smaller_frechet_distance_is_better(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_smaller_frechet_distance_is_better(tmp_path: Path) -> None:
     comparison = compare(*runs)
     assert comparison is not None
     outcomes = {verdict.metric: verdict.outcome for verdict in comparison.verdicts}
-    assert outcomes["Fréchet distance"] == "better"
+    assert outcomes["Fréchet distance on CLIP features"] == "better"
 
 
 def test_evaluations_done_differently_are_marked_and_not_compared(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_evaluations_done_differently_are_marked_and_not_compared(tmp_path: Path
     assert "b against a" not in page
     assert "c against a" in page
     runs = read_runs(urls)
-    assert best_run(METRICS[0], runs) is runs[2]
+    assert best_run(RETRIEVAL, runs) is runs[2]
     notes = [cell.note for cell in metric_lines(runs)[0].cells]
     assert ["not compared" in note for note in notes] == [False, True, False]
 
