@@ -23,7 +23,7 @@ from ifvit.shards.rows import read_rows
 from ifvit.shards.tables import IndexTables
 
 ROWS_AT_ONCE = 64
-"""Rows that a call reads; it keeps their files open, whatever other threads open meanwhile."""
+"""Rows that a call reads where not all files may be open: it holds on to those it reads."""
 
 
 class ShardReader:
@@ -183,17 +183,12 @@ class ShardReader:
         return shards
 
     def _read(
-        self,
-        field: str,
-        samples: Array,
-        shards: Array,
-        places: Array,
-        rows: Array,
-        out: Array,
+        self, field: str, samples: Array, shards: Array, places: Array, rows: Array, out: Array
     ) -> None:
         """Read one array of each sample into `out[rows]`; `places` (B, 2) offset and checksum."""
-        for start in range(0, len(samples), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
+        at_once = ROWS_AT_ONCE if len(self.manifest.shards) > self.max_open else len(self)
+        for start in range(0, len(samples), at_once):
+            part = slice(start, start + at_once)
             files = [self._open(shard) for shard in shards[part].tolist()]
             offsets, checksums = places[part].T
             descriptors = [file.descriptor for file in files]
