@@ -45,10 +45,13 @@ def open_model(weights: str, reader: ShardReader, device: str) -> Model:
     _check_fit(backbone, info, reader)
     digest = weights_sha256(backbone)
     backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
+    classes = reader.manifest.classes
     sampler = Sampler(
         backbone=backbone,
         autoencoder=open_autoencoder(info, device),
-        null_condition=torch.from_numpy(np.array(reader.null_context)),
+        null_condition=torch.tensor(len(classes))
+        if classes
+        else torch.from_numpy(np.array(reader.null_context)),
         scaling_factor=info.scaling_factor,
     )
     return Model(url=weights, sampler=sampler, info=info, sha256=digest)
@@ -72,13 +75,15 @@ def draw_missing(
     def captions_of(batch: Tensor) -> list[str]:
         return [drawn[position].text for position in batch.tolist()]
 
-    def context_of(batch: Tensor) -> Tensor:
+    def condition_of(batch: Tensor) -> Tensor:
+        if reader.manifest.classes:
+            return torch.tensor([drawn[position].caption for position in batch.tolist()])
         contexts = [reader.context(p, drawn[p].caption) for p in batch.tolist()]
         return torch.from_numpy(np.stack(contexts))
 
     started = time.perf_counter()
     method_of = build_method(protocol.sampling, model.sampler, model.info, captions_of)
-    images = generate_images(model.sampler, context_of, positions, protocol.sampling, method_of)
+    images = generate_images(model.sampler, condition_of, positions, protocol.sampling, method_of)
     write_images(folder, positions, images)
     return (time.perf_counter() - started) / len(positions) if positions else None
 
@@ -97,14 +102,24 @@ def _describe(model: Model, reader: ShardReader, protocol: ProtocolConfig) -> di
 
 
 def _check_fit(backbone: Backbone, info: WeightsInfo, reader: ShardReader) -> None:
-    """Raise UserError unless the shards were made by the backbone's encoders, in its shape."""
+    """Raise UserError unless the shards hold what the backbone was trained on, in its shape."""
     manifest = reader.manifest
     check_identity(f"{reader.url}: vae", manifest.vae, info.vae)
-    text_encoder = require_text_encoder(info)
-    check_identity(f"{reader.url}: text encoder", reader.text.encoder, text_encoder)
+    if manifest.classes != info.classes:
+        raise UserError(
+            f"{reader.url}: holds {_count_classes(manifest.classes)}, but the weights draw "
+            f"{_count_classes(info.classes)}; name held-out shards of those"
+        )
+    if not manifest.classes:
+        text_encoder = require_text_encoder(info)
+        check_identity(f"{reader.url}: text encoder", reader.text.encoder, text_encoder)
     size = backbone.shape.latent_size
     if manifest.moments_shape != (2 * backbone.shape.latent_channels, size, size):
         raise UserError(
             f"{reader.url}: moments {manifest.moments_shape} do not fit a backbone of "
             f"{backbone.shape.latent_channels} x {size} x {size} latents; encode at its image size"
         )
+
+
+def _count_classes(classes: tuple[str, ...]) -> str:
+    return f"{len(classes)} classes, such as {classes[0]}" if classes else "captions"

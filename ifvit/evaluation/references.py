@@ -17,10 +17,13 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def list_images(folder: str) -> list[Path]:
-    """The image files of a local folder, by name. Raises UserError when there are fewer than 2."""
+    """The image files in a local folder and its class folders, by name.
+
+    Raises UserError when there are fewer than 2.
+    """
     if not Path(folder).is_dir():
         raise UserError(f"images {folder}: no such folder; name one with real images")
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _SUFFIXES)
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in _SUFFIXES)
     if len(paths) < 2:
         raise UserError(f"images {folder}: {len(paths)} images in it, a distance needs two or more")
     return paths
@@ -28,8 +31,10 @@ def list_images(folder: str) -> list[Path]:
 
 def find_image(paths: list[Path], image_id: int | str) -> Path | None:
     """The file of an image id; COCO's 42 is COCO_val2014_000000000042.jpg or 000000000042.jpg."""
-    ending = f"{image_id:012d}" if isinstance(image_id, int) else Path(image_id).stem
-    return next((path for path in paths if path.stem.endswith(ending)), None)
+    if isinstance(image_id, int):
+        return next((path for path in paths if path.stem.endswith(f"{image_id:012d}")), None)
+    ending = f"/{Path(image_id).with_suffix('')}"
+    return next((path for path in paths if str(path.with_suffix("")).endswith(ending)), None)
 
 
 def read_reference(path: Path, image_size: int) -> Pixels:

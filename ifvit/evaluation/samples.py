@@ -40,18 +40,23 @@ class Prompt:
     position: int
     image_id: int | str
     caption: int
-    """Its number among the image's captions."""
+    """Its number among the image's captions; in a labelled set, the number of the class."""
     text: str
     score_text: str
 
 
 def read_prompts(reader: ShardReader, protocol: ProtocolConfig) -> list[Prompt]:
-    """The captions of the first images. Raises UserError when there are not that many."""
+    """The captions of the first images, or the names of their classes.
+
+    Raises UserError when there are not that many.
+    """
     count = protocol.num_samples
     if count > len(reader):
         raise UserError(
             f"{reader.url}: {len(reader)} images, num_samples asks for {count}; lower it"
         )
+    if reader.manifest.classes:
+        return [_name_class(reader, position) for position in range(count)]
     positions = np.arange(count)
     chosen = np.zeros(count, np.int64)
     if protocol.caption_rule == "random":
@@ -71,6 +76,14 @@ def read_prompts(reader: ShardReader, protocol: ProtocolConfig) -> list[Prompt]:
             )
         )
     return prompts
+
+
+def _name_class(reader: ShardReader, position: int) -> Prompt:
+    """What `two_red_circles` reads as a caption."""
+    label = reader.label(position)
+    text = reader.manifest.classes[label].replace("_", " ")
+    image_id = reader.metadata(position).image_id
+    return Prompt(position=position, image_id=image_id, caption=label, text=text, score_text=text)
 
 
 def hash_prompts(prompts: Sequence[Prompt]) -> str:

@@ -18,6 +18,7 @@ from ifvit.sampling.alignment.build import build_method
 from ifvit.sampling.config import GenerateConfig, SamplingConfig
 from ifvit.sampling.encoders import (
     choose_device,
+    number_classes,
     open_autoencoder,
     open_conditions,
     weights_sha256,
@@ -53,7 +54,7 @@ def generate(config: GenerateConfig) -> list[str]:
     backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
     if config.compile:
         compile_backbone(backbone)
-    _check_kind(config, info)
+    _check_prompts(config, info, prompts)
     conditions = open_conditions(info, device)
     sampler = Sampler(
         backbone=backbone,
@@ -70,10 +71,10 @@ def generate(config: GenerateConfig) -> list[str]:
 
     settings = _describe(config, weights_sha256(backbone), info)
     claim = settings | {"prompts_sha256": sha256(json.dumps(prompts).encode()).hexdigest()}
+    method_of = build_method(config, sampler, info, prompts_of)
     claim_folder(config.output, claim)
     positions = range(len(prompts) * config.num_images)
     share = missing_images(config.output, positions[world.rank :: world.size])
-    method_of = build_method(config, sampler, info, prompts_of)
     batches = generate_images(sampler, condition_of, share, config, method_of)
     write_images(config.output, share, batches)
 
@@ -124,7 +125,8 @@ def read_prompt_file(url: str) -> list[str]:
     return prompts
 
 
-def _check_kind(config: GenerateConfig, info: WeightsInfo) -> None:
+def _check_prompts(config: GenerateConfig, info: WeightsInfo, prompts: list[str]) -> None:
+    """Raise UserError for prompts of the other kind than the weights draw, or unknown classes."""
     if config.classes and info.text_encoder:
         raise UserError(f"{config.weights}: draws captions, not classes; give --prompt")
     if config.prompt is not None and info.text_encoder is None:
@@ -132,6 +134,8 @@ def _check_kind(config: GenerateConfig, info: WeightsInfo) -> None:
             f"{config.weights}: draws classes, not captions; give --class, "
             f"for example {info.classes[0]}"
         )
+    if info.text_encoder is None:
+        number_classes(info.classes, prompts)
 
 
 def _read_prompts(config: GenerateConfig) -> list[str]:
