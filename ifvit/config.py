@@ -35,9 +35,14 @@ def read_config(
     parser = ArgumentParser(
         prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False
     )
-    parser.add_argument("--config", action="config", help="YAML recipe; repeat it, later ones win")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML recipe; repeat it, later ones win; --recipe NAME is one that ships with ifvit",
+    )
     words = _spell_switches(cls, _name_each(cls, _name_positional(cls, argv, positional)))
     try:
+        words = _find_recipe(prog, words)
         chosen, words = choose_variants(cls, words)
         words = _find_shipped(cls, words)
         fields = parser.add_class_arguments(cls, skip=set(chosen))
@@ -82,12 +87,26 @@ def _find_shipped(cls: type[Any], words: Sequence[str]) -> list[str]:
     for place, (flag, name) in enumerate(pairwise(words), start=1):
         folder = _CONFIGS / flag.removeprefix("--")
         if flag in flags and folder.is_dir() and re.fullmatch(r"[\w-]+", name):
-            path = folder / f"{name}.yaml"
-            if not path.is_file() and not Path(name).exists():
-                shipped = ", ".join(sorted(file.stem for file in folder.iterdir()))
-                raise UserError(f"{flag} {name}: no such file; by name there are {shipped}")
-            found[place] = name if Path(name).exists() else str(path)
+            found[place] = name if Path(name).exists() else _shipped(flag, folder, name)
     return found
+
+
+def _find_recipe(prog: str, words: Sequence[str]) -> list[str]:
+    """`--recipe paper` of `ifvit submit pipeline` => `--config configs/pipeline/paper.yaml`."""
+    found = list(words)
+    for place, (flag, name) in enumerate(pairwise(words)):
+        if flag == "--recipe":
+            path = _shipped(flag, _CONFIGS / prog.split()[-1], name)
+            found[place : place + 2] = ["--config", path]
+    return found
+
+
+def _shipped(flag: str, folder: Path, name: str) -> str:
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise UserError(f"{flag} {name}: no such file; by name there are {known or 'none'}")
+    return str(path)
 
 
 def _name_each(cls: type[Any], argv: Sequence[str]) -> list[str]:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from data_pipeline.config import EncodeConfig
-from ifvit.analysis.config import ReportConfig
-from ifvit.evaluation.config import EvaluateConfig
+from ifvit.analysis.config import AttentionConfig, PaperConfig, ReportConfig
+from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
+from ifvit.evaluation.object_count_config import ObjectCountConfig
 from ifvit.training.config import TrainConfig
 from slurm.cluster import ClusterConfig
 
@@ -40,8 +41,8 @@ class SubmitEvaluateConfig(SubmitConfig, EvaluateConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubmitSweepConfig(SubmitConfig, TrainConfig):
-    """Submit an array of training runs, RUN/NAME for every combination of the axes' values."""
+class SweepConfig(TrainConfig):
+    """Training runs RUN/NAME of one recipe, for every combination of the axes' values."""
 
     axes: tuple[dict[str, dict[str, Any]], ...]
     """Each axis maps the name of a value to the recipe fields that it sets, for example
@@ -49,8 +50,16 @@ class SubmitSweepConfig(SubmitConfig, TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubmitSweepConfig(SubmitConfig, SweepConfig):
+    """Submit an array of training runs, RUN/NAME for every combination of the axes' values."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PipelineConfig(SubmitConfig):
-    """Submit encode, train, evaluate and report at once; each waits for what it needs."""
+    """Submit all stages from images to pages at once; each waits for what it needs.
+
+    After training, the folder of a sweep stands for all of its runs.
+    """
 
     run: str
     """Folder that remembers the jobs; usually that of the training."""
@@ -58,10 +67,20 @@ class PipelineConfig(SubmitConfig):
     """Datasets to encode: what is trained on, what is held out."""
     train: list[TrainConfig] = field(default_factory=list)
     """Runs; each waits for all datasets."""
+    sweep: str | None = None
+    """Recipe of `ifvit submit sweep`, a file or a name in configs/sweep: more runs, as an array."""
+    references: list[MakeReferenceConfig] = field(default_factory=list)
+    """Statistics of real images that evaluations compare with."""
     evaluate: list[EvaluateConfig] = field(default_factory=list)
-    """Evaluations; each waits for all runs."""
+    """Evaluations; each waits for all runs and references."""
+    count_objects: list[ObjectCountConfig] = field(default_factory=list)
+    """Counts of asked objects; each waits for all runs."""
+    attention: list[AttentionConfig] = field(default_factory=list)
+    """Analyses of attention; each waits for all runs."""
     report: ReportConfig | None = None
-    """The page; waits for all evaluations."""
+    """The page of runs side by side; waits for everything."""
+    paper: PaperConfig | None = None
+    """The paper's tables and figures; waits for everything."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,14 @@ from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.models.presets import CLASS_PRESETS, PRESETS
 from ifvit.training.config import TrainConfig
+from slurm.config import PipelineConfig, SweepConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = [
     *((EncodeConfig, path) for path in sorted(CONFIGS.glob("data/*.yaml"))),
     *((TrainConfig, path) for path in sorted(CONFIGS.glob("train/*.yaml"))),
+    *((SweepConfig, path) for path in sorted(CONFIGS.glob("sweep/*.yaml"))),
+    *((PipelineConfig, path) for path in sorted(CONFIGS.glob("pipeline/*.yaml"))),
 ]
 
 
@@ -38,6 +41,17 @@ def test_a_protocol_is_found_by_name_and_called_by_it(name: str) -> None:
     words[-1] = str(CONFIGS / "protocol" / f"{name}.yaml")
     by_path = read_config(EvaluateConfig, words, prog="test")
     assert dataclasses.replace(by_path.protocol, num_samples=7) == config.protocol
+
+
+def test_a_recipe_is_found_by_the_name_of_its_verb() -> None:
+    path = str(CONFIGS / "train" / "coco256_early.yaml")
+    by_name = ["--recipe", "coco256_early", "--seed", "5"]
+    by_path = ["--config", path, "--seed", "5"]
+    assert read_config(TrainConfig, by_name, prog="ifvit train") == read_config(
+        TrainConfig, by_path, prog="ifvit train"
+    )
+    with pytest.raises(UserError, match=r"--recipe early: no such file; by name there are coco2"):
+        read_config(TrainConfig, ["--recipe", "early"], prog="ifvit train")
 
 
 def test_a_name_that_is_not_shipped_is_one_line_with_those_that_are() -> None:

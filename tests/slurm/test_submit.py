@@ -4,19 +4,22 @@ import dataclasses
 import json
 import re
 import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ifvit.cli import main
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from slurm.cluster import ClusterConfig, sbatch_parameters
-from slurm.config import SubmitSweepConfig, SubmitTrainConfig
-from slurm.jobs import load_job
+from slurm.config import PipelineConfig, SubmitSweepConfig, SubmitTrainConfig
+from slurm.jobs import VerbJob, load_job
 from slurm.records import read_records
 from slurm.snapshot import PACKAGES, ROOT, take_snapshot
-from slurm.submit import expand_axes, submit_train
+from slurm.submission import Submission
+from slurm.submit import expand_axes, submit_pipeline, submit_train
 
 CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
 TRAIN = str(ROOT / "configs" / "train" / "coco256_early.yaml")
@@ -88,7 +91,7 @@ def test_a_container_reaches_srun() -> None:
 def test_a_sweep_is_the_product_of_its_axes() -> None:
     argv = ["--config", SWEEP, "--run", "runs/paper", "--shards", "data"]
     recipes = expand_axes(read_config(SubmitSweepConfig, argv, prog="sweep"))
-    assert len({recipe.run for recipe in recipes}) == len(recipes) == 12
+    assert len({recipe.run for recipe in recipes}) == len(recipes) == 18
     early, intermediate = recipes[0], recipes[-1]
     assert early.run == "runs/paper/concat_early-seed1234"
     assert (early.backbone.conditioning, early.backbone.num_image_blocks) == ("concat", 0)
@@ -96,6 +99,65 @@ def test_a_sweep_is_the_product_of_its_axes() -> None:
     assert (intermediate.backbone.num_image_blocks, intermediate.backbone.num_text_blocks) == (4, 1)
     same = {"run": "", "seed": 0, "backbone": None}
     assert dataclasses.replace(early, **same) == dataclasses.replace(intermediate, **same)
+
+
+def test_the_papers_pipeline_waits_for_what_it_needs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = script(["pipeline", "--recipe", "paper", "--cluster", CLUSTERS[0].stem], capsys)
+    plan = []
+    for job in text.split("#!/bin/bash")[1:]:
+        options = dict(re.findall(r"#SBATCH --([\w-]+)='?(.*?)'?\n", job))
+        size = int(options.get("array", "0-0%1").split("-")[1].split("%")[0]) + 1
+        after = options.get("dependency", "").removeprefix("afterok:")
+        plan.append((options["job-name"].removeprefix("ifvit-"), size, after))
+    drawn = [("evaluate", 72, "<train>:<reference>"), ("evaluate", 18, "<evaluate>")]
+    assert plan == [
+        ("encode", 16, ""),
+        ("encode", 8, ""),
+        ("train", 18, "<encode>:<encode>"),
+        ("reference", 1, ""),
+        *drawn,
+        *drawn,
+        ("count", 1, "<train>"),
+        ("attention", 1, "<train>"),
+        ("paper", 1, "<evaluate>:<evaluate>:<count>:<attention>"),
+    ]
+
+
+def test_the_folder_of_a_sweep_stands_for_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[VerbJob] = []
+
+    def remember(self: Submission, jobs: list[VerbJob], after: list[str] = ()) -> list[str]:
+        submitted.extend(jobs)
+        return [job.verb for job in jobs]
+
+    monkeypatch.setattr(Submission, "add", remember)
+    sweep = tmp_path / "sweep.yaml"
+    base = yaml.safe_load(Path(SWEEP).read_text())
+    axes = [{"seed1": {"seed": 1}, "seed2": {"seed": 2}}]
+    sweep.write_text(yaml.safe_dump({**base, "run": "runs/s", "axes": axes}))
+    pipeline = {
+        "run": "runs/s",
+        "sweep": str(sweep),
+        "evaluate": [{"weights": "runs/s", "shards": "held_out"}],
+        "count_objects": [{"runs": ["runs/other", "runs/s"], "detector": "scenes"}],
+        "attention": [{"runs": ["runs/s"], "shards": "held_out"}],
+        "paper": {"runs": ["runs/s"]},
+    }
+    submit_pipeline(
+        read_config(PipelineConfig, ["--config", json.dumps(pipeline), "--dry_run=true"], prog="p")
+    )
+    runs = ["runs/s/seed1", "runs/s/seed2"]
+    by_verb = {job.verb: job for job in submitted}
+    assert [job.config.weights for job in submitted if job.verb == "evaluate"] == runs
+    assert by_verb["count"].config.runs == ["runs/other", *runs]
+    assert by_verb["attention"].config.runs == by_verb["paper"].config.runs == runs
+    for job in by_verb.values():
+        module, name = job.function.split(":")
+        assert callable(getattr(import_module(module), name))
 
 
 @pytest.mark.parametrize("field", ["backbone.breadth", "sede"])
