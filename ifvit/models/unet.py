@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipelines look for it here
 from torch import Tensor, nn
 
 from ifvit.models.attention import Attend, Backend, load_attention
