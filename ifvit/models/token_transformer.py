@@ -8,6 +8,7 @@ Shapes: B batch, C latent channels, S latent size, L image tokens, M condition t
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipelines look for it here
 from torch import Tensor, nn
 
 from ifvit.models.backbone import EncodedCondition, PatchBackbone, check_shape

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipelines look for it here
 from torch import Tensor, nn
 
 from ifvit.models.attention import Bias
