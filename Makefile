@@ -10,7 +10,7 @@ setup: .venv/.complete
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ifvit needs Python >= 3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,eval,rate,table]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,rate,table]'
 	touch $@
 
 demo: setup

@@ -80,9 +80,10 @@ def _name_positional(cls: type[Any], argv: Sequence[str], names: str | None) -> 
 def _find_shipped(cls: type[Any], words: Sequence[str]) -> list[str]:
     """`--protocol scenes` => `--protocol PATH` of configs/protocol/scenes.yaml, as installed.
 
-    Of every field that has a folder of its name there; a file of that name goes before.
+    Of every nested recipe that has a folder of its name there; a file of that name goes before.
     """
-    flags = {f"--{field.name}" for field in dataclasses.fields(cls)}
+    nested = filter(lambda field: dataclasses.is_dataclass(field.type), dataclasses.fields(cls))
+    flags = {f"--{field.name}" for field in nested}
     found = list(words)
     for place, (flag, name) in enumerate(pairwise(words), start=1):
         folder = _CONFIGS / flag.removeprefix("--")

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, fields
 
+_LABELS = {"name", "features", "inception"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """What was drawn and how it was measured, stored with every number.
 
-    `name` is a label; all else decides the numbers. Hashes are SHA-256.
+    Names are labels; all else decides the numbers. Hashes are SHA-256.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Protocol:
 
 def differences(first: Protocol, second: Protocol) -> list[str]:
     """What keeps numbers of the two from being compared, in words; empty when nothing does."""
-    names = [field.name for field in fields(Protocol) if field.name != "name"]
+    names = [field.name for field in fields(Protocol) if field.name not in _LABELS]
     pairs = {name: (getattr(first, name), getattr(second, name)) for name in names}
     return [
         f"{describe_field(name)} {describe_value(name, a)} against {describe_value(name, b)}"

@@ -1,0 +1,105 @@
+"""Rows are found where they were written, and series chosen by the stated rule."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ifvit import storage
+from ifvit.errors import UserError
+from ifvit.evaluation.metrics import (
+    MetricsRow,
+    estimate_around,
+    estimate_mean,
+    estimate_share,
+    write_row,
+)
+from ifvit.evaluation.protocol import Protocol, differences
+from ifvit.evaluation.rows import main_series, read_rows, row_url, samples_url
+
+SCORE = estimate_mean(np.array([0.2, 0.3]))
+
+
+def build_row(name: str = "matched", scale: float = 2.0, step: int = 500) -> MetricsRow:
+    values = dict.fromkeys(field.name for field in dataclasses.fields(Protocol))
+    protocol = Protocol(**{**values, "name": name, "guidance_scale": scale, "solver": "ddim"})
+    return MetricsRow(
+        weights="run",
+        weights_sha256="a" * 64,
+        step=step,
+        ema_decay=None,
+        protocol=protocol,
+        frechet_distance=None,
+        clip_score=SCORE,
+        clip_score_paper=SCORE,
+        retrieval_at_16=None,
+    )
+
+
+def write(folder: Path, row: MetricsRow) -> str:
+    url = row_url(str(folder), row.protocol.name, row.protocol.guidance_scale, row.step)
+    write_row(url, row)
+    return url
+
+
+def test_rows_are_read_back_in_order_and_nothing_else_is(tmp_path: Path) -> None:
+    rows = [build_row(scale=10.0), build_row(scale=1.5, step=20), build_row(scale=1.5, step=7)]
+    urls = [write(tmp_path, row) for row in rows]
+    assert urls[1].endswith("matched/w1.5/step_00000020.json")
+    assert urls[0].endswith("matched/w10/step_00000500.json")
+    storage.write_bytes(f"{samples_url(urls[0])}/settings.json", b"{}")
+    storage.write_bytes(str(tmp_path / "object_count" / "step_00000500.json"), b"{}")
+    storage.write_bytes(str(tmp_path / "step_00000500.json"), b"{}")
+    found = read_rows(str(tmp_path))
+    assert list(found) == [urls[2], urls[1], urls[0]]
+    assert list(found.values()) == [rows[2], rows[1], rows[0]]
+    assert read_rows(str(tmp_path / "nowhere")) == {}
+
+
+def test_a_file_that_is_no_row_is_named(tmp_path: Path) -> None:
+    storage.write_bytes(row_url(str(tmp_path), "matched", 2.0, 5), b'{"value": 1}')
+    with pytest.raises(UserError, match=r"w2/step_00000005\.json: not a row"):
+        read_rows(str(tmp_path))
+
+
+def test_the_main_series_has_most_rows_then_the_first_name_and_scale() -> None:
+    few, many = build_row("a"), [build_row("b", step=step) for step in (1, 2)]
+    assert main_series([few, *many]) == many
+    assert main_series([build_row("b"), few]) == [few]
+    low, high = build_row("a", 1.5), build_row("a", 10.0)
+    assert main_series([high, low]) == [low]
+    assert main_series([]) == []
+
+
+def test_protocols_differ_in_all_but_names_and_say_so_in_words() -> None:
+    one = build_row("a").protocol
+    same = dataclasses.replace(one, name="b", features="/copies/clip", inception="here.pt")
+    assert differences(one, same) == []
+    other = dataclasses.replace(one, seed=7, solver="unipc", features_sha256="f" * 64)
+    assert differences(one, other) == [
+        "seed none against 7",
+        "solver ddim against unipc",
+        f"features hash none against {'f' * 12}",
+    ]
+
+
+def test_the_interval_of_a_mean_is_the_bootstraps() -> None:
+    values = np.random.default_rng(0).exponential(size=400)
+    found = estimate_mean(values)
+    assert (found.low, found.high) == (estimate_mean(values).low, estimate_mean(values).high)
+    assert found.high - found.value == pytest.approx(1.96 * found.standard_error, rel=0.15)
+    assert found.value - found.low == pytest.approx(1.96 * found.standard_error, rel=0.15)
+    part = estimate_around(5.0, values, 1600)
+    assert (part.value, part.num_samples) == (5.0, 1600)
+    assert part.high - part.low == pytest.approx((found.high - found.low) / 2, rel=0.01)
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    # Newcombe 1998, Table I: 81 of 263 and 0 of 20.
+    for count, total, low, high in ((81, 263, 0.2553, 0.3662), (0, 20, 0.0, 0.1611)):
+        found = estimate_share(np.arange(total) < count)
+        assert (found.low, found.high) == (
+            pytest.approx(low, abs=1e-4),
+            pytest.approx(high, abs=1e-4),
+        )
