@@ -2,6 +2,7 @@
 
 import sys
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING
 
 from ifvit import storage
 from ifvit.analysis.config import PaperConfig
@@ -19,7 +20,9 @@ from ifvit.analysis.sheet import Sheet, make_sheet, series_of
 from ifvit.analysis.tables import recipe_differences, to_csv
 from ifvit.errors import UserError
 from ifvit.evaluation.protocol import describe_field, describe_value
-from ifvit.rating.results import read_results
+
+if TYPE_CHECKING:
+    from ifvit.rating.preference import PreferenceResults
 
 _MAY_DIFFER = ("run", "seed", "backbone.conditioning", "backbone.num_")
 
@@ -43,7 +46,7 @@ def report_paper(config: PaperConfig) -> None:
         for table in (*main, table_2(sheet, {"baseline": baseline, "best": best}))
         if table
     }
-    preference = read_results(config.study).preference if config.study else None
+    preference = _read_preference(config.study) if config.study else None
     exhibits = make_exhibits(sheet, baseline, best, counts, preference)
     claims = compare_with_claims(sheet) + count_claims(counts)
     claims += preference_claims(preference) if preference else []
@@ -86,6 +89,14 @@ def report_paper(config: PaperConfig) -> None:
     )
     _write(config, "paper.html", page)
     sys.stdout.write(f"{storage.join(config.output, 'paper.html')}\n")
+
+
+def _read_preference(study: str) -> "PreferenceResults | None":
+    try:
+        from ifvit.rating.results import read_results
+    except ModuleNotFoundError as error:
+        raise UserError(f"--study needs {error.name}: pip install 'ifvit[rate]'") from None
+    return read_results(study).preference
 
 
 def _choose_baseline(sheet: Sheet, pattern: str | None) -> Setting:

@@ -1,6 +1,7 @@
 """What arXiv 2403.16530 claims, and what our runs say of it, with the noise."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ifvit.analysis.paper_numbers import PAPER_TABLE_1
 from ifvit.analysis.paper_panels import quality_metric
@@ -19,7 +20,9 @@ from ifvit.analysis.verdicts import (
     judge,
 )
 from ifvit.models.flops import Cost
-from ifvit.rating.preference import PreferenceResults, WinRate
+
+if TYPE_CHECKING:  # its statistics need the extra `rate`, which a sheet without a study does not
+    from ifvit.rating.preference import PreferenceResults, WinRate
 
 _CONCAT_EARLY, _CONCAT_BOTH, _CROSS_EARLY, _CROSS_BOTH = PAPER_SETTINGS
 _CROSS_IMAGE = Setting("cross_attention", True, False)
@@ -109,7 +112,7 @@ def compare_with_claims(sheet: Sheet) -> list[Claim]:
     ]
 
 
-def preference_claims(found: PreferenceResults) -> list[Claim]:
+def preference_claims(found: "PreferenceResults") -> list[Claim]:
     """About models that the study calls by their settings' slugs, pair by pair."""
     verdicts = []
     for early, both in ((_CONCAT_EARLY, _CONCAT_BOTH), (_CROSS_EARLY, _CROSS_BOTH)):
@@ -120,7 +123,7 @@ def preference_claims(found: PreferenceResults) -> list[Claim]:
     return [Claim(text=text, verdicts=verdicts)] if verdicts else []
 
 
-def _judge_wins(early: Setting, both: Setting, found: WinRate) -> Verdict:
+def _judge_wins(early: Setting, both: Setting, found: "WinRate") -> Verdict:
     low, value, high = found.share.low, found.share.value, found.share.high
     if found.first == early.slug:
         low, value, high = 1 - high, 1 - value, 1 - low

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ifvit import storage
 from ifvit.analysis.attention import AttentionSummary, read_attention
@@ -19,8 +20,10 @@ from ifvit.analysis.sheet import Sheet
 from ifvit.analysis.tables import to_csv
 from ifvit.evaluation.detector import SCENES
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
-from ifvit.rating.preference import PreferenceResults
 from ifvit.sampling.files import read_images
+
+if TYPE_CHECKING:
+    from ifvit.rating.preference import PreferenceResults
 
 _NUM_PAIRS = 12
 _SEED = 0
@@ -49,7 +52,7 @@ def make_exhibits(
     baseline: Setting,
     best: Setting,
     counts: Counts,
-    preference: PreferenceResults | None,
+    preference: "PreferenceResults | None",
 ) -> list[Exhibit]:
     """All six in the paper's order."""
     return [
@@ -157,7 +160,7 @@ def _counts(counts: Counts) -> Exhibit:
     )
 
 
-def _preference(found: PreferenceResults | None) -> Exhibit:
+def _preference(found: "PreferenceResults | None") -> Exhibit:
     name, title = "figure6", "Figure 6: human preference"
     if found is None:
         hole = (
