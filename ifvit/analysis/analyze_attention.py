@@ -88,6 +88,8 @@ def summarise_run(config: AttentionConfig, run: str) -> AttentionSummary:
             f"{run}: weights of a {type(backbone).__name__}, but attention to text is analysed of "
             "fusion backbones; leave this run out"
         )
+    if backbone.shape.conditioning == "adaln":
+        raise UserError(f"{run}: under conditioning adaln no attention goes to text; leave it out")
     digest = weights_sha256(backbone)
     backbone.to(device)
     prompts = _open_prompts(config, info, device)

@@ -11,7 +11,7 @@ from ifvit.models.config import Conditioning
 from ifvit.models.flops import count_cost
 from ifvit.models.presets import PRESETS
 
-_CONDITIONINGS: tuple[Conditioning, ...] = ("concat", "cross_attention")
+_CONDITIONINGS: tuple[Conditioning, ...] = ("concat", "cross_attention", "adaln")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from ifvit.errors import UserError
 from ifvit.models.attention import Backend, load_attention
 from ifvit.models.config import BackboneConfig, FusionUViTConfig, TokenTransformerConfig
-from ifvit.models.layers import Attention, Block, KeysValues, PatchEmbed
+from ifvit.models.layers import (
+    Attention,
+    Block,
+    KeysValues,
+    Modulation,
+    PatchEmbed,
+    modulate,
+    repeat_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +32,9 @@ class EncodedCondition:
     tokens: Tensor
     """(B, M, D): text tokens after the text branch, or the class token."""
     keys_values: tuple[KeysValues | None, ...] = ()
-    """Per fused block, in order of use; None where tokens join the sequence."""
+    """Per fused block, in order of use; None where tokens join the sequence, or do not enter it."""
+    pooled: Tensor | None = None
+    """(B, D): what modulates blocks together with time, where they are modulated."""
 
 
 class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their config_name differs
@@ -97,16 +107,30 @@ class PatchBackbone(Backbone):
     def _create_head(self) -> None:
         """Tokens to noise."""
         channels = self.shape.latent_channels
-        self.norm = nn.LayerNorm(self.shape.width)
+        is_modulated = self.shape.is_modulated
+        self.norm = nn.LayerNorm(self.shape.width, elementwise_affine=not is_modulated)
+        self.head_modulation = Modulation(self.shape.width, 2) if is_modulated else None
         self.decoder_pred = nn.Linear(self.shape.width, self.shape.patch_size**2 * channels)
         self.final_layer = nn.Conv2d(channels, channels, 3, padding=1)
 
     def _create_blocks(self, count: int, *, has_skip: bool = False) -> nn.ModuleList:
+        return nn.ModuleList(self._create_block(has_skip=has_skip) for _ in range(count))
+
+    def _create_block(self, *, has_skip: bool = False) -> Block:
+        """A block on the way of the image tokens."""
         shape = self.shape
-        return nn.ModuleList(
-            Block(shape.width, shape.num_heads, shape.mlp_ratio, has_skip=has_skip)
-            for _ in range(count)
+        return Block(
+            shape.width,
+            shape.num_heads,
+            shape.mlp_ratio,
+            has_skip=has_skip,
+            is_modulated=shape.is_modulated,
         )
+
+    def _create_time_embed(self) -> nn.Sequential:
+        """Sinusoids of the timestep to a learned vector."""
+        width = self.shape.width
+        return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
 
     def _initialise(self) -> None:
         """Normal(0, 0.02) positions, Normal(0, init_std) other weights, zero Linear biases."""
@@ -116,16 +140,28 @@ class PatchBackbone(Backbone):
                 nn.init.trunc_normal_(module.weight, std=self.shape.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.linear.weight)
 
-    def _read_noise(self, image_tokens: Tensor) -> Tensor:
-        """Image tokens (B, L, D) to (B, C, S, S)."""
+    def _read_noise(self, image_tokens: Tensor, signal: Tensor | None) -> Tensor:
+        """Image tokens (B, L, D) and, where modulated, the signal (B, D) to (B, C, S, S)."""
         patch, side = self.shape.patch_size, self.shape.latent_size // self.shape.patch_size
-        pixels = self.decoder_pred(self.norm(image_tokens))
+        normalised = self.norm(image_tokens)
+        if self.head_modulation is not None:
+            assert signal is not None
+            normalised = modulate(normalised, *self.head_modulation(signal))
+        pixels = self.decoder_pred(normalised)
         pixels = pixels.unflatten(-1, (patch, patch, -1)).unflatten(1, (side, side))
         noise: Tensor = self.final_layer(
             pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         )
         return noise
+
+
+def add_signals(time: Tensor, pooled: Tensor) -> Tensor:
+    """Of time (B, D) and of k * B conditions (k * B, D), what modulates the k * B rows."""
+    return repeat_rows(time, len(pooled)) + pooled
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

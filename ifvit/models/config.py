@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from ifvit.errors import UserError
 
-Conditioning = Literal["concat", "cross_attention"]
+Conditioning = Literal["concat", "cross_attention", "adaln"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,9 @@ class PatchesConfig(LatentsConfig):
     init_std: float = 0.02
     """Standard deviation of Linear weights before training; U-ViT's value fits width 512 and up,
     narrow backbones learn faster with about width**-0.5."""
+    modulation: bool = False
+    """Also let time, and in blocks that see the condition the pooled condition too, shift, scale
+    and gate every block: adaLN-Zero (Peebles and Xie 2023). `conditioning: adaln` always does."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
@@ -120,7 +123,8 @@ class FusionUViTConfig(PatchesConfig):
     context_width: int
     """Channels of the text encoder's tokens."""
     conditioning: Conditioning
-    """How fused blocks see text: as tokens of one sequence, or as extra keys and values."""
+    """How fused blocks see text: as tokens of one sequence, as extra keys and values, or not as
+    tokens but by its mean, which modulates them (adaln)."""
     num_image_blocks: int
     """Blocks on each side of the U that see no text (N_image)."""
     num_text_blocks: int
@@ -131,8 +135,10 @@ class FusionUViTConfig(PatchesConfig):
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
         super().__post_init__()
-        if self.conditioning not in ("concat", "cross_attention"):
-            raise UserError(f"conditioning must be concat or cross_attention: {self.conditioning}")
+        if self.conditioning not in ("concat", "cross_attention", "adaln"):
+            raise UserError(
+                f"conditioning must be concat, cross_attention or adaln: {self.conditioning}"
+            )
         self._require_positive("depth", "context_length", "context_width")
         if self.depth % 2:
             raise UserError(f"depth must be even, as many blocks in as out: {self.depth}")
@@ -155,6 +161,11 @@ class FusionUViTConfig(PatchesConfig):
         return 1 + self.num_image_tokens + self.context_length
 
     @property
+    def is_modulated(self) -> bool:
+        """Whether blocks have adaptive norms."""
+        return self.modulation or self.conditioning == "adaln"
+
+    @property
     def num_fused_blocks(self) -> int:
         """Blocks that see both image and text, the middle one among them."""
         return self.depth - 2 * self.num_image_blocks + 1
@@ -173,20 +184,29 @@ class TokenTransformerConfig(PatchesConfig, ConditionConfig):
     """All blocks."""
     long_skip: bool = False
     """Connect first and last half of the blocks as U-ViT does; needs an odd depth."""
+    conditioning: Literal["tokens", "adaln"] = "tokens"
+    """Class or caption as tokens of the sequence, or only by modulation, as in DiT (adaln)."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
         super().__post_init__()
         self._require_positive("depth")
+        if self.conditioning not in ("tokens", "adaln"):
+            raise UserError(f"conditioning must be tokens or adaln: {self.conditioning}")
         if self.long_skip and self.depth % 2 == 0:
             raise UserError(
                 f"depth must be odd with long_skip, a middle block between halves: {self.depth}"
             )
 
     @property
+    def is_modulated(self) -> bool:
+        """Whether blocks have adaptive norms."""
+        return self.modulation or self.conditioning == "adaln"
+
+    @property
     def num_condition_tokens(self) -> int:
-        """One for a class, M for a caption."""
-        return self.context_length or 1
+        """In the sequence: one for a class, M for a caption, none under adaln."""
+        return 0 if self.conditioning == "adaln" else self.context_length or 1
 
     @property
     def num_tokens(self) -> int:

@@ -49,7 +49,10 @@ def _count_fusion(config: FusionUViTConfig) -> Cost:
     per_token = _block_macs(config)
 
     fused_tokens = joint if config.conditioning == "concat" else image
-    text_keys_values = 0 if config.conditioning == "concat" else text * 2 * width**2
+    keys = image if config.conditioning == "adaln" else joint
+    text_keys_values = text * 2 * width**2 if config.conditioning == "cross_attention" else 0
+    modulation = _modulation_cost(config, config.depth + 1) if config.is_modulated else _FREE
+    time_embed = _time_embed_cost(width) if config.is_modulated else _FREE
     num_plain, num_fused_skips = 2 * config.num_image_blocks, num_fused // 2
     layer_macs = (
         num_plain * image * per_token
@@ -58,15 +61,19 @@ def _count_fusion(config: FusionUViTConfig) -> Cost:
         + (num_fused_skips * fused_tokens + config.num_image_blocks * image) * 2 * width**2
         + text * config.context_width * width
         + _end_macs(config)
+        + modulation.macs
+        + time_embed.macs
     )
     pairs = (
-        num_plain * image**2 + num_fused * fused_tokens * joint + config.num_text_blocks * text**2
+        num_plain * image**2 + num_fused * fused_tokens * keys + config.num_text_blocks * text**2
     )
     params = (
         (config.depth + 1 + config.num_text_blocks) * _block_params(config)
         + config.depth // 2 * _skip_params(config)
         + (config.context_width + 1) * width
         + _end_params(config, config.num_tokens)
+        + modulation.params
+        + time_embed.params
     )
     return Cost(params=params, layer_flops=2 * layer_macs, attention_flops=2 * 2 * width * pairs)
 
@@ -75,17 +82,20 @@ def _count_token_transformer(config: TokenTransformerConfig) -> Cost:
     """All tokens run through all blocks."""
     width, tokens = config.width, config.num_tokens
     num_skips = config.depth // 2 if config.long_skip else 0
+    modulation = _modulation_cost(config, config.depth) if config.is_modulated else _FREE
+    time_embed = _time_embed_cost(width)
     layer_macs = (
         tokens * (config.depth * _block_macs(config) + num_skips * 2 * width**2)
-        + 8 * width**2
         + _end_macs(config)
+        + modulation.macs
+        + time_embed.macs
     )
     params = (
         config.depth * _block_params(config)
         + num_skips * _skip_params(config)
-        + 8 * width**2
-        + 5 * width
         + _end_params(config, tokens)
+        + modulation.params
+        + time_embed.params
     )
     if config.context_shape is None:
         assert config.num_classes is not None
@@ -123,6 +133,29 @@ def _measure(config: UNetConfig) -> Cost:
         layer_flops=counter.get_total_flops() - attention_flops,
         attention_flops=attention_flops,
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of a part that sees a sample once, not token by token."""
+
+    macs: int
+    params: int
+
+
+_FREE = _Part(macs=0, params=0)
+
+
+def _time_embed_cost(width: int) -> _Part:
+    return _Part(macs=8 * width**2, params=8 * width**2 + 5 * width)
+
+
+def _modulation_cost(config: PatchesConfig, num_blocks: int) -> _Part:
+    """Six vectors for each block, two for the head, one of the condition; norms lose their own."""
+    width, vectors = config.width, 6 * num_blocks + 2 + 1
+    macs = vectors * width**2
+    own_norms = (2 * num_blocks + 1) * 2 * width
+    return _Part(macs=macs, params=macs + vectors * width - own_norms)
 
 
 def _block_macs(config: PatchesConfig) -> int:

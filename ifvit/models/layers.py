@@ -91,14 +91,50 @@ class Mlp(nn.Module):
         return hidden
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block, with a long skip connection on the way out of the U."""
+class Modulation(nn.Module):
+    """Shifts, scales and gates that follow a signal; all 0 before training.
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: int, *, has_skip: bool) -> None:
+    adaLN-Zero (Peebles and Xie 2023): a block that they gate starts as the identity.
+    """
+
+    def __init__(self, width: int, count: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.count = count
+        self.linear = nn.Linear(width, count * width)
+
+    def forward(self, signal: Tensor) -> tuple[Tensor, ...]:
+        """Signal (B, D) to `count` tensors (B, 1, D)."""
+        vectors: Tensor = self.linear(functional.silu(signal))
+        return vectors[:, None].chunk(self.count, dim=-1)
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalised tokens (B, L, D), scaled by 1 + scale and shifted, each (B, 1, D)."""
+    return tokens * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, with a long skip connection on the way out of the U.
+
+    A modulated one has norms without weights of their own; a signal of time and condition gives
+    them instead, for its own tokens, not for the keys and values of the text, which stay free of
+    time.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: int,
+        *,
+        has_skip: bool,
+        is_modulated: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=not is_modulated)
         self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=not is_modulated)
+        self.modulation = Modulation(width, 6) if is_modulated else None
         self.mlp = Mlp(width, mlp_ratio * width)
         self.skip_linear = nn.Linear(2 * width, width) if has_skip else None
 
@@ -108,18 +144,35 @@ class Block(nn.Module):
         text: KeysValues | None = None,
         skip: Tensor | None = None,
         bias: Bias | None = None,
+        signal: Tensor | None = None,
     ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D); `skip` is what the mirror block had put out.
+        """Tokens (B, L, D) to (B, L, D); `skip` is what the mirror block had put out, `signal`
+        (B, D) what modulates.
 
         Of what k captions share, one row does for all: of the tokens before the first text, and
-        of the skips from there. The text then has k times their rows, and so has the result.
+        of the skips from there. Text and signal then have k times their rows, and so has the
+        result.
         """
         if self.skip_linear is not None:
             assert skip is not None
             tokens = self._join(tokens, skip)
+        if self.modulation is not None:
+            assert signal is not None
+            return self._modulated(tokens, text, bias, signal)
         attended = self.attn(self.norm1(tokens), text, bias)
         tokens = repeat_rows(tokens, len(attended)) + attended
         updated: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return updated
+
+    def _modulated(
+        self, tokens: Tensor, text: KeysValues | None, bias: Bias | None, signal: Tensor
+    ) -> Tensor:
+        assert self.modulation is not None
+        tokens = repeat_rows(tokens, len(signal))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal)
+        attended = self.attn(modulate(self.norm1(tokens), shift1, scale1), text, bias)
+        tokens = tokens + gate1 * attended
+        updated: Tensor = tokens + gate2 * self.mlp(modulate(self.norm2(tokens), shift2, scale2))
         return updated
 
     def _join(self, tokens: Tensor, skip: Tensor) -> Tensor:

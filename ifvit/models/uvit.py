@@ -11,16 +11,17 @@ from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipeline
 from torch import Tensor, nn
 
 from ifvit.models.attention import Bias
-from ifvit.models.backbone import EncodedCondition, PatchBackbone, check_shape
+from ifvit.models.backbone import EncodedCondition, PatchBackbone, add_signals, check_shape
 from ifvit.models.config import Conditioning, FusionUViTConfig, restore_config
-from ifvit.models.layers import Block, repeat_rows, timestep_embedding
+from ifvit.models.layers import Block, KeysValues, repeat_rows, timestep_embedding
 
 
 class FusionUViT(PatchBackbone):
     """Predicts the noise in latents, given a timestep and a caption (arXiv 2403.16530).
 
     Early fusion under concat is U-ViT (Bao et al. 2023), with its parameter names and its
-    positions in the order time, text, image.
+    positions in the order time, text, image. Modulated (adaLN-Zero), image-only blocks follow the
+    time and fused blocks the time and the text branch's mean token.
     """
 
     shape: FusionUViTConfig
@@ -36,6 +37,7 @@ class FusionUViT(PatchBackbone):
         num_heads: int,
         mlp_ratio: int = 4,
         init_std: float = 0.02,
+        modulation: bool = False,
         architecture: str = "fusion_uvit",
         depth: int,
         context_length: int,
@@ -51,9 +53,14 @@ class FusionUViT(PatchBackbone):
         self.shape = shape
         self._create_embedding(shape.num_tokens)
         self.context_embed = nn.Linear(context_width, width)
-        self.text_blocks = self._create_blocks(num_text_blocks)
+        self.text_blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_ratio, has_skip=False) for _ in range(num_text_blocks)
+        )
+        if shape.is_modulated:
+            self.time_embed = self._create_time_embed()
+            self.pooled_embed = nn.Linear(width, width)
         self.in_blocks = self._create_blocks(depth // 2)
-        self.mid_block = Block(width, num_heads, mlp_ratio, has_skip=False)
+        self.mid_block = self._create_block()
         self.out_blocks = self._create_blocks(depth // 2, has_skip=True)
         self._create_head()
         self._initialise()
@@ -65,13 +72,11 @@ class FusionUViT(PatchBackbone):
         tokens = tokens + self.pos_embed[:, 1 : 1 + self.shape.context_length]
         for block in self.text_blocks:
             tokens = block(tokens)
-        if self.shape.conditioning == "concat":
-            keys_values = (None,) * self.shape.num_fused_blocks
-            return EncodedCondition(tokens=tokens, keys_values=keys_values)
-        return EncodedCondition(
-            tokens=tokens,
-            keys_values=tuple(block.text_keys_values(tokens) for block in self._fused_blocks()),
-        )
+        keys_values: tuple[KeysValues | None, ...] = (None,) * self.shape.num_fused_blocks
+        if self.shape.conditioning == "cross_attention":
+            keys_values = tuple(block.text_keys_values(tokens) for block in self._fused_blocks())
+        pooled = self.pooled_embed(tokens.mean(dim=1)) if self.shape.is_modulated else None
+        return EncodedCondition(tokens=tokens, keys_values=keys_values, pooled=pooled)
 
     def forward(
         self,
@@ -89,15 +94,22 @@ class FusionUViT(PatchBackbone):
         Raises UserError if latents or context do not have the configured shape.
         """
         text = self._encode_for(latents, condition)
-        tokens = self._embed_latents(latents, timesteps)
+        time = self._embed_time(timesteps)
+        signal = self.time_embed(time) if self.shape.is_modulated else None
+        tokens = self._embed_tokens(latents, time)
         skips: list[Tensor] = []
         for block in self.in_blocks[: self.shape.num_image_blocks]:
-            tokens = block(tokens)
+            tokens = block(tokens, signal=signal)
             skips.append(tokens)
-        tokens = self._fuse(tokens, text, biases or {})
+        fused_signal = None
+        if signal is not None and text.pooled is not None:
+            fused_signal = add_signals(signal, text.pooled)
+            signal = repeat_rows(signal, len(fused_signal))
+        tokens = self._fuse(tokens, text, biases or {}, fused_signal)
         for block in self.out_blocks[self._num_fused_per_side :]:
-            tokens = block(tokens, skip=skips.pop())
-        return self._read_noise(tokens[:, 1:])
+            tokens = block(tokens, skip=skips.pop(), signal=signal)
+        last = signal if self.shape.num_image_blocks else fused_signal
+        return self._read_noise(tokens[:, 1:], last)
 
     @property
     def _num_fused_per_side(self) -> int:
@@ -108,17 +120,24 @@ class FusionUViT(PatchBackbone):
         into = self.in_blocks[self.shape.num_image_blocks :]
         return [*into, self.mid_block, *self.out_blocks[: self._num_fused_per_side]]
 
-    def _embed_latents(self, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """Image branch input (B, 1 + L, D), the time token first."""
-        dtype = self.pos_embed.dtype
-        time = timestep_embedding(timesteps + self.shape.timestep_offset, self.shape.width)
-        patches = self.patch_embed(latents.to(dtype))
-        image_positions = self.pos_embed[:, 1 + self.shape.context_length :]
-        return torch.cat(
-            [time.to(dtype)[:, None] + self.pos_embed[:, :1], patches + image_positions], dim=1
-        )
+    def _embed_time(self, timesteps: Tensor) -> Tensor:
+        """Sinusoids (B, D)."""
+        offset = timesteps + self.shape.timestep_offset
+        return timestep_embedding(offset, self.shape.width).to(self.pos_embed.dtype)
 
-    def _fuse(self, tokens: Tensor, text: EncodedCondition, biases: Mapping[int, Bias]) -> Tensor:
+    def _embed_tokens(self, latents: Tensor, time: Tensor) -> Tensor:
+        """Image branch input (B, 1 + L, D), the time token first."""
+        patches = self.patch_embed(latents.to(self.pos_embed.dtype))
+        image_positions = self.pos_embed[:, 1 + self.shape.context_length :]
+        return torch.cat([time[:, None] + self.pos_embed[:, :1], patches + image_positions], dim=1)
+
+    def _fuse(
+        self,
+        tokens: Tensor,
+        text: EncodedCondition,
+        biases: Mapping[int, Bias],
+        signal: Tensor | None,
+    ) -> Tensor:
         """The middle of the U, where image tokens (B, 1 + L, D) meet the text."""
         num_tokens = tokens.shape[1]
         if self.shape.conditioning == "concat":
@@ -128,7 +147,7 @@ class FusionUViT(PatchBackbone):
             zip(self._fused_blocks(), text.keys_values, strict=True)
         ):
             skip = skips.pop() if index > self._num_fused_per_side else None
-            tokens = block(tokens, keys_values, skip, biases.get(index))
+            tokens = block(tokens, keys_values, skip, biases.get(index), signal)
             if index < self._num_fused_per_side:
                 skips.append(tokens)
         return tokens[:, :num_tokens]

@@ -11,7 +11,7 @@ from ifvit.config import read_config
 from ifvit.models.build import build_backbone
 from ifvit.models.flops import count_cost
 from ifvit.models.layers import Attention
-from ifvit.models.presets import PRESETS
+from ifvit.models.presets import CLASS_PRESETS, PRESETS
 
 ROWS = list(cost_rows())
 
@@ -44,8 +44,8 @@ def test_the_papers_table_comes_out(setting, expected):
     assert (row.params, round(row.gflops_paper, 2), round(row.gflops, 2)) == expected
 
 
-def test_every_preset_has_both_conditionings_and_all_ablations():
-    assert len(ROWS) == len(PRESETS) * 2 * 4
+def test_every_preset_has_all_conditionings_and_all_ablations():
+    assert len(ROWS) == len(PRESETS) * 3 * 4
     assert len({dataclasses.astuple(config_of(row)) for row in ROWS}) == len(ROWS)
 
 
@@ -79,6 +79,33 @@ def test_counted_operations_are_those_that_run(row):
         if isinstance(module, Attention):
             module.attend = lambda query, key, value: query
     assert measured_flops(backbone) == counted.layer_flops
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(PRESETS["tiny"], conditioning="concat", modulation=True),
+        dataclasses.replace(PRESETS["tiny"], modulation=True),
+        dataclasses.replace(CLASS_PRESETS["token_tiny"], modulation=True),
+        dataclasses.replace(CLASS_PRESETS["token_tiny"], conditioning="adaln", long_skip=True),
+    ],
+)
+def test_modulation_is_counted(config):
+    counted = count_cost(config)
+    with torch.device("meta"):
+        backbone = build_backbone(config)
+    assert counted.params == sum(parameter.numel() for parameter in backbone.parameters())
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        size = config.latent_size
+        latents, timesteps = torch.zeros(1, 4, size, size), torch.zeros(1)
+        condition = (
+            torch.zeros(1, dtype=torch.int64)
+            if config.context_shape is None
+            else torch.zeros(1, *config.context_shape)
+        )
+        backbone.set_attention("math")
+        backbone(latents, timesteps, condition)
+    assert counter.get_total_flops() == counted.flops
 
 
 def test_the_json_flag_needs_no_value():

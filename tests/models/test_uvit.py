@@ -8,11 +8,14 @@ from uvit_oracle import Oracle, random_weights, uvit_layout
 from ifvit.errors import UserError
 from ifvit.models.build import build_backbone, restore_backbone
 from ifvit.models.config import FusionUViTConfig
+from ifvit.models.layers import timestep_embedding
 from ifvit.models.presets import PRESETS
 from ifvit.models.uvit import FusionUViT
 
 CONDITIONINGS = ["concat", "cross_attention"]
+MODULATED = [("concat+", 2, 1), ("cross_attention+", 2, 1), ("adaln", 2, 1), ("adaln", 0, 0)]
 SETTINGS = [(c, i, t) for c in CONDITIONINGS for i, t in [(0, 0), (2, 1), (0, 1), (2, 0), (3, 2)]]
+SETTINGS += MODULATED
 
 TINY = FusionUViTConfig(
     latent_size=8,
@@ -29,9 +32,11 @@ TINY = FusionUViTConfig(
 
 
 def tiny(conditioning, num_image, num_text):
+    """A plus behind the conditioning adds modulation to it."""
     return dataclasses.replace(
         TINY,
-        conditioning=conditioning,
+        conditioning=conditioning.removesuffix("+"),
+        modulation=conditioning.endswith("+"),
         num_image_blocks=num_image,
         num_text_blocks=num_text,
     )
@@ -40,7 +45,11 @@ def tiny(conditioning, num_image, num_text):
 def loud_backbone(config):
     """Weights at which every path through the network matters."""
     layout = uvit_layout(
-        config.conditioning, config.depth, config.num_image_blocks, config.num_text_blocks
+        config.conditioning,
+        config.depth,
+        config.num_image_blocks,
+        config.num_text_blocks,
+        config.is_modulated,
     )
     weights = random_weights(layout, width=16, patch=2, num_patches=16, context=(5, 12))
     tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()}
@@ -133,6 +142,27 @@ def test_cross_attention_reads_keys_and_values_only_and_never_updates_text():
     assert len(text.keys_values) == 3
     expected = backbone(latents, timesteps, text)
     assert torch.equal(backbone(latents, timesteps, without_tokens), expected)
+
+
+@pytest.mark.parametrize("setting", MODULATED)
+def test_fresh_modulated_blocks_are_the_identity_but_for_their_skips(setting):
+    torch.manual_seed(0)
+    backbone = build_backbone(tiny(*setting)).eval()
+    tokens, signal = torch.randn(2, 5, 16), torch.randn(2, 16)
+    assert torch.equal(backbone.mid_block(tokens, signal=signal), tokens)
+
+
+@pytest.mark.parametrize("conditioning", ["concat+", "cross_attention+", "adaln"])
+def test_text_modulates_fused_blocks_alone_and_time_all(conditioning):
+    backbone, _ = loud_backbone(tiny(conditioning, 2, 1))
+    signals = []
+    for block in [*backbone.in_blocks, backbone.mid_block, *backbone.out_blocks]:
+        block.modulation.register_forward_hook(lambda module, args, out: signals.append(args[0]))
+    latents, timesteps, context = inputs()
+    backbone(latents, timesteps, context)
+    time_alone = backbone.time_embed(timestep_embedding(timesteps, 16))
+    plain = [torch.equal(signal, time_alone) for signal in signals]
+    assert plain == [True, True, False, False, False, True, True]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -234,7 +264,7 @@ def test_latents_and_context_of_another_size_are_refused():
         ({"num_image_blocks": -1}, r"in 0 \.\.\. 3"),
         ({"num_text_blocks": -1}, "must not be negative"),
         ({"width": 0}, "width must be at least 1"),
-        ({"conditioning": "add"}, "concat or cross_attention"),
+        ({"conditioning": "add"}, "concat, cross_attention or adaln"),
     ],
 )
 def test_shapes_that_cannot_be_built_are_refused(change, message):

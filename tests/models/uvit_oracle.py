@@ -22,13 +22,17 @@ class Layout:
     fused_out: list[str] = field(default_factory=list)
     image_out: list[str] = field(default_factory=list)
     split_queries: bool = False
+    is_modulated: bool = False
 
 
-def uvit_layout(conditioning: str, depth: int, num_image: int, num_text: int) -> Layout:
+def uvit_layout(
+    conditioning: str, depth: int, num_image: int, num_text: int, is_modulated: bool = False
+) -> Layout:
     """Our names; with `concat`, 0, 0 those of U-ViT."""
     half = depth // 2
     return Layout(
         conditioning=conditioning,
+        is_modulated=is_modulated,
         positions=("time", "text", "image"),
         image_in=[f"in_blocks.{i}" for i in range(num_image)],
         fused_in=[f"in_blocks.{i}" for i in range(num_image, half)],
@@ -91,6 +95,15 @@ def random_weights(
         for norm in ("norm1", "norm2"):
             shapes |= {f"{block}.{norm}.weight": (width,), f"{block}.{norm}.bias": (width,)}
         shapes |= {f"{block}.attn.{name}.weight": (size, width) for name, size in queries.items()}
+    if layout.is_modulated:
+        modulated = [*{*plain, *with_skip} - set(layout.text)]
+        linears = {f"{block}.modulation.linear": (6 * width, width) for block in modulated}
+        linears |= {"head_modulation.linear": (2 * width, width), "pooled_embed": (width, width)}
+        linears |= {"time_embed.0": (4 * width, width), "time_embed.2": (width, 4 * width)}
+        for name, shape in sorted(linears.items()):
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+        for norm in ["norm", *(f"{block}.norm{i}" for block in modulated for i in (1, 2))]:
+            del shapes[f"{norm}.weight"], shapes[f"{norm}.bias"]
     weights = {}
     for name, shape in shapes.items():
         scale = 0.2 if len(shape) in (1, 3) else 1 / math.sqrt(math.prod(shape[1:]))
@@ -113,24 +126,27 @@ class Oracle:
         text = self._linear("context_embed", context) + positions["text"]
         num_own = len(tokens)
         skips = []
+        time = self._embed_time(timestep)
         for block in layout.image_in:
-            tokens = self._block(block, tokens)
+            tokens = self._block(block, tokens, signal=time)
             skips.append(tokens)
         for block in layout.text:
             text = self._block(block, text)
+        both = self._add_pooled(time, text)
         seen = text if layout.conditioning == "cross_attention" else None
         if layout.conditioning == "concat":
             tokens = np.vstack([tokens, text])
         for block in layout.fused_in:
-            tokens = self._block(block, tokens, text=seen)
+            tokens = self._block(block, tokens, text=seen, signal=both)
             skips.append(tokens)
-        tokens = self._block("mid_block", tokens, text=seen)
+        tokens = self._block("mid_block", tokens, text=seen, signal=both)
         for block in layout.fused_out:
-            tokens = self._block(block, tokens, text=seen, skip=skips.pop())
+            tokens = self._block(block, tokens, text=seen, skip=skips.pop(), signal=both)
         tokens = tokens[:num_own]
         for block in layout.image_out:
-            tokens = self._block(block, tokens, skip=skips.pop())
-        return self._read(tokens[: len(image)], latents.shape[1])
+            tokens = self._block(block, tokens, skip=skips.pop(), signal=time)
+        last = time if layout.image_out else both
+        return self._read(tokens[: len(image)], latents.shape[1], last)
 
     def _positions(self, latents: Array, context: Array) -> dict[str, Array]:
         patch = self.weights["patch_embed.proj.weight"].shape[-1]
@@ -156,6 +172,22 @@ class Oracle:
         angles = timestep * 10_000.0 ** (-np.arange(half) / half)
         return np.concatenate([np.cos(angles), np.sin(angles)])[None]
 
+    def _embed_time(self, timestep: float) -> Array | None:
+        """The signal (1, D) of image-only blocks; None where nothing is modulated."""
+        if not self.layout.is_modulated:
+            return None
+        return self._linear(
+            "time_embed.2", _silu(self._linear("time_embed.0", self._time(timestep)))
+        )
+
+    def _add_pooled(self, time: Array | None, text: Array) -> Array | None:
+        if time is None:
+            return None
+        return time + self._linear("pooled_embed", text.mean(axis=0, keepdims=True))
+
+    def _vectors(self, name: str, signal: Array, count: int) -> list[Array]:
+        return np.split(self._linear(f"{name}modulation.linear", _silu(signal)), count, axis=1)
+
     def _linear(self, name: str, tokens: Array) -> Array:
         bias = self.weights.get(f"{name}.bias", 0.0)
         return tokens @ self.weights[f"{name}.weight"].T + bias
@@ -163,21 +195,34 @@ class Oracle:
     def _norm(self, name: str, tokens: Array) -> Array:
         centred = tokens - tokens.mean(axis=1, keepdims=True)
         unit = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
-        return unit * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+        scale, shift = self.weights.get(f"{name}.weight", 1.0), self.weights.get(f"{name}.bias", 0)
+        return unit * scale + shift
 
     def _block(
-        self, name: str, tokens: Array, *, text: Array | None = None, skip: Array | None = None
+        self,
+        name: str,
+        tokens: Array,
+        *,
+        text: Array | None = None,
+        skip: Array | None = None,
+        signal: Array | None = None,
     ) -> Array:
         if skip is not None:
             tokens = self._linear(f"{name}.skip_linear", np.hstack([tokens, skip]))
-        keyed = tokens if text is None else np.vstack([tokens, text])
-        attended = self._attention(
-            name, self._norm(f"{name}.norm1", tokens), self._norm(f"{name}.norm1", keyed)
+        zero = np.zeros(())
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            [zero, zero, 1 + zero] * 2 if signal is None else self._vectors(f"{name}.", signal, 6)
         )
-        tokens = tokens + self._linear(f"{name}.attn.proj", attended)
-        hidden = self._linear(f"{name}.mlp.fc1", self._norm(f"{name}.norm2", tokens))
+        queried = self._norm(f"{name}.norm1", tokens) * (1 + scale1) + shift1
+        keyed = queried
+        if text is not None:
+            keyed = np.vstack([queried, self._norm(f"{name}.norm1", text)])
+        attended = self._attention(name, queried, keyed)
+        tokens = tokens + gate1 * self._linear(f"{name}.attn.proj", attended)
+        normed = self._norm(f"{name}.norm2", tokens) * (1 + scale2) + shift2
+        hidden = self._linear(f"{name}.mlp.fc1", normed)
         hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
-        return tokens + self._linear(f"{name}.mlp.fc2", hidden)
+        return tokens + gate2 * self._linear(f"{name}.mlp.fc2", hidden)
 
     def _attention(self, name: str, queried: Array, keyed: Array) -> Array:
         names = ("q", "kv") if self.layout.split_queries else ("qkv",)
@@ -190,8 +235,12 @@ class Oracle:
             heads.append(odds / odds.sum(axis=1, keepdims=True) @ (keyed @ to_value[rows].T))
         return np.hstack(heads)
 
-    def _read(self, tokens: Array, size: int) -> Array:
-        values = self._linear("decoder_pred", self._norm("norm", tokens))
+    def _read(self, tokens: Array, size: int, signal: Array | None) -> Array:
+        normed = self._norm("norm", tokens)
+        if signal is not None:
+            shift, scale = self._vectors("head_", signal, 2)
+            normed = normed * (1 + scale) + shift
+        values = self._linear("decoder_pred", normed)
         kernel, bias = (self.weights[f"final_layer.{name}"] for name in ("weight", "bias"))
         patch = self.weights["patch_embed.proj.weight"].shape[-1]
         side = size // patch
@@ -207,3 +256,7 @@ class Oracle:
                 window = padded[:, y : y + 3, x : x + 3]
                 noise[:, y, x] = np.einsum("ocij,cij->o", kernel, window) + bias
         return noise
+
+
+def _silu(values: Array) -> Array:
+    return values / (1 + np.exp(-values))

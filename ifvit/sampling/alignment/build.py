@@ -110,6 +110,11 @@ def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> 
             f"method {config.method}: attention regulation knows the blocks of fusion_uvit, "
             f"not those of {shape.architecture}; use date or plain"
         )
+    if shape.conditioning == "adaln":
+        raise UserError(
+            f"method {config.method}: under conditioning adaln no attention goes to text; "
+            "use date or plain"
+        )
     settings = config.regulation
     blocks = settings.blocks
     if blocks is None:
