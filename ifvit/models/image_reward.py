@@ -12,8 +12,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, BertTokenizer
@@ -23,6 +21,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ifvit.errors import UserError
+from ifvit.models.pretrained import download_pretrained
 from ifvit.storage import read_json
 
 _WEIGHTS, _TEXT_CONFIG = "ImageReward.pt", "med_config.json"
@@ -99,7 +98,9 @@ def load_image_reward(name: str, device: str = "cpu") -> ImageReward:
     BERT's tokenizer is read from the same folder if its vocab.txt is there, else from the hub.
     Raises UserError when the files cannot be had or are something else.
     """
-    folder = _find(name)
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = download_pretrained(name, files=(_WEIGHTS, _TEXT_CONFIG))
     stored = _read_weights(folder / _WEIGHTS)
     try:
         vision = {
@@ -116,18 +117,6 @@ def load_image_reward(name: str, device: str = "cpu") -> ImageReward:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{folder / _WEIGHTS}: not the weights of ImageReward ({reason})") from None
     return model.eval().requires_grad_(False).to(device)
-
-
-def _find(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=[_WEIGHTS, _TEXT_CONFIG]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name}: no folder, and not to be fetched from the hub ({reason})"
-        ) from None
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -59,14 +59,19 @@ def upload_pretrained(folder: Path, repository: str) -> None:
         raise UserError(f"{repository}: the hub refused the upload ({reason})") from None
 
 
-def download_pretrained(repository: str, folder: str = "", **options: Any) -> Path:
-    """Local copy of a hub repository, or of one folder in it; configs and safetensors only.
+def download_pretrained(
+    repository: str,
+    folder: str = "",
+    files: tuple[str, ...] = ("*.json", "*.safetensors", "*merges.txt"),
+    **options: Any,
+) -> Path:
+    """Local copy of a hub repository, or of one folder in it; of `files` only.
 
     `options` are those of huggingface_hub's snapshot_download: revision, token, cache_dir, ...
     Raises UserError when it cannot be fetched.
     """
     prefix = f"{folder}/" if folder else ""
-    patterns = [f"{prefix}*.json", f"{prefix}*.safetensors", f"{prefix}*merges.txt"]
+    patterns = [f"{prefix}{pattern}" for pattern in files]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, **options), folder)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
