@@ -7,6 +7,7 @@ table), OUTPUT/RUN/METHOD with the samples and the row of metrics of each.
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -50,7 +51,7 @@ class Comparison:
     clip_gain: Estimate
     """Mean difference of the raw CLIP cosine, image by image."""
     change: Estimate
-    """Mean 1 - cosine of the CLIP features of both images: how far the method moved them."""
+    """Mean perceptual distance from the plain image of the same noise."""
 
 
 def compare_methods(config: CompareConfig) -> list[Comparison]:
@@ -68,12 +69,16 @@ def compare_methods(config: CompareConfig) -> list[Comparison]:
         for name, run in zip(names, config.runs, strict=True):
             model = evaluator.open(run)
             plain: Features | None = None
+            plain_url = ""
             for method, sampling in _variants(config.protocol.sampling).items():
                 output = storage.join(config.output, name, method)
                 row = evaluator.row(model, sampling, output)
                 url = row_url(output, row.protocol.name, sampling.guidance_scale, row.step)
                 features = evaluator.measurement.embed(samples_url(url))[CLIP].part
-                plain = features if plain is None else plain
+                if plain is None:
+                    plain, plain_url = features, url
+                folders = samples_url(plain_url), samples_url(url)
+                distances = channel.on_main(partial(evaluator.measurement.distances, *folders))
                 gains = ((features - plain) * evaluator.measurement.texts).sum(axis=1)
                 compared.append(
                     Comparison(
@@ -82,8 +87,7 @@ def compare_methods(config: CompareConfig) -> list[Comparison]:
                         evaluations=_num_evaluations(sampling),
                         row=row,
                         clip_gain=estimate_mean(gains),
-                        # 1 - cosine of unit vectors, and exactly 0 for equal ones.
-                        change=estimate_mean(np.square(features - plain).sum(axis=1) / 2),
+                        change=estimate_mean(distances),
                     )
                 )
                 shown = evaluator.prompts[:_NUM_SHOWN]

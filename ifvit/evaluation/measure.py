@@ -4,6 +4,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ifvit.evaluation.clip_score import clip_score, clip_score_paper
 from ifvit.evaluation.config import MeasureConfig
@@ -12,6 +13,7 @@ from ifvit.evaluation.frechet import Features, estimate_frechet
 from ifvit.evaluation.kernel_distances import cmmd, kid
 from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.networks import CLIP, INCEPTION, kept_parts, load_networks
+from ifvit.evaluation.perceptual import perceptual_distances
 from ifvit.evaluation.progress import show_progress
 from ifvit.evaluation.protocol import Protocol
 from ifvit.evaluation.reference_set import open_reference
@@ -87,6 +89,14 @@ class Measurement:
             self._networks.device,
             self._channel,
         )
+
+    def distances(self, first: str, second: str) -> NDArray[np.float64]:
+        """Perceptual distances (N,) of the samples in two folders, prompt by prompt."""
+        batch_size, networks = self._config.sampling.batch_size, self._networks
+        one, other = (read_samples(url, self._prompts, batch_size) for url in (first, second))
+        one = show_progress(one, len(self._prompts), "compare samples", self._channel.world)
+        pairs = zip(one, other, strict=True)
+        return perceptual_distances(networks.clip.embed_patches, pairs, networks.device)
 
     @property
     def reference_features(self) -> dict[str, FeatureSet]:

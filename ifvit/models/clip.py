@@ -63,6 +63,18 @@ class ClipScorer:
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] => (B, E), unit length; differentiable."""
+        vision = self._model.vision_model(pixel_values=self._pixels(images)).pooler_output
+        return functional.normalize(self._model.visual_projection(vision).float(), dim=1)
+
+    def embed_patches(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] => patches (B, P, C) after each layer of the tower."""
+        pixels = self._pixels(images)
+        states = self._model.vision_model(pixel_values=pixels, output_hidden_states=True)
+        # The first of hidden_states is the embedding before any layer, the first token no patch.
+        return [state[:, 1:].float() for state in states.hidden_states[1:]]
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] => what the image tower was trained on."""
         pixels = images / 2 + 0.5
         if pixels.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
@@ -70,9 +82,7 @@ class ClipScorer:
                 0, 1
             )
         mean, std = (statistic.to(pixels) for statistic in self._normalisation)
-        pixels = ((pixels - mean) / std).to(self._model.device, self._model.dtype)
-        vision = self._model.vision_model(pixel_values=pixels).pooler_output
-        return functional.normalize(self._model.visual_projection(vision).float(), dim=1)
+        return ((pixels - mean) / std).to(self._model.device, self._model.dtype)
 
     @torch.no_grad()
     def embed_texts(self, captions: list[str]) -> Tensor:
