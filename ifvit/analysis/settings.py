@@ -109,8 +109,8 @@ class SeedMean:
 def group_runs(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
     """Settings in the paper's order, each with its runs in the given order.
 
-    Raises UserError for a run without weights of a fusion backbone, and for two shapes that are
-    the same setting.
+    Raises UserError for a run without weights, one of another kind of backbone, and for two shapes
+    that are the same setting.
     """
     groups: dict[Setting, list[Run]] = {setting: [] for setting in SETTINGS}
     for run in runs:
@@ -124,10 +124,14 @@ def group_runs(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
 
 
 def shape_of(run: Run) -> FusionUViTConfig:
-    """The run's backbone. Raises UserError if it has none that fuses text."""
-    if not isinstance(run.backbone, FusionUViTConfig):
-        raise UserError(f"{run.url}/weights: no fusion backbone, so no setting; leave this run out")
-    return run.backbone
+    """The run's backbone. Raises UserError if it is none of the paper's kinds."""
+    shape = run.backbone
+    if not isinstance(shape, FusionUViTConfig) or shape.conditioning == "adaln":
+        raise UserError(
+            f"{run.url}/weights: no backbone that fuses by concat or cross_attention, so none of "
+            "the paper's settings; leave this run out"
+        )
+    return shape
 
 
 def setting_of(backbone: FusionUViTConfig) -> Setting:

@@ -11,7 +11,7 @@ from ifvit.evaluation.metrics import Estimate, MetricsRow, write_row
 from ifvit.evaluation.protocol import Protocol
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
 from ifvit.images import Pixels, encode_png
-from ifvit.models.config import FusionUViTConfig
+from ifvit.models.config import BackboneConfig
 from ifvit.models.presets import PRESETS
 from ifvit.sampling.grid import make_grid
 
@@ -69,7 +69,7 @@ def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
     return str(folder)
 
 
-def write_training(folder: Path, shape: FusionUViTConfig, seed: int = 1) -> None:
+def write_training(folder: Path, shape: BackboneConfig, seed: int = 1) -> None:
     """What `ifvit train` leaves; the weights are their configuration alone."""
     curve = [
         {"step": step, "samples_seen": 64 * step, "loss": 1 / step, "grad_norm": 1.0,
@@ -77,13 +77,11 @@ def write_training(folder: Path, shape: FusionUViTConfig, seed: int = 1) -> None
          "device": "cpu"}
         for step in range(10, 1201, 10)
     ]  # fmt: skip
+    backbone = json.dumps(dataclasses.asdict(shape))
     files = {
-        folder / "config.yaml": (
-            f"seed: {seed}\nglobal_batch_size: 32\n"
-            f"backbone:\n  num_image_blocks: {shape.num_image_blocks}\n"
-        ),
+        folder / "config.yaml": f"seed: {seed}\nglobal_batch_size: 32\nbackbone: {backbone}\n",
         folder / "metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in curve),
-        folder / "weights/step_00001200/ema/config.json": json.dumps(dataclasses.asdict(shape)),
+        folder / "weights/step_00001200/ema/config.json": backbone,
     }
     for path, text in files.items():
         storage.write_bytes(str(path), text.encode())

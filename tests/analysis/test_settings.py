@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from ifvit.analysis.runs import Run, read_runs
 from ifvit.analysis.settings import SETTINGS, group_runs, mean_over_seeds, noise_between
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate
-from ifvit.models.config import FusionUViTConfig
-from ifvit.models.presets import PRESETS
+from ifvit.models.config import BackboneConfig, FusionUViTConfig
+from ifvit.models.presets import CLASS_PRESETS, PRESETS
 
 
 def shape(conditioning: str, num_image_blocks: int, num_text_blocks: int) -> FusionUViTConfig:
@@ -22,7 +23,7 @@ def shape(conditioning: str, num_image_blocks: int, num_text_blocks: int) -> Fus
     return dataclasses.replace(PRESETS["tiny"], conditioning=conditioning, **changes)
 
 
-def trained(folder: Path, shapes: list[FusionUViTConfig]) -> list[Run]:
+def trained(folder: Path, shapes: Sequence[BackboneConfig]) -> list[Run]:
     for number, each in enumerate(shapes):
         write_training(folder / str(number), each)
     return read_runs([str(folder / str(number)) for number in range(len(shapes))])
@@ -57,8 +58,20 @@ def test_two_shapes_of_one_setting_are_refused(tmp_path: Path) -> None:
 
 def test_a_run_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty/weights: no fusion backbone"):
+    with pytest.raises(UserError, match="empty/weights: no backbone"):
         group_runs(read_runs([str(tmp_path / "empty")]))
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [dataclasses.replace(PRESETS["tiny"], conditioning="adaln"), CLASS_PRESETS["token_tiny"]],
+    ids=["adaln", "token_transformer"],
+)
+def test_a_backbone_that_the_paper_has_not_is_refused(
+    backbone: BackboneConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="none of the paper's settings"):
+        group_runs(trained(tmp_path, [backbone]))
 
 
 def test_the_error_of_several_runs_is_that_over_seeds() -> None:
