@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.analysis.config import CostConfig
-from ifvit.analysis.cost import cost, cost_rows
+from ifvit.analysis.cost import class_rows, cost, cost_rows
 from ifvit.config import read_config
 from ifvit.models.build import build_backbone
 from ifvit.models.flops import count_cost
@@ -116,7 +116,7 @@ def test_the_json_flag_needs_no_value():
 def test_json_is_all_there_is_on_standard_output(capsys):
     cost(CostConfig(json=True))
     rows = json.loads(capsys.readouterr().out)
-    assert rows == [dataclasses.asdict(row) for row in ROWS]
+    assert rows == [dataclasses.asdict(row) for row in (*ROWS, *class_rows())]
     assert list(rows[0]) == [
         "preset",
         "conditioning",
@@ -131,8 +131,8 @@ def test_json_is_all_there_is_on_standard_output(capsys):
 def test_the_table_has_a_line_for_every_row(capsys):
     cost(CostConfig())
     lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line.split()[:1] and line.split()[0] in PRESETS]) == len(
-        ROWS
-    )
+    named = [line.split()[0] for line in lines if line.strip()]
+    assert sum(name in PRESETS for name in named) == len(ROWS)
+    assert [name for name in named if name in CLASS_PRESETS] == list(CLASS_PRESETS)
     (line,) = [line for line in lines if line.split()[:4] == ["small", "concat", "0", "0"]]
     assert line.split()[4:] == ["44,692,644", "29.49", "32.46"]
