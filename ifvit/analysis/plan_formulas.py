@@ -11,7 +11,7 @@ from ifvit.models.config import FusionUViTConfig
 VALUE = 4
 """Bytes of a parameter, gradient, moment or average: the engine keeps them all in fp32."""
 BUCKET_VALUES = 500_000_000
-"""Gradients that DeepSpeed's stages 1 and 2 collect before they reduce them (its default)."""
+"""Gradients that DeepSpeed collects before it reduces them (its default)."""
 LIVE_VALUES = 1_000_000_000
 """Parameters that its stage 3 keeps gathered at most (its default)."""
 
@@ -19,15 +19,15 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def state_bytes(params: int, gpus: int, stage: int, averages: int) -> float:
-    """Parameters, gradients, two moments, averages, and what DeepSpeed's stages add to them."""
+    """Parameters, gradients, two moments, averages, and what DDP or DeepSpeed's stages add."""
     whole = VALUE * params
     if stage == 0:
-        return whole * (4 + averages)
-    if stage == 3:
-        return whole * (4 + averages) / gpus + VALUE * min(params, LIVE_VALUES)
-    # Both keep a second copy of the parameters that a process updates, and a buffer of gradients.
-    partitioned, kept = (3, 2 + averages) if stage == 1 else (4, 1 + averages)
-    return whole * (kept + partitioned / gpus) + VALUE * BUCKET_VALUES
+        return whole * (4 + averages + (gpus > 1))  # DDP's buckets are another set of gradients
+    # DeepSpeed has a second copy of the parameters that a process updates.
+    partitioned = {1: 3, 2: 4, 3: 5 + averages}[stage]
+    kept = 5 + averages - partitioned
+    gathered = VALUE * min(params, LIVE_VALUES) if stage == 3 else 0
+    return whole * (kept + partitioned / gpus) + VALUE * BUCKET_VALUES + gathered
 
 
 def cast_bytes(params: int, precision: Precision) -> int:

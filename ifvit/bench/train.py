@@ -57,7 +57,7 @@ def bench_train(config: BenchTrainConfig) -> None:
         for name, steps in contenders.items()
     }
     timers |= {name: probe.seconds for name, probe in probes.items()}
-    measure_rounds(timers, 1)  # first use of the device, and compilation
+    measure_rounds(timers, 2)  # first use of the device, and compilation, also for changing steps
     memory = {name: _measure_memory(steps) for name, steps in engines.items()}
     seconds = measure_rounds(timers, config.rounds)
     ceiling = _ceiling(probes, seconds, device)
