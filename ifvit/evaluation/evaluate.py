@@ -98,11 +98,10 @@ class Evaluator:
             return before
         seconds = self.draw(model, sampling, output)
         self._channel.gather(None)  # until the others have drawn, too
-        drawn = self.measurement.embed(samples_url(url))
-        _ = self.measurement.reference_features
+        drawn, real = self.measurement.embed(samples_url(url)), self.measurement.real
 
         def measure() -> MetricsRow:
-            numbers = self._overlook(samples_url(url)) | self.measurement.compare(drawn)
+            numbers = self._overlook(samples_url(url)) | self.measurement.compare(drawn, real)
             row = MetricsRow(
                 weights=model.url,
                 weights_sha256=model.sha256,

@@ -1,5 +1,6 @@
 """Images => numbers, with what all rows of one command share: networks, captions, real images."""
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
@@ -99,12 +100,12 @@ class Measurement:
         return perceptual_distances(networks.clip.embed_patches, pairs, networks.device)
 
     @property
-    def reference_features(self) -> dict[str, FeatureSet]:
-        """Those of the real images, embedded at the first call by all processes together."""
-        return dict(self._reference.features) if self._reference else {}
+    def real(self) -> Mapping[str, FeatureSet]:
+        """Features of the real images, if any; embedded once, by all processes together."""
+        return self._reference.features if self._reference else {}
 
-    def compare(self, drawn: dict[str, FeatureSet]) -> Numbers:
-        """All numbers that come from features of samples; by one process."""
+    def compare(self, drawn: Mapping[str, FeatureSet], real: Mapping[str, FeatureSet]) -> Numbers:
+        """All numbers that come from features of samples and real images; by one process."""
         clip, captions = drawn[CLIP], [prompt.score_text for prompt in self._prompts]
         numbers: Numbers = {
             "clip_score": clip_score(clip.part, self.texts),
@@ -112,7 +113,6 @@ class Measurement:
             "retrieval_at_16": retrieval_accuracy(clip.part, self.texts, captions),
             "frechet_distance": None,
         }
-        real = self.reference_features
         if CLIP in real:
             numbers["frechet_distance"] = _frechet(clip, real[CLIP])
             numbers["cmmd"] = cmmd(clip.part, real[CLIP].part, self._networks.device)

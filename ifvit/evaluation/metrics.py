@@ -142,4 +142,6 @@ def read_row(url: str) -> MetricsRow:
         }
         return MetricsRow(**{**stored, **estimates, "protocol": Protocol(**stored["protocol"])})
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{url}: not a row of metrics ({error}); evaluate again") from None
+        raise UserError(
+            f"{url}: not a row of metrics ({error}); delete it and evaluate again"
+        ) from None

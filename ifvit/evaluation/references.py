@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from ifvit.images import Pixels, read_square
 from ifvit.side_channel import SideChannel
 from ifvit.storage import sha256_of
 
+_NUM_READERS = 8
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -46,10 +49,11 @@ def read_reference(path: Path, image_size: int) -> Pixels:
 
 
 def read_batches(paths: Sequence[Path], image_size: int, batch_size: int) -> Iterator[Pixels]:
-    """All images in order, (B, image_size, image_size, 3) at a time."""
-    for start in range(0, len(paths), batch_size):
-        batch = paths[start : start + batch_size]
-        yield np.stack([read_reference(path, image_size) for path in batch])
+    """All images in order, (B, image_size, image_size, 3) at a time, read by several threads."""
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            yield np.stack(list(pool.map(read_reference, batch, repeat(image_size))))
 
 
 def hash_images(paths: Sequence[Path], image_size: int, resize: str, channel: SideChannel) -> str:

@@ -67,6 +67,7 @@ def test_the_file_stands_for_the_folder(config: EvaluateConfig, reference: str, 
     assert str(stored["images_sha256"]) == from_file.protocol.reference_sha256
 
 
+@pytest.mark.distributed
 def test_two_processes_give_what_one_gives(config: EvaluateConfig, run: str) -> None:
     recipe = Path(run, "evaluate.yaml")
     recipe.write_text(dump_config(config))
