@@ -44,7 +44,7 @@ def test_images_are_resized_as_pytorch_fid_does_it(path: str) -> None:
 
 def test_fid_is_that_of_torchmetrics_with_the_same_network(path: str) -> None:
     network = load_inception(path)
-    drawn, real = draw_images(60, 255), draw_images(50, 200)
+    drawn, real = draw_images(30, 255), draw_images(25, 200)
 
     class Features(torch.nn.Module):
         num_features = NUM_FEATURES
@@ -58,6 +58,20 @@ def test_fid_is_that_of_torchmetrics_with_the_same_network(path: str) -> None:
     features = [network(to_model_range(pixels)).numpy() for pixels in (drawn, real)]
     found = frechet_distance(*map(statistics, features))
     assert found == pytest.approx(float(metric.compute()), rel=1e-4, abs=1e-4)
+
+
+def test_the_original_is_downloaded_once_and_checked(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(inception, "_URL", Path(path).as_uri())
+    with pytest.raises(UserError, match=r"cannot be downloaded \(invalid hash value"):
+        load_inception(inception.ORIGINAL)
+    monkeypatch.setattr(inception, "_SHA256", sha256_of(Path(path)))
+    found = load_inception(inception.ORIGINAL)
+    Path(path).unlink()
+    assert load_inception(inception.ORIGINAL).identity == found.identity
+    assert found.identity.name == "inception-2015-12-05"
 
 
 def test_what_is_no_network_is_one_line(
