@@ -50,7 +50,8 @@ class PaperConfig:
 
     series: str | None = None
     """Evaluations to show, NAME/wSCALE as their folders in RUN/evaluation; unset: those of most
-    rows, of several that whose guidance scale is nearest to 2, the paper's."""
+    rows, of several that whose guidance scale is nearest to 2, the paper's. The latter always are
+    those of Figure 3, which needs many."""
 
 
 @dataclass(frozen=True, kw_only=True)

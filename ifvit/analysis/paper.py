@@ -47,7 +47,8 @@ def report_paper(config: PaperConfig) -> None:
         if table
     }
     preference = _read_preference(config.study) if config.study else None
-    exhibits = make_exhibits(sheet, baseline, best, counts, preference)
+    curves = make_sheet(runs) if config.series else sheet
+    exhibits = make_exhibits(sheet, curves, baseline, best, counts, preference)
     claims = compare_with_claims(sheet) + count_claims(counts)
     claims += preference_claims(preference) if preference else []
     for table in tables.values():
@@ -78,7 +79,7 @@ def report_paper(config: PaperConfig) -> None:
         tables=tables,
         claims=claims,
         exhibits=[(e, inline_bytes(e.png) if e.png and not e.panels else None) for e in exhibits],
-        excluded=sheet.excluded,
+        excluded=list(dict.fromkeys(sheet.excluded + curves.excluded)),
         protocol=_describe(sheet),
         differences=[
             line.title

@@ -16,7 +16,7 @@ from ifvit.analysis.paper_figures import pairs_png, panel_svg, panels_png
 from ifvit.analysis.paper_panels import Panel, figure_3, figure_6, figure_7, panel_records
 from ifvit.analysis.runs import Run, Sample, read_samples, step_files
 from ifvit.analysis.settings import PAPER_SETTINGS, Setting
-from ifvit.analysis.sheet import Sheet
+from ifvit.analysis.sheet import Sheet, series_of
 from ifvit.analysis.tables import to_csv
 from ifvit.evaluation.detector import SCENES
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
@@ -49,14 +49,15 @@ class Exhibit:
 
 def make_exhibits(
     sheet: Sheet,
+    curves: Sheet,
     baseline: Setting,
     best: Setting,
     counts: Counts,
     preference: "PreferenceResults | None",
 ) -> list[Exhibit]:
-    """All six in the paper's order."""
+    """All six in the paper's order; `curves` are the evaluations for Figure 3."""
     return [
-        _curves(sheet),
+        _curves(curves),
         _pairs(sheet, baseline, best),
         _counts(counts),
         _preference(preference),
@@ -67,12 +68,13 @@ def make_exhibits(
 
 def _curves(sheet: Sheet) -> Exhibit:
     settings = [setting for setting in PAPER_SETTINGS if setting in sheet.settings]
+    series = series_of(sheet.reference.protocol) if sheet.reference else ""
     return _panelled(
         "figure3",
         "Figure 3: during training, and under guidance",
         figure_3(sheet, settings),
-        text="Means over a setting's runs with standard errors. Guidance w counts as in "
-        "eps_uncond + w (eps_cond - eps_uncond); the paper prints w - 1.",
+        text=f"Evaluations {series}: means over a setting's runs with standard errors. Guidance w "
+        "counts as in eps_uncond + w (eps_cond - eps_uncond); the paper prints w - 1.",
         hole="no run was evaluated at two steps or two guidance scales; run "
         "`ifvit evaluate --weights RUN --steps all --guidance_scales [1.5,3] …`",
     )

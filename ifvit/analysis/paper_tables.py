@@ -57,7 +57,7 @@ def table_1(sheet: Sheet) -> Table:
     gflops = {s: _cost(runs, "layer_flops", 1e9) for s, runs in sheet.settings.items()}
     digits = 2 if min(gflops.values()) >= 1 else 4
     columns = [
-        _metric_column(sheet, FID, "FID-30K ↓", lambda row: row.fid, shape or other_fid(sheet)),
+        _metric_column(sheet, FID, "FID ↓", lambda row: row.fid, shape or other_fid(sheet)),
         _metric_column(
             sheet,
             PAPER_CLIP_SCORE,
@@ -127,7 +127,7 @@ def table_2(sheet: Sheet, ours: Mapping[str, Setting]) -> Table:
     keys = ("model", "fusion", "path", "fid", "clip_score_printed", "clip_score_raw", "gflops")
     return Table(
         name="table2",
-        heads=["Model", "Fusion", "Path", "FID-30K ↓", "CLIP Score ↑", "Raw cosine ↑", "GFLOPs ↓"],
+        heads=["Model", "Fusion", "Path", "FID ↓", "CLIP Score ↑", "Raw cosine ↑", "GFLOPs ↓"],
         lines=[Line(title=str(row[0]), cells=list(map(_plain_cell, row[1:]))) for row in rows],
         records=[dict(zip(keys, row, strict=True)) for row in rows],
         notes=[f"Ours: {reason}." for reason in reasons if reason],

@@ -27,7 +27,7 @@ class Sheet:
     rows: dict[str, list[MetricsRow]]
     """By the run's name; empty for a run that is not compared."""
     excluded: list[str]
-    """Sentences about runs that were evaluated otherwise."""
+    """Sentences about runs and steps that were evaluated otherwise."""
 
     def has(self, metric: Metric) -> bool:
         """Whether any setting has the number."""
@@ -95,8 +95,14 @@ def make_sheet(runs: Sequence[Run], series: str | None = None) -> Sheet:
     excluded = []
     for run in runs:
         reasons = _exclusion(run, chosen, reference)
-        kept[run.name] = [] if reasons else [r for r in run.rows if _is_kin(r, reference)]
+        found = [] if reasons else _rows_of(run, reference.protocol.name)
+        kept[run.name] = [row for row in found if not _differences(row, reference)]
         excluded += [f"{run.name} is not compared: {reasons}"] if reasons else []
+        excluded += [
+            f"{run.name} is left out at step {row.step:,}: {'; '.join(others)}"
+            for row in found
+            if (others := _differences(row, reference))
+        ]
     return Sheet(settings=settings, reference=reference, rows=kept, excluded=excluded)
 
 
@@ -131,8 +137,11 @@ def _reasons(row: MetricsRow, reference: MetricsRow) -> list[str]:
     return found + differences(row.protocol, reference.protocol)
 
 
-def _is_kin(row: MetricsRow, reference: MetricsRow) -> bool:
+def _rows_of(run: Run, protocol: str) -> list[MetricsRow]:
+    return [row for row in run.rows if row.protocol.name == protocol]
+
+
+def _differences(row: MetricsRow, reference: MetricsRow) -> list[str]:
+    """In anything but step and guidance scale, over which the paper draws curves."""
     scale = reference.protocol.guidance_scale
-    same_scale = replace(row.protocol, guidance_scale=scale)
-    same_name = row.protocol.name == reference.protocol.name
-    return same_name and not differences(same_scale, reference.protocol)
+    return differences(replace(row.protocol, guidance_scale=scale), reference.protocol)

@@ -152,7 +152,7 @@ def test_table_1_has_means_over_seeds_and_no_distance_under_fid(tmp_path: Path) 
     assert [line.title for line in table.lines] == [setting.title for setting in PAPER_SETTINGS]
     first = dict(zip(table.heads[1:], table.lines[0].cells, strict=True))
     assert first["Runs"].text == "2"
-    assert (first["FID-30K ↓"].text, first["FID-30K ↓"].note) == ("—", "paper 5.98")
+    assert (first["FID ↓"].text, first["FID ↓"].note) == ("—", "paper 5.98")
     assert first["Fréchet distance on CLIP features ↓"].note == "± 0.0010"
     assert first["Training it/s ↑"].text == "12.50"
     assert first["Parameters, M"].note == "paper 45"
@@ -182,13 +182,13 @@ def test_differences_to_the_paper_are_marked_where_both_compare(tmp_path: Path) 
         runs.append(str(run))
     table = table_1(sheet_of(runs))
     cells = [dict(zip(table.heads[1:], line.cells, strict=True)) for line in table.lines]
-    assert [cell["FID-30K ↓"].note for cell in cells] == [
+    assert [cell["FID ↓"].note for cell in cells] == [
         "± 0.02\npaper 5.98, +0.02",
         "± 0.02\npaper 5.77, +0.00",
         "± 0.02\npaper 6.48, +0.02",
         "± 0.02\npaper 5.68, -0.08",
     ]
-    assert cells[0]["FID-30K ↓"].text == "6.00"
+    assert cells[0]["FID ↓"].text == "6.00"
     assert cells[0]["GFLOPs ↓"].note == "paper 29.56, -0.07"
     assert cells[1]["Parameters, M"].text == "47.84"
     assert table.notes == [
@@ -237,6 +237,15 @@ def test_the_series_is_the_fullest_then_the_one_nearest_to_the_papers(tmp_path: 
     assert sheet_of(runs, "scenes/w4").mean(SETTINGS[0], FRECHET).value == pytest.approx(0.25)
     with pytest.raises(UserError, match=r"scenes/w7: no run has it; choose one of scenes/w2, "):
         sheet_of(runs, "scenes/w7")
+
+
+def test_steps_that_were_evaluated_otherwise_are_left_out_of_the_curves(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, settings=[0], num_seeds=1)
+    write_evaluation(Path(runs[0]), row_of(0.3, step=900, num_samples=64))
+    sheet = sheet_of(runs)
+    assert list(sheet.over_steps(SETTINGS[0], FRECHET)) == [600, 1200]
+    (reason,) = sheet.excluded
+    assert reason == "seed0 is left out at step 900: num samples 64 against 500"
 
 
 def test_figure_3_shows_training_and_guidance(tmp_path: Path) -> None:
