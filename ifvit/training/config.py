@@ -37,7 +37,7 @@ class EngineConfig:
     """How the step runs on this hardware; never changes what is learned beyond rounding."""
 
     backend: Literal["auto", "plain", "deepspeed"] = "auto"
-    """auto: DeepSpeed on CUDA or with several processes, otherwise plain PyTorch."""
+    """auto: DeepSpeed with several processes or with offload, otherwise plain PyTorch."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What processes partition: 1 the moments, 2 gradients too, 3 parameters and averages too.
     0: nothing, which is PyTorch's DDP."""

@@ -266,9 +266,10 @@ def engine_class(config: EngineConfig) -> type[Engine]:
 
     Raises UserError when it asks DeepSpeed's help of PyTorch alone.
     """
-    parallel = torch.cuda.is_available() or World.from_environment().size > 1
+    # One process has nothing to partition, and ZeRO would cost it a copy and a wait every step.
+    is_of_use = World.from_environment().size > 1 or config.offload_optimizer
     if config.backend == "deepspeed" or (
-        config.backend == "auto" and config.zero_stage and parallel
+        config.backend == "auto" and config.zero_stage and is_of_use
     ):
         from ifvit.training.zero import Zero3Engine, ZeroEngine  # takes seconds to import
 
