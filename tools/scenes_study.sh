@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# All that docs/results.md reports: draws the sets, trains every setting with three seeds, measures
+# them, writes the sheet. Run again, it continues; about two hours on two slow cores.
+#   tools/scenes_study.sh [FOLDER] [PROCESSES]       default: runs/study, one process for each core
+set -euo pipefail
+cd "$(dirname "$0")/.."
+study=${1:-runs/study} processes=${2:-$(nproc)}
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # steps of so small models gain by no second thread
+ifvit=.venv/bin/ifvit
+
+in_parallel() { # each line of standard input is one command's arguments
+    xargs -P "$processes" -L 1 $ifvit
+}
+
+held_out_captions=(--shards "$study/shards/val2014" --images "$study/images/val2014")
+held_out_classes=(--shards "$study/class_shards/val2014" --images "$study/class_images/val2014")
+seeds="1 2 3"
+
+declare -A fusion=(
+    [cross_early]="cross_attention 0 0" [cross_intermediate]="cross_attention 1 1"
+    [concat_early]="concat 0 0" [concat_intermediate]="concat 1 1"
+    [cross_image_blocks]="cross_attention 1 0" [cross_text_branch]="cross_attention 0 1"
+    [adaln_early]="adaln 0 0" [adaln_intermediate]="adaln 1 1"
+)
+declare -A architecture=(
+    [transformer]="" [uvit]="--backbone.long_skip true --backbone.width 100"
+    [unet]="--backbone configs/model/unet_tiny.yaml"
+)
+
+for split in "train2014 6000" "val2014 1000"; do
+    echo scenes --folder "$study/images" --split "${split% *}" --num_images "${split#* }"
+done | in_parallel
+for split in "train2014 6000" "val2014 300"; do
+    echo scenes --classes --folder "$study/class_images" --split "${split% *}" --num_images "${split#* }"
+done | in_parallel
+for split in train2014 val2014; do
+    echo encode --images "$study/images/$split" --output "$study/shards/$split" \
+        --captions "$study/images/annotations/captions_$split.json" --vae scenes/vae \
+        --text_encoder scenes/clip --image_size 64 --samples_per_shard 1000 --batch_size 50
+    echo encode --config configs/data/scene_classes.yaml --images "$study/class_images/$split" \
+        --output "$study/class_shards/$split"
+done | in_parallel
+
+for seed in $seeds; do
+    for name in "${!fusion[@]}"; do
+        read -r conditioning image_blocks text_blocks <<<"${fusion[$name]}"
+        echo train --config configs/train/scenes.yaml --shards "$study/shards/train2014" \
+            --run "$study/$name/seed$seed" --seed "$seed" --backbone.conditioning "$conditioning" \
+            --backbone.num_image_blocks "$image_blocks" --backbone.num_text_blocks "$text_blocks"
+    done
+    for name in "${!architecture[@]}"; do
+        echo train --config configs/train/scenes_classes.yaml --shards "$study/class_shards/train2014" \
+            --run "$study/classes/$name/seed$seed" --seed "$seed" ${architecture[$name]}
+    done
+done | in_parallel
+
+for seed in $seeds; do
+    for name in "${!fusion[@]}"; do
+        echo evaluate --protocol scenes --protocol.num_samples 256 "${held_out_captions[@]}" \
+            --weights "$study/$name/seed$seed" --steps [1000,2000]
+    done
+    for name in "${!architecture[@]}"; do
+        echo evaluate --protocol scenes --protocol.num_samples 300 "${held_out_classes[@]}" \
+            --weights "$study/classes/$name/seed$seed" --steps all
+    done
+done | in_parallel
+for seed in $seeds; do
+    for name in cross_early cross_intermediate concat_early concat_intermediate; do
+        echo evaluate --protocol scenes --protocol.num_samples 256 "${held_out_captions[@]}" \
+            --weights "$study/$name/seed$seed" --guidance_scales [3]
+    done
+done | in_parallel
+
+settings=("$study"/{cross,concat}_{early,intermediate})
+$ifvit count-objects "${settings[@]/%//seed1}" --prompts scenes --detector scenes \
+    --sampling.num_steps 20 --sampling.guidance_scale 1.5
+$ifvit analyze attention "${settings[@]/%//seed1}" --shards "$study/shards/val2014" \
+    --num_prompts 256 --trim 0 --sampling.num_steps 20 --sampling.guidance_scale 1.5
+$ifvit report paper "$study"/c*/seed? --output "$study/paper"
+$ifvit report "$study"/{adaln,cross}_{early,intermediate}/seed? --output "$study/adaln.html"
+$ifvit report "$study"/classes/*/seed? --output "$study/classes.html"
