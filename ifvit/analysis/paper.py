@@ -2,7 +2,7 @@
 
 import sys
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ifvit import storage
 from ifvit.analysis.config import PaperConfig
@@ -39,18 +39,18 @@ def report_paper(config: PaperConfig) -> None:
     sheet = make_sheet(runs, config.series)
     baseline = _choose_baseline(sheet, config.baseline)
     best = _choose_best(sheet, baseline)
+    made = (
+        table_1(sheet),
+        table_further(sheet),
+        table_2(sheet, {"baseline": baseline, "best": best}),
+    )
+    tables = {table.name: table for table in made if table}
     counts = read_counts(sheet)
-    main = [table_1(sheet), table_further(sheet)]
-    tables = {
-        table.name: table
-        for table in (*main, table_2(sheet, {"baseline": baseline, "best": best}))
-        if table
-    }
     preference = _read_preference(config.study) if config.study else None
-    curves = make_sheet(runs) if config.series else sheet
-    exhibits = make_exhibits(sheet, curves, baseline, best, counts, preference)
     claims = compare_with_claims(sheet) + count_claims(counts)
     claims += preference_claims(preference) if preference else []
+    curves = make_sheet(runs) if config.series else sheet
+    exhibits = make_exhibits(sheet, curves, baseline, best, counts, preference)
     for table in tables.values():
         _write(config, f"{table.name}.csv", to_csv(table.records))
     for exhibit in exhibits:
@@ -59,34 +59,16 @@ def report_paper(config: PaperConfig) -> None:
             _write(config, f"{exhibit.name}.csv", exhibit.csv)
     page = render(
         "paper.html",
-        title="Intermediate fusion: the paper's tables and figures from our runs",
-        colours=SETTING_COLOURS,
-        settings=[
-            {
-                "name": setting.title,
-                "colour": SETTINGS.index(setting),
-                "runs": [run.name for run in members],
-                "num_runs": len(members),
-            }
-            for setting, members in sheet.settings.items()
-        ],
-        series=series_of(sheet.reference.protocol) if sheet.reference else None,
-        reference=sheet.reference,
-        devices=devices(sheet),
-        baseline=baseline.title,
-        best=best.title,
-        quality=quality_metric(sheet).title,
+        **_describe(sheet),
         tables=tables,
         claims=claims,
         exhibits=[(e, inline_bytes(e.png) if e.png and not e.panels else None) for e in exhibits],
         excluded=list(dict.fromkeys(sheet.excluded + curves.excluded)),
-        protocol=_describe(sheet),
         differences=[
             line.title
             for line in recipe_differences(runs)
             if not line.title.startswith(_MAY_DIFFER)
         ],
-        missing=[s.title for s in PAPER_SETTINGS if s not in sheet.settings],
     )
     _write(config, "paper.html", page)
     sys.stdout.write(f"{storage.join(config.output, 'paper.html')}\n")
@@ -119,12 +101,28 @@ def _choose_best(sheet: Sheet, baseline: Setting) -> Setting:
     return others[-1] if others else baseline
 
 
-def _describe(sheet: Sheet) -> list[tuple[str, str]]:
-    """The protocol of every number on the page, field by field."""
-    if sheet.reference is None:
-        return []
-    found = vars(sheet.reference.protocol)
-    return [(describe_field(name), describe_value(name, value)) for name, value in found.items()]
+def _describe(sheet: Sheet) -> dict[str, Any]:
+    """What the page says of its settings and of how they were evaluated."""
+    protocol = vars(sheet.reference.protocol) if sheet.reference else {}
+    return {
+        "title": "Intermediate fusion: the paper's tables and figures from our runs",
+        "colours": SETTING_COLOURS,
+        "settings": [
+            {
+                "name": setting.title,
+                "colour": SETTINGS.index(setting),
+                "runs": [run.name for run in members],
+                "num_runs": len(members),
+            }
+            for setting, members in sheet.settings.items()
+        ],
+        "missing": [s.title for s in PAPER_SETTINGS if s not in sheet.settings],
+        "devices": devices(sheet),
+        "reference": sheet.reference,
+        "series": series_of(sheet.reference.protocol) if sheet.reference else None,
+        "quality": quality_metric(sheet).title,
+        "protocol": [(describe_field(k), describe_value(k, v)) for k, v in protocol.items()],
+    }
 
 
 def _write(config: PaperConfig, name: str, data: bytes) -> None:
