@@ -58,7 +58,9 @@ def setting_lines(runs: list[Run]) -> list[Line]:
         line("Architecture", [run.backbone.architecture if run.backbone else None for run in runs]),
         line("Fusion", [run.fusion for run in runs]),
         line("Conditioning", [s.conditioning.replace("_", "-") if s else None for s in shapes]),
-        line("Adaptive norms", [("yes" if s.is_modulated else "no") if s else None for s in shapes]),
+        line(
+            "Adaptive norms", [("yes" if s.is_modulated else "no") if s else None for s in shapes]
+        ),
         line("Image-only blocks per side", [s.num_image_blocks if s else None for s in shapes]),
         line("Text-branch blocks", [s.num_text_blocks if s else None for s in shapes]),
         line("Blocks, width", [f"{s.depth + 1}, {s.width}" if s else None for s in shapes]),
