@@ -126,10 +126,10 @@ def group_runs(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
 def shape_of(run: Run) -> FusionUViTConfig:
     """The run's backbone. Raises UserError if it is none of the paper's kinds."""
     shape = run.backbone
-    if not isinstance(shape, FusionUViTConfig) or shape.conditioning == "adaln":
+    if not isinstance(shape, FusionUViTConfig) or shape.is_modulated:
         raise UserError(
-            f"{run.url}/weights: no backbone that fuses by concat or cross_attention, so none of "
-            "the paper's settings; leave this run out"
+            f"{run.url}/weights: no backbone that fuses by concat or cross_attention alone, so none "
+            "of the paper's settings; leave this run out"
         )
     return shape
 

@@ -64,13 +64,17 @@ def test_a_run_without_weights_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "backbone",
-    [dataclasses.replace(PRESETS["tiny"], conditioning="adaln"), CLASS_PRESETS["token_tiny"]],
-    ids=["adaln", "token_transformer"],
+    [
+        dataclasses.replace(PRESETS["tiny"], conditioning="adaln"),
+        dataclasses.replace(PRESETS["tiny"], modulation=True),
+        CLASS_PRESETS["token_tiny"],
+    ],
+    ids=["adaln", "modulated", "token_transformer"],
 )
 def test_a_backbone_that_the_paper_has_not_is_refused(
     backbone: BackboneConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="none of the paper's settings"):
+    with pytest.raises(UserError, match="alone, so none of the paper"):
         group_runs(trained(tmp_path, [backbone]))
 
 
