@@ -128,8 +128,8 @@ def shape_of(run: Run) -> FusionUViTConfig:
     shape = run.backbone
     if not isinstance(shape, FusionUViTConfig) or shape.is_modulated:
         raise UserError(
-            f"{run.url}/weights: no backbone that fuses by concat or cross_attention alone, so none "
-            "of the paper's settings; leave this run out"
+            f"{run.url}/weights: no backbone that fuses by concat or cross_attention alone, so "
+            "none of the paper's settings; leave this run out"
         )
     return shape
 
