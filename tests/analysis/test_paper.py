@@ -296,6 +296,11 @@ def test_claims_are_judged_by_the_noise_over_seeds(tmp_path: Path) -> None:
     assert "(paper -12.6%)" in efficiency.facts[0]
 
 
+def test_noise_without_seeds_is_told(tmp_path: Path) -> None:
+    found = compare_with_claims(sheet_of(write_runs(tmp_path, settings=[0, 1], num_seeds=1)))
+    assert all("leaves out that of other seeds" in v.sentence for v in found[0].verdicts)
+
+
 def test_counts_are_means_over_seeds_of_rows_made_alike(tmp_path: Path) -> None:
     runs = write_runs(tmp_path, settings=[0, 1])
     for run, errors in zip(runs, ((2, 2), (1, 1), (0, 1), (0, 1)), strict=True):
