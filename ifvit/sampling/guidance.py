@@ -126,7 +126,9 @@ def _map(function: Callable[..., Tensor], *encoded: EncodedCondition) -> Encoded
         keys_values = list(zip(*(pair for pair in pairs if pair), strict=True))
         return (function(*keys_values[0]), function(*keys_values[1])) if keys_values else None
 
+    pooled = [one.pooled for one in encoded if one.pooled is not None]
     return EncodedCondition(
         tokens=function(*(one.tokens for one in encoded)),
         keys_values=tuple(map(of_block, *(one.keys_values for one in encoded))),
+        pooled=function(*pooled) if pooled else None,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.models.autoencoder import Autoencoder
 from ifvit.models.config import Conditioning
+from ifvit.models.layers import Modulation
 from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.config import Guidance, SamplingConfig
 from ifvit.sampling.guidance import GuidedDenoiser
@@ -27,7 +28,11 @@ CONFIG = SamplingConfig(num_steps=4, guidance_scale=3.0, seed=7, batch_size=5)
 def build_backbone(conditioning: Conditioning = "cross_attention") -> FusionUViT:
     torch.manual_seed(0)
     config = small_shape(latent_size=4, conditioning=conditioning)
-    return FusionUViT(**dataclasses.asdict(config)).eval()
+    backbone = FusionUViT(**dataclasses.asdict(config)).eval()
+    for module in backbone.modules():
+        if isinstance(module, Modulation):  # fresh ones let nothing of the condition through
+            torch.nn.init.normal_(module.linear.weight, std=0.3)
+    return backbone
 
 
 def build_denoiser(
@@ -53,7 +58,7 @@ def sampler() -> Sampler:
     )
 
 
-@pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention", "adaln"])
 def test_guidance_is_its_equation(conditioning: Conditioning) -> None:
     backbone = build_backbone(conditioning)
     x_t, timesteps = torch.randn(5, 4, 4, 4), torch.full((5,), 400)
@@ -115,7 +120,7 @@ def test_a_method_that_changes_nothing_leaves_the_noise_as_it_was() -> None:
     assert torch.equal(plain, build_denoiser(backbone, 3.0, Recorder(Change()))(x_t, timesteps))
 
 
-@pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention", "adaln"])
 def test_a_method_sees_the_clean_latents_and_a_gradient_to_the_context(
     conditioning: Conditioning,
 ) -> None:
