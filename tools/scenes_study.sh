@@ -22,6 +22,9 @@ declare -A fusion=(
     [cross_image_blocks]="cross_attention 1 0" [cross_text_branch]="cross_attention 0 1"
     [adaln_early]="adaln 0 0" [adaln_intermediate]="adaln 1 1"
 )
+declare -A equal_compute=( # steps that cost what 2,000 of cross_early do (ifvit cost --json)
+    [cross_intermediate]=1865 [concat_early]=1186 [concat_intermediate]=1282
+)
 declare -A architecture=(
     [transformer]="" [uvit]="--backbone.long_skip true --backbone.width 100"
     [unet]="--backbone configs/model/unet_tiny.yaml"
@@ -48,6 +51,15 @@ for seed in $seeds; do
             --run "$study/$name/seed$seed" --seed "$seed" --backbone.conditioning "$conditioning" \
             --backbone.num_image_blocks "$image_blocks" --backbone.num_text_blocks "$text_blocks"
     done
+    for name in "${!equal_compute[@]}"; do
+        read -r conditioning image_blocks text_blocks <<<"${fusion[$name]}"
+        steps=${equal_compute[$name]}
+        echo train --config configs/train/scenes.yaml --shards "$study/shards/train2014" \
+            --run "$study/equal_compute/$name/seed$seed" --seed "$seed" --sample_grid.every 0 \
+            --backbone.conditioning "$conditioning" --backbone.num_image_blocks "$image_blocks" \
+            --backbone.num_text_blocks "$text_blocks" --max_steps "$steps" --checkpoint_every "$steps" \
+            --optim.cooldown_steps $((steps * 2 / 3))
+    done
     for name in "${!architecture[@]}"; do
         echo train --config configs/train/scenes_classes.yaml --shards "$study/class_shards/train2014" \
             --run "$study/classes/$name/seed$seed" --seed "$seed" ${architecture[$name]}
@@ -58,6 +70,10 @@ for seed in $seeds; do
     for name in "${!fusion[@]}"; do
         echo evaluate --protocol scenes --protocol.num_samples 256 "${held_out_captions[@]}" \
             --weights "$study/$name/seed$seed" --steps [1000,2000]
+    done
+    for name in "${!equal_compute[@]}"; do
+        echo evaluate --protocol scenes --protocol.num_samples 256 "${held_out_captions[@]}" \
+            --weights "$study/equal_compute/$name/seed$seed"
     done
     for name in "${!architecture[@]}"; do
         echo evaluate --protocol scenes --protocol.num_samples 300 "${held_out_classes[@]}" \
