@@ -1,6 +1,7 @@
 """How numbers were made: two rows of metrics compare only if this is the same for both."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 _LABELS = {"name", "features", "inception"}
 
@@ -41,6 +42,8 @@ class Protocol:
     num_reference_images: int | None
     reference_sha256: str | None
     """Of the real images' files, their order and their resize; None: no distance was measured."""
+    method_settings: dict[str, Any] | None = None
+    """Of the alignment methods that acted, each by its name; None for plain sampling."""
 
 
 def differences(first: Protocol, second: Protocol) -> list[str]:

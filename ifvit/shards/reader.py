@@ -167,11 +167,6 @@ class ShardReader:
         entry = self.manifest.shards[int(shards[0])]
         return parse_metadata(out.tobytes(), f"{entry.name} sample {sample}")
 
-    def json_bytes(self, sample: int) -> int:
-        """Length of the sample's metadata as stored."""
-        self._shards_of(np.array([sample]))
-        return int(self._tables.metadata[sample, 1])
-
     def _shards_of(self, samples: Array) -> Array:
         """(B,) sample numbers => (B,) shard numbers, whose indexes are there from now on."""
         outside = samples[(samples < 0) | (samples >= len(self))]

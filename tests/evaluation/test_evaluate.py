@@ -24,6 +24,7 @@ from ifvit.evaluation.scenes_accuracy import scenes_accuracy, score_scenes
 from ifvit.images import decode_png, to_model_range
 from ifvit.models.clip import load_clip
 from ifvit.models.pretrained import resolve_pretrained
+from ifvit.sampling.alignment.config import RegulationConfig
 from ifvit.sampling.config import SamplingConfig
 from ifvit.shards import EncoderIdentity, ShardReader
 
@@ -146,6 +147,20 @@ def test_samples_of_other_settings_are_not_mixed_or_lost(config: EvaluateConfig)
     sampling = SamplingConfig(num_steps=3, batch_size=8)
     with pytest.raises(UserError, match="another num_steps"):
         evaluate(with_protocol(config, sampling=sampling))
+
+
+def test_a_row_of_other_method_settings_is_not_taken_for_this_one(config: EvaluateConfig) -> None:
+    def regulated(share: float) -> EvaluateConfig:
+        regulation = RegulationConfig(share_of_steps=share)
+        sampling = SamplingConfig(
+            num_steps=2, batch_size=8, method="regulate", regulation=regulation
+        )
+        return with_protocol(config, sampling=sampling)
+
+    (row,) = evaluate(regulated(0.5))
+    assert evaluate(regulated(0.5)) == [row]
+    with pytest.raises(UserError, match="another regulation"):
+        evaluate(regulated(1.0))
 
 
 def test_shards_of_another_encoder_are_refused(
