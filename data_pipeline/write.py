@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,17 +26,14 @@ def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> Sha
 
     Samples are consumed one by one, so a shard is never held in memory.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, name)
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.tar.")
-    path = Path(temporary)
-    try:
-        with os.fdopen(descriptor, "wb", BUFFER_BYTES) as file:
+    with storage.write_file(str(folder / f"{name}.tar")) as path:
+        with path.open("wb", BUFFER_BYTES) as file:
             _write_tar(file, samples)
-            os.fsync(file.fileno())
         index = index_tar(path)
         data = index_bytes(index)
-        entry = ShardEntry(
+        storage.write_bytes(str(folder / f"{name}.index.npz"), data)
+        return ShardEntry(
             name=name,
             num_samples=len(index),
             num_captions=len(index.context),
@@ -46,12 +41,6 @@ def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> Sha
             sha256=storage.sha256_of(path),
             index_sha256=hashlib.sha256(data).hexdigest(),
         )
-        storage.write_bytes(str(folder / f"{name}.index.npz"), data)
-        storage.publish(path, folder / f"{name}.tar")
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return entry
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
@@ -88,4 +77,3 @@ def _write_tar(file: IO[bytes], samples: Iterable[LatentSample]) -> None:
     with TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
         for sample in samples:
             tar.write(pack_sample(sample))
-    file.flush()

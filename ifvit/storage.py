@@ -49,10 +49,8 @@ def write_bytes(url: str, data: bytes) -> None:
     if is_remote(url):
         object_store.put_bytes(url, data)
         return
-    with _temporary_beside(Path(url)) as temporary:
-        temporary.write_bytes(data)
-        _sync(temporary)
-        publish(temporary, Path(url))
+    with write_file(url) as path:
+        path.write_bytes(data)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -84,10 +82,8 @@ def upload(path: Path, url: str) -> None:
     if is_remote(url):
         object_store.put_file(path, url)
         return
-    with _temporary_beside(Path(url)) as temporary:
-        shutil.copyfile(path, temporary)
-        _sync(temporary)
-        publish(temporary, Path(url))
+    with write_file(url) as copy:
+        shutil.copyfile(path, copy)
 
 
 @contextlib.contextmanager
