@@ -10,10 +10,10 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.models import Encoders
 from data_pipeline.receipts import (
     Job,
+    LatentSums,
     Receipt,
     check_same_job,
     list_receipts,
-    merge_sums,
     read_receipt,
 )
 from data_pipeline.round_trip import report_round_trip
@@ -73,7 +73,7 @@ def finish(
             remove_leftovers(Path(config.output), name)
     is_new = not storage.exists(storage.join(config.output, MANIFEST))
     channels, height, width = encoders.vae.latent_shape(config.image_size)
-    sums = merge_sums(receipts)
+    sums = sum((receipt.latent_sums for receipt in receipts), LatentSums())
     manifest = Manifest(
         vae=encoders.vae.identity,
         text=_write_null_context(config, encoders),

@@ -98,7 +98,7 @@ def _combine(manifests: Sequence[Manifest], shards: list[ShardEntry]) -> Manifes
     for one in manifests:
         count = one.num_samples
         second = count * (one.latent_std**2 + one.latent_mean**2)
-        sums = sums.add(LatentSums(count=count, first=count * one.latent_mean, second=second))
+        sums += LatentSums(count=count, first=count * one.latent_mean, second=second)
     return replace(
         manifests[0],
         num_samples=sum(one.num_samples for one in manifests),

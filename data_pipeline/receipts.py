@@ -5,7 +5,6 @@ share it and however they died, is the set of receipts in `OUTPUT/receipts`.
 """
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ class LatentSums:
     first: float = 0.0
     second: float = 0.0
 
-    def add(self, other: "LatentSums") -> "LatentSums":
+    def __add__(self, other: "LatentSums") -> "LatentSums":
         """Sums over both."""
         return LatentSums(
             count=self.count + other.count,
@@ -87,14 +86,6 @@ def sum_latents(moments: Array) -> LatentSums:
     mean, logvar = np.split(moments.astype(np.float64), 2, axis=1)
     second = float((mean**2 + np.exp(logvar.clip(*_LOGVAR_RANGE))).sum())
     return LatentSums(count=mean.size, first=float(mean.sum()), second=second)
-
-
-def merge_sums(receipts: Iterable[Receipt]) -> LatentSums:
-    """Sums over all shards, added in the order given."""
-    total = LatentSums()
-    for receipt in receipts:
-        total = total.add(receipt.latent_sums)
-    return total
 
 
 def write_receipt(output: str, receipt: Receipt) -> None:

@@ -122,7 +122,7 @@ class _Samples:
         if batch.moments is None:
             return
         moments = self._store(batch.moments)
-        self.latent_sums = self.latent_sums.add(sum_latents(moments))
+        self.latent_sums += sum_latents(moments)
         flipped = None if batch.flipped is None else self._store(batch.flipped)
         contexts = self._contexts(batch)
         for row, (image, decoded) in enumerate(zip(batch.images, batch.decoded, strict=True)):
