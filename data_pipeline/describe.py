@@ -7,15 +7,16 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 from tqdm import tqdm
 
 from data_pipeline.config import InspectConfig, ShardsConfig
+from data_pipeline.models import decode_mean
 from data_pipeline.read import open_shard, read_samples
+from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.images import to_pixels
+from ifvit.images import encode_png
 from ifvit.models.autoencoder import load_autoencoder
+from ifvit.sampling.grid import make_grid
 from ifvit.shards import LatentSample, Manifest, ShardEntry, read_manifest
 from ifvit.shards.files import read_index
 from ifvit.shards.index import ShardIndex
@@ -71,31 +72,22 @@ def inspect_shards(config: InspectConfig) -> None:
             f"{metadata.image_id:>12} {size:>11} {mean.mean():>7.3f} {mean.std():>6.3f}  {shows}\n"
         )
     if config.grid:
-        draw_grid(config, manifest, samples, Path(config.grid))
+        draw_grid(config, manifest, samples)
 
 
-def draw_grid(
-    config: InspectConfig, manifest: Manifest, samples: list[LatentSample], path: Path
-) -> None:
-    """Decode the posterior means of the samples into a PNG, 8 a row."""
+def draw_grid(config: InspectConfig, manifest: Manifest, samples: list[LatentSample]) -> None:
+    """Decode the posterior means of the samples into the PNG `config.grid`, 8 a row."""
+    assert config.grid is not None
     vae = load_autoencoder(config.vae or manifest.vae.name)
     if vae.identity.sha256 != manifest.vae.sha256:
         raise UserError(
             f"{vae.identity.name}: not the autoencoder that made {config.url} "
             f"({manifest.vae.name}); name that one with --vae"
         )
-    size = manifest.image_size
-    columns = min(GRID_COLUMNS, len(samples))
-    grid = Image.new("RGB", (columns * size, -(-len(samples) // columns) * size), "white")
-    for number, sample in enumerate(samples):
-        mean = np.split(sample.moments.astype(np.float32), 2)[0]
-        with torch.no_grad():
-            pixels = to_pixels(vae.decode(torch.from_numpy(mean)[None]))[0]
-        place = (number % columns * size, number // columns * size)
-        grid.paste(Image.fromarray(pixels), place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
-    sys.stdout.write(f"{path}: {len(samples)} images decoded from their latents\n")
+    images = np.stack([decode_mean(vae, sample) for sample in samples])
+    grid = make_grid(images, min(GRID_COLUMNS, len(samples)))
+    storage.write_bytes(config.grid, encode_png(grid))
+    sys.stdout.write(f"{config.grid}: {len(samples)} images decoded from their latents\n")
 
 
 def _first_samples(url: str, manifest: Manifest) -> Iterator[LatentSample]:

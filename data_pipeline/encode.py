@@ -50,12 +50,11 @@ def encode(config: EncodeConfig) -> Manifest | None:
 
 
 def _encode_share(config: EncodeConfig) -> Manifest | None:
-    world = World.from_environment()
-    share = find_share(config, world)
+    share = find_share(config, World.from_environment())
     source = open_source(config)
     if share.number == 0:
         sys.stdout.write(source.report() + "\n")
-    encoders = load_encoders(config, has_classes=bool(source.classes), local_rank=world.local_rank)
+    encoders = load_encoders(config, has_classes=bool(source.classes))
     job = _describe_job(config, source, encoders)
     units = source.units(config.samples_per_shard)
     own = share.of(units)

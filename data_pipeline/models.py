@@ -13,9 +13,11 @@ from data_pipeline.decode import DecodedBatch, UnitInfo
 from data_pipeline.receipts import Failure
 from data_pipeline.sources.source import CaptionedImage
 from ifvit.errors import UserError
-from ifvit.images import DecodedImage, to_model_range
+from ifvit.images import DecodedImage, Pixels, to_model_range, to_pixels
 from ifvit.models.autoencoder import Autoencoder, load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
+from ifvit.sampling.encoders import choose_device
+from ifvit.shards import LatentSample
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -81,6 +83,14 @@ class Encoders:
         return new
 
 
+def decode_mean(vae: Autoencoder, sample: LatentSample) -> Pixels:
+    """The picture (H, W, 3) that the mean of a sample's posterior stands for."""
+    mean = np.split(sample.moments.astype(np.float32), 2)[0]
+    with torch.no_grad():
+        picture: Pixels = to_pixels(vae.decode(torch.from_numpy(mean)[None]))[0]
+    return picture
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch compute on one CPU thread inside.
@@ -96,24 +106,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def load_encoders(config: EncodeConfig, *, has_classes: bool, local_rank: int) -> Encoders:
+def load_encoders(config: EncodeConfig, *, has_classes: bool) -> Encoders:
     """Open the models on this process's device.
 
-    Raises UserError when captions lack a text encoder, or the image size does not fit the VAE.
+    Raises UserError when captions lack a text encoder, the image size does not fit the VAE, or
+    there is no GPU though the recipe names one.
     """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place: str = device
-    if device == "cuda":  # a launcher may show each process only a GPU of its own
-        place = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
+    device = choose_device(config.device)
     dtype = PRECISIONS[config.precision]
     torch.backends.cudnn.deterministic = True  # equal shards, whichever GPU of a kind made them
     text = None
     if not has_classes:
         if config.text_encoder is None:
             raise UserError("text_encoder: not set; captions need one, a hub name or a folder")
-        text = load_text_encoder(config.text_encoder, place, dtype)
-    vae = load_autoencoder(config.vae, place, dtype)
+        text = load_text_encoder(config.text_encoder, device, dtype)
+    vae = load_autoencoder(config.vae, device, dtype)
     vae.latent_shape(config.image_size)  # raises UserError if it does not fit
-    return Encoders(vae, text, place, config.flip)
+    return Encoders(vae, text, device, config.flip)

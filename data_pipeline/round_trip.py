@@ -4,13 +4,13 @@ import sys
 from itertools import islice
 
 import numpy as np
-import torch
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.decode import read_or_fail
+from data_pipeline.models import decode_mean
 from data_pipeline.read import open_shard, read_samples
 from data_pipeline.sources.source import Source
-from ifvit.images import DecodedImage, Pixels, to_pixels
+from ifvit.images import DecodedImage, Pixels
 from ifvit.models.autoencoder import Autoencoder
 from ifvit.shards import Manifest
 
@@ -31,12 +31,9 @@ def report_round_trip(
     values = []
     with open_shard(config.output, entry) as folder:
         for sample in islice(read_samples(folder / f"{entry.name}.tar"), num_images):
-            mean = np.split(sample.moments.astype(np.float32), 2)[0]
-            with torch.no_grad():
-                decoded = to_pixels(vae.decode(torch.from_numpy(mean)[None]))[0]
             original = read_or_fail(originals[sample.key], config.image_size)
             assert isinstance(original, DecodedImage), original
-            values.append(psnr(decoded, original.pixels))
+            values.append(psnr(decode_mean(vae, sample), original.pixels))
     sys.stdout.write(
         f"round trip of {len(values)} images: PSNR {np.mean(values):.1f} dB, "
         f"lowest {min(values):.1f} dB\n"

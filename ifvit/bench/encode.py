@@ -35,7 +35,7 @@ def bench_encode(config: BenchEncodeConfig) -> None:
     """Draw images, encode them in both ways in turn, print the ratio, remove everything."""
     with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as name, one_thread():
         recipe = _draw_images(Path(name), config)
-        encoders = load_encoders(recipe, has_classes=False, local_rank=0)
+        encoders = load_encoders(recipe, has_classes=False)
         inputs = _prepare(recipe, encoders)
         _time_models(inputs[:1], encoders)  # first use of the device
         with contextlib.redirect_stdout(sys.stderr):

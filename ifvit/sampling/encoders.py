@@ -100,14 +100,14 @@ def weights_sha256(backbone: nn.Module) -> str:
 
 
 def choose_device(device: str) -> str:
-    """`auto` => this process's GPU when there is one, cpu otherwise.
+    """`cuda` => this process's GPU; so does `auto` when there is one, and cpu otherwise.
 
     Raises UserError for an absent GPU.
     """
     if device == "auto":
-        if not torch.cuda.is_available():
-            return "cpu"
-        return f"cuda:{World.from_environment().local_rank % torch.cuda.device_count()}"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device}: torch sees no GPU here; use cpu or auto")
+    if device == "cuda":  # a launcher may show each process only a GPU of its own
+        return f"cuda:{World.from_environment().local_rank % torch.cuda.device_count()}"
     return device

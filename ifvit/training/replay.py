@@ -19,6 +19,7 @@ from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.build import restore_backbone
 from ifvit.models.config import restore_config
+from ifvit.sampling.encoders import choose_device
 from ifvit.storage import join, write_file
 from ifvit.training.batch import Batch
 from ifvit.training.batches import Batches
@@ -85,7 +86,7 @@ def replay(config: ReplayConfig) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{config.file}: not written by a failed training step ({error})") from None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(choose_device("auto"))
     batch = Batch(**{name: tensors.pop(name).to(device) for name in _TENSORS})
     backbone = nn.Module.to(restore_backbone(restore_config(facts["backbone"]), tensors), device)
     prepare_forward(backbone, EngineConfig(precision=facts["precision"]), device)

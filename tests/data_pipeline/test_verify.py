@@ -116,7 +116,7 @@ def test_inspect_lists_samples_and_draws_their_latents(
     text = capsys.readouterr().out
     assert "36x42" in text
     assert "3: a dog" in text
-    assert Image.open(grid).size == (8 * 32, 2 * 32)
+    assert Image.open(grid).size == (8 * 34 - 2, 2 * 34 - 2)
 
 
 def test_inspect_draws_only_with_the_vae_that_made_the_latents(
