@@ -151,10 +151,8 @@ class TrainConfig:
             raise ValueError("min_snr_gamma must be positive, or null for plain MSE")
         if self.shuffle_window is not None and self.shuffle_window < 1:
             raise ValueError("shuffle_window must be at least 1, or null for the whole set")
-        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        for name in ("checkpoint_every", "keep_checkpoints", "num_workers"):
+        counts = ("max_steps", "global_batch_size", "micro_batch_size", "num_workers")
+        for name in (*counts, "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
 
