@@ -12,6 +12,7 @@ from ifvit.evaluation.object_count import (
     score_counts,
 )
 from ifvit.evaluation.object_prompts import read_count_prompts
+from ifvit.sampling.config import SamplingConfig
 
 
 def made_row(errors: tuple[int, ...] = (0, 1), **shape: object) -> ObjectCountRow:
@@ -36,7 +37,7 @@ def made_row(errors: tuple[int, ...] = (0, 1), **shape: object) -> ObjectCountRo
         protocol=ObjectCountProtocol(
             prompts_sha256="1" * 64,
             num_images=len(errors),
-            sampling={"solver": "ddim", "seed": 0},
+            sampling=SamplingConfig(solver="ddim").settings,
             rule=CountingRule(detector="d", detector_sha256="2" * 64, threshold=0.9, max_boxes=16),
         ),
         scores=score_counts(images),

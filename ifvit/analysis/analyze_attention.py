@@ -94,7 +94,6 @@ def summarise_run(config: AttentionConfig, run: str) -> AttentionSummary:
     backbone.to(device)
     prompts = _open_prompts(config, info, device)
     layers = record_layers(backbone, prompts, config)
-    sampling = config.sampling
     return AttentionSummary(
         weights=run,
         weights_sha256=digest,
@@ -105,12 +104,7 @@ def summarise_run(config: AttentionConfig, run: str) -> AttentionSummary:
         protocol=AttentionProtocol(
             num_prompts=len(prompts.texts),
             prompts_sha256=hashlib.sha256(json.dumps(prompts.texts).encode()).hexdigest(),
-            solver=sampling.solver,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-            guidance_low=sampling.guidance_low,
-            guidance_high=sampling.guidance_high,
-            seed=sampling.seed,
+            sampling=config.sampling.settings,
             trim=config.trim,
         ),
         layers=layers,

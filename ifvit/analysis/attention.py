@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.sampling.config import nest_settings
 
 Floats = NDArray[np.float64]
 
@@ -38,12 +39,8 @@ class AttentionProtocol:
 
     num_prompts: int
     prompts_sha256: str
-    solver: str
-    num_steps: int
-    guidance_scale: float
-    guidance_low: float
-    guidance_high: float
-    seed: int
+    sampling: dict[str, Any]
+    """`SamplingConfig.settings`."""
     trim: int
     """Patches that are left out at each edge of the latent grid."""
 
@@ -136,7 +133,7 @@ def read_attention(url: str) -> AttentionSummary:
             _layer(layer, image_map, next(texts) if layer["text"] else None)
             for layer, image_map in zip(stored.pop("layers"), arrays["image"], strict=True)
         )
-        protocol = AttentionProtocol(**stored.pop("protocol"))
+        protocol = AttentionProtocol(**nest_settings(stored.pop("protocol")))
         return AttentionSummary(**stored, protocol=protocol, layers=layers)
     except (KeyError, TypeError, AttributeError, ValueError, BadZipFile) as error:
         raise UserError(f"{url}: not an analysis of attention ({error}); analyze again") from None

@@ -103,7 +103,7 @@ def _choose_best(sheet: Sheet, baseline: Setting) -> Setting:
 
 def _describe(sheet: Sheet) -> dict[str, Any]:
     """What the page says of its settings and of how they were evaluated."""
-    protocol = vars(sheet.reference.protocol) if sheet.reference else {}
+    protocol = sheet.reference.protocol.facts if sheet.reference else {}
     return {
         "title": "Intermediate fusion: the paper's tables and figures from our runs",
         "colours": SETTING_COLOURS,

@@ -98,7 +98,7 @@ def other_clip_score(sheet: Sheet) -> str | None:
 def _other_protocol(sheet: Sheet, paper: dict[str, object]) -> str | None:
     if sheet.reference is None:
         return "nothing was evaluated"
-    ours = vars(sheet.reference.protocol)
+    ours = sheet.reference.protocol.facts
     found = [
         f"{describe_field(name)} {ours[name]!r}, the paper's {value!r}"
         for name, value in paper.items()

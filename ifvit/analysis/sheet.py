@@ -143,5 +143,6 @@ def _rows_of(run: Run, protocol: str) -> list[MetricsRow]:
 
 def _differences(row: MetricsRow, reference: MetricsRow) -> list[str]:
     """In anything but step and guidance scale, over which the paper draws curves."""
-    scale = reference.protocol.guidance_scale
-    return differences(replace(row.protocol, guidance_scale=scale), reference.protocol)
+    scale = {"guidance_scale": reference.protocol.guidance_scale}
+    rescaled = replace(row.protocol, sampling=row.protocol.sampling | scale)
+    return differences(rescaled, reference.protocol)

@@ -103,8 +103,8 @@ def metric_lines(runs: list[Run]) -> list[Line]:
 
 def protocol_lines(runs: list[Run]) -> list[Line]:
     """How the last evaluation of each run was done."""
-    rows = [vars(run.last.protocol) | {"step": run.last.step} if run.last else {} for run in runs]
-    names = next((list(row) for row in rows if row), [])
+    rows = [run.last.protocol.facts | {"step": run.last.step} if run.last else {} for run in runs]
+    names = dict.fromkeys(name for row in rows for name in row)
     return [
         Line(
             title=describe_field(name),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -89,16 +89,13 @@ def draw_missing(
 
 
 def _describe(model: Model, reader: ShardReader, protocol: ProtocolConfig) -> dict[str, object]:
-    """All that decides what a position's image looks like; batch size does not."""
+    """All that decides what a position's image looks like."""
     shards = json.dumps([entry.sha256 for entry in reader.manifest.shards])
-    # As JSON gives it back: a tuple would not equal the list that is read.
-    settings: dict[str, object] = json.loads(json.dumps(asdict(protocol.sampling))) | {
+    return protocol.sampling.settings | {
         "weights_sha256": model.sha256,
         "shards_sha256": hashlib.sha256(shards.encode()).hexdigest(),
         "caption_rule": protocol.caption_rule,
     }
-    del settings["batch_size"]
-    return settings
 
 
 def _check_fit(backbone: Backbone, info: WeightsInfo, reader: ShardReader) -> None:

@@ -1,10 +1,7 @@
 """Images => numbers, with what all rows of one command share: networks, captions, real images."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,14 +55,7 @@ class Measurement:
             prompts_sha256=hash_prompts(self._prompts),
             caption_rule=self._config.caption_rule,
             score_caption=self._config.score_caption,
-            seed=sampling.seed,
-            solver=sampling.solver,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-            guidance_low=sampling.guidance_low,
-            guidance_high=sampling.guidance_high,
-            method=sampling.method,
-            method_settings=_method_settings(sampling),
+            sampling=sampling.settings,
             image_size=self._manifest.image_size,
             resize=self._manifest.resize,
             features=identities[CLIP].name,
@@ -157,15 +147,3 @@ def scene_numbers(scores: list[SceneScore]) -> Numbers:
 
 def _frechet(drawn: FeatureSet, reference: FeatureSet) -> Estimate:
     return estimate_frechet(drawn.part, drawn.statistics, reference.statistics)
-
-
-def _method_settings(sampling: SamplingConfig) -> dict[str, Any] | None:
-    """What the protocol says of the methods that act; as JSON gives it back, without tuples."""
-    acting = {"date": ["date"], "regulate": ["regulation"], "both": ["date", "regulation"]}
-    names = acting.get(sampling.method)
-    if names is None:
-        return None
-    stored: dict[str, Any] = json.loads(
-        json.dumps({name: asdict(getattr(sampling, name)) for name in names})
-    )
-    return stored

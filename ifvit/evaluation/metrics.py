@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.protocol import Protocol
+from ifvit.sampling.config import nest_settings
 
 _NUM_RESAMPLES = 1000
 _SEED = 0
@@ -140,7 +141,8 @@ def read_row(url: str) -> MetricsRow:
             for key, value in stored.items()
             if key != "protocol" and isinstance(value, dict)
         }
-        return MetricsRow(**{**stored, **estimates, "protocol": Protocol(**stored["protocol"])})
+        protocol = Protocol(**nest_settings(stored["protocol"]))
+        return MetricsRow(**{**stored, **estimates, "protocol": protocol})
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{url}: not a row of metrics ({error}); delete it and evaluate again"

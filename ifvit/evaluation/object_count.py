@@ -6,7 +6,7 @@ FOLDER/step_XXXXXXXX.json is the row of one checkpoint, FOLDER/step_XXXXXXXX/ ha
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ifvit.evaluation.metrics import Estimate, estimate_mean, estimate_share
 from ifvit.evaluation.object_count_config import ObjectCountConfig
 from ifvit.evaluation.object_prompts import CountPrompt
 from ifvit.models.weights import find_weights, load_weights, run_of
-from ifvit.sampling.config import GenerateConfig, SamplingConfig
+from ifvit.sampling.config import GenerateConfig, nest_settings
 from ifvit.sampling.files import image_name, image_url, missing_images, read_images
 from ifvit.sampling.generate import generate
 
@@ -33,8 +33,8 @@ _IMAGES_AT_ONCE = 8
 class ObjectCountProtocol:
     """What was drawn and how it was counted; rows with different ones do not compare.
 
-    `prompts_sha256` is that of prompts, objects and counts in order, `sampling` are the fields of
-    SamplingConfig without batch_size.
+    `prompts_sha256` is that of prompts, objects and counts in order, `sampling` is
+    `SamplingConfig.settings`.
     """
 
     prompts_sha256: str
@@ -127,15 +127,12 @@ def draw_objects(
     """
     backbone, info = load_weights(run)
     images = storage.join(folder, f"step_{info.step:08d}")
-    sampling = {
-        field.name: getattr(config.sampling, field.name) for field in fields(SamplingConfig)
-    }
     with tempfile.TemporaryDirectory(prefix="ifvit-") as scratch:
         listed = Path(scratch, "prompts.txt")
         listed.write_text("\n".join(one.prompt for one in prompts))
         generate(
             GenerateConfig(
-                **sampling,
+                **vars(config.sampling),
                 weights=run,
                 prompts=str(listed),
                 output=images,
@@ -160,7 +157,6 @@ def count_objects(
     """Count in every image, write the row beside the images' folder and return it."""
     counted = _count_images(drawn.images, list(prompts) * config.num_images, counter)
     settings = storage.read_json(storage.join(drawn.images, "settings.json"))
-    names = {field.name for field in fields(SamplingConfig)}
     listed = json.dumps([asdict(prompt) for prompt in prompts])
     row = ObjectCountRow(
         weights=drawn.run,
@@ -171,7 +167,7 @@ def count_objects(
         protocol=ObjectCountProtocol(
             prompts_sha256=sha256(listed.encode()).hexdigest(),
             num_images=config.num_images,
-            sampling={name: value for name, value in settings.items() if name in names},
+            sampling=config.sampling.settings,
             rule=counter.rule,
         ),
         scores=score_counts(counted),
@@ -217,7 +213,7 @@ def read_object_count(url: str) -> ObjectCountRow:
     """Read what `write_object_count` wrote. Raises UserError when the file is something else."""
     stored: dict[str, Any] = storage.read_json(url)
     try:
-        protocol = stored["protocol"]
+        protocol = nest_settings(stored["protocol"])
         rule = CountingRule(**protocol["rule"])
         parts = {
             "protocol": ObjectCountProtocol(**{**protocol, "rule": rule}),

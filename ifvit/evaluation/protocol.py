@@ -1,7 +1,9 @@
 """How numbers were made: two rows of metrics compare only if this is the same for both."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
+
+from ifvit.sampling.config import flatten_settings
 
 _LABELS = {"name", "features", "inception"}
 
@@ -21,14 +23,8 @@ class Protocol:
     """Which of an image's captions is drawn: `first` or `random` (of seed and position)."""
     score_caption: str
     """Which one the image is scored against: the `same`, or the `first` of the image."""
-    seed: int
-    solver: str
-    num_steps: int
-    guidance_scale: float
-    guidance_low: float
-    guidance_high: float
-    method: str
-    """Alignment method while sampling; `plain` is none."""
+    sampling: dict[str, Any]
+    """`SamplingConfig.settings`."""
     image_size: int
     resize: str
     """How real images became square."""
@@ -42,18 +38,27 @@ class Protocol:
     num_reference_images: int | None
     reference_sha256: str | None
     """Of the real images' files, their order and their resize; None: no distance was measured."""
-    method_settings: dict[str, Any] | None = None
-    """Of the alignment methods that acted, each by its name; None for plain sampling."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All of it by name, the settings of sampling among the rest."""
+        return flatten_settings(vars(self))
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of sampling."""
+        scale: float = self.sampling["guidance_scale"]
+        return scale
 
 
 def differences(first: Protocol, second: Protocol) -> list[str]:
     """What keeps numbers of the two from being compared, in words; empty when nothing does."""
-    names = [field.name for field in fields(Protocol) if field.name not in _LABELS]
-    pairs = {name: (getattr(first, name), getattr(second, name)) for name in names}
+    one, other = first.facts, second.facts
+    pairs = {name: (one.get(name), other.get(name)) for name in one | other}
     return [
         f"{describe_field(name)} {describe_value(name, a)} against {describe_value(name, b)}"
         for name, (a, b) in pairs.items()
-        if a != b
+        if a != b and name not in _LABELS
     ]
 
 

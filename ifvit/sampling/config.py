@@ -1,11 +1,16 @@
 """How images are drawn from a trained backbone; imports no torch."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
 from ifvit.sampling.alignment.config import DateConfig, MethodName, RegulationConfig
 
 SolverName = Literal["dpm_solver_pp", "dpm_solver_pp_fast", "ddim", "euler", "unipc"]
+
+_ACTS_IN = {"date": ("date", "both"), "regulation": ("regulate", "both")}
+"""Settings of an alignment method, and the `method`s that use them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,39 @@ class SamplingConfig:
     def guidance(self) -> Guidance:
         """The three guidance settings in one."""
         return Guidance(scale=self.guidance_scale, low=self.guidance_low, high=self.guidance_high)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides an image besides weights, prompt and position, as JSON gives it back.
+
+        Without the settings of alignment methods that do not act.
+        """
+        given = json.loads(json.dumps(asdict(self)))  # lists for tuples
+        names = {field.name for field in fields(SamplingConfig)} - {"batch_size"}
+        return _without_idle({name: given[name] for name in given if name in names})
+
+
+def nest_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """A stored record whose field `sampling` is `SamplingConfig.settings`.
+
+    Older records have these among their other fields, or with those of idle methods.
+    """
+    names = {field.name for field in fields(SamplingConfig)}
+    others = {name: value for name, value in record.items() if name not in names}
+    flat = {name: value for name, value in record.items() if name in names}
+    settings = {"method": "plain"} | record.get("sampling", {}) | flat
+    return others | {"sampling": _without_idle(settings)}
+
+
+def flatten_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its settings of sampling among its other fields."""
+    settings: dict[str, Any] = record.get("sampling", {})
+    return {name: value for name, value in record.items() if name != "sampling"} | settings
+
+
+def _without_idle(settings: dict[str, Any]) -> dict[str, Any]:
+    idle = {name for name, methods in _ACTS_IN.items() if settings["method"] not in methods}
+    return {name: value for name, value in settings.items() if name not in idle}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,7 @@
 import json
 import math
 import sys
-from dataclasses import asdict, fields
 from hashlib import sha256
-from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from ifvit.errors import UserError
 from ifvit.images import encode_png
 from ifvit.models.weights import WeightsInfo, load_weights
 from ifvit.sampling.alignment.build import build_method
-from ifvit.sampling.config import GenerateConfig, SamplingConfig
+from ifvit.sampling.config import GenerateConfig
 from ifvit.sampling.encoders import (
     choose_device,
     number_classes,
@@ -69,7 +67,11 @@ def generate(config: GenerateConfig) -> list[str]:
     def condition_of(positions: Tensor) -> Tensor:
         return conditions.encode(prompts_of(positions))
 
-    settings = _describe(config, weights_sha256(backbone), info)
+    settings = config.settings | {
+        "weights_sha256": weights_sha256(backbone),
+        "step": info.step,
+        "ema_decay": info.ema_decay,
+    }
     claim = settings | {"prompts_sha256": sha256(json.dumps(prompts).encode()).hexdigest()}
     method_of = build_method(config, sampler, info, prompts_of)
     claim_folder(config.output, claim)
@@ -100,17 +102,6 @@ def generate(config: GenerateConfig) -> list[str]:
         storage.write_bytes(storage.join(config.output, "grid.png"), encode_png(grid))
     sys.stdout.write(f"{len(urls)} images in {config.output}\n")
     return urls
-
-
-def _describe(config: GenerateConfig, digest: str, info: WeightsInfo) -> dict[str, Any]:
-    """All that decides what a prompt looks like at its position, as JSON gives it back."""
-    given = json.loads(json.dumps(asdict(config)))
-    names = {field.name for field in fields(SamplingConfig)} - {"batch_size"}
-    return {name: given[name] for name in given if name in names} | {
-        "weights_sha256": digest,
-        "step": info.step,
-        "ema_decay": info.ema_decay,
-    }
 
 
 def read_prompt_file(url: str) -> list[str]:

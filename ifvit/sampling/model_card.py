@@ -8,6 +8,7 @@ import yaml
 from ifvit import storage
 from ifvit.models.config import BackboneConfig, FusionUViTConfig
 from ifvit.models.weights import WeightsInfo, run_of
+from ifvit.sampling.config import flatten_settings
 from ifvit.shards import ShardError, read_manifest
 
 _HEAD = """\
@@ -125,7 +126,7 @@ def _describe_row(row: Mapping[str, Any]) -> str:
         for name, entry in row.items()
         if isinstance(entry, dict) and "standard_error" in entry
     }
-    return _table(measured) + "\nProtocol:\n" + _table(row["protocol"])
+    return _table(measured) + "\nProtocol:\n" + _table(flatten_settings(row["protocol"]))
 
 
 def _table(rows: Mapping[str, object]) -> str:

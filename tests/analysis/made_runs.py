@@ -13,6 +13,7 @@ from ifvit.evaluation.rows import FOLDER, row_url, samples_url
 from ifvit.images import Pixels, encode_png
 from ifvit.models.config import BackboneConfig
 from ifvit.models.presets import PRESETS
+from ifvit.sampling.config import SamplingConfig, nest_settings
 from ifvit.sampling.grid import make_grid
 
 PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
@@ -29,13 +30,7 @@ def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsR
         num_samples=500,
         caption_rule="first",
         score_caption="same",
-        solver="dpm_solver_pp",
-        num_steps=25,
-        guidance_scale=2.0,
-        guidance_low=0.0,
-        guidance_high=999.0,
-        method="plain",
-        seed=0,
+        sampling=SamplingConfig(num_steps=25).settings,
         image_size=64,
         resize="center_crop+lanczos",
         prompts_sha256="a" * 64,
@@ -52,7 +47,7 @@ def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsR
         weights_sha256="d" * 64,
         step=step,
         ema_decay=0.999,
-        protocol=dataclasses.replace(protocol, **changes),
+        protocol=Protocol(**nest_settings(protocol.facts | changes)),
         frechet_distance=estimate(0.12),
         clip_score=estimate(0.61),
         clip_score_paper=estimate(1.52),

@@ -272,12 +272,7 @@ def summarise(setting: str) -> AttentionSummary:
         protocol=AttentionProtocol(
             num_prompts=NUM_PROMPTS,
             prompts_sha256="1" * 64,
-            solver="dpm_solver_pp",
-            num_steps=3,
-            guidance_scale=3.0,
-            guidance_low=0.0,
-            guidance_high=999.0,
-            seed=7,
+            sampling=SAMPLING.settings,
             trim=1,
         ),
         layers=record_layers(backbone, PROMPTS, build_config()),

@@ -17,13 +17,15 @@ from ifvit.evaluation.metrics import (
 )
 from ifvit.evaluation.protocol import Protocol, differences
 from ifvit.evaluation.rows import main_series, read_rows, row_url, samples_url
+from ifvit.sampling.config import SamplingConfig
 
 SCORE = estimate_mean(np.array([0.2, 0.3]))
 
 
 def build_row(name: str = "matched", scale: float = 2.0, step: int = 500) -> MetricsRow:
     values = dict.fromkeys(field.name for field in dataclasses.fields(Protocol))
-    protocol = Protocol(**{**values, "name": name, "guidance_scale": scale, "solver": "ddim"})
+    sampling = SamplingConfig(guidance_scale=scale).settings
+    protocol = Protocol(**{**values, "name": name, "sampling": sampling})
     return MetricsRow(
         weights="run",
         weights_sha256="a" * 64,
@@ -76,11 +78,14 @@ def test_protocols_differ_in_all_but_names_and_say_so_in_words() -> None:
     one = build_row("a").protocol
     same = dataclasses.replace(one, name="b", features="/copies/clip", inception="here.pt")
     assert differences(one, same) == []
-    other = dataclasses.replace(one, seed=7, solver="unipc", features_sha256="f" * 64)
+    sampling = SamplingConfig(solver="unipc", seed=7, method="regulate").settings
+    other = dataclasses.replace(one, sampling=sampling, features_sha256="f" * 64)
     assert differences(one, other) == [
-        "seed none against 7",
-        "solver ddim against unipc",
         f"features hash none against {'f' * 12}",
+        "solver dpm_solver_pp against unipc",
+        "method plain against regulate",
+        "seed 0 against 7",
+        f"regulation none against {sampling['regulation']}",
     ]
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from untrained import save_untrained
 
+from ifvit import storage
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.images import decode_png
+from ifvit.sampling.alignment.config import DateConfig
 from ifvit.sampling.config import GenerateConfig
 from ifvit.sampling.generate import generate
 from ifvit.shards import EncoderIdentity
@@ -103,6 +105,18 @@ def test_images_of_other_settings_are_not_mixed_in(
     with pytest.raises(UserError, match=f"holds samples of another {named}"):
         generate(build_config(weights, tmp_path, **change))
     generate(build_config(weights, tmp_path, batch_size=1))
+
+
+def test_settings_of_methods_that_do_not_act_tell_no_images_apart(
+    weights: str, tmp_path: Path
+) -> None:
+    generate(build_config(weights, tmp_path))
+    generate(build_config(weights, tmp_path, date=DateConfig(radius=9.0)))
+    # As folders said it before such settings were left out.
+    url = str(tmp_path / "out/settings.json")
+    idle = {"date": {"radius": 0.5}, "regulation": {"blocks": None}}
+    storage.write_json(url, storage.read_json(url) | idle)
+    generate(build_config(weights, tmp_path))
 
 
 def test_another_encoder_than_that_of_the_training_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate, MetricsRow, Protocol, write_row
 from ifvit.evaluation.rows import FOLDER, row_url
+from ifvit.sampling.config import SamplingConfig
 from ifvit.side_channel import SideChannel
 from ifvit.storage import join, list_names, remove
 from ifvit.training.checkpoint import Checkpoint, fetch_newest, open_tensors, step_url
@@ -392,7 +393,8 @@ def test_kept_are_the_newest_every_mth_and_the_best(
 def test_the_best_evaluation_keeps_its_checkpoint(run: str) -> None:
     retention = Retention(last=1, metric="frechet_distance")
     unmeasured = dict.fromkeys(MetricsRow.__dataclass_fields__)
-    protocol = Protocol(**dict.fromkeys(Protocol.__dataclass_fields__))  # type: ignore[arg-type]
+    unknown = dict.fromkeys(Protocol.__dataclass_fields__)
+    protocol = Protocol(**{**unknown, "sampling": SamplingConfig().settings})  # type: ignore[arg-type]
     for step, distance in ((1, 9.0), (2, 5.0), (3, 7.0)):
         found = Estimate(value=distance, standard_error=0.1, num_samples=9, low=0.0, high=9.9)
         row = {**unmeasured, "step": step, "frechet_distance": found, "protocol": protocol}
