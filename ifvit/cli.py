@@ -212,7 +212,7 @@ VERBS = {
     ),
     "submit pipeline": Verb(
         "slurm.config:PipelineConfig",
-        "slurm.submit:submit_pipeline",
+        "slurm.pipeline:submit_pipeline",
         "encode, train, evaluate and report as jobs that wait for each other",
     ),
     "submit status": Verb(

@@ -71,13 +71,15 @@ class ClusterConfig:
         return replace(self, nodes=1, tasks_per_node=1, gpus_per_node=min(1, self.gpus_per_node))
 
 
-def sbatch_parameters(cluster: ClusterConfig, name: str, folder: Path) -> dict[str, Any]:
-    """What submitit turns into the sbatch script of a job called `name`.
+def sbatch_parameters(
+    cluster: ClusterConfig, name: str, folder: Path, code: Path
+) -> dict[str, Any]:
+    """What submitit turns into the sbatch script of a job called `name`, its files in `folder`.
 
-    The script runs the tasks from the snapshot in `folder`/code; when they have ended it calls
+    The script runs the tasks from the snapshot `code`; when they have ended it calls
     `slurm.supervise`, which decides whether the job is requeued.
     """
-    code, script_python = folder / "code", shlex.quote(sys.executable)
+    script_python = shlex.quote(sys.executable)
     srun_args = [
         f"--cpus-per-task={cluster.cpus_per_task}",  # since 22.05 srun does not take sbatch's
         f"--wait={cluster.exit_wait_s}",
@@ -107,6 +109,8 @@ def sbatch_parameters(cluster: ClusterConfig, name: str, folder: Path) -> dict[s
             # SIGTERM must not end the script before it has supervised the end of its tasks.
             "trap : TERM",
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            # `python -m` looks first where one has submitted, which may be a checkout edited since.
+            "export PYTHONSAFEPATH=1",
             *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()),
             *cluster.setup,
         ],

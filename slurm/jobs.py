@@ -2,7 +2,8 @@
 
 import signal
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -33,6 +34,8 @@ class VerbJob:
     run: str
     """Folder whose growing content shows the job's progress: a run or a dataset."""
     cluster: ClusterConfig
+    last_weights: Mapping[str, str] = field(default_factory=dict)
+    """Run => folder of the weights that it ends with, of runs that may have failed."""
 
     def __call__(self) -> None:
         """Run the verb; a user's mistake is one line and exit code 2, as on the command line."""
@@ -43,10 +46,21 @@ class VerbJob:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         module, name = self.function.split(":")
         try:
-            getattr(import_module(module), name)(self.config)
+            getattr(import_module(module), name)(self._without_failed_runs())
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(2)
+
+    def _without_failed_runs(self) -> Any:
+        """The recipe without the runs that lack their last weights, each of which is named."""
+        failed = [run for run, url in self.last_weights.items() if not storage.list_names(url)]
+        if not failed:
+            return self.config
+        sys.stdout.write(f"left out, since training did not end: {', '.join(failed)}\n")
+        there = [run for run in self.config.runs if run not in failed]
+        if not there:
+            raise UserError(f"{self.run}: none of the runs was trained to its end")
+        return replace(self.config, runs=there)
 
     def progress(self) -> str:
         """A text that changes whenever something more has been finished for good."""

@@ -1,9 +1,11 @@
 """One call of `ifvit submit`: a snapshot of the code, a folder, and the jobs that use both."""
 
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from slurm.cluster import ClusterConfig, sbatch_parameters
 from slurm.config import SubmitConfig
 from slurm.jobs import VerbJob
 from slurm.records import JobRecord, SubmissionRecord, write_record
-from slurm.snapshot import Revision, take_snapshot
+from slurm.snapshot import Revision, read_revision, take_snapshot
 
 _NEVER_MIND_TIMEOUTS = 1_000_000  # submitit's own limit; slurm.supervise decides instead
 
@@ -33,30 +35,38 @@ class Submission:
         root = Path(config.cluster.folder).expanduser().absolute()
         stem = f"{self._submitted:%Y-%m-%dT%H-%M-%S}_{name}_"
         if config.dry_run:
-            self.folder = root / stem
+            self.folder, self._code = root / stem, root / "code"
             self._revision = Revision(commit="", diff="")
             return
-        root.mkdir(parents=True, exist_ok=True)
+        self._code = take_snapshot(root / "code")
         self.folder = Path(tempfile.mkdtemp(prefix=stem, dir=root))
-        self._revision = take_snapshot(self.folder / "code")
+        self._revision = read_revision()
 
-    def add(self, jobs: Sequence[VerbJob], after: Sequence[str] = ()) -> list[str]:
-        """Submit jobs of one shape, several as an array, to start once `after` have succeeded.
+    def add(
+        self, jobs: Sequence[VerbJob], after: Sequence[str] = (), ended: Sequence[str] = ()
+    ) -> list[str]:
+        """Submit jobs of one shape, several as an array.
 
-        Returns their ids. Raises UserError when SLURM is not there or refuses, or when a job that
-        is run here fails.
+        They start once the jobs `after` have succeeded and the jobs `ended` have ended, however;
+        they are cancelled when one of the former fails. Returns their ids. Raises UserError when
+        SLURM is not there or refuses, which takes back the whole submission, or when a job that is
+        run here fails.
         """
-        parameters = sbatch_parameters(jobs[0].cluster, f"ifvit-{jobs[0].verb}", self.folder)
-        if after:
-            parameters["dependency"] = f"afterok:{':'.join(after)}"
+        name = f"ifvit-{jobs[0].verb}"
+        parameters = sbatch_parameters(jobs[0].cluster, name, self.folder, self._code)
+        waits = {"afterok": after, "afterany": ended}
+        dependency = ",".join(f"{how}:{':'.join(ids)}" for how, ids in waits.items() if ids)
+        if dependency:
+            parameters["dependency"] = dependency
             parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
         if self._config.dry_run:
             sys.stdout.write(self._script(parameters, len(jobs)) + "\n")
-            return [f"<{jobs[0].verb}>"]
+            return [f"<{job.verb}_{number}>" for number, job in enumerate(jobs)]
         executor = self._executor(jobs[0].cluster, parameters)
         try:
             submitted = executor.submit_array(jobs)
         except FailedJobError as error:
+            self._take_back()
             raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
         ids = [str(job.job_id) for job in submitted]
         self._record(jobs, ids)
@@ -117,8 +127,15 @@ class Submission:
             executor=self._config.executor,
             jobs=self._jobs,
         )
-        for home in {self._home, *(job.run for job in jobs)}:
-            write_record(home, record, self._revision.diff)
+        write_record(self._home, record, self._revision.diff)
+        for run in {job.run for job in jobs} - {self._home}:
+            own = [job for job in self._jobs if job.run == run]
+            write_record(run, replace(record, jobs=own), self._revision.diff)
+
+    def _take_back(self) -> None:
+        """Half a pipeline is of no use."""
+        if self._jobs:
+            subprocess.run(["scancel", *(job.job_id for job in self._jobs)], check=True)
 
     def _say(self, ids: Sequence[str], job: VerbJob) -> None:
         cluster = job.cluster

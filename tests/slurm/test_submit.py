@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -16,10 +18,11 @@ from ifvit.errors import UserError
 from slurm.cluster import ClusterConfig, sbatch_parameters
 from slurm.config import PipelineConfig, SubmitSweepConfig, SubmitTrainConfig
 from slurm.jobs import VerbJob, load_job
+from slurm.pipeline import submit_pipeline
 from slurm.records import read_records
 from slurm.snapshot import PACKAGES, ROOT, take_snapshot
 from slurm.submission import Submission
-from slurm.submit import expand_axes, submit_pipeline, submit_train
+from slurm.submit import expand_axes, submit_train
 
 CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
 TRAIN = str(ROOT / "configs" / "train" / "coco256_early.yaml")
@@ -84,7 +87,7 @@ def test_shipped_clusters_make_scripts(file: Path, capsys: pytest.CaptureFixture
 
 def test_a_container_reaches_srun() -> None:
     cluster = ClusterConfig(container_image="ifvit.sqsh", container_mounts="/data:/data")
-    arguments = sbatch_parameters(cluster, "x", Path("/jobs"))["srun_args"]
+    arguments = sbatch_parameters(cluster, "x", Path("/jobs"), Path("/code"))["srun_args"]
     assert {"--container-image=ifvit.sqsh", "--container-mounts=/data:/data"} < set(arguments)
 
 
@@ -109,20 +112,30 @@ def test_the_papers_pipeline_waits_for_what_it_needs(
     for job in text.split("#!/bin/bash")[1:]:
         options = dict(re.findall(r"#SBATCH --([\w-]+)='?(.*?)'?\n", job))
         size = int(options.get("array", "0-0%1").split("-")[1].split("%")[0]) + 1
-        after = options.get("dependency", "").removeprefix("afterok:")
-        plan.append((options["job-name"].removeprefix("ifvit-"), size, after))
-    drawn = [("evaluate", 72, "<train>:<reference>"), ("evaluate", 18, "<evaluate>")]
-    assert plan == [
-        ("encode", 16, ""),
-        ("encode", 8, ""),
-        ("train", 18, "<encode>:<encode>"),
-        ("reference", 1, ""),
-        *drawn,
-        *drawn,
-        ("count", 1, "<train>"),
-        ("attention", 1, "<train>"),
-        ("paper", 1, "<evaluate>:<evaluate>:<count>:<attention>"),
+        plan.append((options["job-name"].removeprefix("ifvit-"), size, waits(options)))
+    data = {"afterok": Counter(encode=24)}
+    measured = [
+        ("evaluate", 4, {"afterok": Counter(train=1, reference=1)}),
+        ("evaluate", 1, {"afterok": Counter(evaluate=4)}),
     ]
+    analysed = data | {"afterany": Counter(train=18)}
+    everything = Counter(train=18, evaluate=2 * 18, count=1, attention=1)
+    assert plan == [
+        ("encode", 16, {}),
+        ("encode", 8, {}),
+        ("train", 18, data),
+        ("reference", 1, {}),
+        *(2 * 18 * measured),
+        ("count", 1, analysed),
+        ("attention", 1, analysed),
+        ("paper", 1, data | {"afterany": everything}),
+    ]
+
+
+def waits(options: dict[str, str]) -> dict[str, Counter[str]]:
+    """`afterok:<train_0>:<train_1>` => afterok, two of train."""
+    conditions = [c.split(":") for c in options.get("dependency", "").split(",") if c]
+    return {how: Counter(re.sub(r"<|_\d+>", "", i) for i in ids) for how, *ids in conditions}
 
 
 def test_the_folder_of_a_sweep_stands_for_its_runs(
@@ -130,7 +143,7 @@ def test_the_folder_of_a_sweep_stands_for_its_runs(
 ) -> None:
     submitted: list[VerbJob] = []
 
-    def remember(self: Submission, jobs: list[VerbJob], after: list[str] = ()) -> list[str]:
+    def remember(self: Submission, jobs: list[VerbJob], *waits: list[str]) -> list[str]:
         submitted.extend(jobs)
         return [job.verb for job in jobs]
 
@@ -168,20 +181,38 @@ def test_an_axis_over_an_unknown_field_is_refused(field: str) -> None:
         expand_axes(config)
 
 
-def test_a_snapshot_runs_without_the_checkout(tmp_path: Path) -> None:
-    revision = take_snapshot(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(PACKAGES)
-    assert re.fullmatch(r"[0-9a-f]{40}|", revision.commit)
-    program = "import slurm.jobs, ifvit; print(slurm.jobs.__file__, ifvit.__file__)"
-    done = subprocess.run(
-        [ClusterConfig().python, "-c", program],
-        env={"PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
+def test_a_job_runs_the_snapshot_even_where_a_checkout_lies(tmp_path: Path) -> None:
+    code = take_snapshot(tmp_path)
+    setup = sbatch_parameters(ClusterConfig(), "x", tmp_path, code)["setup"]
+    python = shlex.quote(ClusterConfig().python)
+    program = f"{python} -m slurm.supervise {tmp_path}/nowhere 1"
+    ran = subprocess.run(
+        ["bash", "-c", "\n".join([*setup, program])],
+        env={"SLURM_JOB_ID": "7"},
+        cwd=ROOT,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert done.stdout.count(str(tmp_path)) == 2
+    assert f'File "{code}/slurm/supervise.py"' in ran.stderr  # of the traceback
+    assert str(ROOT / "slurm") not in ran.stderr
+
+
+def test_equal_code_has_one_snapshot_and_edited_code_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in PACKAGES:
+        (tmp_path / "checkout" / package).mkdir(parents=True)
+    module = tmp_path / "checkout" / "slurm" / "jobs.py"
+    module.write_text("first")
+    monkeypatch.setattr("slurm.snapshot.ROOT", tmp_path / "checkout")
+    first = take_snapshot(tmp_path / "code")
+    assert take_snapshot(tmp_path / "code") == first
+    module.write_text("second")
+    second = take_snapshot(tmp_path / "code")
+    assert (first / "slurm" / "jobs.py").read_text() == "first"
+    assert (second / "slurm" / "jobs.py").read_text() == "second"
+    assert sorted((tmp_path / "code").iterdir()) == sorted([first, second])
 
 
 def test_without_slurm_the_remedy_is_named(
