@@ -7,7 +7,7 @@ processes share the work, nor on the size of a micro-batch, nor on how often the
 
 import math
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ Array = NDArray[Any]
 Words = TypeVar("Words", Tensor, Array)
 
 
+@unique
 class Stream(IntEnum):
     """What a draw is for; two streams of the same sample are independent."""
 

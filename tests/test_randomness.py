@@ -72,7 +72,21 @@ def test_moments_are_those_of_the_distribution() -> None:
     assert u.mean().item() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / size))
 
 
+@pytest.mark.parametrize("word", [0, 2**32 - 1])
+def test_the_outermost_random_bits_give_finite_numbers(
+    word: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ifvit.randomness._words", lambda *_: torch.full((1, 8), word))
+    assert normal(0, 0, torch.arange(1), Stream.NOISE, (8,)).isfinite().all()
+    assert 0 <= uniform(0, 0, torch.arange(1), Stream.NOISE, 8).max() < 1
+
+
 def test_a_permutation_holds_everything_once() -> None:
     order = permutation(7, 2, 1000)
     assert sorted(order.tolist()) == list(range(1000))
-    assert not torch.equal(order, permutation(7, 3, 1000))
+    others = [
+        permutation(7, 3, 1000),
+        permutation(7, 2, 1000, Stream.SHARD_ORDER),
+        permutation(7, 2, 1000, start=1000),
+    ]
+    assert not any(torch.equal(order, other) for other in others)

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from ifvit.diffusion.objective import NoisePrediction
 from ifvit.diffusion.schedule import NoiseSchedule, alphas_cumprod
-from ifvit.randomness import Stream, uniform
+from ifvit.randomness import Stream, normal, uniform
 
 POSITIONS = torch.arange(64)
 CONTEXT = torch.zeros(64, 3, 5)
@@ -34,9 +35,12 @@ def test_a_denoiser_that_knows_the_latents_has_no_loss() -> None:
 
 def test_predicting_nothing_costs_the_variance_of_the_noise() -> None:
     moments = torch.zeros(64, 8, 8, 8)
-    losses = objective()(lambda x, t, c: torch.zeros_like(x), moments, CONTEXT, 0, POSITIONS)
+    nothing = torch.zeros((), requires_grad=True)
+    losses = objective()(lambda x, t, c: x * nothing, moments, CONTEXT, 0, POSITIONS)
     assert losses.total.item() == pytest.approx(1.0, abs=0.05)
     assert losses.per_sample.mean().item() == pytest.approx(losses.total.item(), rel=1e-6)
+    assert losses.total.requires_grad
+    assert not losses.per_sample.requires_grad
 
 
 def test_every_visit_draws_the_posterior_anew_with_its_own_deviation() -> None:
@@ -47,6 +51,44 @@ def test_every_visit_draws_the_posterior_anew_with_its_own_deviation() -> None:
     assert not torch.equal(first, second)
     assert first.mean().item() == pytest.approx(1.0, abs=0.05)
     assert first.std().item() == pytest.approx(1.5, rel=0.05)
+
+
+def test_every_step_draws_time_and_noise_anew_apart_from_the_posterior() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        seen.append((x_t, timesteps))
+        return x_t
+
+    moments = torch.zeros(64, 8, 8, 8)
+    draws = []
+    for step in range(2):
+        objective()(spy, moments, CONTEXT, step, POSITIONS)
+        x_t, timesteps = seen[step]
+        abar = alphas_cumprod()[timesteps].float().view(-1, 1, 1, 1)
+        x_0 = objective().draw_latents(moments, step, POSITIONS)
+        draws += [x_0, (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()]
+    correlations = torch.stack(draws).flatten(1).corrcoef()
+    assert (correlations - torch.eye(4)).abs().max() < 4 / math.sqrt(moments.numel() / 2)
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_the_posterior_is_that_of_the_autoencoder() -> None:
+    mean = torch.zeros(64, 4, 8, 8)
+    logvar = torch.linspace(-100, 100, 64).view(-1, 1, 1, 1).expand_as(mean)
+    moments = torch.cat([mean, logvar], dim=1)
+    noise = normal(11, 0, POSITIONS, Stream.POSTERIOR, (4, 8, 8))
+    expected = DiagonalGaussianDistribution(moments).std * noise
+    torch.testing.assert_close(
+        objective().draw_latents(moments, 0, POSITIONS), expected, atol=0, rtol=1e-6
+    )
+
+
+def test_moments_in_half_precision_lose_nothing_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.randn(64, 8, 8, 8, generator=generator).half()
+    drawn = objective().draw_latents(moments, 0, POSITIONS)
+    assert torch.equal(drawn, objective().draw_latents(moments.float(), 0, POSITIONS))
 
 
 def test_timesteps_cover_the_whole_range_evenly() -> None:

@@ -29,3 +29,21 @@ def test_noising_preserves_variance_and_interpolates_data_and_noise() -> None:
     abar = alphas_cumprod()[timesteps].view(3, 1, 1, 1)
     expected = abar.sqrt() + 2 * (1 - abar).sqrt()
     assert torch.allclose(x_t.double(), expected.expand_as(x_t), atol=1e-6)
+
+
+@pytest.mark.parametrize("t", [0, 250, 998, 999])
+def test_removing_the_noise_undoes_adding_it(t: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = torch.randn(2, 3, 4, 2, 2, generator=generator)
+    schedule, timesteps = NoiseSchedule(), torch.full((3,), t)
+    x_t = schedule.add_noise(x_0, noise, timesteps)
+    assert torch.allclose(schedule.remove_noise(x_t, noise, timesteps), x_0, atol=1e-4)
+
+
+def test_between_integers_sigma_over_alpha_is_interpolated() -> None:
+    times = torch.tensor([0.25, 500.5, 998.75], dtype=torch.float64)
+    low = times.long()
+    ratios = ((1 - alphas_cumprod()) / alphas_cumprod()).sqrt()
+    ratio = ratios[low] + (times - low) * (ratios[low + 1] - ratios[low])
+    clean = NoiseSchedule().remove_noise(torch.zeros(3, 1), torch.ones(3, 1), times)
+    assert torch.allclose(clean[:, 0].double(), -ratio, rtol=1e-5)
