@@ -38,6 +38,14 @@ def test_a_draw_depends_on_its_position_and_not_on_its_neighbours() -> None:
     assert torch.equal(normal(5, 17, torch.arange(10), Stream.NOISE, (6,)), together.flatten(1))
 
 
+def test_normal_numbers_are_box_and_mullers_of_the_published_words() -> None:
+    first, second, *_ = philox(torch.tensor([[0, 3, 17, Stream.NOISE]]), 5)[0].tolist()
+    radius = math.sqrt(-2 * math.log(((first >> 8) + 1) / 2**24))
+    angle = 2 * math.pi * (second >> 8) / 2**24
+    drawn = normal(5, 17, torch.tensor([3]), Stream.NOISE, (2,))[0]
+    assert drawn.tolist() == pytest.approx([radius * math.cos(angle), radius * math.sin(angle)])
+
+
 def test_numpy_draws_what_torch_draws() -> None:
     positions = torch.tensor([0, 1, 7, 2**31, 2**32 - 1])
     for seed in (0, 1234, 2**40 + 7):
