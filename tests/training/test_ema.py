@@ -1,9 +1,16 @@
 """The averaged weights."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
+from ifvit.models.build import build_backbone
+from ifvit.models.weights import load_weights
+from ifvit.training.config import TrainConfig
 from ifvit.training.ema import EMA
+from ifvit.training.train import train
 
 
 def test_average_is_the_closed_form_of_its_recursion() -> None:
@@ -29,3 +36,26 @@ def test_average_does_not_follow_the_parameters_by_itself() -> None:
     ema = EMA([parameter], decay=0.5)
     parameter.fill_(7.0)
     assert ema.shadows[0].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_run_exports_the_averages_of_its_weights_also_behind_a_restart(
+    recipe: Callable[..., TrainConfig],
+) -> None:
+    config = recipe(max_steps=6, checkpoint_every=1, ema_decays=(0.9, 0.5))
+    train(replace(config, max_steps=3))
+    train(config)
+    torch.manual_seed(config.seed)
+    first = build_backbone(config.backbone).state_dict()
+    averages = {"ema": (0.9, first), "ema_0.5": (0.5, first)}
+    for step in range(1, 7):
+        folder = f"{config.run}/weights/step_{step:08d}"
+        backbone, info = load_weights(f"{folder}/raw")
+        assert (info.step, info.ema_decay) == (step, None)
+        weights = backbone.state_dict()
+        for kind, (decay, before) in averages.items():
+            average = {n: decay * before[n] + (1 - decay) * weights[n] for n in weights}
+            averages[kind] = (decay, average)
+            exported, info = load_weights(f"{folder}/{kind}")
+            assert (info.step, info.ema_decay) == (step, decay)
+            torch.testing.assert_close(dict(exported.state_dict()), average)
+    assert not torch.allclose(averages["ema"][1]["pos_embed"], weights["pos_embed"])

@@ -94,6 +94,24 @@ def test_fp16_skips_what_its_scale_makes_overflow_and_comes_close_to_fp32(
     assert table[8]["loss_scale"] == TOO_LARGE["value"] / 2 ** table[8]["overflows"]
 
 
+def test_a_resumed_run_in_fp16_goes_on_with_its_loss_scale(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = {**TOO_LARGE, "value": 2.0**22}
+    monkeypatch.setattr(LossScale, "__init__", lambda self: vars(self).update(start))
+    whole, broken = (
+        recipe(name, engine=EngineConfig(precision="fp16")) for name in ("whole", "broken")
+    )
+    train(whole)
+    train(replace(broken, max_steps=6))
+    train(broken)
+    table, expected = rows(broken), rows(whole)
+    for key in ("loss", "loss_scale", "overflows"):
+        assert [row[key] for row in table.values()] == [row[key] for row in expected.values()]
+    # So that Adam has counted fewer updates than steps, and made some of them.
+    assert 0 < table[8]["overflows"] < 5
+
+
 TOO_LARGE = {"value": 2.0**40, "finite_updates": 0, "overflows": 0}
 
 

@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_dataset
 from run_files import losses, rows
 
 from ifvit.config import dump_config
 from ifvit.errors import UserError
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
-from ifvit.training.optim import learning_rate
+from ifvit.training.optim import build_optimizer, learning_rate
 from ifvit.training.train import train
 
 Recipe = Callable[..., TrainConfig]
@@ -74,6 +75,24 @@ def test_rate_falls_linearly_to_zero_over_the_cooldown() -> None:
     optim = OptimConfig(learning_rate=1.0, warmup_steps=2, cooldown_steps=4)
     rates = [learning_rate(step, 10, optim) for step in range(11)]
     assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_the_first_update_is_adamws_with_decay_on_every_parameter() -> None:
+    config = OptimConfig(weight_decay=0.2, betas=(0.7, 0.6))
+    parameters = [torch.full((3,), 4.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)]
+    optimizer = build_optimizer(parameters, config)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 3.0)
+    optimizer.step()
+    for parameter, before in zip(parameters, (4.0, -2.0), strict=True):
+        # Corrected for their zero start the moments are g and g^2, and their quotient is 1.
+        expected = (1 - 0.5 * 0.2) * before - 0.5
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected))
+        moments = optimizer.state[parameter]
+        torch.testing.assert_close(moments["exp_avg"], torch.full_like(parameter, 0.3 * 3.0))
+        torch.testing.assert_close(moments["exp_avg_sq"], torch.full_like(parameter, 0.4 * 9.0))
 
 
 @pytest.mark.distributed
