@@ -30,12 +30,14 @@ _MAY_DIFFER = ("run", "seed", "backbone.conditioning", "backbone.num_")
 def report_paper(config: PaperConfig) -> None:
     """Write OUTPUT/paper.html, and each table as CSV, each figure as PNG and CSV, beside it.
 
-    What the runs lack is a named hole. Raises UserError for no runs, runs that make no setting, a
-    baseline or series that there is not, and files that are broken.
+    What the runs lack is a named hole; a run without weights, whose training failed, is left out
+    by name. Raises UserError for no runs, runs that make no setting, a baseline or series that
+    there is not, and files that are broken.
     """
     if not config.runs:
         raise UserError("report paper: no runs given; name at least one run folder")
-    runs = read_runs(config.runs)
+    found = read_runs(config.runs)
+    runs = [run for run in found if run.backbone] or found
     sheet = make_sheet(runs, config.series)
     baseline = _choose_baseline(sheet, config.baseline)
     best = _choose_best(sheet, baseline)
@@ -63,7 +65,10 @@ def report_paper(config: PaperConfig) -> None:
         tables=tables,
         claims=claims,
         exhibits=[(e, inline_bytes(e.png) if e.png and not e.panels else None) for e in exhibits],
-        excluded=list(dict.fromkeys(sheet.excluded + curves.excluded)),
+        excluded=[
+            *(f"{run.name} is left out: it has no weights" for run in found if run not in runs),
+            *dict.fromkeys(sheet.excluded + curves.excluded),
+        ],
         differences=[
             line.title
             for line in recipe_differences(runs)

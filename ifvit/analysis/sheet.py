@@ -122,11 +122,11 @@ def _of_series(run: Run, series: str) -> list[MetricsRow]:
 
 
 def _exclusion(run: Run, series: str, reference: MetricsRow) -> str:
-    """Why a run's numbers are not the reference's kin; empty if they are, or if it has none."""
+    """Why a run's numbers are not the reference's kin; empty if they are."""
     rows = _of_series(run, series)
     if not rows:
         others = ", ".join(sorted({series_of(row.protocol) for row in run.rows}))
-        return f"evaluated as {others}, not as {series}" if others else ""
+        return f"evaluated as {others}, not as {series}" if others else "it was not evaluated"
     same_step = [row for row in rows if row.step == reference.step]
     return "; ".join(_reasons((same_step or rows)[-1], reference))
 

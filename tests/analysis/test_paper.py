@@ -229,6 +229,18 @@ def test_a_run_that_was_evaluated_otherwise_is_left_out_and_the_page_says_why(
     assert "num steps 50 against 25" in render([*runs, str(other)], tmp_path / "sheet")
 
 
+def test_runs_that_failed_are_named_and_the_others_stand(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path / "runs", settings=[0], num_seeds=1)
+    failed, unmeasured = tmp_path / "runs/failed", tmp_path / "runs/unmeasured"
+    (failed / "jobs").mkdir(parents=True)
+    write_training(unmeasured, read_runs(runs)[0].backbone or PRESETS["tiny"])
+    page = render([str(failed), *runs, str(unmeasured)], tmp_path / "sheet")
+    assert ">failed is left out: it has no weights" in page
+    assert "unmeasured is not compared: it was not evaluated" in page
+    with pytest.raises(UserError, match="failed/weights: no backbone"):
+        render([str(failed)], tmp_path / "none")
+
+
 def test_the_series_is_the_fullest_then_the_one_nearest_to_the_papers(tmp_path: Path) -> None:
     runs = write_runs(tmp_path, settings=[0], num_seeds=1)
     sheet = sheet_of(runs)
