@@ -11,7 +11,7 @@ from ifvit.config import dump_config, read_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.models.presets import CLASS_PRESETS, PRESETS
-from ifvit.training.config import TrainConfig
+from ifvit.training.config import OptimConfig, TrainConfig
 from slurm.config import PipelineConfig, SweepConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -31,6 +31,49 @@ def test_a_recipe_is_accepted_and_survives_a_round_trip(
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_config(config))
     assert read_config(cls, ["--config", str(copy)], prog="test") == config
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (TrainConfig, "train/coco256_early"),
+        (TrainConfig, "train/coco256_intermediate"),
+        (SweepConfig, "sweep/coco256_paper"),
+    ],
+)
+def test_the_papers_recipes_are_its_table_3(cls: type[TrainConfig], name: str) -> None:
+    config = read_config(cls, ["--config", str(CONFIGS / f"{name}.yaml")], prog="test")
+    fusion = ("conditioning", "num_image_blocks", "num_text_blocks")
+    setting = {field: getattr(config.backbone, field) for field in fusion}
+    assert config.backbone == dataclasses.replace(PRESETS["small"], **setting)
+    assert config.optim == OptimConfig(
+        learning_rate=2e-4,
+        weight_decay=0.03,
+        betas=(0.9, 0.9),
+        warmup_steps=5000,
+        cooldown_steps=0,
+        max_grad_norm=None,
+    )
+    assert (config.seed, config.max_steps, config.global_batch_size) == (1234, 1_000_000, 256)
+    assert (config.scaling_factor, config.caption_dropout) == (0.23010, 0.1)
+    # What the paper takes over from U-ViT without saying so.
+    assert (config.ema_decays, config.min_snr_gamma, config.random_flip) == ((0.9999,), None, False)
+
+
+@pytest.mark.parametrize("name", ["coco2014_fid30k", "paper_compat"])
+def test_the_papers_protocols_draw_30_000_random_captions_at_its_scale_of_1(name: str) -> None:
+    words = ["--weights", "w", "--shards", "s", "--protocol", name]
+    protocol = read_config(EvaluateConfig, words, prog="test").protocol
+    sampling = protocol.sampling
+    assert (protocol.num_samples, protocol.caption_rule) == (30_000, "random")
+    assert (sampling.solver, sampling.num_steps) == ("dpm_solver_pp_fast", 50)
+    assert (sampling.guidance_scale, sampling.method) == (1.0 + 1.0, "plain")
+    assert (protocol.clip, protocol.paper_prefix) == (
+        "openai/clip-vit-large-patch14",
+        "A photo depicts ",
+    )
+    # The paper's script scores an image against the first caption, whichever was drawn.
+    assert (protocol.score_caption == "first") == (name == "paper_compat")
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("protocol/*.yaml")])
