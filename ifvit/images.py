@@ -26,9 +26,12 @@ class DecodedImage:
 def read_square(file: Path | BinaryIO, image_size: int) -> DecodedImage:
     """Read an image file as RGB, crop its centre square and resize that to `image_size`.
 
-    Raises whatever PIL raises for a file that is missing, cut short or no image.
+    A rotation in its EXIF data is not applied (as in U-ViT). Raises whatever PIL raises for a file
+    that is missing, cut short or no image, and OSError for one of more than 8 bits.
     """
     with Image.open(file) as opened:
+        if opened.mode.startswith(("I", "F")):  # of which PIL would make white
+            raise OSError(f"mode {opened.mode} has more than 8 bits; convert it to 8")
         image = opened.convert("RGB")
     square = resize(center_crop(image), image_size)
     return DecodedImage(pixels=np.asarray(square), width=image.width, height=image.height)

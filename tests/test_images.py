@@ -47,6 +47,16 @@ def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert (decoded.width, decoded.height) == (12, 9)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_are_refused_and_not_clipped_to_white(
+    tmp_path: Path, dtype: type[np.generic]
+) -> None:
+    path = tmp_path / "image.tiff"
+    Image.fromarray(np.arange(256).reshape(16, 16).astype(dtype)).save(path)
+    with pytest.raises(OSError, match="more than 8 bits"):
+        read_square(path, 8)
+
+
 def test_pixels_map_to_minus_one_and_one_exactly() -> None:
     pixels = np.array([0, 255, 51], dtype=np.uint8).reshape(1, 1, 1, 3)
     images = to_model_range(pixels)

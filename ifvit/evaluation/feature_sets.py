@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ifvit.errors import UserError
 from ifvit.evaluation.frechet import (
     FeatureNetwork,
     Features,
@@ -52,6 +53,7 @@ def collect_features(
 
     `batches` uint8 (B, H, W, 3) are this process's images, `positions` where they stand among all.
     Of network `name` the features of the positions `parts[name]` are kept, in that order.
+    Raises UserError for features that are not finite, which make every number meaningless.
     """
     collectors = {name: _Collector(parts[name]) for name in networks}
     start = 0
@@ -59,6 +61,8 @@ def collect_features(
         images = to_model_range(pixels, device)
         for name, network in networks.items():
             features = network(images).float().cpu().numpy()
+            if not np.isfinite(features).all():
+                raise UserError(f"{name}: features are not finite; its weights are damaged")
             collectors[name].add(positions[start : start + len(pixels)], features)
         start += len(pixels)
     return {name: collector.finish(channel) for name, collector in collectors.items()}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ifvit.errors import UserError
 from ifvit.images import Pixels, to_pixels
 from ifvit.models.autoencoder import Autoencoder
 from ifvit.models.backbone import Backbone, EncodedCondition
@@ -67,7 +68,8 @@ def generate_images(
     """Draw the image of every position, in order and in batches uint8 (B, H, W, 3).
 
     The null condition is encoded once, each other once for all solver steps. Methods of
-    `method_of` take part in the sampling of one batch each.
+    `method_of` take part in the sampling of one batch each. Raises UserError for images that are
+    not finite.
     """
     latents = _generate_latents(sampler, condition_of, positions, config, method_of)
     with tqdm(total=len(positions), unit="image", desc="draw", leave=False) as progress:
@@ -97,7 +99,12 @@ def _decode_behind(sampler: Sampler, batches: Iterable[Tensor]) -> Iterator[Pixe
 
     @torch.no_grad()  # which holds for one thread only
     def decode(latents: Tensor) -> Pixels:
-        return to_pixels(sampler.autoencoder.decode(latents / sampler.scaling_factor))
+        images = sampler.autoencoder.decode(latents / sampler.scaling_factor)
+        if not images.isfinite().all():  # which as pixels would be black
+            raise UserError(
+                "drawn images are not finite numbers; lower guidance_scale or use other weights"
+            )
+        return to_pixels(images)
 
     with ThreadPoolExecutor(1) as thread:
         pending: Future[Pixels] | None = None

@@ -10,6 +10,7 @@ from made_backbone import small_shape
 from torch import Tensor
 
 from ifvit.diffusion.schedule import NoiseSchedule
+from ifvit.errors import UserError
 from ifvit.models.autoencoder import Autoencoder
 from ifvit.models.config import Conditioning
 from ifvit.models.layers import Modulation
@@ -151,8 +152,11 @@ def test_biases_move_the_conditional_half_alone(conditioning: Conditioning) -> N
     backbone, x_t = build_backbone(conditioning), torch.randn(5, 4, 4, 4)
     timesteps = torch.full((5,), 400)
 
+    seen: list[tuple[Tensor, Tensor]] = []
+
     def hide_text(query: Tensor, key: Tensor) -> Tensor:
         """All that image and time see of the text is taken away."""
+        seen.append((query, key))
         addend = torch.zeros(len(query), 2, query.shape[1], key.shape[1])
         addend[:, :, :5, 5:] = -torch.inf
         return addend
@@ -162,6 +166,7 @@ def test_biases_move_the_conditional_half_alone(conditioning: Conditioning) -> N
     guided = build_denoiser(backbone, 3.0, Recorder(change))(x_t, timesteps)
     unconditional = backbone(x_t, timesteps, NULL.expand_as(CONTEXTS))
     torch.testing.assert_close(guided, unconditional + 3.0 * (one - unconditional))
+    torch.testing.assert_close(seen[3:], seen[:3])
     # Without text all captions are one: so the bias has reached every fused block.
     hidden = build_denoiser(backbone, 1.0, Recorder(change))(x_t[:1].expand_as(x_t), timesteps)
     torch.testing.assert_close(hidden, hidden[:1].expand_as(hidden))
@@ -214,3 +219,9 @@ def test_seed_and_solver_change_the_image(sampler: Sampler) -> None:
     pictures = [draw(), draw(seed=8), draw(solver="euler"), draw(guidance_scale=1.0)]
     assert len(set(pictures)) == 4
     assert draw() == pictures[0]
+
+
+def test_images_that_are_no_numbers_are_refused_and_not_drawn_black(sampler: Sampler) -> None:
+    overflowing = dataclasses.replace(CONFIG, guidance_scale=1e38)
+    with pytest.raises(UserError, match="not finite numbers; lower guidance_scale"):
+        list(generate_images(sampler, CONTEXTS.__getitem__, range(2), overflowing))
