@@ -76,6 +76,13 @@ def test_every_setting_predicts_what_the_oracle_predicts(setting):
     np.testing.assert_allclose(predicted.numpy(), np.stack(expected), atol=1e-4)
 
 
+def test_a_time_between_two_steps_has_a_sinusoid_of_its_own():
+    times = torch.tensor([0.5, 999.25])
+    angles = times.double()[:, None] * torch.tensor([1, 10_000**-0.5], dtype=torch.float64)
+    expected = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    torch.testing.assert_close(timestep_embedding(times, 4), expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_text_encoded_once_gives_the_same_prediction(setting):
     backbone, _ = loud_backbone(tiny(*setting))
