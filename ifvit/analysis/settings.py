@@ -157,13 +157,12 @@ def noise_between(first: SeedMean, second: SeedMean) -> float:
     """Half the 95 % interval of the difference of two means.
 
     Welch's interval over seeds; over samples where either setting has one run, which leaves out
-    what another seed would change.
+    what another seed would change, or where no run differs from another of its setting.
     """
-    if first.seed_error is None or second.seed_error is None:
+    errors = first.seed_error, second.seed_error
+    if None in errors or not any(errors):
         return _NORMAL_975 * math.hypot(first.sample_error, second.sample_error)
-    shares = [(mean.seed_error or 0.0) ** 2 for mean in (first, second)]
-    if not any(shares):
-        return 0.0
+    shares = [(error or 0.0) ** 2 for error in errors]
     freedoms = [len(mean.values) - 1 for mean in (first, second)]
     parts = sum(share**2 / freedom for share, freedom in zip(shares, freedoms, strict=True))
     freedom = math.floor(sum(shares) ** 2 / parts + 1e-9)
@@ -171,4 +170,7 @@ def noise_between(first: SeedMean, second: SeedMean) -> float:
 
 
 def _t_975(freedom: int) -> float:
-    return _T_975[freedom - 1] if freedom <= len(_T_975) else _NORMAL_975
+    if freedom <= len(_T_975):
+        return _T_975[freedom - 1]
+    # The first term of the quantile's expansion in 1 / freedom (Abramowitz and Stegun 26.7.5).
+    return _NORMAL_975 * (1 + (_NORMAL_975**2 + 1) / (4 * freedom))

@@ -95,12 +95,19 @@ def test_noise_over_seeds_is_welchs_interval(sizes: tuple[int, int]) -> None:
     freedom = math.floor(sum(shares) ** 2 / sum(parts))
     expected = student.ppf(0.975, freedom) * math.sqrt(sum(shares))
     means = (mean_over_seeds(estimates(*values)) for values in (first, second))
-    assert noise_between(*means) == pytest.approx(expected, rel=0.05 if freedom > 20 else 0.002)
+    assert noise_between(*means) == pytest.approx(expected, rel=0.005)
 
 
 def test_noise_of_a_single_run_is_that_over_samples() -> None:
     single, several = mean_over_seeds(estimates(1.0)), mean_over_seeds(estimates(1.0, 9.0))
     assert noise_between(single, several) == pytest.approx(1.96 * 0.1 * math.sqrt(2))
+
+
+def test_seeds_that_happen_to_agree_do_not_make_a_difference_certain() -> None:
+    first, second = (mean_over_seeds(estimates(value, value)) for value in (0.1, 0.2))
+    assert noise_between(first, second) == pytest.approx(1.96 * 0.1 * math.sqrt(2))
+    several = mean_over_seeds(estimates(1.0, 2.0))
+    assert noise_between(first, several) == pytest.approx(12.71 * 0.5)
 
 
 def test_an_estimate_over_seeds_has_students_interval() -> None:
