@@ -17,8 +17,11 @@ from slurm.progress import describe_progress
 from slurm.records import JobRecord, SubmissionRecord, read_records
 from slurm.supervise import TASK_START
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
-"""SLURM's states that a job does not leave by itself; NODE_FAIL and PREEMPTED are requeued."""
+ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
+    *("NODE_FAIL", "PREEMPTED", "REVOKED", "UNKNOWN"),
+)
+"""States of jobs that are over; one that is requeued stands in the queue, whose word counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,7 @@ class JobStatus:
     job_id: str
     verb: str
     state: str
-    """As SLURM says it; UNKNOWN for a job that it does not know yet, or no more."""
+    """As SLURM says it; UNKNOWN for a job that it does not know any more."""
     nodes: str
     requeues: int
     run: str
@@ -56,27 +59,29 @@ def status(config: StatusConfig) -> None:
 def collect(home: str) -> list[JobStatus]:
     """The state of every job that was submitted for `home`, oldest first."""
     submissions = [record for record in read_records(home) if record.executor == "slurm"]
-    known = ask_slurm([job.job_id for record in submissions for job in record.jobs])
-    return [_status(record, job, known) for record in submissions for job in record.jobs]
-
-
-def _status(
-    record: SubmissionRecord, job: JobRecord, known: dict[str, dict[str, str]]
-) -> JobStatus:
-    info = known.get(job.job_id, {})
-    return JobStatus(
-        job_id=job.job_id,
-        verb=job.verb,
-        state=info.get("State", "UNKNOWN"),
-        nodes=info.get("NodeList", ""),
-        requeues=_count_requeues(record, job),
-        run=job.run,
-        progress=describe_progress(job.verb, job.run),
-    )
+    jobs = [(record, job) for record in submissions for job in record.jobs]
+    known = ask_slurm([job.job_id for _, job in jobs]) if jobs else {}
+    places = {(job.verb, job.run) for _, job in jobs}
+    progress = {place: describe_progress(*place) for place in places}
+    return [
+        JobStatus(
+            job_id=job.job_id,
+            verb=job.verb,
+            state=known.get(job.job_id, {}).get("State", "UNKNOWN"),
+            nodes=known.get(job.job_id, {}).get("NodeList", ""),
+            requeues=_count_requeues(record, job),
+            run=job.run,
+            progress=progress[job.verb, job.run],
+        )
+        for record, job in jobs
+    ]
 
 
 def ask_slurm(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
-    """State and NodeList of each job that SLURM knows. Raises UserError where there is none."""
+    """State and NodeList of each job that SLURM knows. Raises UserError where it cannot be asked.
+
+    Without accounting, jobs that are over are not known.
+    """
     arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
     try:
         ended = _run("sacct", "-X", "--parsable2", "-o", "JobID,State,NodeList", "-j", arrays)
@@ -86,12 +91,13 @@ def ask_slurm(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
         raise UserError(
             f"no `{error.filename}` on this machine; ask on a login node of the cluster"
         ) from None
-    return parse_slurm(ended, queued)
+    if queued.returncode and "Invalid job id" not in queued.stderr:  # as it says of one long over
+        raise UserError(f"squeue: {' '.join(queued.stderr.split())}")
+    return parse_slurm(ended.stdout, queued.stdout)
 
 
-def _run(*command: str) -> str:
-    """What a command prints; `squeue` fails, and prints nothing, for jobs that are long over."""
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def parse_slurm(ended: str, queued: str) -> dict[str, dict[str, str]]:
@@ -119,7 +125,8 @@ def logs(config: LogsConfig) -> None:
     follow = ["-F"] if config.follow else []
     sys.stdout.write(f"==> {path} <==\n")
     sys.stdout.flush()
-    subprocess.run(["tail", "-n", str(config.lines), *follow, str(path)], check=True)
+    # Its reader may leave early.
+    subprocess.run(["tail", "-n", str(config.lines), *follow, str(path)], check=False)
 
 
 def find_log(config: LogsConfig) -> Path:

@@ -1,16 +1,21 @@
 """`ifvit submit status` and `logs`, with recorded answers of SLURM."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ifvit.errors import UserError
-from slurm.config import LogsConfig
+from slurm.config import CancelConfig, LogsConfig, StatusConfig
 from slurm.progress import describe_progress
 from slurm.records import JobRecord, SubmissionRecord, read_records, write_record
-from slurm.status import collect, find_log, parse_slurm, table
+from slurm.status import cancel, collect, find_log, parse_slurm, status, table
 
+PATIENCE = 1e9
+"""Seconds between looks; a second look would never come."""
 SACCT = """JobID|State|NodeList
 81|CANCELLED by 0|None assigned
 80_0|COMPLETED|node1
@@ -71,6 +76,65 @@ def test_status_joins_records_slurm_logs_and_metrics(
     lines = table(list(statuses.values())).splitlines()
     assert lines[0].split()[:3] == ["job_id", "verb", "state"]
     assert lines[2].startswith("80_1    train  RUNNING         node[1-2]")
+
+
+@pytest.fixture
+def slurm_says(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose jobs SLURM knows no more; the folder of `sacct`, `squeue` and `scancel`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    write_command(folder, "sacct", "echo 'JobID|State|NodeList'")
+    write_command(folder, "squeue", "echo 'slurm_load_jobs error: Invalid job id' >&2; exit 1")
+    write_command(folder, "scancel", "exit 1")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def write_command(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_jobs_that_slurm_has_forgotten_are_over(
+    slurm_says: Path, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status(StatusConfig(run=str(home), follow=True, every=PATIENCE))
+    cancel(CancelConfig(run=str(home)))
+    shown = capfd.readouterr()
+    assert shown.out.count("UNKNOWN") == 3
+    assert "nothing was left" in shown.out
+    assert shown.err == ""
+
+
+def test_a_controller_that_is_down_is_one_clear_line(slurm_says: Path, home: Path) -> None:
+    write_command(slurm_says, "squeue", "echo 'error: Unable to contact' >&2; exit 1")
+    with pytest.raises(UserError, match=r"^squeue: error: Unable to contact$"):
+        collect(str(home))
+
+
+def test_a_run_without_jobs_on_slurm_does_not_ask_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = SubmissionRecord(
+        submitted="", command=[], commit="", folder="/f", executor="local", jobs=[]
+    )
+    write_record(str(tmp_path), record, "")
+    monkeypatch.setenv("PATH", "")
+    assert collect(str(tmp_path)) == []
+
+
+def test_a_log_may_be_read_only_in_part(home: Path) -> None:
+    log = next(home.parent.glob("jobs/*/80_1_0_log.out"))
+    log.write_text("line\n" * 100_000)
+    program = f"ifvit submit logs {home} --lines 100000 | head -n 1"
+    read = subprocess.run(
+        ["bash", "-c", program],
+        env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert read.stderr == ""
 
 
 def test_progress_of_a_run_tells_step_speed_time_and_checkpoint(tmp_path: Path) -> None:

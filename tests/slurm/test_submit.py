@@ -1,11 +1,12 @@
 """From a recipe to a job, as far as it goes without a cluster."""
 
-import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import yaml
 from ifvit.cli import main
 from ifvit.config import read_config
 from ifvit.errors import UserError
+from ifvit.models.presets import PRESETS
+from ifvit.training.config import TrainConfig
 from slurm.cluster import ClusterConfig, sbatch_parameters
 from slurm.config import PipelineConfig, SubmitSweepConfig, SubmitTrainConfig
 from slurm.jobs import VerbJob, load_job
@@ -22,7 +25,7 @@ from slurm.pipeline import submit_pipeline
 from slurm.records import read_records
 from slurm.snapshot import PACKAGES, ROOT, take_snapshot
 from slurm.submission import Submission
-from slurm.submit import expand_axes, submit_train
+from slurm.submit import expand_axes, submit_sweep, submit_train
 
 CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
 TRAIN = str(ROOT / "configs" / "train" / "coco256_early.yaml")
@@ -101,7 +104,7 @@ def test_a_sweep_is_the_product_of_its_axes() -> None:
     assert intermediate.backbone.conditioning == "cross_attention"
     assert (intermediate.backbone.num_image_blocks, intermediate.backbone.num_text_blocks) == (4, 1)
     same = {"run": "", "seed": 0, "backbone": None}
-    assert dataclasses.replace(early, **same) == dataclasses.replace(intermediate, **same)
+    assert replace(early, **same) == replace(intermediate, **same)
 
 
 def test_the_papers_pipeline_waits_for_what_it_needs(
@@ -171,6 +174,53 @@ def test_the_folder_of_a_sweep_stands_for_its_runs(
     for job in by_verb.values():
         module, name = job.function.split(":")
         assert callable(getattr(import_module(module), name))
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a made `sbatch` keeps scripts, as 1.sh, 2.sh …; it refuses the one after `room`."""
+    folder = tmp_path / "queue"
+    folder.mkdir()
+    (folder / "room").write_text("100")
+    commands = {
+        "srun": "",
+        "sbatch": f"""
+            cd {folder}
+            number=$(($(ls *.sh 2>/dev/null | wc -l) + 1))
+            [ $number -le $(cat room) ] || {{ echo 'sbatch: error: no such nodes' >&2; exit 1; }}
+            cp "$1" $number.sh
+            echo Submitted batch job $number""",
+        "scancel": f"echo $* >{folder}/cancelled",
+    }
+    for name, script in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def test_a_pipeline_is_submitted_whole_or_not_at_all(queue: Path, tmp_path: Path) -> None:
+    (queue / "room").write_text("2")
+    recipe = TrainConfig(run=str(tmp_path / "a"), shards="s", backbone=PRESETS["tiny"])
+    config = PipelineConfig(
+        run=str(tmp_path / "run"),
+        train=[replace(recipe, run=str(tmp_path / name)) for name in "abc"],
+        cluster=ClusterConfig(folder=str(tmp_path / "jobs")),
+    )
+    with pytest.raises(UserError, match="no such nodes"):
+        submit_pipeline(config)
+    assert (queue / "cancelled").read_text().split() == ["1", "2"]
+
+
+def test_a_run_of_a_sweep_knows_its_own_jobs_alone(queue: Path, tmp_path: Path) -> None:
+    home = str(tmp_path / "sweep")
+    recipe = TrainConfig(run=home, shards="s", backbone=PRESETS["tiny"])
+    axes = ({"early": {"seed": 1}, "late": {"seed": 2}},)
+    cluster = ClusterConfig(folder=str(tmp_path / "jobs"))
+    submit_sweep(SubmitSweepConfig(**vars(recipe), axes=axes, cluster=cluster))
+    [record], [early] = read_records(home), read_records(f"{home}/early")
+    assert [job.job_id for job in record.jobs] == ["1_0", "1_1"]
+    assert [job.job_id for job in early.jobs] == ["1_0"]
 
 
 @pytest.mark.parametrize("field", ["backbone.breadth", "sede"])
