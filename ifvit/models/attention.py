@@ -4,7 +4,6 @@ Shapes: B batch, Q query tokens, K key tokens, H heads, E channels per head.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -116,10 +115,15 @@ def _refusal(name: str, query: Tensor) -> UserError:
 
 
 def _load_fastest() -> Attend:
-    """xformers where it is installed beside a CUDA device, torch's own kernels elsewhere."""
-    if torch.cuda.is_available() and find_spec("xformers"):
-        return _load_xformers()
-    return _sdpa
+    """xformers where it works, torch's own kernels elsewhere."""
+    try:
+        attend = _load_xformers()
+        # A wheel that was built for another PyTorch or CUDA is imported without its operators.
+        probe = torch.zeros(1, 1, 1, 32, dtype=torch.float16, device="cuda")
+        attend(probe, probe, probe)
+    except UserError:
+        return _sdpa
+    return attend
 
 
 _LOADERS: dict[str, Callable[[], Attend]] = {

@@ -45,7 +45,10 @@ def test_a_kernel_without_its_cuda_device_is_one_clear_error(backend, monkeypatc
         load_attention(backend)
 
 
-def test_an_operator_that_xformers_lacks_is_one_clear_error(monkeypatch):
+@pytest.fixture
+def hollow_xformers(monkeypatch):
+    """As a wheel of another PyTorch or CUDA: it can be imported and has no operators."""
+
     class Operators:
         @staticmethod
         def memory_efficient_attention(query, key, value):
@@ -54,9 +57,19 @@ def test_an_operator_that_xformers_lacks_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "xformers", Operators())
     monkeypatch.setitem(sys.modules, "xformers.ops", Operators())
+
+
+@pytest.mark.usefixtures("hollow_xformers")
+def test_an_operator_that_xformers_lacks_is_one_clear_error():
     attend = load_attention("xformers")
     with pytest.raises(UserError, match=r"no attention operator for torch\.float32 on cpu, 32 ch"):
         attend(*random_heads(17, 17, 5, 32))
+
+
+@pytest.mark.usefixtures("hollow_xformers")
+def test_auto_does_without_an_xformers_that_lacks_its_operators(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: torch.empty(size))
+    assert load_attention("auto") is load_attention("sdpa")
 
 
 def test_inputs_that_a_kernel_cannot_take_are_one_clear_error(monkeypatch):
