@@ -42,7 +42,8 @@ class Engine:
         num_micro_batches: int,
         tolerate_nonfinite: bool = False,
     ) -> None:
-        self._blank = nn.Module.to(copy.deepcopy(backbone), "meta").eval()
+        self._blank: Backbone = nn.Module.to(copy.deepcopy(backbone), "meta").eval()
+        self._blank.set_attention("sdpa")  # the recipe's kernel may not take fp32
         self._max_grad_norm = optim.max_grad_norm
         self._num_micro_batches = num_micro_batches
         self._accelerator = self._connect(config, micro_batch_size)

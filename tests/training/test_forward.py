@@ -8,8 +8,10 @@ import torch
 from run_files import losses
 
 from ifvit.errors import UserError
+from ifvit.models.attention import load_attention
 from ifvit.models.build import build_backbone
 from ifvit.training.config import EngineConfig, TrainConfig
+from ifvit.training.engine import Engine
 from ifvit.training.forward import prepare_forward
 from ifvit.training.train import train
 
@@ -35,6 +37,24 @@ def test_compiled_blocks_give_the_same_losses(recipe: Recipe) -> None:
     train(eager)
     train(compiled)
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+
+
+def test_what_is_drawn_from_takes_any_type(recipe: Recipe) -> None:
+    """Weights are fp32 there, which the recipe's kernel may not take."""
+    config = recipe()
+    backbone = build_backbone(config.backbone)
+    backbone.set_attention("math")
+    engine = Engine(
+        backbone,
+        PLAIN,
+        config.optim,
+        ema_decays=(0.9,),
+        micro_batch_size=2,
+        num_micro_batches=1,
+    )
+    for decay in (None, 0.9):
+        blocks = engine.whole_backbone(decay).blocks()
+        assert {block.attn.attend for block in blocks} == {load_attention("sdpa")}
 
 
 def test_compilation_without_a_compiler_is_refused(
