@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 from ifvit.sampling.alignment.config import DateConfig, MethodName, RegulationConfig
 
@@ -21,9 +21,13 @@ class Guidance:
     low: float = 0.0
     high: float = 999.0
 
-    def applies_at(self, timestep: float) -> bool:
-        """Whether eps_uncond is needed at all at this timestep (0 ... 999)."""
-        return self.scale != 1.0 and self.low <= timestep <= self.high
+    def applies_at(self, timestep: SupportsFloat) -> bool:
+        """Whether eps_uncond is needed at all at this timestep (0 ... 999).
+
+        A tensor is read, for which the host waits for its device, only if the answer depends on it.
+        """
+        everywhere = self.low <= 0.0 and self.high >= 999.0
+        return self.scale != 1.0 and (everywhere or self.low <= float(timestep) <= self.high)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ class GuidedDenoiser:
         change = self._ask_method(x_t, timesteps)
         if change.context is not None:
             self.set_condition(change.context)
-        if not self._guidance.applies_at(float(timesteps[0])):
+        if not self._guidance.applies_at(timesteps[0]):
             return self._predict(x_t, timesteps, self._encoded, change.biases)
         # The backbone evaluates its blocks before the text once for both halves.
         both = {
@@ -77,7 +77,7 @@ class GuidedDenoiser:
     def _predict_clean(self, x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         encoded = self._backbone.encode_condition(context)
         noise = self._predict(x_t, timesteps, encoded, {})
-        if self._guidance.applies_at(float(timesteps[0])):
+        if self._guidance.applies_at(timesteps[0]):
             with torch.no_grad():
                 unconditional = self._predict(x_t, timesteps, self._null, {})
             noise = self._guide(noise, unconditional)

@@ -66,6 +66,7 @@ def solve(denoiser: Denoiser, noise: Tensor, solver: SolverName, num_steps: int)
     """Standard normal noise (B, …) => x_0 (B, …) with `num_steps` calls of `denoiser`."""
     scheduler = SOLVERS[solver]()
     scheduler.set_timesteps(num_steps, device=noise.device)
+    scheduler.set_begin_index(0)  # else it looks for t in a list on the device, and waits for it
     x_t: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         x_t = step_solver(scheduler, denoiser, x_t, t)
