@@ -103,6 +103,12 @@ def test_gradient_reaches_every_parameter(config):
         assert parameter.grad.abs().sum() > 0, name
 
 
+def test_fresh_classes_are_as_narrow_as_other_weights():
+    torch.manual_seed(0)
+    backbone = build_backbone(dataclasses.replace(CLASSES, num_classes=99, init_std=0.1))
+    assert backbone.label_emb.weight.std().item() == pytest.approx(0.1, rel=0.1)
+
+
 def test_the_null_class_is_one_of_its_own():
     backbone = loud_backbone(CLASSES)
     latents, timesteps, _ = inputs(CLASSES)
