@@ -99,11 +99,9 @@ def retry(url: str, action: Callable[[fsspec.AbstractFileSystem], Result]) -> Re
     while True:
         try:
             return action(filesystem(url))
-        except _PERMANENT:
+        except _PERMANENT:  # UserError is a ValueError
             raise
         except Exception as error:
-            if isinstance(error, UserError) or _is_condition(error):
-                raise
             if isinstance(error, PermissionError) or type(error).__name__ in _REFUSALS:
                 raise StoreError(
                     f"{url}: the store refuses access ({_reason(error)}); set AWS_ACCESS_KEY_ID, "

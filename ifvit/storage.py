@@ -24,8 +24,18 @@ def join(url: str, *parts: str) -> str:
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is there now."""
-    return object_store.retry(url, lambda files: bool(files.exists(url)))
+    """Whether a file or folder is there now. Raises UserError when that cannot be told.
+
+    fsspec's own answer is no whenever a local disk fails, and what is thought absent is written
+    anew or removed.
+    """
+    try:
+        object_store.retry(url, lambda files: files.info(url))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"{url}: cannot be looked up ({error.strerror}); mend that first") from None
+    return True
 
 
 def file_size(url: str) -> int | None:
@@ -107,12 +117,11 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     Raises ContentError when `sha256` is given and the content has another, UserError when `url`
     is not there.
     """
-    with _temporary_beside(path) as temporary:
+    with write_file(str(path)) as temporary:
         try:
             object_store.get_file(url, temporary, sha256)
         except FileNotFoundError:
             raise UserError(f"{url}: no such file") from None
-        publish(temporary, path)
 
 
 def local_copy(url: str, sha256: str) -> Path:

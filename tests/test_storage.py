@@ -1,8 +1,12 @@
 """Files by URL: whole or not at all, checked on arrival, and patient with a store that fails."""
 
+import errno
 import hashlib
+import os
+import random
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +34,8 @@ class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
         return fault
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
-        fault = self._fault("pipe_file")
-        super().pipe_file(path, value[:-1] if fault == "truncate" else value, mode=mode)
+        stored = {"truncate": value[:-1], "flip": b"?" + value[1:]}
+        super().pipe_file(path, stored.get(self._fault("pipe_file"), value), mode=mode)
 
     def put_file(self, lpath: str, rpath: str, **kwargs: Any) -> None:
         fault = self._fault("put_file")
@@ -42,7 +46,8 @@ class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
         fault = self._fault("get_file")
         data = self.cat_file(rpath)
         # As s3fs leaves it behind: of the full size, with holes.
-        Path(lpath).write_bytes(bytes(len(data)) if fault else data)
+        arrives = {"holes": bytes(len(data)), "truncate": data[:-1]}
+        Path(lpath).write_bytes(arrives.get(fault, data))
 
 
 @pytest.fixture
@@ -76,6 +81,64 @@ def test_round_trip(root: str, tmp_path: Path, store: type[FaultyFileSystem]) ->
     assert sorted(path.name for path in tmp_path.rglob(".*")) == []
 
 
+WRITES: dict[str, Callable[[str, Path], object]] = {
+    "write": lambda url, source: storage.write_bytes(url, source.read_bytes()),
+    "upload": lambda url, source: storage.upload(source, url),
+    "download": lambda url, source: storage.download(str(source), Path(url)),
+    "create": lambda url, source: storage.create(url, source.read_bytes()),
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_file_is_on_disk_before_it_has_its_name_and_then_its_name_is(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, path = tmp_path / "source", tmp_path / "folder" / "x"
+    source.write_bytes(b"content")
+    synced = []
+
+    def sync(descriptor: int) -> None:
+        held = Path(f"/proc/self/fd/{descriptor}").readlink()
+        assert path.parent in (held, held.parent)  # a rename from elsewhere might be a copy
+        synced.append(("name" if held.is_dir() else held.read_bytes(), path.exists()))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    WRITES[kind](str(path), source)
+    # What is created for a moment's talk need not outlive the machine.
+    assert synced == [(b"content", False), ("name", True)][: 1 if kind == "create" else 2]
+    assert path.read_bytes() == b"content"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("root", ["local", "faulty://bucket"])
+def test_what_an_error_interrupts_is_not_written(
+    root: str, tmp_path: Path, store: type[FaultyFileSystem]
+) -> None:
+    def write_half(url: str) -> None:
+        with storage.write_file(url) as path:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    url = storage.join(str(tmp_path) if root == "local" else root, "x")
+    with pytest.raises(KeyboardInterrupt):
+        write_half(url)
+    assert not storage.exists(url)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_does_not_pass_for_an_absent_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    url = str(tmp_path / "x")
+    assert not storage.exists(f"{Path(__file__)}/x")
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(UserError, match=rf"{url}: cannot be looked up \(Stale file handle\)"):
+        storage.exists(url)
+
+
 @pytest.mark.parametrize("root", ["local", "faulty://bucket"])
 def test_create_succeeds_once(root: str, tmp_path: Path, store: type[FaultyFileSystem]) -> None:
     url = storage.join(str(tmp_path) if root == "local" else root, "lease")
@@ -84,7 +147,27 @@ def test_create_succeeds_once(root: str, tmp_path: Path, store: type[FaultyFileS
     assert storage.read_bytes(url) == b"mine"
 
 
-@pytest.mark.parametrize("fault", [OSError(5, "503"), TimeoutError(), "truncate"])
+def precondition_failed() -> OSError:
+    """What s3fs makes of the answer 412 of Ceph."""
+    cause = Exception()
+    cause.response = {"ResponseMetadata": {"HTTPStatusCode": 412}}  # type: ignore[attr-defined]
+    error = OSError(errno.EINVAL, None)
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("there", [b"mine", b"theirs"])
+def test_who_is_told_that_a_file_exists_looks_whose_it_is(
+    there: bytes, store: type[FaultyFileSystem]
+) -> None:
+    storage.write_bytes("faulty://bucket/lease", there)  # perhaps by our own try that went unheard
+    for refusal in (None, precondition_failed()):
+        store.faults = {"pipe_file": [OSError(5, "503"), refusal]}
+        assert storage.create("faulty://bucket/lease", b"mine") == (there == b"mine")
+        assert storage.read_bytes("faulty://bucket/lease") == there
+
+
+@pytest.mark.parametrize("fault", [OSError(5, "503"), TimeoutError(), "truncate", "flip"])
 def test_a_write_is_repeated_until_the_store_holds_it(
     fault: object, store: type[FaultyFileSystem]
 ) -> None:
@@ -113,6 +196,29 @@ def test_a_full_sized_corrupt_download_is_repeated(
     assert path.read_bytes() == b"content"
 
 
+def test_a_download_cut_short_is_repeated_even_without_a_hash(
+    tmp_path: Path, store: type[FaultyFileSystem]
+) -> None:
+    storage.write_bytes("faulty://bucket/x", b"content")
+    store.faults = {"get_file": ["truncate"]}
+    storage.download("faulty://bucket/x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"content"
+
+
+def test_a_local_copy_is_fetched_once_and_only_if_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: type[FaultyFileSystem]
+) -> None:
+    monkeypatch.setenv("IFVIT_CACHE", str(tmp_path))
+    storage.write_bytes("faulty://bucket/x", b"content")
+    sha256 = hashlib.sha256(b"content").hexdigest()
+    for _ in range(2):
+        assert storage.local_copy("faulty://bucket/x", sha256).read_bytes() == b"content"
+    assert store.calls.count("get_file") == 1
+    assert storage.local_copy("somewhere/x", sha256) == Path("somewhere/x")
+    with pytest.raises(ContentError, match="damaged"):
+        storage.local_copy("faulty://bucket/x", hashlib.sha256(b"other").hexdigest())
+
+
 def test_damage_at_rest_is_named_and_nothing_published(
     tmp_path: Path, store: type[FaultyFileSystem]
 ) -> None:
@@ -128,6 +234,23 @@ def test_patience_ends_with_one_clear_line(
     monkeypatch.setenv("IFVIT_STORE_PATIENCE", "0")
     store.faults = {"pipe_file": [ConnectionError("refused")]}
     with pytest.raises(StoreError, match=r"faulty://bucket/x: the store fails \(refused\)"):
+        storage.write_bytes("faulty://bucket/x", b"content")
+
+
+def test_pauses_grow_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, store: type[FaultyFileSystem]
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    store.faults = {"pipe_file": [ConnectionError("refused")] * 9}
+    storage.write_bytes("faulty://bucket/x", b"content")
+    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 15.0, 15.0]
+
+
+def test_a_bucket_that_is_not_there_is_named(store: type[FaultyFileSystem]) -> None:
+    store.faults = {"pipe_file": [FileNotFoundError("NoSuchBucket")]}
+    with pytest.raises(StoreError, match="faulty://bucket/x: no such bucket; create it first"):
         storage.write_bytes("faulty://bucket/x", b"content")
 
 
@@ -156,3 +279,18 @@ def test_the_expected_etag_is_that_of_s3(
     joined = f"{hashlib.md5(b''.join(parts)).hexdigest()}-{len(parts)}"
     expected = hashlib.md5(data).hexdigest() if len(data) < 128 else joined
     assert object_store._file_etag(tmp_path / "x") == expected
+
+
+def test_clients_are_shared_by_threads_but_not_by_processes_or_accounts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "one")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    first = object_store.filesystem("s3://bucket/x")
+    assert object_store.filesystem("s3://bucket/y") is first
+    monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a forked child
+    assert object_store.filesystem("s3://bucket/x") is not first
+    monkeypatch.undo()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "two")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert object_store.filesystem("s3://bucket/x") is not first
