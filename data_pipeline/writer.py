@@ -53,6 +53,9 @@ class ShardWriter:
         traceback: TracebackType | None,
     ) -> None:
         if self._open is not None:
+            with contextlib.suppress(queue.Empty):  # a writer that has failed makes no more room
+                while True:
+                    self._open.get_nowait()
             self._open.put(None)
         self._pool.shutdown()
         if kind is None:

@@ -74,9 +74,11 @@ def test_models_wait_for_a_writer_that_does_not_keep_up(
 def test_a_writer_that_fails_ends_the_job_with_its_error(
     config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = count_encoded(monkeypatch)
+    is_full = threading.Event()
+    seen = count_encoded(monkeypatch, lambda seen: len(seen) > BATCHES_QUEUED and is_full.set())
 
     def fail(*_: Any) -> Any:
+        assert is_full.wait(timeout=30)
         raise UserError("the disk is full")
 
     monkeypatch.setattr("data_pipeline.writer.write_shard", fail)
