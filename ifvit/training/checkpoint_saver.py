@@ -78,8 +78,7 @@ class CheckpointSaver:
     def wait(self) -> None:
         """Return when no save is running. Raises UserError, everywhere, if the last one failed."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+            self._pending.result()
 
     @contextmanager
     def open(self) -> Iterator[None]:

@@ -23,8 +23,16 @@ from ifvit.evaluation.rows import FOLDER, row_url
 from ifvit.sampling.config import SamplingConfig
 from ifvit.side_channel import SideChannel
 from ifvit.storage import join, list_names, remove
-from ifvit.training.checkpoint import Checkpoint, fetch_newest, open_tensors, step_url
-from ifvit.training.checkpoint_saver import CheckpointSaver
+from ifvit.training import checkpoint_saver
+from ifvit.training.checkpoint import (
+    Checkpoint,
+    Part,
+    fetch_newest,
+    open_tensors,
+    step_url,
+    write_part,
+)
+from ifvit.training.checkpoint_saver import CheckpointSaver, HostCopy
 from ifvit.training.retention import Retention, kept_steps, prune
 from ifvit.training.state import TrainState
 
@@ -146,19 +154,40 @@ def test_what_any_number_of_ranks_saved_is_restored(run: str, cache: Path, num_r
 
 def test_shares_are_balanced_and_only_the_main_rank_exports(tmp_path: Path) -> None:
     exported: dict[str, Tensor] = {}
-    save(savers(str(tmp_path), 3, finish=lambda step, tensors: exported.update(tensors)), 1)
+    ranks = savers(str(tmp_path), 3, finish=lambda step, tensors: exported.update(tensors))
+    save(ranks, 1)
     found = fetch_newest(str(tmp_path), tmp_path)
     assert found is not None
     tensors = [part.tensors for part in found[1].parts]
     assert tensors == [("backbone.a",), ("backbone.b", "ema0.9.a"), ("exp_avg.a",)]
     assert exported.keys() == {"backbone.a", "backbone.b"}
+    held = [set(rank._copy.tensors) for rank in ranks]  # host memory is not for what others write
+    assert held == [set(exported), {"backbone.b", "ema0.9.a"}, {"exp_avg.a"}]
 
 
-def test_training_goes_on_while_a_save_runs_and_does_not_touch_it(tmp_path: Path) -> None:
-    run, release = str(tmp_path), threading.Event()
-    (saver,) = savers(run, finish=lambda step, tensors: release.wait() and None)
+def test_host_copies_are_made_once_and_filled_at_every_save() -> None:
+    copy = HostCopy()
+    copy.update("a", torch.zeros(3))
+    place = copy.tensors["a"].data_ptr()
+    copy.update("a", torch.ones(3))
+    assert copy.tensors["a"].data_ptr() == place
+    assert copy.tensors["a"].tolist() == [1, 1, 1]
+
+
+def test_training_goes_on_while_a_save_runs_and_does_not_touch_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, release, copied = str(tmp_path), threading.Event(), threading.Event()
+
+    def write_late(folder: str, name: str, tensors: dict[str, Tensor]) -> Part:
+        assert copied.is_set()
+        assert release.wait(60)
+        return write_part(folder, name, tensors)
+
+    monkeypatch.setattr(checkpoint_saver, "write_part", write_late)
+    (saver,) = savers(run)
     live = dict(state_at(1))
-    saver.save(live.items(), draft_at(1), lambda: None)
+    saver.save(live.items(), draft_at(1), copied.set)
     for tensor in live.values():
         tensor.fill_(-1.0)
     assert fetch_newest(run, tmp_path) is None
@@ -190,7 +219,7 @@ def test_a_failure_is_raised_by_the_next_save_on_every_rank(tmp_path: Path) -> N
     assert restored_step(str(tmp_path), tmp_path) == 1
 
 
-def test_an_exit_that_promises_a_save_waits_for_it(tmp_path: Path) -> None:
+def test_an_end_that_promises_a_save_waits_for_it(tmp_path: Path) -> None:
     def fail(step: int, tensors: dict[str, Tensor]) -> None:
         raise OSError(28, "No space left on device")
 
@@ -199,11 +228,16 @@ def test_an_exit_that_promises_a_save_waits_for_it(tmp_path: Path) -> None:
             saver.save(state_at(1), draft_at(1), lambda: None)
             raise SystemExit(75)
 
+    def end(saver: CheckpointSaver) -> None:
+        with saver.open():
+            saver.save(state_at(1), draft_at(1), lambda: None)
+
     with pytest.raises(SystemExit, match="75"):
         preempt(*savers(str(tmp_path / "good")))
     assert restored_step(str(tmp_path / "good"), tmp_path) == 1
-    with pytest.raises(UserError, match="saving step 1 failed"):
-        preempt(*savers(str(tmp_path / "bad"), finish=fail))
+    for leave in (preempt, end):
+        with pytest.raises(UserError, match="saving step 1 failed"):
+            leave(*savers(str(tmp_path / "bad"), finish=fail))
 
 
 def test_a_disk_that_is_full_loses_only_the_save(tmp_path: Path) -> None:
@@ -390,18 +424,27 @@ def test_kept_are_the_newest_every_mth_and_the_best(
     assert kept_steps([10, 20, 30, 40, 50, 60, 70], retention, best) == kept
 
 
-def test_the_best_evaluation_keeps_its_checkpoint(run: str) -> None:
-    retention = Retention(last=1, metric="frechet_distance")
+@pytest.mark.parametrize(
+    ("metric", "best"), [("frechet_distance", "step_00000002"), ("count_accuracy", "step_00000001")]
+)
+def test_the_best_evaluation_keeps_its_checkpoint(run: str, metric: str, best: str) -> None:
     unmeasured = dict.fromkeys(MetricsRow.__dataclass_fields__)
     unknown = dict.fromkeys(Protocol.__dataclass_fields__)
     protocol = Protocol(**{**unknown, "sampling": SamplingConfig().settings})  # type: ignore[arg-type]
-    for step, distance in ((1, 9.0), (2, 5.0), (3, 7.0)):
-        found = Estimate(value=distance, standard_error=0.1, num_samples=9, low=0.0, high=9.9)
-        row = {**unmeasured, "step": step, "frechet_distance": found, "protocol": protocol}
+
+    def evaluate(step: int, value: float | None) -> None:
+        found = value and Estimate(
+            value=value, standard_error=0.1, num_samples=9, low=0.0, high=9.9
+        )
+        row = {**unmeasured, "step": step, metric: found, "protocol": protocol}
         write_row(row_url(join(run, FOLDER), "scenes", 1.5, step), MetricsRow(**row))  # type: ignore[arg-type]
-        save(savers(run, retention=retention), step)
-    left = ["latest", "step_00000002", "step_00000003"]
-    assert list_names(join(run, "checkpoints")) == left
+
+    evaluate(8, 1.0)  # of steps whose checkpoints are gone
+    evaluate(9, 10.0)
+    for step, value in ((1, 9.0), (2, 5.0), (3, None), (4, 7.0)):
+        evaluate(step, value)
+        save(savers(run, retention=Retention(last=1, metric=metric)), step)
+    assert list_names(join(run, "checkpoints")) == ["latest", best, "step_00000004"]
     with pytest.raises(UserError, match="keep_best: evaluations have no number named beauty"):
         Retention(last=1, metric="beauty")
 

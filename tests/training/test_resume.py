@@ -11,7 +11,7 @@ import torch
 from ifvit.analysis.runs import read_run
 from ifvit.errors import UserError
 from ifvit.models.weights import WeightsInfo, load_weights, save_weights
-from ifvit.storage import join, list_names, read_bytes
+from ifvit.storage import join, list_names, read_bytes, remove
 from ifvit.training import hooks
 from ifvit.training.config import TrainConfig
 from ifvit.training.lease import Lease
@@ -42,10 +42,11 @@ def test_a_run_may_start_from_another_and_then_goes_on_by_itself(
     url = first.run if whole_run else join(first.run, "checkpoints", "step_00000004")
     branch = recipe("branch", max_steps=6, resume=url)
     assert train(branch).step == 6
+    assert list_names(join(first.run, "checkpoints")) == ["latest", "step_00000004"]
+    remove(first.run)
     assert train(replace(branch, max_steps=8)).step == 8
     expected = losses(whole.run)
     assert losses(branch.run) == {step: expected[step] for step in (5, 6, 7, 8)}
-    assert list_names(join(first.run, "checkpoints")) == ["latest", "step_00000004"]
 
 
 def test_a_start_that_does_not_fit_is_refused(recipe: Recipe) -> None:
