@@ -6,9 +6,10 @@ import torch
 from uvit_oracle import Oracle, random_weights, uvit_layout
 
 from ifvit.errors import UserError
+from ifvit.models.attention import load_attention
 from ifvit.models.build import build_backbone, restore_backbone
 from ifvit.models.config import FusionUViTConfig
-from ifvit.models.layers import timestep_embedding
+from ifvit.models.layers import Attention, timestep_embedding
 from ifvit.models.presets import PRESETS
 from ifvit.models.uvit import FusionUViT
 
@@ -100,6 +101,8 @@ def test_attention_backends_give_the_same_prediction(setting):
         sdpa = backbone(*inputs())
         backbone.set_attention("math")
         math = backbone(*inputs())
+    attends = {module.attend for module in backbone.modules() if isinstance(module, Attention)}
+    assert attends == {load_attention("math")}
     torch.testing.assert_close(sdpa, math, atol=1e-4, rtol=0)
 
 
