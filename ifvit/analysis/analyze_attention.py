@@ -18,6 +18,7 @@ from ifvit.analysis.attention import (
     AttentionProtocol,
     AttentionSummary,
     LayerAttention,
+    read_attention,
     write_attention,
 )
 from ifvit.analysis.attention_figure import attention_figure
@@ -60,18 +61,15 @@ class Prompts:
 def analyze_attention(config: AttentionConfig) -> dict[str, AttentionSummary]:
     """Analyse each run, write its files, then figure and table; by the runs' short names.
 
+    A run of the same weights that has been analysed in the same way is not analysed again.
     Raises UserError for runs without text, fewer than two prompts, or too wide a trim.
     """
     names = short_names(config.runs)
     summaries: dict[str, AttentionSummary] = {}
     folders: dict[str, dict[str, AttentionSummary]] = {}
     for name, run in zip(names, config.runs, strict=True):
-        summary = summarise_run(config, run)
-        summaries[name] = summary
         folder = _folder(config, name, run)
-        url = storage.join(folder, f"step_{summary.step:08d}.json")
-        write_attention(url, summary)
-        sys.stdout.write(f"{url}\n")
+        summaries[name] = summary = summarise_run(config, run, folder)
         folders.setdefault(config.output or folder, {})[name] = summary
     for folder, shown in folders.items():
         write_overview(folder, shown)
@@ -79,8 +77,8 @@ def analyze_attention(config: AttentionConfig) -> dict[str, AttentionSummary]:
     return summaries
 
 
-def summarise_run(config: AttentionConfig, run: str) -> AttentionSummary:
-    """Draw the prompts from the run's newest weights and record their attention."""
+def summarise_run(config: AttentionConfig, run: str, folder: str) -> AttentionSummary:
+    """Record the attention of the run's newest weights, or read it where it has been recorded."""
     device = choose_device(config.device)
     backbone, info = load_weights(run)
     if not isinstance(backbone, FusionUViT):
@@ -93,22 +91,38 @@ def summarise_run(config: AttentionConfig, run: str) -> AttentionSummary:
     digest = weights_sha256(backbone)
     backbone.to(device)
     prompts = _open_prompts(config, info, device)
-    layers = record_layers(backbone, prompts, config)
-    return AttentionSummary(
+    protocol = AttentionProtocol(
+        num_prompts=len(prompts.texts),
+        prompts_sha256=hashlib.sha256(json.dumps(prompts.texts).encode()).hexdigest(),
+        sampling=config.sampling.settings,
+        trim=config.trim,
+    )
+    url = storage.join(folder, f"step_{info.step:08d}.json")
+    before = _read_if_whole(url)
+    if before and (before.weights_sha256, before.protocol) == (digest, protocol):
+        sys.stdout.write(f"{url} is there\n")
+        return before
+    summary = AttentionSummary(
         weights=run,
         weights_sha256=digest,
         step=info.step,
         conditioning=backbone.shape.conditioning,
         num_image_blocks=backbone.shape.num_image_blocks,
         num_text_blocks=backbone.shape.num_text_blocks,
-        protocol=AttentionProtocol(
-            num_prompts=len(prompts.texts),
-            prompts_sha256=hashlib.sha256(json.dumps(prompts.texts).encode()).hexdigest(),
-            sampling=config.sampling.settings,
-            trim=config.trim,
-        ),
-        layers=layers,
+        protocol=protocol,
+        layers=record_layers(backbone, prompts, config),
     )
+    write_attention(url, summary)
+    sys.stdout.write(f"{url}\n")
+    return summary
+
+
+def _read_if_whole(url: str) -> AttentionSummary | None:
+    """None where nothing is, and where an analysis was killed while it wrote."""
+    try:
+        return read_attention(url)
+    except UserError:
+        return None
 
 
 @torch.no_grad()

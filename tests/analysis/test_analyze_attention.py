@@ -8,6 +8,7 @@ import torch
 from made_shards import make_samples, write_shards
 from PIL import Image
 
+from ifvit.analysis import analyze_attention
 from ifvit.analysis.attention import read_attention
 from ifvit.cli import main
 from ifvit.models.build import build_backbone
@@ -103,6 +104,32 @@ def test_without_an_output_each_run_keeps_its_own(shards: str, tmp_path: Path) -
         names = sorted(path.name for path in Path(run, "analysis/attention").iterdir())
         stem = "step_00000003"
         assert names == ["attention.csv", "attention.png", f"{stem}.json", f"{stem}.npz"]
+
+
+def test_only_what_has_not_been_analysed_so_is_analysed(
+    shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(analyze_attention, "write_overview", lambda folder, summaries: None)
+    runs = [save_run(tmp_path / name, blocks) for blocks, name in enumerate(("one", "two"))]
+    verb = ["analyze", "attention", *runs, "--shards", shards, "--sampling.num_steps", "2"]
+
+    def count_there(num_prompts: int) -> int:
+        main([*verb, "--num_prompts", str(num_prompts)])
+        return capsys.readouterr().out.count("step_00000003.json is there")
+
+    assert count_there(2) == 0
+    # As if the second had been killed between its two files.
+    maps = Path(runs[1], "analysis/attention/step_00000003.npz")
+    whole = maps.read_bytes()
+    maps.write_bytes(b"other maps")
+    assert count_there(2) == 1
+    assert maps.read_bytes() == whole
+    assert count_there(3) == 0
+    save_run(tmp_path / "one", 1)
+    assert count_there(3) == 1
 
 
 def test_prompts_come_from_a_text_file_too(
