@@ -21,7 +21,7 @@ from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
 from ifvit.training.state import TrainState
 
-_REPORT = StepReport(loss=0.0, grad_norm=0.0, learning_rate=0.0)
+_REPORT = StepReport(loss=0.0, loss_by_time=(), grad_norm=0.0, learning_rate=0.0)
 _NOBODY = EncoderIdentity(name="none", sha256="0" * 64)
 
 

@@ -21,10 +21,12 @@ NormalDraw = Callable[[int, int, Tensor, Stream, tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """`total`: scalar to differentiate; `per_sample`: (B,) what it is the mean of, detached."""
+    """`total`: scalar to differentiate; `per_sample` (B,): what it is the mean of, detached."""
 
     total: Tensor
     per_sample: Tensor
+    timesteps: Tensor
+    """(B,) in 0 ... 999, those of the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,8 @@ class NoisePrediction:
         if self.min_snr_gamma is not None:
             snr = self.schedule.snr(timesteps)
             per_sample = per_sample * snr.clamp(max=self.min_snr_gamma) / snr
-        return Losses(total=per_sample.mean(), per_sample=per_sample.detach())
+        detached = per_sample.detach()
+        return Losses(total=per_sample.mean(), per_sample=detached, timesteps=timesteps)
 
     def draw_latents(self, moments: Tensor, step: int, positions: Tensor) -> Tensor:
         """A fresh draw from the VAE posterior, scaled: (B, 2C, H, W) => x_0 (B, C, H, W)."""

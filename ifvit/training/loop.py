@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ifvit.diffusion.objective import NoisePrediction
+from ifvit.diffusion.objective import Losses, NoisePrediction
+from ifvit.diffusion.schedule import NUM_TIMESTEPS
 from ifvit.training.batch import Batch
 from ifvit.training.batches import Batches
 from ifvit.training.config import TrainConfig
@@ -27,6 +28,8 @@ class StepReport:
 
     loss: float
     """Mean loss of the global batch."""
+    loss_by_time: tuple[float, ...]
+    """The same of each quarter of the timesteps, the cleanest first; nan where no sample is."""
     grad_norm: float
     """Norm of the whole gradient before clipping."""
     learning_rate: float
@@ -67,10 +70,10 @@ def fit(
             started = time.perf_counter()
             rate = learning_rate(state.step, config.max_steps, config.optim)
             engine.set_learning_rate(rate)
-            loss, data_wait = _accumulate(
+            share, data_wait = _accumulate(
                 stream, batches.num_micro_batches, objective, engine, state
             )
-            losses.append(loss)
+            losses.append(share.total)
             with engine.timer.phase("optimizer"):
                 grad_norm = engine.step()
             with engine.timer.phase("ema"):
@@ -92,7 +95,12 @@ def fit(
                 means = engine.mean(torch.stack(losses)).tolist()
                 losses.clear()
                 state = state.observe(means)
-                report = StepReport(loss=means[-1], grad_norm=float(grad_norm), learning_rate=rate)
+                report = StepReport(
+                    loss=means[-1],
+                    loss_by_time=_mean_by_time(share, engine),
+                    grad_norm=float(grad_norm),
+                    learning_rate=rate,
+                )
                 for hook in due:
                     with engine.timer.host_phase(hook.name):
                         hook(state, report)
@@ -108,9 +116,9 @@ def _accumulate(
     objective: NoisePrediction,
     engine: Engine,
     state: TrainState,
-) -> tuple[Tensor, float]:
-    """Gradients of this process's share of a step => its mean loss, (), and seconds of waiting."""
-    loss = torch.zeros((), device=engine.device)
+) -> tuple[Losses, float]:
+    """Gradients of this process's share of a step => its losses, and seconds of waiting."""
+    parts = []
     data_wait = 0.0
     for remaining in reversed(range(num_micro_batches)):
         started = time.perf_counter()
@@ -123,8 +131,18 @@ def _accumulate(
                 losses = objective(engine.denoise, moments, condition, state.step, positions)
             with engine.timer.phase("backward"):
                 engine.backward(losses.total)
-        loss += losses.total.detach()
-    return loss / num_micro_batches, data_wait
+        parts.append((losses.per_sample, losses.timesteps))
+    per_sample, timesteps = map(torch.cat, zip(*parts, strict=True))
+    share = Losses(total=per_sample.mean(), per_sample=per_sample, timesteps=timesteps)
+    return share, data_wait
+
+
+def _mean_by_time(share: Losses, engine: Engine) -> tuple[float, ...]:
+    """Mean losses of the global batch in each quarter of the timesteps; collective."""
+    quarters = share.timesteps * 4 // NUM_TIMESTEPS
+    both = torch.stack([share.per_sample, torch.ones_like(share.per_sample)])
+    sums, counts = engine.mean(both.new_zeros(2, 4).index_add(1, quarters, both))
+    return tuple((sums / counts).tolist())
 
 
 def _is_due(every: int, step: int, config: TrainConfig) -> bool:

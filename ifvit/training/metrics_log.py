@@ -105,6 +105,7 @@ class MetricsLog:
             "step": state.step,
             "samples_seen": state.samples_seen,
             "loss": _number(report.loss),
+            **{f"loss_q{n}": _number(loss) for n, loss in enumerate(report.loss_by_time)},
             "learning_rate": report.learning_rate,
             "grad_norm": _number(report.grad_norm),
             "loss_spikes": state.loss_spikes,

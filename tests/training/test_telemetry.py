@@ -11,6 +11,7 @@ import torch
 from run_files import rows
 
 from ifvit.errors import UserError
+from ifvit.randomness import Stream, uniform
 from ifvit.training.config import TrainConfig
 from ifvit.training.timing import PhaseTimer
 from ifvit.training.train import train
@@ -39,6 +40,21 @@ def test_a_row_says_where_the_time_of_a_step_went(
     summary = capsys.readouterr().err.splitlines()[-1]
     assert summary.startswith(f"{config.run}: step 8 in ")
     assert "0 loss spikes, 0 steps without an update" in summary
+
+
+def test_a_row_says_the_loss_of_each_quarter_of_the_timesteps(recipe: Recipe) -> None:
+    whole, split = recipe(max_steps=3), recipe("split", max_steps=3, micro_batch_size=2)
+    train(whole)
+    train(split)
+    for row, other in zip(rows(whole).values(), rows(split).values(), strict=True):
+        times = uniform(whole.seed, int(row["step"]) - 1, torch.arange(8), Stream.TIMESTEP, 1)
+        counts = (times[:, 0] * 4).long().bincount(minlength=4).tolist()
+        assert [row[f"loss_q{n}"] is None for n in range(4)] == [not count for count in counts]
+        drawn = {f"loss_q{n}": count for n, count in enumerate(counts) if count}
+        total = sum(row[key] * count for key, count in drawn.items())
+        assert total / 8 == pytest.approx(row["loss"], rel=1e-5)
+        for key in drawn:
+            assert other[key] == pytest.approx(row[key], rel=1e-5)
 
 
 def test_phases_add_up_and_start_anew() -> None:
