@@ -73,6 +73,12 @@ VERBS = {
         "compute again the step that ended a run",
         positional="file",
     ),
+    "import": Verb(
+        "ifvit.models.import_config:ImportConfig",
+        "ifvit.models.import_weights:import_weights",
+        "weights of U-ViT or its fusion fork -> a run",
+        positional="file run",
+    ),
     "generate": Verb(
         "ifvit.sampling.config:GenerateConfig",
         "ifvit.sampling.generate:generate",

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from small_jobs import (
+    BACKBONE,
     PATIENCE,
     encoding,
     losses,
@@ -178,10 +180,10 @@ def test_a_sweep_is_an_array_of_runs(shards: str, tmp_path: Path) -> None:
 
 
 def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> None:
-    shards, run = str(tmp_path / "shards"), str(tmp_path / "run")
+    """Of two runs one fails: it takes its evaluation with it, the pages are made without it."""
+    shards, run, failing = (str(tmp_path / name) for name in ("shards", "run", "failing"))
     page = tmp_path / "report.html"
     evaluation = {
-        "weights": run,
         "shards": shards,
         "num_tasks": 2,
         "protocol": {
@@ -194,15 +196,37 @@ def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> 
     pipeline = {
         "run": run,
         "encode": [{**encoding(images, shards), "num_tasks": 4}],
-        "train": [{**training(run, shards), "max_steps": 5}],
-        "evaluate": [evaluation],
-        "report": {"runs": [run], "output": str(page)},
+        "train": [
+            {**training(run, shards), "max_steps": 5},
+            {**training(failing, shards), "backbone": {**BACKBONE, "context_width": 63}},
+        ],
+        "evaluate": [{**evaluation, "weights": run}, {**evaluation, "weights": failing}],
+        "count_objects": [
+            {
+                "runs": [run, failing],
+                "detector": "scenes",
+                "prompts": "scenes",
+                "num_images": 2,
+                "output": str(tmp_path / "counts"),
+                "sampling": {"num_steps": 2},
+            }
+        ],
+        "report": {"runs": [run, failing], "output": str(page)},
     }
     submit("pipeline", pipeline, tmp_path)
-    statuses = wait_for_jobs(run)
-    verbs = [status.verb for status in statuses]
-    assert verbs == ["encode"] * 4 + ["train"] + ["evaluate"] * 3 + ["report"]
-    assert page.read_text().startswith("<!")
+    wait_until(lambda: all(job.has_ended for job in collect(run)), "the pipeline")
+    states = Counter((job.verb, job.state, Path(job.run).name) for job in collect(run))
+    assert states == {
+        ("encode", "COMPLETED", "shards"): 4,
+        ("train", "COMPLETED", "run"): 1,
+        ("train", "FAILED", "failing"): 1,
+        ("evaluate", "COMPLETED", "run"): 3,
+        ("evaluate", "CANCELLED", "failing"): 3,
+        ("count", "COMPLETED", "run"): 1,
+        ("report", "COMPLETED", "run"): 1,
+    }
+    assert "failing: not evaluated" in page.read_text()
+    assert [path.name for path in (tmp_path / "counts").glob("*/")] == ["run"]
 
 
 def test_status_logs_and_cancel_of_a_waiting_job(shards: str, tmp_path: Path) -> None:
