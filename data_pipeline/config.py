@@ -27,7 +27,8 @@ class EncodeConfig:
     samples_per_shard: int = 1000
     """Images in one shard, which is also what a killed job may lose."""
     batch_size: int = 32
-    """Images that go through the encoders at once."""
+    """Images that go through the encoders at once; a job may go on with another number, since it
+    decides the last bits of rounding alone."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format in the shards."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -23,7 +23,11 @@ _LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers and U-ViT clamp it before drawing 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that decides the bytes of a dataset; shards of two jobs never share a folder."""
+    """Everything that decides the numbers of a dataset; shards of two jobs never share a folder.
+
+    Not what only decides how sums round: batch size, device, version of torch. Whoever ran out of
+    memory goes on with smaller batches.
+    """
 
     source_sha256: str
     vae_sha256: str

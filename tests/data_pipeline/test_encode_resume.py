@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from encoded_files import hashes
+from encoded_files import hashes, image_files, truncate
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
@@ -18,6 +18,8 @@ from ifvit.errors import UserError
 def test_a_rerun_encodes_nothing_and_changes_no_byte(
     config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = replace(config, tolerate=1)
+    truncate(image_files(config)[5])
     encode(config)
     before = hashes(config)
     monkeypatch.setattr("data_pipeline.writer.write_shard", None)
@@ -48,6 +50,22 @@ def test_a_lost_file_is_made_again_byte_for_byte(config: EncodeConfig, lost: str
     (Path(config.output) / lost).unlink()
     encode(config)
     assert hashes(config) == before
+
+
+def test_a_job_goes_on_with_another_batch_size(config: EncodeConfig) -> None:
+    encode(config)
+    before = hashes(config)
+    for lost in ("shard-00001.tar", "receipts/shard-00001.json", "manifest.json"):
+        Path(config.output, lost).unlink()
+    assert encode(replace(config, batch_size=1)) is not None
+    after = hashes(config)
+    assert set(after) == set(before)
+    assert {name for name in before if after[name] != before[name]} <= {
+        "shard-00001.tar",
+        "shard-00001.index.npz",
+        "receipts/shard-00001.json",
+        "manifest.json",
+    }
 
 
 def test_cut_shards_and_damaged_receipts_are_made_again(config: EncodeConfig) -> None:
@@ -89,10 +107,12 @@ def test_no_manifest_exists_while_shards_are_being_made(
     config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode(config)
-    Path(config.output, "receipts", "shard-00001.json").unlink()
+    Path(config.output, "shard-00001.tar").unlink()
 
     def stop(*_: Any) -> None:
         assert not Path(config.output, "manifest.json").exists()
+        # Another process would take the receipt for the shard's and write the manifest.
+        assert not Path(config.output, "receipts", "shard-00001.json").exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("data_pipeline.writer.write_shard", stop)
@@ -100,15 +120,22 @@ def test_no_manifest_exists_while_shards_are_being_made(
         encode(config)
 
 
-def test_another_encoder_is_refused_with_what_differs(
+def test_another_job_is_refused_with_what_differs(
     config: EncodeConfig, other_encoders: Any
 ) -> None:
     encode(config)
-    other = replace(config, vae=str(other_encoders.vae))
-    with pytest.raises(UserError, match=r"vae_sha256 is .* choose another output folder"):
-        encode(other)
-    with pytest.raises(UserError, match="dtype is float16 there, float32 now"):
-        encode(replace(config, dtype="float32"))
+    others = {
+        "vae_sha256 is .*": {"vae": str(other_encoders.vae)},
+        "text_encoder_sha256 is .*": {"text_encoder": str(other_encoders.text_encoder)},
+        "dtype is float16 there, float32 now": {"dtype": "float32"},
+        "precision is fp32 there, bf16 now": {"precision": "bf16"},
+        "image_size is 32 there, 40 now": {"image_size": 40},
+        "samples_per_shard is 4 there, 5 now": {"samples_per_shard": 5},
+        "flip is False there, True now": {"flip": True},
+    }
+    for what, fields in others.items():
+        with pytest.raises(UserError, match=rf"\({what}\); choose another output folder"):
+            encode(replace(config, **fields))
 
 
 def test_another_source_is_refused(config: EncodeConfig) -> None:
