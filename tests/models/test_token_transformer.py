@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from slope import assert_gradient_is_slope
 from uvit_oracle import Array, Layout, Oracle
 
 from ifvit.errors import UserError
@@ -18,7 +19,14 @@ CLASSES = TokenTransformerConfig(
 )
 SKIPPING = dataclasses.replace(CLASSES, long_skip=True)
 CAPTIONS = dataclasses.replace(CLASSES, num_classes=None, context_length=5, context_width=12)
-CONFIGS = {"classes": CLASSES, "long skip": SKIPPING, "captions": CAPTIONS}
+CONFIGS = {
+    "classes": CLASSES,
+    "long skip": SKIPPING,
+    "captions": CAPTIONS,
+    "modulated": dataclasses.replace(CAPTIONS, modulation=True),
+    "adaln": dataclasses.replace(CAPTIONS, conditioning="adaln", long_skip=True),
+    "adaln classes": dataclasses.replace(CLASSES, conditioning="adaln"),
+}
 
 
 class TokenOracle(Oracle):
@@ -29,10 +37,11 @@ class TokenOracle(Oracle):
         num_skips = config.depth // 2 if config.long_skip else 0
         middle = config.depth - num_skips - 1
         layout = Layout(
-            conditioning="concat",
+            conditioning="adaln" if config.conditioning == "adaln" else "concat",
             positions=("text", "time", "image"),
             fused_in=[f"in_blocks.{i}" for i in range(middle)],
             fused_out=[f"out_blocks.{i}" for i in range(num_skips)],
+            is_modulated=config.is_modulated,
         )
         renamed = {
             name.replace(f"in_blocks.{middle}.", "mid_block."): w for name, w in weights.items()
@@ -40,7 +49,16 @@ class TokenOracle(Oracle):
         if "label_emb.weight" in weights:
             identity = np.eye(config.width)
             renamed |= {"context_embed.weight": identity, "context_embed.bias": identity[0] * 0}
+        if config.conditioning == "adaln":  # whose condition has no place in the sequence
+            nowhere = np.zeros((1, config.context_length or 1, config.width))
+            renamed |= {"pos_embed": np.hstack([nowhere, weights["pos_embed"]])}
         super().__init__(renamed, layout, config.num_heads)
+
+    def _embed_time(self, timestep: float) -> Array | None:
+        return self._time(timestep) if self.layout.is_modulated else None
+
+    def _add_pooled(self, time: Array | None, text: Array) -> Array | None:
+        return super()._add_pooled(time, text - self.weights["pos_embed"][0, : len(text)])
 
     def _time(self, timestep: float) -> Array:
         hidden = self._linear("time_embed.0", super()._time(timestep)[None])
@@ -103,10 +121,30 @@ def test_gradient_reaches_every_parameter(config):
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_gradient_is_the_slope_of_the_loss(config):
+    assert_gradient_is_slope(loud_backbone(config), inputs(config, batch=4))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_bfloat16_backbone_predicts_nearly_the_same(config):
+    backbone = loud_backbone(config)
+    with torch.no_grad():
+        exact = backbone(*inputs(config))
+        rounded = backbone.to(torch.bfloat16)(*inputs(config))
+    assert rounded.dtype == torch.bfloat16
+    error = (rounded.float() - exact).square().mean().sqrt()
+    assert error < 0.1 * exact.std()
+
+
 def test_fresh_classes_are_as_narrow_as_other_weights():
     torch.manual_seed(0)
     backbone = build_backbone(dataclasses.replace(CLASSES, num_classes=99, init_std=0.1))
     assert backbone.label_emb.weight.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_blocks_are_all_of_them():
+    assert len(build_backbone(SKIPPING).blocks()) == SKIPPING.depth
 
 
 def test_the_null_class_is_one_of_its_own():

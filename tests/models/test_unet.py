@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.errors import UserError
@@ -44,6 +45,27 @@ def test_our_attention_is_diffusers(config):
         theirs = backbone(*given)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(math, theirs, atol=1e-5, rtol=0)
+
+
+def test_blocks_are_all_but_the_ends():
+    backbone = build_backbone(CLASSES)
+    inside = {part for block in backbone.blocks() for part in block.modules()}
+    assert {m for m in backbone.modules() if isinstance(m, ResnetBlock2D | Attention)} < inside
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_bfloat16_backbone_predicts_nearly_the_same(config):
+    backbone, given = build_backbone(config).eval(), inputs(config)
+    with torch.no_grad():
+        exact = backbone(*given)
+        rounded = backbone.to(torch.bfloat16)(*given)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
+
+
+def test_heads_are_as_wide_as_configured():
+    layers = [m for m in build_backbone(CLASSES).modules() if isinstance(m, Attention)]
+    assert {layer.inner_dim / layer.heads for layer in layers} == {CLASSES.head_width}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

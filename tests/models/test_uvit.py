@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from slope import assert_gradient_is_slope
 from uvit_oracle import Oracle, random_weights, uvit_layout
 
 from ifvit.errors import UserError
@@ -196,6 +197,12 @@ def test_gradient_reaches_every_parameter(setting):
     for name, parameter in backbone.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_gradient_is_the_slope_of_the_loss(setting):
+    backbone, _ = loud_backbone(tiny(*setting))
+    assert_gradient_is_slope(backbone, inputs())
 
 
 @pytest.mark.parametrize(
