@@ -162,8 +162,10 @@ def test_who_is_told_that_a_file_exists_looks_whose_it_is(
 ) -> None:
     storage.write_bytes("faulty://bucket/lease", there)  # perhaps by our own try that went unheard
     for refusal in (None, precondition_failed()):
+        store.calls.clear()
         store.faults = {"pipe_file": [OSError(5, "503"), refusal]}
         assert storage.create("faulty://bucket/lease", b"mine") == (there == b"mine")
+        assert store.calls == ["pipe_file", "pipe_file"]
         assert storage.read_bytes("faulty://bucket/lease") == there
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from threading import Semaphore
+from threading import Event, Semaphore
 
 import pytest
 
@@ -147,21 +147,33 @@ def test_a_store_that_comes_back_gives_the_holder_time(
         Lease.acquire(str(tmp_path), BEAT)
 
 
+def test_a_holder_that_ends_while_it_is_watched_gives_way_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_lease(str(tmp_path), ELSEWHERE)
+    beats = iter([{"count": 7}, {"count": 7}, {"released": True}])
+    monkeypatch.setattr(lease_module, "_read_beat", lambda run, generation: next(beats))
+    Lease.acquire(str(tmp_path), BEAT)
+    assert next(beats, None) is None
+
+
 def test_a_store_that_fails_for_long_does_not_end_the_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lease = Lease.acquire(str(tmp_path), BEAT)
     beats = []
+    renewed = Event()
 
     def write(url: str, value: dict[str, int]) -> None:
         beats.append(value)
         if len(beats) < 3:
             raise OSError("no answer")
         real(url, value)
+        renewed.set()
 
     real = lease_module.write_json
     monkeypatch.setattr(lease_module, "write_json", write)
     with lease.held():
-        while not (tmp_path / "lease" / "000001.beat").exists():
-            time.sleep(BEAT)
+        assert renewed.wait(60)
+        assert (tmp_path / "lease" / "000001.beat").exists()
     assert beats[:3] == [{"count": 0}, {"count": 1}, {"count": 2}]

@@ -1,20 +1,28 @@
 """Where a run starts, and that a run in an object store is a run like any other."""
 
 import json
+import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 from ifvit.analysis.runs import read_run
+from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.models.weights import WeightsInfo, load_weights, save_weights
+from ifvit.side_channel import SideChannel
 from ifvit.storage import join, list_names, read_bytes, remove
 from ifvit.training import hooks
+from ifvit.training import resume as resume_module
 from ifvit.training.config import TrainConfig
+from ifvit.training.engine import Engine
 from ifvit.training.lease import Lease
+from ifvit.training.preflight import manifest_sha256
 from ifvit.training.train import train
 
 Recipe = Callable[..., TrainConfig]
@@ -27,6 +35,7 @@ def losses(run: str) -> dict[int, float]:
 
 def test_never_refuses_a_run_that_has_checkpoints(recipe: Recipe) -> None:
     config = recipe(max_steps=2, resume="never")
+    Path(config.run, "checkpoints", "step_00000001").mkdir(parents=True)  # never finished
     train(config)
     with pytest.raises(UserError, match="holds checkpoints, and resume is never; choose another"):
         train(replace(config, max_steps=3))
@@ -82,6 +91,49 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(
     with pytest.raises(UserError, match=r"saving step 4 failed on rank 0 .*No space left"):
         train(config)
     assert list_names(join(config.run, "checkpoints", "step_00000002"))[0] == "manifest.json"
+
+
+class SecondNode(SideChannel):
+    """Engine and channel of a process that shares neither disk nor memory with the main one."""
+
+    world = World(rank=2, size=4, local_rank=0)
+
+    def __init__(self, config: TrainConfig, tmp_path: Path) -> None:
+        self._config, self._elsewhere = config, tmp_path / "elsewhere"
+        self._folder = tmp_path / "tmp"
+        self.held: list[int] = []
+        self.restored: dict[str, float] = {}
+
+    def on_main(self, action: object) -> Any:
+        """What the main process finds, and has downloaded to itself."""
+        return resume_module._choose(self._config.run, "auto", self._elsewhere)
+
+    def barrier(self) -> None:
+        """Note how many files the processes of this node have in common."""
+        self.held.append(sum(path.is_file() for path in self._folder.rglob("*")))
+
+    def load_state(self, read: Callable[[str], torch.Tensor], step: int) -> None:
+        self.restored["step"] = step
+        self.restored["elements"] = read("backbone.final_layer.bias").numel()
+
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        self.restored |= scalars
+
+
+def test_every_node_fetches_the_checkpoint_for_its_processes_and_leaves_nothing(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(recipe(max_steps=3), run=f"memory://{uuid.uuid4().hex}")
+    train(config)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    node = SecondNode(config, tmp_path)
+    shards = manifest_sha256(config.shards)
+    state = resume_module.resume(config, cast(Engine, node), node, shards, "token")
+    assert state.step == 3
+    assert node.restored == {"step": 3, "elements": 4, "num_updates": 3}
+    assert node.held == [1, 1]  # when all may read, and when all have read
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.s3
