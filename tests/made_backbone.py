@@ -1,8 +1,8 @@
-"""The shape of a small backbone, for tests that need any."""
+"""The shapes of small backbones, for tests that need any."""
 
 from dataclasses import replace
 
-from ifvit.models.config import FusionUViTConfig
+from ifvit.models.config import FusionUViTConfig, TokenTransformerConfig, UNetConfig
 
 _SMALL = FusionUViTConfig(
     latent_size=8,
@@ -15,6 +15,12 @@ _SMALL = FusionUViTConfig(
     conditioning="cross_attention",
     num_image_blocks=1,
     num_text_blocks=1,
+)
+SMALL_TOKENS = TokenTransformerConfig(
+    latent_size=8, num_classes=2, patch_size=2, width=32, num_heads=2, depth=3
+)
+SMALL_UNET = UNetConfig(
+    latent_size=8, num_classes=2, channels=(32, 32), num_attention_levels=1, head_width=16
 )
 
 

@@ -3,10 +3,10 @@ import json
 
 import pytest
 import torch
+from made_backbone import small_shape
 
 from ifvit.errors import UserError
 from ifvit.models.build import build_backbone
-from ifvit.models.config import FusionUViTConfig
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo, load_weights, save_weights
 from ifvit.shards import EncoderIdentity
@@ -23,20 +23,7 @@ INFO = WeightsInfo(
 
 @pytest.fixture
 def backbone():
-    return build_backbone(
-        FusionUViTConfig(
-            latent_size=4,
-            patch_size=2,
-            width=8,
-            depth=2,
-            num_heads=2,
-            context_length=3,
-            context_width=6,
-            conditioning="cross_attention",
-            num_image_blocks=0,
-            num_text_blocks=1,
-        )
-    )
+    return build_backbone(small_shape(width=8, depth=2, num_image_blocks=0))
 
 
 def same_weights(first, second):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_backbone import SMALL_TOKENS, SMALL_UNET
 from untrained import save_untrained
 
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.models.build import build_backbone
-from ifvit.models.config import BackboneConfig, TokenTransformerConfig, UNetConfig
+from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import load_weights, save_weights
 from ifvit.sampling.config import ExportConfig, GenerateConfig, Guidance
 from ifvit.sampling.export import export
@@ -20,12 +21,8 @@ from ifvit.sampling.guidance import GuidedDenoiser
 from ifvit.sampling.pipeline import FusionPipeline
 
 NAMES = ("bird", "cat", "dog")
-TOKENS = TokenTransformerConfig(
-    latent_size=8, num_classes=3, patch_size=2, width=32, num_heads=2, depth=3, init_std=0.2
-)
-UNET = UNetConfig(
-    latent_size=8, num_classes=3, channels=(32, 32), num_attention_levels=1, head_width=16
-)
+TOKENS = dataclasses.replace(SMALL_TOKENS, num_classes=3, init_std=0.2)
+UNET = dataclasses.replace(SMALL_UNET, num_classes=3)
 
 
 def save(folder: Path, text: str, backbone: BackboneConfig) -> str:
