@@ -38,6 +38,13 @@ def test_average_does_not_follow_the_parameters_by_itself() -> None:
     assert ema.shadows[0].tolist() == [1.0, 1.0, 1.0]
 
 
+def test_average_keeps_no_graph_of_the_parameters() -> None:
+    parameter = torch.ones(3, requires_grad=True)
+    ema = EMA([parameter], decay=0.5)
+    ema.update([parameter])
+    assert not ema.shadows[0].requires_grad
+
+
 def test_a_run_exports_the_averages_of_its_weights_also_behind_a_restart(
     recipe: Callable[..., TrainConfig],
 ) -> None:
