@@ -228,10 +228,12 @@ def test_real_scenes_score_as_good_as_it_gets(held_out: HeldOut) -> None:
     )
 
 
-def test_clip_score_is_that_of_transformers(
+def test_clip_scores_are_those_of_transformers_by_the_first_caption_whichever_was_drawn(
     config: EvaluateConfig, run: str, held_out: HeldOut
 ) -> None:
-    (row,) = evaluate(with_protocol(config, scenes=False))
+    prefix = "a picture of "
+    random_first = {"caption_rule": "random", "score_caption": "first"}
+    (row,) = evaluate(with_protocol(config, scenes=False, paper_prefix=prefix, **random_first))
     folder = resolve_pretrained("scenes/clip")
     model = CLIPModel.from_pretrained(folder)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -241,15 +243,17 @@ def test_clip_score_is_that_of_transformers(
     for position in range(20):
         png = Path(run, f"evaluation/test/w2/step_00000007/{position:05d}.png").read_bytes()
         pixels = (decode_png(png) / 255 - stored["image_mean"]) / stored["image_std"]
-        text = tokenizer(
-            reader.metadata(position).captions[0], padding="max_length", return_tensors="pt"
-        )
+        caption = reader.metadata(position).captions[0]
+        text = tokenizer([caption, prefix + caption], padding="max_length", return_tensors="pt")
         with torch.no_grad():
             output = model(
                 pixel_values=torch.from_numpy(pixels).permute(2, 0, 1)[None].float(),
                 input_ids=text.input_ids,
             )
-            cosines.append(float(output.logits_per_image / model.logit_scale.exp()))
-    assert row.clip_score.value == pytest.approx(np.mean(cosines), abs=1e-4)
-    scaled = 2.5 * np.maximum(cosines, 0)
-    assert row.clip_score_paper.value == pytest.approx(scaled.mean(), abs=1e-4)
+        cosines.append(output.logits_per_image[0].numpy() / np.exp(model.logit_scale.item()))
+    plain, prefixed = np.array(cosines).T
+    assert np.abs(plain - prefixed).max() > 0.01
+    assert row.clip_score.value == pytest.approx(plain.mean(), abs=1e-4)
+    assert row.clip_score_paper.value == pytest.approx(
+        2.5 * np.maximum(prefixed, 0).mean(), abs=1e-4
+    )
