@@ -37,10 +37,10 @@ def build_backbone(conditioning: Conditioning = "cross_attention") -> FusionUViT
 
 
 def build_denoiser(
-    backbone: FusionUViT, scale: float, method: AlignmentMethod | None = None
+    backbone: FusionUViT, scale: float, method: AlignmentMethod | None = None, high: float = 999
 ) -> GuidedDenoiser:
     null_text = backbone.encode_condition(NULL[None])
-    return GuidedDenoiser(backbone, CONTEXTS, null_text, Guidance(scale=scale), method)
+    return GuidedDenoiser(backbone, CONTEXTS, null_text, Guidance(scale=scale, high=high), method)
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +59,16 @@ def sampler() -> Sampler:
     )
 
 
+@pytest.mark.parametrize("scale", [3.0, 0.5])
 @pytest.mark.parametrize("conditioning", ["concat", "cross_attention", "adaln"])
-def test_guidance_is_its_equation(conditioning: Conditioning) -> None:
+def test_guidance_is_its_equation(conditioning: Conditioning, scale: float) -> None:
     backbone = build_backbone(conditioning)
     x_t, timesteps = torch.randn(5, 4, 4, 4), torch.full((5,), 400)
     with torch.no_grad():
-        guided = build_denoiser(backbone, 3.0)(x_t, timesteps)
+        guided = build_denoiser(backbone, scale)(x_t, timesteps)
         conditional = backbone(x_t, timesteps, CONTEXTS)
         unconditional = backbone(x_t, timesteps, NULL.expand_as(CONTEXTS))
-    expected = unconditional + 3.0 * (conditional - unconditional)
+    expected = unconditional + scale * (conditional - unconditional)
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -103,6 +104,14 @@ def test_guidance_ends_where_its_interval_does() -> None:
     assert rows == [5, 5, 10, 10, 5, 5]
 
 
+def test_guidance_is_everywhere_unless_it_is_told_otherwise() -> None:
+    for guidance in (SamplingConfig().guidance, Guidance(scale=2.0)):
+        assert guidance.applies_at(0)
+        assert guidance.applies_at(999)
+    narrow = SamplingConfig(guidance_low=5.0, guidance_high=7.0).guidance
+    assert [t for t in range(10) if narrow.applies_at(t)] == [5, 6, 7]
+
+
 class Recorder:
     """A method that writes down what it is asked and answers with the changes it was given."""
 
@@ -121,13 +130,14 @@ def test_a_method_that_changes_nothing_leaves_the_noise_as_it_was() -> None:
     assert torch.equal(plain, build_denoiser(backbone, 3.0, Recorder(Change()))(x_t, timesteps))
 
 
+@pytest.mark.parametrize("high", [999.0, 399.0])
 @pytest.mark.parametrize("conditioning", ["concat", "cross_attention", "adaln"])
 def test_a_method_sees_the_clean_latents_and_a_gradient_to_the_context(
-    conditioning: Conditioning,
+    conditioning: Conditioning, high: float
 ) -> None:
     backbone, x_t = build_backbone(conditioning), torch.randn(5, 4, 4, 4)
     method = Recorder(Change())
-    noise = build_denoiser(backbone, 3.0, method)(x_t, torch.full((5,), 400))
+    noise = build_denoiser(backbone, 3.0, method, high)(x_t, torch.full((5,), 400))
     context = CONTEXTS.clone().requires_grad_()
     clean = method.seen[0].predict_clean(context)
     noised = NoiseSchedule().add_noise(clean, noise, torch.full((5,), 400))
