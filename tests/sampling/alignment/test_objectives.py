@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ifvit.images import to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
@@ -28,6 +29,13 @@ def test_the_clip_score_is_the_cosine_and_knows_its_caption(scorer: ClipScorer) 
     expected = (scorer.embed_images(IMAGES) * scorer.embed_texts(CAPTIONS)).sum(dim=1)
     torch.testing.assert_close(scores, expected)
     assert (scores > clip_score_of(scorer)(CAPTIONS[::-1])(IMAGES)).all()
+
+
+def test_images_of_another_size_are_resized_as_by_date(scorer: ClipScorer) -> None:
+    small = IMAGES[..., ::2, ::2]
+    resized = functional.interpolate(small, IMAGES.shape[2:], mode="bilinear")
+    scores = clip_score_of(scorer)(CAPTIONS)
+    torch.testing.assert_close(scores(small), scores(resized))
 
 
 @pytest.mark.parametrize("size", [64, 32])
