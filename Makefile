@@ -16,8 +16,10 @@ setup: .venv/.complete
 demo: setup
 	$(BIN)/ifvit demo
 
+# Two files of tests at a time, each on one thread; those that wait for SLURM keep none from working.
+test: export OMP_NUM_THREADS = 1
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff format --check .
