@@ -1,5 +1,6 @@
 """The exported pipeline, as a user of diffusers meets it."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from untrained import save_untrained
 
 from ifvit.models import pretrained
 from ifvit.randomness import Stream, normal
-from ifvit.sampling.config import ExportConfig, GenerateConfig
+from ifvit.sampling.config import ExportConfig, GenerateConfig, SamplingConfig
 from ifvit.sampling.export import export
 from ifvit.sampling.files import read_images
 from ifvit.sampling.generate import generate
@@ -47,6 +48,17 @@ def pipeline(components: dict[str, Any]) -> FusionPipeline:
     pipeline = FusionPipeline(**components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_a_pipeline_samples_by_default_as_generate_does() -> None:
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(FusionPipeline.__call__).parameters.items()
+    }
+    config = SamplingConfig()
+    assert defaults["num_inference_steps"] == config.num_steps
+    assert defaults["guidance_scale"] == config.guidance_scale
+    assert defaults["guidance_interval"] == (config.guidance_low, config.guidance_high)
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
