@@ -93,6 +93,58 @@ def test_a_killed_process_of_this_machine_is_known_to_be_dead(tmp_path: Path) ->
     assert time.monotonic() - started < lease_module.BEAT_SECONDS
 
 
+def refuse_to_sleep(seconds: float) -> None:
+    raise AssertionError(f"waits for {seconds} s")
+
+
+def test_a_dead_process_that_nobody_has_reaped_is_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", refuse_to_sleep)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        alive = lease_module._process(process.pid)
+        assert alive is not None
+        leave_lease(str(tmp_path), replace(ELSEWHERE, pid=process.pid, process=alive))
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        Lease.acquire(str(tmp_path))
+
+
+def test_a_process_that_has_got_a_dead_ones_number_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", refuse_to_sleep)
+    mine = lease_module._process(os.getpid())
+    assert mine is not None
+    leave_lease(str(tmp_path), replace(ELSEWHERE, pid=os.getpid(), process=f"{mine}0"))
+    Lease.acquire(str(tmp_path))
+
+
+def test_a_holder_is_watched_for_beats_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    leave_lease(str(tmp_path), replace(ELSEWHERE, beat_seconds=7.0))
+    Lease.acquire(str(tmp_path), BEAT)
+    assert pauses == [7.0] * lease_module.SILENT_BEATS
+
+
+@pytest.mark.parametrize("job", ["17", None])
+def test_only_a_later_start_of_the_same_slurm_job_need_not_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str | None
+) -> None:
+    leave_lease(str(tmp_path), replace(ELSEWHERE, job=job, restarts=1 if job else 0))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    beats = iter([{"count": 1}, {"count": 2}])
+    monkeypatch.setattr(lease_module, "_read_beat", lambda run, generation: next(beats))
+    with pytest.raises(UserError, match=r"in use by .*process 1 on node7"):
+        Lease.acquire(str(tmp_path), BEAT)
+
+
 def test_a_requeued_slurm_job_takes_its_own_lease_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
