@@ -57,7 +57,7 @@ class RunningStatistics:
         total = self._count + count
         if self._count == 0:
             self._mean, self._scatter = mean, scatter.copy()
-        elif count:
+        else:
             shift = mean - self._mean
             # In place: for the 2048 features of Inception this matrix is 34 MB.
             self._scatter += scatter
@@ -120,6 +120,5 @@ def _cross(first: FeatureStatistics, second: FeatureStatistics) -> tuple[Floats,
     """
     values, vectors = np.linalg.eigh(first.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    product = root @ second.covariance @ root
-    eigenvalues, basis = np.linalg.eigh((product + product.T) / 2)
+    eigenvalues, basis = np.linalg.eigh(root @ second.covariance @ root)
     return np.clip(eigenvalues, 0, None), root @ basis

@@ -47,8 +47,17 @@ def test_distance_and_kid_are_those_of_torch_fidelity() -> None:
 
 def test_distance_survives_fewer_samples_than_features() -> None:
     few, many = statistics(FIRST[:5]), statistics(SECOND)
-    assert np.isfinite(frechet_distance(few, many))
     assert frechet_distance(few, few) == pytest.approx(0.0, abs=1e-6)
+    found = estimate_frechet(FIRST[:5], few, many)
+    assert found.value == pytest.approx(by_scipy(few, many), rel=1e-5)
+    assert 0 < found.standard_error < found.value
+
+
+def test_equal_features_are_a_point() -> None:
+    point, cloud = np.full((4, 12), 2.0), statistics(SECOND)
+    expected = np.square(cloud.mean - 2.0).sum() + np.trace(cloud.covariance)
+    found = estimate_frechet(point, statistics(point), cloud)
+    assert (found.value, found.standard_error) == pytest.approx((expected, 0.0))
 
 
 def test_distance_of_shifted_gaussians_is_the_squared_shift() -> None:
@@ -77,6 +86,19 @@ def test_error_of_the_distance_is_what_other_samples_would_show() -> None:
     centre = np.mean([estimate.value for estimate in found])
     covered = np.mean([estimate.low <= centre <= estimate.high for estimate in found])
     assert 0.9 <= covered <= 0.99
+
+
+def test_error_of_the_distance_is_that_of_the_jackknife() -> None:
+    for features in (FIRST, 0.02 * FIRST + 3.0):  # by the shape of the cloud, and by its place
+        drawn, reference = statistics(features), statistics(SECOND)
+        without_one = [
+            frechet_distance(statistics(np.delete(features, row, axis=0)), reference)
+            for row in range(0, len(features), 4)
+        ]
+        expected = np.std(without_one, ddof=1) * (len(features) - 1) / np.sqrt(len(features))
+        part = features[::4]
+        found = estimate_frechet(part, drawn, reference).standard_error
+        assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_a_random_part_of_the_samples_gives_nearly_the_same_error() -> None:
