@@ -25,6 +25,9 @@ from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.hardware import device_name, peak_flops
 
 EARLY, INTERMEDIATE = "concat_early", "cross_attention_intermediate"
+NUM_COMPILATIONS = 32
+"""Of the blocks' code at most: torch counts together what the settings share, and makes do without
+compilation after 8, where three of them alone need 9."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Row = dict[str, str | int | float]
@@ -42,6 +45,7 @@ class Ceiling:
 def bench_train(config: BenchTrainConfig) -> None:
     """Time all contenders in turn, print a row for each setting and the ratios."""
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = NUM_COMPILATIONS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipes = {name: _recipe(shape, config, device) for name, shape in _settings(config).items()}
     engines = {name: EngineSteps(recipe) for name, recipe in recipes.items()}

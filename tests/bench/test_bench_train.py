@@ -101,3 +101,16 @@ def test_ratios_are_taken_within_rounds() -> None:
 def test_nothing_to_measure_is_refused() -> None:
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         replace(BenchTrainConfig(), rounds=0)
+
+
+def test_every_block_is_compiled_in_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else torch would compute the last ones, the paper's, without compilation."""
+    original = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda code, **options: original(code, dynamic=False, backend="eager")
+    )
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        bench_train(
+            BenchTrainConfig(preset="tiny", batch_size=2, rounds=1, precision="bf16", compile=True)
+        )
