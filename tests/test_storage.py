@@ -12,6 +12,8 @@ from typing import Any
 
 import fsspec
 import pytest
+from aiohttp import ClientPayloadError
+from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ifvit import object_store, storage
@@ -73,11 +75,14 @@ def test_round_trip(root: str, tmp_path: Path, store: type[FaultyFileSystem]) ->
     source.write_bytes(b"content")
     storage.upload(source, storage.join(base, "a", "c"))
     assert storage.list_names(storage.join(base, "a")) == ["b.json", "c"]
+    storage.write_bytes(storage.join(base, "a", ".half"), b"")
+    assert storage.count_files(base) == storage.count_files(storage.join(base, "a")) == 2
     storage.download(storage.join(base, "a", "c"), target, hashlib.sha256(b"content").hexdigest())
     assert target.read_bytes() == b"content"
     storage.remove(storage.join(base, "a"))
     storage.remove(storage.join(base, "a"))
     assert storage.list_names(storage.join(base, "a")) == []
+    assert storage.count_files(base) == 0
     assert sorted(path.name for path in tmp_path.rglob(".*")) == []
 
 
@@ -169,7 +174,17 @@ def test_who_is_told_that_a_file_exists_looks_whose_it_is(
         assert storage.read_bytes("faulty://bucket/lease") == there
 
 
-@pytest.mark.parametrize("fault", [OSError(5, "503"), TimeoutError(), "truncate", "flip"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(5, "503"),
+        TimeoutError(),
+        EndpointConnectionError(endpoint_url="http://store"),
+        ClientPayloadError(),
+        "truncate",
+        "flip",
+    ],
+)
 def test_a_write_is_repeated_until_the_store_holds_it(
     fault: object, store: type[FaultyFileSystem]
 ) -> None:
@@ -290,6 +305,7 @@ def test_clients_are_shared_by_threads_but_not_by_processes_or_accounts(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     first = object_store.filesystem("s3://bucket/x")
     assert object_store.filesystem("s3://bucket/y") is first
+    assert not first.dircache.use_listings_cache  # other writers exist
     monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a forked child
     assert object_store.filesystem("s3://bucket/x") is not first
     monkeypatch.undo()
