@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from made_image_reward import write_image_reward
+from torch import Tensor
 
 from ifvit.config import read_config
 from ifvit.errors import UserError
@@ -93,8 +94,14 @@ def test_both_do_both(sampler: Sampler) -> None:
 
 
 def test_a_user_may_score_images_otherwise(sampler: Sampler) -> None:
+    seen: list[Tensor] = []
+
     def redness(prompts: Sequence[str]) -> Score:
-        return lambda images: images[:, 0].mean(dim=(1, 2)) * len(prompts)
+        def score(images: Tensor) -> Tensor:
+            seen.append(images)
+            return images[:, 0].mean(dim=(1, 2)) * len(prompts)
+
+        return score
 
     method_of = build_method(
         dataclasses.replace(CONFIG, method="date"),
@@ -104,7 +111,11 @@ def test_a_user_may_score_images_otherwise(sampler: Sampler) -> None:
         objective=redness,
     )
     assert method_of is not None
-    assert method_of(torch.tensor([0, 1])).before(evaluation(0)).context is not None
+    far = dataclasses.replace(evaluation(0), context=100 * evaluation(0).context)
+    assert method_of(torch.tensor([0, 1])).before(far).context is not None
+    decoded = sampler.autoencoder.vae.decode(far.predict_clean(far.context) / 0.5).sample
+    assert decoded.abs().max() > 1
+    torch.testing.assert_close(seen[0], decoded)
 
 
 def test_date_raises_image_reward_beside_the_clip_score(sampler: Sampler, tmp_path: Path) -> None:
