@@ -119,8 +119,9 @@ def test_the_loss_scale_doubles_after_enough_finite_gradients_and_halves_down_to
     scale = LossScale(value=4.0)
     assert all(scale.adapt(finite=True) for _ in range(GROWTH_INTERVAL))
     assert (scale.value, scale.finite_updates) == (8.0, 0)
+    assert scale.adapt(finite=True)
     assert [scale.adapt(finite=False) for _ in range(4)] == [True, True, True, False]
-    assert (scale.value, scale.overflows) == (1.0, 3)
+    assert (scale.value, scale.overflows, scale.finite_updates) == (1.0, 3, 0)
 
 
 def test_a_spike_stands_out_of_the_losses_before_it() -> None:
