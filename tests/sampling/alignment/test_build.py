@@ -85,6 +85,29 @@ def test_regulation_biases_the_middle_blocks_in_the_first_half(sampler: Sampler)
     assert all(change.context is None for change in changes)
 
 
+@pytest.mark.parametrize(
+    ("solver", "num_steps", "share", "expected"),
+    [
+        ("dpm_solver_pp", 5, 0.5, 3),
+        ("dpm_solver_pp", 8, 0.25, 2),
+        ("dpm_solver_pp_fast", 8, 0.5, 6),  # the end of the step that is begun
+    ],
+)
+def test_regulation_takes_its_share_of_the_evaluations(
+    sampler: Sampler, solver: str, num_steps: int, share: float, expected: int
+) -> None:
+    method = build(
+        sampler,
+        method="regulate",
+        solver=solver,
+        num_steps=num_steps,
+        regulation=RegulationConfig(share_of_steps=share),
+    )
+    assert method is not None
+    regulated = [bool(method.before(evaluation(index)).biases) for index in range(num_steps)]
+    assert regulated == [index < expected for index in range(num_steps)]
+
+
 def test_both_do_both(sampler: Sampler) -> None:
     method = build(sampler, method="both", regulation=RegulationConfig(blocks=(1,)))
     assert method is not None
