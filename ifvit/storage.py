@@ -172,6 +172,12 @@ def list_names(url: str) -> list[str]:
     return sorted(Path(entry).name for entry in entries)
 
 
+def count_files(url: str) -> int:
+    """Files in folder `url` and below, without hidden ones, which are not whole yet."""
+    paths = object_store.retry(url, lambda files: files.find(url))
+    return sum(not Path(path).name.startswith(".") for path in paths)
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a local file's content."""
     return object_store.file_digest(path, "sha256")

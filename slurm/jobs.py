@@ -67,7 +67,10 @@ class VerbJob:
         latest = storage.join(self.run, "checkpoints", "latest")
         if self.verb == "train":
             return storage.read_bytes(latest).decode() if storage.exists(latest) else ""
-        return str(len(storage.list_names(storage.join(self.run, "receipts"))))
+        if self.verb == "encode":
+            return str(len(storage.list_names(storage.join(self.run, "receipts"))))
+        folders = {self.run, *getattr(self.config, "runs", ())}
+        return str(sum(storage.count_files(folder) for folder in folders))
 
 
 def load_job(folder: Path, job_id: str) -> VerbJob:

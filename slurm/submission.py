@@ -63,18 +63,22 @@ class Submission:
             sys.stdout.write(self._script(parameters, len(jobs)) + "\n")
             return [f"<{job.verb}_{number}>" for number, job in enumerate(jobs)]
         executor = self._executor(jobs[0].cluster, parameters)
+        if self._config.executor != "slurm":
+            submitted = executor.submit_array(jobs)
+            self._record(jobs, submitted)
+            self._wait(submitted)
+            return []
         try:
             submitted = executor.submit_array(jobs)
+            self._record(jobs, submitted)
         except FailedJobError as error:
             self._take_back()
             raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
-        ids = [str(job.job_id) for job in submitted]
-        self._record(jobs, ids)
-        if self._config.executor == "slurm":
-            self._say(ids, jobs[0])
-        else:
-            self._wait(submitted)
-        return ids if self._config.executor == "slurm" else []
+        except BaseException:  # whoever interrupts it must not search the queue for its jobs
+            self._take_back()
+            raise
+        self._say(jobs[0], submitted)
+        return [job.job_id for job in submitted]
 
     def _executor(self, cluster: ClusterConfig, parameters: dict[str, Any]) -> Executor:
         match self._config.executor:
@@ -114,10 +118,10 @@ class Submission:
             **parameters,
         )
 
-    def _record(self, jobs: Sequence[VerbJob], ids: Sequence[str]) -> None:
+    def _record(self, jobs: Sequence[VerbJob], submitted: Sequence[submitit.Job[None]]) -> None:
         self._jobs += [
-            JobRecord(job_id=job_id, verb=job.verb, run=job.run)
-            for job, job_id in zip(jobs, ids, strict=True)
+            JobRecord(job_id=known.job_id, verb=job.verb, run=job.run)
+            for job, known in zip(jobs, submitted, strict=True)
         ]
         record = SubmissionRecord(
             submitted=self._submitted.isoformat(timespec="seconds"),
@@ -137,11 +141,11 @@ class Submission:
         if self._jobs:
             subprocess.run(["scancel", *(job.job_id for job in self._jobs)], check=True)
 
-    def _say(self, ids: Sequence[str], job: VerbJob) -> None:
-        cluster = job.cluster
-        array = f"array of {len(ids)}, " if len(ids) > 1 else ""
+    def _say(self, job: VerbJob, submitted: Sequence[submitit.Job[None]]) -> None:
+        cluster, number = job.cluster, submitted[0].job_id.partition("_")[0]
+        array = f"array of {len(submitted)}, " if len(submitted) > 1 else ""
         sys.stdout.write(
-            f"{ids[0].split('_')[0]}: {job.verb}, {array}{cluster.nodes} nodes x {cluster.tasks} "
+            f"{number}: {job.verb}, {array}{cluster.nodes} nodes x {cluster.tasks} "
             f"tasks; see ifvit submit status {self._home}\n"
         )
 

@@ -11,7 +11,7 @@ from ifvit import storage
 from slurm.config import LogsConfig
 from slurm.status import JobStatus, collect, find_log
 
-PATIENCE = 240.0
+PATIENCE = 600.0
 """Seconds after which a job is taken for stuck."""
 NUM_IMAGES = 48
 BACKBONE = {

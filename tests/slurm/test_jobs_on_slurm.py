@@ -225,7 +225,7 @@ def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> 
         ("count", "COMPLETED", "run"): 1,
         ("report", "COMPLETED", "run"): 1,
     }
-    assert "failing: not evaluated" in page.read_text()
+    assert "failing/evaluation: not evaluated" in page.read_text()
     assert [path.name for path in (tmp_path / "counts").glob("*/")] == ["run"]
 
 

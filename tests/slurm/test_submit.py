@@ -199,15 +199,21 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_pipeline_is_submitted_whole_or_not_at_all(queue: Path, tmp_path: Path) -> None:
-    (queue / "room").write_text("2")
+@pytest.mark.parametrize("reason", ["sbatch: .*no such nodes", "Not a directory"])
+def test_a_pipeline_is_submitted_whole_or_not_at_all(
+    reason: str, queue: Path, tmp_path: Path
+) -> None:
+    if reason.startswith("sbatch"):
+        (queue / "room").write_text("2")
+    else:
+        (tmp_path / "b").write_text("where the second job was to be recorded")
     recipe = TrainConfig(run=str(tmp_path / "a"), shards="s", backbone=PRESETS["tiny"])
     config = PipelineConfig(
         run=str(tmp_path / "run"),
         train=[replace(recipe, run=str(tmp_path / name)) for name in "abc"],
         cluster=ClusterConfig(folder=str(tmp_path / "jobs")),
     )
-    with pytest.raises(UserError, match="no such nodes"):
+    with pytest.raises((UserError, NotADirectoryError), match=reason):
         submit_pipeline(config)
     assert (queue / "cancelled").read_text().split() == ["1", "2"]
 

@@ -1,11 +1,14 @@
 """What happens to a job after its tasks have ended, with recorded words of SLURM."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from submitit.core.utils import DelayedSubmission
 
+from ifvit.analysis.config import ReportConfig
 from ifvit.distributed import EXIT_PREEMPTED
 from slurm.cluster import ClusterConfig
 from slurm.jobs import VerbJob
@@ -121,6 +124,58 @@ def test_a_broken_node_is_excluded_for_good(slurm_says: Path) -> None:
     supervise(slurm_says, EXIT_PREEMPTED)
     exclusion = "update JobId=7 ExcNodeList=n9,n1"
     assert calls(slurm_says) == ["requeue 7", exclusion, "requeue 7", exclusion]
+
+
+def job_of(verb: str, run: Path, **recipe: object) -> VerbJob:
+    return VerbJob(
+        verb=verb,
+        function="none:none",
+        config=SimpleNamespace(**recipe),
+        run=str(run),
+        cluster=ClusterConfig(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("verb", "made"),
+    [
+        ("train", "run/checkpoints/latest"),
+        ("encode", "run/receipts/shard-00001.json"),
+        ("evaluate", "run/evaluation/small/w2/step_00000010/00001.png"),
+        ("count", "other/evaluation/object_count/step_00000010/00001.png"),
+    ],
+)
+def test_whatever_a_job_finishes_is_progress(verb: str, made: str, tmp_path: Path) -> None:
+    job = job_of(verb, tmp_path / "run", runs=[str(tmp_path / "other")])
+    before = job.progress()
+    (tmp_path / made).parent.mkdir(parents=True)
+    (tmp_path / made).write_text("step_00000010")
+    assert job.progress() != before
+
+
+def test_a_job_about_several_runs_leaves_out_those_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[ReportConfig] = []
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("slurm.jobs.JobEnvironment", lambda: SimpleNamespace(num_tasks=1))
+    monkeypatch.setattr("json.dump", seen.append)  # what the job calls
+    runs = [str(tmp_path / name) for name in ("trained", "failed", "elsewhere")]
+    job = VerbJob(
+        verb="count",
+        function="json:dump",
+        config=ReportConfig(runs=runs),
+        run=str(tmp_path),
+        cluster=ClusterConfig(),
+        last_weights={run: f"{run}/weights/step_00000002" for run in runs[:2]},
+    )
+    for step in ("trained/weights/step_00000002", "failed/weights/step_00000001"):
+        (tmp_path / step / "ema").mkdir(parents=True)
+    job()
+    assert [config.runs for config in seen] == [[runs[0], runs[2]]]
+    assert capsys.readouterr().out == f"left out, since training did not end: {runs[1]}\n"
+    with pytest.raises(SystemExit, match="2"):
+        replace(job, config=ReportConfig(runs=runs[1:2]))()
 
 
 def test_a_crash_loop_stops_with_its_reason(
