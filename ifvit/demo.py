@@ -5,8 +5,9 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -97,8 +98,21 @@ def _worker_processes() -> ProcessPoolExecutor:
     """
     threads = max(1, (os.cpu_count() or 1) // NUM_WORKERS)
     return ProcessPoolExecutor(
-        NUM_WORKERS, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        NUM_WORKERS, get_context("spawn"), initializer=_start_worker, initargs=(threads,)
     )
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A demo that is killed would leave its workers training, and they would hold the runs."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _train_and_measure(recipe: TrainConfig, evaluation: EvaluateConfig) -> dict[str, float | None]:
