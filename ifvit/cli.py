@@ -1,5 +1,6 @@
 """The command line: one table of verbs, each a configuration class and a function."""
 
+import errno
 import logging
 import os
 import sys
@@ -239,6 +240,14 @@ VERBS = {
 }
 
 
+_BAD_PLACES = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENOSPC, errno.EDQUOT),
+}
+"""What is wrong with a folder or its disk, whatever the verb does there."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; a user error is one line on stderr and exit code 2."""
     # Their notices (no torchvision, no CUDA) would stand before our own one-line errors.
@@ -255,6 +264,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _load(verb.function)(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _BAD_PLACES:
+            raise
+        print(f"error: {error}; mend that or choose another place", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

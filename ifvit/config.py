@@ -43,6 +43,7 @@ def read_config(
     words = _spell_switches(cls, _name_each(cls, _name_positional(cls, argv, positional)))
     try:
         words = _find_recipe(prog, words)
+        _check_syntax(words)
         chosen, words = choose_variants(cls, words)
         words = _find_shipped(cls, words)
         fields = parser.add_class_arguments(cls, skip=set(chosen))
@@ -90,6 +91,16 @@ def _find_shipped(cls: type[Any], words: Sequence[str]) -> list[str]:
         if flag in flags and folder.is_dir() and re.fullmatch(r"[\w-]+", name):
             found[place] = name if Path(name).exists() else _shipped(flag, folder, name)
     return found
+
+
+def _check_syntax(words: Sequence[str]) -> None:
+    """Raise UserError for a recipe that is not YAML; jsonargparse would not name its file."""
+    for flag, file in pairwise(words):
+        if flag == "--config" and Path(file).is_file():
+            try:
+                yaml.safe_load(Path(file).read_text())
+            except yaml.YAMLError as error:
+                raise UserError(f"{file}: not YAML ({_one_line(error)})") from None
 
 
 def _find_recipe(prog: str, words: Sequence[str]) -> list[str]:

@@ -60,6 +60,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert named in fails(argv, capsys)
 
 
+def test_a_recipe_that_is_not_yaml_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run: runs/x\n  shards: data\n")
+    assert f"{recipe}: not YAML" in fails(["train", "--config", str(recipe)], capsys)
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "below")
+    assert folder in fails(["scenes", "--folder", folder, "--num_images", "1"], capsys)
+
+
 def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([])
