@@ -89,7 +89,7 @@ def _parse(source: str) -> list[Any]:
         endings = ", ".join(f".{name}" for name in _PARSERS)
         raise UserError(f"prompts {source}: give paper, scenes or a file that ends in {endings}")
     try:
-        items = _PARSERS[suffix](storage.read_bytes(source).decode())
+        items = _PARSERS[suffix](storage.read_bytes(source).decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: not readable as {suffix} ({reason})") from None

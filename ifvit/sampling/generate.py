@@ -107,7 +107,7 @@ def generate(config: GenerateConfig) -> list[str]:
 def read_prompt_file(url: str) -> list[str]:
     """The lines of a text file that are not empty. Raises UserError for one without any."""
     try:
-        lines = storage.read_bytes(url).decode().splitlines()
+        lines = storage.read_bytes(url).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{url}: not UTF-8 text ({error}); convert it") from None
     prompts = [line.strip() for line in lines if line.strip()]

@@ -41,7 +41,7 @@ def test_prompts_of_scenes_say_what_their_captions_say() -> None:
     ("name", "text"),
     [
         ("list.jsonl", "\n\n".join(json.dumps(vars(one)) for one in LIST)),
-        ("list.csv", 'count,object,prompt\n2,clock,"two clocks, one above the other"\n'
+        ("list.csv", '\ufeffcount,object,prompt\n2,clock,"two clocks, one above the other"\n'
                      "12,egg,a dozen eggs\n"),
         ("list.yaml", "- {prompt: 'two clocks, one above the other', object: clock, count: 2}\n"
                       "- prompt: a dozen eggs\n  object: egg\n  count: 12\n"),

@@ -30,7 +30,7 @@ def test_flags_of_the_command_line_are_flat(weights: str, tmp_path: Path) -> Non
 
 
 def test_prompts_become_files_rows_and_a_grid(weights: str, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("two red circles\n\na blue square\n")
+    (tmp_path / "prompts.txt").write_text("\ufefftwo red circles\r\n\r\na blue square\n")
     config = GenerateConfig(
         weights=weights,
         prompts=str(tmp_path / "prompts.txt"),
