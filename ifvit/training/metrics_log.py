@@ -128,12 +128,15 @@ class MetricsLog:
         return {**row, "device": device_name(engine.device)}
 
     def _summarise(self) -> None:
-        if not self._row:
-            return
         state, row = self._last, self._row
+        if not row:
+            if state.step == self._config.max_steps:
+                end = f"complete at step {state.step}; a larger max_steps goes on"
+                sys.stderr.write(f"{self._config.run}: {end}\n")
+            return
         facts = [
             f"step {state.step} in {state.seconds:.0f} s",
-            f"loss {row['loss']}",
+            f"loss {math.nan if row['loss'] is None else row['loss']:.4f}",
             f"{row['samples_per_s']:.1f} samples/s",
             f"data wait {row['data_wait']:.1%}",
             *([f"MFU {row['mfu']:.1%}"] if "mfu" in row else []),

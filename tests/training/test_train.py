@@ -120,7 +120,19 @@ def test_another_recipe_in_the_same_run_directory_is_refused(recipe: Recipe) -> 
     train(config)
     with pytest.raises(UserError, match="started with seed: 1234, the recipe now says 5"):
         train(replace(config, seed=5))
+    slower = replace(config.optim, learning_rate=1e-5)
+    with pytest.raises(UserError, match=r"started with optim\.learning_rate: .* now says 1e-05"):
+        train(replace(config, optim=slower))
+    train(replace(config, run=f"{config.run}_slower", resume=config.run, optim=slower, max_steps=3))
     train(replace(config, max_steps=3, micro_batch_size=4))
+
+
+def test_a_complete_run_says_so(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    config = recipe(max_steps=1)
+    train(config)
+    assert "complete at" not in capsys.readouterr().err
+    train(config)
+    assert "complete at step 1; a larger max_steps goes on" in capsys.readouterr().err
 
 
 def test_other_shards_than_the_run_was_trained_on_are_refused(
