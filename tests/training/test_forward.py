@@ -10,6 +10,7 @@ from run_files import losses
 from ifvit.errors import UserError
 from ifvit.models.attention import load_attention
 from ifvit.models.build import build_backbone
+from ifvit.models.weights import load_weights
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.forward import prepare_forward
@@ -28,7 +29,7 @@ def test_activations_computed_again_give_the_same_losses(recipe: Recipe) -> None
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses(recipe: Recipe) -> None:
+def test_compiled_blocks_give_the_same_losses_and_averages(recipe: Recipe) -> None:
     backbone = replace(
         recipe().backbone, depth=2, conditioning="concat", num_image_blocks=0, num_text_blocks=0
     )
@@ -37,6 +38,8 @@ def test_compiled_blocks_give_the_same_losses(recipe: Recipe) -> None:
     train(eager)
     train(compiled)
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+    averages = [dict(load_weights(config.run)[0].state_dict()) for config in (compiled, eager)]
+    torch.testing.assert_close(*averages, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_drawn_from_takes_any_type(recipe: Recipe) -> None:
