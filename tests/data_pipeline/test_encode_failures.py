@@ -50,6 +50,10 @@ def test_tolerated_failures_are_left_out_of_a_finished_dataset(config: EncodeCon
     assert [reader.metadata(sample).image_id for sample in range(len(reader))] == [
         7 * number + 3 for number in range(8)
     ]
+    for path in image_files(config)[:8]:
+        path.unlink()
+    with pytest.raises(UserError, match="10 of 10 images could not be read"):
+        encode(replace(config, tolerate=10, output=config.output + "_of_nothing"))
 
 
 def test_a_mended_image_makes_only_its_shard_again(

@@ -1,6 +1,7 @@
 """Where a run starts, and that a run in an object store is a run like any other."""
 
 import json
+import os
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -14,9 +15,10 @@ import torch
 from ifvit.analysis.runs import read_run
 from ifvit.distributed import World
 from ifvit.errors import UserError
+from ifvit.models.backbone import Backbone
 from ifvit.models.weights import WeightsInfo, load_weights, save_weights
 from ifvit.side_channel import SideChannel
-from ifvit.storage import join, list_names, read_bytes, remove
+from ifvit.storage import join, list_names, read_bytes, read_json, remove, write_json
 from ifvit.training import hooks
 from ifvit.training import resume as resume_module
 from ifvit.training.config import TrainConfig
@@ -93,6 +95,39 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(
     assert list_names(join(config.run, "checkpoints", "step_00000002"))[0] == "manifest.json"
 
 
+def test_a_run_that_was_taken_over_commits_nothing_more(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(max_steps=1)
+
+    def lose_lease(folder: str, backbone: Backbone, info: WeightsInfo) -> None:
+        holder = read_json(join(config.run, "lease", "000001.json"))
+        write_json(join(config.run, "lease", "000002.json"), {**holder, "host": "node7"})
+
+    monkeypatch.setattr(hooks, "save_weights", lose_lease)
+    with pytest.raises(UserError, match=r"taken over by process \d+ on node7"):
+        train(config)
+    assert not Path(config.run, "checkpoints", "latest").exists()
+    (part,) = Path(config.run, "checkpoints", "step_00000001").iterdir()
+    assert part.suffix == ".safetensors"
+
+
+def test_rows_are_on_disk_before_the_checkpoint_that_goes_on_from_them(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_on_disk: list[int] = []
+
+    def sync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.name == "metrics.jsonl":
+            rows_on_disk.append(len(path.read_text().splitlines()))
+        assert rows_on_disk or not path.name.startswith(".manifest.json.")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    train(recipe(max_steps=2))
+    assert rows_on_disk == [2]
+
+
 class SecondNode(SideChannel):
     """Engine and channel of a process that shares neither disk nor memory with the main one."""
 
@@ -125,6 +160,7 @@ def test_every_node_fetches_the_checkpoint_for_its_processes_and_leaves_nothing(
 ) -> None:
     config = replace(recipe(max_steps=3), run=f"memory://{uuid.uuid4().hex}")
     train(config)
+    assert list(losses(config.run)) == [1, 2, 3]
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     node = SecondNode(config, tmp_path)
