@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
+from ifvit.evaluation import frechet
 from ifvit.evaluation.frechet import (
     FeatureStatistics,
     RunningStatistics,
@@ -108,3 +109,10 @@ def test_a_random_part_of_the_samples_gives_nearly_the_same_error() -> None:
     assert part.num_samples == len(FIRST)
     assert part.standard_error == pytest.approx(whole.standard_error, rel=0.2)
     assert part.high - part.low == pytest.approx(whole.high - whole.low, rel=0.2)
+
+
+def test_errors_in_blocks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, reference = statistics(FIRST), statistics(SECOND)
+    whole = estimate_frechet(FIRST, drawn, reference)
+    monkeypatch.setattr(frechet, "_CHUNK", 64)
+    assert estimate_frechet(FIRST, drawn, reference).high == pytest.approx(whole.high)
