@@ -58,6 +58,7 @@ def test_a_run_exports_the_averages_of_its_weights_also_behind_a_restart(
         folder = f"{config.run}/weights/step_{step:08d}"
         backbone, info = load_weights(f"{folder}/raw")
         assert (info.step, info.ema_decay) == (step, None)
+        assert info.scaling_factor == pytest.approx(1 / 1.5)  # of the shards' standard deviation
         weights = backbone.state_dict()
         for kind, (decay, before) in averages.items():
             average = {n: decay * before[n] + (1 - decay) * weights[n] for n in weights}
