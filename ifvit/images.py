@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 Pixels = NDArray[np.uint8]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+"""Of files that count as images in a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,7 @@ from pathlib import PurePosixPath
 from data_pipeline.sources.listed import ListedSource, numbered_image
 from ifvit import storage
 from ifvit.errors import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+from ifvit.images import IMAGE_SUFFIXES
 
 
 class ImageFolders(ListedSource):

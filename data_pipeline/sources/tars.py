@@ -15,11 +15,11 @@ from typing import IO
 
 from braceexpand import braceexpand
 
-from data_pipeline.sources.folder import IMAGE_SUFFIXES
 from data_pipeline.sources.listed import shard_name
 from data_pipeline.sources.source import CaptionedImage
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.images import IMAGE_SUFFIXES
 
 REQUESTS_AT_ONCE = 16
 

@@ -11,12 +11,11 @@ from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from ifvit.errors import UserError
-from ifvit.images import Pixels, read_square
+from ifvit.images import IMAGE_SUFFIXES, Pixels, read_square
 from ifvit.side_channel import SideChannel
 from ifvit.storage import sha256_of
 
 _NUM_READERS = 8
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def list_images(folder: str) -> list[Path]:
@@ -26,7 +25,9 @@ def list_images(folder: str) -> list[Path]:
     """
     if not Path(folder).is_dir():
         raise UserError(f"images {folder}: no such folder; name one with real images")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in _SUFFIXES)
+    paths = sorted(
+        path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+    )
     if len(paths) < 2:
         raise UserError(f"images {folder}: {len(paths)} images in it, a distance needs two or more")
     return paths

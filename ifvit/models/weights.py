@@ -101,6 +101,11 @@ def find_weights(url: str, *, prefer: Kind = "ema") -> str:
     raise UserError(f"{url}: no weights there or in its weights/step_* folders; train first")
 
 
+def step_name(step: int) -> str:
+    """`step_00000500`, so that names sort like steps."""
+    return f"step_{step:08d}"
+
+
 def run_of(folder: str) -> str | None:
     """RUN of RUN/weights/step_…; None for weights that lie by themselves."""
     run, found, _ = folder.rpartition("/weights/step_")

@@ -7,7 +7,7 @@ import yaml
 
 from ifvit import storage
 from ifvit.models.config import BackboneConfig, FusionUViTConfig
-from ifvit.models.weights import WeightsInfo, run_of
+from ifvit.models.weights import WeightsInfo, run_of, step_name
 from ifvit.sampling.config import flatten_settings
 from ifvit.shards import ShardError, read_manifest
 
@@ -113,7 +113,7 @@ def _describe_metrics(run: str, step: int, weights_sha256: str) -> str:
     found = ""
     for protocol in storage.list_names(evaluations):
         for scale in storage.list_names(storage.join(evaluations, protocol)):
-            url = storage.join(evaluations, protocol, scale, f"step_{step:08d}.json")
+            url = storage.join(evaluations, protocol, scale, f"{step_name(step)}.json")
             row = storage.read_json(url) if storage.exists(url) else {}
             if row.get("weights_sha256") == weights_sha256:
                 found += f"\n### {protocol}, {scale}\n{_describe_row(row)}"

@@ -158,11 +158,7 @@ class FusionPipeline(DiffusionPipeline):
                     context = changed["prompt_embeds"]
                     denoiser.set_condition(context)
 
-        images: Any = latents
-        if output_type != "latent":
-            unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-            decoded = self.vae.decode(unscaled).sample
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        images = self._decode(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _embed(self, prompt: str | list[str] | None, embeds: Tensor | None, name: str) -> Tensor:
@@ -187,6 +183,14 @@ class FusionPipeline(DiffusionPipeline):
         size = (count, shape.latent_channels, shape.latent_size, shape.latent_size)
         noise: Tensor = randn_tensor(size, generator=generator, device=self._execution_device)
         return noise
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        """Latents (B, C, S, S) as the caller wants its images."""
+        if output_type == "latent":
+            return latents
+        unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        decoded = self.vae.decode(unscaled).sample
+        return self.image_processor.postprocess(decoded, output_type=output_type)
 
     def _step_options(self, generator: Generators | None) -> dict[str, Any]:
         """What the scheduler's `step` takes besides the noise: a generator, if it adds noise."""

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ifvit.errors import UserError
+from ifvit.models.weights import step_name
 from ifvit.object_store import StoreError
 from ifvit.storage import (
     download,
@@ -62,11 +63,6 @@ class Checkpoint:
     shards_sha256: str
     """Hash of the manifest of the shards that the run is trained on."""
     parts: tuple[Part, ...]
-
-
-def step_name(step: int) -> str:
-    """`step_00000500`, so that names sort like steps."""
-    return f"step_{step:08d}"
 
 
 def step_url(run: str, step: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ifvit.images import encode_png
 from ifvit.models.build import restore_backbone
-from ifvit.models.weights import WeightsInfo, save_weights
+from ifvit.models.weights import WeightsInfo, save_weights, step_name
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.encoders import open_autoencoder, open_conditions
 from ifvit.sampling.grid import make_grid
@@ -18,7 +18,7 @@ from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.shards import ShardReader
 from ifvit.side_channel import SideChannel
 from ifvit.storage import join, write_bytes
-from ifvit.training.checkpoint import Checkpoint, step_name
+from ifvit.training.checkpoint import Checkpoint
 from ifvit.training.checkpoint_saver import CheckpointSaver
 from ifvit.training.config import SampleGridConfig, TrainConfig
 from ifvit.training.engine import Engine, average_name

@@ -19,6 +19,7 @@ from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.build import restore_backbone
 from ifvit.models.config import restore_config
+from ifvit.models.weights import step_name
 from ifvit.sampling.encoders import choose_device
 from ifvit.storage import join, write_file
 from ifvit.training.batch import Batch
@@ -65,7 +66,7 @@ def report_nonfinite(
         message += "the gradient is not finite, but no micro-batch of this process makes it so"
     else:
         batch, outcome = found
-        name = f"step_{state.step + 1:08d}-rank_{engine.world.rank}.safetensors"
+        name = f"{step_name(state.step + 1)}-rank_{engine.world.rank}.safetensors"
         path = join(config.run, "failures", name)
         _dump(path, batch, outcome, state, objective, backbone, config)
         positions = _culprits(batch, objective, backbone, state.step)

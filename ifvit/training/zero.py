@@ -6,7 +6,6 @@ first step and only then links it to the parameters, but a resumed run has state
 
 import logging
 import os
-import socket
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +15,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils.other import get_free_port
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_optimizer_state,
@@ -73,7 +73,7 @@ class ZeroEngine(Engine):
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         # Without a launcher, this process is a world of one; DeepSpeed wants that spelled out.
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        for name, value in (*alone.items(), ("MASTER_PORT", str(_free_port()))):
+        for name, value in (*alone.items(), ("MASTER_PORT", str(get_free_port()))):
             os.environ.setdefault(name, value)
         return Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=self._settings(config, micro_batch_size)),
@@ -149,10 +149,3 @@ class Zero3Engine(ZeroEngine):
 
     def _load_moment(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
         safe_set_local_optimizer_state(parameter, self._cut(whole, parameter), key)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
