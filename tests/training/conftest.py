@@ -5,18 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_shards import make_samples, write_shards
-from run_files import CONTEXT_SHAPE, small_recipe
+from run_files import small_recipe, write_dataset
 
 from ifvit.training.config import TrainConfig
-
-NUM_SAMPLES = 21
-
-
-def write_dataset(folder: Path, seed: int = 0) -> str:
-    """21 samples in two shards: moments (8, 8, 8), one to three captions each."""
-    write_shards(folder, make_samples(NUM_SAMPLES, context_shape=CONTEXT_SHAPE, seed=seed), (12, 9))
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

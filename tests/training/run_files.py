@@ -1,4 +1,4 @@
-"""A small recipe, what its run left, and how several processes are started."""
+"""A small dataset and recipe, what its run left, and how several processes are started."""
 
 import json
 import os
@@ -9,10 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from made_backbone import small_shape
+from made_shards import make_samples, write_shards
 
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
 CONTEXT_SHAPE = (5, 12)
+
+
+def write_dataset(folder: Path, seed: int = 0) -> str:
+    """21 samples in two shards: moments (8, 8, 8), one to three captions each."""
+    write_shards(folder, make_samples(21, context_shape=CONTEXT_SHAPE, seed=seed), (12, 9))
+    return str(folder)
 
 
 def small_recipe(run: str, shards: str, **fields: object) -> TrainConfig:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CONTEXT_SHAPE
 from made_shards import make_samples, write_shards
-from run_files import losses, rows
+from run_files import CONTEXT_SHAPE, losses, rows
 
 from ifvit.errors import UserError
 from ifvit.training.config import EngineConfig, ReplayConfig, TrainConfig

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_dataset
-from run_files import losses, rows
+from run_files import losses, rows, write_dataset
 
 from ifvit.config import dump_config
 from ifvit.errors import UserError
@@ -66,11 +65,6 @@ def test_first_update_has_rate_zero_and_warm_up_is_linear(recipe: Recipe) -> Non
     assert rates == pytest.approx([0.0, 0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01, 0.01])
 
 
-def finish(process: "subprocess.Popen[bytes]") -> None:
-    """Wait for a clean end."""
-    assert process.wait(timeout=400) == 0
-
-
 def test_rate_falls_linearly_to_zero_over_the_cooldown() -> None:
     optim = OptimConfig(learning_rate=1.0, warmup_steps=2, cooldown_steps=4)
     rates = [learning_rate(step, 10, optim) for step in range(11)]
@@ -110,8 +104,9 @@ def test_killed_run_continues_on_another_number_of_processes(recipe: Recipe) -> 
     process.wait()
 
     halfway = replace(killed, max_steps=16, micro_batch_size=2)
-    finish(launch(replace(halfway, engine=EngineConfig(backend="deepspeed")), 2))
-    finish(launch(killed, 1))
+    pair = launch(replace(halfway, engine=EngineConfig(backend="deepspeed")), 2)
+    assert pair.wait(timeout=400) == 0
+    train(killed)
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-4)
 
 
