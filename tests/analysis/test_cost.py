@@ -88,16 +88,20 @@ def test_counted_operations_are_those_that_run(row):
         dataclasses.replace(PRESETS["tiny"], modulation=True),
         dataclasses.replace(CLASS_PRESETS["token_tiny"], modulation=True),
         dataclasses.replace(CLASS_PRESETS["token_tiny"], conditioning="adaln", long_skip=True),
+        dataclasses.replace(PRESETS["tiny"], mlp_ratio=2, latent_channels=3),
+        dataclasses.replace(
+            CLASS_PRESETS["token_tiny"], num_classes=None, context_length=5, context_width=12
+        ),
     ],
 )
-def test_modulation_is_counted(config):
+def test_what_no_preset_has_is_counted(config):
     counted = count_cost(config)
     with torch.device("meta"):
         backbone = build_backbone(config)
     assert counted.params == sum(parameter.numel() for parameter in backbone.parameters())
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
         size = config.latent_size
-        latents, timesteps = torch.zeros(1, 4, size, size), torch.zeros(1)
+        latents, timesteps = torch.zeros(1, config.latent_channels, size, size), torch.zeros(1)
         condition = (
             torch.zeros(1, dtype=torch.int64)
             if config.context_shape is None

@@ -82,10 +82,20 @@ def test_heads_and_context_length_of_the_paper_need_not_be_given(layout):
     assert backbone.shape.num_heads == 1
 
 
-def test_other_context_lengths_leave_the_largest_square_of_image_tokens():
+@pytest.mark.parametrize("length", [8, 9])  # with 9 all tokens together are a square, too
+def test_other_context_lengths_leave_the_largest_square_of_image_tokens(length):
     layout = uvit_layout("concat", 2, 0, 0)
-    weights = random_weights(layout, width=64, patch=2, num_patches=16, context=(8, 12))
-    assert from_reference_state_dict(tensors(weights)).shape.context_length == 8
+    weights = random_weights(layout, width=64, patch=2, num_patches=16, context=(length, 12))
+    assert from_reference_state_dict(tensors(weights)).shape.context_length == length
+
+
+def test_shapes_show_the_width_of_the_mlp():
+    weights = small_uvit()
+    for name in [name for name in weights if ".mlp.fc1." in name]:
+        weights[name] = weights[name][:128]
+    for name in [name for name in weights if name.endswith(".mlp.fc2.weight")]:
+        weights[name] = weights[name][:, :128]
+    assert from_reference_state_dict(weights).shape.mlp_ratio == 2
 
 
 def test_the_forks_fixed_number_of_queries_is_not_passed_over_in_silence():
@@ -134,6 +144,12 @@ def test_a_key_too_many_and_one_too_few_are_both_named():
     del weights["in_blocks.1.norm1.weight"]
     message = r"unexpected time_embed\.0\.weight; missing in_blocks\.1\.norm1\.weight"
     with pytest.raises(UserError, match=message):
+        from_reference_state_dict(weights)
+
+
+def test_a_key_too_many_alone_is_named():
+    weights = small_uvit() | {"time_embed.0.weight": torch.zeros(1)}
+    with pytest.raises(UserError, match=r"keys: unexpected time_embed\.0\.weight$"):
         from_reference_state_dict(weights)
 
 
