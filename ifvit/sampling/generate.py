@@ -96,12 +96,17 @@ def generate(config: GenerateConfig) -> list[str]:
         for position in positions
     )
     write_jsonl(storage.join(config.output, "samples.jsonl"), rows)
+    _write_grid(config.output, urls)
+    sys.stdout.write(f"{len(urls)} images in {config.output}\n")
+    return urls
+
+
+def _write_grid(folder: str, urls: list[str]) -> None:
+    """The first images of several side by side."""
     if len(urls) > 1:
         shown = read_images(urls[:_MAX_GRID])
         grid = make_grid(shown, math.ceil(math.sqrt(len(shown))))
-        storage.write_bytes(storage.join(config.output, "grid.png"), encode_png(grid))
-    sys.stdout.write(f"{len(urls)} images in {config.output}\n")
-    return urls
+        storage.write_bytes(storage.join(folder, "grid.png"), encode_png(grid))
 
 
 def read_prompt_file(url: str) -> list[str]:
