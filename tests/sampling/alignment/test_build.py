@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from made_backbone import small_shape
 from made_image_reward import write_image_reward
 from torch import Tensor
 
 from ifvit.config import read_config
 from ifvit.errors import UserError
+from ifvit.models.attention import logits_of
 from ifvit.models.autoencoder import Autoencoder
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo
@@ -75,6 +77,8 @@ def test_date_follows_the_clip_score_of_what_the_vae_decodes(sampler: Sampler) -
     step = (moved[0] - evaluation(0).context).flatten(1).norm(dim=1)
     torch.testing.assert_close(step, torch.full((2,), 0.5))
     assert all(not change.biases for change in changes)
+    # Activations are then saved for the context's gradient only.
+    assert not any(parameter.requires_grad for parameter in sampler.backbone.parameters())
 
 
 def test_regulation_biases_the_middle_blocks_in_the_first_half(sampler: Sampler) -> None:
@@ -106,6 +110,31 @@ def test_regulation_takes_its_share_of_the_evaluations(
     assert method is not None
     regulated = [bool(method.before(evaluation(index)).biases) for index in range(num_steps)]
     assert regulated == [index < expected for index in range(num_steps)]
+
+
+def test_regulation_knows_the_map_of_the_backbone_and_what_becomes_of_the_mass(
+    sampler: Sampler,
+) -> None:
+    shape = small_shape(latent_channels=2, patch_size=4)  # a map of 2 x 2
+    coarse = dataclasses.replace(sampler, backbone=FusionUViT(**dataclasses.asdict(shape)))
+    query, key = torch.randn(2, 2, 11, 2, 16, generator=torch.Generator().manual_seed(0))
+    sums = {}
+    for mass in ("preserve", "free"):
+        method = build(coarse, method="regulate", regulation=RegulationConfig(mass=mass))
+        assert method is not None
+        addend = method.before(evaluation(0)).biases[1](query, key)
+        assert addend is not None
+        attention = (logits_of(query, key) + addend).softmax(dim=-1)
+        sums[mass] = attention[:, :, 1:5, 5:].sum(dim=-1)
+    plain = logits_of(query, key).softmax(dim=-1)[:, :, 1:5, 5:].sum(dim=-1)
+    torch.testing.assert_close(sums["preserve"], plain)
+    assert not torch.allclose(sums["free"], plain)
+
+
+def test_prompts_without_targets_are_not_regulated(sampler: Sampler) -> None:
+    method = build(sampler, method="regulate", regulation=RegulationConfig(targets=""))
+    assert method is not None
+    assert not method.before(evaluation(0)).biases
 
 
 def test_both_do_both(sampler: Sampler) -> None:
