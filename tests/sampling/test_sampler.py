@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.errors import UserError
+from ifvit.images import to_pixels
 from ifvit.models.autoencoder import Autoencoder
 from ifvit.models.config import Conditioning
 from ifvit.models.layers import Modulation
@@ -219,6 +220,15 @@ def test_images_are_the_same_in_batches_of_any_size(sampler: Sampler) -> None:
     # One unit: the last bit of a float sum may decide how a value rounds.
     assert np.abs(alone.astype(int) - many).max() <= 1
     assert np.abs(some.astype(int) - many).max() <= 1
+
+
+def test_images_are_the_decoded_latents_without_their_scale(sampler: Sampler) -> None:
+    null_text = sampler.backbone.encode_condition(NULL[None])
+    latents = sample_latents(sampler.backbone, CONTEXTS, null_text, torch.arange(5), CONFIG)
+    with torch.no_grad():
+        expected = to_pixels(sampler.autoencoder.decode(latents / 0.5))
+    (images,) = generate_images(sampler, CONTEXTS.__getitem__, range(5), CONFIG)
+    np.testing.assert_array_equal(images, expected)
 
 
 def test_seed_and_solver_change_the_image(sampler: Sampler) -> None:
