@@ -121,7 +121,7 @@ def receipt_url(output: str, name: str) -> str:
 def list_receipts(output: str) -> set[str]:
     """Names of the shards that have a receipt, whole or damaged."""
     names = storage.list_names(storage.join(output, RECEIPTS))
-    return {name.removesuffix(".json") for name in names if not name.startswith(".")}
+    return {name.removesuffix(".json") for name in names}
 
 
 def check_same_job(output: str, existing: Job, job: Job) -> None:

@@ -79,6 +79,27 @@ def test_cut_shards_and_damaged_receipts_are_made_again(config: EncodeConfig) ->
     assert hashes(config) == before
 
 
+def test_what_killed_processes_left_unfinished_is_removed(config: EncodeConfig) -> None:
+    encode(config)
+    before = hashes(config)
+    output = Path(config.output)
+    for name in ("shard-00001.tar", "shard-00001.index.npz", "manifest.json", "null_context.npy"):
+        (output / f".{name}.k1ll3d").write_bytes(b"half")
+    (output / "receipts" / ".shard-00001.json.k1ll3d").write_bytes(b"half")
+    (output / "receipts" / "shard-00001.json").unlink()
+    encode(config)
+    assert hashes(config) == before
+
+
+def test_what_another_process_may_be_writing_is_left_alone(config: EncodeConfig) -> None:
+    config = replace(config, num_tasks=2)
+    encode(replace(config, task=0))
+    manifest = Path(config.output, ".manifest.json.living")
+    manifest.write_bytes(b"half")
+    assert encode(replace(config, task=1)) is not None
+    assert manifest.exists()
+
+
 def test_sigkill_at_random_moments_leaves_the_undisturbed_dataset(config: EncodeConfig) -> None:
     config = replace(config, samples_per_shard=1, batch_size=1)
     undisturbed = replace(config, output=config.output + "_undisturbed")
