@@ -15,6 +15,7 @@ from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.models.attention import logits_of
 from ifvit.models.autoencoder import Autoencoder
+from ifvit.models.image_reward import load_image_reward
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.alignment.build import build_method
@@ -184,6 +185,18 @@ def test_date_raises_image_reward_beside_the_clip_score(sampler: Sampler, tmp_pa
     with pytest.raises(ValueError, match="at least one not 0"):
         DateConfig(clip_weight=0.0)
 
+    small_step = dataclasses.replace(settings[2], radius=0.01)
+    method = build(sampler, method="date", date=small_step)
+    assert method is not None
+    after = method.before(evaluation(0)).context
+    assert after is not None
+    score = load_image_reward(both.image_reward).score_of(CAPTIONS)
+    rewards = [
+        score(sampler.autoencoder.decode_unclamped(evaluation(0).predict_clean(context) / 0.5))
+        for context in (evaluation(0).context, after)
+    ]
+    assert (rewards[1] > rewards[0]).all()
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -197,6 +210,13 @@ def test_settings_that_fit_neither_backbone_nor_prompt_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         build(sampler, method="regulate", regulation=settings)
+
+
+def test_regulation_without_attention_to_text_is_refused(sampler: Sampler) -> None:
+    shape = small_shape(latent_channels=2, conditioning="adaln")
+    modulated = dataclasses.replace(sampler, backbone=FusionUViT(**dataclasses.asdict(shape)))
+    with pytest.raises(UserError, match="under conditioning adaln no attention goes to text"):
+        build(modulated, method="regulate")
 
 
 def test_flags_choose_the_method_and_its_settings() -> None:
