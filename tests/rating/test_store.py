@@ -31,6 +31,17 @@ def test_the_newest_answer_counts_and_the_others_are_kept(tmp_path: Path) -> Non
     assert history.fetchall() == [('["M2", "M1"]',), (None,), ("4",)]
 
 
+def test_an_answer_is_on_disk_when_it_is_recorded(tmp_path: Path) -> None:
+    Store.create(tmp_path).close()
+    store = Store(tmp_path)
+    settings = [
+        store._connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("journal_mode", "synchronous")
+    ]
+    store.close()
+    assert settings == ["wal", 2]  # FULL: the journal is synced before a commit returns
+
+
 def test_a_ranking_comes_back_as_it_went(tmp_path: Path) -> None:
     store = Store.create(tmp_path)
     store.add_raters(1)
