@@ -139,6 +139,9 @@ class TrainConfig:
     resume: str = "auto"
     """auto: go on at the run's newest checkpoint. never: refuse if it has one. A run or a
     checkpoint by URL: start from there, then go on as auto."""
+    initial_weights: str | None = None
+    """Weights that step 0 starts from, whatever shards and optimizer they are of: a run, or a
+    folder in its weights/; unset: random ones."""
     num_workers: int = 2
     """Threads that read batches ahead."""
 

@@ -66,18 +66,18 @@ def check_recipe(config: TrainConfig) -> None:
     before["backbone"] = yaml.safe_load(dump_config(restore_config(before["backbone"])))
     now = yaml.safe_load(dump_config(config))
     for key in sorted(set(asdict(config)) - MAY_CHANGE):
-        for name, old, new in _differences(key, before.get(key), now[key]):
+        for name, old, new in differences(key, before.get(key), now[key]):
             raise UserError(
                 f"{config.run}: started with {name}: {old}, the recipe now says {new}; restore "
                 f"that value, or go on in a new run: --run NEW --resume {config.run}"
             )
 
 
-def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+def differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
     """Names of the fields that differ, `optim.learning_rate`, each with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in now:
-            yield from _differences(f"{name}.{key}", before.get(key), now[key])
+            yield from differences(f"{name}.{key}", before.get(key), now[key])
     elif before != now:
         yield name, before, now
 

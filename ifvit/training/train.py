@@ -11,7 +11,6 @@ from ifvit.diffusion.objective import NoisePrediction
 from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.distributed import World
 from ifvit.models.backbone import Backbone
-from ifvit.models.build import build_backbone
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards import ShardReader
 from ifvit.side_channel import SideChannel
@@ -20,6 +19,7 @@ from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine, engine_class
 from ifvit.training.forward import prepare_draws
 from ifvit.training.hooks import SampleGrid, SaveCheckpoint
+from ifvit.training.initial import initial_backbone
 from ifvit.training.lease import Lease
 from ifvit.training.loop import Hook, fit
 from ifvit.training.metrics_log import MetricsLog
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> TrainState:
     check_shapes(reader, config)
     check_encoders(reader, config)
     torch.manual_seed(config.seed)  # for the initial weights; nothing else draws from it
-    backbone = build_backbone(config.backbone)
+    backbone = initial_backbone(config, reader)
     backbone.set_attention(config.engine.attention)
     batches, engine = _build_engine(config, reader, backbone)
     channel = SideChannel(engine.world)
