@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from made_shards import make_samples, write_shards
 from run_files import CONTEXT_SHAPE, losses, rows
 
 from ifvit.errors import UserError
+from ifvit.models.weights import load_weights
 from ifvit.training.config import EngineConfig, ReplayConfig, TrainConfig
 from ifvit.training.loss_scale import GROWTH_INTERVAL, LossScale
 from ifvit.training.replay import replay
@@ -76,6 +78,21 @@ def test_tolerated_steps_change_nothing_and_are_counted(recipe: Recipe, damaged:
     few = recipe("few", shards=damaged, tolerate_nonfinite=sum(nonfinite) - 1)
     with pytest.raises(UserError, match=r"images \[7\]"):
         train(few)
+
+
+def test_tolerated_steps_leave_the_averages_alone(recipe: Recipe, damaged: str) -> None:
+    config = recipe(shards=damaged, tolerate_nonfinite=8, checkpoint_every=1)
+    train(config)
+    before, refused = None, 0
+    for step, row in rows(config).items():
+        folder = f"{config.run}/weights/step_{step:08d}"
+        raw, average = (load_weights(f"{folder}/{kind}")[0].norm.bias for kind in ("raw", "ema"))
+        if before is not None:
+            expected = before if row["loss"] is None else torch.lerp(before, raw, 0.1)
+            torch.testing.assert_close(average, expected)
+            refused += row["loss"] is None and not torch.allclose(average, raw)
+        before = average
+    assert refused
 
 
 def test_fp16_skips_what_its_scale_makes_overflow_and_comes_close_to_fp32(
