@@ -58,6 +58,8 @@ def test_a_run_may_start_from_another_and_then_goes_on_by_itself(
     assert train(replace(branch, max_steps=8)).step == 8
     expected = losses(whole.run)
     assert losses(branch.run) == {step: expected[step] for step in (5, 6, 7, 8)}
+    exported = [load_weights(branch.run, prefer=kind)[1] for kind in ("raw", "ema")]
+    assert [(info.step, info.ema_decay) for info in exported] == [(8, None), (8, 0.9)]
 
 
 def test_a_start_that_does_not_fit_is_refused(recipe: Recipe) -> None:
