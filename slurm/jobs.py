@@ -43,7 +43,8 @@ class VerbJob:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, _stop)
         if JobEnvironment().num_tasks > 1:
-            TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+            # SLURM hands on what was set where the job was submitted, perhaps another job's ranks.
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         module, name = self.function.split(":")
         try:
             getattr(import_module(module), name)(self._without_failed_runs())

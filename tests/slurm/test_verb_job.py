@@ -18,16 +18,19 @@ def look_around(names: list[str]) -> None:
 def test_a_task_knows_its_rank_and_keeps_all_gpus_of_its_node_in_sight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With one GPU in sight but LOCAL_RANK 3, DeepSpeed would ask for a fourth one."""
+    """Whatever stood in the environment when the job was submitted.
+
+    With one GPU in sight but LOCAL_RANK 3, DeepSpeed would ask for a fourth one.
+    """
     wanted = {
         "RANK": "3",
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "3",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3",
     }
-    for name in wanted.keys() | {"MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"}:
-        monkeypatch.setenv(name, "")  # so that it is restored, whatever the job exports
-        monkeypatch.delenv(name)
+    for name in wanted.keys() | {"MASTER_ADDR", "LOCAL_WORLD_SIZE"}:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MASTER_PORT", "20000")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     for name, value in {"JOB_ID": "7", "NTASKS": "4", "GLOBALID": "3", "LOCALID": "3"}.items():
