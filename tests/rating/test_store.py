@@ -43,6 +43,14 @@ def test_an_answer_is_on_disk_when_it_is_recorded(tmp_path: Path) -> None:
     assert settings == ["wal", 2, 30_000]
 
 
+def test_a_store_begun_before_is_begun_anew(tmp_path: Path) -> None:
+    for _ in range(2):  # a study that was interrupted while it was made
+        store = Store.create(tmp_path)
+        assert store.raters() == []
+        store.add_raters(1)
+        store.close()
+
+
 def test_a_ranking_comes_back_as_it_went(tmp_path: Path) -> None:
     store = Store.create(tmp_path)
     store.add_raters(1)

@@ -11,6 +11,9 @@ from pathlib import Path
 from made_backbone import small_shape
 from made_shards import make_samples, write_shards
 
+from ifvit.evaluation.metrics import Estimate, MetricsRow, Protocol, write_row
+from ifvit.evaluation.rows import FOLDER, row_url
+from ifvit.sampling.config import SamplingConfig
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
 CONTEXT_SHAPE = (5, 12)
@@ -38,6 +41,16 @@ def small_recipe(run: str, shards: str, **fields: object) -> TrainConfig:
         "num_workers": 1,
     }
     return TrainConfig(run=run, shards=shards, **{**defaults, **fields})  # type: ignore[arg-type]
+
+
+def write_evaluation(run: str, step: int, metric: str, value: float | None) -> None:
+    """An evaluation of a step's weights that has measured `metric` only; None: not even that."""
+    found = value and Estimate(value=value, standard_error=0.1, num_samples=9, low=0.0, high=9.9)
+    unknown = dict.fromkeys(Protocol.__dataclass_fields__)
+    protocol = Protocol(**{**unknown, "sampling": SamplingConfig().settings})  # type: ignore[arg-type]
+    unmeasured = dict.fromkeys(MetricsRow.__dataclass_fields__)
+    row = {**unmeasured, "step": step, metric: found, "protocol": protocol}
+    write_row(row_url(f"{run}/{FOLDER}", "scenes", 1.5, step), MetricsRow(**row))  # type: ignore[arg-type]
 
 
 def rows(config: TrainConfig) -> dict[int, dict[str, float]]:

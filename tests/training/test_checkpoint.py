@@ -13,14 +13,12 @@ import fsspec
 import pytest
 import torch
 from faulty_proxy import Fault, FaultyProxy
+from run_files import write_evaluation
 from torch import Tensor
 
 from ifvit import object_store, storage
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.evaluation.metrics import Estimate, MetricsRow, Protocol, write_row
-from ifvit.evaluation.rows import FOLDER, row_url
-from ifvit.sampling.config import SamplingConfig
 from ifvit.side_channel import SideChannel
 from ifvit.storage import join, list_names, remove
 from ifvit.training import checkpoint_saver
@@ -428,21 +426,10 @@ def test_kept_are_the_newest_every_mth_and_the_best(
     ("metric", "best"), [("frechet_distance", "step_00000002"), ("count_accuracy", "step_00000001")]
 )
 def test_the_best_evaluation_keeps_its_checkpoint(run: str, metric: str, best: str) -> None:
-    unmeasured = dict.fromkeys(MetricsRow.__dataclass_fields__)
-    unknown = dict.fromkeys(Protocol.__dataclass_fields__)
-    protocol = Protocol(**{**unknown, "sampling": SamplingConfig().settings})  # type: ignore[arg-type]
-
-    def evaluate(step: int, value: float | None) -> None:
-        found = value and Estimate(
-            value=value, standard_error=0.1, num_samples=9, low=0.0, high=9.9
-        )
-        row = {**unmeasured, "step": step, metric: found, "protocol": protocol}
-        write_row(row_url(join(run, FOLDER), "scenes", 1.5, step), MetricsRow(**row))  # type: ignore[arg-type]
-
-    evaluate(8, 1.0)  # of steps whose checkpoints are gone
-    evaluate(9, 10.0)
+    write_evaluation(run, 8, metric, 1.0)  # of steps whose checkpoints are gone
+    write_evaluation(run, 9, metric, 10.0)
     for step, value in ((1, 9.0), (2, 5.0), (3, None), (4, 7.0)):
-        evaluate(step, value)
+        write_evaluation(run, step, metric, value)
         save(savers(run, retention=Retention(last=1, metric=metric)), step)
     assert list_names(join(run, "checkpoints")) == ["latest", best, "step_00000004"]
     with pytest.raises(UserError, match="keep_best: evaluations have no number named beauty"):

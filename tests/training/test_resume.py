@@ -3,14 +3,17 @@
 import json
 import os
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from run_files import write_evaluation
 
 from ifvit.analysis.runs import read_run
 from ifvit.distributed import World
@@ -24,7 +27,9 @@ from ifvit.training import resume as resume_module
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.lease import Lease
+from ifvit.training.loop import StepReport
 from ifvit.training.preflight import manifest_sha256
+from ifvit.training.state import TrainState
 from ifvit.training.train import train
 
 Recipe = Callable[..., TrainConfig]
@@ -80,21 +85,42 @@ def test_a_run_that_another_job_holds_is_refused(recipe: Recipe) -> None:
         train(config)
     assert not Path(config.run, "config.yaml").exists()
     train(replace(config, max_steps=1))
+    assert read_json(join(config.run, "lease", "000002.beat")) == {"released": True}
 
 
-def test_a_save_that_fails_ends_the_run_at_the_next_step(
+def test_a_save_that_fails_ends_the_run_soon_after(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(folder: str, backbone: object, info: WeightsInfo) -> None:
-        if info.step == 4:
-            raise OSError(28, "No space left on device")
-        save_weights(folder, backbone, info)  # type: ignore[arg-type]
+    failed, done = threading.Event(), count(1)
 
-    config = recipe(max_steps=1_000_000, checkpoint_every=2)
+    def fail(folder: str, backbone: Backbone, info: WeightsInfo) -> None:
+        if info.step == 8:
+            failed.set()
+            raise OSError(28, "No space left on device")
+        save_weights(folder, backbone, info)
+
+    def step(engine: Engine) -> torch.Tensor:
+        assert next(done) <= 8 or failed.wait(60)
+        return real(engine)
+
+    real = Engine.step
+    config = recipe(max_steps=1_000_000, checkpoint_every=4)
     monkeypatch.setattr(hooks, "save_weights", fail)
-    with pytest.raises(UserError, match=r"saving step 4 failed on rank 0 .*No space left"):
+    monkeypatch.setattr(Engine, "step", step)
+    with pytest.raises(UserError, match=r"saving step 8 failed on rank 0 .*No space left"):
         train(config)
-    assert list_names(join(config.run, "checkpoints", "step_00000002"))[0] == "manifest.json"
+    assert max(losses(config.run)) < 12  # where the next save would have told
+    assert list_names(join(config.run, "checkpoints", "step_00000004"))[0] == "manifest.json"
+
+
+def test_checkpoints_stay_as_the_recipe_says(recipe: Recipe) -> None:
+    config = recipe(
+        max_steps=7, checkpoint_every=1, keep_checkpoints=2, keep_every=3, keep_best="fid"
+    )
+    write_evaluation(config.run, 2, "fid", 1.0)
+    train(config)
+    kept = ["latest", *(f"step_0000000{step}" for step in (2, 3, 6, 7))]
+    assert list_names(join(config.run, "checkpoints")) == kept
 
 
 def test_a_run_that_was_taken_over_commits_nothing_more(
@@ -125,8 +151,15 @@ def test_rows_are_on_disk_before_the_checkpoint_that_goes_on_from_them(
             rows_on_disk.append(len(path.read_text().splitlines()))
         assert rows_on_disk or not path.name.startswith(".manifest.json.")
 
+    def save(hook: hooks.SaveCheckpoint, state: TrainState, report: StepReport) -> None:
+        assert list(losses(config.run)) == [1, 2]
+        real(hook, state, report)
+
+    real = hooks.SaveCheckpoint.__call__
+    config = recipe(max_steps=2)
+    monkeypatch.setattr(hooks.SaveCheckpoint, "__call__", save)
     monkeypatch.setattr(os, "fsync", sync)
-    train(recipe(max_steps=2))
+    train(config)
     assert rows_on_disk == [2]
 
 

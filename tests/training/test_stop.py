@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from run_files import losses, rows
 
 from ifvit.distributed import EXIT_PREEMPTED, World
+from ifvit.training import checkpoint_saver
+from ifvit.training.checkpoint import Checkpoint
+from ifvit.training.checkpoint_saver import CheckpointSaver
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.stop import Preempted, StopRequest
@@ -53,6 +57,32 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     train(broken)
     table = rows(broken)
     assert [row["loss"] for row in table.values()] == [losses(whole)[step - 1] for step in table]
+
+
+def test_a_signal_during_the_last_save_does_not_end_it(
+    recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, died = threading.Event(), []
+
+    def wait(saver: CheckpointSaver) -> None:
+        if saver._pending is not None:
+            waiting.set()
+        real_wait(saver)
+
+    def commit(run: str, checkpoint: Checkpoint) -> None:
+        assert waiting.wait(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        real_commit(run, checkpoint)
+
+    real_wait, real_commit = CheckpointSaver.wait, checkpoint_saver.commit
+    monkeypatch.setattr(CheckpointSaver, "wait", wait)
+    monkeypatch.setattr(checkpoint_saver, "commit", commit)
+    before = signal.signal(signal.SIGTERM, lambda *_: died.append(True))
+    try:
+        train(recipe(max_steps=1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not died
 
 
 def test_a_request_counts_from_the_next_question_on() -> None:
