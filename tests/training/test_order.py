@@ -58,6 +58,26 @@ def test_any_step_and_any_split_agree_with_the_straight_order(
             assert found == [expected[start + position] for position in share]
 
 
+@pytest.mark.parametrize("window", [None, 1])
+def test_another_seed_is_another_order_of_samples_captions_and_flips(window: int | None) -> None:
+    orders = [make_order("equal", window, seed, random_flip=True) for seed in (3, 4)]
+    positions, counts = np.arange(300), np.full(300, 5)
+    for one, other in (
+        [straight(order, 1) for order in orders],
+        [order.coming_shards(0) for order in orders] if window else "ab",
+        [order.caption_indices(7, positions, counts).clip(0).tolist() for order in orders],
+        [(order.caption_indices(7, positions, counts) < 0).tolist() for order in orders],
+        [order.mirrored(7, positions).tolist() for order in orders],  # type: ignore[union-attr]
+    ):
+        assert one != other
+
+
+def test_blocks_of_one_epoch_are_shuffled_differently() -> None:
+    order = make_order(shard_sizes=np.array([50] * 4), window=1)
+    blocks = np.reshape(straight(order, 1), (4, 50)) % 50
+    assert len(set(map(tuple, blocks.tolist()))) == 4
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_a_window_of_shards_is_used_up_before_the_next(window: int, seed: int) -> None:
@@ -83,6 +103,26 @@ def test_shards_are_announced_a_window_before_they_are_used(window: int) -> None
         assert used <= set(announced[:window])
 
 
+def test_no_more_than_the_block_after_the_next_batch_is_announced() -> None:
+    order = make_order("equal", 1, global_batch_size=4)  # a batch is a block
+    assert [len(order.coming_shards(seen)) for seen in range(0, 12, 4)] == [2, 2, 2]
+
+
+def test_blocks_epochs_and_seeds_are_shuffled_apart() -> None:
+    def blocks(seed: int) -> list[np.ndarray]:
+        order = make_order(window=1, seed=seed, shard_sizes=np.full(8, 50))
+        return np.split(np.array(straight(order, 2)), 16)
+
+    first, other = blocks(3), blocks(4)
+    within = {tuple(block % 50) for block in (*first, *other)}
+    assert len(within) == 32
+    shards = [[int(block[0]) // 50 for block in row] for row in (first, other)]
+    in_epochs = {tuple(row[start : start + 8]) for row in shards for start in (0, 8)}
+    assert len(in_epochs) == 4
+    whole = [straight(make_order("equal", seed=seed), 1) for seed in (3, 4)]
+    assert whole[0] != whole[1]
+
+
 def test_without_a_window_shards_do_not_show() -> None:
     cut = straight(make_order("equal"), 2)
     whole = make_order("equal", shard_sizes=np.array([16]))
@@ -95,6 +135,11 @@ def test_captions_are_chosen_uniformly_and_dropped_at_the_given_rate() -> None:
     share = np.bincount(chosen + 1, minlength=6) / 30_000
     assert share[0] == pytest.approx(0.3, abs=0.01)
     assert share[1:] == pytest.approx(0.14, abs=0.01)
+    again = make_order().caption_indices(8, positions, np.full(30_000, 5))
+    # Chosen and dropped anew at every step.
+    assert ((chosen < 0) & (again < 0)).mean() == pytest.approx(0.3**2, abs=0.01)
+    kept = (chosen >= 0) & (again >= 0)
+    assert (chosen == again)[kept].mean() == pytest.approx(1 / 5, abs=0.01)
 
 
 def test_half_of_all_visits_are_mirrored_whatever_the_split() -> None:
