@@ -114,6 +114,15 @@ def test_the_reference_solver_is_uvits_but_for_rounding_and_one_coefficient() ->
     assert spread < 0.05 * error
 
 
+@pytest.mark.parametrize(("num_steps", "orders"), [(6, (3, 2, 1)), (7, (3, 3, 1)), (8, (3, 3, 2))])
+def test_the_reference_solver_takes_the_steps_of_uvits_fast_one(
+    num_steps: int, orders: tuple[int, ...]
+) -> None:
+    scheduler = SOLVERS["dpm_solver_pp_fast"]()
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.order_list == [k for order in orders for k in range(1, order + 1)]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_more_steps_bring_each_sample_closer_to_the_exact_flow(solver: str) -> None:
     errors = [
