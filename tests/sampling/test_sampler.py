@@ -23,7 +23,7 @@ from ifvit.sampling.sampler import Sampler, generate_images, sample_latents
 from ifvit.shards import EncoderIdentity
 
 CONTEXTS = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(1))
-NULL = torch.zeros(6, 16)
+NULL = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
 CONFIG = SamplingConfig(num_steps=4, guidance_scale=3.0, seed=7, batch_size=5)
 
 
@@ -229,6 +229,21 @@ def test_images_are_the_decoded_latents_without_their_scale(sampler: Sampler) ->
         expected = to_pixels(sampler.autoencoder.decode(latents / 0.5))
     (images,) = generate_images(sampler, CONTEXTS.__getitem__, range(5), CONFIG)
     np.testing.assert_array_equal(images, expected)
+
+
+def test_methods_see_their_positions_and_every_step(sampler: Sampler) -> None:
+    seen: dict[tuple[int, ...], Recorder] = {}
+
+    def method_of(positions: Tensor) -> AlignmentMethod:
+        recorder = Recorder(*[Change()] * CONFIG.num_steps)
+        return seen.setdefault(tuple(positions.tolist()), recorder)
+
+    config = dataclasses.replace(CONFIG, batch_size=2)
+    list(generate_images(sampler, CONTEXTS.__getitem__, [4, 1, 2], config, method_of))
+    assert {positions: len(method.seen) for positions, method in seen.items()} == {
+        (4, 1): CONFIG.num_steps,
+        (2,): CONFIG.num_steps,
+    }
 
 
 def test_seed_and_solver_change_the_image(sampler: Sampler) -> None:
