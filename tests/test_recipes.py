@@ -174,3 +174,12 @@ def test_a_mistake_in_a_recipe_is_one_line_that_names_it(case: str, tmp_path: Pa
 def test_a_recipe_that_a_page_names_is_shipped(page: Path) -> None:
     for name in re.findall(r"configs/[\w/]+\.yaml", page.read_text()):
         assert (CONFIGS.parent / name).is_file(), name
+
+
+def test_the_tests_that_the_page_on_other_code_bases_names_are_there() -> None:
+    tests = {str(path.relative_to(CONFIGS.parent)) for path in Path(__file__).parent.rglob("*.py")}
+    page = (CONFIGS.parent / "docs" / "peers.md").read_text()
+    named = re.findall(r"`(?:tests/)?((?:\w+/)?test_\w+\.py)`", page)
+    assert len(named) > 20
+    for name in named:
+        assert f"tests/{name}" in tests, name
