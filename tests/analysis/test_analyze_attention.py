@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_backbone import small_shape
 from made_shards import make_samples, write_shards
 from PIL import Image
 
@@ -13,7 +14,7 @@ from ifvit.analysis.attention import read_attention
 from ifvit.cli import main
 from ifvit.models.build import build_backbone
 from ifvit.models.clip import load_text_encoder
-from ifvit.models.config import BackboneConfig, FusionUViTConfig, TokenTransformerConfig
+from ifvit.models.config import BackboneConfig, TokenTransformerConfig
 from ifvit.models.weights import WeightsInfo, save_weights
 from ifvit.shards import EncoderIdentity
 
@@ -28,12 +29,8 @@ def save_run(
 ) -> str:
     """A run of untrained weights at step 3, of latents 8 x 8 in patches of 2."""
     torch.manual_seed(num_blocks)
-    shape = FusionUViTConfig(
-        latent_size=8,
-        patch_size=2,
+    shape = small_shape(
         width=16,
-        depth=4,
-        num_heads=2,
         context_length=context_shape[0],
         context_width=context_shape[1],
         conditioning="concat",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_backbone import small_shape
 from torch import Tensor
 
 from ifvit.analysis import attention_maps
@@ -30,7 +31,7 @@ from ifvit.analysis.attention_maps import (
 )
 from ifvit.analysis.config import AttentionConfig
 from ifvit.errors import UserError
-from ifvit.models.config import Conditioning, FusionUViTConfig
+from ifvit.models.config import Conditioning
 from ifvit.models.layers import Attention
 from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.config import Guidance, SamplingConfig
@@ -53,15 +54,10 @@ CONDITIONINGS = pytest.mark.parametrize("conditioning", ["concat", "cross_attent
 def build_backbone(conditioning: Conditioning, setting: str = "intermediate") -> FusionUViT:
     torch.manual_seed(0)
     num_blocks = int(setting == "intermediate")
-    config = FusionUViTConfig(
+    config = small_shape(
         latent_size=2 * SIDE,
         latent_channels=2,
-        patch_size=2,
-        width=32,
-        depth=4,
-        num_heads=2,
         context_length=NUM_TEXT,
-        context_width=16,
         conditioning=conditioning,
         num_image_blocks=num_blocks,
         num_text_blocks=num_blocks,

@@ -3,13 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from made_backbone import small_shape
 from slope import assert_gradient_is_slope
 from uvit_oracle import Oracle, random_weights, uvit_layout
 
 from ifvit.errors import UserError
 from ifvit.models.attention import load_attention
 from ifvit.models.build import build_backbone, restore_backbone
-from ifvit.models.config import FusionUViTConfig
 from ifvit.models.layers import Attention, timestep_embedding
 from ifvit.models.presets import PRESETS
 from ifvit.models.uvit import FusionUViT
@@ -19,17 +19,13 @@ MODULATED = [("concat+", 2, 1), ("cross_attention+", 2, 1), ("adaln", 2, 1), ("a
 SETTINGS = [(c, i, t) for c in CONDITIONINGS for i, t in [(0, 0), (2, 1), (0, 1), (2, 0), (3, 2)]]
 SETTINGS += MODULATED
 
-TINY = FusionUViTConfig(
-    latent_size=8,
-    patch_size=2,
+TINY = small_shape(
     width=16,
     depth=6,
-    num_heads=2,
     context_length=5,
     context_width=12,
     conditioning="concat",
     num_image_blocks=2,
-    num_text_blocks=1,
 )
 
 
