@@ -62,6 +62,20 @@ def test_each_rater_has_an_order(tmp_path: Path) -> None:
     assert len(orders) == 5
 
 
+def test_another_seed_is_another_order(tmp_path: Path) -> None:
+    studies = [make_study(tmp_path / str(seed), num_preference=20, seed=seed) for seed in (1, 2)]
+    orders = [[task.item.position for task in study.tasks(rater=1)] for study in studies]
+    assert orders[0] != orders[1]
+
+
+def test_a_study_of_another_version_is_refused(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    path = study.folder / "study.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(UserError, match=r"study\.json: version 2, this ifvit reads 1"):
+        read_study(str(study.folder))
+
+
 def test_every_model_stands_at_every_place_equally_often(tmp_path: Path) -> None:
     study = make_study(tmp_path, num_preference=20)
     shown = [

@@ -26,7 +26,7 @@ from ifvit.training import hooks
 from ifvit.training import resume as resume_module
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
-from ifvit.training.lease import Lease
+from ifvit.training.lease import Lease, _read_beat
 from ifvit.training.loop import StepReport
 from ifvit.training.preflight import manifest_sha256
 from ifvit.training.state import TrainState
@@ -46,6 +46,19 @@ def test_never_refuses_a_run_that_has_checkpoints(recipe: Recipe) -> None:
     train(config)
     with pytest.raises(UserError, match="holds checkpoints, and resume is never; choose another"):
         train(replace(config, max_steps=3))
+
+
+def test_rows_after_the_checkpoint_that_a_run_goes_on_from_are_dropped(recipe: Recipe) -> None:
+    whole, broken = recipe("whole", max_steps=4), recipe("broken", max_steps=3, checkpoint_every=2)
+    train(whole)
+    train(broken)
+    remove(join(broken.run, "checkpoints", "step_00000003"))
+    metrics = Path(broken.run, "metrics.jsonl")
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "loss": 0.')  # cut where the process was killed
+    train(replace(broken, max_steps=4))
+    assert len(metrics.read_text().splitlines()) == 4
+    assert losses(broken.run) == losses(whole.run)
 
 
 @pytest.mark.parametrize("whole_run", [True, False])
@@ -153,6 +166,7 @@ def test_rows_are_on_disk_before_the_checkpoint_that_goes_on_from_them(
 
     def save(hook: hooks.SaveCheckpoint, state: TrainState, report: StepReport) -> None:
         assert list(losses(config.run)) == [1, 2]
+        assert "released" not in _read_beat(config.run, 1)
         real(hook, state, report)
 
     real = hooks.SaveCheckpoint.__call__
