@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_backbone import SMALL_TOKENS, SMALL_UNET
 from made_shards import make_samples, write_shards
-from run_files import CONTEXT_SHAPE, finish, losses, start
+from run_files import CONTEXT_SHAPE, losses
 
-from ifvit.config import dump_config
 from ifvit.errors import UserError
-from ifvit.models.config import BackboneConfig, TokenTransformerConfig, UNetConfig
+from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import load_weights
 from ifvit.shards import ShardError
 from ifvit.training.config import EngineConfig, TrainConfig
@@ -19,12 +19,7 @@ from ifvit.training.train import train
 
 Recipe = Callable[..., TrainConfig]
 LENGTH, WIDTH = CONTEXT_SHAPE
-TOKENS = TokenTransformerConfig(
-    latent_size=8, num_classes=2, patch_size=2, width=32, num_heads=2, depth=3, long_skip=True
-)
-UNET = UNetConfig(
-    latent_size=8, num_classes=2, channels=(32, 32), num_attention_levels=1, head_width=16
-)
+TOKENS = replace(SMALL_TOKENS, long_skip=True)
 
 
 def on_captions(backbone: BackboneConfig) -> BackboneConfig:
@@ -39,7 +34,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("backbone", [TOKENS, UNET], ids=lambda config: config.architecture)
+@pytest.mark.parametrize("backbone", [TOKENS, SMALL_UNET], ids=lambda config: config.architecture)
 def test_a_resumed_run_on_classes_repeats_the_unbroken_one(
     recipe: Recipe, labelled: str, backbone: BackboneConfig
 ) -> None:
@@ -54,7 +49,7 @@ def test_a_resumed_run_on_classes_repeats_the_unbroken_one(
     assert (info.text_encoder, info.classes) == (None, ("cat", "dog"))
 
 
-@pytest.mark.parametrize("backbone", [TOKENS, UNET], ids=lambda config: config.architecture)
+@pytest.mark.parametrize("backbone", [TOKENS, SMALL_UNET], ids=lambda config: config.architecture)
 def test_captions_train_them_too(recipe: Recipe, backbone: BackboneConfig) -> None:
     config = recipe(
         backbone=on_captions(backbone),
@@ -65,18 +60,6 @@ def test_captions_train_them_too(recipe: Recipe, backbone: BackboneConfig) -> No
     loaded, info = load_weights(config.run)
     assert loaded.shape == config.backbone
     assert info.text_encoder is not None
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_two_processes_train_as_one(recipe: Recipe, labelled: str) -> None:
-    alone = recipe("alone", shards=labelled, backbone=UNET, max_steps=3)
-    train(alone)
-    pair = recipe("pair", shards=labelled, backbone=UNET, max_steps=3, micro_batch_size=4)
-    path = Path(pair.run).with_suffix(".yaml")
-    path.write_text(dump_config(pair))
-    assert finish(start(["-m", "ifvit", "train", "--config", str(path)], 2)) == [0, 0]
-    assert losses(pair) == pytest.approx(losses(alone), rel=1e-4)
 
 
 def test_classes_for_a_backbone_of_captions_are_one_clear_error(
