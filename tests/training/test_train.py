@@ -1,10 +1,7 @@
 """The randomness contract: a run is one sequence of losses, however it was carried out."""
 
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import losses, rows, write_dataset
+from run_files import finish, losses, rows, start, write_dataset
 
 from ifvit.config import dump_config
 from ifvit.errors import UserError
@@ -23,20 +20,11 @@ from ifvit.training.train import train
 Recipe = Callable[..., TrainConfig]
 
 
-def launch(config: TrainConfig, num_processes: int) -> subprocess.Popen[bytes]:
-    """Start `ifvit train` as a launcher would, one environment per rank."""
+def launch(config: TrainConfig, num_processes: int) -> list[subprocess.Popen[bytes]]:
+    """Start `ifvit train` in its own processes."""
     recipe = Path(config.run).with_suffix(".yaml")
     recipe.write_text(dump_config(config))
-    command = [sys.executable, "-m", "ifvit", "train", "--config", str(recipe)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if num_processes == 1:
-        return subprocess.Popen(command, env=environment)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    runner = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
-    arguments = [*runner, "--master_addr=127.0.0.1", f"--master_port={port}", "-m", *command[2:]]
-    return subprocess.Popen(arguments, env=environment)
+    return start(["-m", "ifvit", "train", "--config", str(recipe)], num_processes)
 
 
 def test_resumed_run_repeats_the_uninterrupted_one(recipe: Recipe) -> None:
@@ -95,7 +83,7 @@ def test_killed_run_continues_on_another_number_of_processes(recipe: Recipe) -> 
     whole = recipe("whole", micro_batch_size=4, max_steps=24)
     train(whole)
     killed = recipe("killed", micro_batch_size=4, max_steps=24, checkpoint_every=4)
-    process = launch(killed, 1)
+    (process,) = launch(killed, 1)
     metrics = Path(killed.run, "metrics.jsonl")
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 6:
         assert process.poll() is None
@@ -104,8 +92,7 @@ def test_killed_run_continues_on_another_number_of_processes(recipe: Recipe) -> 
     process.wait()
 
     halfway = replace(killed, max_steps=16, micro_batch_size=2)
-    pair = launch(replace(halfway, engine=EngineConfig(backend="deepspeed")), 2)
-    assert pair.wait(timeout=400) == 0
+    assert finish(launch(replace(halfway, engine=EngineConfig(backend="deepspeed")), 2)) == [0, 0]
     train(killed)
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-4)
 
