@@ -14,6 +14,7 @@ from ifvit.randomness import normal
 from ifvit.training.config import EngineConfig
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_HALF_ONLY = ("flash", "cudnn")
 
 
 def prepare_forward(
@@ -21,8 +22,14 @@ def prepare_forward(
 ) -> None:
     """Change the forward pass of `backbone` in place; parameters and their names stay.
 
-    Raises UserError when this machine cannot compile, or graphs cannot hold the gradients.
+    Raises UserError when this machine cannot compile, graphs cannot hold the gradients, or the
+    attention kernel cannot take the precision.
     """
+    if device.type == "cuda" and config.precision == "fp32" and config.attention in _HALF_ONLY:
+        raise UserError(
+            f"engine.attention: {config.attention} takes 16 bits on a GPU; set engine.precision "
+            "to bf16 or engine.attention to sdpa"
+        )
     if config.compile:
         _require_compiler(device)
     if config.cuda_graphs:

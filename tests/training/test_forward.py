@@ -80,6 +80,14 @@ def test_cuda_graphs_are_refused_where_they_cannot_be(recipe: Recipe) -> None:
         EngineConfig(cuda_graphs=True)
 
 
+def test_a_kernel_of_16_bits_is_refused_in_fp32_before_anything_is_compiled(
+    recipe: Recipe,
+) -> None:
+    flash = replace(PLAIN, attention="flash", precision="fp32")
+    with pytest.raises(UserError, match=r"engine\.attention: flash takes 16 bits.* to bf16 or"):
+        prepare_forward(build_backbone(recipe().backbone), flash, torch.device("cuda"))
+
+
 def test_offload_without_deepspeed_is_refused(recipe: Recipe) -> None:
     with pytest.raises(UserError, match=r"engine\.offload_optimizer: needs DeepSpeed"):
         train(recipe(engine=replace(PLAIN, offload_optimizer=True)))
