@@ -74,6 +74,15 @@ def test_activations_are_those_counted_by_hand() -> None:
     assert activation_bytes(concat(), 1, "bf16", checkpointing=True) == again
 
 
+def test_checkpoints_of_cross_attention_keep_what_the_text_gives_to_every_block() -> None:
+    # The inputs of three blocks of 17 tokens; keys, values and normed text of 3; and one block,
+    # with keys and values of all 20.
+    kept = 3 * 17 * 4 + 3 * (3 * 3 * 2) + 17 * (36 + 4) + (2 * 20 + 3) * 2
+    shape = concat(conditioning="cross_attention")
+    expected = 64 * kept + 17 * 6 * 64 + 3 * (2 * 8 + 4 * 64)
+    assert activation_bytes(shape, 1, "bf16", checkpointing=True) == expected
+
+
 @pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
 @pytest.mark.parametrize("outer", [0, 1])
 def test_activations_are_those_that_the_model_keeps(conditioning: str, outer: int) -> None:
@@ -135,6 +144,28 @@ def test_one_gpu_takes_the_sum_of_its_parts() -> None:
     assert row.mfu[0] == pytest.approx(3 * 8 * cost.flops / step / 989e12)
     assert row.save_seconds == pytest.approx((16 + 8) * cost.params / 2e9)
     assert row.loader_bytes_per_s == pytest.approx(8 * sample_bytes(shape) / step)
+
+
+@pytest.mark.parametrize(("memory", "stage", "passes"), [(141e9, 0, 2), (1e9, 3, 3)])
+def test_two_nodes_also_wait_for_each_other(memory: float, stage: int, passes: int) -> None:
+    shape = PRESETS["small"]
+    hardware = HardwareConfig(memory_bytes=memory)
+    config = PlanConfig(batch_per_gpu=8, activation_checkpointing=False, hardware=hardware)
+    row = plan_row("small", shape, 16, config)
+    cost = count_cost(shape)
+    compute = 3 * 8 * cost.flops / (989e12 * 0.5)
+    wires = 7 / 8 / 450e9 + 1 / 8 / 2 / 50e9
+    communication = passes * 4 * cost.params * wires
+    update = 40 * cost.params / (16 if stage else 1) / 4.8e12
+    best, worst = max(compute, communication) + update, compute + communication + update
+    assert row.zero_stage == stage
+    assert row.flops_per_step == 16 * 3 * 8 * cost.flops
+    assert row.network_bytes == pytest.approx(passes * 4 * cost.params / 8 / 2)
+    assert row.step_seconds == pytest.approx((best, worst))
+    assert row.mfu == pytest.approx([3 * 8 * cost.flops / s / 989e12 for s in (best, worst)])
+    assert row.checkpoint_bytes == 16 * cost.params
+    assert row.save_seconds == pytest.approx((16 / 2 + 8) * cost.params / 2e9)
+    assert row.loader_bytes_per_s == pytest.approx(8 * 8 * sample_bytes(shape) / best)
 
 
 def test_the_lowest_stage_that_fits_is_taken() -> None:
