@@ -73,6 +73,16 @@ def test_guidance_is_its_equation(conditioning: Conditioning, scale: float) -> N
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_noise_of_half_precision_is_guided_in_full() -> None:
+    backbone = build_backbone().to(torch.bfloat16)
+    x_t, timesteps = torch.randn(5, 4, 4, 4), torch.full((5,), 400)
+    with torch.no_grad():
+        guided = build_denoiser(backbone, 3.0)(x_t, timesteps)
+        both = backbone(x_t, timesteps, torch.cat([CONTEXTS, NULL.expand_as(CONTEXTS)]))
+    conditional, unconditional = both.float().chunk(2)
+    torch.testing.assert_close(guided, unconditional + 3.0 * (conditional - unconditional))
+
+
 def test_guidance_of_one_leaves_the_unconditional_half_out() -> None:
     backbone = build_backbone()
     rows: list[int] = []
@@ -111,6 +121,9 @@ def test_guidance_is_everywhere_unless_it_is_told_otherwise() -> None:
         assert guidance.applies_at(999)
     narrow = SamplingConfig(guidance_low=5.0, guidance_high=7.0).guidance
     assert [t for t in range(10) if narrow.applies_at(t)] == [5, 6, 7]
+    SamplingConfig(guidance_low=5.0, guidance_high=5.0)
+    with pytest.raises(ValueError, match=r"guidance_low 6\.0 is above guidance_high 5\.0"):
+        SamplingConfig(guidance_low=6.0, guidance_high=5.0)
 
 
 class Recorder:
