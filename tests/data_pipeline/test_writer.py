@@ -79,6 +79,7 @@ def test_a_writer_that_fails_ends_the_job_with_its_error(
 
     def fail(*_: Any) -> Any:
         assert is_full.wait(timeout=30)
+        threading.Event().wait(0.1)  # time to wait for room for one batch too many
         raise UserError("the disk is full")
 
     monkeypatch.setattr("data_pipeline.writer.write_shard", fail)
