@@ -156,6 +156,7 @@ def test_table_1_has_means_over_seeds_and_no_distance_under_fid(tmp_path: Path) 
     assert first["Fréchet distance on CLIP features ↓"].note == "± 0.0010"
     assert first["Training it/s ↑"].text == "12.50"
     assert first["Parameters, M"].note == "paper 45"
+    assert re.fullmatch(r"0\.0\d{3}", first["GFLOPs ↓"].text)
     assert table.records[0]["frechet_distance_seed_error"] == pytest.approx(0.001)
     assert table.records[0]["frechet_distance_sample_error"] == pytest.approx(0.001)
     assert [line.cells[2].is_best for line in table.lines] == [False, False, False, True]
@@ -180,7 +181,8 @@ def test_differences_to_the_paper_are_marked_where_both_compare(tmp_path: Path) 
         row = dataclasses.replace(build_row(0.5, **PAPER), fid=estimate(fid, 0.02))
         write_evaluation(run, row)
         runs.append(str(run))
-    table = table_1(sheet_of(runs))
+    sheet = sheet_of(runs)
+    table = table_1(sheet)
     cells = [dict(zip(table.heads[1:], line.cells, strict=True)) for line in table.lines]
     assert [cell["FID ↓"].note for cell in cells] == [
         "± 0.02\npaper 5.98, +0.02",
@@ -196,6 +198,11 @@ def test_differences_to_the_paper_are_marked_where_both_compare(tmp_path: Path) 
         "'A photo depicts '.",
         "Training it/s: cpu at batch 32 is not an RTX 4090 at batch 256.",
     ]
+    assert sheet.reference is not None
+    fewer = dataclasses.replace(sheet.reference.protocol, num_samples=10_000)
+    reference = dataclasses.replace(sheet.reference, protocol=fewer)
+    table = table_1(dataclasses.replace(sheet, reference=reference))
+    assert table.notes[0] == "FID: num samples 10000, the paper's 30000."
 
 
 def test_table_2_has_both_scales_of_clip_score(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """KID and CMMD against other implementations and against what other samples would give."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ifvit.evaluation import kernel_distances
 from ifvit.evaluation.kernel_distances import cmmd, kid
+from ifvit.evaluation.metrics import Estimate
 
 RNG = np.random.default_rng(0)
 WIDTH = 16
@@ -46,6 +49,8 @@ def test_kid_of_subsets_is_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [kid(drawn[start : start + 40], real[start : start + 40]) for start in (0, 40)]
     assert found.value == pytest.approx(np.mean([part.value for part in parts]))
     assert found.num_samples == 80
+    monkeypatch.setattr(kernel_distances, "KID_SUBSETS", 1)
+    assert kid(drawn, real) == kid(drawn[:40], real[:40])
 
 
 def test_kid_of_equal_distributions_is_zero_on_average() -> None:
@@ -73,6 +78,14 @@ def test_cmmd_in_blocks_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) ->
     parts = cmmd(x, y, "cpu")
     assert parts.value == pytest.approx(whole.value, rel=1e-6)
     assert parts.standard_error == pytest.approx(whole.standard_error, rel=1e-6)
+
+
+@pytest.mark.parametrize("measure", [kid, lambda x, y: cmmd(x, y, "cpu")], ids=["kid", "cmmd"])
+def test_errors_are_those_of_the_jackknife(measure: Callable[..., Estimate]) -> None:
+    drawn, real = 3 * on_sphere(80, 0.5), 3 * on_sphere(80)
+    without_one = [measure(np.delete(drawn, row, axis=0), real).value for row in range(80)]
+    expected = np.std(without_one, ddof=1) * 79 / np.sqrt(80)
+    assert measure(drawn, real).standard_error == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize("distance", ["kid", "cmmd"])
