@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 
-from ifvit.analysis.plan import plan, plan_row, plan_rows
+from ifvit.analysis.plan import RESERVE, PlanRow, plan, plan_row, plan_rows
 from ifvit.analysis.plan_config import HardwareConfig, PlanConfig
 from ifvit.analysis.plan_formulas import (
     activation_bytes,
@@ -183,14 +184,26 @@ def test_the_lowest_stage_that_fits_is_taken() -> None:
     ]
 
 
+def test_a_reserve_of_the_memory_is_left() -> None:
+    def row(memory: float) -> PlanRow:
+        hardware = HardwareConfig(memory_bytes=memory)
+        return plan_row("small", PRESETS["small"], 8, PlanConfig(hardware=hardware))
+
+    needed = row(1e12).memory_by_stage[0] / (1 - RESERVE)
+    assert [row(share * needed).zero_stage == 0 for share in (1.001, 0.999)] == [True, False]
+
+
 def test_presets_have_the_size_of_their_names() -> None:
     params = {row.name: row.params for row in plan_rows(PlanConfig(gpus=(64,)))}
     assert params == pytest.approx({"1b": 1e9, "8b": 8e9}, rel=0.05)
 
 
-def test_width_and_depth_plan_another_backbone() -> None:
-    (row,) = plan_rows(PlanConfig(width=512, depth=12, gpus=(8,)))
-    assert (row.name, row.params) == ("512x12", count_cost(PRESETS["small"]).params)
+@pytest.mark.parametrize(("name", "width", "depth"), [("small", 512, 12), ("large", 1024, 20)])
+def test_width_and_depth_plan_another_backbone(name: str, width: int, depth: int) -> None:
+    (row,) = plan_rows(PlanConfig(width=width, depth=depth, gpus=(8,)))
+    cost = count_cost(PRESETS[name])
+    assert (row.name, row.params) == (f"{width}x{depth}", cost.params)
+    assert row.flops_per_step == 3 * 8 * 32 * cost.flops
 
 
 def test_json_and_table_hold_every_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,8 +214,11 @@ def test_json_and_table_hold_every_row(capsys: pytest.CaptureFixture[str]) -> No
         (name, gpus) for name in ("1b", "8b") for gpus in (8, 64)
     ]
     plan(config)
-    starts = [line.split()[:1] for line in capsys.readouterr().out.splitlines()]
+    table = capsys.readouterr().out
+    starts = [line.split()[:1] for line in table.splitlines()]
     assert starts.count(["8"]) == starts.count(["64"]) == 2
+    shares = [(int(low), int(high)) for low, high in re.findall(r"(\d+)%-(\d+)%", table)]
+    assert shares == [tuple(round(100 * share) for share in row["mfu"][::-1]) for row in rows]
 
 
 @pytest.mark.parametrize(
