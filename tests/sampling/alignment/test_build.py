@@ -173,15 +173,17 @@ def test_a_user_may_score_images_otherwise(sampler: Sampler) -> None:
 
 def test_date_raises_image_reward_beside_the_clip_score(sampler: Sampler, tmp_path: Path) -> None:
     both = DateConfig(image_reward=write_image_reward(tmp_path), image_reward_weight=0.2)
-    settings = (DateConfig(), both, dataclasses.replace(both, clip_weight=0.0))
+    five_times = dataclasses.replace(both, clip_weight=5.0, image_reward_weight=1.0)
+    settings = (DateConfig(), both, dataclasses.replace(both, clip_weight=0.0), five_times)
     moved = []
     for date in settings:
         method = build(sampler, method="date", date=date)
         assert method is not None
         moved.append(method.before(evaluation(0)).context)
-    clip, summed, reward = (context - evaluation(0).context for context in moved)  # type: ignore[operator]
+    clip, summed, reward, scaled = (context - evaluation(0).context for context in moved)  # type: ignore[operator]
     assert not torch.allclose(clip, summed)
     assert not torch.allclose(summed, reward)
+    torch.testing.assert_close(scaled, summed, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="at least one not 0"):
         DateConfig(clip_weight=0.0)
 
