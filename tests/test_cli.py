@@ -81,6 +81,19 @@ def test_a_place_that_cannot_be_written_is_named(
     assert folder in fails(["scenes", "--folder", folder, "--num_images", "1"], capsys)
 
 
+def test_an_interrupted_verb_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ifvit.analysis.cost.cost", interrupt)
+    with pytest.raises(SystemExit) as end:
+        main(["cost"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
+
+
 def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([])

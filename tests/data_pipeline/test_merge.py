@@ -8,10 +8,10 @@ import pytest
 
 from data_pipeline.config import EncodeConfig, MergeConfig, ShardsConfig
 from data_pipeline.encode import encode
-from data_pipeline.merge import merge
+from data_pipeline.merge import _check_unique, merge
 from data_pipeline.verify import verify
 from ifvit.errors import UserError
-from ifvit.shards import Manifest, ShardReader, read_manifest
+from ifvit.shards import Manifest, ShardEntry, ShardReader, read_manifest
 
 
 def encode_part(config: EncodeConfig, name: str, first: int, last: int) -> str:
@@ -57,12 +57,25 @@ def test_a_shard_that_would_count_twice_is_refused(parts: list[str], tmp_path: P
     assert not (tmp_path / "merged").exists()
 
 
+def test_shards_without_images_may_be_alike() -> None:
+    entry = ShardEntry(
+        name="shard-00000",
+        num_samples=0,
+        num_captions=0,
+        num_bytes=10240,
+        sha256="of an empty tar",
+        index_sha256="",
+    )
+    _check_unique([("a", entry), ("b", entry)])
+
+
 def test_other_recipes_are_refused_by_name(
     config: EncodeConfig, parts: list[str], other_encoders: object, tmp_path: Path
 ) -> None:
     others = {
         "dtype": replace(config, dtype="float32"),
         "flipped": replace(config, flip=True),
+        "null_context": replace(config, precision="bf16"),
         "vae": replace(config, vae=str(other_encoders.vae)),  # type: ignore[attr-defined]
         "text_encoder": replace(config, text_encoder=str(other_encoders.text_encoder)),  # type: ignore[attr-defined]
     }

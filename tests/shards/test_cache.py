@@ -1,5 +1,6 @@
 """Shards of an object store: fetched once, checked on arrival, shared, and bounded."""
 
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -109,12 +110,16 @@ def test_the_cache_stays_within_its_bound_and_forgets_what_was_used_longest_ago(
     tmp_path: Path,
 ) -> None:
     reader = open_reader(3.5)
+    arriving = tmp_path / "cache" / ".another.arriving"
+    arriving.touch()
+    os.utime(arriving, (0, 0))
     for number in (0, 2, 4, 0, 6):
         reader = open_reader(3.5)  # a new process: reading counts as a use of the file
         reader.moments(number)
         files = filter(Path.is_file, (tmp_path / "cache").iterdir())
         cached = sum(path.stat().st_size for path in files)
         assert cached <= 3.5 * reader.manifest.shards[0].num_bytes
+    assert arriving.exists()
     downloads.clear()
     open_reader(3.5).moments(0)
     assert downloads == []

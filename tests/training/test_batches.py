@@ -2,11 +2,14 @@
 
 import functools
 import os
+import queue
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.shards import CacheConfig, LatentSample, ShardError, ShardReader
 from ifvit.training.batch import Batch, HostMemory
-from ifvit.training.batches import Batches
+from ifvit.training.batches import Batches, _FetchAhead
 from ifvit.training.order import BatchOrder
 from ifvit.training.state import TrainState
 
@@ -115,9 +118,12 @@ def test_a_batch_holds_what_the_order_names(
     batches = make_batches(mirrored_shards, shuffle_window=window, random_flip=True)
     order, positions = batches._order, np.arange(GLOBAL_BATCH)
     kinds = set()
-    with closing(batches.from_state(TrainState(), CPU)) as stream:
-        for step, batch in enumerate(islice(stream, 6)):
-            chosen = order.sample_indices(GLOBAL_BATCH * step, positions).tolist()
+    # A run may have begun from another whose batches were of another size.
+    state = TrainState(step=7, samples_seen=1000)
+    with closing(batches.from_state(state, CPU)) as stream:
+        for step, batch in enumerate(islice(stream, 6), state.step):
+            seen = state.samples_seen + GLOBAL_BATCH * (step - state.step)
+            chosen = order.sample_indices(seen, positions).tolist()
             counts = np.array([len(samples[i].metadata.captions) for i in chosen])
             captions = order.caption_indices(step, positions, counts).tolist()
             flips = order.mirrored(step, positions).tolist()  # type: ignore[union-attr]
@@ -143,6 +149,24 @@ def test_an_object_store_gives_the_batches_of_a_local_folder(
         for local_batch, remote_batch in islice(zip(*streams, strict=True), 6):
             assert torch.equal(local_batch.moments, remote_batch.moments)
             assert torch.equal(local_batch.condition, remote_batch.condition)
+
+
+def test_shards_are_fetched_once_and_before_they_are_used() -> None:
+    fetched: queue.Queue[int] = queue.Queue()
+    reader = SimpleNamespace(is_remote=True, fetch=fetched.put)
+    order = BatchOrder(
+        shard_sizes=np.full(4, 8),
+        global_batch_size=8,
+        seed=3,
+        caption_dropout=0.0,
+        shuffle_window=1,
+    )
+    with _FetchAhead(cast(ShardReader, reader), order) as ahead:
+        for samples_seen, num_new in ((0, 2), (8, 1), (16, 1)):
+            ahead.move_to(samples_seen)
+            new = {fetched.get(timeout=60) for _ in range(num_new)}
+            assert new <= set(order.coming_shards(samples_seen))
+    assert fetched.empty()
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,15 @@ def test_what_any_number_of_ranks_saved_is_restored(run: str, cache: Path, num_r
 
 def test_shares_are_balanced_and_only_the_main_rank_exports(tmp_path: Path) -> None:
     exported: dict[str, Tensor] = {}
-    ranks = savers(str(tmp_path), 3, finish=lambda step, tensors: exported.update(tensors))
+    finished: list[int] = []
+
+    def finish(step: int, tensors: dict[str, Tensor]) -> None:
+        finished.append(step)
+        exported.update(tensors)
+
+    ranks = savers(str(tmp_path), 3, finish=finish)
     save(ranks, 1)
+    assert finished == [1]
     found = fetch_newest(str(tmp_path), tmp_path)
     assert found is not None
     tensors = [part.tensors for part in found[1].parts]

@@ -93,6 +93,13 @@ def test_shards_are_announced_a_window_before_they_are_used(window: int) -> None
         assert used <= set(announced[:window])
 
 
+def test_all_shards_of_a_batch_that_spans_blocks_are_announced() -> None:
+    order = make_order("equal", 1, global_batch_size=6)
+    for samples_seen in range(0, 48, 6):
+        used = order.sample_indices(samples_seen, np.arange(6)) // 4
+        assert set(used.tolist()) <= set(order.coming_shards(samples_seen))
+
+
 def test_no_more_than_the_block_after_the_next_batch_is_announced() -> None:
     order = make_order("equal", 1, global_batch_size=4)  # a batch is a block
     assert [len(order.coming_shards(seen)) for seen in range(0, 12, 4)] == [2, 2, 2]
