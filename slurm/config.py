@@ -72,15 +72,15 @@ class PipelineConfig(SubmitConfig):
     references: list[MakeReferenceConfig] = field(default_factory=list)
     """Statistics of real images that evaluations compare with."""
     evaluate: list[EvaluateConfig] = field(default_factory=list)
-    """Evaluations; each waits for all runs and references."""
+    """Evaluations; each waits for its run and for all references."""
     count_objects: list[ObjectCountConfig] = field(default_factory=list)
-    """Counts of asked objects; each waits for all runs."""
+    """Counts of asked objects; each waits until all runs have ended, and takes those trained."""
     attention: list[AttentionConfig] = field(default_factory=list)
-    """Analyses of attention; each waits for all runs."""
+    """Analyses of attention; each waits as counts do."""
     report: ReportConfig | None = None
-    """The page of runs side by side; waits for everything."""
+    """The page of runs side by side; waits until everything has ended, and names what failed."""
     paper: PaperConfig | None = None
-    """The paper's tables and figures; waits for everything."""
+    """The paper's tables and figures; waits as the report does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class LogsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CancelConfig:
-    """Cancel every job of a run; it can be submitted again and goes on from its checkpoint."""
+    """Cancel every job of a run, of a sweep or of a pipeline; it can be submitted again and goes on from its checkpoint."""
 
     run: str
     """Folder that was given to `ifvit submit`."""
