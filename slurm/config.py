@@ -115,7 +115,7 @@ class LogsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CancelConfig:
-    """Cancel every job of a run, of a sweep or of a pipeline; it can be submitted again and goes on from its checkpoint."""
+    """Cancel every job of a run, sweep or pipeline; submitted again, it goes on where it was."""
 
     run: str
     """Folder that was given to `ifvit submit`."""
