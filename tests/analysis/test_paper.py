@@ -64,6 +64,12 @@ def row_of(distance: float, **changes: object) -> MetricsRow:
     )
 
 
+def spread(row: MetricsRow, seed: int) -> MetricsRow:
+    """The same row, but far from that of another seed."""
+    assert row.frechet_distance is not None
+    return dataclasses.replace(row, frechet_distance=estimate(row.frechet_distance.value + seed))
+
+
 def write_runs(
     folder: Path, preset: str = "tiny", settings: Sequence[int] = range(6), num_seeds: int = 2
 ) -> list[str]:
@@ -148,10 +154,11 @@ def test_what_is_missing_is_named_and_never_invented(tmp_path: Path) -> None:
 
 
 def test_table_1_has_means_over_seeds_and_no_distance_under_fid(tmp_path: Path) -> None:
-    table = table_1(sheet_of(write_runs(tmp_path)))
+    sheet = sheet_of(write_runs(tmp_path))
+    table = table_1(sheet)
     assert [line.title for line in table.lines] == [setting.title for setting in PAPER_SETTINGS]
     first = dict(zip(table.heads[1:], table.lines[0].cells, strict=True))
-    assert first["Runs"].text == "2"
+    assert (first["Runs"].text, first["Runs"].note) == ("2", "")
     assert (first["FID ↓"].text, first["FID ↓"].note) == ("—", "paper 5.98")
     assert first["Fréchet distance on CLIP features ↓"].note == "± 0.0010"
     assert first["Training it/s ↑"].text == "12.50"
@@ -160,6 +167,9 @@ def test_table_1_has_means_over_seeds_and_no_distance_under_fid(tmp_path: Path) 
     assert table.records[0]["frechet_distance_seed_error"] == pytest.approx(0.001)
     assert table.records[0]["frechet_distance_sample_error"] == pytest.approx(0.001)
     assert [line.cells[2].is_best for line in table.lines] == [False, False, False, True]
+    rows = {name: [spread(row, int(name[-1])) for row in sheet.rows[name]] for name in sheet.rows}
+    noisy = table_1(dataclasses.replace(sheet, rows=rows))
+    assert not any(line.cells[2].is_best for line in noisy.lines)
     assert "a backbone of width 96" in table.notes[0]
     further = table_further(sheet_of([str(p) for p in tmp_path.glob("*/*")]))
     assert further is not None

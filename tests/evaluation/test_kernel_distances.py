@@ -59,8 +59,10 @@ def test_kid_of_equal_distributions_is_zero_on_average() -> None:
     assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(60) + 0.01
 
 
-def test_cmmd_is_the_published_formula() -> None:
-    x, y = on_sphere(70, 0.5), on_sphere(50)
+@pytest.mark.parametrize("spread", [1.0, 0.01])
+def test_cmmd_is_the_published_formula(spread: float) -> None:
+    """Of features that lie close together, too, whose kernels are all nearly 1."""
+    x, y = on_sphere(70, 0.5) * spread, normal(50) * spread
 
     def kernel(a: np.ndarray, b: np.ndarray) -> float:
         squares = np.square(a[:, None].astype(np.float64) - b[None]).sum(axis=2)
