@@ -37,9 +37,8 @@ for split in "train2014 6000" "val2014 300"; do
     echo scenes --classes --folder "$study/class_images" --split "${split% *}" --num_images "${split#* }"
 done | in_parallel
 for split in train2014 val2014; do
-    echo encode --images "$study/images/$split" --output "$study/shards/$split" \
-        --captions "$study/images/annotations/captions_$split.json" --vae scenes/vae \
-        --text_encoder scenes/clip --image_size 64 --samples_per_shard 1000 --batch_size 50
+    echo encode --config configs/data/scenes.yaml --images "$study/images/$split" \
+        --captions "$study/images/annotations/captions_$split.json" --output "$study/shards/$split"
     echo encode --config configs/data/scene_classes.yaml --images "$study/class_images/$split" \
         --output "$study/class_shards/$split"
 done | in_parallel
