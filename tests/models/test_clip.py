@@ -1,10 +1,13 @@
 """CLIP's own preparation of images and captions, which its scores depend on."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import CLIPModel, CLIPTokenizer
 
 from ifvit.images import to_model_range
 from ifvit.models.clip import load_clip, load_text_encoder
@@ -23,6 +26,35 @@ def test_larger_images_are_resized_bicubic_and_normalised_as_clip_was_trained() 
     found = scorer._pixels(to_model_range(pixels[None]))[0].permute(1, 2, 0)
     two_roundings = 1.2 / 255 / min(stored["image_std"])
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=two_roundings)
+
+
+def test_what_bicubic_weights_overshoot_is_cut() -> None:
+    scorer = load_clip("scenes/clip")
+    stripes = (torch.arange(100) // 10 % 2 * 2.0 - 1).expand(1, 3, 100, 100)
+    pixels = scorer._pixels(stripes)
+    assert (pixels.amin().item(), pixels.amax().item()) == (-1, 1)  # mean and deviation are 0.5
+
+
+def test_features_are_those_of_transformers_with_the_folders_normalisation(tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(resolve_pretrained("scenes/clip"), folder)
+    mean, std = [0.2, 0.4, 0.6], [0.5, 0.3, 0.7]
+    normalisation = json.dumps({"image_mean": mean, "image_std": std})
+    (folder / "preprocessor_config.json").write_text(normalisation)
+    scorer, model = load_clip(str(folder)), CLIPModel.from_pretrained(folder).eval()
+    captions, side = ["two red circles", "a blue square"], scorer.image_size
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = (images / 2 + 0.5 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    length = model.config.text_config.max_position_embeddings
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokens = tokenizer(captions, padding="max_length", max_length=length, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(input_ids=tokens.input_ids, pixel_values=pixels, output_hidden_states=True)
+        torch.testing.assert_close(scorer.embed_images(images), expected.image_embeds)
+        torch.testing.assert_close(scorer.embed_texts(captions), expected.text_embeds)
+        patches = scorer.embed_patches(images)
+    layers = expected.vision_model_output.hidden_states[1:]
+    torch.testing.assert_close(patches, [layer[:, 1:] for layer in layers])
 
 
 def test_a_caption_that_is_too_long_is_cut_before_its_end_token() -> None:
