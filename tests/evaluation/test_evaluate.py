@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from ifvit import storage
 from ifvit.analysis.runs import read_run
 from ifvit.errors import UserError
+from ifvit.evaluation import draw
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.frechet import frechet_distance, statistics
@@ -27,6 +29,7 @@ from ifvit.models.clip import load_clip
 from ifvit.models.pretrained import resolve_pretrained
 from ifvit.sampling.alignment.config import RegulationConfig
 from ifvit.sampling.config import SamplingConfig, flatten_settings
+from ifvit.sampling.sampler import ConditionOf, Sampler, generate_images
 from ifvit.shards import EncoderIdentity, ShardReader
 
 
@@ -121,7 +124,7 @@ def test_tasks_draw_and_one_more_measures(config: EvaluateConfig, run: str) -> N
 
 
 def test_a_random_caption_is_drawn_and_the_first_one_scored(
-    config: EvaluateConfig, held_out: HeldOut, run: str
+    config: EvaluateConfig, held_out: HeldOut, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protocol = dataclasses.replace(
         config.protocol, caption_rule="random", score_caption="first", scenes=False
@@ -136,7 +139,18 @@ def test_a_random_caption_is_drawn_and_the_first_one_scored(
     assert read_prompts(reader, protocol) == prompts
     other = dataclasses.replace(protocol, score_caption="same")
     assert all(prompt.score_text == prompt.text for prompt in read_prompts(reader, other))
+    drawn: list[torch.Tensor] = []
+
+    def record(
+        sampler: Sampler, condition_of: ConditionOf, positions: list[int], *rest: Any
+    ) -> Any:
+        drawn.append(condition_of(torch.tensor(positions)))
+        return generate_images(sampler, condition_of, positions, *rest)
+
+    monkeypatch.setattr(draw, "generate_images", record)
     (row,) = evaluate(dataclasses.replace(config, protocol=protocol, images=None))
+    contexts = [reader.context(prompt.position, prompt.caption) for prompt in prompts]
+    np.testing.assert_array_equal(torch.cat(drawn), np.stack(contexts))
     samples = Path(run, "evaluation/test/w2/step_00000007/samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in samples] == [p.text for p in prompts]
     assert row.protocol.caption_rule == "random"
