@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ifvit.images import to_model_range
+from ifvit.models.autoencoder import load_autoencoder
 from ifvit.models.clip import load_clip, load_text_encoder
 from ifvit.models.pretrained import resolve_pretrained
 
@@ -55,6 +56,29 @@ def test_features_are_those_of_transformers_with_the_folders_normalisation(tmp_p
         patches = scorer.embed_patches(images)
     layers = expected.vision_model_output.hidden_states[1:]
     torch.testing.assert_close(patches, [layer[:, 1:] for layer in layers])
+
+
+def test_context_is_the_last_hidden_state_of_the_text_tower() -> None:
+    encoder = load_text_encoder("scenes/clip")
+    folder = resolve_pretrained("scenes/clip")
+    model = CLIPTextModel.from_pretrained(folder).eval()
+    tokens = CLIPTokenizer.from_pretrained(folder)(
+        ["a blue square", ""],
+        padding="max_length",
+        max_length=encoder.context_shape[0],
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        expected = model(input_ids=tokens.input_ids).last_hidden_state
+    torch.testing.assert_close(encoder.encode(["a blue square", ""]), expected)
+    torch.testing.assert_close(encoder.null_context(), expected[1])
+
+
+def test_encoders_are_frozen() -> None:
+    models = (load_text_encoder("scenes/clip").model, load_autoencoder("scenes/vae").vae)
+    for model in models:
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_caption_that_is_too_long_is_cut_before_its_end_token() -> None:
