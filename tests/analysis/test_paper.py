@@ -16,7 +16,7 @@ from ifvit.analysis.paper import report_paper
 from ifvit.analysis.paper_claims import Claim, compare_with_claims, preference_claims
 from ifvit.analysis.paper_counts import count_claims, read_counts
 from ifvit.analysis.paper_panels import figure_3, figure_6, figure_7
-from ifvit.analysis.paper_tables import table_1, table_2, table_further
+from ifvit.analysis.paper_tables import iterations_per_s, table_1, table_2, table_further
 from ifvit.analysis.runs import read_runs
 from ifvit.analysis.settings import PAPER_SETTINGS, SETTINGS
 from ifvit.analysis.sheet import Sheet, make_sheet
@@ -164,6 +164,7 @@ def test_table_1_has_means_over_seeds_and_no_distance_under_fid(tmp_path: Path) 
     assert first["Training it/s ↑"].text == "12.50"
     assert first["Parameters, M"].note == "paper 45"
     assert re.fullmatch(r"0\.0\d{3}", first["GFLOPs ↓"].text)
+    assert table.records[0]["runs"] == 2
     assert table.records[0]["frechet_distance_seed_error"] == pytest.approx(0.001)
     assert table.records[0]["frechet_distance_sample_error"] == pytest.approx(0.001)
     assert [line.cells[2].is_best for line in table.lines] == [False, False, False, True]
@@ -174,6 +175,10 @@ def test_table_1_has_means_over_seeds_and_no_distance_under_fid(tmp_path: Path) 
     further = table_further(sheet_of([str(p) for p in tmp_path.glob("*/*")]))
     assert further is not None
     assert [line.title for line in further.lines] == [setting.title for setting in SETTINGS[:6]]
+    assert further.heads[2:] == ["Retrieval among 16 captions ↑", "Count right ↑"]
+    paused = [{"samples_per_s": rate} for rate in (400.0, 400.0, 4.0)]
+    run = dataclasses.replace(sheet.settings[SETTINGS[0]][0], curve=paused)
+    assert iterations_per_s([run]) == 12.5
 
 
 def test_differences_to_the_paper_are_marked_where_both_compare(tmp_path: Path) -> None:
@@ -213,6 +218,11 @@ def test_differences_to_the_paper_are_marked_where_both_compare(tmp_path: Path) 
     reference = dataclasses.replace(sheet.reference, protocol=fewer)
     table = table_1(dataclasses.replace(sheet, reference=reference))
     assert table.notes[0] == "FID: num samples 10000, the paper's 30000."
+    rows = {
+        name: [dataclasses.replace(row, frechet_distance=None) for row in found]
+        for name, found in sheet.rows.items()
+    }
+    assert len(table_1(dataclasses.replace(sheet, rows=rows)).heads) == len(table.heads) - 1
 
 
 def test_table_2_has_both_scales_of_clip_score(tmp_path: Path) -> None:
@@ -223,6 +233,7 @@ def test_table_2_has_both_scales_of_clip_score(tmp_path: Path) -> None:
     foundation = found["SDXL, as the paper cites it"]
     assert foundation["clip_score_raw"] == foundation["clip_score_printed"] == "0.305"
     assert found["ours, best"]["clip_score_raw"] == "0.610"
+    assert found["ours, best"]["gflops"] == table_1(sheet).records[3]["gflops"]
 
 
 def test_a_run_that_was_evaluated_otherwise_is_left_out_and_the_page_says_why(

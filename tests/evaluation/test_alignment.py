@@ -30,7 +30,9 @@ def test_images_that_equal_their_caption_are_all_retrieved() -> None:
 def test_random_images_are_retrieved_by_chance() -> None:
     images = RNG.normal(size=(2000, 64)).astype(np.float32)
     captions = [f"caption {index % 40}" for index in range(2000)]
-    found = retrieval_accuracy(images, DIRECTIONS[np.arange(2000) % 40], captions)
+    texts = DIRECTIONS[np.arange(2000) % 40]
+    found = retrieval_accuracy(images, texts, captions)
+    assert found == retrieval_accuracy(images, texts, captions)
     assert found is not None
     assert found.value == pytest.approx(1 / 16, abs=4 * found.standard_error)
 
@@ -40,6 +42,22 @@ def test_images_of_other_captions_are_never_retrieved() -> None:
     found = retrieval_accuracy(DIRECTIONS[(np.arange(200) + 1) % 40], TEXTS, CAPTIONS)
     assert found is not None
     assert found.value < 0.2
+
+
+def test_a_tie_is_a_miss() -> None:
+    found = retrieval_accuracy(np.zeros_like(TEXTS), TEXTS, CAPTIONS)
+    assert found is not None
+    assert found.value == 0
+
+
+def test_fifteen_other_captions_are_drawn_each_at_most_once() -> None:
+    # One of 16 others is better than the right one, so 15 draws leave it out once in 16 times.
+    kind = np.arange(1700) % 17
+    basis = np.eye(17, dtype=np.float32)
+    images = basis[kind] + 2 * basis[(kind + 1) % 17]
+    found = retrieval_accuracy(images, basis[kind], [str(number) for number in kind])
+    assert found is not None
+    assert found.value == pytest.approx(1 / 16, abs=4 * found.standard_error)
 
 
 def test_the_right_caption_is_no_distractor_of_its_own() -> None:

@@ -49,6 +49,7 @@ def test_kid_of_subsets_is_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [kid(drawn[start : start + 40], real[start : start + 40]) for start in (0, 40)]
     assert found.value == pytest.approx(np.mean([part.value for part in parts]))
     assert found.num_samples == 80
+    assert kid(drawn, real[:30]) == kid(drawn[:30], real[:30])
     monkeypatch.setattr(kernel_distances, "KID_SUBSETS", 1)
     assert kid(drawn, real) == kid(drawn[:40], real[:40])
 
