@@ -179,8 +179,8 @@ class Engine:
             yield from self._gather_named(f"{average_name(decay)}.", average.shadows)
 
     @torch.no_grad()
-    def load_state(self, read: Callable[[str], Tensor], step: int) -> None:
-        """Continue after `step` updates from `iter_state` of any engine and number of processes.
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        """Continue from `iter_state` of any engine and number of processes.
 
         `read(name)` returns a whole tensor on the CPU; only this process's piece is copied.
         """
@@ -192,7 +192,6 @@ class Engine:
             named = zip(self._parameters.items(), average.shadows, strict=True)
             for (name, parameter), shadow in named:
                 shadow.copy_(self._cut(read(f"{average_name(decay)}.{name}"), parameter))
-        self._set_num_updates(step)
 
     def scalars(self) -> dict[str, float]:
         """What else a checkpoint must hold; the same on every process."""

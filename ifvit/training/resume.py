@@ -53,7 +53,7 @@ def resume(
             fetch(found.url, cache)
         engine.barrier()
         with open_tensors(found.url, checkpoint, cache) as read:
-            engine.load_state(read, checkpoint.state.step)
+            engine.load_state(read)
         engine.load_scalars(checkpoint.scalars)
         return checkpoint.state
 

@@ -15,6 +15,7 @@ from made_shards import make_samples, write_shards
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.object_store import StoreError
 from ifvit.shards import CacheConfig, LatentSample, ShardError, ShardReader
 from ifvit.shards.cache import FileCache
 
@@ -187,13 +188,28 @@ def test_a_missing_object_is_named_when_the_dataset_is_opened(
 
 
 def test_a_disk_that_cannot_hold_the_cache_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_reader: Callable[..., ShardReader], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = FileCache(CacheConfig(folder=str(tmp_path), gigabytes=2.0))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     cache.check_space(10**9)
     with pytest.raises(UserError, match=r"room for 1\.0 GB only; lower cache\.gigabytes or set"):
         cache.check_space(10**10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match=r"room for 0\.0 GB only"):
+        open_reader()
+
+
+def test_a_store_that_is_away_is_not_taken_for_damage(
+    open_reader: Callable[..., ShardReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise StoreError("away")
+
+    reader = open_reader()
+    monkeypatch.setattr(storage, "download", fail)
+    with pytest.raises(StoreError, match=r"^away$"):
+        reader.moments(0)
 
 
 @pytest.mark.s3

@@ -16,6 +16,7 @@ import torch
 from run_files import write_evaluation
 
 from ifvit.analysis.runs import read_run
+from ifvit.diffusion.objective import Losses, NoisePrediction
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
@@ -48,6 +49,24 @@ def test_never_refuses_a_run_that_has_checkpoints(recipe: Recipe) -> None:
         train(replace(config, max_steps=3))
 
 
+def test_every_step_draws_anew_and_its_loss_is_remembered(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def note(objective: NoisePrediction, *arguments: Any) -> Losses:
+        steps.append(arguments[3])
+        return real(objective, *arguments)
+
+    real = NoisePrediction.__call__
+    monkeypatch.setattr(NoisePrediction, "__call__", note)
+    config = recipe(max_steps=2)
+    train(config)
+    state = train(replace(config, max_steps=3))
+    assert steps == [0, 1, 2]
+    assert state.loss_mean == pytest.approx(sum(losses(config.run).values()) / 3)
+
+
 def test_rows_after_the_checkpoint_that_a_run_goes_on_from_are_dropped(recipe: Recipe) -> None:
     whole, broken = recipe("whole", max_steps=4), recipe("broken", max_steps=3, checkpoint_every=2)
     train(whole)
@@ -76,8 +95,13 @@ def test_a_run_may_start_from_another_and_then_goes_on_by_itself(
     assert train(replace(branch, max_steps=8)).step == 8
     expected = losses(whole.run)
     assert losses(branch.run) == {step: expected[step] for step in (5, 6, 7, 8)}
-    exported = [load_weights(branch.run, prefer=kind)[1] for kind in ("raw", "ema")]
-    assert [(info.step, info.ema_decay) for info in exported] == [(8, None), (8, 0.9)]
+    for kind, decay in (("raw", None), ("ema", 0.9)):
+        (mine, info), (theirs, _) = (
+            load_weights(run, prefer=kind)  # type: ignore[arg-type]
+            for run in (branch.run, whole.run)
+        )
+        assert all(map(torch.equal, mine.parameters(), theirs.parameters()))
+        assert (info.step, info.ema_decay) == (8, decay)
 
 
 def test_a_start_that_does_not_fit_is_refused(recipe: Recipe) -> None:
@@ -128,11 +152,11 @@ def test_a_save_that_fails_ends_the_run_soon_after(
 
 def test_checkpoints_stay_as_the_recipe_says(recipe: Recipe) -> None:
     config = recipe(
-        max_steps=7, checkpoint_every=1, keep_checkpoints=2, keep_every=3, keep_best="fid"
+        max_steps=8, checkpoint_every=1, keep_checkpoints=2, keep_every=3, keep_best="fid"
     )
     write_evaluation(config.run, 2, "fid", 1.0)
     train(config)
-    kept = ["latest", *(f"step_0000000{step}" for step in (2, 3, 6, 7))]
+    kept = ["latest", *(f"step_0000000{step}" for step in (2, 3, 6, 7, 8))]
     assert list_names(join(config.run, "checkpoints")) == kept
 
 
@@ -196,8 +220,7 @@ class SecondNode(SideChannel):
         """Note how many files the processes of this node have in common."""
         self.held.append(sum(path.is_file() for path in self._folder.rglob("*")))
 
-    def load_state(self, read: Callable[[str], torch.Tensor], step: int) -> None:
-        self.restored["step"] = step
+    def load_state(self, read: Callable[[str], torch.Tensor]) -> None:
         self.restored["elements"] = read("backbone.final_layer.bias").numel()
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
@@ -216,7 +239,7 @@ def test_every_node_fetches_the_checkpoint_for_its_processes_and_leaves_nothing(
     shards = manifest_sha256(config.shards)
     state = resume_module.resume(config, cast(Engine, node), node, shards, "token")
     assert state.step == 3
-    assert node.restored == {"step": 3, "elements": 4, "num_updates": 3}
+    assert node.restored == {"elements": 4, "num_updates": 3}
     assert node.held == [1, 1]  # when all may read, and when all have read
     assert list((tmp_path / "tmp").iterdir()) == []
 
