@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from hashlib import sha256
+from typing import Any
 
 from torch import Tensor
 
@@ -84,7 +85,15 @@ def generate(config: GenerateConfig) -> list[str]:
     num_missing = len(missing_images(config.output, positions))
     if num_missing:
         sys.stdout.write(f"{num_missing} of {len(urls)} images are left to other processes\n")
-        return urls
+    else:
+        _write_overview(config, prompts, settings, urls)
+    return urls
+
+
+def _write_overview(
+    config: GenerateConfig, prompts: list[str], settings: dict[str, Any], urls: list[str]
+) -> None:
+    """samples.jsonl and the grid, once every image is there."""
     rows = (
         {
             "file": image_name(position),
@@ -93,12 +102,11 @@ def generate(config: GenerateConfig) -> list[str]:
             "weights": config.weights,
             **settings,
         }
-        for position in positions
+        for position in range(len(urls))
     )
     write_jsonl(storage.join(config.output, "samples.jsonl"), rows)
     _write_grid(config.output, urls)
     sys.stdout.write(f"{len(urls)} images in {config.output}\n")
-    return urls
 
 
 def _write_grid(folder: str, urls: list[str]) -> None:
