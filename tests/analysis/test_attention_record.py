@@ -230,6 +230,18 @@ def test_singular_values_of_a_stored_map() -> None:
     assert text.prompt_effective_rank.value == pytest.approx(1.0)
 
 
+def test_of_many_singular_values_the_ten_largest_are_kept() -> None:
+    rows = np.random.default_rng(0).random((3, 16, 1 + 16 + 12))
+    sums = LayerSums("mid", 16, inner_tokens(SIDE, 0))
+    sums.add(rows)
+    text = sums.finish().text
+    assert text is not None
+    largest = np.linalg.svd(rows[:, :, 17:], compute_uv=False)[:, :10]
+    of_prompts = [one.value for one in text.prompt_singular_values]
+    np.testing.assert_allclose(of_prompts, largest.mean(axis=0))
+    assert len(text.singular_values) == 10
+
+
 @pytest.mark.parametrize(
     ("side", "trim", "expected"), [(3, 1, [4]), (4, 1, [5, 6, 9, 10]), (2, 0, [0, 1, 2, 3])]
 )
