@@ -1,5 +1,7 @@
 """Shards: round trip, only the needed bytes, and every kind of damage named at opening."""
 
+import hashlib
+import io
 import json
 import pickle
 from dataclasses import replace
@@ -18,6 +20,10 @@ from ifvit.shards import (
     write_manifest,
 )
 from ifvit.shards import files as shard_files
+from ifvit.shards import reader as shard_reader
+from ifvit.shards.files import read_index
+from ifvit.shards.index import parse_index
+from ifvit.shards.records import parse_metadata, read_sealed, write_sealed
 
 MOMENTS_SHAPE = (8, 4, 4)
 CONTEXT_SHAPE = (5, 6)
@@ -102,6 +108,39 @@ def test_few_files_are_open_however_many_shards(
     assert num_open() == before
 
 
+def test_damage_is_named_where_a_batch_is_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_files.LocalFiles, "max_open", 2)
+    monkeypatch.setattr(shard_reader, "ROWS_AT_ONCE", 2)
+    samples = make_samples(6)
+    write_shards(tmp_path, samples, [1] * 6)
+    tar = tmp_path / "shard-00005.tar"
+    moments = samples[5].moments.tobytes()
+    tar.write_bytes(tar.read_bytes().replace(moments, bytes(len(moments))))
+    out = np.empty((6, *samples[0].moments.shape), np.float16)
+    with pytest.raises(ShardError, match=r"shard-00005\.tar: 000000000005\.moments is damaged"):
+        ShardReader(str(tmp_path)).read_moments(np.arange(6), out)
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b'{"captions": 3}', b'{"captions": []}'])
+def test_damaged_metadata_is_named(data: bytes) -> None:
+    with pytest.raises(ShardError, match=r"^shard-00001 sample 3: "):
+        parse_metadata(data, "shard-00001 sample 3")
+
+
+def test_an_index_of_another_format_is_refused_and_nothing_unpickled(dataset: Path) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, keys=np.zeros(1))
+    with pytest.raises(ShardError, match=r"x: not an index of this format; encode again"):
+        parse_index(buffer.getvalue(), "x")
+    index = vars(read_index(dataset, read_manifest(str(dataset)).shards[0]))
+    buffer = io.BytesIO()
+    np.savez(buffer, **{**index, "keys": np.array([{}], dtype=object)})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        parse_index(buffer.getvalue(), "x")
+
+
 def test_manifest_survives_a_round_trip(dataset: Path) -> None:
     manifest = read_manifest(str(dataset))
     write_manifest(str(dataset / "copy"), manifest)
@@ -182,6 +221,24 @@ def remove_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
 
+def miscount(folder: Path) -> None:
+    write_manifest(str(folder), replace(read_manifest(str(folder)), num_samples=8))
+
+
+def add_key(folder: Path) -> None:
+    url = str(folder / "manifest.json")
+    write_sealed(url, {**read_sealed(url), "colour": "red"})
+
+
+def reshape_null_context(folder: Path) -> None:
+    data = npy_bytes(np.zeros((1, 2), np.float16))
+    (folder / "null_context.npy").write_bytes(data)
+    manifest = read_manifest(str(folder))
+    assert manifest.text is not None
+    text = replace(manifest.text, null_context_sha256=hashlib.sha256(data).hexdigest())
+    write_manifest(str(folder), replace(manifest, text=text))
+
+
 def raise_format_version(folder: Path) -> None:
     write_manifest(str(folder), replace(read_manifest(str(folder)), format_version=3))
 
@@ -199,6 +256,9 @@ def raise_format_version(folder: Path) -> None:
         (cut_manifest, "manifest.json: damaged"),
         (remove_manifest, "manifest.json: no such file"),
         (raise_format_version, "format_version is 3"),
+        (miscount, "manifest.json: num_samples is not the sum over its shards"),
+        (add_key, "manifest.json: missing or unknown keys .'colour'."),
+        (reshape_null_context, "null_context.npy: null context has shape"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
