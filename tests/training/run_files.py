@@ -1,13 +1,15 @@
 """A small dataset and recipe, what its run left, and how several processes are started."""
 
 import json
+import multiprocessing
 import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+from accelerate.utils.other import get_free_port
 from made_backbone import small_shape
 from made_shards import make_samples, write_shards
 
@@ -17,6 +19,9 @@ from ifvit.sampling.config import SamplingConfig
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
 CONTEXT_SHAPE = (5, 12)
+FORKS = multiprocessing.get_context("forkserver")
+"""Processes forked from one that has imported what takes longer than these runs take to train."""
+FORKS.set_forkserver_preload(["ifvit.training.train", "ifvit.training.zero"])
 
 
 def write_dataset(folder: Path, seed: int = 0) -> str:
@@ -69,33 +74,39 @@ def losses(config: TrainConfig) -> list[float]:
     return [row["loss"] for row in table.values()]
 
 
-def start(arguments: Sequence[str], num_processes: int) -> list[subprocess.Popen[bytes]]:
-    """`python ARGUMENTS` once for each rank, in the environment that a launcher would give it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ours = {
-        "OMP_NUM_THREADS": "1",
+def start(
+    target: Callable[..., None], arguments: Sequence[object], num_processes: int
+) -> list[BaseProcess]:
+    """`target(*ARGUMENTS)` once for each rank, in the environment that a launcher would give it."""
+    world = {
         "WORLD_SIZE": str(num_processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(get_free_port()),
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", *arguments],
-            env={**os.environ, **ours, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(num_processes)
-    ]
+    processes = []
+    for rank in range(num_processes):
+        own = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(FORKS.Process(target=_run_rank, args=(own, target, arguments)))
+        processes[-1].start()
+    return processes
 
 
-def finish(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+def _run_rank(
+    environment: dict[str, str], target: Callable[..., None], arguments: Sequence[object]
+) -> None:
+    os.environ.update(environment)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    target(*arguments)
+
+
+def finish(processes: Sequence[BaseProcess]) -> list[int | None]:
     """Exit codes of all; when one fails the others are ended, which would wait for it for ever."""
-    try:
-        for process in processes:
-            if process.wait(timeout=900):
-                break
-    finally:
-        for process in processes:
-            process.terminate()
-    return [process.wait() for process in processes]
+    for process in processes:
+        process.join(timeout=900)
+        if process.exitcode:
+            break
+    for process in processes:
+        process.terminate()
+        process.join()
+    return [process.exitcode for process in processes]

@@ -13,8 +13,8 @@ import torch
 from made_backbone import SMALL_UNET
 from made_shards import make_samples, write_shards
 from run_files import finish, losses, rows, small_recipe, start
+from train_in_turn import train_in_turn
 
-from ifvit.config import dump_config
 from ifvit.errors import UserError
 from ifvit.models.weights import load_weights
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
@@ -98,16 +98,9 @@ def build_hops(folder: Path, shards: str, micro_batch_size: int) -> list[TrainCo
     ]
 
 
-def train_in_turn(recipes: list[TrainConfig], folder: Path, num_processes: int) -> None:
+def train_all(recipes: list[TrainConfig], num_processes: int) -> None:
     """Train all recipes in one set of processes."""
-    paths = []
-    for number, config in enumerate(recipes):
-        path = folder / str(number) / f"{Path(config.run).name}.yaml"
-        path.parent.mkdir(parents=True)
-        path.write_text(dump_config(config))
-        paths.append(str(path))
-    worker = str(Path(__file__).with_name("train_in_turn.py"))
-    assert finish(start([worker, *paths], num_processes)) == [0] * num_processes
+    assert finish(start(train_in_turn, (recipes,), num_processes)) == [0] * num_processes
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +131,7 @@ def pair(
     folder = tmp_path_factory.mktemp("pair")
     runs = build_all(folder, shards, damaged, labelled, micro_batch_size=2)
     hops = build_hops(folder, shards, micro_batch_size=2)
-    train_in_turn([*runs.values(), *hops[:-1]], folder, 2)
+    train_all([*runs.values(), *hops[:-1]], 2)
     return {**runs, "hop": replace(hops[-1], micro_batch_size=8)}
 
 
@@ -253,6 +246,6 @@ def test_four_processes_give_the_losses_of_one(
         build(tmp_path, shards, name, engine=ENGINES[name], micro_batch_size=micro_batch_size)
         for name, micro_batch_size in (("ddp", 1), ("zero1", 2))
     ]
-    train_in_turn(runs, tmp_path, 4)
+    train_all(runs, 4)
     for run in runs:
         assert losses(run) == pytest.approx(losses(reference), rel=TOLERANCE)

@@ -1,16 +1,16 @@
 """The randomness contract: a run is one sequence of losses, however it was carried out."""
 
-import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from run_files import finish, losses, rows, start, write_dataset
 
+from ifvit.cli import main
 from ifvit.config import dump_config
 from ifvit.errors import UserError
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
@@ -20,11 +20,11 @@ from ifvit.training.train import train
 Recipe = Callable[..., TrainConfig]
 
 
-def launch(config: TrainConfig, num_processes: int) -> list[subprocess.Popen[bytes]]:
+def launch(config: TrainConfig, num_processes: int) -> list[BaseProcess]:
     """Start `ifvit train` in its own processes."""
     recipe = Path(config.run).with_suffix(".yaml")
     recipe.write_text(dump_config(config))
-    return start(["-m", "ifvit", "train", "--config", str(recipe)], num_processes)
+    return start(main, (["train", "--config", str(recipe)],), num_processes)
 
 
 def test_resumed_run_repeats_the_uninterrupted_one(recipe: Recipe) -> None:
@@ -86,10 +86,10 @@ def test_killed_run_continues_on_another_number_of_processes(recipe: Recipe) -> 
     (process,) = launch(killed, 1)
     metrics = Path(killed.run, "metrics.jsonl")
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 6:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
     halfway = replace(killed, max_steps=16, micro_batch_size=2)
     assert finish(launch(replace(halfway, engine=EngineConfig(backend="deepspeed")), 2)) == [0, 0]
