@@ -40,7 +40,7 @@ from ifvit.sampling.sampler import sample_latents
 
 NUM_PROMPTS, NUM_TEXT, SIDE = 5, 6, 4
 CONTEXTS = torch.randn(NUM_PROMPTS, NUM_TEXT, 16, generator=torch.Generator().manual_seed(1))
-NULL = torch.zeros(NUM_TEXT, 16)
+NULL = torch.randn(NUM_TEXT, 16, generator=torch.Generator().manual_seed(2))
 SAMPLING = SamplingConfig(num_steps=3, guidance_scale=3.0, seed=7, batch_size=NUM_PROMPTS)
 PROMPTS = Prompts(
     texts=[f"caption {n}" for n in range(NUM_PROMPTS)],
