@@ -24,9 +24,10 @@ def import_weights(config: ImportConfig) -> None:
 
     Raises UserError for a file that is not the state dict of such a backbone, or holds code.
     """
+    tensors = _read(config.file)
     text_encoder = load_text_encoder(config.text_encoder)
     backbone = from_reference_state_dict(
-        _read(config.file),
+        tensors,
         num_heads=config.num_heads,
         context_length=text_encoder.context_shape[0],
     )
