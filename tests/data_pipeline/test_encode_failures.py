@@ -10,9 +10,12 @@ import pytest
 from encoded_files import hashes, image_files, truncate
 
 from data_pipeline.config import EncodeConfig
+from data_pipeline.decode import read_or_fail
 from data_pipeline.encode import encode
+from data_pipeline.sources.source import CaptionedImage
 from data_pipeline.write import write_shard
 from ifvit.errors import UserError
+from ifvit.object_store import StoreError
 from ifvit.shards import ShardReader
 
 
@@ -54,6 +57,15 @@ def test_tolerated_failures_are_left_out_of_a_finished_dataset(config: EncodeCon
         path.unlink()
     with pytest.raises(UserError, match="10 of 10 images could not be read"):
         encode(replace(config, tolerate=10, output=config.output + "_of_nothing"))
+
+
+def test_a_store_that_fails_is_no_broken_image() -> None:
+    def fail() -> bytes:
+        raise StoreError("away")
+
+    image = CaptionedImage(key="0", image_id=0, name="x.jpg", read=fail)
+    with pytest.raises(StoreError, match="away"):
+        read_or_fail(image, image_size=8)
 
 
 def test_a_mended_image_makes_only_its_shard_again(

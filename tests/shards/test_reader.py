@@ -6,6 +6,7 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from ifvit.shards import (
 from ifvit.shards import files as shard_files
 from ifvit.shards import reader as shard_reader
 from ifvit.shards.files import read_index
-from ifvit.shards.index import parse_index
+from ifvit.shards.index import ShardIndex, parse_index
 from ifvit.shards.records import parse_metadata, read_sealed, write_sealed
+from ifvit.shards.tables import IndexTables
 
 MOMENTS_SHAPE = (8, 4, 4)
 CONTEXT_SHAPE = (5, 6)
@@ -139,6 +141,19 @@ def test_an_index_of_another_format_is_refused_and_nothing_unpickled(dataset: Pa
     np.savez(buffer, **{**index, "keys": np.array([{}], dtype=object)})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="allow_pickle=False"):
         parse_index(buffer.getvalue(), "x")
+
+
+def test_a_shards_rows_count_as_filled_when_the_last_of_them_is(dataset: Path) -> None:
+    entries = read_manifest(str(dataset)).shards
+    tables, index = IndexTables(entries), read_index(dataset, entries[1])
+
+    class Index:
+        def __getattr__(self, name: str) -> object:
+            assert not tables.filled[1]  # another thread would read what is not there yet
+            return getattr(index, name)
+
+    tables.fill(1, cast(ShardIndex, Index()))
+    assert tables.filled.tolist() == [False, True, False]
 
 
 def test_manifest_survives_a_round_trip(dataset: Path) -> None:

@@ -94,9 +94,9 @@ def test_shards_are_announced_a_window_before_they_are_used(window: int) -> None
 
 
 def test_all_shards_of_a_batch_that_spans_blocks_are_announced() -> None:
-    order = make_order("equal", 1, global_batch_size=6)
-    for samples_seen in range(0, 48, 6):
-        used = order.sample_indices(samples_seen, np.arange(6)) // 4
+    order = make_order("equal", 1, global_batch_size=10)
+    for samples_seen in range(0, 80, 10):
+        used = order.sample_indices(samples_seen, np.arange(10)) // 4
         assert set(used.tolist()) <= set(order.coming_shards(samples_seen))
 
 
