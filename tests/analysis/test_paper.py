@@ -378,6 +378,8 @@ def test_preference_is_judged_where_models_have_their_settings_names() -> None:
     )
     assert [verdict.outcome for verdict in claim.verdicts] == ["better", "same"]
     assert "in 70% of 40 rankings; the 95 % interval is 60% to 80%" in claim.verdicts[0].sentence
+    (claim,) = judged(wins("cross_attention_intermediate", "cross_attention_early", 0.3, 0.6))
+    assert [verdict.outcome for verdict in claim.verdicts] == ["same"]
     assert judged(wins("a", "b", 0.2, 0.4)) == []
 
 
