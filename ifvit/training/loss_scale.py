@@ -28,6 +28,6 @@ class LossScale:
             return True
         if self.value == 1.0:
             return False
-        self.value, self.finite_updates = max(1.0, self.value / 2), 0
+        self.value, self.finite_updates = self.value / 2, 0
         self.overflows += 1
         return True
