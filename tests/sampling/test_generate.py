@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from untrained import save_untrained
 
 from ifvit import storage
@@ -65,6 +66,20 @@ def build_config(weights: str, folder: Path, **changes: object) -> GenerateConfi
         "device": "cpu",
     }
     return GenerateConfig(**{**given, **changes})
+
+
+def test_a_method_is_told_the_prompts_of_its_positions(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+
+    def ask(*arguments: object) -> None:
+        *_, captions_of = arguments
+        told.append(captions_of(torch.tensor([4, 0])))  # type: ignore[operator]
+
+    monkeypatch.setattr("ifvit.sampling.generate.build_method", ask)
+    generate(build_config(weights, tmp_path))
+    assert told == [["a blue square", "two red circles"]]
 
 
 def test_images_that_are_there_are_not_drawn_again(weights: str, tmp_path: Path) -> None:
