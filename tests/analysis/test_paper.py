@@ -319,6 +319,14 @@ def test_figure_7_sets_each_half_between_none_and_both(tmp_path: Path) -> None:
 def test_claims_are_judged_by_the_noise_over_seeds(tmp_path: Path) -> None:
     found = compare_with_claims(sheet_of(write_runs(tmp_path)))
     concat, *_, efficiency = found
+    assert [claim.verdicts[0].sentence[:21] for claim in found[:-1]] == [
+        "0.1610 against 0.2010",
+        "0.0810 against 0.1210",
+        "0.0810 against 0.2010",
+        "0.0410 against 0.1210",
+        "0.9590 against 0.8790",
+        "0.9990 against 0.8790",
+    ]
     assert [verdict.outcome for verdict in concat.verdicts] == [
         "better",
         "better",
@@ -337,7 +345,8 @@ def test_claims_are_judged_by_the_noise_over_seeds(tmp_path: Path) -> None:
 
 
 def test_noise_without_seeds_is_told(tmp_path: Path) -> None:
-    found = compare_with_claims(sheet_of(write_runs(tmp_path, settings=[0, 1], num_seeds=1)))
+    several_and_one = write_runs(tmp_path, settings=[0, 1])[:3]
+    found = compare_with_claims(sheet_of(several_and_one))
     assert all("leaves out that of other seeds" in v.sentence for v in found[0].verdicts)
 
 
