@@ -1,6 +1,9 @@
 """The whole path, a hundred times smaller than `make demo`."""
 
 import json
+import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,3 +62,18 @@ def test_demo_goes_the_whole_way_and_repeats_nothing(
     assert written(config.folder) == before
     again = json.loads((folder / "summary.json").read_text())
     assert again == summary
+
+
+@pytest.mark.slow
+def test_a_killed_demo_takes_its_workers_along() -> None:
+    program = (
+        "import os, signal\n"
+        "from ifvit.demo import _worker_processes\n"
+        "print(_worker_processes().submit(os.getpid).result(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # Ends when nobody, no worker either, holds standard output any more.
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=200, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert int(done.stdout)
