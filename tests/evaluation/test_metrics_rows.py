@@ -108,3 +108,9 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
             pytest.approx(low, abs=1e-4),
             pytest.approx(high, abs=1e-4),
         )
+
+
+def test_the_interval_of_a_share_never_leaves_0_to_1() -> None:
+    for count in range(1, 60):
+        assert estimate_share(np.zeros(count, np.bool_)).low >= 0
+        assert estimate_share(np.ones(count, np.bool_)).high <= 1
