@@ -15,6 +15,7 @@ from ifvit.images import decode_png
 from ifvit.sampling.alignment.config import DateConfig
 from ifvit.sampling.config import GenerateConfig
 from ifvit.sampling.generate import generate
+from ifvit.sampling.method import Change, Evaluation, MethodOf
 from ifvit.shards import EncoderIdentity
 
 
@@ -68,18 +69,40 @@ def build_config(weights: str, folder: Path, **changes: object) -> GenerateConfi
     return GenerateConfig(**{**given, **changes})
 
 
-def test_a_method_is_told_the_prompts_of_its_positions(
+class Idle:
+    """A method that does nothing but count what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def before(self, evaluation: Evaluation) -> Change:
+        self.calls += 1
+        return Change()
+
+
+def test_a_method_is_told_the_prompts_of_its_positions_and_asked_at_every_step(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[list[str]] = []
+    method = Idle()
 
-    def ask(*arguments: object) -> None:
+    def build(*arguments: object) -> MethodOf:
         *_, captions_of = arguments
         told.append(captions_of(torch.tensor([4, 0])))  # type: ignore[operator]
+        return lambda positions: method
 
-    monkeypatch.setattr("ifvit.sampling.generate.build_method", ask)
+    monkeypatch.setattr("ifvit.sampling.generate.build_method", build)
     generate(build_config(weights, tmp_path))
     assert told == [["a blue square", "two red circles"]]
+    assert method.calls == 2
+
+
+def test_images_of_other_prompts_are_not_mixed_in(weights: str, tmp_path: Path) -> None:
+    config = build_config(weights, tmp_path)
+    generate(config)
+    (tmp_path / "prompts.txt").write_text("two red circles\na blue square\na green circle\n")
+    with pytest.raises(UserError, match="holds samples of another prompts_sha256"):
+        generate(config)
 
 
 def test_images_that_are_there_are_not_drawn_again(weights: str, tmp_path: Path) -> None:

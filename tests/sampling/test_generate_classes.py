@@ -15,6 +15,7 @@ from ifvit.models.build import build_backbone
 from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import load_weights, save_weights
 from ifvit.sampling.config import ExportConfig, GenerateConfig, Guidance
+from ifvit.sampling.encoders import choose_device, number_conditions
 from ifvit.sampling.export import export
 from ifvit.sampling.generate import generate
 from ifvit.sampling.guidance import GuidedDenoiser
@@ -33,6 +34,20 @@ def save(folder: Path, text: str, backbone: BackboneConfig) -> str:
     torch.manual_seed(0)
     save_weights(str(folder), build_backbone(backbone), info)
     return str(folder)
+
+
+def test_the_number_behind_the_last_class_stands_for_none() -> None:
+    conditions = number_conditions(NAMES)
+    assert conditions.null.item() == len(NAMES)
+    assert conditions.encode(["dog", "0"]).tolist() == [2, 0]
+
+
+def test_each_process_of_a_node_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in {"RANK": "6", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert choose_device("auto") == "cuda:1"
 
 
 @pytest.fixture(scope="module")
