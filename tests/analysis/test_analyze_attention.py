@@ -85,6 +85,7 @@ def test_two_runs_are_set_side_by_side(
     for row, layer in zip(rows, (*early.layers, *intermediate.layers), strict=True):
         assert row["layer"] == layer.name
         assert float(row["text_share"]) == layer.text_share.value
+        assert float(row["text_share_error"]) == layer.text_share.standard_error
         rank = layer.text.prompt_effective_rank.value if layer.text else ""
         assert row["prompt_rank"] == str(rank)
     assert printed.count("no text") == 2
