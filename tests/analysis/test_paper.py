@@ -347,6 +347,7 @@ def test_claims_are_judged_by_the_noise_over_seeds(tmp_path: Path) -> None:
 def test_noise_without_seeds_is_told(tmp_path: Path) -> None:
     several_and_one = write_runs(tmp_path, settings=[0, 1])[:3]
     found = compare_with_claims(sheet_of(several_and_one))
+    assert len(found) == 2, "the runs speak to no other claim"
     assert all("leaves out that of other seeds" in v.sentence for v in found[0].verdicts)
 
 
