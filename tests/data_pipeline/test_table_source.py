@@ -34,7 +34,8 @@ def write(folder: str, suffix: str) -> str:
     path = Path(folder, f"table.{suffix}")
     if suffix == "csv":
         path.write_text(
-            'caption,path\n"a ""fox"", red",b/2.jpg\nKäse,1.jpg\n"two\nlines",b/2.jpg\n'
+            'caption,path\n"a ""fox"", red",b/2.jpg\nKäse,1.jpg\n"two\nlines",b/2.jpg\n',
+            encoding="utf-8-sig",  # as spreadsheets export it
         )
     elif suffix == "jsonl":
         path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n")

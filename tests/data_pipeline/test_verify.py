@@ -1,5 +1,6 @@
 """`ifvit shards verify | stats | inspect` on whole and damaged datasets."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from data_pipeline.verify import verify
 from data_pipeline.write import write_shard
 from ifvit.errors import UserError
 from ifvit.shards import LatentSample, SampleMetadata, ShardError, read_manifest, write_manifest
+from ifvit.shards.files import read_index
+from ifvit.shards.index import index_bytes
 
 
 @pytest.fixture
@@ -73,7 +76,9 @@ def test_wrong_content_under_a_right_hash_is_found(
     manifest = read_manifest(str(dataset))
     sample = LatentSample(
         key="000000000001",
-        moments=np.full((8, 4, 4), np.nan, np.float16),
+        moments=np.full((8, 4, 4), np.nan, np.float32),
+        flipped=np.zeros((8, 4, 4), np.float16),
+        label=3,
         context=np.zeros((1, 12, 15), np.float16),
         metadata=SampleMetadata(image_id=1, captions=("one", "two"), width=8, height=8),
     )
@@ -82,10 +87,28 @@ def test_wrong_content_under_a_right_hash_is_found(
     write_manifest(str(dataset), replace(manifest, shards=shards))
     text = "\n".join(problems(dataset, capsys))
     assert "moments.npy has values that are not finite" in text
+    assert "moments.npy is float32 (8, 4, 4), not float16 (8, 4, 4)" in text
+    assert "flipped.npy is there, against the manifest" in text
+    assert "cls is 3, of 0 classes" in text
     assert "context.npy is float16 (1, 12, 15)" in text
     assert "index of 1 samples" in text
     assert "holds (samples, captions) (1, 2)" in text
     assert "num_captions is not the sum" in text
+
+
+def test_an_index_that_points_elsewhere_is_found(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = read_manifest(str(dataset))
+    first, *others = manifest.shards
+    index = read_index(dataset, first)
+    index.moments[0, 0] += 2
+    data = index_bytes(index)
+    (dataset / f"{first.name}.index.npz").write_bytes(data)
+    first = replace(first, index_sha256=hashlib.sha256(data).hexdigest())
+    write_manifest(str(dataset), replace(manifest, shards=(first, *others)))
+    (line,) = problems(dataset, capsys)
+    assert "shard-00000.tar: index does not point to the members" in line
 
 
 def test_a_folder_without_manifest_is_no_dataset(tmp_path: Path) -> None:
