@@ -184,6 +184,12 @@ def test_the_lowest_stage_that_fits_is_taken() -> None:
     ]
 
 
+def test_smaller_nodes_are_more_nodes() -> None:
+    config = PlanConfig(hardware=HardwareConfig(gpus_per_node=4))
+    row = plan_row("small", PRESETS["small"], 8, config)
+    assert row.save_seconds == pytest.approx((16 / 2 + 8) * row.params / 2e9)
+
+
 def test_a_reserve_of_the_memory_is_left() -> None:
     def row(memory: float) -> PlanRow:
         hardware = HardwareConfig(memory_bytes=memory)
