@@ -19,6 +19,7 @@ from ifvit.analysis.settings import PAPER_SETTINGS, Setting
 from ifvit.analysis.sheet import Sheet, series_of
 from ifvit.analysis.tables import to_csv
 from ifvit.evaluation.detector import SCENES
+from ifvit.evaluation.metrics import MetricsRow
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
 from ifvit.sampling.files import read_images
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ifvit.rating.preference import PreferenceResults
 
 _NUM_PAIRS = 12
+_PAIRS_SCALE = 4.0  # "a CFG scale of 3"; the paper prints w - 1
 _SEED = 0
 
 
@@ -110,7 +112,8 @@ def _panelled(name: str, title: str, panels: list[Panel], *, text: str, hole: st
 def _pairs(sheet: Sheet, baseline: Setting, best: Setting) -> Exhibit:
     """Captions drawn by chance among those that both runs drew; never chosen by eye."""
     name, title = "figure4", "Figure 4: the same captions and noise"
-    drawn = [_samples(sheet, setting) for setting in (baseline, best)]
+    scale = _scale_of_pairs(sheet, baseline, best)
+    drawn = [_samples(sheet, setting, scale) for setting in (baseline, best)]
     if baseline == best or not all(drawn):
         hole = "no samples of two settings; run `ifvit evaluate --weights RUN …` for both"
         return Exhibit(name=name, title=title, hole=hole)
@@ -123,24 +126,42 @@ def _pairs(sheet: Sheet, baseline: Setting, best: Setting) -> Exhibit:
     return Exhibit(
         name=name,
         title=title,
-        text=f"Top: {baseline.title}, bottom: {best.title}, the first compared run of each; "
-        f"{len(pairs)} captions drawn at random with a fixed seed.",
+        text=f"Top: {baseline.title}, bottom: {best.title}, the first compared run of each, at "
+        f"guidance w = {scale:g}; {len(pairs)} captions drawn at random with a fixed seed.",
         png=pairs_png([a.prompt for a, _ in pairs], list(above), list(below)),
         csv=to_csv(records),
     )
 
 
-def _samples(sheet: Sheet, setting: Setting) -> dict[str, Sample]:
+def _scale_of_pairs(sheet: Sheet, baseline: Setting, best: Setting) -> float | None:
+    """Of the guidance scales that both runs were evaluated at, the nearest to the paper's."""
+    runs = (_first_compared(sheet, setting) for setting in (baseline, best))
+    scales = set.intersection(
+        *({row.protocol.guidance_scale for row in _last(sheet, r)} for r in runs)
+    )
+    return min(scales, key=lambda scale: abs(scale - _PAIRS_SCALE), default=None)
+
+
+def _samples(sheet: Sheet, setting: Setting, scale: float | None) -> dict[str, Sample]:
     """Samples by file name, which says position, of the setting's first compared run."""
-    run = next((run for run in sheet.settings[setting] if sheet.rows[run.name]), None)
-    if run is None or sheet.reference is None:
+    run = _first_compared(sheet, setting)
+    if run is None or sheet.reference is None or scale is None:
         return {}
     protocol, step = sheet.reference.protocol, sheet.reference.step
     folder = storage.join(run.url, FOLDER)
-    samples = read_samples(
-        samples_url(row_url(folder, protocol.name, protocol.guidance_scale, step))
-    )
+    samples = read_samples(samples_url(row_url(folder, protocol.name, scale, step)))
     return {sample.image.rpartition("/")[2]: sample for sample in samples}
+
+
+def _first_compared(sheet: Sheet, setting: Setting) -> Run | None:
+    return next((run for run in sheet.settings[setting] if sheet.rows[run.name]), None)
+
+
+def _last(sheet: Sheet, run: Run | None) -> list[MetricsRow]:
+    """The run's rows at the step that is compared."""
+    if run is None or sheet.reference is None:
+        return []
+    return [row for row in sheet.rows[run.name] if row.step == sheet.reference.step]
 
 
 def _counts(counts: Counts) -> Exhibit:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,6 +135,18 @@ def test_the_page_and_its_files_are_whole_and_need_no_network(tmp_path: Path) ->
     assert "concat_early/seed0" in pair["top"]
     assert "cross_attention_intermediate/seed0" in pair["bottom"]
     assert Path(pair["top"]).name == Path(pair["bottom"]).name
+
+
+def test_pairs_are_drawn_at_the_scale_nearest_the_papers_that_both_have(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path / "runs", settings=(0, 3), num_seeds=1)
+    render(runs, tmp_path / "sheet")
+    for pair in records(tmp_path / "sheet", "figure4"):
+        assert "/w4/" in pair["top"]
+        assert "/w4/" in pair["bottom"]
+    shutil.rmtree(next(Path(runs[0]).glob("evaluation/*/w4")))
+    render(runs, tmp_path / "sheet")
+    (pair, *_) = records(tmp_path / "sheet", "figure4")
+    assert "/w2/" in pair["bottom"]
 
 
 def test_what_is_missing_is_named_and_never_invented(tmp_path: Path) -> None:
