@@ -1,6 +1,7 @@
 """Stopping early: any process may ask, all of them stop after the same step."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -45,11 +46,22 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Note signals inside instead of dying from them."""
+        """Note signals inside instead of dying from them.
+
+        Programs started inside do not get them: SLURM and terminals send them to all processes,
+        and a step that waits for a compiler that died of one fails, or never ends.
+        """
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        ended = threading.Event()
+        receiver = threading.Thread(target=ended.wait, name="signals", daemon=True)
+        receiver.start()  # it takes the signals; this thread and all that it starts block them
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             yield
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            ended.set()
+            receiver.join()
             for number, handler in before.items():
                 signal.signal(number, handler)
 

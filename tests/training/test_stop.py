@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from ifvit.training.checkpoint import Checkpoint
 from ifvit.training.checkpoint_saver import CheckpointSaver
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
-from ifvit.training.stop import Preempted, StopRequest
+from ifvit.training.stop import SIGNALS, Preempted, StopRequest
 from ifvit.training.train import train
 
 ALONE = World(rank=0, size=1, local_rank=0)
@@ -44,8 +47,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
     def step(engine: Engine) -> object:
         os.kill(os.getpid(), number)
+        while not noted:  # another thread takes the signal, this one must run to see it
+            time.sleep(0.001)
         return real(engine)
 
+    def request(stop: StopRequest, number: int) -> None:
+        note(stop, number)
+        noted.append(number)
+
+    noted: list[int] = []
+    note = StopRequest.request
+    monkeypatch.setattr(StopRequest, "request", request)
     monkeypatch.setattr(Engine, "step", step)
     with pytest.raises(Preempted) as ending:
         train(broken)
@@ -83,6 +95,17 @@ def test_a_signal_during_the_last_save_does_not_end_it(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not died
+
+
+def test_programs_that_training_starts_do_not_get_its_signals() -> None:
+    waits = [sys.executable, "-c", "import sys; sys.exit(len(sys.stdin.read()))"]
+    with StopRequest(ALONE).listen():
+        child = subprocess.Popen(waits, stdin=subprocess.PIPE)
+        for number in SIGNALS:
+            child.send_signal(number)
+        child.communicate(b"abc")
+    assert child.returncode == 3
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(SIGNALS)
 
 
 def test_a_request_counts_from_the_next_question_on() -> None:
