@@ -1,5 +1,6 @@
 """Saving beside training: the loop waits for a copy in host memory, a thread does the rest."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,7 +128,10 @@ class CheckpointSaver:
             exported = {n: t for n, t in self._copy.tensors.items() if self._exported(n)}
             self._finish(step, exported)
             commit(self._run, checkpoint)
+        try:
             self._prune()
+        except (UserError, OSError) as error:  # a file that NFS still holds, say
+            sys.stderr.write(f"{self._run}: older checkpoints stay until the next save ({error})\n")
 
     @contextmanager
     def _named_errors(self, step: int) -> Iterator[None]:

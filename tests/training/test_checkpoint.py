@@ -21,12 +21,13 @@ from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.side_channel import SideChannel
 from ifvit.storage import join, list_names, remove
-from ifvit.training import checkpoint_saver
+from ifvit.training import checkpoint_saver, retention
 from ifvit.training.checkpoint import (
     Checkpoint,
     Part,
     fetch_newest,
     open_tensors,
+    saved_steps,
     step_url,
     write_part,
 )
@@ -57,7 +58,7 @@ def savers(
     attempt: str = "aaaa",
     finish: Callable[[int, dict[str, Tensor]], None] = lambda step, tensors: None,
     on_failure: Callable[[], None] = lambda: None,
-    retention: Retention = Retention(last=2),  # noqa: B008
+    kept: Retention = Retention(last=2),  # noqa: B008
 ) -> list[CheckpointSaver]:
     """One saver per rank."""
     barrier, values = threading.Barrier(num_ranks), [None] * num_ranks
@@ -70,7 +71,7 @@ def savers(
             Exchange(world, barrier, values),
             exported=lambda name: name.startswith("backbone."),
             finish=finish,
-            prune=lambda: prune(run, retention),
+            prune=lambda: prune(run, kept),
             on_failure=on_failure,
         )
         for world in worlds
@@ -135,6 +136,24 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_S3_OPTIONS", {"config_kwargs": config})
     monkeypatch.setattr(object_store, "STALL_SECONDS", 2.0)
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
+
+
+def test_what_cannot_be_removed_stays_until_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(url: str) -> None:
+        raise OSError(39, "Directory not empty", url)
+
+    run = str(tmp_path / "run")
+    ranks = savers(run, kept=Retention(last=1))
+    save(ranks, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(retention, "remove", refuse)
+        save(ranks, 2)
+    assert "older checkpoints stay until the next save" in capsys.readouterr().err
+    assert saved_steps(run) == [1, 2]
+    save(ranks, 3)
+    assert saved_steps(run) == [3]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 6])
@@ -309,26 +328,28 @@ def test_a_kill_at_any_request_of_a_remote_save_leaves_a_whole_checkpoint(
     cache: Path,
     impatient: None,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """From one request on nothing changes the store any more: to it that is a killed client."""
     for operation in range(1, 100):
         run = join(s3_bucket, str(operation))
-        save(savers(run, attempt="old", retention=Retention(last=1)), 1)
+        save(savers(run, attempt="old", kept=Retention(last=1)), 1)
         write = Fault(kind, method="[PD]*", first=operation)
         faulty_s3.plan(write, replace(write, kind="drop", first=operation + 1, times=None))
         monkeypatch.setenv("IFVIT_STORE_PATIENCE", "0")
         try:
-            save(savers(run, attempt="new", retention=Retention(last=1)), 2)
+            save(savers(run, attempt="new", kept=Retention(last=1)), 2)
         except UserError:
             pass
         else:
-            break
+            if "older checkpoints stay" not in capsys.readouterr().err:
+                break
         finally:
             faulty_s3.plan()
             monkeypatch.delenv("IFVIT_STORE_PATIENCE")
         is_committed = operation > 2 or (operation == 2 and kind == "lose_answer")
         assert restored_step(run, cache) == (2 if is_committed else 1)
-        save(savers(run, attempt="newer", retention=Retention(last=1)), 2)
+        save(savers(run, attempt="newer", kept=Retention(last=1)), 2)
         assert restored_step(run, cache) == 2
         assert list_names(join(run, "checkpoints")) == ["latest", "step_00000002"]
         assert len(list_names(step_url(run, 2))) == 2
@@ -437,7 +458,7 @@ def test_the_best_evaluation_keeps_its_checkpoint(run: str, metric: str, best: s
     write_evaluation(run, 9, metric, 10.0)
     for step, value in ((1, 9.0), (2, 5.0), (3, None), (4, 7.0)):
         write_evaluation(run, step, metric, value)
-        save(savers(run, retention=Retention(last=1, metric=metric)), step)
+        save(savers(run, kept=Retention(last=1, metric=metric)), step)
     assert list_names(join(run, "checkpoints")) == ["latest", best, "step_00000004"]
     with pytest.raises(UserError, match="keep_best: evaluations have no number named beauty"):
         Retention(last=1, metric="beauty")
