@@ -14,9 +14,8 @@ from data_pipeline.models import decode_mean
 from data_pipeline.read import open_shard, read_samples
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.images import encode_png
+from ifvit.images import encode_png, make_grid
 from ifvit.models.autoencoder import load_autoencoder
-from ifvit.sampling.grid import make_grid
 from ifvit.shards import LatentSample, Manifest, ShardEntry, read_manifest
 from ifvit.shards.files import read_index
 from ifvit.shards.index import ShardIndex

@@ -12,11 +12,11 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.decode import DecodedBatch, UnitInfo
 from data_pipeline.receipts import Failure
 from data_pipeline.sources.source import CaptionedImage
+from ifvit.device import choose_device
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels, to_model_range, to_pixels
 from ifvit.models.autoencoder import Autoencoder, load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
-from ifvit.sampling.encoders import choose_device
 from ifvit.shards import LatentSample
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 Pixels = NDArray[np.uint8]
+_GRID_GAP = 2
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Of files that count as images in a folder."""
 
@@ -78,3 +79,20 @@ def decode_png(data: bytes) -> Pixels:
     """The content of an image file as pixels (H, W, 3)."""
     with Image.open(io.BytesIO(data)) as file:
         return np.asarray(file.convert("RGB"))
+
+
+def make_grid(images: Pixels, columns: int) -> Image.Image:
+    """Images (N, H, W, 3) => one picture, row by row, on white; the last row may be short."""
+    num_images, height, width, channels = images.shape
+    rows = -(-num_images // columns)
+    size = (
+        rows * (height + _GRID_GAP) - _GRID_GAP,
+        columns * (width + _GRID_GAP) - _GRID_GAP,
+        channels,
+    )
+    canvas = np.full(size, 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        top = index // columns * (height + _GRID_GAP)
+        left = index % columns * (width + _GRID_GAP)
+        canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas)

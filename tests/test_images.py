@@ -10,6 +10,7 @@ from ifvit.images import (
     center_crop,
     decode_png,
     encode_png,
+    make_grid,
     read_square,
     resize,
     to_model_range,
@@ -76,3 +77,10 @@ def test_pixels_survive_model_range_and_png() -> None:
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     np.testing.assert_array_equal(to_pixels(to_model_range(pixels)), pixels)
     np.testing.assert_array_equal(decode_png(encode_png(pixels[0])), pixels[0])
+
+
+def test_a_grid_keeps_order_and_leaves_missing_cells_white() -> None:
+    images = np.stack([np.full((4, 6, 3), shade, np.uint8) for shade in (10, 20, 30)])
+    grid = decode_png(encode_png(make_grid(images, columns=2)))
+    assert grid.shape == (4 + 2 + 4, 6 + 2 + 6, 3)
+    assert [grid[0, 0, 0], grid[0, 8, 0], grid[6, 0, 0], grid[6, 8, 0]] == [10, 20, 30, 255]

@@ -32,12 +32,12 @@ from ifvit.analysis.attention_maps import (
 from ifvit.analysis.config import AttentionConfig
 from ifvit.analysis.figure_style import to_png
 from ifvit.analysis.runs import short_names
+from ifvit.device import choose_device
 from ifvit.errors import UserError
 from ifvit.models.uvit import FusionUViT
-from ifvit.models.weights import WeightsInfo, find_weights, load_weights, run_of
+from ifvit.models.weights import WeightsInfo, find_weights, load_weights, run_of, step_name
 from ifvit.sampling.encoders import (
     check_identity,
-    choose_device,
     open_text_encoder,
     require_text_encoder,
     weights_sha256,
@@ -97,7 +97,7 @@ def summarise_run(config: AttentionConfig, run: str, folder: str) -> AttentionSu
         sampling=config.sampling.settings,
         trim=config.trim,
     )
-    url = storage.join(folder, f"step_{info.step:08d}.json")
+    url = storage.join(folder, f"{step_name(info.step)}.json")
     before = _read_if_whole(url)
     if before and (before.weights_sha256, before.protocol) == (digest, protocol):
         sys.stdout.write(f"{url} is there\n")

@@ -7,6 +7,7 @@ from ifvit import storage
 from ifvit.analysis.figure_style import to_png
 from ifvit.analysis.object_count_figure import figure, table
 from ifvit.analysis.runs import short_names
+from ifvit.device import choose_device
 from ifvit.evaluation.detector import open_counter
 from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.object_count import (
@@ -17,7 +18,6 @@ from ifvit.evaluation.object_count import (
 )
 from ifvit.evaluation.object_count_config import ObjectCountConfig
 from ifvit.evaluation.object_prompts import read_count_prompts
-from ifvit.sampling.encoders import choose_device
 
 
 def count_objects_of_runs(config: ObjectCountConfig) -> dict[str, ObjectCountRow]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ifvit.bench.config import BenchGenerateConfig
 from ifvit.bench.timing import median_of_rounds, print_result, seconds_on
+from ifvit.device import choose_device
 from ifvit.models.backbone import Backbone
 from ifvit.models.build import build_backbone
 from ifvit.models.presets import PRESETS
 from ifvit.sampling.config import Guidance
-from ifvit.sampling.encoders import choose_device
 from ifvit.sampling.guidance import GuidedDenoiser, compile_backbone
 from ifvit.sampling.solvers import Denoiser
 

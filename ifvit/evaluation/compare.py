@@ -21,10 +21,9 @@ from ifvit.evaluation.metrics import Estimate, MetricsRow, estimate_mean
 from ifvit.evaluation.networks import CLIP
 from ifvit.evaluation.rows import row_url, samples_url
 from ifvit.evaluation.samples import read_samples
-from ifvit.images import Pixels, encode_png
+from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.sampling.alignment.build import date_updates
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.grid import make_grid
 from ifvit.side_channel import open_channel
 
 _NUM_SHOWN = 8

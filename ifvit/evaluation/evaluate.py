@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from ifvit import storage
+from ifvit.device import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig, MeasureConfig
 from ifvit.evaluation.draw import Model, draw_missing, open_model
@@ -17,9 +18,8 @@ from ifvit.evaluation.references import list_images
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
 from ifvit.evaluation.samples import read_prompts, read_samples, write_overview
 from ifvit.evaluation.scenes_accuracy import score_scenes
-from ifvit.models.weights import find_weights, run_of
+from ifvit.models.weights import find_weights, run_of, step_name
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.encoders import choose_device
 from ifvit.scenes.score import SceneScore
 from ifvit.shards import ShardReader
 from ifvit.side_channel import SideChannel, open_channel
@@ -147,7 +147,7 @@ def _weights_of(config: EvaluateConfig) -> list[str]:
         return [config.weights]
     folder = storage.join(config.weights, "weights")
     saved = [name for name in storage.list_names(folder) if name.startswith("step_")]
-    wanted = saved if config.steps == "all" else [f"step_{step:08d}" for step in config.steps]
+    wanted = saved if config.steps == "all" else [step_name(step) for step in config.steps]
     missing = sorted(set(wanted) - set(saved))
     if missing or not wanted:
         there = ", ".join(saved) or "none"

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ifvit.device import choose_device
 from ifvit.evaluation.clip_score import clip_score, clip_score_paper
 from ifvit.evaluation.config import MeasureConfig
 from ifvit.evaluation.feature_sets import FeatureSet, collect_features
@@ -22,7 +23,6 @@ from ifvit.evaluation.retrieval import retrieval_accuracy
 from ifvit.evaluation.samples import Prompt, hash_prompts, read_samples
 from ifvit.evaluation.scenes_accuracy import scenes_accuracy
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.encoders import choose_device
 from ifvit.scenes.score import SceneScore
 from ifvit.shards import Manifest
 from ifvit.side_channel import SideChannel

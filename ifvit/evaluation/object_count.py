@@ -20,7 +20,7 @@ from ifvit.evaluation.detector import CountingRule, ObjectCounter
 from ifvit.evaluation.metrics import Estimate, estimate_mean, estimate_share
 from ifvit.evaluation.object_count_config import ObjectCountConfig
 from ifvit.evaluation.object_prompts import CountPrompt
-from ifvit.models.weights import find_weights, load_weights, run_of
+from ifvit.models.weights import find_weights, load_weights, run_of, step_name
 from ifvit.sampling.config import GenerateConfig, nest_settings
 from ifvit.sampling.files import image_name, image_url, missing_images, read_images
 from ifvit.sampling.generate import generate
@@ -126,7 +126,7 @@ def draw_objects(
     Raises UserError when it holds images of other settings, and whatever `generate` refuses.
     """
     backbone, info = load_weights(run)
-    images = storage.join(folder, f"step_{info.step:08d}")
+    images = storage.join(folder, step_name(info.step))
     with tempfile.TemporaryDirectory(prefix="ifvit-") as scratch:
         listed = Path(scratch, "prompts.txt")
         listed.write_text("\n".join(one.prompt for one in prompts))

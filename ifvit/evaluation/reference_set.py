@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ifvit import storage
+from ifvit.device import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.config import MakeReferenceConfig, MeasureConfig
 from ifvit.evaluation.feature_sets import FeatureSet, collect_features
@@ -24,7 +25,6 @@ from ifvit.evaluation.frechet import FeatureStatistics
 from ifvit.evaluation.networks import Networks, kept_parts, load_networks
 from ifvit.evaluation.progress import show_progress
 from ifvit.evaluation.references import hash_images, list_images, read_batches
-from ifvit.sampling.encoders import choose_device
 from ifvit.shards.records import RESIZE
 from ifvit.side_channel import SideChannel, open_channel
 

@@ -18,7 +18,7 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.references import find_image, read_reference
-from ifvit.images import Pixels, encode_png
+from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.randomness import Stream, draw
 from ifvit.sampling.files import (
     image_name,
@@ -26,7 +26,6 @@ from ifvit.sampling.files import (
     read_images,
     write_jsonl,
 )
-from ifvit.sampling.grid import make_grid
 from ifvit.scenes.score import SceneScore
 from ifvit.shards import ShardReader
 

@@ -16,7 +16,7 @@ from ifvit.models.clip import load_text_encoder
 from ifvit.models.import_config import ImportConfig
 from ifvit.models.pretrained import identify, resolve_pretrained
 from ifvit.models.reference import from_reference_state_dict
-from ifvit.models.weights import WeightsInfo, save_weights
+from ifvit.models.weights import WeightsInfo, save_weights, step_name
 
 
 def import_weights(config: ImportConfig) -> None:
@@ -40,7 +40,7 @@ def import_weights(config: ImportConfig) -> None:
         recipe_sha256="",
     )
     kind = "raw" if config.ema_decay is None else "ema"
-    folder = storage.join(config.run, "weights", f"step_{config.step:08d}", kind)
+    folder = storage.join(config.run, "weights", step_name(config.step), kind)
     save_weights(folder, backbone, info)
     shape = backbone.shape
     sys.stdout.write(

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.models.autoencoder import Autoencoder, load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
@@ -97,17 +96,3 @@ def weights_sha256(backbone: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def choose_device(device: str) -> str:
-    """`cuda` => this process's GPU; so does `auto` when there is one, and cpu otherwise.
-
-    Raises UserError for an absent GPU.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device}: torch sees no GPU here; use cpu or auto")
-    if device == "cuda":  # a launcher may show each process only a GPU of its own
-        return f"cuda:{World.from_environment().local_rank % torch.cuda.device_count()}"
-    return device

@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from ifvit import storage
+from ifvit.device import choose_device
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.images import encode_png
+from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import WeightsInfo, load_weights
 from ifvit.sampling.alignment.build import build_method
 from ifvit.sampling.config import GenerateConfig
 from ifvit.sampling.encoders import (
-    choose_device,
     number_classes,
     open_autoencoder,
     open_conditions,
@@ -31,7 +31,6 @@ from ifvit.sampling.files import (
     write_images,
     write_jsonl,
 )
-from ifvit.sampling.grid import make_grid
 from ifvit.sampling.guidance import compile_backbone
 from ifvit.sampling.sampler import Sampler, generate_images
 

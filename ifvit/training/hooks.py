@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ifvit.images import encode_png
+from ifvit.images import encode_png, make_grid
 from ifvit.models.build import restore_backbone
 from ifvit.models.weights import WeightsInfo, save_weights, step_name
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.encoders import open_autoencoder, open_conditions
-from ifvit.sampling.grid import make_grid
 from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.shards import ShardReader
 from ifvit.side_channel import SideChannel

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ifvit.device import choose_device
 from ifvit.diffusion.objective import NoisePrediction
 from ifvit.diffusion.schedule import NoiseSchedule
 from ifvit.errors import UserError
@@ -20,7 +21,6 @@ from ifvit.models.backbone import Backbone
 from ifvit.models.build import restore_backbone
 from ifvit.models.config import restore_config
 from ifvit.models.weights import step_name
-from ifvit.sampling.encoders import choose_device
 from ifvit.storage import join, write_file
 from ifvit.training.batch import Batch
 from ifvit.training.batches import Batches

@@ -10,11 +10,10 @@ from ifvit import storage
 from ifvit.evaluation.metrics import Estimate, MetricsRow, write_row
 from ifvit.evaluation.protocol import Protocol
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
-from ifvit.images import Pixels, encode_png
+from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.config import BackboneConfig
 from ifvit.models.presets import PRESETS
 from ifvit.sampling.config import SamplingConfig, nest_settings
-from ifvit.sampling.grid import make_grid
 
 PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ifvit.images import decode_png
+from ifvit.images import decode_png, make_grid
 from ifvit.models.weights import load_weights
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.grid import make_grid
 from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.shards import ShardReader
 from ifvit.training import hooks
