@@ -102,7 +102,7 @@ def task_pids(job_id: str) -> dict[int, int]:
         except OSError:
             continue  # it has ended
         variables = dict(pair.partition("=")[::2] for pair in pairs)
-        if variables["SLURM_JOB_ID"] == job_id and "SLURM_STEP_ID" in variables:
+        if variables.get("SLURM_JOB_ID") == job_id and "SLURM_STEP_ID" in variables:
             found[int(variables["SLURM_PROCID"])] = int(process.name)
     return found
 
