@@ -47,7 +47,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
     def step(engine: Engine) -> object:
         os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 60
         while not noted:  # another thread takes the signal, this one must run to see it
+            assert time.monotonic() < deadline
             time.sleep(0.001)
         return real(engine)
 
