@@ -5,19 +5,22 @@ follows from their number, what is done from the receipts in the output. Whoever
 nothing is missing any more writes the manifest.
 """
 
+import hashlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
-from data_pipeline.config import EncodeConfig
-from data_pipeline.decode import decode_batches, read_or_fail
-from data_pipeline.finish import collect_receipts, finish
-from data_pipeline.models import Encoders, load_encoders, one_thread
-from data_pipeline.receipts import (
+from data_pipeline.completion import (
     Job,
+    LatentSums,
     Receipt,
     check_same_job,
     is_intact,
@@ -25,17 +28,201 @@ from data_pipeline.receipts import (
     read_receipt,
     receipt_url,
 )
-from data_pipeline.share import Share, find_share
+from data_pipeline.config import EncodeConfig
+from data_pipeline.encoders import (
+    Encoders,
+    decode_batches,
+    decode_mean,
+    load_encoders,
+    one_thread,
+    read_or_fail,
+)
+from data_pipeline.shard_io import npy_bytes, open_shard, read_samples, remove_leftovers
+from data_pipeline.sources.base import Source, Unit
 from data_pipeline.sources.choose import open_source
-from data_pipeline.sources.source import Source, Unit
-from data_pipeline.writer import ShardWriter
+from data_pipeline.writer import ShardWriter, to_stored
 from ifvit import storage
 from ifvit.distributed import World
-from ifvit.images import DecodedImage
-from ifvit.shards import Manifest, ShardError
-from ifvit.shards.records import MANIFEST
+from ifvit.errors import UserError
+from ifvit.images import DecodedImage, Pixels
+from ifvit.models.autoencoders import Autoencoder
+from ifvit.shards import Manifest, ShardError, TextEncoding, write_manifest
+from ifvit.shards.format import MANIFEST, NULL_CONTEXT
+from ifvit.storage import StoreError
 
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Every `size`-th unit from `number` on."""
+
+    number: int
+    size: int
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This share of the units; interleaved, so that shares end at about the same time."""
+        return items[self.number :: self.size]
+
+
+def find_share(config: EncodeConfig, world: World) -> Share:
+    """The tasks of the recipe or of the SLURM array, times the processes of each task.
+
+    Raises UserError when a number of tasks comes without this one's place among them.
+    """
+    array = _slurm_array()
+    num_tasks = config.num_tasks or (array.size if array else 1)
+    task = config.task if config.task is not None else (array.number if array else None)
+    if task is None:
+        task = 0
+        if num_tasks > 1:
+            raise UserError(f"num_tasks is {num_tasks}, but task is not set; give 0 or more")
+    if not 0 <= task < num_tasks:
+        raise UserError(f"task is {task} of {num_tasks}; it must be 0 to {num_tasks - 1}")
+    return Share(number=task * world.size + world.rank, size=num_tasks * world.size)
+
+
+def _slurm_array() -> Share | None:
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        return None
+    names = ("ID", "MIN", "STEP", "COUNT")
+    task, first, step, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in names)
+    return Share(number=(task - first) // step, size=count)
+
+
+MOST_IMAGES = 8
+
+
+def report_round_trip(
+    config: EncodeConfig, source: Source, manifest: Manifest, vae: Autoencoder
+) -> None:
+    """Print the PSNR after image => shard => decoded posterior mean.
+
+    Of one image in a hundred, but at least one and at most 8, the first ones of the first shard.
+    """
+    num_images = min(MOST_IMAGES, 1 + manifest.num_samples // 100)
+    entry = next(entry for entry in manifest.shards if entry.num_samples)
+    unit = next(u for u in source.units(config.samples_per_shard) if u.name == entry.name)
+    originals = {image.key: image for image in unit.open()}
+    values = []
+    with open_shard(config.output, entry) as folder:
+        for sample in islice(read_samples(folder / f"{entry.name}.tar"), num_images):
+            original = read_or_fail(originals[sample.key], config.image_size)
+            assert isinstance(original, DecodedImage), original
+            values.append(psnr(decode_mean(vae, sample), original.pixels))
+    sys.stdout.write(
+        f"round trip of {len(values)} images: PSNR {np.mean(values):.1f} dB, "
+        f"lowest {min(values):.1f} dB\n"
+    )
+
+
+def psnr(first: Pixels, second: Pixels) -> float:
+    """Peak signal-to-noise ratio of two pictures in dB, 10 log10(255^2 / MSE)."""
+    squares = (first.astype(np.float64) - second) ** 2
+    return float(10 * np.log10(255**2 / squares.mean()))
+
+
+NAMED_FAILURES = 3
 REQUESTS_AT_ONCE = 16
+
+
+def collect_receipts(
+    output: str, units: Sequence[Unit], own: dict[str, Receipt], job: Job
+) -> list[Receipt]:
+    """The receipts of all units in order, without those that other processes still owe.
+
+    Raises UserError when another job wrote one.
+    """
+    present = list_receipts(output)
+
+    def find(unit: Unit) -> Receipt | None:
+        if unit.name in own or unit.name not in present:
+            return own.get(unit.name)
+        try:
+            receipt = read_receipt(output, unit.name)
+        except StoreError:
+            raise
+        except UserError:  # damaged, or just taken back: its owner makes it again
+            return None
+        check_same_job(output, receipt.job, job)
+        return receipt
+
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        return [receipt for receipt in pool.map(find, units) if receipt]
+
+
+def finish(
+    config: EncodeConfig,
+    source: Source,
+    receipts: list[Receipt],
+    encoders: Encoders,
+    *,
+    is_alone: bool,
+) -> Manifest:
+    """Write the null context and, last, the manifest; equal bytes whoever does it, how often.
+
+    Raises UserError when more images were left out than the recipe tolerates.
+    """
+    _check_failures(config, receipts)
+    if is_alone and not storage.is_remote(config.output):
+        for name in (NULL_CONTEXT, MANIFEST):  # of several, another might just be writing
+            remove_leftovers(Path(config.output), name)
+    is_new = not storage.exists(storage.join(config.output, MANIFEST))
+    channels, height, width = encoders.vae.latent_shape(config.image_size)
+    sums = sum((receipt.latent_sums for receipt in receipts), LatentSums())
+    manifest = Manifest(
+        vae=encoders.vae.identity,
+        text=_write_null_context(config, encoders),
+        classes=source.classes,
+        image_size=config.image_size,
+        flipped=config.flip,
+        dtype=config.dtype,
+        moments_shape=(2 * channels, height, width),
+        num_samples=sum(receipt.shard.num_samples for receipt in receipts),
+        num_captions=sum(receipt.shard.num_captions for receipt in receipts),
+        latent_mean=sums.mean,
+        latent_std=sums.std,
+        shards=tuple(receipt.shard for receipt in receipts),
+    )
+    write_manifest(config.output, manifest)
+    what = f"{manifest.num_captions:,} captions"
+    if source.classes:
+        what = f"{len(source.classes):,} classes"
+    sys.stdout.write(
+        f"{config.output}: {manifest.num_samples:,} images, {what} in {len(receipts):,} shards; "
+        f"latent std {manifest.latent_std:.4f}, scaling factor {manifest.scaling_factor:.5f}\n"
+    )
+    if is_new:
+        report_round_trip(config, source, manifest, encoders.vae)
+    return manifest
+
+
+def _write_null_context(config: EncodeConfig, encoders: Encoders) -> TextEncoding | None:
+    if encoders.text is None:
+        return None
+    data = npy_bytes(to_stored(encoders.text.null_context(), config.dtype, NULL_CONTEXT))
+    storage.write_bytes(storage.join(config.output, NULL_CONTEXT), data)
+    return TextEncoding(
+        encoder=encoders.text.identity,
+        context_shape=encoders.text.context_shape,
+        null_context_sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _check_failures(config: EncodeConfig, receipts: list[Receipt]) -> None:
+    failures = [failure for receipt in receipts for failure in receipt.failures]
+    num_readable = sum(receipt.shard.num_samples for receipt in receipts)
+    named = [f"{failure.file} ({failure.reason})" for failure in failures[:NAMED_FAILURES]]
+    if len(failures) > NAMED_FAILURES:
+        named.append("… (all of them: failures in receipts/*.json)")
+    text = (
+        f"{len(failures):,} of {len(failures) + num_readable:,} images could not be read: "
+        f"{', '.join(named)}"
+    )
+    if len(failures) > config.tolerate or not num_readable:
+        raise UserError(f"{text}; mend them and run again, or allow for them with --tolerate")
+    if failures:
+        sys.stdout.write(f"warning: tolerated, {text}\n")
 
 
 def encode(config: EncodeConfig) -> Manifest | None:

@@ -17,14 +17,21 @@ from types import TracebackType
 import numpy as np
 from torch import Tensor
 
+from data_pipeline.completion import (
+    Failure,
+    Job,
+    LatentSums,
+    Receipt,
+    sum_latents,
+    write_receipt,
+)
 from data_pipeline.config import EncodeConfig
-from data_pipeline.models import EncodedBatch
-from data_pipeline.receipts import Failure, Job, LatentSums, Receipt, sum_latents, write_receipt
-from data_pipeline.write import write_shard
+from data_pipeline.encoders import EncodedBatch
+from data_pipeline.shard_io import write_shard
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.shards import LatentSample, SampleMetadata, ShardEntry
-from ifvit.shards.records import Array
+from ifvit.shards.format import Array
 
 SHARDS_AT_ONCE = 2
 BATCHES_QUEUED = 2

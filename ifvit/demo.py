@@ -13,16 +13,16 @@ import torch
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from ifvit.analysis.config import ReportConfig
-from ifvit.analysis.report import report
 from ifvit.demo_config import DemoConfig
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.evaluation.evaluate import evaluate
-from ifvit.evaluation.metrics import Estimate, MetricsRow
-from ifvit.models.presets import PRESETS
+from ifvit.evaluation.rows import Estimate, MetricsRow
+from ifvit.models.config import PRESETS
 from ifvit.sampling.config import SamplingConfig
-from ifvit.scenes.coco import draw_scene_set
+from ifvit.scenes.image_sets import draw_scene_set
 from ifvit.storage import join, write_json
+from ifvit.studies.config import ReportConfig
+from ifvit.studies.report import report
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 from ifvit.training.train import train
 

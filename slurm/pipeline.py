@@ -13,15 +13,14 @@ from ifvit import storage
 from ifvit.config import read_config
 from slurm.config import PipelineConfig, SweepConfig
 from slurm.jobs import VerbJob
-from slurm.submission import Submission
-from slurm.submit import absolute, add_evaluate, encode_jobs, expand_axes, train_job
+from slurm.submit import Submission, absolute, add_evaluate, encode_jobs, expand_axes, train_job
 
 _FUNCTIONS = {
-    "reference": "ifvit.evaluation.reference_set:make_reference",
-    "count": "ifvit.analysis.object_count:count_objects_of_runs",
-    "attention": "ifvit.analysis.analyze_attention:analyze_attention",
-    "report": "ifvit.analysis.report:report",
-    "paper": "ifvit.analysis.paper:report_paper",
+    "reference": "ifvit.evaluation.references:make_reference",
+    "count": "ifvit.studies.object_counts:count_objects_of_runs",
+    "attention": "ifvit.analysis.attention_analysis:analyze_attention",
+    "report": "ifvit.studies.report:report",
+    "paper": "ifvit.studies.paper:report_paper",
 }
 _PAGES = ("report", "paper")
 

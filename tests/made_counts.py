@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from made_backbone import small_shape
 
-from ifvit.evaluation.detector import CountingRule
+from ifvit.evaluation.detectors import CountingRule
 from ifvit.evaluation.object_count import (
     CountedImage,
     ObjectCountProtocol,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.write import npy_bytes, write_shard
+from data_pipeline.shard_io import npy_bytes, write_shard
 from ifvit.shards import (
     EncoderIdentity,
     LatentSample,

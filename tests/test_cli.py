@@ -87,7 +87,7 @@ def test_an_interrupted_verb_says_how_to_go_on(
     def interrupt(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ifvit.analysis.cost.cost", interrupt)
+    monkeypatch.setattr("ifvit.models.cost.cost", interrupt)
     with pytest.raises(SystemExit) as end:
         main(["cost"])
     assert end.value.code == 130

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ifvit.randomness import Stream, draw, normal, permutation, philox, uniform
+from ifvit.rng import (
+    Stream,
+    draw,
+    normal,
+    permutation,
+    philox,
+    uniform,
+)
 
 # kat_vectors of the Random123 library, philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -84,7 +91,7 @@ def test_moments_are_those_of_the_distribution() -> None:
 def test_the_outermost_random_bits_give_finite_numbers(
     word: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ifvit.randomness._words", lambda *_: torch.full((1, 8), word))
+    monkeypatch.setattr("ifvit.rng._words", lambda *_: torch.full((1, 8), word))
     assert normal(0, 0, torch.arange(1), Stream.NOISE, (8,)).isfinite().all()
     assert 0 <= uniform(0, 0, torch.arange(1), Stream.NOISE, 8).max() < 1
 

@@ -10,7 +10,7 @@ from data_pipeline.config import EncodeConfig
 from ifvit.config import dump_config, read_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
-from ifvit.models.presets import CLASS_PRESETS, PRESETS
+from ifvit.models.config import CLASS_PRESETS, PRESETS
 from ifvit.training.config import OptimConfig, TrainConfig
 from slurm.config import PipelineConfig, SweepConfig
 

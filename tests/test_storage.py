@@ -16,9 +16,10 @@ from aiohttp import ClientPayloadError
 from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ifvit import object_store, storage
+from ifvit import storage
+from ifvit import storage as object_store
 from ifvit.errors import UserError
-from ifvit.object_store import ContentError, StoreError
+from ifvit.storage import ContentError, StoreError
 
 
 class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]

@@ -25,7 +25,7 @@ import torch
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from ifvit import storage
-from ifvit.scenes.coco import draw_scene_set
+from ifvit.scenes.image_sets import draw_scene_set
 
 NUM_IMAGES = 24
 UNFINISHED = 3

@@ -66,7 +66,7 @@ def draw_shards(folder: str) -> str:
     """64 scenes as shards."""
     from data_pipeline.config import EncodeConfig
     from data_pipeline.encode import encode
-    from ifvit.scenes.coco import draw_scene_set
+    from ifvit.scenes.image_sets import draw_scene_set
 
     draw_scene_set(folder, "train2014", 64)
     captions = join(folder, "annotations", "captions_train2014.json")

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from importlib import import_module
 
 from data_pipeline.config import EncodeConfig
+from data_pipeline.sources.base import Source
+from data_pipeline.sources.class_folders import ImageFolders
 from data_pipeline.sources.coco import CocoCaptions
-from data_pipeline.sources.folder import ImageFolders
-from data_pipeline.sources.source import Source
 from data_pipeline.sources.table import CaptionTable
 from data_pipeline.sources.tars import WebDatasetTars
 from ifvit.errors import UserError

@@ -5,8 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipeline.sources.listed import ListedSource
-from data_pipeline.sources.source import CaptionedImage
+from data_pipeline.sources.base import CaptionedImage, ListedSource
 from ifvit import storage
 from ifvit.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_pipeline.sources.listed import ListedSource, numbered_image
+from data_pipeline.sources.base import ListedSource, numbered_image
 from ifvit import storage
 from ifvit.errors import UserError
 

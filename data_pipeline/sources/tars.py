@@ -15,8 +15,7 @@ from typing import IO
 
 from braceexpand import braceexpand
 
-from data_pipeline.sources.listed import shard_name
-from data_pipeline.sources.source import CaptionedImage
+from data_pipeline.sources.base import CaptionedImage, shard_name
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES

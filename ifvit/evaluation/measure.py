@@ -1,31 +1,77 @@
 """Images => numbers, with what all rows of one command share: networks, captions, real images."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ifvit.device import choose_device
-from ifvit.evaluation.clip_score import clip_score, clip_score_paper
 from ifvit.evaluation.config import MeasureConfig
-from ifvit.evaluation.feature_sets import FeatureSet, collect_features
-from ifvit.evaluation.frechet import Features, estimate_frechet
-from ifvit.evaluation.kernel_distances import cmmd, kid
-from ifvit.evaluation.metrics import Estimate
-from ifvit.evaluation.networks import CLIP, INCEPTION, kept_parts, load_networks
-from ifvit.evaluation.perceptual import perceptual_distances
-from ifvit.evaluation.progress import show_progress
-from ifvit.evaluation.protocol import Protocol
-from ifvit.evaluation.reference_set import open_reference
-from ifvit.evaluation.retrieval import retrieval_accuracy
-from ifvit.evaluation.samples import Prompt, hash_prompts, read_samples
-from ifvit.evaluation.scenes_accuracy import scenes_accuracy
+from ifvit.evaluation.features import (
+    CLIP,
+    INCEPTION,
+    FeatureSet,
+    collect_features,
+    kept_parts,
+    load_networks,
+)
+from ifvit.evaluation.metrics import (
+    Features,
+    clip_score,
+    clip_score_paper,
+    cmmd,
+    estimate_frechet,
+    kid,
+    perceptual_distances,
+    retrieval_accuracy,
+)
+from ifvit.evaluation.references import open_reference
+from ifvit.evaluation.rows import Estimate, Protocol, estimate_share
+from ifvit.evaluation.sample_set import Prompt, hash_prompts, read_samples
+from ifvit.images import Pixels
+from ifvit.process_group import SideChannel, choose_device, show_progress
 from ifvit.sampling.config import SamplingConfig
-from ifvit.scenes.score import SceneScore
+from ifvit.scenes.captions import parse_caption
+from ifvit.scenes.score import SceneScore, score_image
 from ifvit.shards import Manifest
-from ifvit.side_channel import SideChannel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesAccuracy:
+    """Shares of images that are right; relation among captions that state one, scene = all."""
+
+    count: Estimate
+    colour: Estimate
+    kind: Estimate
+    relation: Estimate | None
+    scene: Estimate
+
+
+def score_scenes(images: Iterable[Pixels], captions: Sequence[str]) -> list[SceneScore]:
+    """Score images (H, W, 3) against their captions. Raises UserError for a foreign caption."""
+    return [
+        score_image(image, parse_caption(caption))
+        for image, caption in zip(images, captions, strict=True)
+    ]
+
+
+def scenes_accuracy(scores: Sequence[SceneScore]) -> ScenesAccuracy:
+    """The shares over all images."""
+    relations = [score.relation for score in scores if score.relation is not None]
+    return ScenesAccuracy(
+        count=estimate_share(np.array([score.count for score in scores])),
+        colour=estimate_share(np.array([score.colour for score in scores])),
+        kind=estimate_share(np.array([score.kind for score in scores])),
+        relation=estimate_share(np.array(relations)) if relations else None,
+        scene=estimate_share(np.array([_all_right(score) for score in scores])),
+    )
+
+
+def _all_right(score: SceneScore) -> bool:
+    return score.count and score.colour and score.kind and score.relation is not False
+
 
 Numbers = dict[str, Estimate | None]
 """By field of MetricsRow."""

@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.detector import CountingRule, ObjectCounter
-from ifvit.evaluation.metrics import Estimate, estimate_mean, estimate_share
-from ifvit.evaluation.object_count_config import ObjectCountConfig
+from ifvit.evaluation.config import ObjectCountConfig
+from ifvit.evaluation.detectors import CountingRule, ObjectCounter
 from ifvit.evaluation.object_prompts import CountPrompt
+from ifvit.evaluation.rows import Estimate, estimate_mean, estimate_share
 from ifvit.models.weights import find_weights, load_weights, run_of, step_name
 from ifvit.sampling.config import GenerateConfig, nest_settings
-from ifvit.sampling.files import image_name, image_url, missing_images, read_images
 from ifvit.sampling.generate import generate
+from ifvit.sampling.samples import image_name, image_url, missing_images, read_images
 
 _IMAGES_AT_ONCE = 8
 """Detectors enlarge images to about 800 pixels."""

@@ -11,7 +11,7 @@ import yaml
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.scenes.captions import NUMBER_WORDS, write_captions
-from ifvit.scenes.layout import COLOURS, KINDS, MAX_COUNT, Group, Scene
+from ifvit.scenes.drawings import COLOURS, KINDS, MAX_COUNT, Group, Scene
 
 MAX_ASKED = 16
 """GenEval counts no more boxes of a class, so no prompt may ask for more."""

@@ -1,7 +1,4 @@
-"""The shapes of all backbones, without torch.
-
-A backbone is conditioned on captions, as context (M, D) of a text encoder, or on a class.
-"""
+"""Configurations of all backbones and their named presets, without torch."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -279,3 +276,118 @@ def restore_config(stored: Mapping[str, Any]) -> BackboneConfig:
     cls = _BY_ARCHITECTURE[name]
     names = {field.name for field in dataclasses.fields(cls)}
     return cls(**{key: value for key, value in stored.items() if key in names})
+
+
+# Widths, depths and heads of U-ViT (Bao et al. 2023, Table 1) on the paper's latents and context.
+
+
+def _coco256(width: int, depth: int, num_heads: int) -> FusionUViTConfig:
+    """A backbone for 4x32x32 latents (256 x 256 pixels) and CLIP ViT-L/14 context."""
+    return FusionUViTConfig(
+        latent_size=32,
+        patch_size=2,
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        context_length=77,
+        context_width=768,
+        conditioning="cross_attention",
+        num_image_blocks=round(depth / 3),
+        num_text_blocks=1,
+    )
+
+
+PRESETS: dict[str, FusionUViTConfig] = {
+    "tiny": FusionUViTConfig(
+        latent_size=8,
+        patch_size=2,
+        width=96,
+        depth=6,
+        num_heads=3,
+        context_length=16,
+        context_width=64,
+        conditioning="cross_attention",
+        num_image_blocks=1,
+        num_text_blocks=1,
+        init_std=0.1,
+    ),
+    "small": _coco256(width=512, depth=12, num_heads=8),
+    "mid": _coco256(width=768, depth=16, num_heads=12),
+    "large": _coco256(width=1024, depth=20, num_heads=16),
+    "huge": _coco256(width=1152, depth=28, num_heads=16),
+}
+
+
+def _imagenet256(width: int, depth: int, num_heads: int) -> TokenTransformerConfig:
+    """A class-conditional backbone for 4x32x32 latents (256 x 256 pixels) of ImageNet."""
+    return TokenTransformerConfig(
+        latent_size=32,
+        num_classes=1000,
+        patch_size=2,
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+    )
+
+
+CLASS_PRESETS: dict[str, TokenTransformerConfig | UNetConfig] = {
+    "token_tiny": TokenTransformerConfig(
+        latent_size=8,
+        num_classes=75,
+        patch_size=2,
+        width=104,
+        depth=7,
+        num_heads=4,
+        init_std=0.1,
+    ),
+    "token_small": _imagenet256(width=512, depth=12, num_heads=8),
+    "token_base": _imagenet256(width=768, depth=12, num_heads=12),
+    "token_large": _imagenet256(width=1024, depth=24, num_heads=16),
+    "unet_tiny": UNetConfig(
+        latent_size=8,
+        num_classes=75,
+        channels=(32, 64),
+        num_attention_levels=1,
+        blocks_per_level=1,
+        head_width=32,
+        class_width=64,
+    ),
+    "unet_base": UNetConfig(
+        latent_size=32,
+        num_classes=1000,
+        channels=(192, 384, 384),
+        num_attention_levels=2,
+        head_width=32,
+    ),
+}
+"""For classes; each U-Net has about the parameters of the transformer of its size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Make a run of the weights of U-ViT or its fusion fork, to draw with and to measure."""
+
+    file: str
+    """State dict of the backbone as those code bases save it, .pth or .safetensors, or a URL."""
+    run: str
+    """Folder or s3:// prefix of the run."""
+    step: int = 1_000_000
+    """Optimiser steps behind the weights."""
+    ema_decay: float | None = 0.9999
+    """Decay of the average that they are; null for raw weights."""
+    scaling_factor: float = 0.23010
+    """Autoencoder latents times this are what they were trained on."""
+    vae: str = "CompVis/stable-diffusion-v1-4/vae"
+    """The autoencoder they were trained with: hub name, local folder, or scenes/vae."""
+    text_encoder: str = "openai/clip-vit-large-patch14"
+    """The text encoder they were trained with: hub name, local folder, or scenes/clip."""
+    num_heads: int | None = None
+    """Attention heads, which no tensor shows; unset: of 64 channels, as in all published ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """Print parameters and GFLOPs of every preset in every fusion setting."""
+
+    json: bool = False
+    """Print a list of JSON objects instead of a table."""

@@ -108,7 +108,7 @@ class Study:
 def shuffled(values: Iterable[_T], *who: object) -> list[_T]:
     """The values in a random order that depends on them and on `who` alone.
 
-    Sorted by hash rather than drawn through ifvit.randomness, which imports torch: the web server
+    Sorted by hash rather than drawn through ifvit.rng, which imports torch: the web server
     does without.
     """
     return sorted(values, key=lambda value: hashlib.sha256(repr((*who, value)).encode()).digest())

@@ -9,20 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from ifvit import storage
-from ifvit.device import choose_device
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import WeightsInfo, load_weights
-from ifvit.sampling.alignment.build import build_method
-from ifvit.sampling.config import GenerateConfig
-from ifvit.sampling.encoders import (
+from ifvit.process_group import choose_device
+from ifvit.sampling.alignment.methods import build_method
+from ifvit.sampling.conditions import (
     number_classes,
     open_autoencoder,
     open_conditions,
     weights_sha256,
 )
-from ifvit.sampling.files import (
+from ifvit.sampling.config import GenerateConfig
+from ifvit.sampling.guidance import compile_backbone
+from ifvit.sampling.sampler import Sampler, generate_images
+from ifvit.sampling.samples import (
     claim_folder,
     image_name,
     image_url,
@@ -31,8 +33,6 @@ from ifvit.sampling.files import (
     write_images,
     write_jsonl,
 )
-from ifvit.sampling.guidance import compile_backbone
-from ifvit.sampling.sampler import Sampler, generate_images
 
 _MAX_GRID = 64
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ifvit.diffusion.schedule import NoiseSchedule
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.models.attention import Bias
 from ifvit.models.backbone import Backbone, EncodedCondition
 from ifvit.models.layers import KeysValues

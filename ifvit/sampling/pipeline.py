@@ -20,8 +20,8 @@ from ifvit import storage
 from ifvit.models.backbone import Backbone
 from ifvit.models.clip import encode_captions
 from ifvit.models.pretrained import download_pretrained
+from ifvit.sampling.conditions import number_classes
 from ifvit.sampling.config import Guidance
-from ifvit.sampling.encoders import number_classes
 from ifvit.sampling.guidance import GuidedDenoiser
 from ifvit.sampling.method import AlignmentMethod
 from ifvit.sampling.solvers import step_solver

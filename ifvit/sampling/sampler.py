@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from ifvit.errors import UserError
 from ifvit.images import Pixels, to_pixels
-from ifvit.models.autoencoder import Autoencoder
+from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.backbone import Backbone, EncodedCondition
-from ifvit.randomness import Stream, normal
+from ifvit.rng import Stream, normal
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.guidance import GuidedDenoiser
 from ifvit.sampling.method import AlignmentMethod, MethodOf

@@ -16,7 +16,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ifvit.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
+from ifvit.diffusion.schedules import BETA_END, BETA_START, NUM_TIMESTEPS
 from ifvit.sampling.config import SolverName
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 from ifvit.errors import UserError
-from ifvit.scenes.layout import COLOURS, KINDS, Group, Relation, Scene
+from ifvit.scenes.drawings import COLOURS, KINDS, Group, Relation, Scene
 
 NUM_CAPTIONS = 5
 NUMBER_WORDS = ("one", "two", "three", "four", "five")

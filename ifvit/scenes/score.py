@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ifvit.scenes.layout import COLOURS, KINDS, PROPORTIONS, SMALLEST_AREA, Group, Relation, Scene
+from ifvit.scenes.drawings import (
+    COLOURS,
+    KINDS,
+    PROPORTIONS,
+    SMALLEST_AREA,
+    Group,
+    Relation,
+    Scene,
+)
 
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
 _COVERED = 0.5

@@ -1,8 +1,7 @@
 """Latents and caption embeddings on disk: records, manifest and reader."""
 
 from ifvit.shards.config import CacheConfig
-from ifvit.shards.reader import ShardReader
-from ifvit.shards.records import (
+from ifvit.shards.format import (
     EncoderIdentity,
     LatentSample,
     Manifest,
@@ -13,6 +12,7 @@ from ifvit.shards.records import (
     read_manifest,
     write_manifest,
 )
+from ifvit.shards.reader import ShardReader
 
 __all__ = [
     "CacheConfig",

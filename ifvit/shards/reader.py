@@ -1,26 +1,131 @@
 """Random access to a dataset of shards, one sample at a time or a batch in one go."""
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+import ctypes
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
 
 import numpy as np
 
 from ifvit import storage
+from ifvit.shards.cache import OpenFile, ShardFiles, open_files, read_null_context, require_text
 from ifvit.shards.config import CacheConfig
-from ifvit.shards.files import OpenFile, ShardFiles, open_files, read_null_context, require_text
-from ifvit.shards.index import ABSENT
-from ifvit.shards.records import (
+from ifvit.shards.format import (
+    ABSENT,
     MANIFEST,
     Array,
     SampleMetadata,
     ShardEntry,
     ShardError,
+    ShardIndex,
     TextEncoding,
     parse_metadata,
     read_manifest,
 )
-from ifvit.shards.rows import read_rows
-from ifvit.shards.tables import IndexTables
+
+_Loop = Callable[[Array, Array, Array, Array, Array], int]
+
+
+def read_rows(
+    descriptors: list[int], offsets: Array, checksums: Array, rows: Array, out: Array
+) -> int | None:
+    """Fill `out[rows]` of a contiguous `out`; the B-th of them from the B-th file and offset.
+
+    `descriptors`, `offsets`, `checksums`, `rows`: (B,) int64, checksums as the index has them.
+    => the first number in B whose bytes are not as its checksum says, None: all are.
+    """
+    as_bytes = out.reshape(len(out), -1, copy=False).view(np.uint8)
+    # The index holds XXH3's canonical bytes, the highest first, read as if the lowest were.
+    expected = checksums.byteswap()
+    done = _compiled()(np.array(descriptors), offsets, expected, rows, as_bytes)
+    return done if done < len(rows) else None
+
+
+@cache
+def _compiled() -> _Loop:
+    """Half a second, once a process that reads."""
+    from numba import njit, types
+
+    ints, matrix = types.int64[:], types.uint8[:, ::1]
+    compiled: _Loop = njit(types.int64(ints, ints, ints, ints, matrix), nogil=True)(_read_rows)
+    return compiled
+
+
+def _read_rows(
+    descriptors: Array, offsets: Array, checksums: Array, rows: Array, out: Array
+) -> int:
+    size = out.shape[1]
+    for number in range(len(rows)):
+        address = out[rows[number]].ctypes.data
+        for attempt in range(2):  # a signal may cut a read short on file systems of the network
+            # Not by memory map: reading a file that was cut short would kill the process (SIGBUS).
+            found = _pread(descriptors[number], address, size, offsets[number])
+            if found == size and _xxh3(address, size) == checksums[number]:
+                break
+            if attempt:
+                return number
+    return len(rows)
+
+
+# Compiled code may call C functions, and of Python's xxhash only those in its library. The one
+# that chooses the processor's widest instructions exists on x86 alone.
+_library = importlib.util.find_spec("xxhash._xxhash")
+assert _library is not None
+_hashes = ctypes.CDLL(_library.origin)
+_xxh3 = getattr(_hashes, "XXH3_64bits_dispatch", _hashes.XXH3_64bits)
+_xxh3.argtypes, _xxh3.restype = (ctypes.c_size_t, ctypes.c_size_t), ctypes.c_int64
+_pread = ctypes.CDLL(None).pread
+_pread.argtypes = (ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int64)
+_pread.restype = ctypes.c_ssize_t
+
+
+class IndexTables:
+    """Arrays as in `ShardIndex`, over the N samples and T captions of a whole dataset.
+
+    The manifest says where each shard's rows go. Rows of a shard that is not `filled` are memory
+    that the system has not even handed out (zeros), so a lazily read dataset costs what it uses.
+    """
+
+    def __init__(self, entries: Sequence[ShardEntry]) -> None:
+        self.starts = _bounds([entry.num_samples for entry in entries])
+        self._caption_starts = _bounds([entry.num_captions for entry in entries])
+        num_samples, num_captions = int(self.starts[-1]), int(self._caption_starts[-1])
+        self.filled = np.zeros(len(entries), dtype=np.bool_)
+        self.moments = np.zeros((num_samples, 2), dtype=np.int64)
+        self.flipped = np.zeros((num_samples, 2), dtype=np.int64)
+        self.metadata = np.zeros((num_samples, 3), dtype=np.int64)
+        self.label = np.zeros(num_samples, dtype=np.int64)
+        self.context = np.zeros((num_captions, 2), dtype=np.int64)
+        self.first_caption = np.zeros(num_samples + 1, dtype=np.int64)
+        self._keys: list[Array | None] = [None] * len(entries)
+
+    def fill(self, shard: int, index: ShardIndex) -> None:
+        """Enter one shard's index; threads may do it twice, to the same effect."""
+        start, end = self.starts[shard : shard + 2]
+        first, last = self._caption_starts[shard : shard + 2]
+        for name in ("moments", "flipped", "metadata", "label"):
+            getattr(self, name)[start:end] = getattr(index, name)
+        self.context[first:last] = index.context
+        self.first_caption[start : end + 1] = first + index.first_caption
+        self._keys[shard] = index.keys
+        self.filled[shard] = True
+
+    def shards_of(self, samples: Array) -> Array:
+        """(B,) sample numbers => (B,) shard numbers."""
+        shards: Array = np.searchsorted(self.starts, samples, side="right") - 1
+        return shards
+
+    def key(self, sample: int) -> str:
+        """The sample's key in its tar."""
+        shard = int(self.shards_of(np.array(sample)))
+        keys = self._keys[shard]
+        assert keys is not None, shard
+        return str(keys[sample - self.starts[shard]].decode())
+
+
+def _bounds(counts: list[int]) -> Array:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
 
 ROWS_AT_ONCE = 64
 """Rows that a call reads where not all files may be open: it holds on to those it reads."""

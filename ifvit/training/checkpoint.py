@@ -8,7 +8,9 @@ the ZeRO stage: a part is only the share of one process at that time.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,20 +20,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ifvit.errors import UserError
+from ifvit.evaluation.rows import (
+    FOLDER,
+    LOWER_IS_BETTER,
+    Estimate,
+    MetricsRow,
+    main_series,
+    read_rows,
+)
+from ifvit.models.config import restore_config
 from ifvit.models.weights import step_name
-from ifvit.object_store import StoreError
+from ifvit.process_group import SideChannel
 from ifvit.storage import (
+    StoreError,
     download,
     exists,
     is_remote,
     join,
     list_names,
     read_json,
+    remove,
     sha256_of,
     write_bytes,
     write_file,
     write_json,
 )
+from ifvit.training.config import TrainConfig
+from ifvit.training.engine import Engine
 from ifvit.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -174,3 +189,132 @@ def _parse(url: str, stored: dict[str, object]) -> Checkpoint:
         return Checkpoint(state=state, parts=parts, **stored)  # type: ignore[arg-type]
     except (KeyError, TypeError) as error:
         raise UserError(f"{join(url, MANIFEST)}: not a checkpoint's manifest ({error})") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """The newest `last`, every step divisible by `every` (0: none), the best by `metric`."""
+
+    last: int
+    every: int = 0
+    metric: str | None = None
+    """Field of MetricsRow, looked up in the run's main evaluations (`main_series`)."""
+
+    def __post_init__(self) -> None:
+        """Refuse a metric that no evaluation has."""
+        if self.metric is not None and self.metric not in MetricsRow.__dataclass_fields__:
+            raise UserError(f"keep_best: evaluations have no number named {self.metric}")
+
+
+def prune(run: str, retention: Retention) -> None:
+    """Remove the checkpoints that need not stay, and all that interrupted saves have left."""
+    steps = saved_steps(run)
+    complete = [step for step in steps if is_committed(run, step)]
+    best = _best_step(run, retention.metric, complete) if retention.metric else None
+    kept = kept_steps(complete, retention, best)
+    for step in steps:
+        if step not in kept:
+            # The manifest goes first: a half-removed checkpoint must not look complete.
+            remove(join(step_url(run, step), MANIFEST))
+            remove(step_url(run, step))
+    _remove_leftovers(step_url(run, complete[-1]))
+
+
+def kept_steps(complete: list[int], retention: Retention, best: int | None) -> set[int]:
+    """Those of the rising `complete` steps that stay; never none."""
+    kept = set(complete[-retention.last :])
+    if retention.every:
+        kept.update(step for step in complete if step % retention.every == 0)
+    if best is not None:
+        kept.add(best)
+    return kept
+
+
+def _best_step(run: str, metric: str, complete: Collection[int]) -> int | None:
+    """The complete step whose evaluation has the best `metric`; the earliest of equals."""
+    rows = main_series(list(read_rows(join(run, FOLDER)).values()))
+    measured = {row.step: getattr(row, metric) for row in rows if row.step in complete}
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+    scores = [
+        (sign * estimate.value, step)
+        for step, estimate in measured.items()
+        if isinstance(estimate, Estimate)
+    ]
+    return min(scores)[1] if scores else None
+
+
+def _remove_leftovers(url: str) -> None:
+    """Remove the parts that an attempt before the one that finished has left in its folder."""
+    named = {MANIFEST, *(part["name"] for part in read_json(join(url, MANIFEST))["parts"])}
+    for name in set(list_names(url)) - named:
+        remove(join(url, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    url: str
+    checkpoint: Checkpoint
+
+
+def resume(
+    config: TrainConfig, engine: Engine, channel: SideChannel, shards_sha256: str, token: str
+) -> TrainState:
+    """Bring the engine to where the run goes on => its position; collective.
+
+    The main process chooses and verifies; remote parts are downloaded once per node, into a folder
+    named by `token` under TMPDIR. Raises UserError when the checkpoint belongs to other shards or
+    another model, or when `config.resume` cannot be had.
+    """
+    with _cache(engine, token) as cache:
+        found = channel.on_main(lambda: _choose(config.run, config.resume, cache))
+        if found is None:
+            return TrainState()
+        checkpoint = found.checkpoint
+        if checkpoint.shards_sha256 != shards_sha256:
+            raise UserError(f"{found.url}: trained on other shards than {config.shards} holds now")
+        if restore_config(checkpoint.backbone) != config.backbone:
+            raise UserError(f"{found.url}: holds a backbone of another shape than the recipe's")
+        if engine.world.local_rank == 0 and is_remote(found.url):
+            fetch(found.url, cache)
+        engine.barrier()
+        with open_tensors(found.url, checkpoint, cache) as read:
+            engine.load_state(read)
+        engine.load_scalars(checkpoint.scalars)
+        return checkpoint.state
+
+
+def _choose(run: str, wanted: str, cache: Path) -> _Found | None:
+    """What `resume: auto | never | URL` means for this run as it is now."""
+    if wanted == "never":
+        if any(is_committed(run, step) for step in saved_steps(run)):
+            raise UserError(
+                f"{run}: holds checkpoints, and resume is never; choose another run directory, "
+                "or let resume be auto"
+            )
+        return None
+    own = fetch_newest(run, cache)
+    if own is None and wanted != "auto":
+        return _choose_other(wanted, cache)
+    return None if own is None else _Found(url=own[0], checkpoint=own[1])
+
+
+def _choose_other(url: str, cache: Path) -> _Found:
+    """The newest checkpoint of run `url`, or the one that `url` itself is the folder of."""
+    if exists(join(url, MANIFEST)):
+        return _Found(url=url, checkpoint=fetch(url, cache))
+    newest = fetch_newest(url, cache)
+    if newest is None:
+        raise UserError(f"{url}: no checkpoint there; resume takes a run or its checkpoints/step_…")
+    return _Found(url=newest[0], checkpoint=newest[1])
+
+
+@contextmanager
+def _cache(engine: Engine, token: str) -> Iterator[Path]:
+    """A folder that the processes of one node share; removed when all have left it."""
+    folder = Path(tempfile.gettempdir(), f"ifvit-{token}")
+    try:
+        yield folder
+        engine.barrier()
+    finally:
+        if engine.world.local_rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)

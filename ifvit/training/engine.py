@@ -1,23 +1,163 @@
 """One training step on this hardware, and the state that it works on."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
 
+from ifvit.diffusion.objectives import NormalDraw
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
+from ifvit.rng import normal
 from ifvit.training.config import EngineConfig, OptimConfig
-from ifvit.training.ema import EMA
-from ifvit.training.forward import prepare_forward
-from ifvit.training.loss_scale import LossScale
-from ifvit.training.optim import MOMENTS, build_optimizer, create_moments
 from ifvit.training.timing import PhaseTimer
+
+
+class EMA:
+    """Shadow = decay x shadow + (1 - decay) x parameter, once an update, starting as a copy.
+
+    fp32 throughout: at decay 0.9999 a bf16 average would round every update away.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.decay = decay
+        self.shadows = [parameter.detach().float().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Sequence[Tensor]) -> None:
+        """Move the average towards the parameters, all tensors in one pass."""
+        torch._foreach_lerp_(self.shadows, list(parameters), 1.0 - self.decay)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state tensors, one of each for every parameter and of its shape."""
+
+
+def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on everything, as U-ViT has it.
+
+    The rate starts at 0: `learning_rate` sets it before every step.
+    """
+    return torch.optim.AdamW(
+        parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def create_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+    """Give AdamW the zero state for `tensors` that it would make at its first step only."""
+    for tensor in tensors:
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), device=tensor.device),
+            **{key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS},
+        }
+
+
+def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
+    """Rate of the update that follows `step` finished ones: linear up from 0, flat, linear down."""
+    rise = step / config.warmup_steps if config.warmup_steps else 1.0
+    fall = (max_steps - step) / config.cooldown_steps if config.cooldown_steps else 1.0
+    return config.learning_rate * min(rise, fall, 1.0)
+
+
+GROWTH_INTERVAL = 2000
+"""Finite updates in a row after which the scale doubles."""
+
+
+@dataclass
+class LossScale:
+    """The loss is multiplied by `value` before the backward pass (Micikevicius et al. 2018, 3.2).
+
+    A gradient that overflows halves the scale, down to 1.
+    """
+
+    value: float = 2.0**16
+    finite_updates: int = 0
+    """Finite updates since the scale last changed."""
+    overflows: int = 0
+    """Updates lost to a scale that was too large."""
+
+    def adapt(self, finite: bool) -> bool:
+        """Adapt to the last gradient => whether a smaller scale can mend it or it needs none."""
+        if finite:
+            self.finite_updates += 1
+            if self.finite_updates == GROWTH_INTERVAL:
+                self.value, self.finite_updates = 2 * self.value, 0
+            return True
+        if self.value == 1.0:
+            return False
+        self.value, self.finite_updates = self.value / 2, 0
+        self.overflows += 1
+        return True
+
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_HALF_ONLY = ("flash", "cudnn")
+
+
+def prepare_forward(
+    backbone: Backbone, config: EngineConfig, device: torch.device, num_micro_batches: int = 1
+) -> None:
+    """Change the forward pass of `backbone` in place; parameters and their names stay.
+
+    Raises UserError when this machine cannot compile, graphs cannot hold the gradients, or the
+    attention kernel cannot take the precision.
+    """
+    if device.type == "cuda" and config.precision == "fp32" and config.attention in _HALF_ONLY:
+        raise UserError(
+            f"engine.attention: {config.attention} takes 16 bits on a GPU; set engine.precision "
+            "to bf16 or engine.attention to sdpa"
+        )
+    if config.compile:
+        _require_compiler(device)
+    if config.cuda_graphs:
+        _require_graphs(device, num_micro_batches)
+    for block in backbone.blocks():
+        if config.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if config.compile:
+            # Static: the blocks see two or three shapes, and kernels made for each are faster.
+            mode = "reduce-overhead" if config.cuda_graphs else None
+            block.compile(dynamic=False, mode=mode)
+    if config.precision in _AUTOCAST:
+        # Inside the module, where DeepSpeed leaves autocast alone: the same arithmetic everywhere.
+        autocast = torch.autocast(device.type, _AUTOCAST[config.precision])
+        backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
+
+
+def prepare_draws(config: EngineConfig) -> NormalDraw:
+    """How the objective draws its noise: compiled, the rounds of the generator are one kernel."""
+    return torch.compile(normal) if config.compile else normal
+
+
+def _require_graphs(device: torch.device, num_micro_batches: int) -> None:
+    if device.type != "cuda":
+        raise UserError("engine.cuda_graphs: needs a CUDA device; set it to false")
+    if num_micro_batches > 1:
+        # A replay writes to where the last one left its gradients (pytorch issue 169545).
+        raise UserError(
+            f"engine.cuda_graphs: cannot accumulate gradients over {num_micro_batches} "
+            "micro-batches; raise micro_batch_size or set it to false"
+        )
+
+
+def _require_compiler(device: torch.device) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"engine.compile: torch.compile on the CPU needs {compiler}, which is not on PATH; "
+            "install it or set engine.compile to false"
+        )
 
 
 class Engine:
@@ -86,7 +226,7 @@ class Engine:
         return tuple(self._averages)
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """The backbone in the recipe's precision; shapes as in `ifvit.diffusion.objective`."""
+        """The backbone in the recipe's precision; shapes as in `ifvit.diffusion.objectives`."""
         return cast(Tensor, self._model(x_t, timesteps, condition))
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
@@ -259,24 +399,6 @@ class Engine:
     def _gather_named(self, prefix: str, pieces: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
         for (name, parameter), piece in zip(self._parameters.items(), pieces, strict=True):
             yield f"{prefix}{name}", self._gather(piece, parameter)
-
-
-def engine_class(config: EngineConfig) -> type[Engine]:
-    """The engine that `config` asks for on this hardware.
-
-    Raises UserError when it asks DeepSpeed's help of PyTorch alone.
-    """
-    # One process has nothing to partition, and ZeRO would cost it a copy and a wait every step.
-    is_of_use = World.from_environment().size > 1 or config.offload_optimizer
-    if config.backend == "deepspeed" or (
-        config.backend == "auto" and config.zero_stage and is_of_use
-    ):
-        from ifvit.training.zero import Zero3Engine, ZeroEngine  # takes seconds to import
-
-        return ZeroEngine if config.zero_stage < 3 else Zero3Engine
-    if config.offload_optimizer:
-        raise UserError("engine.offload_optimizer: needs DeepSpeed; set engine.backend: deepspeed")
-    return Engine
 
 
 def average_name(ema_decay: float) -> str:

@@ -9,17 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ifvit.diffusion.objective import Losses, NoisePrediction
-from ifvit.diffusion.schedule import NUM_TIMESTEPS
-from ifvit.training.batch import Batch
-from ifvit.training.batches import Batches
+from ifvit.diffusion.objectives import Losses, NoisePrediction
+from ifvit.diffusion.schedules import NUM_TIMESTEPS
 from ifvit.training.config import TrainConfig
-from ifvit.training.engine import Engine
-from ifvit.training.optim import learning_rate
-from ifvit.training.profile import StepProfiler
-from ifvit.training.replay import report_nonfinite
+from ifvit.training.data import Batch, Batches
+from ifvit.training.engine import Engine, learning_rate
+from ifvit.training.guards import Preempted, StopRequest, report_nonfinite
 from ifvit.training.state import TrainState
-from ifvit.training.stop import Preempted, StopRequest
+from ifvit.training.timing import StepProfiler
 
 
 @dataclass(frozen=True, kw_only=True)

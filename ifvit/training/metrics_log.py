@@ -12,13 +12,13 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
 from ifvit.errors import UserError
-from ifvit.models.flops import count_cost
+from ifvit.models.cost import count_cost
 from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
-from ifvit.training.hardware import device_name, peak_flops, peak_memory
 from ifvit.training.loop import StepReport
 from ifvit.training.state import TrainState
+from ifvit.training.timing import device_name, peak_flops, peak_memory
 
 Row = dict[str, float | str | None]
 

@@ -3,38 +3,61 @@
 import hashlib
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import torch
 
 from ifvit.config import dump_config
-from ifvit.diffusion.objective import NoisePrediction
-from ifvit.diffusion.schedule import NoiseSchedule
+from ifvit.diffusion.objectives import NoisePrediction
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import World
+from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
-from ifvit.models.weights import WeightsInfo
+from ifvit.models.build import build_backbone
+from ifvit.models.weights import WeightsInfo, load_weights
+from ifvit.process_group import SideChannel
 from ifvit.shards import ShardReader
-from ifvit.side_channel import SideChannel
-from ifvit.training.batches import Batches
-from ifvit.training.config import TrainConfig
-from ifvit.training.engine import Engine, engine_class
-from ifvit.training.forward import prepare_draws
-from ifvit.training.hooks import SampleGrid, SaveCheckpoint
-from ifvit.training.initial import initial_backbone
-from ifvit.training.lease import Lease
-from ifvit.training.loop import Hook, fit
-from ifvit.training.metrics_log import MetricsLog
-from ifvit.training.order import BatchOrder
-from ifvit.training.preflight import (
+from ifvit.training.checkpoint import resume, saved_steps
+from ifvit.training.config import EngineConfig, TrainConfig
+from ifvit.training.data import Batches, BatchOrder
+from ifvit.training.engine import Engine, prepare_draws
+from ifvit.training.guards import (
+    Preempted,
+    StopRequest,
     check_encoders,
     check_recipe,
     check_shapes,
     claim_space,
+    differences,
     manifest_sha256,
 )
-from ifvit.training.profile import StepProfiler
-from ifvit.training.resume import resume
+from ifvit.training.hooks import SampleGrid, SaveCheckpoint
+from ifvit.training.lease import Lease
+from ifvit.training.loop import Hook, fit
+from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.state import TrainState
-from ifvit.training.stop import Preempted, StopRequest
+from ifvit.training.timing import StepProfiler
+
+
+def initial_backbone(config: TrainConfig, reader: ShardReader) -> Backbone:
+    """The backbone of step 0; a run that has checkpoints does not need `initial_weights` again.
+
+    Raises UserError for weights of another shape, or for latents of another scale.
+    """
+    backbone = build_backbone(config.backbone)
+    if config.initial_weights is None or saved_steps(config.run):
+        return backbone
+    loaded, info = load_weights(config.initial_weights)
+    scale = config.scaling_factor or reader.manifest.scaling_factor
+    theirs = {"backbone": asdict(loaded.shape), "scaling_factor": info.scaling_factor}
+    ours = {"backbone": asdict(config.backbone), "scaling_factor": scale}
+    for key, value in ours.items():
+        for name, there, here in differences(key, theirs[key], value):
+            raise UserError(
+                f"{config.initial_weights}: has {name}: {there}, the recipe {here}; set it alike"
+            )
+    backbone.load_state_dict(loaded.state_dict())
+    return backbone
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -108,7 +131,7 @@ def _build_engine(
     )
     world = World.from_environment()
     batches = Batches(reader, order, config.micro_batch_size, world, config.num_workers)
-    engine = engine_class(config.engine)(
+    engine = _engine_class(config.engine)(
         backbone,
         config.engine,
         config.optim,
@@ -131,3 +154,21 @@ def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:
         classes=reader.manifest.classes,
         recipe_sha256=hashlib.sha256(dump_config(config).encode()).hexdigest(),
     )
+
+
+def _engine_class(config: EngineConfig) -> type[Engine]:
+    """The engine that `config` asks for on this hardware.
+
+    Raises UserError when it asks DeepSpeed's help of PyTorch alone.
+    """
+    # One process has nothing to partition, and ZeRO would cost it a copy and a wait every step.
+    is_of_use = World.from_environment().size > 1 or config.offload_optimizer
+    if config.backend == "deepspeed" or (
+        config.backend == "auto" and config.zero_stage and is_of_use
+    ):
+        from ifvit.training.zero import Zero3Engine, ZeroEngine  # takes seconds to import
+
+        return ZeroEngine if config.zero_stage < 3 else Zero3Engine
+    if config.offload_optimizer:
+        raise UserError("engine.offload_optimizer: needs DeepSpeed; set engine.backend: deepspeed")
+    return Engine

@@ -27,8 +27,7 @@ from deepspeed.utils import (
 from torch import Tensor, distributed, nn
 
 from ifvit.training.config import EngineConfig
-from ifvit.training.engine import Engine
-from ifvit.training.optim import create_moments
+from ifvit.training.engine import Engine, create_moments
 
 
 class ZeroEngine(Engine):

@@ -7,12 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from ifvit import storage
-from ifvit.evaluation.metrics import Estimate, MetricsRow, write_row
-from ifvit.evaluation.protocol import Protocol
-from ifvit.evaluation.rows import FOLDER, row_url, samples_url
+from ifvit.evaluation.rows import (
+    FOLDER,
+    Estimate,
+    MetricsRow,
+    Protocol,
+    row_url,
+    samples_url,
+    write_row,
+)
 from ifvit.images import Pixels, encode_png, make_grid
-from ifvit.models.config import BackboneConfig
-from ifvit.models.presets import PRESETS
+from ifvit.models.config import PRESETS, BackboneConfig
 from ifvit.sampling.config import SamplingConfig, nest_settings
 
 PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]

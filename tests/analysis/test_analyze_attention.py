@@ -9,8 +9,8 @@ from made_backbone import small_shape
 from made_shards import make_samples, write_shards
 from PIL import Image
 
-from ifvit.analysis import analyze_attention
-from ifvit.analysis.attention import read_attention
+from ifvit.analysis import attention_analysis as analyze_attention
+from ifvit.analysis.attention_maps import read_attention
 from ifvit.cli import main
 from ifvit.models.build import build_backbone
 from ifvit.models.clip import load_text_encoder

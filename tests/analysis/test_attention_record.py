@@ -12,22 +12,19 @@ from made_backbone import small_shape
 from torch import Tensor
 
 from ifvit.analysis import attention_maps
-from ifvit.analysis.analyze_attention import Prompts, record_layers
-from ifvit.analysis.attention import (
+from ifvit.analysis.attention_analysis import Prompts, attention_figure, record_layers
+from ifvit.analysis.attention_maps import (
     AttentionProtocol,
     AttentionSummary,
     LayerAttention,
-    effective_rank,
-    read_attention,
-    write_attention,
-)
-from ifvit.analysis.attention_figure import attention_figure
-from ifvit.analysis.attention_maps import (
     LayerSums,
     PromptRows,
     attention_rows,
+    effective_rank,
     inner_tokens,
+    read_attention,
     watch_attention,
+    write_attention,
 )
 from ifvit.analysis.config import AttentionConfig
 from ifvit.errors import UserError

@@ -5,13 +5,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ifvit.analysis.config import CostConfig
-from ifvit.analysis.cost import class_rows, cost, cost_rows
 from ifvit.config import read_config
 from ifvit.models.build import build_backbone
-from ifvit.models.flops import count_cost
+from ifvit.models.config import CLASS_PRESETS, PRESETS, CostConfig
+from ifvit.models.cost import class_rows, cost, cost_rows, count_cost
 from ifvit.models.layers import Attention
-from ifvit.models.presets import CLASS_PRESETS, PRESETS
 
 ROWS = list(cost_rows())
 

@@ -7,8 +7,8 @@ import pytest
 from made_counts import made_row
 from matplotlib.colors import to_rgb
 
-from ifvit.analysis.object_count_figure import figure, table
 from ifvit.errors import UserError
+from ifvit.studies.object_counts import figure, table
 
 EARLY = {"num_image_blocks": 0, "num_text_blocks": 0}
 ROWS = {

@@ -12,23 +12,27 @@ from made_counts import made_row
 from made_runs import build_row, write_evaluation, write_training
 from PIL import Image
 
-from ifvit.analysis.config import PaperConfig
-from ifvit.analysis.paper import report_paper
-from ifvit.analysis.paper_claims import Claim, compare_with_claims, preference_claims
-from ifvit.analysis.paper_counts import count_claims, read_counts
-from ifvit.analysis.paper_panels import figure_3, figure_6, figure_7
-from ifvit.analysis.paper_tables import iterations_per_s, table_1, table_2, table_further
-from ifvit.analysis.runs import read_runs
-from ifvit.analysis.settings import PAPER_SETTINGS, SETTINGS
-from ifvit.analysis.sheet import Sheet, make_sheet
-from ifvit.analysis.verdicts import FRECHET
 from ifvit.errors import UserError
-from ifvit.evaluation.metrics import Estimate, MetricsRow
 from ifvit.evaluation.object_count import write_object_count
-from ifvit.models.presets import PRESETS
-from ifvit.rating.preference import PreferenceResults, WinRate
-from ifvit.rating.statistics import OrderBias
-from ifvit.rating.tables import Replies
+from ifvit.evaluation.rows import Estimate, MetricsRow
+from ifvit.evaluation.runs import read_runs
+from ifvit.models.config import PRESETS
+from ifvit.rating.agreement import OrderBias
+from ifvit.rating.results import PreferenceResults, Replies, WinRate
+from ifvit.studies.comparisons import FRECHET
+from ifvit.studies.config import PaperConfig
+from ifvit.studies.paper import report_paper
+from ifvit.studies.paper_claims import (
+    Claim,
+    compare_with_claims,
+    count_claims,
+    preference_claims,
+    read_counts,
+)
+from ifvit.studies.paper_panels import figure_3, figure_6, figure_7
+from ifvit.studies.paper_tables import iterations_per_s, table_1, table_2, table_further
+from ifvit.studies.sheet import Sheet, make_sheet
+from ifvit.studies.variants import PAPER_SETTINGS, SETTINGS
 
 PAPER = {
     "name": "coco2014_fid30k",

@@ -7,23 +7,26 @@ import re
 import pytest
 import torch
 
-from ifvit.analysis.plan import RESERVE, PlanRow, plan, plan_row, plan_rows
-from ifvit.analysis.plan_config import HardwareConfig, PlanConfig
-from ifvit.analysis.plan_formulas import (
+from ifvit.analysis.config import HardwareConfig, PlanConfig
+from ifvit.analysis.plan import (
+    RESERVE,
+    PlanRow,
     activation_bytes,
     cast_bytes,
     collective_seconds,
     network_bytes,
+    plan,
+    plan_row,
+    plan_rows,
     sample_bytes,
     stall_seconds,
     state_bytes,
     update_bytes,
 )
-from ifvit.bench.roofline import kept_bytes
+from ifvit.bench.timing import kept_bytes
 from ifvit.models.build import build_backbone
-from ifvit.models.config import FusionUViTConfig
-from ifvit.models.flops import count_cost
-from ifvit.models.presets import PRESETS
+from ifvit.models.config import PRESETS, FusionUViTConfig
+from ifvit.models.cost import count_cost
 
 BILLION = 10**9
 HARDWARE = HardwareConfig()

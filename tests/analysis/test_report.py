@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from made_runs import build_row, write_run
 
-from ifvit.analysis.config import ReportConfig
-from ifvit.analysis.curves import smooth
-from ifvit.analysis.report import report
-from ifvit.analysis.runs import read_run, read_runs
-from ifvit.analysis.tables import metric_lines
-from ifvit.analysis.verdicts import RETRIEVAL, best_run, compare
 from ifvit.errors import UserError
-from ifvit.evaluation.metrics import Estimate
+from ifvit.evaluation.rows import Estimate
+from ifvit.evaluation.runs import read_run, read_runs
+from ifvit.studies.comparisons import RETRIEVAL, best_run, compare
+from ifvit.studies.config import ReportConfig
+from ifvit.studies.report import report, smooth
+from ifvit.studies.tables import metric_lines
 
 
 @pytest.fixture

@@ -10,12 +10,11 @@ import pytest
 from made_runs import write_training
 from scipy.stats import t as student
 
-from ifvit.analysis.runs import Run, read_runs
-from ifvit.analysis.settings import SETTINGS, group_runs, mean_over_seeds, noise_between
 from ifvit.errors import UserError
-from ifvit.evaluation.metrics import Estimate
-from ifvit.models.config import BackboneConfig, FusionUViTConfig
-from ifvit.models.presets import CLASS_PRESETS, PRESETS
+from ifvit.evaluation.rows import Estimate
+from ifvit.evaluation.runs import Run, read_runs
+from ifvit.models.config import CLASS_PRESETS, PRESETS, BackboneConfig, FusionUViTConfig
+from ifvit.studies.variants import SETTINGS, group_runs, mean_over_seeds, noise_between
 
 
 def shape(conditioning: str, num_image_blocks: int, num_text_blocks: int) -> FusionUViTConfig:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ifvit.bench.checkpoint import bench_checkpoint
+from ifvit.bench.checkpoint_speed import bench_checkpoint
 from ifvit.bench.config import BenchCheckpointConfig
-from ifvit.models.presets import PRESETS
+from ifvit.models.config import PRESETS
 from ifvit.storage import list_names
 
 

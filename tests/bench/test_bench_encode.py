@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ifvit.bench.config import BenchEncodeConfig
-from ifvit.bench.encode import bench_encode
+from ifvit.bench.encoding_speed import bench_encode
 
 
 def test_the_result_is_one_json_object(

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.bench.config import BenchGenerateConfig
-from ifvit.bench.generate import _guide_like_uvit, _guide_plainly, bench_generate
+from ifvit.bench.sampling_speed import _guide_like_uvit, _guide_plainly, bench_generate
 from ifvit.models.build import build_backbone
-from ifvit.models.presets import PRESETS
+from ifvit.models.config import PRESETS
 from ifvit.sampling.config import Guidance
 from ifvit.sampling.guidance import GuidedDenoiser
 

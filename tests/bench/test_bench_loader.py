@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from ifvit.bench.config import BenchLoaderConfig
-from ifvit.bench.loader import bench_loader
+from ifvit.bench.loading_speed import bench_loader
 
 
 @pytest.mark.parametrize(

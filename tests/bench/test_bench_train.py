@@ -8,12 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.bench.config import BenchTrainConfig
-from ifvit.bench.roofline import kept_bytes
-from ifvit.bench.timing import median_ratio, spread
-from ifvit.bench.train import bench_train
-from ifvit.bench.train_contenders import BareSteps, EngineSteps, UViTRecipeSteps
-from ifvit.models.flops import count_cost
-from ifvit.models.presets import PRESETS
+from ifvit.bench.timing import kept_bytes, median_ratio, spread
+from ifvit.bench.training_speed import BareSteps, EngineSteps, UViTRecipeSteps, bench_train
+from ifvit.models.config import PRESETS
+from ifvit.models.cost import count_cost
 from ifvit.training.config import EngineConfig, TrainConfig
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.completion import read_receipt
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from data_pipeline.receipts import read_receipt
 from ifvit.shards import ShardError, read_manifest
 
 NUM_CORRUPTIONS = 250

@@ -10,11 +10,10 @@ import webdataset
 from encoded_files import image_files
 
 from data_pipeline.config import EncodeConfig
-from data_pipeline.encode import encode
-from data_pipeline.round_trip import psnr
+from data_pipeline.encode import encode, psnr
 from ifvit.errors import UserError
 from ifvit.images import read_square, to_model_range
-from ifvit.models.autoencoder import load_autoencoder
+from ifvit.models.autoencoders import load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
 from ifvit.shards import ShardReader
 

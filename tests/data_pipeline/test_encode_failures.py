@@ -10,13 +10,13 @@ import pytest
 from encoded_files import hashes, image_files, truncate
 
 from data_pipeline.config import EncodeConfig
-from data_pipeline.decode import read_or_fail
 from data_pipeline.encode import encode
-from data_pipeline.sources.source import CaptionedImage
-from data_pipeline.write import write_shard
+from data_pipeline.encoders import read_or_fail
+from data_pipeline.shard_io import write_shard
+from data_pipeline.sources.base import CaptionedImage
 from ifvit.errors import UserError
-from ifvit.object_store import StoreError
 from ifvit.shards import ShardReader
+from ifvit.storage import StoreError
 
 
 def test_a_broken_image_fails_the_end_of_the_job_by_name(

@@ -11,14 +11,12 @@ from encoded_files import hashes
 from faulty_proxy import Fault, FaultyProxy
 
 from data_pipeline.config import EncodeConfig, InspectConfig, MergeConfig, ShardsConfig
-from data_pipeline.describe import inspect_shards, stats
 from data_pipeline.encode import encode
-from data_pipeline.merge import merge
-from data_pipeline.verify import verify
+from data_pipeline.shard_tools import inspect_shards, merge, stats, verify
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.object_store import StoreError
 from ifvit.shards import read_manifest
+from ifvit.storage import StoreError
 
 pytestmark = pytest.mark.s3
 

@@ -9,10 +9,8 @@ import torch
 from encoded_files import hashes
 
 from data_pipeline.config import EncodeConfig
-from data_pipeline.decode import DecodedBatch
-from data_pipeline.encode import encode
-from data_pipeline.models import EncodedBatch, Encoders
-from data_pipeline.share import Share, find_share
+from data_pipeline.encode import Share, encode, find_share
+from data_pipeline.encoders import DecodedBatch, EncodedBatch, Encoders
 from ifvit.distributed import World
 from ifvit.errors import UserError
 

@@ -10,10 +10,9 @@ import webdataset
 from PIL import Image, ImageOps
 
 from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig
-from data_pipeline.describe import inspect_shards, stats
 from data_pipeline.encode import encode
-from data_pipeline.sources.folder import ImageFolders
-from data_pipeline.verify import verify
+from data_pipeline.shard_tools import inspect_shards, stats, verify
+from data_pipeline.sources.class_folders import ImageFolders
 from ifvit.errors import UserError
 from ifvit.shards import Manifest, ShardReader
 

@@ -8,8 +8,7 @@ import pytest
 
 from data_pipeline.config import EncodeConfig, MergeConfig, ShardsConfig
 from data_pipeline.encode import encode
-from data_pipeline.merge import _check_unique, merge
-from data_pipeline.verify import verify
+from data_pipeline.shard_tools import _check_unique, merge, verify
 from ifvit.errors import UserError
 from ifvit.shards import Manifest, ShardEntry, ShardReader, read_manifest
 

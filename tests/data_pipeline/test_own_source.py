@@ -12,8 +12,8 @@ from ifvit.shards import ShardReader
 
 MODULE = '''
 from pathlib import Path
-from data_pipeline.sources.listed import ListedSource
-from data_pipeline.sources.source import CaptionedImage
+from data_pipeline.sources.base import ListedSource
+from data_pipeline.sources.base import CaptionedImage
 
 class Reversed(ListedSource):
     """The images of one folder, the last one first, captioned by their names."""

@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from data_pipeline.sources.source import CaptionedImage
+from data_pipeline.sources.base import CaptionedImage
 from data_pipeline.sources.table import CaptionTable
 from ifvit.errors import UserError
 from ifvit.shards import ShardReader

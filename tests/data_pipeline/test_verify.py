@@ -10,14 +10,13 @@ import pytest
 from PIL import Image
 
 from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig
-from data_pipeline.describe import inspect_shards, stats
 from data_pipeline.encode import encode
-from data_pipeline.verify import verify
-from data_pipeline.write import write_shard
+from data_pipeline.shard_io import write_shard
+from data_pipeline.shard_tools import inspect_shards, stats, verify
 from ifvit.errors import UserError
 from ifvit.shards import LatentSample, SampleMetadata, ShardError, read_manifest, write_manifest
-from ifvit.shards.files import read_index
-from ifvit.shards.index import index_bytes
+from ifvit.shards.cache import read_index
+from ifvit.shards.format import index_bytes
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from data_pipeline.models import Encoders
-from data_pipeline.write import write_shard
+from data_pipeline.encoders import Encoders
+from data_pipeline.shard_io import write_shard
 from data_pipeline.writer import BATCHES_QUEUED
 from ifvit.errors import UserError
 from ifvit.shards import ShardReader

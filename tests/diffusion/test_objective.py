@@ -8,9 +8,9 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from ifvit.diffusion.objective import NoisePrediction
-from ifvit.diffusion.schedule import NoiseSchedule, alphas_cumprod
-from ifvit.randomness import Stream, normal, uniform
+from ifvit.diffusion.objectives import NoisePrediction
+from ifvit.diffusion.schedules import NoiseSchedule, alphas_cumprod
+from ifvit.rng import Stream, normal, uniform
 
 POSITIONS = torch.arange(64)
 CONTEXT = torch.zeros(64, 3, 5)

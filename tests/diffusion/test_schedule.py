@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ifvit.diffusion.schedule import NoiseSchedule, alphas_cumprod
+from ifvit.diffusion.schedules import NoiseSchedule, alphas_cumprod
 
 # Stable Diffusion's betas, float64 numpy; U-ViT counts its steps from 1, this schedule from 0.
 GOLDEN = {

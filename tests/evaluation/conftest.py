@@ -9,7 +9,7 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.sampling.config import SamplingConfig
-from ifvit.scenes.coco import draw_scene_set
+from ifvit.scenes.image_sets import draw_scene_set
 from ifvit.shards import read_manifest
 
 

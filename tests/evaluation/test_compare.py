@@ -9,8 +9,8 @@ import pytest
 from held_out_scenes import HeldOut
 
 from ifvit.errors import UserError
-from ifvit.evaluation.compare import compare_methods
 from ifvit.evaluation.config import CompareConfig, ProtocolConfig
+from ifvit.evaluation.evaluate import compare_methods
 from ifvit.images import decode_png
 from ifvit.sampling.config import SamplingConfig
 

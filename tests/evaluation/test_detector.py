@@ -15,14 +15,8 @@ from transformers.models.owlvit.processing_owlvit import OwlViTProcessor
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
 from ifvit.errors import UserError
-from ifvit.evaluation.detector import (
-    ClassDetector,
-    CountingRule,
-    WordDetector,
-    open_counter,
-)
-from ifvit.scenes.draw import draw_random_scene, draw_scene
-from ifvit.scenes.layout import Group, Scene
+from ifvit.evaluation.detectors import ClassDetector, CountingRule, WordDetector, open_counter
+from ifvit.scenes.drawings import Group, Scene, draw_random_scene, draw_scene
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
 NOTHING = len(CLASSES)

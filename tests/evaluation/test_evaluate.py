@@ -12,23 +12,20 @@ from held_out_scenes import HeldOut, save_run
 from transformers import CLIPModel, CLIPTokenizer
 
 from ifvit import storage
-from ifvit.analysis.runs import read_run
 from ifvit.errors import UserError
-from ifvit.evaluation import draw
+from ifvit.evaluation import sample_set as draw
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
-from ifvit.evaluation.frechet import frechet_distance, statistics
-from ifvit.evaluation.metrics import read_row
-from ifvit.evaluation.protocol import differences
+from ifvit.evaluation.measure import scenes_accuracy, score_scenes
+from ifvit.evaluation.metrics import frechet_distance, retrieval_accuracy, statistics
 from ifvit.evaluation.references import list_images, read_batches, read_reference
-from ifvit.evaluation.retrieval import retrieval_accuracy
-from ifvit.evaluation.samples import hash_prompts, read_prompts
-from ifvit.evaluation.scenes_accuracy import scenes_accuracy, score_scenes
+from ifvit.evaluation.rows import differences, read_row
+from ifvit.evaluation.runs import read_run
+from ifvit.evaluation.sample_set import hash_prompts, read_prompts
 from ifvit.images import decode_png, to_model_range
 from ifvit.models.clip import load_clip
 from ifvit.models.pretrained import resolve_pretrained
-from ifvit.sampling.alignment.config import RegulationConfig
-from ifvit.sampling.config import SamplingConfig, flatten_settings
+from ifvit.sampling.config import RegulationConfig, SamplingConfig, flatten_settings
 from ifvit.sampling.sampler import ConditionOf, Sampler, generate_images
 from ifvit.shards import EncoderIdentity, ShardReader
 

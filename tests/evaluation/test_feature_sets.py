@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.evaluation.feature_sets import FeatureSet, collect_features
+from ifvit.evaluation.features import FeatureSet, collect_features
 from ifvit.images import Pixels
-from ifvit.side_channel import SideChannel
+from ifvit.process_group import SideChannel
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 3), dtype=np.uint8)
 

@@ -5,15 +5,15 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from ifvit.evaluation import frechet
-from ifvit.evaluation.frechet import (
+from ifvit.evaluation import metrics as frechet
+from ifvit.evaluation.metrics import (
     FeatureStatistics,
     RunningStatistics,
     estimate_frechet,
     frechet_distance,
+    kid,
     statistics,
 )
-from ifvit.evaluation.kernel_distances import kid
 
 RNG = np.random.default_rng(0)
 FIRST = RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12))

@@ -10,9 +10,9 @@ from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ifvit.errors import UserError
-from ifvit.evaluation import inception
-from ifvit.evaluation.frechet import frechet_distance, statistics
-from ifvit.evaluation.inception import load_inception
+from ifvit.evaluation import features as inception
+from ifvit.evaluation.features import load_inception
+from ifvit.evaluation.metrics import frechet_distance, statistics
 from ifvit.images import to_model_range
 from ifvit.storage import sha256_of
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ifvit.evaluation import kernel_distances
-from ifvit.evaluation.kernel_distances import cmmd, kid
-from ifvit.evaluation.metrics import Estimate
+from ifvit.evaluation import metrics as kernel_distances
+from ifvit.evaluation.metrics import cmmd, kid
+from ifvit.evaluation.rows import Estimate
 
 RNG = np.random.default_rng(0)
 WIDTH = 16

@@ -13,9 +13,9 @@ from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
 from ifvit.models.build import build_backbone
-from ifvit.models.presets import CLASS_PRESETS
+from ifvit.models.config import CLASS_PRESETS
 from ifvit.models.weights import WeightsInfo, save_weights
-from ifvit.scenes.classes import class_scenes, draw_class_set
+from ifvit.scenes.image_sets import class_scenes, draw_class_set
 from ifvit.shards import Manifest, read_manifest
 
 NUM_IMAGES = 80

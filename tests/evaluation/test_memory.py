@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ifvit.distributed import World
-from ifvit.evaluation.feature_sets import collect_features
-from ifvit.evaluation.frechet import estimate_frechet
-from ifvit.evaluation.metrics import estimate_mean
-from ifvit.side_channel import SideChannel
+from ifvit.evaluation.features import collect_features
+from ifvit.evaluation.metrics import estimate_frechet
+from ifvit.evaluation.rows import estimate_mean
+from ifvit.process_group import SideChannel
 
 COUNT, WIDTH, BATCH = 30_000, 128, 500
 FEATURE_BYTES = COUNT * WIDTH * 4

@@ -8,15 +8,19 @@ import pytest
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.metrics import (
+from ifvit.evaluation.rows import (
     MetricsRow,
+    Protocol,
+    differences,
     estimate_around,
     estimate_mean,
     estimate_share,
+    main_series,
+    read_rows,
+    row_url,
+    samples_url,
     write_row,
 )
-from ifvit.evaluation.protocol import Protocol, differences
-from ifvit.evaluation.rows import main_series, read_rows, row_url, samples_url
 from ifvit.sampling.config import SamplingConfig
 
 SCORE = estimate_mean(np.array([0.2, 0.3]))

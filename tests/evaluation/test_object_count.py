@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from made_counts import made_row
 
-from ifvit.analysis.object_count import count_objects_of_runs
 from ifvit.errors import UserError
+from ifvit.evaluation.config import ObjectCountConfig
 from ifvit.evaluation.object_count import (
     CountedImage,
     differences,
@@ -17,13 +17,12 @@ from ifvit.evaluation.object_count import (
     score_counts,
     write_object_count,
 )
-from ifvit.evaluation.object_count_config import ObjectCountConfig
 from ifvit.evaluation.object_prompts import read_count_prompts
 from ifvit.images import encode_png
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.captions import parse_caption
-from ifvit.scenes.draw import draw_scene
-from ifvit.scenes.layout import Scene
+from ifvit.scenes.drawings import Scene, draw_scene
+from ifvit.studies.object_counts import count_objects_of_runs
 
 PROMPTS = read_count_prompts("scenes")
 

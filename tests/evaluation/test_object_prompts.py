@@ -8,7 +8,7 @@ import pytest
 from ifvit.errors import UserError
 from ifvit.evaluation.object_prompts import CountPrompt, read_count_prompts
 from ifvit.scenes.captions import parse_caption
-from ifvit.scenes.layout import COLOURS, KINDS
+from ifvit.scenes.drawings import COLOURS, KINDS
 
 LIST = [
     CountPrompt(prompt="two clocks, one above the other", object="clock", count=2),

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ifvit.evaluation.perceptual import perceptual_distances
+from ifvit.evaluation.metrics import perceptual_distances
 from ifvit.models.clip import load_clip
-from ifvit.scenes.draw import draw_random_scene
+from ifvit.scenes.drawings import draw_random_scene
 
 
 def test_it_is_its_formula() -> None:

@@ -16,8 +16,8 @@ from ifvit.config import dump_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
 from ifvit.evaluation.evaluate import evaluate
-from ifvit.evaluation.metrics import MetricsRow, estimates_of, read_row
-from ifvit.evaluation.reference_set import make_reference
+from ifvit.evaluation.references import make_reference
+from ifvit.evaluation.rows import MetricsRow, estimates_of, read_row
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ifvit.evaluation.scenes_accuracy import scenes_accuracy
+from ifvit.evaluation.measure import scenes_accuracy
 from ifvit.scenes.score import SceneScore
 
 SCORES = [

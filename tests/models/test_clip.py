@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ifvit.images import to_model_range
-from ifvit.models.autoencoder import load_autoencoder
+from ifvit.models.autoencoders import load_autoencoder
 from ifvit.models.clip import load_clip, load_text_encoder
 from ifvit.models.pretrained import resolve_pretrained
 

@@ -11,8 +11,8 @@ from uvit_oracle import fork_layout, random_weights, uvit_layout
 from ifvit.cli import main
 from ifvit.errors import UserError
 from ifvit.models import from_reference_state_dict
-from ifvit.models.import_config import ImportConfig
-from ifvit.models.import_weights import import_weights
+from ifvit.models.config import ImportConfig
+from ifvit.models.published_weights import import_weights
 from ifvit.models.weights import load_weights
 
 LAYOUTS = {

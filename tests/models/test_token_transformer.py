@@ -9,9 +9,8 @@ from uvit_oracle import Array, Layout, Oracle
 
 from ifvit.errors import UserError
 from ifvit.models.build import build_backbone
-from ifvit.models.config import TokenTransformerConfig
-from ifvit.models.flops import count_cost
-from ifvit.models.presets import CLASS_PRESETS
+from ifvit.models.config import CLASS_PRESETS, TokenTransformerConfig
+from ifvit.models.cost import count_cost
 from ifvit.models.token_transformer import TokenTransformer
 
 CLASSES = TokenTransformerConfig(

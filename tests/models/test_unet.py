@@ -8,9 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.errors import UserError
 from ifvit.models.build import build_backbone
-from ifvit.models.config import UNetConfig
-from ifvit.models.flops import count_cost
-from ifvit.models.presets import CLASS_PRESETS
+from ifvit.models.config import CLASS_PRESETS, UNetConfig
+from ifvit.models.cost import count_cost
 from ifvit.models.unet import UNet
 
 CLASSES = UNetConfig(

@@ -10,8 +10,8 @@ from uvit_oracle import Oracle, random_weights, uvit_layout
 from ifvit.errors import UserError
 from ifvit.models.attention import load_attention
 from ifvit.models.build import build_backbone, restore_backbone
+from ifvit.models.config import PRESETS
 from ifvit.models.layers import Attention, timestep_embedding
-from ifvit.models.presets import PRESETS
 from ifvit.models.uvit import FusionUViT
 
 CONDITIONINGS = ["concat", "cross_attention"]

@@ -22,10 +22,10 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from ifvit.rating.config import RateReportConfig
-from ifvit.rating.report import report
 from ifvit.rating.results import read_results
 from ifvit.rating.store import Store
 from ifvit.rating.study import Study, Task
+from ifvit.rating.summary import report
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

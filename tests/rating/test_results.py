@@ -9,12 +9,11 @@ from made_study import add, make_study
 
 from ifvit.errors import UserError
 from ifvit.rating.config import RateExportConfig, RateReportConfig
-from ifvit.rating.export import export
-from ifvit.rating.report import report
+from ifvit.rating.pages import describe
 from ifvit.rating.results import read_results
-from ifvit.rating.sentences import describe
 from ifvit.rating.store import Store
 from ifvit.rating.study import Study
+from ifvit.rating.summary import export, report
 
 COUNTS = {"early": {"apple": 5, "bus": 1}, "intermediate": {"apple": 2, "bus": 1}}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import friedmanchisquare
 
-from ifvit.rating.statistics import agreement, estimate_columns, order_bias
+from ifvit.rating.agreement import agreement, estimate_columns, order_bias
 
 NAN = np.nan
 # Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", example C.

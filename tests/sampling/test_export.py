@@ -12,8 +12,8 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.models import pretrained
 from ifvit.models.weights import load_weights
+from ifvit.sampling.conditions import weights_sha256
 from ifvit.sampling.config import ExportConfig
-from ifvit.sampling.encoders import weights_sha256
 from ifvit.sampling.export import export
 
 

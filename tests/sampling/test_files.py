@@ -8,7 +8,7 @@ import pytest
 
 from ifvit import storage
 from ifvit.images import Pixels
-from ifvit.sampling.files import missing_images, read_images, write_images
+from ifvit.sampling.samples import missing_images, read_images, write_images
 
 IMAGES = np.arange(5 * 4 * 4 * 3, dtype=np.uint8).reshape(5, 4, 4, 3)
 

@@ -12,8 +12,7 @@ from ifvit import storage
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.images import decode_png
-from ifvit.sampling.alignment.config import DateConfig
-from ifvit.sampling.config import GenerateConfig
+from ifvit.sampling.config import DateConfig, GenerateConfig
 from ifvit.sampling.generate import generate
 from ifvit.sampling.method import Change, Evaluation, MethodOf
 from ifvit.shards import EncoderIdentity

@@ -10,13 +10,13 @@ from made_backbone import SMALL_TOKENS, SMALL_UNET
 from untrained import save_untrained
 
 from ifvit.config import read_config
-from ifvit.device import choose_device
 from ifvit.errors import UserError
 from ifvit.models.build import build_backbone
 from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import load_weights, save_weights
+from ifvit.process_group import choose_device
+from ifvit.sampling.conditions import number_conditions
 from ifvit.sampling.config import ExportConfig, GenerateConfig, Guidance
-from ifvit.sampling.encoders import number_conditions
 from ifvit.sampling.export import export
 from ifvit.sampling.generate import generate
 from ifvit.sampling.guidance import GuidedDenoiser

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from ifvit.models.build import build_backbone
-from ifvit.models.config import Conditioning
-from ifvit.models.presets import PRESETS
+from ifvit.models.config import PRESETS, Conditioning
 from ifvit.sampling.config import Guidance
 from ifvit.sampling.guidance import GuidedDenoiser
 from ifvit.sampling.solvers import solve

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ifvit.models.autoencoder import load_autoencoder
+from ifvit.models.autoencoders import load_autoencoder
 from ifvit.models.clip import load_text_encoder
 from ifvit.sampling.pipeline import FusionPipeline
 from ifvit.sampling.solvers import SOLVERS

@@ -14,13 +14,13 @@ from torch import Tensor
 from untrained import save_untrained
 
 from ifvit.models import pretrained
-from ifvit.randomness import Stream, normal
+from ifvit.rng import Stream, normal
 from ifvit.sampling.config import ExportConfig, GenerateConfig, SamplingConfig
 from ifvit.sampling.export import export
-from ifvit.sampling.files import read_images
 from ifvit.sampling.generate import generate
 from ifvit.sampling.method import Change, Evaluation
 from ifvit.sampling.pipeline import FusionPipeline
+from ifvit.sampling.samples import read_images
 
 PROMPTS = ["two red circles", "a blue square"]
 STEPS = {"num_inference_steps": 3, "output_type": "np"}

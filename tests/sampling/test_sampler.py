@@ -9,10 +9,10 @@ from diffusers import AutoencoderKL
 from made_backbone import small_shape
 from torch import Tensor
 
-from ifvit.diffusion.schedule import NoiseSchedule
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.errors import UserError
 from ifvit.images import to_pixels
-from ifvit.models.autoencoder import Autoencoder
+from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.config import Conditioning
 from ifvit.models.layers import Modulation
 from ifvit.models.uvit import FusionUViT

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ifvit.diffusion.schedule import BETA_END, BETA_START, alphas_cumprod
+from ifvit.diffusion.schedules import BETA_END, BETA_START, alphas_cumprod
 from ifvit.sampling.config import SamplingConfig, SolverName
 from ifvit.sampling.solvers import SOLVERS, solve, step_solver
 

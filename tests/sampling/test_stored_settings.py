@@ -5,9 +5,10 @@ from dataclasses import asdict
 
 import pytest
 
-from ifvit.sampling.alignment.config import DateConfig, RegulationConfig
 from ifvit.sampling.config import (
+    DateConfig,
     GenerateConfig,
+    RegulationConfig,
     SamplingConfig,
     flatten_settings,
     nest_settings,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from ifvit.models.autoencoder import load_autoencoder
+from ifvit.models.autoencoders import load_autoencoder
 from ifvit.models.clip import load_text_encoder
-from ifvit.models.presets import PRESETS
+from ifvit.models.config import PRESETS
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo, save_weights
 from ifvit.shards import EncoderIdentity

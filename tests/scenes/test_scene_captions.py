@@ -4,8 +4,7 @@ import pytest
 
 from ifvit.errors import UserError
 from ifvit.scenes.captions import NUMBER_WORDS, parse_caption, write_captions
-from ifvit.scenes.draw import draw_random_scene
-from ifvit.scenes.layout import Group, Scene
+from ifvit.scenes.drawings import Group, Scene, draw_random_scene
 
 SCENES = [draw_random_scene(seed=21, image_id=number).scene for number in range(500)]
 CIRCLES = Group(count=2, colour="red", kind="circle")

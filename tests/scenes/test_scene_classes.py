@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.folder import ImageFolders
+from data_pipeline.sources.class_folders import ImageFolders
 from ifvit.errors import UserError
 from ifvit.scenes.captions import parse_caption
-from ifvit.scenes.classes import class_scenes, draw_class_set
+from ifvit.scenes.image_sets import class_scenes, draw_class_set
 from ifvit.scenes.score import score_image
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ifvit.errors import UserError
 from ifvit.scenes.captions import parse_caption
-from ifvit.scenes.coco import draw_scene_set
+from ifvit.scenes.image_sets import draw_scene_set
 from ifvit.scenes.score import find_objects
 from ifvit.storage import sha256_of
 

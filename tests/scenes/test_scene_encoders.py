@@ -12,10 +12,10 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
 import ifvit.scenes
-from ifvit.models.autoencoder import Autoencoder, load_autoencoder
+from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.clip import load_clip, load_text_encoder
 from ifvit.scenes.captions import write_captions
-from ifvit.scenes.draw import draw_random_scene
+from ifvit.scenes.drawings import draw_random_scene
 from ifvit.scenes.score import score_image
 
 ENCODERS = Path(ifvit.scenes.__file__).parent / "encoders"

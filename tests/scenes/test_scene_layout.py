@@ -4,8 +4,14 @@ import itertools
 
 import numpy as np
 
-from ifvit.scenes.draw import draw_random_scene, encode_jpeg
-from ifvit.scenes.layout import IMAGE_SIZE, MAX_COUNT, MAX_OBJECTS, PlacedObject
+from ifvit.scenes.drawings import (
+    IMAGE_SIZE,
+    MAX_COUNT,
+    MAX_OBJECTS,
+    PlacedObject,
+    draw_random_scene,
+    encode_jpeg,
+)
 from ifvit.scenes.score import find_objects
 
 DRAWN = [draw_random_scene(seed=11, image_id=number) for number in range(400)]

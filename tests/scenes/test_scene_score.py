@@ -8,8 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from ifvit.scenes.draw import draw_random_scene, draw_scene
-from ifvit.scenes.layout import COLOURS, KINDS, Group, Scene
+from ifvit.scenes.drawings import COLOURS, KINDS, Group, Scene, draw_random_scene, draw_scene
 from ifvit.scenes.score import SceneScore, find_objects, score_image
 
 Pixels = NDArray[np.uint8]

@@ -15,9 +15,9 @@ from made_shards import make_samples, write_shards
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.object_store import StoreError
 from ifvit.shards import CacheConfig, LatentSample, ShardError, ShardReader
 from ifvit.shards.cache import FileCache
+from ifvit.storage import StoreError
 
 NUM_SHARDS = 6
 

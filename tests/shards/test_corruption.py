@@ -8,7 +8,7 @@ import pytest
 from made_shards import make_samples, write_shards
 
 from ifvit.shards import LatentSample, ShardError, ShardReader
-from ifvit.shards.records import Array
+from ifvit.shards.format import Array
 
 NUM_CORRUPTIONS = 2000
 NUM_SAMPLES = 4

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ifvit.shards.index import checksum
-from ifvit.shards.records import Array
-from ifvit.shards.rows import read_rows
+from ifvit.shards.format import Array, checksum
+from ifvit.shards.reader import read_rows
 
 NUM_BYTES = 5000
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from made_shards import make_samples, write_shards
 
-from data_pipeline.write import npy_bytes
+from data_pipeline.shard_io import npy_bytes
 from ifvit.shards import (
     LatentSample,
     ShardError,
@@ -20,12 +20,11 @@ from ifvit.shards import (
     read_manifest,
     write_manifest,
 )
-from ifvit.shards import files as shard_files
+from ifvit.shards import cache as shard_files
 from ifvit.shards import reader as shard_reader
-from ifvit.shards.files import read_index
-from ifvit.shards.index import ShardIndex, parse_index
-from ifvit.shards.records import parse_metadata, read_sealed, write_sealed
-from ifvit.shards.tables import IndexTables
+from ifvit.shards.cache import read_index
+from ifvit.shards.format import ShardIndex, parse_index, parse_metadata, read_sealed, write_sealed
+from ifvit.shards.reader import IndexTables
 
 MOMENTS_SHAPE = (8, 4, 4)
 CONTEXT_SHAPE = (5, 6)

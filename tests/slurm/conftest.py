@@ -8,7 +8,7 @@ from small_jobs import NUM_IMAGES, encoding, training
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from ifvit.scenes.coco import draw_scene_set
+from ifvit.scenes.image_sets import draw_scene_set
 
 
 @pytest.fixture(scope="session")

@@ -28,11 +28,10 @@ from small_jobs import (
 )
 
 from ifvit import storage
-from slurm.cluster import ClusterConfig
-from slurm.config import SubmitConfig
+from slurm.config import ClusterConfig, SubmitConfig
 from slurm.jobs import VerbJob
 from slurm.status import collect
-from slurm.submission import Submission
+from slurm.submit import Submission
 
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]

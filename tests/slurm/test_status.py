@@ -10,9 +10,8 @@ import pytest
 
 from ifvit.errors import UserError
 from slurm.config import CancelConfig, LogsConfig, StatusConfig
-from slurm.progress import describe_progress
-from slurm.records import JobRecord, SubmissionRecord, read_records, write_record
-from slurm.status import cancel, collect, find_log, parse_slurm, status, table
+from slurm.jobs import JobRecord, SubmissionRecord, read_records, write_record
+from slurm.status import cancel, collect, describe_progress, find_log, parse_slurm, status, table
 
 PATIENCE = 1e9
 """Seconds between looks; a second look would never come."""

@@ -16,16 +16,18 @@ import yaml
 from ifvit.cli import main
 from ifvit.config import read_config
 from ifvit.errors import UserError
-from ifvit.models.presets import PRESETS
+from ifvit.models.config import PRESETS
 from ifvit.training.config import TrainConfig
-from slurm.cluster import ClusterConfig, sbatch_parameters
-from slurm.config import PipelineConfig, SubmitSweepConfig, SubmitTrainConfig
-from slurm.jobs import VerbJob, load_job
+from slurm.config import (
+    ClusterConfig,
+    PipelineConfig,
+    SubmitSweepConfig,
+    SubmitTrainConfig,
+    sbatch_parameters,
+)
+from slurm.jobs import PACKAGES, ROOT, VerbJob, load_job, read_records, take_snapshot
 from slurm.pipeline import submit_pipeline
-from slurm.records import read_records
-from slurm.snapshot import PACKAGES, ROOT, take_snapshot
-from slurm.submission import Submission
-from slurm.submit import expand_axes, submit_sweep, submit_train
+from slurm.submit import Submission, expand_axes, submit_sweep, submit_train
 
 CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
 TRAIN = str(ROOT / "configs" / "train" / "coco256_early.yaml")
@@ -261,7 +263,7 @@ def test_equal_code_has_one_snapshot_and_edited_code_another(
         (tmp_path / "checkout" / package).mkdir(parents=True)
     module = tmp_path / "checkout" / "slurm" / "jobs.py"
     module.write_text("first")
-    monkeypatch.setattr("slurm.snapshot.ROOT", tmp_path / "checkout")
+    monkeypatch.setattr("slurm.jobs.ROOT", tmp_path / "checkout")
     first = take_snapshot(tmp_path / "code")
     assert take_snapshot(tmp_path / "code") == first
     module.write_text("second")

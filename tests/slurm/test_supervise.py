@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from submitit.core.utils import DelayedSubmission
 
-from ifvit.analysis.config import ReportConfig
 from ifvit.distributed import EXIT_PREEMPTED
-from slurm.cluster import ClusterConfig
+from ifvit.studies.config import ReportConfig
+from slurm.config import ClusterConfig
 from slurm.jobs import VerbJob
 from slurm.supervise import Start, find_bad_nodes, read_starts, reason_to_stop, supervise
 

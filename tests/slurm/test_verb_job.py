@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from slurm.cluster import ClusterConfig
+from slurm.config import ClusterConfig
 from slurm.jobs import VerbJob
 
 SEEN = {}

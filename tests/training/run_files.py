@@ -13,8 +13,7 @@ from accelerate.utils.other import get_free_port
 from made_backbone import small_shape
 from made_shards import make_samples, write_shards
 
-from ifvit.evaluation.metrics import Estimate, MetricsRow, Protocol, write_row
-from ifvit.evaluation.rows import FOLDER, row_url
+from ifvit.evaluation.rows import FOLDER, Estimate, MetricsRow, Protocol, row_url, write_row
 from ifvit.sampling.config import SamplingConfig
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 

@@ -20,9 +20,7 @@ from ifvit import storage
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.shards import CacheConfig, LatentSample, ShardError, ShardReader
-from ifvit.training.batch import Batch, HostMemory
-from ifvit.training.batches import Batches, _FetchAhead
-from ifvit.training.order import BatchOrder
+from ifvit.training.data import Batch, Batches, BatchOrder, HostMemory, _FetchAhead
 from ifvit.training.state import TrainState
 
 CPU = torch.device("cpu")

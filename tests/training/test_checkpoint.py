@@ -16,23 +16,27 @@ from faulty_proxy import Fault, FaultyProxy
 from run_files import write_evaluation
 from torch import Tensor
 
-from ifvit import object_store, storage
+from ifvit import storage
+from ifvit import storage as object_store
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.side_channel import SideChannel
+from ifvit.process_group import SideChannel
 from ifvit.storage import join, list_names, remove
-from ifvit.training import checkpoint_saver, retention
+from ifvit.training import checkpoint as retention
+from ifvit.training import hooks as checkpoint_saver
 from ifvit.training.checkpoint import (
     Checkpoint,
     Part,
+    Retention,
     fetch_newest,
+    kept_steps,
     open_tensors,
+    prune,
     saved_steps,
     step_url,
     write_part,
 )
-from ifvit.training.checkpoint_saver import CheckpointSaver, HostCopy
-from ifvit.training.retention import Retention, kept_steps, prune
+from ifvit.training.hooks import CheckpointSaver, HostCopy
 from ifvit.training.state import TrainState
 
 SHAPES = {"backbone.a": (40, 30), "backbone.b": (7,), "exp_avg.a": (40, 30), "ema0.9.a": (40, 30)}

@@ -9,7 +9,7 @@ import torch
 from ifvit.models.build import build_backbone
 from ifvit.models.weights import load_weights
 from ifvit.training.config import TrainConfig
-from ifvit.training.ema import EMA
+from ifvit.training.engine import EMA
 from ifvit.training.train import train
 
 

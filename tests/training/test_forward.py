@@ -12,8 +12,7 @@ from ifvit.models.attention import load_attention
 from ifvit.models.build import build_backbone
 from ifvit.models.weights import load_weights
 from ifvit.training.config import EngineConfig, TrainConfig
-from ifvit.training.engine import Engine
-from ifvit.training.forward import prepare_forward
+from ifvit.training.engine import Engine, prepare_forward
 from ifvit.training.train import train
 
 Recipe = Callable[..., TrainConfig]

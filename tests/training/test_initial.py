@@ -11,8 +11,7 @@ from ifvit.errors import UserError
 from ifvit.models.weights import load_weights
 from ifvit.shards import ShardReader
 from ifvit.training.config import TrainConfig
-from ifvit.training.initial import initial_backbone
-from ifvit.training.train import train
+from ifvit.training.train import initial_backbone, train
 
 Recipe = Callable[..., TrainConfig]
 

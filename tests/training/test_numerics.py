@@ -14,8 +14,8 @@ from run_files import CONTEXT_SHAPE, losses, rows
 from ifvit.errors import UserError
 from ifvit.models.weights import load_weights
 from ifvit.training.config import EngineConfig, ReplayConfig, TrainConfig
-from ifvit.training.loss_scale import GROWTH_INTERVAL, LossScale
-from ifvit.training.replay import replay
+from ifvit.training.engine import GROWTH_INTERVAL, LossScale
+from ifvit.training.guards import replay
 from ifvit.training.state import TrainState
 from ifvit.training.train import train
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ifvit.training.order import BatchOrder
+from ifvit.training.data import BatchOrder
 
 SIZES = {"some empty": [5, 1, 0, 8, 3, 4], "one": [9], "equal": [4, 4, 4, 4]}
 WINDOWS = [None, 1, 3, 100]

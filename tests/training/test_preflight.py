@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ifvit.errors import UserError
-from ifvit.training import preflight
+from ifvit.training import guards as preflight
 from ifvit.training.config import TrainConfig
-from ifvit.training.preflight import MAY_CHANGE, claim_space
+from ifvit.training.guards import MAY_CHANGE, claim_space
 from ifvit.training.train import train
 
 

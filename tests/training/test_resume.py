@@ -15,21 +15,21 @@ import pytest
 import torch
 from run_files import write_evaluation
 
-from ifvit.analysis.runs import read_run
-from ifvit.diffusion.objective import Losses, NoisePrediction
+from ifvit.diffusion.objectives import Losses, NoisePrediction
 from ifvit.distributed import World
 from ifvit.errors import UserError
+from ifvit.evaluation.runs import read_run
 from ifvit.models.backbone import Backbone
 from ifvit.models.weights import WeightsInfo, load_weights, save_weights
-from ifvit.side_channel import SideChannel
+from ifvit.process_group import SideChannel
 from ifvit.storage import join, list_names, read_bytes, read_json, remove, write_json
+from ifvit.training import checkpoint as resume_module
 from ifvit.training import hooks
-from ifvit.training import resume as resume_module
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
+from ifvit.training.guards import manifest_sha256
 from ifvit.training.lease import Lease, _read_beat
 from ifvit.training.loop import StepReport
-from ifvit.training.preflight import manifest_sha256
 from ifvit.training.state import TrainState
 from ifvit.training.train import train
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ifvit.diffusion.objective import NoisePrediction
-from ifvit.diffusion.schedule import NoiseSchedule
+from ifvit.diffusion.objectives import NoisePrediction
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.models.build import build_backbone
-from ifvit.models.presets import PRESETS
+from ifvit.models.config import PRESETS
 from ifvit.training.config import EngineConfig, OptimConfig
 from ifvit.training.engine import Engine
 

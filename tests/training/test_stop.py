@@ -13,12 +13,12 @@ import pytest
 from run_files import losses, rows
 
 from ifvit.distributed import EXIT_PREEMPTED, World
-from ifvit.training import checkpoint_saver
+from ifvit.training import hooks as checkpoint_saver
 from ifvit.training.checkpoint import Checkpoint
-from ifvit.training.checkpoint_saver import CheckpointSaver
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
-from ifvit.training.stop import SIGNALS, Preempted, StopRequest
+from ifvit.training.guards import SIGNALS, Preempted, StopRequest
+from ifvit.training.hooks import CheckpointSaver
 from ifvit.training.train import train
 
 ALONE = World(rank=0, size=1, local_rank=0)

@@ -11,7 +11,7 @@ import torch
 from run_files import rows
 
 from ifvit.errors import UserError
-from ifvit.randomness import Stream, uniform
+from ifvit.rng import Stream, uniform
 from ifvit.training.config import TrainConfig
 from ifvit.training.timing import PhaseTimer
 from ifvit.training.train import train

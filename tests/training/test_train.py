@@ -14,7 +14,7 @@ from ifvit.cli import main
 from ifvit.config import dump_config
 from ifvit.errors import UserError
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
-from ifvit.training.optim import build_optimizer, learning_rate
+from ifvit.training.engine import build_optimizer, learning_rate
 from ifvit.training.train import train
 
 Recipe = Callable[..., TrainConfig]

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
-from ifvit.training.stop import Preempted
+from ifvit.training.guards import Preempted
 from ifvit.training.train import train
 
 

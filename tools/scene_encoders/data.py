@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ifvit.scenes.captions import write_captions
-from ifvit.scenes.draw import draw_random_scene
+from ifvit.scenes.drawings import draw_random_scene
 
 
 class SceneSet:

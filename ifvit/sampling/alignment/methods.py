@@ -1,15 +1,30 @@
-"""The alignment methods as they take part in sampling, each for one batch of prompts."""
+"""Alignment methods as they take part in sampling, and how the settings choose them."""
 
+import math
 from collections import ChainMap
 from collections.abc import Callable, Container, Mapping, Sequence
 
 from torch import Tensor
 
+from ifvit.errors import UserError
 from ifvit.models.attention import Bias
-from ifvit.sampling.alignment.config import DateConfig
-from ifvit.sampling.alignment.date import update_context
-from ifvit.sampling.alignment.objectives import Score
-from ifvit.sampling.method import AlignmentMethod, Change, Evaluation
+from ifvit.models.clip import load_clip, load_token_spans
+from ifvit.models.config import FusionUViTConfig
+from ifvit.models.image_reward import load_image_reward
+from ifvit.models.weights import WeightsInfo
+from ifvit.sampling.alignment.date import (
+    Objective,
+    Score,
+    clip_score_of,
+    image_reward_of,
+    update_context,
+    weighted_sum,
+)
+from ifvit.sampling.alignment.regulation import BlockBias, find_targets
+from ifvit.sampling.conditions import require_text_encoder
+from ifvit.sampling.config import DateConfig, SamplingConfig
+from ifvit.sampling.method import AlignmentMethod, Change, Evaluation, MethodOf
+from ifvit.sampling.sampler import Sampler
 
 
 class Date:
@@ -70,3 +85,123 @@ class Together:
         contexts = [change.context for change in changes if change.context is not None]
         biases = ChainMap(*(dict(change.biases) for change in changes))
         return Change(context=contexts[-1] if contexts else None, biases=biases)
+
+
+CaptionsOf = Callable[[Tensor], list[str]]
+"""Positions (B,) int64 => captions."""
+
+_MethodFor = Callable[[Sequence[str]], AlignmentMethod]
+_NUM_REGULATED = 5
+_EVALUATIONS_PER_STEP = {"dpm_solver_pp_fast": 3}
+
+
+def build_method(
+    config: SamplingConfig,
+    sampler: Sampler,
+    info: WeightsInfo,
+    captions_of: CaptionsOf,
+    objective: Objective | None = None,
+) -> MethodOf | None:
+    """What `generate_images` asks for a method per batch; None for the method `plain`.
+
+    `objective` replaces what DATE raises by its settings. Raises UserError for settings that do
+    not fit the backbone or, when the batch comes, its captions.
+    """
+    if config.method != "plain":
+        require_text_encoder(info)
+    makers: list[_MethodFor] = []
+    if config.method in ("date", "both"):
+        makers.append(_date(config, sampler, info, objective))
+    if config.method in ("regulate", "both"):
+        makers.append(_regulation(config, sampler, info))
+    if not makers:
+        return None
+
+    def method_of(positions: Tensor) -> AlignmentMethod:
+        captions = captions_of(positions)
+        return Together([make(captions) for make in makers])
+
+    return method_of
+
+
+def date_updates(config: SamplingConfig) -> tuple[int, ...]:
+    """The evaluations before which DATE updates, each at the start of a step of the solver."""
+    wanted = config.date.evaluations
+    if wanted is None:
+        wanted = tuple(range(0, config.num_steps, config.date.every))
+    starts = {_next_start(index, config) for index in wanted}
+    return tuple(sorted(start for start in starts if start < config.num_steps))
+
+
+def _next_start(index: int, config: SamplingConfig) -> int:
+    """The first evaluation from `index` on that starts a step; within one nothing may change."""
+    length = _EVALUATIONS_PER_STEP.get(config.solver, 1)
+    return math.ceil(index / length) * length
+
+
+def _date(
+    config: SamplingConfig, sampler: Sampler, info: WeightsInfo, objective: Objective | None
+) -> _MethodFor:
+    if objective is None:
+        objective = _objective(config.date, info, str(sampler.backbone.device))
+    # Only the context needs a gradient; saved activations of the weights' would cost memory.
+    sampler.backbone.requires_grad_(False)
+
+    def decode(latents: Tensor) -> Tensor:
+        return sampler.autoencoder.decode_unclamped(latents / sampler.scaling_factor)
+
+    updates = date_updates(config)
+    return lambda captions: Date(config.date, updates, objective(captions), decode)
+
+
+def _objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
+    terms: list[tuple[float, Objective]] = []
+    if config.clip_weight:
+        scorer = load_clip(config.clip or require_text_encoder(info).name, device)
+        terms.append((config.clip_weight, clip_score_of(scorer)))
+    if config.image_reward_weight:
+        model = load_image_reward(config.image_reward, device)
+        terms.append((config.image_reward_weight, image_reward_of(model)))
+    return weighted_sum(terms)
+
+
+def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> _MethodFor:
+    shape = sampler.backbone.shape
+    if not isinstance(shape, FusionUViTConfig):
+        raise UserError(
+            f"method {config.method}: attention regulation knows the blocks of fusion_uvit, "
+            f"not those of {shape.architecture}; use date or plain"
+        )
+    if shape.conditioning == "adaln":
+        raise UserError(
+            f"method {config.method}: under conditioning adaln no attention goes to text; "
+            "use date or plain"
+        )
+    settings = config.regulation
+    blocks = settings.blocks
+    if blocks is None:
+        blocks = middle_blocks(shape.num_fused_blocks)
+    if not all(0 <= block < shape.num_fused_blocks for block in blocks):
+        raise UserError(
+            f"regulation.blocks {list(blocks)}: this backbone has the fused blocks "
+            f"0 ... {shape.num_fused_blocks - 1}"
+        )
+    token_spans = load_token_spans(require_text_encoder(info).name, shape.context_length)
+    num_evaluations = _next_start(math.ceil(settings.share_of_steps * config.num_steps), config)
+    side = shape.latent_size // shape.patch_size
+
+    def regulate(captions: Sequence[str]) -> Regulation:
+        targets = find_targets(captions, settings.targets, token_spans)
+        if not targets.present.any():
+            return Regulation({}, 0)
+        targets = targets.to(sampler.backbone.device)
+        biases = {block: BlockBias(targets, side, settings.mass) for block in blocks}
+        return Regulation(biases, num_evaluations)
+
+    return regulate
+
+
+def middle_blocks(num_fused_blocks: int) -> tuple[int, ...]:
+    """The middle five fused blocks, or all if there are fewer."""
+    surplus = max(0, num_fused_blocks - _NUM_REGULATED) // 2
+    return tuple(range(surplus, num_fused_blocks - surplus))

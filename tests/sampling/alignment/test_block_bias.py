@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from ifvit.models.attention import logits_of
-from ifvit.sampling.alignment.block_bias import BlockBias
-from ifvit.sampling.alignment.config import Mass
-from ifvit.sampling.alignment.regulation import gaussian_basis, optimise_bias, relative_logits
-from ifvit.sampling.alignment.targets import TargetTokens
+from ifvit.sampling.alignment.regulation import (
+    BlockBias,
+    TargetTokens,
+    gaussian_basis,
+    optimise_bias,
+    relative_logits,
+)
+from ifvit.sampling.config import Mass
 
 NUM_IMAGE, NUM_TEXT, HEADS, CHANNELS = 16, 10, 2, 8
 IMAGE, TEXT = slice(1, 17), slice(17, 27)

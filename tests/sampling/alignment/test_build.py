@@ -14,14 +14,13 @@ from torch import Tensor
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.models.attention import logits_of
-from ifvit.models.autoencoder import Autoencoder
+from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.image_reward import load_image_reward
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo
-from ifvit.sampling.alignment.build import build_method
-from ifvit.sampling.alignment.config import DateConfig, RegulationConfig
-from ifvit.sampling.alignment.objectives import Score
-from ifvit.sampling.config import GenerateConfig, SamplingConfig
+from ifvit.sampling.alignment.date import Score
+from ifvit.sampling.alignment.methods import build_method
+from ifvit.sampling.config import DateConfig, GenerateConfig, RegulationConfig, SamplingConfig
 from ifvit.sampling.method import AlignmentMethod, Evaluation
 from ifvit.sampling.sampler import Sampler
 from ifvit.shards import EncoderIdentity

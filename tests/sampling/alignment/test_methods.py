@@ -7,12 +7,9 @@ import torch
 from torch import Tensor
 
 from ifvit.models.uvit import FusionUViT
-from ifvit.sampling.alignment.block_bias import BlockBias
-from ifvit.sampling.alignment.build import date_updates, middle_blocks
-from ifvit.sampling.alignment.config import DateConfig, RegulationConfig
-from ifvit.sampling.alignment.methods import Date, Regulation, Together
-from ifvit.sampling.alignment.targets import TargetTokens
-from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.alignment.methods import Date, Regulation, Together, date_updates, middle_blocks
+from ifvit.sampling.alignment.regulation import BlockBias, TargetTokens
+from ifvit.sampling.config import DateConfig, RegulationConfig, SamplingConfig
 from ifvit.sampling.method import AlignmentMethod, Change, Evaluation
 from ifvit.sampling.sampler import sample_latents
 from ifvit.sampling.solvers import SOLVERS

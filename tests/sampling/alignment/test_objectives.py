@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from ifvit.images import to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
-from ifvit.sampling.alignment.objectives import Score, clip_score_of, weighted_sum
+from ifvit.sampling.alignment.date import Score, clip_score_of, weighted_sum
 from ifvit.scenes.captions import write_captions
-from ifvit.scenes.draw import draw_random_scene
+from ifvit.scenes.drawings import draw_random_scene
 
 SCENES = [draw_random_scene(5, number) for number in range(4)]
 CAPTIONS = [write_captions(drawn.scene)[0] for drawn in SCENES]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ifvit.sampling.alignment.regulation import (
+    TargetTokens,
     added_mass,
     gaussian_basis,
     optimise_bias,
@@ -12,7 +13,6 @@ from ifvit.sampling.alignment.regulation import (
     relative_logits,
     target_attention,
 )
-from ifvit.sampling.alignment.targets import TargetTokens
 
 NUM_TOKENS, NUM_TEXT = 16, 10
 LOGITS = 2 * torch.randn(3, 2, NUM_TOKENS, NUM_TEXT, generator=torch.Generator().manual_seed(0))

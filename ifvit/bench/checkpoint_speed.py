@@ -1,0 +1,119 @@
+"""How long training stands still for its checkpoints, and how much it is slowed beside them."""
+
+import tempfile
+import time
+
+import torch
+
+from ifvit.bench.config import BenchCheckpointConfig
+from ifvit.bench.timing import print_result
+from ifvit.models.build import build_backbone
+from ifvit.models.config import PRESETS
+from ifvit.models.weights import WeightsInfo
+from ifvit.process_group import SideChannel
+from ifvit.shards import EncoderIdentity
+from ifvit.storage import file_size, join, list_names
+from ifvit.training.checkpoint import step_url
+from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
+from ifvit.training.engine import Engine
+from ifvit.training.hooks import SaveCheckpoint
+from ifvit.training.lease import Lease
+from ifvit.training.loop import StepReport
+from ifvit.training.state import TrainState
+
+_REPORT = StepReport(loss=0.0, loss_by_time=(), grad_norm=0.0, learning_rate=0.0)
+_NOBODY = EncoderIdentity(name="none", sha256="0" * 64)
+
+
+def bench_checkpoint(config: BenchCheckpointConfig) -> None:
+    """Train the small preset on noise, first without saves and then with, and print the cost.
+
+    Prints `stall_share`, the part of wall time in which the loop stood still; `slowdown`, by how
+    much the steps between grew because the background shares the machine; `last_save_seconds`, what
+    the exit of a run waits for; and the size of a checkpoint.
+    """
+    training = _Training(config.batch_size)
+    training.step()  # makes what the first step makes
+    quiet = training.time_steps(config.num_steps)
+    with tempfile.TemporaryDirectory() as folder:
+        run = config.run or folder
+        lease = Lease.acquire(run)
+        hook = _build_hook(run, config.every, training.engine, lease)
+        with lease.held(), hook.saver.open():
+            wall = training.time_steps(config.num_steps, hook)
+            started = time.perf_counter()
+            hook.saver.wait()
+            last_save = time.perf_counter() - started
+        url = step_url(run, config.num_steps)
+        num_bytes = sum(file_size(join(url, name)) or 0 for name in list_names(url))
+    result = {
+        "stall_share": hook.stall_seconds / wall,
+        "slowdown": (wall - hook.stall_seconds) / quiet - 1,
+        "stall_seconds_per_save": hook.stall_seconds / (config.num_steps // config.every),
+        "last_save_seconds": last_save,
+        "step_seconds": quiet / config.num_steps,
+        "gigabytes": num_bytes / 1e9,
+        "every": config.every,
+        "device": training.device_name,
+    }
+    print_result(result, config.json)
+
+
+class _Training:
+    """Steps of the small preset, 48M parameters, on noise of the paper's shapes."""
+
+    def __init__(self, batch_size: int) -> None:
+        shape = PRESETS["small"]
+        is_cuda = torch.cuda.is_available()
+        precision = EngineConfig(backend="plain", precision="bf16" if is_cuda else "fp32")
+        self.engine = Engine(
+            build_backbone(shape),
+            precision,
+            OptimConfig(),
+            ema_decays=(0.9999,),
+            micro_batch_size=batch_size,
+            num_micro_batches=1,
+        )
+        self.device_name = torch.cuda.get_device_name() if is_cuda else "cpu"
+        side, device = shape.latent_size, self.engine.device
+        self._x_t = torch.randn(batch_size, shape.latent_channels, side, side, device=device)
+        self._t = torch.randint(0, 1000, (batch_size,), device=device)
+        context = torch.randn(batch_size, shape.context_length, shape.context_width)
+        self._context = context.to(device)
+
+    def step(self) -> None:
+        """Forward, backward, update, average."""
+        with self.engine.accumulate(last=True):
+            noise = self.engine.denoise(self._x_t, self._t, self._context)
+            self.engine.backward(noise.float().square().mean())
+        self.engine.step()
+        self.engine.update_averages()
+
+    def time_steps(self, count: int, hook: SaveCheckpoint | None = None) -> float:
+        """Seconds of `count` steps with the saves that fall due."""
+        self.engine.synchronize()
+        started = time.perf_counter()
+        for done in range(1, count + 1):
+            self.step()
+            if hook is not None and done % hook.every == 0:
+                hook(TrainState(step=done), _REPORT)
+        self.engine.synchronize()
+        return time.perf_counter() - started
+
+
+def _nothing() -> None:
+    """No metrics to publish, no loop to stop."""
+
+
+def _build_hook(run: str, every: int, engine: Engine, lease: Lease) -> SaveCheckpoint:
+    config = TrainConfig(run=run, shards="", backbone=PRESETS["small"], checkpoint_every=every)
+    info = WeightsInfo(
+        step=0,
+        ema_decay=None,
+        scaling_factor=1.0,
+        vae=_NOBODY,
+        text_encoder=_NOBODY,
+        recipe_sha256="",
+    )
+    channel = SideChannel(engine.world)
+    return SaveCheckpoint(config, engine, channel, lease, info, "", _nothing, _nothing)

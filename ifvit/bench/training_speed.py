@@ -1,0 +1,386 @@
+"""The verb `bench train`: what a training step costs, beside others and beside the hardware."""
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ifvit.analysis.plan import activation_bytes, cast_bytes, state_bytes, update_bytes
+from ifvit.bench.config import BenchTrainConfig
+from ifvit.bench.timing import (
+    Probe,
+    copy_probe,
+    kept_bytes,
+    matmul_probe,
+    measure_rounds,
+    median_ratio,
+    print_result,
+    seconds_on,
+    spread,
+)
+from ifvit.diffusion.objectives import NoisePrediction
+from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
+from ifvit.models.build import build_backbone
+from ifvit.models.config import PRESETS, FusionUViTConfig
+from ifvit.models.cost import count_cost
+from ifvit.training.config import EngineConfig, TrainConfig
+from ifvit.training.data import Batch, Batches
+from ifvit.training.engine import EMA, Engine, build_optimizer, prepare_draws, prepare_forward
+from ifvit.training.guards import StopRequest
+from ifvit.training.loop import fit
+from ifvit.training.state import TrainState
+from ifvit.training.timing import StepProfiler, device_name, peak_flops
+
+SCALING_FACTOR = 0.2301
+
+
+def make_batch(config: TrainConfig, device: torch.device) -> Batch:
+    """Random moments and contexts of the recipe's shape, float16 as shards have them."""
+    shape, size = config.backbone, config.micro_batch_size
+    moments = (size, 2 * shape.latent_channels, shape.latent_size, shape.latent_size)
+    assert shape.context_shape is not None  # the presets take captions
+    contexts = (size, *shape.context_shape)
+    return Batch(
+        moments=torch.randn(moments, device=device).half(),
+        condition=torch.randn(contexts, device=device).half(),
+        positions=torch.arange(size, device=device),
+    )
+
+
+def make_objective(config: TrainConfig, device: torch.device) -> NoisePrediction:
+    """The objective as `ifvit train` has it."""
+    return NoisePrediction(
+        schedule=NoiseSchedule(device),
+        scaling_factor=SCALING_FACTOR,
+        seed=config.seed,
+        draw=prepare_draws(config.engine),
+    )
+
+
+class EngineSteps:
+    """The loop of `ifvit train` itself, without data to read and without hooks."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.backbone = build_backbone(config.backbone)
+        self.backbone.set_attention(config.engine.attention)
+        self.engine = Engine(
+            self.backbone,
+            config.engine,
+            config.optim,
+            ema_decays=config.ema_decays,
+            micro_batch_size=config.micro_batch_size,
+            num_micro_batches=1,
+        )
+        self._config, self._state = config, TrainState()
+        self._objective = make_objective(config, self.engine.device)
+        self._batch = make_batch(config, self.engine.device)
+        self._stop = StopRequest(self.engine.world)
+        self._profiler = StepProfiler("", self.engine.world, enabled=False)
+
+    def __call__(self, num_steps: int) -> None:
+        """Train."""
+        config = replace(self._config, max_steps=self._state.step + num_steps)
+        self._state = fit(
+            self._state,
+            cast(Batches, _SameBatch(self._batch)),
+            self._objective,
+            self.engine,
+            [],
+            config,
+            self._stop,
+            self._profiler,
+        )
+
+    def loss(self) -> Tensor:
+        """The loss of a step, to be differentiated."""
+        batch = self._batch
+        return self._objective(
+            self.engine.denoise, batch.moments, batch.condition, 0, batch.positions
+        ).total
+
+
+class _SameBatch:
+    """As much of `Batches` as the loop needs."""
+
+    num_micro_batches = 1
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def from_state(self, state: TrainState, device: torch.device) -> Iterator[Batch]:
+        while True:
+            yield self._batch
+
+
+class BareSteps:
+    """The least that trains the same backbone: forward, backward, update, average."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.backbone = build_backbone(config.backbone)
+        self.backbone.set_attention(config.engine.attention)
+        self.backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides it
+        prepare_forward(self.backbone, config.engine, device)
+        self._objective = make_objective(config, device)
+        self._batch = make_batch(config, device)
+        self._parameters = list(self.backbone.parameters())
+        self._optimizer = build_optimizer(self._parameters, config.optim)
+        self._average = EMA(self._parameters, config.ema_decays[0])
+
+    def __call__(self, num_steps: int) -> None:
+        """Train."""
+        batch = self._batch
+        for step in range(num_steps):
+            losses = self._objective(
+                self.backbone, batch.moments, batch.condition, step, batch.positions
+            )
+            losses.total.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self._average.update(self._parameters)
+
+
+class UViTRecipeSteps:
+    """U-ViT's way to train (Bao et al. 2023 and its code), written from the description.
+
+    Eager blocks, under CUDA with fp16 autocast and loss scaling; AdamW tensor by tensor; averages
+    by a loop over the parameters; every step gathers the loss and looks at it on the host. Its
+    attention is torch's, as where xformers is not installed.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.backbone = build_backbone(config.backbone)
+        self.backbone.to(device)  # type: ignore[arg-type]  # as above
+        self._averaged = deepcopy(self.backbone).requires_grad_(False)
+        optim = config.optim
+        self._optimizer = torch.optim.AdamW(
+            self.backbone.parameters(),
+            lr=optim.learning_rate,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            foreach=False,
+        )
+        self._halves = device.type == "cuda"
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self._halves)
+        self._schedule, self._batch = NoiseSchedule(device), make_batch(config, device)
+        self._decay = config.ema_decays[0]
+
+    def __call__(self, num_steps: int) -> None:
+        """Train."""
+        for _ in range(num_steps):
+            loss = self._loss()
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            self._optimizer.zero_grad()
+            for averaged, parameter in zip(
+                self._averaged.parameters(), self.backbone.parameters(), strict=True
+            ):
+                averaged.data.mul_(self._decay).add_((1 - self._decay) * parameter.data)
+            loss.detach().mean().item()
+
+    def _loss(self) -> Tensor:
+        moments, context = self._batch.moments.float(), self._batch.condition.float()
+        mean, logvar = moments.chunk(2, dim=1)
+        x_0 = (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) * SCALING_FACTOR
+        noise = torch.randn_like(x_0)
+        timesteps = torch.randint(NUM_TIMESTEPS, (len(x_0),), device=x_0.device)
+        x_t = self._schedule.add_noise(x_0, noise, timesteps)
+        with torch.autocast(x_0.device.type, torch.float16, enabled=self._halves):
+            predicted = self.backbone(x_t, timesteps, context)
+        return functional.mse_loss(predicted.float(), noise)
+
+
+EARLY, INTERMEDIATE = "concat_early", "cross_attention_intermediate"
+NUM_COMPILATIONS = 32
+"""Of the blocks' code at most: torch counts together what the settings share, and makes do without
+compilation after 8, where three of them alone need 9."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Row = dict[str, str | int | float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """What the device can do: measured in this run, and as the vendor has it for bf16."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    nominal_flops_per_s: float | None
+
+
+def bench_train(config: BenchTrainConfig) -> None:
+    """Time all contenders in turn, print a row for each setting and the ratios."""
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = NUM_COMPILATIONS
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipes = {name: _recipe(shape, config, device) for name, shape in _settings(config).items()}
+    engines = {name: EngineSteps(recipe) for name, recipe in recipes.items()}
+    contenders: dict[str, Callable[[int], None]] = {
+        **engines,
+        "bare_loop": BareSteps(recipes[INTERMEDIATE], device),
+        "uvit_recipe": UViTRecipeSteps(recipes[EARLY], device),
+    }
+    dtype = _DTYPES[recipes[EARLY].engine.precision]
+    probes = {"matmul": matmul_probe(device, dtype), "copy": copy_probe(device)}
+    timers: dict[str, Callable[[], float]] = {
+        name: partial(seconds_on, device, partial(steps, config.steps))
+        for name, steps in contenders.items()
+    }
+    timers |= {name: probe.seconds for name, probe in probes.items()}
+    measure_rounds(timers, 2)  # first use of the device, and compilation, also for changing steps
+    memory = {name: _measure_memory(steps) for name, steps in engines.items()}
+    seconds = measure_rounds(timers, config.rounds)
+    ceiling = _ceiling(probes, seconds, device)
+    rows = [
+        _row(name, recipe, seconds, config, ceiling) | memory[name]
+        for name, recipe in recipes.items()
+    ]
+    result: dict[str, object] = {
+        "intermediate_vs_early": median_ratio(seconds[EARLY], seconds[INTERMEDIATE]),
+        "engine_overhead": median_ratio(seconds[INTERMEDIATE], seconds["bare_loop"]) - 1,
+        "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[EARLY]),
+        "matmul_flops_per_s": ceiling.flops_per_s,
+        "copy_bytes_per_s": ceiling.bytes_per_s,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "preset": config.preset,
+        "batch_size": config.batch_size,
+        "precision": recipes[EARLY].engine.precision,
+        "compile": config.compile,
+        "attention": config.attention,
+    }
+    if config.json:
+        print_result({"rows": rows, **result}, as_json=True)
+        return
+    _print_table(rows)
+    print_result(result, as_json=False)
+
+
+def _settings(config: BenchTrainConfig) -> dict[str, FusionUViTConfig]:
+    """The paper's four settings of the preset."""
+    intermediate = PRESETS[config.preset]
+    early = replace(intermediate, num_image_blocks=0, num_text_blocks=0)
+    return {
+        EARLY: replace(early, conditioning="concat"),
+        "concat_intermediate": replace(intermediate, conditioning="concat"),
+        "cross_attention_early": early,
+        INTERMEDIATE: intermediate,
+    }
+
+
+def _recipe(shape: FusionUViTConfig, config: BenchTrainConfig, device: torch.device) -> TrainConfig:
+    precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
+    return TrainConfig(
+        run="",
+        shards="",
+        backbone=shape,
+        engine=EngineConfig(
+            backend="plain",
+            precision=precision,
+            activation_checkpointing=config.activation_checkpointing,
+            compile=config.compile,
+            cuda_graphs=config.cuda_graphs,
+            attention=config.attention,
+        ),
+        global_batch_size=config.batch_size,
+        micro_batch_size=config.batch_size,
+    )
+
+
+def _measure_memory(steps: EngineSteps) -> Row:
+    """`state_bytes` between steps, and `step_bytes` that a step adds at its peak.
+
+    On a GPU its allocator says so. On the CPU it is counted: the gradients, and what the forward
+    pass keeps for the backward pass.
+    """
+    engine = steps.engine
+    parameters = list(steps.backbone.parameters())
+    num_bytes = sum(parameter.nbytes for parameter in parameters)
+    state = num_bytes * (3 + len(engine.ema_decays))
+    if engine.device.type != "cuda":
+        return {"state_bytes": state, "step_bytes": num_bytes + kept_bytes(steps.loss, parameters)}
+    torch.cuda.reset_peak_memory_stats(engine.device)
+    before = torch.cuda.memory_allocated(engine.device)
+    steps(1)
+    engine.synchronize()
+    return {
+        "state_bytes": state,
+        "step_bytes": torch.cuda.max_memory_allocated(engine.device) - before,
+    }
+
+
+def _ceiling(
+    probes: Mapping[str, Probe], seconds: Mapping[str, list[float]], device: torch.device
+) -> Ceiling:
+    return Ceiling(
+        flops_per_s=probes["matmul"].best(seconds["matmul"]),
+        bytes_per_s=probes["copy"].best(seconds["copy"]),
+        nominal_flops_per_s=peak_flops(device),
+    )
+
+
+def _row(
+    name: str,
+    recipe: TrainConfig,
+    seconds: Mapping[str, list[float]],
+    config: BenchTrainConfig,
+    ceiling: Ceiling,
+) -> Row:
+    """Times of one step; MFU of the nominal peak where there is one, else of the measured one.
+
+    `planned_bytes`: what `ifvit cost --plan` says that state and step take.
+    """
+    cost = count_cost(recipe.backbone)
+    step = statistics.median(seconds[name]) / config.steps
+    # One forward pass, and a backward pass that costs two.
+    flops, layer_flops = (3 * count * config.batch_size for count in (cost.flops, cost.layer_flops))
+    peak = ceiling.nominal_flops_per_s or ceiling.flops_per_s
+    averages = len(recipe.ema_decays)
+    floor = {
+        "floor_flops_seconds": flops / ceiling.flops_per_s,
+        "floor_bytes_seconds": update_bytes(cost.params, 1, 0, averages) / ceiling.bytes_per_s,
+    }
+    return {
+        "setting": name,
+        "step_seconds": step,
+        "spread": spread(seconds[name]),
+        "images_per_s": config.batch_size / step,
+        **floor,
+        "vs_floor": step / sum(floor.values()),
+        "mfu": flops / step / peak,
+        "mfu_paper": layer_flops / step / peak,
+        "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[name]),
+        "planned_bytes": _planned_bytes(recipe, cost.params),
+    }
+
+
+def _planned_bytes(recipe: TrainConfig, params: int) -> float:
+    shape, engine = recipe.backbone, recipe.engine
+    assert isinstance(shape, FusionUViTConfig)  # as the presets are
+    activations = activation_bytes(
+        shape,
+        recipe.micro_batch_size,
+        engine.precision,
+        checkpointing=engine.activation_checkpointing,
+    )
+    states = state_bytes(params, 1, 0, len(recipe.ema_decays))
+    return states + cast_bytes(params, engine.precision) + activations
+
+
+def _print_table(rows: list[Row]) -> None:
+    head = f"{'':30}{'step':>9}{'spread':>8}{'images/s':>10}{'x floor':>9}{'MFU':>7}{'GB':>7}"
+    sys.stdout.write(head + f"{'x U-ViT recipe':>16}\n")
+    for row in rows:
+        gigabytes = (float(row["state_bytes"]) + float(row["step_bytes"])) / 1e9
+        sys.stdout.write(
+            f"{row['setting']:<30}{row['step_seconds']:8.3f}s{row['spread']:8.1%}"
+            f"{row['images_per_s']:10.1f}{row['vs_floor']:9.2f}{row['mfu']:7.1%}"
+            f"{gigabytes:7.2f}{row['vs_uvit_recipe']:16.2f}\n"
+        )

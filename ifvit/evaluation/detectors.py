@@ -1,0 +1,191 @@
+"""How many objects of a name an image shows: by a detector of transformers, or on scenes exactly.
+
+Counting follows GenEval (Ghosh et al. 2023, arXiv 2310.11513): boxes of the class that score above
+0.9, at most 16 of them, no suppression of overlaps beyond the model's own.
+Shapes: B images, H, W pixels.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import (
+    MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    AutoModelForZeroShotObjectDetection,
+    AutoProcessor,
+    Owlv2Config,
+    OwlViTConfig,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from ifvit.errors import UserError
+from ifvit.evaluation.object_prompts import MAX_ASKED
+from ifvit.images import Pixels
+from ifvit.models.pretrained import identify, resolve_pretrained
+from ifvit.scenes.drawings import KINDS
+from ifvit.scenes.score import find_objects
+
+SCENES = "scenes"
+_CLASS_THRESHOLD = 0.9
+_WORD_THRESHOLD = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountingRule:
+    """What decides a count. None where pixels are analysed exactly.
+
+    `detector_sha256` is that of the detector's weights; boxes with a score above `threshold` count.
+    """
+
+    detector: str
+    detector_sha256: str | None = None
+    threshold: float | None = None
+    max_boxes: int | None = None
+
+
+class ObjectCounter(Protocol):
+    """Counts objects in images."""
+
+    rule: CountingRule
+
+    def check(self, objects: Iterable[str]) -> None:
+        """Raise UserError for a name that it cannot count."""
+
+    def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
+        """How many of `objects[b]` image b of (B, H, W, 3) shows."""
+
+
+class SceneCounter:
+    """Counts circles, squares or triangles of any colour by exact analysis of the pixels."""
+
+    rule = CountingRule(detector=SCENES)
+
+    def check(self, objects: Iterable[str]) -> None:
+        """Raise UserError for a name that is no kind of object in scenes."""
+        _check_names(SCENES, objects, KINDS)
+
+    def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
+        """How many of `objects[b]` image b of (B, H, W, 3) shows."""
+        return [
+            sum(found.kind == name.lower() for found in find_objects(image))
+            for image, name in zip(images, objects, strict=True)
+        ]
+
+
+class ClassDetector:
+    """A detector of fixed classes, such as DETR, YOLOS or RT-DETR."""
+
+    def __init__(self, model: Any, processor: Any, rule: CountingRule) -> None:
+        self.rule = rule
+        self._model = model
+        self._processor = processor
+        self._classes = {name.lower(): index for index, name in model.config.id2label.items()}
+
+    def check(self, objects: Iterable[str]) -> None:
+        """Raise UserError for a name that is none of the model's classes."""
+        _check_names(self.rule.detector, objects, self._classes)
+
+    @torch.no_grad()
+    def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
+        """How many of `objects[b]` image b of (B, H, W, 3) shows."""
+        inputs = self._processor(images=list(images), return_tensors="pt").to(self._model.device)
+        found = self._processor.post_process_object_detection(
+            self._model(**inputs), threshold=self.rule.threshold
+        )
+        return [
+            min(int((boxes["labels"] == self._classes[name.lower()]).sum()), MAX_ASKED)
+            for boxes, name in zip(found, objects, strict=True)
+        ]
+
+
+class WordDetector:
+    """A detector that is told in words what to find: OWL-ViT or OWLv2."""
+
+    def __init__(self, model: Any, processor: Any, rule: CountingRule) -> None:
+        self.rule = rule
+        self._model = model
+        self._processor = processor
+
+    def check(self, objects: Iterable[str]) -> None:
+        """Raise UserError for words that are more tokens than the model reads."""
+        longest = self._model.config.text_config.max_position_embeddings
+        for name in objects:
+            if len(self._processor.tokenizer(name).input_ids) > longest:
+                raise UserError(
+                    f'{self.rule.detector} reads {longest} tokens; shorten the object "{name}"'
+                )
+
+    @torch.no_grad()
+    def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
+        """How many of `objects[b]` image b of (B, H, W, 3) shows."""
+        inputs = self._processor(
+            images=list(images), text=[[name] for name in objects], return_tensors="pt"
+        ).to(self._model.device)
+        found = self._processor.post_process_grounded_object_detection(
+            self._model(**inputs), threshold=self.rule.threshold
+        )
+        return [min(len(boxes["scores"]), MAX_ASKED) for boxes in found]
+
+
+def open_counter(name: str, threshold: float | None, device: str) -> ObjectCounter:
+    """`scenes`, or the detector in a local folder or hub repository `name`.
+
+    Its configuration decides whether it knows fixed classes or is told in words.
+    Raises UserError when there is no detector, or one that does not load.
+    """
+    if name == SCENES:
+        return SceneCounter()
+    folder = resolve_pretrained(name)
+    digest = identify(name, folder).sha256
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        takes_words = isinstance(config, OwlViTConfig | Owlv2Config)
+        if not takes_words and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
+            raise ValueError(f"its model type is {config.model_type}")
+        if takes_words:
+            model = _load(AutoModelForZeroShotObjectDetection, folder, device)
+            processor_class: Any = AutoProcessor
+        else:
+            model = _load(AutoModelForObjectDetection, folder, device)
+            processor_class = AutoImageProcessor
+        # Counts must not depend on whether torchvision is installed.
+        processor = processor_class.from_pretrained(folder, backend="pil")
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"detector {name} does not load ({reason}); give one like DETR, YOLOS or OWL-ViT"
+        ) from None
+    default = _WORD_THRESHOLD if takes_words else _CLASS_THRESHOLD
+    rule = CountingRule(
+        detector=name,
+        detector_sha256=digest,
+        threshold=default if threshold is None else threshold,
+        max_boxes=MAX_ASKED,
+    )
+    return (WordDetector if takes_words else ClassDetector)(model, processor, rule)
+
+
+def _load(cls: Any, folder: Path, device: str) -> Any:
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # counts tensors, within a second
+    model, loading = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    if loading["missing_keys"]:
+        # transformers would draw them at random and only warn.
+        raise ValueError(f"no weights for {min(loading['missing_keys'])}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _check_names(detector: str, objects: Iterable[str], known: Iterable[str]) -> None:
+    names = list(known)
+    for name in objects:
+        if name.lower() not in names:
+            near = difflib.get_close_matches(name.lower(), names, cutoff=0.5) or names[:10]
+            raise UserError(
+                f'detector {detector} knows no "{name}" among its {len(names)} classes; '
+                f"near it: {', '.join(near)}"
+            )

@@ -1,0 +1,239 @@
+"""Weights published by U-ViT and by the authors of the fusion paper, and the verb `import`."""
+
+import io
+import math
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import cast
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ifvit import storage
+from ifvit.errors import UserError
+from ifvit.models.build import build_backbone, restore_backbone
+from ifvit.models.clip import load_text_encoder
+from ifvit.models.config import FusionUViTConfig, ImportConfig
+from ifvit.models.pretrained import identify, resolve_pretrained
+from ifvit.models.uvit import FusionUViT
+from ifvit.models.weights import WeightsInfo, save_weights, step_name
+
+_RANKS = {
+    "pos_embed": 3,
+    "patch_embed.proj.weight": 4,
+    "context_embed.weight": 2,
+    "mid_block.mlp.fc1.weight": 2,
+}
+"""Tensors whose shapes tell the configuration, with their number of dimensions."""
+
+_KNOWN = re.compile(
+    r"(pos_embed$|(patch_embed\.proj|context_embed|norm|decoder_pred|final_layer)\.(weight|bias)$"
+    r"|mid_block\.|((image|caption|joint|joint_skip|image_skip|in|out)_blocks\.\d+\.))"
+)
+_CLIP_TOKENS = 77
+_HEAD_WIDTH = 64
+_HUGE_WIDTH, _HUGE_HEADS = 1152, 16
+"""U-ViT's one size whose heads are not 64 channels wide."""
+_FORK_QUERIES = 257
+
+
+def from_reference_state_dict(
+    state_dict: Mapping[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    context_length: int | None = None,
+) -> FusionUViT:
+    """The backbone, in eval mode, that U-ViT's or its fork's weights describe.
+
+    Called as model(latents, timesteps, context) with timesteps 0 ... 999; the offset of one that
+    both code bases feed their network is inside. Shapes show neither the number of heads nor how
+    many positions are text: unless given, heads are 64 wide, as in all published text-to-image
+    weights, and context has 77 tokens, or as few as leave a square of image tokens.
+    Raises UserError that lists the first unexpected and missing keys for any other weights.
+    """
+    config = _infer_config(state_dict, num_heads, context_length)
+    with torch.device("meta"):
+        wanted = build_backbone(config).state_dict()
+    names = {key: _reference_names(key, config, state_dict) for key in wanted}
+    expected = {name for parts in names.values() for name in parts}
+    unexpected = [key for key in state_dict if key not in expected]
+    missing = [name for name in sorted(expected) if name not in state_dict]
+    if unexpected or missing:
+        raise _refusal(unexpected, missing)
+
+    converted = {key: torch.cat([state_dict[name] for name in names[key]]) for key in wanted}
+    for key, tensor in wanted.items():
+        if converted[key].shape != tensor.shape:
+            raise UserError(
+                f"reference weights: {' + '.join(names[key])} has shape "
+                f"{tuple(converted[key].shape)}, the other tensors call for {tuple(tensor.shape)}"
+            )
+    if _is_fork(state_dict):
+        sizes = [config.num_image_tokens, 1, config.context_length]
+        image, time, text = torch.split(converted["pos_embed"], sizes, dim=1)
+        converted["pos_embed"] = torch.cat([time, text, image], dim=1)
+        _warn_of_fixed_queries(config)
+    return cast(FusionUViT, restore_backbone(config, converted))
+
+
+def _infer_config(
+    state_dict: Mapping[str, Tensor], num_heads: int | None, context_length: int | None
+) -> FusionUViTConfig:
+    missing = [key for key in _RANKS if key not in state_dict]
+    if missing:
+        raise _refusal([key for key in state_dict if not _KNOWN.match(key)], missing)
+    for key, rank in _RANKS.items():
+        if state_dict[key].ndim != rank:
+            raise UserError(
+                f"reference weights: {key} has {state_dict[key].ndim} dimensions, not {rank}"
+            )
+
+    num_positions, width = state_dict["pos_embed"].shape[1:]
+    _, channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+    if context_length is None:
+        context_length = _guess_context_length(num_positions)
+    stacks = ("in_blocks",) if not _is_fork(state_dict) else ("image_blocks", "joint_blocks")
+    return FusionUViTConfig(
+        latent_size=math.isqrt(max(num_positions - 1 - context_length, 0)) * patch_size,
+        latent_channels=channels,
+        patch_size=patch_size,
+        width=width,
+        depth=2 * sum(_count_blocks(state_dict, stack) for stack in stacks),
+        num_heads=num_heads or _guess_num_heads(width),
+        mlp_ratio=state_dict["mid_block.mlp.fc1.weight"].shape[0] // width,
+        context_length=context_length,
+        context_width=state_dict["context_embed.weight"].shape[1],
+        conditioning="cross_attention" if _splits_queries(state_dict) else "concat",
+        num_image_blocks=_count_blocks(state_dict, "image_blocks"),
+        num_text_blocks=_count_blocks(state_dict, "caption_blocks"),
+        timestep_offset=1,
+    )
+
+
+def _is_fork(state_dict: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith(("joint_blocks.", "image_blocks.")) for key in state_dict)
+
+
+def _splits_queries(state_dict: Mapping[str, Tensor]) -> bool:
+    return "mid_block.attn.kv.weight" in state_dict
+
+
+def _count_blocks(state_dict: Mapping[str, Tensor], stack: str) -> int:
+    return len({key.split(".")[1] for key in state_dict if key.startswith(f"{stack}.")})
+
+
+def _guess_context_length(num_positions: int) -> int:
+    tokens = num_positions - 1
+    if tokens > _CLIP_TOKENS and math.isqrt(tokens - _CLIP_TOKENS) ** 2 == tokens - _CLIP_TOKENS:
+        return _CLIP_TOKENS
+    # A wrong guess cannot pass unseen: the model refuses latents and context of other shapes.
+    return tokens - math.isqrt(max(tokens - 1, 0)) ** 2
+
+
+def _guess_num_heads(width: int) -> int:
+    if width == _HUGE_WIDTH:
+        return _HUGE_HEADS
+    if width % _HEAD_WIDTH:
+        raise UserError(
+            f"reference weights of width {width}: shapes do not show num_heads; give it"
+        )
+    return width // _HEAD_WIDTH
+
+
+def _reference_names(
+    key: str, config: FusionUViTConfig, state_dict: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Where our tensor `key` is in the reference; several tensors are stacked in order."""
+    if _is_fork(state_dict):
+        key = _fork_name(key, config)
+    if _splits_queries(state_dict) and key.endswith(".attn.qkv.weight"):
+        return key.replace(".qkv.", ".q."), key.replace(".qkv.", ".kv.")
+    return (key,)
+
+
+def _fork_name(key: str, config: FusionUViTConfig) -> str:
+    stack, _, rest = key.partition("_blocks.")
+    if not rest:
+        return key
+    number, _, tensor = rest.partition(".")
+    index, outer = int(number), config.num_image_blocks
+    fused = config.depth // 2 - outer
+    if stack == "text":
+        role, place = "caption", index
+    elif stack == "in":
+        role, place = ("image", index) if index < outer else ("joint", index - outer)
+    else:
+        role, place = ("joint_skip", index) if index < fused else ("image_skip", index - fused)
+    return f"{role}_blocks.{place}.{tensor}"
+
+
+def _warn_of_fixed_queries(config: FusionUViTConfig) -> None:
+    if config.conditioning == "cross_attention" and 1 + config.num_image_tokens != _FORK_QUERIES:
+        warnings.warn(
+            f"the fork's cross-attention code fixes its middle block at {_FORK_QUERIES} queries; "
+            f"with {1 + config.num_image_tokens} image tokens it also updates text there, "
+            "which this backbone does not",
+            stacklevel=3,
+        )
+
+
+def _refusal(unexpected: list[str], missing: list[str]) -> UserError:
+    def first(keys: list[str]) -> str:
+        return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+    found = [f"unexpected {first(unexpected)}"] if unexpected else []
+    lacking = [f"missing {first(missing)}"] if missing else []
+    return UserError(
+        "not weights of U-ViT or of its fusion fork; keys: " + "; ".join(found + lacking)
+    )
+
+
+def import_weights(config: ImportConfig) -> None:
+    """Write `RUN/weights/step_…/ema` (or `raw`).
+
+    Raises UserError for a file that is not the state dict of such a backbone, or holds code.
+    """
+    tensors = _read(config.file)
+    text_encoder = load_text_encoder(config.text_encoder)
+    backbone = from_reference_state_dict(
+        tensors,
+        num_heads=config.num_heads,
+        context_length=text_encoder.context_shape[0],
+    )
+    info = WeightsInfo(
+        step=config.step,
+        ema_decay=config.ema_decay,
+        scaling_factor=config.scaling_factor,
+        vae=identify(config.vae, resolve_pretrained(config.vae)),
+        text_encoder=text_encoder.identity,
+        recipe_sha256="",
+    )
+    kind = "raw" if config.ema_decay is None else "ema"
+    folder = storage.join(config.run, "weights", step_name(config.step), kind)
+    save_weights(folder, backbone, info)
+    shape = backbone.shape
+    sys.stdout.write(
+        f"{folder}: {shape.conditioning}, {shape.num_image_blocks} image-only blocks a side, "
+        f"{shape.num_text_blocks} text blocks, {backbone.num_parameters():,} parameters\n"
+    )
+
+
+def _read(url: str) -> Mapping[str, Tensor]:
+    data = storage.read_bytes(url)
+    try:
+        if url.endswith(".safetensors"):
+            return safetensors.torch.load(data)
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, SafetensorError):
+        raise UserError(
+            f"{url}: not tensors alone, as torch.save and safetensors write them; is it whole? "
+            "A pickle that holds code is not loaded"
+        ) from None
+    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
+        raise UserError(f"{url}: not a state dict; save nnet_ema.state_dict() by itself")
+    return found

@@ -1,0 +1,1 @@
+"""Runs => a report: comparisons with their uncertainty, figures, and the paper's tables."""
