@@ -18,7 +18,7 @@ _TIMEOUT = timedelta(hours=2)
 """How long a process may upload while others wait; one that dies is noticed at once."""
 
 
-class SideChannel:
+class ProcessGroup:
     """Small objects between all processes, over a gloo group of its own.
 
     One thread at a time may use it: the main thread before training, then the one that saves.
@@ -57,13 +57,13 @@ class SideChannel:
 
 
 @contextmanager
-def open_channel() -> Iterator[SideChannel]:
+def open_process_group() -> Iterator[ProcessGroup]:
     """A channel among the processes of this launch, for verbs without a training engine."""
     world = World.from_environment()
     if world.size > 1:
         dist.init_process_group("gloo")
     try:
-        yield SideChannel(world)
+        yield ProcessGroup(world)
     finally:
         if world.size > 1:
             dist.destroy_process_group()

@@ -10,7 +10,7 @@ from ifvit.bench.timing import print_result
 from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
 from ifvit.models.weights import WeightsInfo
-from ifvit.process_group import SideChannel
+from ifvit.process_group import ProcessGroup
 from ifvit.shards import EncoderIdentity
 from ifvit.storage import file_size, join, list_names
 from ifvit.training.checkpoint import step_url
@@ -84,10 +84,10 @@ class _Training:
     def step(self) -> None:
         """Forward, backward, update, average."""
         with self.engine.accumulate(last=True):
-            noise = self.engine.denoise(self._x_t, self._t, self._context)
+            noise = self.engine.predict_noise(self._x_t, self._t, self._context)
             self.engine.backward(noise.float().square().mean())
         self.engine.step()
-        self.engine.update_averages()
+        self.engine.update_ema()
 
     def time_steps(self, count: int, hook: SaveCheckpoint | None = None) -> float:
         """Seconds of `count` steps with the saves that fall due."""
@@ -115,5 +115,5 @@ def _build_hook(run: str, every: int, engine: Engine, lease: Lease) -> SaveCheck
         text_encoder=_NOBODY,
         recipe_sha256="",
     )
-    channel = SideChannel(engine.world)
+    channel = ProcessGroup(engine.world)
     return SaveCheckpoint(config, engine, channel, lease, info, "", _nothing, _nothing)

@@ -15,8 +15,8 @@ from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
 from ifvit.process_group import choose_device
 from ifvit.sampling.config import Guidance
-from ifvit.sampling.guidance import GuidedDenoiser, compile_backbone
-from ifvit.sampling.solvers import Denoiser
+from ifvit.sampling.guidance import GuidedNoisePredictor, compile_backbone
+from ifvit.sampling.solvers import NoisePredictor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE = 2.0
@@ -35,8 +35,10 @@ def bench_generate(config: BenchGenerateConfig) -> None:
     contexts = torch.randn(config.batch_size + 1, *shape.context_shape, device=device)
     context, null_context = contexts[:-1], contexts[-1:]
     null_text = backbone.encode_condition(null_context)
-    contenders: dict[str, Callable[[], Denoiser]] = {
-        "shared": partial(GuidedDenoiser, backbone, context, null_text, Guidance(scale=_SCALE)),
+    contenders: dict[str, Callable[[], NoisePredictor]] = {
+        "shared": partial(
+            GuidedNoisePredictor, backbone, context, null_text, Guidance(scale=_SCALE)
+        ),
         "no_cache": partial(_guide_plainly, backbone, context, null_context),
     }
     if device.startswith("cuda"):
@@ -68,34 +70,36 @@ def bench_generate(config: BenchGenerateConfig) -> None:
     )
 
 
-def _guide_plainly(backbone: Backbone, context: Tensor, null_context: Tensor) -> Denoiser:
+def _guide_plainly(backbone: Backbone, context: Tensor, null_context: Tensor) -> NoisePredictor:
     """Guidance as U-ViT writes it: all of the model twice, from the text encoder's output on."""
     null_contexts = null_context.expand_as(context)
 
-    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+    def predict_noise(x_t: Tensor, timesteps: Tensor) -> Tensor:
         x_t = x_t.to(backbone.dtype)
         # forward is not compiled, whatever calling the module is.
         conditional = backbone.forward(x_t, timesteps, context).float()
         unconditional = backbone.forward(x_t, timesteps, null_contexts).float()
         return unconditional + _SCALE * (conditional - unconditional)
 
-    return denoise
+    return predict_noise
 
 
-def _guide_like_uvit(backbone: Backbone, context: Tensor, null_context: Tensor) -> Denoiser:
+def _guide_like_uvit(backbone: Backbone, context: Tensor, null_context: Tensor) -> NoisePredictor:
     """The same under autocast of fp32 weights to fp16, as U-ViT samples."""
     autocast = torch.autocast(backbone.device.type, torch.float16)
-    denoise: Denoiser = autocast(_guide_plainly(backbone, context, null_context))
-    return denoise
+    predict_noise: NoisePredictor = autocast(_guide_plainly(backbone, context, null_context))
+    return predict_noise
 
 
-def _time(build: Callable[[], Denoiser], backbone: Backbone, config: BenchGenerateConfig) -> float:
+def _time(
+    build: Callable[[], NoisePredictor], backbone: Backbone, config: BenchGenerateConfig
+) -> float:
     """Seconds per image: of what is done once, and of `num_steps` evaluations."""
     shape = backbone.shape
     size = (config.batch_size, shape.latent_channels, shape.latent_size, shape.latent_size)
     x_t = torch.randn(size, device=backbone.device)
     timesteps = torch.full((config.batch_size,), 500, device=backbone.device)
-    denoisers: list[Denoiser] = []
+    denoisers: list[NoisePredictor] = []
     once = seconds_on(backbone.device, lambda: denoisers.append(build()))
 
     def evaluate() -> None:

@@ -102,7 +102,7 @@ class EngineSteps:
         """The loss of a step, to be differentiated."""
         batch = self._batch
         return self._objective(
-            self.engine.denoise, batch.moments, batch.condition, 0, batch.positions
+            self.engine.predict_noise, batch.moments, batch.condition, 0, batch.positions
         ).total
 
 

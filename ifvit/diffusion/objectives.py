@@ -13,7 +13,7 @@ from torch import Tensor
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.rng import Stream, normal, uniform
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+NoisePredictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t (B, C, H, W), timesteps (B,), condition (B, ...)) => predicted noise (B, C, H, W)."""
 NormalDraw = Callable[[int, int, Tensor, Stream, tuple[int, ...]], Tensor]
 """`ifvit.rng.normal`, or the same compiled."""
@@ -46,7 +46,12 @@ class NoisePrediction:
     draw: NormalDraw = normal
 
     def __call__(
-        self, denoiser: Denoiser, moments: Tensor, condition: Tensor, step: int, positions: Tensor
+        self,
+        denoiser: NoisePredictor,
+        moments: Tensor,
+        condition: Tensor,
+        step: int,
+        positions: Tensor,
     ) -> Losses:
         """Moments (B, 2C, H, W), condition (B, ...), positions (B,) int64 => losses."""
         x_0 = self.draw_latents(moments, step, positions)

@@ -39,7 +39,7 @@ from ifvit.evaluation.sample_set import (
 )
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.weights import find_weights, run_of, step_name
-from ifvit.process_group import SideChannel, choose_device, open_channel, show_progress
+from ifvit.process_group import ProcessGroup, choose_device, open_process_group, show_progress
 from ifvit.sampling.alignment.methods import date_updates
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.score import SceneScore
@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> list[MetricsRow]:
     the work and all return the rows. One of several tasks draws its share and returns no rows.
     Raises UserError for shards of other encoders than the backbone's, or other samples in place.
     """
-    with open_channel() as channel:
+    with open_process_group() as channel:
         evaluator = Evaluator(config, channel)
         output = config.output or _rows_folder(config.weights)
         scales = config.guidance_scales or [config.protocol.sampling.guidance_scale]
@@ -80,7 +80,7 @@ def format_row(row: MetricsRow) -> str:
 class Evaluator:
     """What the rows of one command share: captions, and what they are measured by."""
 
-    def __init__(self, config: MeasureConfig, channel: SideChannel) -> None:
+    def __init__(self, config: MeasureConfig, channel: ProcessGroup) -> None:
         self._config = config
         self._channel = channel
         self._reader = ShardReader(config.shards)
@@ -222,7 +222,7 @@ def compare_methods(config: CompareConfig) -> list[Comparison]:
         raise UserError(f"runs {', '.join(names)}: two of one name; copy or link one to another")
     compared: list[Comparison] = []
     columns: list[Pixels] = []
-    with open_channel() as channel:
+    with open_process_group() as channel:
         evaluator = Evaluator(config, channel)
         for name, run in zip(names, config.runs, strict=True):
             model = evaluator.open(run)

@@ -24,7 +24,7 @@ from ifvit.evaluation.metrics import (
 )
 from ifvit.images import Pixels, to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
-from ifvit.process_group import SideChannel
+from ifvit.process_group import ProcessGroup
 from ifvit.shards import EncoderIdentity
 
 ORIGINAL = "inception-2015-12-05"
@@ -113,7 +113,7 @@ def collect_features(
     positions: Sequence[int],
     parts: Mapping[str, Positions],
     device: str,
-    channel: SideChannel,
+    channel: ProcessGroup,
 ) -> dict[str, FeatureSet]:
     """Features by every network of the images of all processes, on all of them.
 
@@ -150,7 +150,7 @@ class _Collector:
         self._places += [self._place[positions[row]] for row in rows]
         self._kept.append(features[rows])
 
-    def finish(self, channel: SideChannel) -> FeatureSet:
+    def finish(self, channel: ProcessGroup) -> FeatureSet:
         """What all processes have taken."""
         gathered = channel.gather((self._running, self._places, self._kept))
         whole = RunningStatistics()

@@ -31,7 +31,7 @@ from ifvit.evaluation.references import open_reference
 from ifvit.evaluation.rows import Estimate, Protocol, estimate_share
 from ifvit.evaluation.sample_set import Prompt, hash_prompts, read_samples
 from ifvit.images import Pixels
-from ifvit.process_group import SideChannel, choose_device, show_progress
+from ifvit.process_group import ProcessGroup, choose_device, show_progress
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.score import SceneScore, score_image
@@ -81,7 +81,11 @@ class Measurement:
     """Measures folders of samples of the same prompts, one after the other."""
 
     def __init__(
-        self, config: MeasureConfig, manifest: Manifest, prompts: list[Prompt], channel: SideChannel
+        self,
+        config: MeasureConfig,
+        manifest: Manifest,
+        prompts: list[Prompt],
+        channel: ProcessGroup,
     ) -> None:
         self._config = config.protocol
         self._manifest = manifest

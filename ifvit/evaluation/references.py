@@ -28,7 +28,7 @@ from ifvit.evaluation.features import (
 )
 from ifvit.evaluation.metrics import FeatureStatistics
 from ifvit.images import IMAGE_SUFFIXES, Pixels, read_square
-from ifvit.process_group import SideChannel, choose_device, open_channel, show_progress
+from ifvit.process_group import ProcessGroup, choose_device, open_process_group, show_progress
 from ifvit.shards.format import RESIZE
 from ifvit.storage import sha256_of
 
@@ -74,7 +74,7 @@ def read_batches(paths: Sequence[Path], image_size: int, batch_size: int) -> Ite
             yield np.stack(list(pool.map(read_reference, batch, repeat(image_size))))
 
 
-def hash_images(paths: Sequence[Path], image_size: int, resize: str, channel: SideChannel) -> str:
+def hash_images(paths: Sequence[Path], image_size: int, resize: str, channel: ProcessGroup) -> str:
     """SHA-256 of the files' contents, in order, and of how they become pixels.
 
     Not of the features, whose last bits differ between machines. Every process hashes a share.
@@ -117,7 +117,7 @@ def make_reference(config: MakeReferenceConfig) -> None:
     """
     networks = load_networks(config.protocol, choose_device(config.device))
     batch_size = config.protocol.sampling.batch_size
-    with open_channel() as channel:
+    with open_process_group() as channel:
         reference = _of_images(
             list_images(config.images), config.image_size, batch_size, networks, channel
         )
@@ -130,7 +130,7 @@ def make_reference(config: MakeReferenceConfig) -> None:
 
 
 def open_reference(
-    config: MeasureConfig, image_size: int, networks: Networks, channel: SideChannel
+    config: MeasureConfig, image_size: int, networks: Networks, channel: ProcessGroup
 ) -> Reference | None:
     """What the recipe names, if anything. Raises UserError for what does not fit."""
     if config.reference:
@@ -142,7 +142,7 @@ def open_reference(
 
 
 def _of_images(
-    paths: list[Path], image_size: int, batch_size: int, networks: Networks, channel: SideChannel
+    paths: list[Path], image_size: int, batch_size: int, networks: Networks, channel: ProcessGroup
 ) -> Reference:
     """Embedded when first asked for, a share by every process."""
 

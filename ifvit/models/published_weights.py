@@ -42,7 +42,7 @@ _HUGE_WIDTH, _HUGE_HEADS = 1152, 16
 _FORK_QUERIES = 257
 
 
-def from_reference_state_dict(
+def from_published_state_dict(
     state_dict: Mapping[str, Tensor],
     *,
     num_heads: int | None = None,
@@ -200,7 +200,7 @@ def import_weights(config: ImportConfig) -> None:
     """
     tensors = _read(config.file)
     text_encoder = load_text_encoder(config.text_encoder)
-    backbone = from_reference_state_dict(
+    backbone = from_published_state_dict(
         tensors,
         num_heads=config.num_heads,
         context_length=text_encoder.context_shape[0],

@@ -18,8 +18,8 @@ from ifvit.sampling.config import Guidance
 from ifvit.sampling.method import AlignmentMethod, Change, Evaluation
 
 
-class GuidedDenoiser:
-    """eps = eps_uncond + w (eps_cond - eps_uncond) for B conditions; a `Denoiser`.
+class GuidedNoisePredictor:
+    """eps = eps_uncond + w (eps_cond - eps_uncond) for B conditions; a `NoisePredictor`.
 
     Outside the interval of `guidance`, and at w = 1, eps_uncond is not evaluated at all.
     """

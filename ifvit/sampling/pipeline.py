@@ -22,7 +22,7 @@ from ifvit.models.clip import encode_captions
 from ifvit.models.pretrained import download_pretrained
 from ifvit.sampling.conditions import number_classes
 from ifvit.sampling.config import Guidance
-from ifvit.sampling.guidance import GuidedDenoiser
+from ifvit.sampling.guidance import GuidedNoisePredictor
 from ifvit.sampling.method import AlignmentMethod
 from ifvit.sampling.solvers import step_solver
 
@@ -131,7 +131,7 @@ class FusionPipeline(DiffusionPipeline):
             if len(negative) != len(context):
                 raise ValueError("give one negative prompt, or one for each prompt")
         low, high = guidance_interval
-        denoiser = GuidedDenoiser(
+        denoiser = GuidedNoisePredictor(
             self.backbone,
             context,
             self.backbone.encode_condition(negative),

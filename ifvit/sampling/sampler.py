@@ -18,7 +18,7 @@ from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.backbone import Backbone, EncodedCondition
 from ifvit.rng import Stream, normal
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.guidance import GuidedDenoiser
+from ifvit.sampling.guidance import GuidedNoisePredictor
 from ifvit.sampling.method import AlignmentMethod, MethodOf
 from ifvit.sampling.solvers import solve
 
@@ -53,7 +53,7 @@ def sample_latents(
     size = backbone.shape.latent_size
     shape = (backbone.shape.latent_channels, size, size)
     noise = normal(config.seed, 0, positions, Stream.SAMPLING, shape).to(backbone.device)
-    denoiser = GuidedDenoiser(backbone, condition, null_condition, config.guidance, method)
+    denoiser = GuidedNoisePredictor(backbone, condition, null_condition, config.guidance, method)
     return solve(denoiser, noise, config.solver, config.num_steps)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ifvit.diffusion.schedules import BETA_END, BETA_START, NUM_TIMESTEPS
 from ifvit.sampling.config import SolverName
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+NoisePredictor = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents x_t (B, …), timesteps (B,) in 0 … 999) => predicted noise (B, …)."""
 
 _SCHEDULE: dict[str, Any] = {
@@ -62,7 +62,7 @@ SOLVERS: dict[SolverName, Callable[[], Any]] = {
 
 
 @torch.no_grad()
-def solve(denoiser: Denoiser, noise: Tensor, solver: SolverName, num_steps: int) -> Tensor:
+def solve(denoiser: NoisePredictor, noise: Tensor, solver: SolverName, num_steps: int) -> Tensor:
     """Standard normal noise (B, …) => x_0 (B, …) with `num_steps` calls of `denoiser`."""
     scheduler = SOLVERS[solver]()
     scheduler.set_timesteps(num_steps, device=noise.device)
@@ -74,7 +74,7 @@ def solve(denoiser: Denoiser, noise: Tensor, solver: SolverName, num_steps: int)
 
 
 def step_solver(
-    scheduler: Any, denoiser: Denoiser, x_t: Tensor, t: Tensor, **options: Any
+    scheduler: Any, denoiser: NoisePredictor, x_t: Tensor, t: Tensor, **options: Any
 ) -> Tensor:
     """x_t (B, …), scaled as `scheduler` wants it => the x of its next time; `options` of `step`."""
     predicted = denoiser(scheduler.scale_model_input(x_t, t), t.expand(len(x_t)))

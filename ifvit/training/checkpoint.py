@@ -30,7 +30,7 @@ from ifvit.evaluation.rows import (
 )
 from ifvit.models.config import restore_config
 from ifvit.models.weights import step_name
-from ifvit.process_group import SideChannel
+from ifvit.process_group import ProcessGroup
 from ifvit.storage import (
     StoreError,
     download,
@@ -257,7 +257,7 @@ class _Found:
 
 
 def resume(
-    config: TrainConfig, engine: Engine, channel: SideChannel, shards_sha256: str, token: str
+    config: TrainConfig, engine: Engine, channel: ProcessGroup, shards_sha256: str, token: str
 ) -> TrainState:
     """Bring the engine to where the run goes on => its position; collective.
 

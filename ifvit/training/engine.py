@@ -225,7 +225,7 @@ class Engine:
         """Decays of the averages, in the recipe's order."""
         return tuple(self._averages)
 
-    def denoise(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+    def predict_noise(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """The backbone in the recipe's precision; shapes as in `ifvit.diffusion.objectives`."""
         return cast(Tensor, self._model(x_t, timesteps, condition))
 
@@ -248,7 +248,7 @@ class Engine:
     def step(self) -> Tensor:
         """Update the parameters after the last micro-batch => global gradient norm, ().
 
-        A gradient that is not finite changes nothing, on any process; see `refused_updates`.
+        A gradient that is not finite changes nothing, on any process; see `skipped_steps`.
         """
         parameters = list(self._parameters.values())
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
@@ -276,7 +276,7 @@ class Engine:
         if not mended:
             self._refused += 1
 
-    def refused_updates(self, *, wait: bool) -> int:
+    def skipped_steps(self, *, wait: bool) -> int:
         """Updates refused since the last call because their gradient was not finite.
 
         Where the recipe tolerates none, the first one freezes the parameters on the device. So
@@ -288,13 +288,13 @@ class Engine:
         count, self._refused = self._refused, 0
         return count
 
-    def update_averages(self) -> None:
+    def update_ema(self) -> None:
         """Move every average towards the parameters, unless the update was refused."""
         if self._update_applied:
             for average in self._averages.values():
                 average.update(self._pieces())
 
-    def whole_backbone(self, ema_decay: float | None) -> Backbone:
+    def gather_backbone(self, ema_decay: float | None) -> Backbone:
         """A backbone with the averaged weights or, given None, the trained ones; collective.
 
         fp32, in eval mode. Where nothing is partitioned it shares the engine's memory: it is for
@@ -316,7 +316,7 @@ class Engine:
             for name, parameter in self._parameters.items():
                 yield f"{key}.{name}", self._gather_moment(parameter, key)
         for decay, average in self._averages.items():
-            yield from self._gather_named(f"{average_name(decay)}.", average.shadows)
+            yield from self._gather_named(f"{ema_name(decay)}.", average.shadows)
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
@@ -331,7 +331,7 @@ class Engine:
         for decay, average in self._averages.items():
             named = zip(self._parameters.items(), average.shadows, strict=True)
             for (name, parameter), shadow in named:
-                shadow.copy_(self._cut(read(f"{average_name(decay)}.{name}"), parameter))
+                shadow.copy_(self._cut(read(f"{ema_name(decay)}.{name}"), parameter))
 
     def scalars(self) -> dict[str, float]:
         """What else a checkpoint must hold; the same on every process."""
@@ -401,6 +401,6 @@ class Engine:
             yield f"{prefix}{name}", self._gather(piece, parameter)
 
 
-def average_name(ema_decay: float) -> str:
+def ema_name(ema_decay: float) -> str:
     """`ema0.9999`, which opens the names of an average's tensors."""
     return f"ema{ema_decay}"

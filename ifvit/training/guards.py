@@ -264,7 +264,7 @@ def report_nonfinite(
     that `replay` takes.
     """
     message = f"{config.run}: step {state.step + 1}, rank {engine.world.rank}: "
-    backbone = engine.whole_backbone(None)
+    backbone = engine.gather_backbone(None)
     prepare_forward(backbone, EngineConfig(precision=config.engine.precision), engine.device)
     found = _find_nonfinite(state, batches, objective, backbone, engine)
     if found is None:

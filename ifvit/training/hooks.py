@@ -19,7 +19,7 @@ from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.build import restore_backbone
 from ifvit.models.weights import WeightsInfo, save_weights, step_name
-from ifvit.process_group import SideChannel
+from ifvit.process_group import ProcessGroup
 from ifvit.sampling.conditions import open_autoencoder, open_conditions
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.sampler import Sampler, generate_images
@@ -27,7 +27,7 @@ from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes
 from ifvit.training.checkpoint import Checkpoint, Retention, commit, prune, step_url, write_part
 from ifvit.training.config import SampleGridConfig, TrainConfig
-from ifvit.training.engine import Engine, average_name
+from ifvit.training.engine import Engine, ema_name
 from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
 from ifvit.training.state import TrainState
@@ -64,7 +64,7 @@ class CheckpointSaver:
         run: str,
         attempt: str,
         world: World,
-        channel: SideChannel,
+        channel: ProcessGroup,
         *,
         exported: Callable[[str], bool],
         finish: Callable[[int, dict[str, Tensor]], None],
@@ -178,7 +178,7 @@ class SaveCheckpoint:
         self,
         config: TrainConfig,
         engine: Engine,
-        channel: SideChannel,
+        channel: ProcessGroup,
         lease: Lease,
         info: WeightsInfo,
         shards_sha256: str,
@@ -193,8 +193,8 @@ class SaveCheckpoint:
         first, *others = engine.ema_decays
         self._exports: dict[str, tuple[float | None, str]] = {
             "raw": (None, "backbone."),
-            "ema": (first, f"{average_name(first)}."),
-            **{f"ema_{decay}": (decay, f"{average_name(decay)}.") for decay in others},
+            "ema": (first, f"{ema_name(first)}."),
+            **{f"ema_{decay}": (decay, f"{ema_name(decay)}.") for decay in others},
         }
         prefixes = tuple(prefix for _, prefix in self._exports.values())
         retention = Retention(
@@ -262,7 +262,7 @@ class SampleGrid:
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Draw on the main process; the others wait."""
-        backbone = self._engine.whole_backbone(self._engine.ema_decays[0])
+        backbone = self._engine.gather_backbone(self._engine.ema_decays[0])
         if self._engine.world.is_main:
             sampler = self._build_sampler(backbone=backbone)
             positions = range(len(self._conditions))

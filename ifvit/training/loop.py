@@ -74,7 +74,7 @@ def fit(
             with engine.timer.phase("optimizer"):
                 grad_norm = engine.step()
             with engine.timer.phase("ema"):
-                engine.update_averages()
+                engine.update_ema()
 
             signal = stop.answer()
             step = state.step + 1
@@ -83,7 +83,7 @@ def fit(
                 engine.synchronize()  # so that `seconds` holds the work, not its submission
             seconds = time.perf_counter() - started
             state = state.advance(config.global_batch_size, seconds, data_wait)
-            refused = engine.refused_updates(wait=bool(due))
+            refused = engine.skipped_steps(wait=bool(due))
             state = replace(state, nonfinite_steps=state.nonfinite_steps + refused)
             if refused and state.nonfinite_steps > config.tolerate_nonfinite:
                 before = state.go_back(refused, config.global_batch_size)
@@ -125,7 +125,7 @@ def _accumulate(
         with engine.accumulate(last=not remaining):
             with engine.timer.phase("forward"):
                 moments, condition, positions = batch.moments, batch.condition, batch.positions
-                losses = objective(engine.denoise, moments, condition, state.step, positions)
+                losses = objective(engine.predict_noise, moments, condition, state.step, positions)
             with engine.timer.phase("backward"):
                 engine.backward(losses.total)
         parts.append((losses.per_sample, losses.timesteps))

@@ -15,7 +15,7 @@ from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.build import build_backbone
 from ifvit.models.weights import WeightsInfo, load_weights
-from ifvit.process_group import SideChannel
+from ifvit.process_group import ProcessGroup
 from ifvit.shards import ShardReader
 from ifvit.training.checkpoint import resume, saved_steps
 from ifvit.training.config import EngineConfig, TrainConfig
@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> TrainState:
     backbone = initial_backbone(config, reader)
     backbone.set_attention(config.engine.attention)
     batches, engine = _build_engine(config, reader, backbone)
-    channel = SideChannel(engine.world)
+    channel = ProcessGroup(engine.world)
     lease = channel.on_main(lambda: Lease.acquire(config.run))
     with lease.held() if engine.world.is_main else nullcontext():
         return _train(config, reader, batches, engine, channel, lease)
@@ -84,7 +84,7 @@ def _train(
     reader: ShardReader,
     batches: Batches,
     engine: Engine,
-    channel: SideChannel,
+    channel: ProcessGroup,
     lease: Lease,
 ) -> TrainState:
     """The same once the run directory is ours."""

@@ -32,7 +32,7 @@ from ifvit.models.config import Conditioning
 from ifvit.models.layers import Attention
 from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.config import Guidance, SamplingConfig
-from ifvit.sampling.guidance import GuidedDenoiser
+from ifvit.sampling.guidance import GuidedNoisePredictor
 from ifvit.sampling.sampler import sample_latents
 
 NUM_PROMPTS, NUM_TEXT, SIDE = 5, 6, 4
@@ -161,7 +161,7 @@ def test_only_the_conditional_half_is_recorded(conditioning: Conditioning) -> No
 
     def record(scale: float) -> list[np.ndarray]:
         rows = PromptRows(NUM_PROMPTS, inner_tokens(SIDE, 0))
-        denoiser = GuidedDenoiser(backbone, CONTEXTS, null_text, Guidance(scale=scale))
+        denoiser = GuidedNoisePredictor(backbone, CONTEXTS, null_text, Guidance(scale=scale))
         with torch.no_grad(), watch_attention(backbone, rows):
             denoiser(x_t, torch.full((NUM_PROMPTS,), 400))
         return list(rows.means())

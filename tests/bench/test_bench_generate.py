@@ -11,7 +11,7 @@ from ifvit.bench.sampling_speed import _guide_like_uvit, _guide_plainly, bench_g
 from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
 from ifvit.sampling.config import Guidance
-from ifvit.sampling.guidance import GuidedDenoiser
+from ifvit.sampling.guidance import GuidedNoisePredictor
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def test_sharing_changes_nothing_but_the_work() -> None:
     context, null_context = torch.randn(2, 77, 768)
     x_t, timesteps = torch.randn(1, 4, 32, 32), torch.tensor([500])
     denoisers = [
-        GuidedDenoiser(
+        GuidedNoisePredictor(
             backbone,
             context[None],
             backbone.encode_condition(null_context[None]),

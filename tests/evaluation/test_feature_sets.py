@@ -9,7 +9,7 @@ from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.evaluation.features import FeatureSet, collect_features
 from ifvit.images import Pixels
-from ifvit.process_group import SideChannel
+from ifvit.process_group import ProcessGroup
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 3), dtype=np.uint8)
 
@@ -19,7 +19,7 @@ def flatten(images: Tensor) -> Tensor:
 
 
 def collect(network: object, images: Pixels, positions: list[int], part: list[int]) -> FeatureSet:
-    channel = SideChannel(World(rank=0, size=1, local_rank=0))
+    channel = ProcessGroup(World(rank=0, size=1, local_rank=0))
     batches = np.split(images, [3])
     parts = {"eye": np.array(part)}
     return collect_features({"eye": network}, batches, positions, parts, "cpu", channel)["eye"]  # type: ignore[dict-item]

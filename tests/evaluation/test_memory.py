@@ -10,7 +10,7 @@ from ifvit.distributed import World
 from ifvit.evaluation.features import collect_features
 from ifvit.evaluation.metrics import estimate_frechet
 from ifvit.evaluation.rows import estimate_mean
-from ifvit.process_group import SideChannel
+from ifvit.process_group import ProcessGroup
 
 COUNT, WIDTH, BATCH = 30_000, 128, 500
 FEATURE_BYTES = COUNT * WIDTH * 4
@@ -21,7 +21,7 @@ def test_memory_is_that_of_the_features() -> None:
         return torch.randn(len(images), WIDTH)
 
     torch.manual_seed(0)
-    channel = SideChannel(World(rank=0, size=1, local_rank=0))
+    channel = ProcessGroup(World(rank=0, size=1, local_rank=0))
     batches = (np.zeros((BATCH, 8, 8, 3), np.uint8) for _ in range(COUNT // BATCH))
     tracemalloc.start()
     found = collect_features(

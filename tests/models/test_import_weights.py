@@ -10,7 +10,7 @@ from uvit_oracle import fork_layout, random_weights, uvit_layout
 
 from ifvit.cli import main
 from ifvit.errors import UserError
-from ifvit.models import from_reference_state_dict
+from ifvit.models import from_published_state_dict
 from ifvit.models.config import ImportConfig
 from ifvit.models.published_weights import import_weights
 from ifvit.models.weights import load_weights
@@ -40,7 +40,7 @@ def test_a_published_file_becomes_a_run_that_draws(name: str, tmp_path: Path) ->
     main(["import", str(tmp_path / name), run, *encoders])
     backbone, info = load_weights(run)
     assert (info.step, info.ema_decay, info.scaling_factor) == (1_000_000, 0.9999, 0.5)
-    expected = from_reference_state_dict(tensors, context_length=16)
+    expected = from_published_state_dict(tensors, context_length=16)
     assert backbone.shape == expected.shape
     assert backbone.shape.timestep_offset == 1  # both code bases count timesteps from 1
     for key, tensor in expected.state_dict().items():

@@ -19,7 +19,7 @@ from ifvit.sampling.conditions import number_conditions
 from ifvit.sampling.config import ExportConfig, GenerateConfig, Guidance
 from ifvit.sampling.export import export
 from ifvit.sampling.generate import generate
-from ifvit.sampling.guidance import GuidedDenoiser
+from ifvit.sampling.guidance import GuidedNoisePredictor
 from ifvit.sampling.pipeline import FusionPipeline
 
 NAMES = ("bird", "cat", "dog")
@@ -86,7 +86,7 @@ def test_guidance_steers_away_from_the_null_class(weights: str) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
         latents, timesteps, numbers = torch.randn(2, 4, 8, 8), torch.tensor([500, 500]), [0, 2]
         null = backbone.encode_condition(torch.tensor([3]))
-        denoiser = GuidedDenoiser(backbone, torch.tensor(numbers), null, Guidance(scale=3.0))
+        denoiser = GuidedNoisePredictor(backbone, torch.tensor(numbers), null, Guidance(scale=3.0))
         guided = denoiser(latents, timesteps)
         conditional = backbone(latents, timesteps, torch.tensor(numbers))
         unconditional = backbone(latents, timesteps, torch.tensor([3, 3]))

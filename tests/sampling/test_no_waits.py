@@ -12,7 +12,7 @@ import torch
 from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS, Conditioning
 from ifvit.sampling.config import Guidance
-from ifvit.sampling.guidance import GuidedDenoiser
+from ifvit.sampling.guidance import GuidedNoisePredictor
 from ifvit.sampling.solvers import solve
 
 
@@ -25,7 +25,7 @@ def draw(guidance: Guidance, conditioning: Conditioning = "concat") -> torch.Ten
         noise = torch.empty(2, shape.latent_channels, shape.latent_size, shape.latent_size)
     with torch.no_grad():
         null = backbone.encode_condition(contexts[:1])
-        denoiser = GuidedDenoiser(backbone, contexts, null, guidance)
+        denoiser = GuidedNoisePredictor(backbone, contexts, null, guidance)
     return solve(denoiser, noise, "dpm_solver_pp", num_steps=4)
 
 

@@ -17,7 +17,7 @@ from ifvit.models.config import Conditioning
 from ifvit.models.layers import Modulation
 from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.config import Guidance, SamplingConfig
-from ifvit.sampling.guidance import GuidedDenoiser
+from ifvit.sampling.guidance import GuidedNoisePredictor
 from ifvit.sampling.method import AlignmentMethod, Change, Evaluation
 from ifvit.sampling.sampler import Sampler, generate_images, sample_latents
 from ifvit.shards import EncoderIdentity
@@ -39,9 +39,11 @@ def build_backbone(conditioning: Conditioning = "cross_attention") -> FusionUViT
 
 def build_denoiser(
     backbone: FusionUViT, scale: float, method: AlignmentMethod | None = None, high: float = 999
-) -> GuidedDenoiser:
+) -> GuidedNoisePredictor:
     null_text = backbone.encode_condition(NULL[None])
-    return GuidedDenoiser(backbone, CONTEXTS, null_text, Guidance(scale=scale, high=high), method)
+    return GuidedNoisePredictor(
+        backbone, CONTEXTS, null_text, Guidance(scale=scale, high=high), method
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,9 @@ def test_guidance_ends_where_its_interval_does() -> None:
     rows: list[int] = []
     backbone.mid_block.register_forward_hook(lambda *call: rows.append(len(call[2])))
     guidance = Guidance(scale=2.0, low=100, high=800)
-    denoiser = GuidedDenoiser(backbone, CONTEXTS, backbone.encode_condition(NULL[None]), guidance)
+    denoiser = GuidedNoisePredictor(
+        backbone, CONTEXTS, backbone.encode_condition(NULL[None]), guidance
+    )
     for t in (999, 801, 800, 100, 99, 0):
         denoiser(torch.randn(5, 4, 4, 4), torch.full((5,), t))
     assert rows == [5, 5, 10, 10, 5, 5]

@@ -20,7 +20,7 @@ from ifvit import storage
 from ifvit import storage as object_store
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.process_group import SideChannel
+from ifvit.process_group import ProcessGroup
 from ifvit.storage import join, list_names, remove
 from ifvit.training import checkpoint as retention
 from ifvit.training import hooks as checkpoint_saver
@@ -42,7 +42,7 @@ from ifvit.training.state import TrainState
 SHAPES = {"backbone.a": (40, 30), "backbone.b": (7,), "exp_avg.a": (40, 30), "ema0.9.a": (40, 30)}
 
 
-class Exchange(SideChannel):
+class Exchange(ProcessGroup):
     """The side channel of ranks that are threads of one process."""
 
     def __init__(self, world: World, barrier: threading.Barrier, values: list[Any]) -> None:

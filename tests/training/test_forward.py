@@ -55,7 +55,7 @@ def test_what_is_drawn_from_takes_any_type(recipe: Recipe) -> None:
         num_micro_batches=1,
     )
     for decay in (None, 0.9):
-        blocks = engine.whole_backbone(decay).blocks()
+        blocks = engine.gather_backbone(decay).blocks()
         assert {block.attn.attend for block in blocks} == {load_attention("sdpa")}
 
 

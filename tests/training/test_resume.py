@@ -21,7 +21,7 @@ from ifvit.errors import UserError
 from ifvit.evaluation.runs import read_run
 from ifvit.models.backbone import Backbone
 from ifvit.models.weights import WeightsInfo, load_weights, save_weights
-from ifvit.process_group import SideChannel
+from ifvit.process_group import ProcessGroup
 from ifvit.storage import join, list_names, read_bytes, read_json, remove, write_json
 from ifvit.training import checkpoint as resume_module
 from ifvit.training import hooks
@@ -201,7 +201,7 @@ def test_rows_are_on_disk_before_the_checkpoint_that_goes_on_from_them(
     assert rows_on_disk == [2]
 
 
-class SecondNode(SideChannel):
+class SecondNode(ProcessGroup):
     """Engine and channel of a process that shares neither disk nor memory with the main one."""
 
     world = World(rank=2, size=4, local_rank=0)

@@ -49,10 +49,10 @@ def waits_of_a_step(**fields: Any) -> list[str]:
 
     def step() -> None:
         engine.set_learning_rate(1e-3)
-        losses = objective(engine.denoise, moments, contexts, 3, torch.arange(2))
+        losses = objective(engine.predict_noise, moments, contexts, 3, torch.arange(2))
         engine.backward(losses.total)
         engine.step()
-        engine.update_averages()
+        engine.update_ema()
 
     step()
     with NoteWaits() as noted:

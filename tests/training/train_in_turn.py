@@ -17,15 +17,15 @@ from ifvit.training.train import train
 
 def preempt_after_two_steps() -> None:
     """Send SIGUSR1 to this process when it has trained two steps."""
-    real, calls = Engine.update_averages, []
+    real, calls = Engine.update_ema, []
 
-    def update_averages(engine: Engine) -> None:
+    def update_ema(engine: Engine) -> None:
         real(engine)
         calls.append(engine)
         if len(calls) == 2 and engine.world.rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    Engine.update_averages = update_averages  # type: ignore[method-assign]
+    Engine.update_ema = update_ema  # type: ignore[method-assign]
 
 
 def train_in_turn(recipes: list[TrainConfig]) -> None:
