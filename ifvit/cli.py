@@ -31,7 +31,7 @@ VERBS = {
     ),
     "scenes": Verb(
         "ifvit.scenes.config:ScenesConfig",
-        "ifvit.scenes.image_sets:draw_scenes",
+        "ifvit.scenes.image_sets:render_scenes",
         "draw an image set, captioned in COCO's layout or in class folders",
     ),
     "encode": Verb(

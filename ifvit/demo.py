@@ -19,7 +19,7 @@ from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.rows import Estimate, MetricsRow
 from ifvit.models.config import PRESETS
 from ifvit.sampling.config import SamplingConfig
-from ifvit.scenes.image_sets import draw_scene_set
+from ifvit.scenes.image_sets import render_scene_set
 from ifvit.storage import join, write_json
 from ifvit.studies.config import ReportConfig
 from ifvit.studies.report import report
@@ -65,7 +65,7 @@ def demo(config: DemoConfig) -> None:
     runs = [join(config.folder, name) for name in settings]
     _announce("1/4", "draw scenes in COCO's layout")
     for split, count in (("train2014", NUM_TRAIN), ("val2014", NUM_HELD_OUT)):
-        draw_scene_set(images, split, count)
+        render_scene_set(images, split, count)
     with _worker_processes() as pool:
         _announce("2/4", "encode them into shards of VAE moments and CLIP contexts")
         encodings = [

@@ -49,7 +49,7 @@ def uniform(seed: int, step: int, positions: Tensor, stream: Stream, count: int)
     return (words >> 8).to(torch.float32) * 2.0**-24
 
 
-def draw(seed: int, step: int, positions: Array, stream: Stream) -> Array:
+def uniform_array(seed: int, step: int, positions: Array, stream: Stream) -> Array:
     """(N,) int64 positions => (N,) float32, the numbers of `uniform` with count 1.
 
     By NumPy: for the few hundred positions of a batch torch would spend its time on overhead.

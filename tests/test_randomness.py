@@ -8,11 +8,11 @@ import torch
 
 from ifvit.rng import (
     Stream,
-    draw,
     normal,
     permutation,
     philox,
     uniform,
+    uniform_array,
 )
 
 # kat_vectors of the Random123 library, philox4x32-10: counter, key, result.
@@ -58,7 +58,7 @@ def test_numpy_draws_what_torch_draws() -> None:
     for seed in (0, 1234, 2**40 + 7):
         by_torch = uniform(seed, 10**6, positions, Stream.FLIP, 1)[:, 0]
         np.testing.assert_array_equal(
-            draw(seed, 10**6, positions.numpy(), Stream.FLIP), by_torch.numpy()
+            uniform_array(seed, 10**6, positions.numpy(), Stream.FLIP), by_torch.numpy()
         )
 
 

@@ -25,7 +25,7 @@ import torch
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from ifvit import storage
-from ifvit.scenes.image_sets import draw_scene_set
+from ifvit.scenes.image_sets import render_scene_set
 
 NUM_IMAGES = 24
 UNFINISHED = 3
@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a forked child has no OpenMP threads, so it must want none
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder  # what killed processes leave there goes with it
-        draw_scene_set(folder, "train2014", NUM_IMAGES)
+        render_scene_set(folder, "train2014", NUM_IMAGES)
         config = EncodeConfig(
             images=f"{folder}/train2014",
             captions=f"{folder}/annotations/captions_train2014.json",

@@ -66,9 +66,9 @@ def draw_shards(folder: str) -> str:
     """64 scenes as shards."""
     from data_pipeline.config import EncodeConfig
     from data_pipeline.encode import encode
-    from ifvit.scenes.image_sets import draw_scene_set
+    from ifvit.scenes.image_sets import render_scene_set
 
-    draw_scene_set(folder, "train2014", 64)
+    render_scene_set(folder, "train2014", 64)
     captions = join(folder, "annotations", "captions_train2014.json")
     shards, images = join(folder, "shards"), join(folder, "train2014")
     names = {"vae": "scenes/vae", "text_encoder": "scenes/clip", "image_size": 64}

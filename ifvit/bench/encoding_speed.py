@@ -20,7 +20,7 @@ from ifvit.bench.config import BenchEncodeConfig
 from ifvit.bench.timing import median_of_rounds, print_result
 from ifvit.images import Pixels, to_model_range
 from ifvit.scenes.captions import write_captions
-from ifvit.scenes.drawings import draw_random_scene
+from ifvit.scenes.drawings import render_sampled_scene
 
 IMAGE_SHAPE = (640, 480)
 GRAIN = 6.0
@@ -64,7 +64,7 @@ def _draw_images(folder: Path, config: BenchEncodeConfig) -> EncodeConfig:
     """Enlarged scenes under noise with captions, in COCO's layout, and the recipe for them."""
     images, annotations = [], []
     for number in range(config.num_images):
-        drawn = draw_random_scene(0, number)
+        drawn = render_sampled_scene(0, number)
         smooth = np.asarray(Image.fromarray(drawn.image).resize(IMAGE_SHAPE))
         grainy = smooth + np.random.default_rng(number).normal(0, GRAIN, smooth.shape)
         picture = Image.fromarray(grainy.clip(0, 255).astype(np.uint8))

@@ -19,7 +19,7 @@ from ifvit.evaluation.references import find_image, read_reference
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.backbone import Backbone
 from ifvit.models.weights import WeightsInfo, load_weights
-from ifvit.rng import Stream, draw
+from ifvit.rng import Stream, uniform_array
 from ifvit.sampling.alignment.methods import build_method
 from ifvit.sampling.conditions import (
     check_identity,
@@ -70,7 +70,7 @@ def read_prompts(reader: ShardReader, protocol: ProtocolConfig) -> list[Prompt]:
     positions = np.arange(count)
     chosen = np.zeros(count, np.int64)
     if protocol.caption_rule == "random":
-        shares = draw(protocol.sampling.seed, 0, positions, Stream.CAPTION)
+        shares = uniform_array(protocol.sampling.seed, 0, positions, Stream.CAPTION)
         chosen = (shares * reader.caption_counts(positions)).astype(np.int64)
     prompts = []
     for position, caption in enumerate(chosen.tolist()):

@@ -106,7 +106,7 @@ class PlacedObject:
         return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
+def sample_scene(rng: np.random.Generator) -> Scene:
     """A scene of one group, or (two times in five) of two groups of different colours."""
     first_colour, second_colour = rng.permutation(list(COLOURS))[:2].tolist()
     first_kind, second_kind = rng.choice(KINDS, 2).tolist()
@@ -122,7 +122,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
     return Scene(first=first, relation=relation, second=second)
 
 
-def place_objects(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject, ...]:
+def sample_objects(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject, ...]:
     """Positions at random: boxes at least 1.5 px apart, the relation true and unambiguous.
 
     Two groups lie in two halves of the image, and the line between their centres deviates from
@@ -186,7 +186,7 @@ _BACKGROUND = (228, 250)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawnScene:
+class RenderedScene:
     """A scene, where its objects lie, and its image (64, 64, 3) uint8."""
 
     scene: Scene
@@ -194,15 +194,15 @@ class DrawnScene:
     image: NDArray[np.uint8]
 
 
-def draw_random_scene(seed: int, image_id: int) -> DrawnScene:
+def render_sampled_scene(seed: int, image_id: int) -> RenderedScene:
     """The scene number `image_id` of the endless series `seed`; the same arguments, the same."""
     rng = np.random.default_rng((seed, image_id))
-    return draw_scene(random_scene(rng), rng)
+    return render_scene(sample_scene(rng), rng)
 
 
-def draw_scene(scene: Scene, rng: np.random.Generator) -> DrawnScene:
+def render_scene(scene: Scene, rng: np.random.Generator) -> RenderedScene:
     """One image of `scene`; `rng` chooses positions, size and the background's shade."""
-    objects = place_objects(scene, rng)
+    objects = sample_objects(scene, rng)
     shade = int(rng.integers(_BACKGROUND[0], _BACKGROUND[1] + 1))
     side = IMAGE_SIZE * _SUPERSAMPLING
     canvas = Image.new("RGB", (side, side), (shade, shade, shade))
@@ -211,7 +211,7 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> DrawnScene:
         corners = [(x * _SUPERSAMPLING, y * _SUPERSAMPLING) for x, y in placed.outline]
         pen.polygon(corners, fill=COLOURS[placed.colour])
     image = np.asarray(canvas.reduce(_SUPERSAMPLING))
-    return DrawnScene(scene=scene, objects=objects, image=image)
+    return RenderedScene(scene=scene, objects=objects, image=image)
 
 
 def encode_jpeg(image: NDArray[np.uint8]) -> bytes:

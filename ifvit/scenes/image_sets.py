@@ -15,13 +15,13 @@ from ifvit.scenes.drawings import (
     IMAGE_SIZE,
     KINDS,
     MAX_COUNT,
-    DrawnScene,
     Group,
     PlacedObject,
+    RenderedScene,
     Scene,
-    draw_random_scene,
-    draw_scene,
     encode_jpeg,
+    render_sampled_scene,
+    render_scene,
 )
 from ifvit.storage import read_json, write_json
 
@@ -34,7 +34,7 @@ _LICENSE = {"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.or
 _DATE = "2024-01-01 00:00:00"
 
 
-def draw_scene_set(folder: str | Path, split: str, num_images: int, seed: int = 0) -> None:
+def render_scene_set(folder: str | Path, split: str, num_images: int, seed: int = 0) -> None:
     """Write `folder/SPLIT/COCO_SPLIT_ID.jpg` and captions and instances below `annotations/`.
 
     The same arguments give the same bytes. A set that is finished is left alone; one that was
@@ -50,7 +50,7 @@ def draw_scene_set(folder: str | Path, split: str, num_images: int, seed: int = 
         return
     drawn = {}
     for image_id in tqdm(ids, desc=f"draw {split}"):
-        drawn[image_id] = draw_random_scene(seed, image_id)
+        drawn[image_id] = render_sampled_scene(seed, image_id)
         jpeg = encode_jpeg(drawn[image_id].image)
         (images / _file_name(split, image_id)).write_bytes(jpeg)
     shared = {"info": info, "licenses": [_LICENSE]}
@@ -126,19 +126,19 @@ def _image_record(split: str, image_id: int) -> dict[str, Any]:
     }
 
 
-def _caption_records(drawn: dict[int, DrawnScene]) -> list[dict[str, Any]]:
+def _caption_records(drawn: dict[int, RenderedScene]) -> list[dict[str, Any]]:
     pairs = [(i, text) for i, one in drawn.items() for text in write_captions(one.scene)]
     first = _first_annotation_id(drawn)
     return [{"image_id": i, "id": n, "caption": text} for n, (i, text) in enumerate(pairs, first)]
 
 
-def _instance_records(drawn: dict[int, DrawnScene]) -> list[dict[str, Any]]:
+def _instance_records(drawn: dict[int, RenderedScene]) -> list[dict[str, Any]]:
     pairs = [(i, placed) for i, one in drawn.items() for placed in one.objects]
     first = _first_annotation_id(drawn)
     return [_instance_record(n, i, placed) for n, (i, placed) in enumerate(pairs, first)]
 
 
-def _first_annotation_id(drawn: dict[int, DrawnScene]) -> int:
+def _first_annotation_id(drawn: dict[int, RenderedScene]) -> int:
     """Ten ids an image: no two splits share an annotation id either."""
     return 10 * min(drawn)
 
@@ -165,7 +165,7 @@ def class_scenes() -> dict[str, Scene]:
     return {write_captions(scene)[0].replace(" ", "_"): scene for scene in scenes}
 
 
-def draw_class_set(folder: str | Path, split: str, num_images: int, seed: int = 0) -> None:
+def render_class_set(folder: str | Path, split: str, num_images: int, seed: int = 0) -> None:
     """Write `folder/SPLIT/CLASS/ID.jpg`, of every class in turn, as the `folder` source reads them.
 
     The same arguments give the same bytes, and a finished set is left alone:
@@ -182,13 +182,13 @@ def draw_class_set(folder: str | Path, split: str, num_images: int, seed: int = 
         Path(folder, split, name).mkdir(exist_ok=True)
     for number, image_id in enumerate(tqdm(ids, desc=f"draw {split}")):
         choice = number % len(names)
-        drawn = draw_scene(scenes[choice], np.random.default_rng((seed, image_id)))
+        drawn = render_scene(scenes[choice], np.random.default_rng((seed, image_id)))
         path = Path(folder, split, names[choice], f"{image_id:012d}.jpg")
         path.write_bytes(encode_jpeg(drawn.image))
     write_json(str(done), {"info": info, "classes": sorted(names)})
 
 
-def draw_scenes(config: ScenesConfig) -> None:
+def render_scenes(config: ScenesConfig) -> None:
     """Draw the set, in COCO's layout or in class folders."""
-    draw = draw_class_set if config.classes else draw_scene_set
+    draw = render_class_set if config.classes else render_scene_set
     draw(config.folder, config.split, config.num_images, config.seed)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.rng import Stream, draw, permutation
+from ifvit.rng import Stream, permutation, uniform_array
 from ifvit.shards import ShardReader
 from ifvit.shards.format import Array
 from ifvit.training.state import TrainState
@@ -162,9 +162,9 @@ class BatchOrder:
 
     def caption_indices(self, step: int, positions: Array, num_captions: Array) -> Array:
         """(B,) caption numbers, uniform over each image's captions; -1 where dropped."""
-        chosen = draw(self.seed, step, positions, Stream.CAPTION)
+        chosen = uniform_array(self.seed, step, positions, Stream.CAPTION)
         captions: Array = (chosen * num_captions).astype(np.int64)
-        dropped = draw(self.seed, step, positions, Stream.DROPOUT) < self.caption_dropout
+        dropped = uniform_array(self.seed, step, positions, Stream.DROPOUT) < self.caption_dropout
         captions[dropped] = -1
         return captions
 
@@ -172,7 +172,7 @@ class BatchOrder:
         """(B,) whether the mirrored image is read, for half of all visits; None: never."""
         if not self.random_flip:
             return None
-        flips: Array = draw(self.seed, step, positions, Stream.FLIP) < 0.5
+        flips: Array = uniform_array(self.seed, step, positions, Stream.FLIP) < 0.5
         return flips
 
     def _blocks_at(self, places: Array) -> Array:

@@ -9,14 +9,14 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.sampling.config import SamplingConfig
-from ifvit.scenes.image_sets import draw_scene_set
+from ifvit.scenes.image_sets import render_scene_set
 from ifvit.shards import read_manifest
 
 
 @pytest.fixture(scope="session")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
     folder = tmp_path_factory.mktemp("scenes")
-    draw_scene_set(folder, "val2014", NUM_IMAGES, seed=3)
+    render_scene_set(folder, "val2014", NUM_IMAGES, seed=3)
     shards = str(folder / "shards")
     encode(
         EncodeConfig(

@@ -16,7 +16,7 @@ from transformers.models.yolos.image_processing_pil_yolos import YolosImageProce
 
 from ifvit.errors import UserError
 from ifvit.evaluation.detectors import ClassDetector, CountingRule, WordDetector, open_counter
-from ifvit.scenes.drawings import Group, Scene, draw_random_scene, draw_scene
+from ifvit.scenes.drawings import Group, Scene, render_sampled_scene, render_scene
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
 NOTHING = len(CLASSES)
@@ -113,7 +113,7 @@ def test_words_are_counted_by_their_own_scores() -> None:
 
 def test_scenes_are_counted_exactly() -> None:
     counter = open_counter("scenes", None, "cpu")
-    for drawn in (draw_random_scene(seed=5, image_id=number) for number in range(20)):
+    for drawn in (render_sampled_scene(seed=5, image_id=number) for number in range(20)):
         for kind in ("circle", "square", "triangle"):
             wanted = sum(group.count for group in drawn.scene.groups if group.kind == kind)
             assert counter.count(drawn.image[None], [kind]) == [wanted]
@@ -126,7 +126,7 @@ def test_colours_do_not_matter_to_a_count_of_scenes() -> None:
         relation="above",
         second=Group(count=1, colour="blue", kind="square"),
     )
-    image = draw_scene(scene, rng).image
+    image = render_scene(scene, rng).image
     counter = open_counter("scenes", None, "cpu")
     counter.check(["Square"])
     assert counter.count(np.stack([image] * 3), ["square", "Square", "circle"]) == [3, 3, 0]

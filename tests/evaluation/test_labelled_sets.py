@@ -15,7 +15,7 @@ from ifvit.evaluation.evaluate import evaluate
 from ifvit.models.build import build_backbone
 from ifvit.models.config import CLASS_PRESETS
 from ifvit.models.weights import WeightsInfo, save_weights
-from ifvit.scenes.image_sets import class_scenes, draw_class_set
+from ifvit.scenes.image_sets import class_scenes, render_class_set
 from ifvit.shards import Manifest, read_manifest
 
 NUM_IMAGES = 80
@@ -25,7 +25,7 @@ NUM_IMAGES = 80
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Held-out scenes in classes, and their shards."""
     folder = tmp_path_factory.mktemp("classes")
-    draw_class_set(folder, "val2014", NUM_IMAGES)
+    render_class_set(folder, "val2014", NUM_IMAGES)
     images, shards = str(folder / "val2014"), str(folder / "shards")
     encode(
         EncodeConfig(

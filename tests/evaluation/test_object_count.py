@@ -21,7 +21,7 @@ from ifvit.evaluation.object_prompts import read_count_prompts
 from ifvit.images import encode_png
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.captions import parse_caption
-from ifvit.scenes.drawings import Scene, draw_scene
+from ifvit.scenes.drawings import Scene, render_scene
 from ifvit.studies.object_counts import count_objects_of_runs
 
 PROMPTS = read_count_prompts("scenes")
@@ -53,7 +53,7 @@ def plant_images(folder: Path) -> None:
     for position in range(2 * len(PROMPTS)):
         group = parse_caption(PROMPTS[position % len(PROMPTS)].prompt).first
         more = dataclasses.replace(group, count=group.count + position // len(PROMPTS))
-        image = draw_scene(Scene(first=more), rng).image
+        image = render_scene(Scene(first=more), rng).image
         (folder / f"{position:05d}.png").write_bytes(encode_png(image))
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ifvit.evaluation.metrics import perceptual_distances
 from ifvit.models.clip import load_clip
-from ifvit.scenes.drawings import draw_random_scene
+from ifvit.scenes.drawings import render_sampled_scene
 
 
 def test_it_is_its_formula() -> None:
@@ -30,7 +30,7 @@ def test_it_is_its_formula() -> None:
 
 def test_clip_finds_equal_images_equal_and_other_scenes_far() -> None:
     scorer = load_clip("scenes/clip")
-    scenes = np.stack([draw_random_scene(seed=0, image_id=n).image for n in range(8)])
+    scenes = np.stack([render_sampled_scene(seed=0, image_id=n).image for n in range(8)])
     noisy = np.clip(scenes + np.random.default_rng(9).integers(-6, 7, scenes.shape), 0, 255)
     noisy = noisy.astype(np.uint8)
     same, near, far = (

@@ -4,9 +4,9 @@ import pytest
 
 from ifvit.errors import UserError
 from ifvit.scenes.captions import NUMBER_WORDS, parse_caption, write_captions
-from ifvit.scenes.drawings import Group, Scene, draw_random_scene
+from ifvit.scenes.drawings import Group, Scene, render_sampled_scene
 
-SCENES = [draw_random_scene(seed=21, image_id=number).scene for number in range(500)]
+SCENES = [render_sampled_scene(seed=21, image_id=number).scene for number in range(500)]
 CIRCLES = Group(count=2, colour="red", kind="circle")
 SQUARE = Group(count=1, colour="blue", kind="square")
 

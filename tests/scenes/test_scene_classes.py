@@ -9,7 +9,7 @@ from PIL import Image
 from data_pipeline.sources.class_folders import ImageFolders
 from ifvit.errors import UserError
 from ifvit.scenes.captions import parse_caption
-from ifvit.scenes.image_sets import class_scenes, draw_class_set
+from ifvit.scenes.image_sets import class_scenes, render_class_set
 from ifvit.scenes.score import score_image
 
 
@@ -20,7 +20,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classes")
-    draw_class_set(folder, "train2014", 80)
+    render_class_set(folder, "train2014", 80)
     return folder
 
 
@@ -46,9 +46,9 @@ def test_the_folder_source_reads_all_classes(drawn: Path) -> None:
 
 
 def test_the_same_set_is_drawn_again_and_splits_share_no_image(drawn: Path, tmp_path: Path) -> None:
-    draw_class_set(tmp_path, "train2014", 80)
+    render_class_set(tmp_path, "train2014", 80)
     assert contents(tmp_path) == contents(drawn)
-    draw_class_set(tmp_path, "val2014", 75)
+    render_class_set(tmp_path, "val2014", 75)
     images = contents(tmp_path / "train2014"), contents(tmp_path / "val2014")
     assert not set(images[0].values()) & set(images[1].values())
 
@@ -56,10 +56,10 @@ def test_the_same_set_is_drawn_again_and_splits_share_no_image(drawn: Path, tmp_
 def test_an_unfinished_set_is_drawn_anew_and_others_images_are_left_alone(
     drawn: Path, tmp_path: Path
 ) -> None:
-    draw_class_set(tmp_path, "train2014", 90)
+    render_class_set(tmp_path, "train2014", 90)
     (tmp_path / "annotations" / "classes_train2014.json").unlink()
-    draw_class_set(tmp_path, "train2014", 80)
+    render_class_set(tmp_path, "train2014", 80)
     assert contents(tmp_path) == contents(drawn)
     (tmp_path / "val2014" / "cat").mkdir(parents=True)
     with pytest.raises(UserError, match="holds images of another origin"):
-        draw_class_set(tmp_path, "val2014", 75)
+        render_class_set(tmp_path, "val2014", 75)

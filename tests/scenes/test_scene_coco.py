@@ -10,7 +10,7 @@ from PIL import Image
 
 from ifvit.errors import UserError
 from ifvit.scenes.captions import parse_caption
-from ifvit.scenes.image_sets import draw_scene_set
+from ifvit.scenes.image_sets import render_scene_set
 from ifvit.scenes.score import find_objects
 from ifvit.storage import sha256_of
 
@@ -26,14 +26,14 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def test_the_same_arguments_write_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        draw_scene_set(tmp_path / name, "train2014", 30, seed=1)
-    draw_scene_set(tmp_path / "other", "train2014", 30, seed=2)
+        render_scene_set(tmp_path / name, "train2014", 30, seed=1)
+    render_scene_set(tmp_path / "other", "train2014", 30, seed=2)
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
     assert hashes(tmp_path / "one") != hashes(tmp_path / "other")
 
 
 def test_files_and_records_are_those_of_coco(tmp_path: Path) -> None:
-    draw_scene_set(tmp_path, "val2014", 20, seed=1)
+    render_scene_set(tmp_path, "val2014", 20, seed=1)
     captions, instances = (read(tmp_path, f"{n}_val2014.json") for n in ("captions", "instances"))
     assert {"info", "licenses", "images", "annotations"} == set(captions)
     assert set(instances) == set(captions) | {"categories"}
@@ -51,7 +51,7 @@ def test_files_and_records_are_those_of_coco(tmp_path: Path) -> None:
 
 
 def test_instances_captions_and_pixels_tell_the_same_story(tmp_path: Path) -> None:
-    draw_scene_set(tmp_path, "train2014", 20, seed=3)
+    render_scene_set(tmp_path, "train2014", 20, seed=3)
     instances = read(tmp_path, "instances_train2014.json")
     kinds = {record["id"]: record["name"] for record in instances["categories"]}
     told = {
@@ -75,7 +75,7 @@ def test_instances_captions_and_pixels_tell_the_same_story(tmp_path: Path) -> No
 def test_no_two_splits_share_an_image_or_annotation_id(tmp_path: Path) -> None:
     seen: dict[str, set[int]] = {"images": set(), "annotations": set()}
     for split in ("train2014", "val2014", "train2017", "val2017"):
-        draw_scene_set(tmp_path, split, 5, seed=1)
+        render_scene_set(tmp_path, split, 5, seed=1)
         for part, ids in seen.items():
             found = {record["id"] for record in read(tmp_path, f"captions_{split}.json")[part]}
             assert not found & ids
@@ -83,21 +83,21 @@ def test_no_two_splits_share_an_image_or_annotation_id(tmp_path: Path) -> None:
 
 
 def test_a_finished_set_is_left_alone_and_an_interrupted_one_is_completed(tmp_path: Path) -> None:
-    draw_scene_set(tmp_path, "train2014", 10, seed=1)
+    render_scene_set(tmp_path, "train2014", 10, seed=1)
     finished = hashes(tmp_path)
     image = next((tmp_path / "train2014").iterdir())
     time = image.stat().st_mtime_ns
-    draw_scene_set(tmp_path, "train2014", 10, seed=1)
+    render_scene_set(tmp_path, "train2014", 10, seed=1)
     assert image.stat().st_mtime_ns == time
     image.unlink()
     (tmp_path / "annotations" / "captions_train2014.json").unlink()
-    draw_scene_set(tmp_path, "train2014", 10, seed=1)
+    render_scene_set(tmp_path, "train2014", 10, seed=1)
     assert hashes(tmp_path) == finished
 
 
 def test_other_parameters_replace_the_set(tmp_path: Path) -> None:
-    draw_scene_set(tmp_path, "train2014", 10, seed=1)
-    draw_scene_set(tmp_path, "train2014", 4, seed=1)
+    render_scene_set(tmp_path, "train2014", 10, seed=1)
+    render_scene_set(tmp_path, "train2014", 4, seed=1)
     assert len(list((tmp_path / "train2014").iterdir())) == 4
 
 
@@ -106,11 +106,11 @@ def test_images_of_another_origin_are_never_touched(tmp_path: Path) -> None:
     own.parent.mkdir()
     own.write_bytes(b"mine")
     with pytest.raises(UserError, match="another origin"):
-        draw_scene_set(tmp_path, "train2014", 10, seed=1)
+        render_scene_set(tmp_path, "train2014", 10, seed=1)
     assert own.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(("split", "count"), [("test2015", 5), ("train2014", 0)])
 def test_an_impossible_set_is_a_user_error(tmp_path: Path, split: str, count: int) -> None:
     with pytest.raises(UserError, match="need a split of"):
-        draw_scene_set(tmp_path, split, count, seed=1)
+        render_scene_set(tmp_path, split, count, seed=1)

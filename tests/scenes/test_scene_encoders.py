@@ -15,11 +15,11 @@ import ifvit.scenes
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.clip import load_clip, load_text_encoder
 from ifvit.scenes.captions import write_captions
-from ifvit.scenes.drawings import draw_random_scene
+from ifvit.scenes.drawings import render_sampled_scene
 from ifvit.scenes.score import score_image
 
 ENCODERS = Path(ifvit.scenes.__file__).parent / "encoders"
-DRAWN = [draw_random_scene(seed=41, image_id=number) for number in range(96)]
+DRAWN = [render_sampled_scene(seed=41, image_id=number) for number in range(96)]
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from ifvit.scenes.drawings import (
     MAX_COUNT,
     MAX_OBJECTS,
     PlacedObject,
-    draw_random_scene,
     encode_jpeg,
+    render_sampled_scene,
 )
 from ifvit.scenes.score import find_objects
 
-DRAWN = [draw_random_scene(seed=11, image_id=number) for number in range(400)]
+DRAWN = [render_sampled_scene(seed=11, image_id=number) for number in range(400)]
 
 
 def gap(one: PlacedObject, other: PlacedObject) -> float:
@@ -59,13 +59,13 @@ def test_about_half_of_the_scenes_have_a_relation_and_all_counts_occur() -> None
 
 def test_the_same_seed_and_number_draw_the_same_picture() -> None:
     for number in range(20):
-        again = draw_random_scene(seed=11, image_id=number)
+        again = render_sampled_scene(seed=11, image_id=number)
         assert again.scene == DRAWN[number].scene
         assert encode_jpeg(again.image) == encode_jpeg(DRAWN[number].image)
 
 
 def test_another_seed_draws_another_picture() -> None:
-    assert draw_random_scene(seed=12, image_id=0).objects != DRAWN[0].objects
+    assert render_sampled_scene(seed=12, image_id=0).objects != DRAWN[0].objects
 
 
 def test_area_of_the_polygons_is_the_area_of_their_pixels() -> None:

@@ -8,11 +8,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from ifvit.scenes.drawings import COLOURS, KINDS, Group, Scene, draw_random_scene, draw_scene
+from ifvit.scenes.drawings import COLOURS, KINDS, Group, Scene, render_sampled_scene, render_scene
 from ifvit.scenes.score import SceneScore, find_objects, score_image
 
 Pixels = NDArray[np.uint8]
-DRAWN = [draw_random_scene(seed=31, image_id=number) for number in range(200)]
+DRAWN = [render_sampled_scene(seed=31, image_id=number) for number in range(200)]
 PAIRS = [drawn for drawn in DRAWN if drawn.scene.second is not None]
 
 
@@ -107,7 +107,7 @@ def test_specks_are_not_objects_but_touching_objects_are_one() -> None:
 
 def test_found_objects_lie_where_they_were_drawn() -> None:
     scene = Scene(first=Group(count=1, colour="green", kind="square"))
-    drawn = draw_scene(scene, np.random.default_rng(4))
+    drawn = render_scene(scene, np.random.default_rng(4))
     (found,) = find_objects(drawn.image)
     assert (found.colour, found.kind) == ("green", "square")
     assert abs(found.x - drawn.objects[0].x) < 0.5

@@ -8,14 +8,14 @@ from small_jobs import NUM_IMAGES, encoding, training
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from ifvit.scenes.image_sets import draw_scene_set
+from ifvit.scenes.image_sets import render_scene_set
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of 48 captioned scenes in COCO's layout."""
     folder = tmp_path_factory.mktemp("images")
-    draw_scene_set(str(folder), "train2014", NUM_IMAGES)
+    render_scene_set(str(folder), "train2014", NUM_IMAGES)
     return folder
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ifvit.scenes.captions import write_captions
-from ifvit.scenes.drawings import draw_random_scene
+from ifvit.scenes.drawings import render_sampled_scene
 
 
 class SceneSet:
@@ -18,7 +18,7 @@ class SceneSet:
     """
 
     def __init__(self, seed: int, count: int) -> None:
-        drawn = [draw_random_scene(seed, i) for i in tqdm(range(count), "draw", mininterval=2)]
+        drawn = [render_sampled_scene(seed, i) for i in tqdm(range(count), "draw", mininterval=2)]
         self.scenes = [one.scene for one in drawn]
         self.images = torch.from_numpy(np.stack([one.image for one in drawn])).permute(0, 3, 1, 2)
         self.captions = [write_captions(scene) for scene in self.scenes]

@@ -12,9 +12,9 @@ from ifvit.images import to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
 from ifvit.sampling.alignment.date import Score, clip_score_of, weighted_sum
 from ifvit.scenes.captions import write_captions
-from ifvit.scenes.drawings import draw_random_scene
+from ifvit.scenes.drawings import render_sampled_scene
 
-SCENES = [draw_random_scene(5, number) for number in range(4)]
+SCENES = [render_sampled_scene(5, number) for number in range(4)]
 CAPTIONS = [write_captions(drawn.scene)[0] for drawn in SCENES]
 IMAGES = to_model_range(np.stack([drawn.image for drawn in SCENES]))
 
