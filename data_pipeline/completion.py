@@ -1,7 +1,7 @@
-"""Receipts: proof that one output shard is done, by which job, and what it left out.
+"""Completion markers: proof that one output shard is done, by which job, and what it left out.
 
-A receipt is written after its shard. So the state of a whole encode job, however many processes
-share it and however they died, is the set of receipts in `OUTPUT/receipts`.
+A marker is written after its shard. So the state of a whole encode job, however many processes
+share it and however they died, is the set of markers in `OUTPUT/completed`.
 """
 
 import hashlib
@@ -15,9 +15,8 @@ from data_pipeline.shard_io import remove_leftovers
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.shards import ShardEntry, ShardError
-from ifvit.shards.format import Array, build_record, read_sealed, write_sealed
+from ifvit.shards.format import COMPLETED, Array, build_record, read_sealed, write_sealed
 
-RECEIPTS = "receipts"
 _LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers and U-ViT clamp it before drawing from the posterior
 
 
@@ -76,7 +75,7 @@ class LatentSums:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Receipt:
+class CompletionMarker:
     """One finished shard: made by `job`, without `failures`."""
 
     job: Job
@@ -92,35 +91,35 @@ def sum_latents(moments: Array) -> LatentSums:
     return LatentSums(count=mean.size, first=float(mean.sum()), second=second)
 
 
-def write_receipt(output: str, receipt: Receipt) -> None:
-    """Write `output/receipts/NAME.json`; from then on the shard is done."""
+def write_marker(output: str, marker: CompletionMarker) -> None:
+    """Write `output/completed/NAME.json`; from then on the shard is done."""
     if not storage.is_remote(output):
-        remove_leftovers(Path(output, RECEIPTS), receipt.shard.name)
-    write_sealed(receipt_url(output, receipt.shard.name), asdict(receipt))
+        remove_leftovers(Path(output, COMPLETED), marker.shard.name)
+    write_sealed(marker_url(output, marker.shard.name), asdict(marker))
 
 
-def read_receipt(output: str, name: str) -> Receipt:
-    """Read a shard's receipt. Raises UserError when it is missing, ShardError when damaged."""
-    where = receipt_url(output, name)
+def read_marker(output: str, name: str) -> CompletionMarker:
+    """Read a shard's marker. Raises UserError when it is missing, ShardError when damaged."""
+    where = marker_url(output, name)
     value = read_sealed(where)
     value["job"] = build_record(Job, value["job"], where)
     value["shard"] = build_record(ShardEntry, value["shard"], where)
     value["failures"] = tuple(build_record(Failure, entry, where) for entry in value["failures"])
     value["latent_sums"] = build_record(LatentSums, value["latent_sums"], where)
-    receipt = build_record(Receipt, value, where)
-    if receipt.shard.name != name:
-        raise ShardError(f"{where}: the receipt of {receipt.shard.name}; encode again")
-    return receipt
+    marker = build_record(CompletionMarker, value, where)
+    if marker.shard.name != name:
+        raise ShardError(f"{where}: the marker of {marker.shard.name}; encode again")
+    return marker
 
 
-def receipt_url(output: str, name: str) -> str:
-    """Where the receipt of shard `name` lies."""
-    return storage.join(output, RECEIPTS, f"{name}.json")
+def marker_url(output: str, name: str) -> str:
+    """Where the marker of shard `name` lies."""
+    return storage.join(output, COMPLETED, f"{name}.json")
 
 
-def list_receipts(output: str) -> set[str]:
-    """Names of the shards that have a receipt, whole or damaged."""
-    names = storage.list_names(storage.join(output, RECEIPTS))
+def list_markers(output: str) -> set[str]:
+    """Names of the shards that have a marker, whole or damaged."""
+    names = storage.list_names(storage.join(output, COMPLETED))
     return {name.removesuffix(".json") for name in names}
 
 

@@ -1,7 +1,7 @@
 """The encode job: captioned or labelled images => shards of VAE moments and embeddings.
 
 Any number of processes share the units of a job without talking to each other: which are whose
-follows from their number, what is done from the receipts in the output. Whoever finds that
+follows from their number, what is done from the markers in the output. Whoever finds that
 nothing is missing any more writes the manifest.
 """
 
@@ -19,14 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.completion import (
+    CompletionMarker,
     Job,
     LatentSums,
-    Receipt,
     check_same_job,
     is_intact,
-    list_receipts,
-    read_receipt,
-    receipt_url,
+    list_markers,
+    marker_url,
+    read_marker,
 )
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import (
@@ -38,8 +38,8 @@ from data_pipeline.encoders import (
     read_or_fail,
 )
 from data_pipeline.shard_io import npy_bytes, open_shard, read_samples, remove_leftovers
+from data_pipeline.sources import open_source
 from data_pipeline.sources.base import Source, Unit
-from data_pipeline.sources.choose import open_source
 from data_pipeline.writer import ShardWriter, to_stored
 from ifvit import storage
 from ifvit.distributed import World
@@ -54,18 +54,18 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class Partition:
     """Every `size`-th unit from `number` on."""
 
     number: int
     size: int
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This share of the units; interleaved, so that shares end at about the same time."""
+        """The items of this partition; interleaved, so that all partitions take about as long."""
         return items[self.number :: self.size]
 
 
-def find_share(config: EncodeConfig, world: World) -> Share:
+def find_partition(config: EncodeConfig, world: World) -> Partition:
     """The tasks of the recipe or of the SLURM array, times the processes of each task.
 
     Raises UserError when a number of tasks comes without this one's place among them.
@@ -79,15 +79,15 @@ def find_share(config: EncodeConfig, world: World) -> Share:
             raise UserError(f"num_tasks is {num_tasks}, but task is not set; give 0 or more")
     if not 0 <= task < num_tasks:
         raise UserError(f"task is {task} of {num_tasks}; it must be 0 to {num_tasks - 1}")
-    return Share(number=task * world.size + world.rank, size=num_tasks * world.size)
+    return Partition(number=task * world.size + world.rank, size=num_tasks * world.size)
 
 
-def _slurm_array() -> Share | None:
+def _slurm_array() -> Partition | None:
     if "SLURM_ARRAY_TASK_ID" not in os.environ:
         return None
     names = ("ID", "MIN", "STEP", "COUNT")
     task, first, step, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in names)
-    return Share(number=(task - first) // step, size=count)
+    return Partition(number=(task - first) // step, size=count)
 
 
 MOST_IMAGES = 8
@@ -126,35 +126,35 @@ NAMED_FAILURES = 3
 REQUESTS_AT_ONCE = 16
 
 
-def collect_receipts(
-    output: str, units: Sequence[Unit], own: dict[str, Receipt], job: Job
-) -> list[Receipt]:
-    """The receipts of all units in order, without those that other processes still owe.
+def collect_markers(
+    output: str, units: Sequence[Unit], own: dict[str, CompletionMarker], job: Job
+) -> list[CompletionMarker]:
+    """The markers of all units in order, without those that other processes still owe.
 
     Raises UserError when another job wrote one.
     """
-    present = list_receipts(output)
+    present = list_markers(output)
 
-    def find(unit: Unit) -> Receipt | None:
+    def find(unit: Unit) -> CompletionMarker | None:
         if unit.name in own or unit.name not in present:
             return own.get(unit.name)
         try:
-            receipt = read_receipt(output, unit.name)
+            marker = read_marker(output, unit.name)
         except StoreError:
             raise
         except UserError:  # damaged, or just taken back: its owner makes it again
             return None
-        check_same_job(output, receipt.job, job)
-        return receipt
+        check_same_job(output, marker.job, job)
+        return marker
 
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        return [receipt for receipt in pool.map(find, units) if receipt]
+        return [marker for marker in pool.map(find, units) if marker]
 
 
 def finish(
     config: EncodeConfig,
     source: Source,
-    receipts: list[Receipt],
+    markers: list[CompletionMarker],
     encoders: Encoders,
     *,
     is_alone: bool,
@@ -163,13 +163,13 @@ def finish(
 
     Raises UserError when more images were left out than the recipe tolerates.
     """
-    _check_failures(config, receipts)
+    _check_failures(config, markers)
     if is_alone and not storage.is_remote(config.output):
         for name in (NULL_CONTEXT, MANIFEST):  # of several, another might just be writing
             remove_leftovers(Path(config.output), name)
     is_new = not storage.exists(storage.join(config.output, MANIFEST))
     channels, height, width = encoders.vae.latent_shape(config.image_size)
-    sums = sum((receipt.latent_sums for receipt in receipts), LatentSums())
+    sums = sum((marker.latent_sums for marker in markers), LatentSums())
     manifest = Manifest(
         vae=encoders.vae.identity,
         text=_write_null_context(config, encoders),
@@ -178,18 +178,18 @@ def finish(
         flipped=config.flip,
         dtype=config.dtype,
         moments_shape=(2 * channels, height, width),
-        num_samples=sum(receipt.shard.num_samples for receipt in receipts),
-        num_captions=sum(receipt.shard.num_captions for receipt in receipts),
+        num_samples=sum(marker.shard.num_samples for marker in markers),
+        num_captions=sum(marker.shard.num_captions for marker in markers),
         latent_mean=sums.mean,
         latent_std=sums.std,
-        shards=tuple(receipt.shard for receipt in receipts),
+        shards=tuple(marker.shard for marker in markers),
     )
     write_manifest(config.output, manifest)
     what = f"{manifest.num_captions:,} captions"
     if source.classes:
         what = f"{len(source.classes):,} classes"
     sys.stdout.write(
-        f"{config.output}: {manifest.num_samples:,} images, {what} in {len(receipts):,} shards; "
+        f"{config.output}: {manifest.num_samples:,} images, {what} in {len(markers):,} shards; "
         f"latent std {manifest.latent_std:.4f}, scaling factor {manifest.scaling_factor:.5f}\n"
     )
     if is_new:
@@ -209,12 +209,12 @@ def _write_null_context(config: EncodeConfig, encoders: Encoders) -> TextEncodin
     )
 
 
-def _check_failures(config: EncodeConfig, receipts: list[Receipt]) -> None:
-    failures = [failure for receipt in receipts for failure in receipt.failures]
-    num_readable = sum(receipt.shard.num_samples for receipt in receipts)
+def _check_failures(config: EncodeConfig, markers: list[CompletionMarker]) -> None:
+    failures = [failure for marker in markers for failure in marker.failures]
+    num_readable = sum(marker.shard.num_samples for marker in markers)
     named = [f"{failure.file} ({failure.reason})" for failure in failures[:NAMED_FAILURES]]
     if len(failures) > NAMED_FAILURES:
-        named.append("… (all of them: failures in receipts/*.json)")
+        named.append("… (all of them: failures in completed/*.json)")
     text = (
         f"{len(failures):,} of {len(failures) + num_readable:,} images could not be read: "
         f"{', '.join(named)}"
@@ -226,69 +226,69 @@ def _check_failures(config: EncodeConfig, receipts: list[Receipt]) -> None:
 
 
 def encode(config: EncodeConfig) -> Manifest | None:
-    """Encode what has no receipt yet of this process's share; if no share misses any, finish.
+    """Encode what has no marker yet of this partition; if no partition misses any, finish.
 
-    Returns None while other shares miss some. Raises UserError at the end, and writes no
+    Returns None while other partitions miss some. Raises UserError at the end, and writes no
     manifest, when more images than `config.tolerate` could not be read; everything else is
     encoded by then and kept.
     """
     with one_thread():
-        return _encode_share(config)
+        return _encode_partition(config)
 
 
-def _encode_share(config: EncodeConfig) -> Manifest | None:
-    share = find_share(config, World.from_environment())
+def _encode_partition(config: EncodeConfig) -> Manifest | None:
+    partition = find_partition(config, World.from_environment())
     source = open_source(config)
-    if share.number == 0:
+    if partition.number == 0:
         sys.stdout.write(source.report() + "\n")
     encoders = load_encoders(config, has_classes=bool(source.classes))
     job = _describe_job(config, source, encoders)
     units = source.units(config.samples_per_shard)
-    own = share.of(units)
-    done = find_receipts(config.output, own, job)
+    own = partition.of(units)
+    done = find_markers(config.output, own, job)
     todo = [unit for unit in own if unit.name not in done]
     _reopen(config.output, todo)
-    with _open_progress(todo, own, share) as progress:
+    with _open_progress(todo, own, partition) as progress:
         fresh = _encode_units(todo, config, encoders, job, progress)
-    done |= {receipt.shard.name: receipt for receipt in fresh}
-    receipts = collect_receipts(config.output, units, done, job)
-    if len(receipts) < len(units):
-        num_missing = len(units) - len(receipts)
+    done |= {marker.shard.name: marker for marker in fresh}
+    markers = collect_markers(config.output, units, done, job)
+    if len(markers) < len(units):
+        num_missing = len(units) - len(markers)
         sys.stdout.write(
-            f"share {share.number} of {share.size} is done; {num_missing:,} of {len(units):,} "
-            "shards are still out, whoever makes the last one writes the manifest\n"
+            f"partition {partition.number} of {partition.size} is done; {num_missing:,} of "
+            f"{len(units):,} shards are still out, whoever makes the last one writes the manifest\n"
         )
         return None
-    return finish(config, source, receipts, encoders, is_alone=share.size == 1)
+    return finish(config, source, markers, encoders, is_alone=partition.size == 1)
 
 
-def find_receipts(output: str, units: Iterable[Unit], job: Job) -> dict[str, Receipt]:
-    """The receipts of the units that need not be encoded (again), by name.
+def find_markers(output: str, units: Iterable[Unit], job: Job) -> dict[str, CompletionMarker]:
+    """The markers of the units that need not be encoded (again), by name.
 
-    A unit must be when there is no receipt or a damaged one, when the shard is not whole, or when
-    an image that it left out can be read now. Raises UserError when another job wrote a receipt.
+    A unit must be when there is no marker or a damaged one, when the shard is not whole, or when
+    an image that it left out can be read now. Raises UserError when another job wrote a marker.
     """
-    present = list_receipts(output)
+    present = list_markers(output)
 
-    def find(unit: Unit) -> Receipt | None:
+    def find(unit: Unit) -> CompletionMarker | None:
         try:
-            receipt = read_receipt(output, unit.name)
+            marker = read_marker(output, unit.name)
         except ShardError as error:
             tqdm.write(f"warning: {error}; encoding {unit.name} again", file=sys.stderr)
             return None
-        check_same_job(output, receipt.job, job)
-        is_done = is_intact(output, receipt.shard) and not _is_mended(unit, receipt)
-        return receipt if is_done else None
+        check_same_job(output, marker.job, job)
+        is_done = is_intact(output, marker.shard) and not _is_mended(unit, marker)
+        return marker if is_done else None
 
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         found = pool.map(find, [unit for unit in units if unit.name in present])
-        return {receipt.shard.name: receipt for receipt in found if receipt}
+        return {marker.shard.name: marker for marker in found if marker}
 
 
-def _is_mended(unit: Unit, receipt: Receipt) -> bool:
-    if not (receipt.failures and unit.is_listed):
+def _is_mended(unit: Unit, marker: CompletionMarker) -> bool:
+    if not (marker.failures and unit.is_listed):
         return False
-    failed = {failure.image_id for failure in receipt.failures}
+    failed = {failure.image_id for failure in marker.failures}
     left_out = [image for image in unit.open() if image.image_id in failed]
     return any(isinstance(read_or_fail(image, 1), DecodedImage) for image in left_out)
 
@@ -307,17 +307,17 @@ def _describe_job(config: EncodeConfig, source: Source, encoders: Encoders) -> J
 
 
 def _reopen(output: str, todo: list[Unit]) -> None:
-    """Take back what says that these units are done: their receipts, then the manifest."""
-    stale = list_receipts(output).intersection(unit.name for unit in todo)
+    """Take back what says that these units are done: their markers, then the manifest."""
+    stale = list_markers(output).intersection(unit.name for unit in todo)
     for name in stale:
-        storage.remove(receipt_url(output, name))
+        storage.remove(marker_url(output, name))
     if todo:
         storage.remove(storage.join(output, MANIFEST))
 
 
 def _encode_units(
     todo: list[Unit], config: EncodeConfig, encoders: Encoders, job: Job, progress: "tqdm[Any]"
-) -> list[Receipt]:
+) -> list[CompletionMarker]:
     with ShardWriter(config, job) as writer:
         for batch in decode_batches(todo, config):
             encoded = encoders.encode(batch)
@@ -325,18 +325,18 @@ def _encode_units(
                 progress.write(f"{failure.file}: {failure.reason}", file=sys.stderr)
             writer.put(encoded)
             progress.update(len(batch.images))
-    return writer.receipts
+    return writer.markers
 
 
-def _open_progress(todo: list[Unit], own: Sequence[Unit], share: Share) -> "tqdm[Any]":
-    """A bar over the share's images with the time that is left, where sources count them."""
+def _open_progress(todo: list[Unit], own: Sequence[Unit], partition: Partition) -> "tqdm[Any]":
+    """A progress bar over the images of the partition, where its source counts them."""
     counts = [unit.num_images for unit in own]
     total = None if None in counts else sum(count or 0 for count in counts)
     left = sum(unit.num_images or 0 for unit in todo)
     return tqdm(
         total=total,
         initial=total - left if total is not None else 0,
-        desc=f"encode {share.number}/{share.size}" if share.size > 1 else "encode",
+        desc=f"encode {partition.number}/{partition.size}" if partition.size > 1 else "encode",
         unit="img",
         mininterval=0.1 if sys.stderr.isatty() else 30.0,  # a log file needs no animation
     )

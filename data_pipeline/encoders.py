@@ -72,7 +72,7 @@ def read_or_fail(image: CaptionedImage, image_size: int) -> DecodedImage | Failu
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in words that depend on no folder and no memory address: receipts repeat."""
+    """What went wrong, in words that depend on no folder and no memory address: markers repeat."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     text = str(error) or type(error).__name__

@@ -1,6 +1,6 @@
 """The background half of the encode job: encoded batches => shards, in threads.
 
-A shard's tar is written while its batches come. Hashing, upload and receipt of one shard go on
+A shard's tar is written while its batches come. Hashing, upload and marker of one shard go on
 beside the models and the tar of the next. Queues are short, so memory stays bounded: a slow disk
 or store makes the models wait.
 """
@@ -18,12 +18,12 @@ import numpy as np
 from torch import Tensor
 
 from data_pipeline.completion import (
+    CompletionMarker,
     Failure,
     Job,
     LatentSums,
-    Receipt,
     sum_latents,
-    write_receipt,
+    write_marker,
 )
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import EncodedBatch
@@ -40,15 +40,15 @@ _Batches = queue.Queue[EncodedBatch | None]
 
 
 class ShardWriter:
-    """Takes the batches of all units in order; leaving the block waits for the last receipt."""
+    """Takes the batches of all units in order; leaving the block waits for the last marker."""
 
     def __init__(self, config: EncodeConfig, job: Job) -> None:
         self._config = config
         self._job = job
         self._pool = ThreadPoolExecutor(SHARDS_AT_ONCE)
-        self._running: deque[Future[Receipt]] = deque()
+        self._running: deque[Future[CompletionMarker]] = deque()
         self._open: _Batches | None = None
-        self.receipts: list[Receipt] = []
+        self.markers: list[CompletionMarker] = []
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -84,18 +84,18 @@ class ShardWriter:
     def _collect(self) -> None:
         for future in [future for future in self._running if future.done()]:
             self._running.remove(future)
-            self.receipts.append(future.result())
+            self.markers.append(future.result())
 
-    def _write(self, name: str, batches: _Batches) -> Receipt:
+    def _write(self, name: str, batches: _Batches) -> CompletionMarker:
         samples = _Samples(name, batches, self._config.dtype)
-        receipt = Receipt(
+        marker = CompletionMarker(
             job=self._job,
             shard=_write_anywhere(self._config.output, name, samples),
             failures=tuple(samples.failures),
             latent_sums=samples.latent_sums,
         )
-        write_receipt(self._config.output, receipt)
-        return receipt
+        write_marker(self._config.output, marker)
+        return marker
 
 
 def to_stored(values: Tensor, dtype: str, name: str) -> Array:

@@ -182,7 +182,7 @@ class VerbJob:
         if self.verb == "train":
             return storage.read_bytes(latest).decode() if storage.exists(latest) else ""
         if self.verb == "encode":
-            return str(len(storage.list_names(storage.join(self.run, "receipts"))))
+            return str(len(storage.list_names(storage.join(self.run, "completed"))))
         folders = {self.run, *getattr(self.config, "runs", ())}
         return str(sum(storage.count_files(folder) for folder in folders))
 

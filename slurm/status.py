@@ -26,7 +26,7 @@ def describe_progress(verb: str, run: str) -> str:
     if verb == "train":
         return _describe_training(run)
     if verb == "encode":
-        done = len(storage.list_names(storage.join(run, "receipts")))
+        done = len(storage.list_names(storage.join(run, "completed")))
         return f"{done} shards"
     return ""
 

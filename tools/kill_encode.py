@@ -127,8 +127,8 @@ def compare(expected: str, found: str) -> None:
 
 def hash_files(url: str) -> dict[str, str]:
     """Every file of a dataset, those that a kill left half done too, and its hash."""
-    names = [name for name in storage.list_names(url) if name != "receipts"]
-    names += [f"receipts/{name}" for name in storage.list_names(f"{url}/receipts")]
+    names = [name for name in storage.list_names(url) if name != "completed"]
+    names += [f"completed/{name}" for name in storage.list_names(f"{url}/completed")]
     return {name: hashlib.sha256(storage.read_bytes(f"{url}/{name}")).hexdigest() for name in names}
 
 

@@ -8,7 +8,7 @@ from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
 
 
-class ImageFolders(ListedSource):
+class ClassFolders(ListedSource):
     """Every class's first image, then every class's second, and so on.
 
     So each shard holds all classes, and a loader that shuffles within a few shards still mixes

@@ -14,7 +14,7 @@ from PIL import Image
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from data_pipeline.encoders import Encoders, decode_batches, load_encoders, one_thread
-from data_pipeline.sources.choose import open_source
+from data_pipeline.sources import open_source
 from ifvit import storage
 from ifvit.bench.config import BenchEncodeConfig
 from ifvit.bench.timing import median_of_rounds, print_result

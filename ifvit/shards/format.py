@@ -19,6 +19,8 @@ from ifvit.errors import UserError
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 NULL_CONTEXT = "null_context.npy"
+COMPLETED = "completed"
+"""Folder of the completion markers that the encode job writes beside the shards."""
 RESIZE = "center_crop+lanczos"
 SEAL = "content_sha256"
 
@@ -177,8 +179,8 @@ def parse_metadata(data: bytes, where: str) -> SampleMetadata:
 
 
 def remedy_for(entry: ShardEntry) -> str:
-    """What to do about a damaged shard: without its receipt, the encode job makes it anew."""
-    return f"delete receipts/{entry.name}.json and run the encode again"
+    """Advice for a damaged shard: without its completion marker, the encode job makes it again."""
+    return f"delete {COMPLETED}/{entry.name}.json and run the encode again"
 
 
 def _build_text(value: dict[str, Any], where: str) -> TextEncoding:

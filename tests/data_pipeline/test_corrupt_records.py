@@ -1,4 +1,4 @@
-"""Receipts and manifests: any change of any byte is either harmless or a ShardError."""
+"""Completion markers and manifests: any change of any byte is either harmless or a ShardError."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.completion import read_receipt
+from data_pipeline.completion import read_marker
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from ifvit.shards import ShardError, read_manifest
@@ -32,13 +32,13 @@ def corrupt(data: bytes, draw: np.random.Generator) -> bytes:
     return data[:place] + middle + (b"" if kind == 1 else data[place + length :])
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "receipts/shard-00001.json"])
+@pytest.mark.parametrize("name", ["manifest.json", "completed/shard-00001.json"])
 def test_random_corruptions_are_detected(config: EncodeConfig, name: str) -> None:
     encode(config)
     read: Callable[[], object] = lambda: (  # noqa: E731
         read_manifest(config.output)
         if name == "manifest.json"
-        else read_receipt(config.output, "shard-00001")
+        else read_marker(config.output, "shard-00001")
     )
     path = Path(config.output, name)
     intact, value = path.read_bytes(), read()
@@ -55,9 +55,9 @@ def test_random_corruptions_are_detected(config: EncodeConfig, name: str) -> Non
     assert all(str(path) in error and "\n" not in error for error in errors)
 
 
-def test_a_receipt_under_another_shards_name_is_refused(config: EncodeConfig) -> None:
+def test_a_marker_under_another_shards_name_is_refused(config: EncodeConfig) -> None:
     encode(config)
-    receipts = Path(config.output, "receipts")
-    (receipts / "shard-00000.json").write_bytes((receipts / "shard-00001.json").read_bytes())
-    with pytest.raises(ShardError, match=r"shard-00000\.json: the receipt of shard-00001"):
-        read_receipt(config.output, "shard-00000")
+    markers = Path(config.output, "completed")
+    (markers / "shard-00000.json").write_bytes((markers / "shard-00001.json").read_bytes())
+    with pytest.raises(ShardError, match=r"shard-00000\.json: the marker of shard-00001"):
+        read_marker(config.output, "shard-00000")

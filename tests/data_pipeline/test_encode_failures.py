@@ -28,8 +28,8 @@ def test_a_broken_image_fails_the_end_of_the_job_by_name(
         encode(config)
     assert broken.name in capsys.readouterr().err
     assert not Path(config.output, "manifest.json").exists()
-    receipts = sorted(Path(config.output, "receipts").iterdir())
-    counts = [json.loads(path.read_text())["shard"]["num_samples"] for path in receipts]
+    markers = sorted(Path(config.output, "completed").iterdir())
+    counts = [json.loads(path.read_text())["shard"]["num_samples"] for path in markers]
     assert counts == [4, 3, 2]  # everything else was encoded
 
 
@@ -37,7 +37,7 @@ def test_missing_files_count_as_broken_and_the_first_are_named(config: EncodeCon
     files = image_files(config)
     for path in files[:5]:
         path.unlink()
-    with pytest.raises(UserError, match=r"5 of 10 images .*no such file.*receipts") as caught:
+    with pytest.raises(UserError, match=r"5 of 10 images .*no such file.*markers") as caught:
         encode(config)
     assert [path.name in str(caught.value) for path in files] == [True] * 3 + [False] * 7
 
@@ -90,7 +90,7 @@ def test_a_mended_image_makes_only_its_shard_again(
     assert hashes(config) == hashes(undisturbed)
 
 
-def test_receipts_of_failures_do_not_depend_on_folder_or_process(config: EncodeConfig) -> None:
+def test_markers_of_failures_do_not_depend_on_folder_or_process(config: EncodeConfig) -> None:
     missing, garbage, empty, cut = image_files(config)[:4]
     missing.unlink()
     garbage.write_text("<html>not found</html>")
@@ -102,7 +102,7 @@ def test_receipts_of_failures_do_not_depend_on_folder_or_process(config: EncodeC
     encode(replace(config, tolerate=4))
     encode(other)
     assert hashes(other) == hashes(config)
-    receipt = json.loads(Path(config.output, "receipts", "shard-00000.json").read_text())
-    reasons = [failure["reason"] for failure in receipt["failures"]]
+    marker = json.loads(Path(config.output, "completed", "shard-00000.json").read_text())
+    reasons = [failure["reason"] for failure in marker["failures"]]
     assert reasons[:3] == ["no such file", *["not an image of a known format"] * 2]
     assert "truncated" in reasons[3]

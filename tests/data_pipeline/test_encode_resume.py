@@ -39,7 +39,7 @@ def test_another_output_folder_receives_the_same_bytes(config: EncodeConfig) -> 
     [
         "shard-00001.tar",
         "shard-00001.index.npz",
-        "receipts/shard-00000.json",
+        "completed/shard-00000.json",
         "manifest.json",
         "null_context.npy",
     ],
@@ -55,7 +55,7 @@ def test_a_lost_file_is_made_again_byte_for_byte(config: EncodeConfig, lost: str
 def test_a_job_goes_on_with_another_batch_size(config: EncodeConfig) -> None:
     encode(config)
     before = hashes(config)
-    for lost in ("shard-00001.tar", "receipts/shard-00001.json", "manifest.json"):
+    for lost in ("shard-00001.tar", "completed/shard-00001.json", "manifest.json"):
         Path(config.output, lost).unlink()
     assert encode(replace(config, batch_size=1)) is not None
     after = hashes(config)
@@ -63,18 +63,18 @@ def test_a_job_goes_on_with_another_batch_size(config: EncodeConfig) -> None:
     assert {name for name in before if after[name] != before[name]} <= {
         "shard-00001.tar",
         "shard-00001.index.npz",
-        "receipts/shard-00001.json",
+        "completed/shard-00001.json",
         "manifest.json",
     }
 
 
-def test_cut_shards_and_damaged_receipts_are_made_again(config: EncodeConfig) -> None:
+def test_cut_shards_and_damaged_markers_are_made_again(config: EncodeConfig) -> None:
     encode(config)
     before = hashes(config)
     tar = Path(config.output, "shard-00001.tar")
     tar.write_bytes(tar.read_bytes()[:-512])
-    receipt = Path(config.output, "receipts", "shard-00002.json")
-    receipt.write_text(receipt.read_text().replace("e", "f", 1))
+    marker = Path(config.output, "completed", "shard-00002.json")
+    marker.write_text(marker.read_text().replace("e", "f", 1))
     encode(config)
     assert hashes(config) == before
 
@@ -85,8 +85,8 @@ def test_what_killed_processes_left_unfinished_is_removed(config: EncodeConfig) 
     output = Path(config.output)
     for name in ("shard-00001.tar", "shard-00001.index.npz", "manifest.json", "null_context.npy"):
         (output / f".{name}.k1ll3d").write_bytes(b"half")
-    (output / "receipts" / ".shard-00001.json.k1ll3d").write_bytes(b"half")
-    (output / "receipts" / "shard-00001.json").unlink()
+    (output / "completed" / ".shard-00001.json.k1ll3d").write_bytes(b"half")
+    (output / "completed" / "shard-00001.json").unlink()
     encode(config)
     assert hashes(config) == before
 
@@ -115,10 +115,10 @@ def test_sigkill_at_random_moments_leaves_the_undisturbed_dataset(config: Encode
         process.join(chance.uniform(0.3, 1.0) * duration)
         process.kill()
         process.join()
-        receipts = sorted(Path(config.output).glob("receipts/*.json"))
-        killed_between_shards += 0 < len(receipts) < 10
-        for receipt in chance.sample(receipts, len(receipts) // 2):
-            receipt.unlink()
+        markers = sorted(Path(config.output).glob("completed/*.json"))
+        killed_between_shards += 0 < len(markers) < 10
+        for marker in chance.sample(markers, len(markers) // 2):
+            marker.unlink()
     assert killed_between_shards
     encode(config)
     assert hashes(config) == hashes(undisturbed)
@@ -132,8 +132,8 @@ def test_no_manifest_exists_while_shards_are_being_made(
 
     def stop(*_: Any) -> None:
         assert not Path(config.output, "manifest.json").exists()
-        # Another process would take the receipt for the shard's and write the manifest.
-        assert not Path(config.output, "receipts", "shard-00001.json").exists()
+        # Another process would take the marker for the shard's and write the manifest.
+        assert not Path(config.output, "completed", "shard-00001.json").exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("data_pipeline.writer.write_shard", stop)

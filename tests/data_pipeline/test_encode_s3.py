@@ -23,8 +23,8 @@ pytestmark = pytest.mark.s3
 
 def remote_hashes(url: str) -> dict[str, str]:
     """Every object of the dataset and its hash, named as local files are."""
-    receipts = [f"receipts/{name}" for name in storage.list_names(f"{url}/receipts")]
-    names = [name for name in storage.list_names(url) if name != "receipts"] + receipts
+    markers = [f"completed/{name}" for name in storage.list_names(f"{url}/completed")]
+    names = [name for name in storage.list_names(url) if name != "completed"] + markers
     return {name: hashlib.sha256(storage.read_bytes(f"{url}/{name}")).hexdigest() for name in names}
 
 
@@ -90,7 +90,7 @@ def test_faults_on_the_way_up_change_nothing(
     faulty_s3.plan(
         Fault("status", method="PUT", key="*.tar", times=2),
         Fault("drop", method="PUT", key="*.index.npz"),
-        Fault("lose_answer", method="PUT", key="*/receipts/*", first=2),
+        Fault("lose_answer", method="PUT", key="*/completed/*", first=2),
         Fault("status", method="PUT", key="*/manifest.json", status=500),
     )
     encode(replace(config, output=s3_bucket))
@@ -111,8 +111,8 @@ def test_a_store_that_fails_for_good_is_one_line_and_loses_nothing(
     with pytest.raises(StoreError, match=r"shard-00001\.tar: the store fails .* run the same"):
         encode(replace(config, output=s3_bucket))
     assert not storage.exists(f"{s3_bucket}/manifest.json")
-    assert storage.exists(f"{s3_bucket}/receipts/shard-00000.json")
-    assert not storage.exists(f"{s3_bucket}/receipts/shard-00001.json")
+    assert storage.exists(f"{s3_bucket}/completed/shard-00000.json")
+    assert not storage.exists(f"{s3_bucket}/completed/shard-00001.json")
     faulty_s3.plan()
     encode(replace(config, output=s3_bucket))
     assert remote_hashes(s3_bucket) == local
@@ -141,7 +141,7 @@ def test_a_failing_store_is_not_taken_for_broken_images(
     faulty_s3.plan(Fault("status", method="GET", key="*.jpg", first=7, times=None))
     with pytest.raises(StoreError, match=r"\.jpg: the store fails"):
         encode(replace(config, images=f"{s3_bucket}/images", tolerate=10))
-    assert not Path(config.output, "receipts", "shard-00002.json").exists()
+    assert not Path(config.output, "completed", "shard-00002.json").exists()
 
 
 def test_tars_come_from_a_store_each_as_a_whole(

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig
 from data_pipeline.encode import encode
 from data_pipeline.shard_tools import inspect_shards, stats, verify
-from data_pipeline.sources.class_folders import ImageFolders
+from data_pipeline.sources.class_folders import ClassFolders
 from ifvit.errors import UserError
 from ifvit.shards import Manifest, ShardReader
 
@@ -37,7 +37,7 @@ def finished(config: EncodeConfig) -> Manifest:
 
 
 def test_classes_are_sorted_and_take_turns(labelled: EncodeConfig) -> None:
-    source = ImageFolders(labelled.images, None)
+    source = ClassFolders(labelled.images, None)
     images = [image for unit in source.units(4) for image in unit.open()]
     assert source.classes == ("ant", "zebra")
     assert [image.label for image in images] == [0, 1, 0, 1, 1, 1, 1, 1, 1]
@@ -102,7 +102,7 @@ def test_webdataset_reads_labels_without_this_library(labelled: EncodeConfig) ->
 
 def test_other_files_are_counted(labelled: EncodeConfig) -> None:
     Path(labelled.images, "ant", "notes.txt").write_text("")
-    assert "1 files are no images" in ImageFolders(labelled.images, None).report()
+    assert "1 files are no images" in ClassFolders(labelled.images, None).report()
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_what_is_malformed_is_one_line(labelled: EncodeConfig, change: object, n
     assert callable(change)
     change(Path(labelled.images))
     with pytest.raises(UserError, match=named) as caught:
-        ImageFolders(labelled.images, None)
+        ClassFolders(labelled.images, None)
     assert "\n" not in str(caught.value)
 
 
 def test_captions_beside_classes_are_refused(labelled: EncodeConfig) -> None:
     with pytest.raises(UserError, match=r"x\.json is set, but a folder source has class labels"):
-        ImageFolders(labelled.images, "x.json")
+        ClassFolders(labelled.images, "x.json")

@@ -104,8 +104,8 @@ def test_a_sample_without_image_or_caption_is_a_named_failure(
         encode(tars)
     manifest = finished(replace(tars, tolerate=2))
     assert manifest.num_samples == 5
-    receipt = storage.read_json(f"{tars.output}/receipts/shard-00000.json")
-    assert [failure["reason"] for failure in receipt["failures"]] == [
+    marker = storage.read_json(f"{tars.output}/completed/shard-00000.json")
+    assert [failure["reason"] for failure in marker["failures"]] == [
         "the tar holds no image (jpg, png, webp) of this key",
         "the tar holds no caption (txt, or in json) of this key",
     ]

@@ -86,7 +86,7 @@ def test_a_writer_that_fails_ends_the_job_with_its_error(
     with pytest.raises(UserError, match="the disk is full"):
         encode(replace(config, samples_per_shard=10, batch_size=1))
     assert len(seen) <= BATCHES_QUEUED + 2
-    assert not list(Path(config.output).glob("receipts/*"))
+    assert not list(Path(config.output).glob("completed/*"))
 
 
 def test_models_that_fail_leave_no_half_shard(

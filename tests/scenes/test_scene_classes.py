@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.class_folders import ImageFolders
+from data_pipeline.sources.class_folders import ClassFolders
 from ifvit.errors import UserError
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.image_sets import class_scenes, render_class_set
@@ -41,7 +41,7 @@ def test_every_image_shows_what_its_folder_says(drawn: Path) -> None:
 
 
 def test_the_folder_source_reads_all_classes(drawn: Path) -> None:
-    source = ImageFolders(str(drawn / "train2014"), None)
+    source = ClassFolders(str(drawn / "train2014"), None)
     assert source.classes == tuple(sorted(class_scenes()))
 
 

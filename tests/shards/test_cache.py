@@ -173,7 +173,7 @@ def test_damage_in_the_store_is_named_when_it_arrives(
     storage.write_bytes(f"{remote}/{name}", bytes(data))
     reader = open_reader()
     reader.moments(0)
-    message = f"{name}: {what}; delete receipts/shard-00002.json and run the encode again"
+    message = f"{name}: {what}; delete completed/shard-00002.json and run the encode again"
     with pytest.raises(ShardError, match=message):
         reader.moments(4)
 
@@ -183,7 +183,7 @@ def test_a_missing_object_is_named_when_the_dataset_is_opened(
     open_reader: Callable[..., ShardReader], remote: str, name: str
 ) -> None:
     storage.remove(f"{remote}/{name}")
-    with pytest.raises(ShardError, match=f"{name}: no such file; delete receipts"):
+    with pytest.raises(ShardError, match=f"{name}: no such file; delete markers"):
         open_reader()
 
 

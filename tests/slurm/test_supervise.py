@@ -140,7 +140,7 @@ def job_of(verb: str, run: Path, **recipe: object) -> VerbJob:
     ("verb", "made"),
     [
         ("train", "run/checkpoints/latest"),
-        ("encode", "run/receipts/shard-00001.json"),
+        ("encode", "run/completed/shard-00001.json"),
         ("evaluate", "run/evaluation/small/w2/step_00000010/00001.png"),
         ("count", "other/evaluation/object_count/step_00000010/00001.png"),
     ],

@@ -9,7 +9,7 @@ import torch
 from encoded_files import hashes
 
 from data_pipeline.config import EncodeConfig
-from data_pipeline.encode import Share, encode, find_share
+from data_pipeline.encode import Partition, encode, find_partition
 from data_pipeline.encoders import DecodedBatch, EncodedBatch, Encoders
 from ifvit.distributed import World
 from ifvit.errors import UserError
@@ -32,7 +32,7 @@ def test_tasks_one_after_another_make_the_dataset_of_one(
     config = replace(config, samples_per_shard=2, num_tasks=num_tasks)
     for task in range(num_tasks)[::-1]:
         made = encode(replace(config, task=task))
-        done = len(list(Path(config.output).glob("receipts/*.json")))
+        done = len(list(Path(config.output).glob("completed/*.json")))
         assert (made is None) == (done < 5)
         assert (f"{5 - done} of 5 shards are still out" in capsys.readouterr().out) == (done < 5)
     assert hashes(config) == alone
@@ -66,19 +66,19 @@ def test_two_recipes_in_one_output_are_refused_by_whoever_finishes(config: Encod
         encode(replace(config, num_tasks=2, task=1))
 
 
-def test_a_damaged_receipt_of_another_task_counts_as_missing(config: EncodeConfig) -> None:
+def test_a_damaged_marker_of_another_task_counts_as_missing(config: EncodeConfig) -> None:
     encode(replace(config, num_tasks=2, task=0))
-    receipt = Path(config.output, "receipts", "shard-00000.json")
-    receipt.write_text("{}")
+    marker = Path(config.output, "completed", "shard-00000.json")
+    marker.write_text("{}")
     assert encode(replace(config, num_tasks=2, task=1)) is None
     assert encode(replace(config, num_tasks=2, task=0)) is not None
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 8])
-def test_shares_are_disjoint_and_complete(total: int) -> None:
+def test_partitions_are_disjoint_and_complete(total: int) -> None:
     units = list(range(13))
-    shares = [Share(number=number, size=total).of(units) for number in range(total)]
-    assert sorted(unit for share in shares for unit in share) == units
+    parts = [Partition(number=number, size=total).of(units) for number in range(total)]
+    assert sorted(unit for part in parts for unit in part) == units
 
 
 def test_tasks_come_from_the_slurm_array_times_the_processes_of_each(
@@ -86,18 +86,20 @@ def test_tasks_come_from_the_slurm_array_times_the_processes_of_each(
 ) -> None:
     for name, value in {"ID": 7, "MIN": 1, "STEP": 2, "COUNT": 4}.items():  # --array=1-7:2
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    assert find_share(config, ALONE) == Share(number=3, size=4)
+    assert find_partition(config, ALONE) == Partition(number=3, size=4)
     world = World(rank=1, size=8, local_rank=1)
-    assert find_share(config, world) == Share(number=25, size=32)
-    assert find_share(replace(config, num_tasks=9), ALONE) == Share(number=3, size=9)
-    assert find_share(replace(config, num_tasks=2, task=0), ALONE) == Share(number=0, size=2)
+    assert find_partition(config, world) == Partition(number=25, size=32)
+    assert find_partition(replace(config, num_tasks=9), ALONE) == Partition(number=3, size=9)
+    assert find_partition(replace(config, num_tasks=2, task=0), ALONE) == Partition(
+        number=0, size=2
+    )
 
 
 def test_a_task_without_its_place_is_refused(config: EncodeConfig) -> None:
     with pytest.raises(UserError, match="num_tasks is 2, but task is not set"):
-        find_share(replace(config, num_tasks=2), ALONE)
+        find_partition(replace(config, num_tasks=2), ALONE)
     with pytest.raises(UserError, match="task is 2 of 2; it must be 0 to 1"):
-        find_share(replace(config, num_tasks=2, task=2), ALONE)
+        find_partition(replace(config, num_tasks=2, task=2), ALONE)
 
 
 def test_the_number_of_cpu_threads_has_no_say(
