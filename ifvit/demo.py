@@ -15,8 +15,9 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from ifvit.demo_config import DemoConfig
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
+from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.evaluate import evaluate
-from ifvit.evaluation.rows import Estimate, MetricsRow
+from ifvit.evaluation.rows import MetricsRow
 from ifvit.models.config import PRESETS
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.image_sets import render_scene_set

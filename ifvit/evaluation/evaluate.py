@@ -12,18 +12,17 @@ import numpy as np
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.config import CompareConfig, EvaluateConfig, MeasureConfig
+from ifvit.evaluation.estimates import Estimate, estimate_mean
 from ifvit.evaluation.features import CLIP
 from ifvit.evaluation.measure import Measurement, Numbers, scene_numbers, score_scenes
 from ifvit.evaluation.metrics import Features
 from ifvit.evaluation.references import list_images
 from ifvit.evaluation.rows import (
     FOLDER,
-    Estimate,
     MetricsRow,
     Protocol,
     differences,
-    estimate_mean,
-    estimates_of,
+    format_row,
     read_row,
     row_url,
     samples_url,
@@ -67,14 +66,6 @@ def evaluate(config: EvaluateConfig) -> list[MetricsRow]:
                 else:
                     rows.append(evaluator.row(model, sampling, output))
     return rows
-
-
-def format_row(row: MetricsRow) -> str:
-    """The measured numbers, one a line, with their 95 % intervals."""
-    return "\n".join(
-        f"{name:20}{estimate.value:10.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]"
-        for name, estimate in estimates_of(row).items()
-    )
 
 
 class Evaluator:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from ifvit.evaluation.config import MeasureConfig
+from ifvit.evaluation.estimates import Estimate, estimate_share
 from ifvit.evaluation.features import (
     CLIP,
     INCEPTION,
@@ -28,7 +29,7 @@ from ifvit.evaluation.metrics import (
     retrieval_accuracy,
 )
 from ifvit.evaluation.references import open_reference
-from ifvit.evaluation.rows import Estimate, Protocol, estimate_share
+from ifvit.evaluation.rows import Protocol
 from ifvit.evaluation.sample_set import Prompt, hash_prompts, read_samples
 from ifvit.images import Pixels
 from ifvit.process_group import ProcessGroup, choose_device, show_progress

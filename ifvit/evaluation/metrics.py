@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from ifvit.evaluation.rows import Estimate, estimate_around, estimate_mean, estimate_share
+from ifvit.evaluation.estimates import Estimate, estimate_around, estimate_mean, estimate_share
 from ifvit.images import Pixels, to_model_range
 
 Floats = NDArray[np.float64]

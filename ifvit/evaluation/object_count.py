@@ -18,8 +18,8 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ObjectCountConfig
 from ifvit.evaluation.detectors import CountingRule, ObjectCounter
+from ifvit.evaluation.estimates import Estimate, estimate_mean, estimate_share
 from ifvit.evaluation.object_prompts import CountPrompt
-from ifvit.evaluation.rows import Estimate, estimate_mean, estimate_share
 from ifvit.models.weights import find_weights, load_weights, run_of, step_name
 from ifvit.sampling.config import GenerateConfig, nest_settings
 from ifvit.sampling.generate import generate

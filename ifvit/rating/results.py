@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ifvit.evaluation.rows import Estimate
+from ifvit.evaluation.estimates import Estimate
 from ifvit.rating.agreement import Floats, OrderBias, agreement, estimate_columns, order_bias
 from ifvit.rating.forms import CANNOT_TELL
 from ifvit.rating.store import Answer, Store

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ifvit.evaluation.rows import LOWER_IS_BETTER, Estimate, MetricsRow, differences
+from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
+from ifvit.evaluation.rows import MetricsRow, differences
 from ifvit.evaluation.runs import Run
 
 Outcome = Literal["better", "worse", "same"]

@@ -14,6 +14,7 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ObjectCountConfig
 from ifvit.evaluation.detectors import open_counter
+from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.object_count import (
     CountScore,
     ObjectCountRow,
@@ -23,7 +24,6 @@ from ifvit.evaluation.object_count import (
     object_count_folder,
 )
 from ifvit.evaluation.object_prompts import read_count_prompts
-from ifvit.evaluation.rows import Estimate
 from ifvit.evaluation.runs import short_names
 from ifvit.figures import INK, house_style, to_png
 from ifvit.process_group import choose_device

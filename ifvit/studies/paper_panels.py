@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ifvit.evaluation.rows import Estimate
+from ifvit.evaluation.estimates import Estimate
 from ifvit.studies.comparisons import (
     COUNT,
     FID,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ifvit.errors import UserError
-from ifvit.evaluation.rows import Estimate
+from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.runs import FUSIONS, Run
 from ifvit.models.config import Conditioning, FusionUViTConfig
 

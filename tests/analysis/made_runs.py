@@ -7,15 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ifvit import storage
-from ifvit.evaluation.rows import (
-    FOLDER,
-    Estimate,
-    MetricsRow,
-    Protocol,
-    row_url,
-    samples_url,
-    write_row,
-)
+from ifvit.evaluation.estimates import Estimate
+from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url, write_row
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.config import PRESETS, BackboneConfig
 from ifvit.sampling.config import SamplingConfig, nest_settings

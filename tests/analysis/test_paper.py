@@ -13,8 +13,9 @@ from made_runs import build_row, write_evaluation, write_training
 from PIL import Image
 
 from ifvit.errors import UserError
+from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.object_count import write_object_count
-from ifvit.evaluation.rows import Estimate, MetricsRow
+from ifvit.evaluation.rows import MetricsRow
 from ifvit.evaluation.runs import read_runs
 from ifvit.models.config import PRESETS
 from ifvit.rating.agreement import OrderBias

@@ -9,7 +9,7 @@ import pytest
 from made_runs import build_row, write_run
 
 from ifvit.errors import UserError
-from ifvit.evaluation.rows import Estimate
+from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.runs import read_run, read_runs
 from ifvit.studies.comparisons import RETRIEVAL, best_run, compare
 from ifvit.studies.config import ReportConfig

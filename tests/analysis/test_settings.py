@@ -11,7 +11,7 @@ from made_runs import write_training
 from scipy.stats import t as student
 
 from ifvit.errors import UserError
-from ifvit.evaluation.rows import Estimate
+from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.runs import Run, read_runs
 from ifvit.models.config import CLASS_PRESETS, PRESETS, BackboneConfig, FusionUViTConfig
 from ifvit.studies.variants import SETTINGS, group_runs, mean_over_seeds, noise_between

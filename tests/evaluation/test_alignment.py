@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from ifvit.evaluation.estimates import estimate_mean, estimate_share
 from ifvit.evaluation.metrics import clip_score, clip_score_paper, retrieval_accuracy
-from ifvit.evaluation.rows import estimate_mean, estimate_share
 
 CAPTIONS = [f"caption {index % 40}" for index in range(200)]
 RNG = np.random.default_rng(0)

@@ -11,7 +11,6 @@ import torch
 from held_out_scenes import HeldOut, save_run
 from transformers import CLIPModel, CLIPTokenizer
 
-from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation import sample_set as draw
 from ifvit.evaluation.config import EvaluateConfig
@@ -25,7 +24,7 @@ from ifvit.evaluation.sample_set import hash_prompts, read_prompts
 from ifvit.images import decode_png, to_model_range
 from ifvit.models.clip import load_clip
 from ifvit.models.pretrained import resolve_pretrained
-from ifvit.sampling.config import RegulationConfig, SamplingConfig, flatten_settings
+from ifvit.sampling.config import RegulationConfig, SamplingConfig
 from ifvit.sampling.sampler import ConditionOf, Sampler, generate_images
 from ifvit.shards import EncoderIdentity, ShardReader
 
@@ -173,15 +172,6 @@ def test_a_row_of_other_method_settings_is_not_taken_for_this_one(config: Evalua
     assert evaluate(regulated(0.5)) == [row]
     with pytest.raises(UserError, match="another regulation"):
         evaluate(regulated(1.0))
-
-
-def test_a_row_of_the_flat_kind_is_taken_for_what_it_is(config: EvaluateConfig, run: str) -> None:
-    few = with_protocol(config, num_samples=2)
-    (row,) = evaluate(few)
-    url = f"{run}/evaluation/test/w2/step_00000007.json"
-    stored = storage.read_json(url)
-    storage.write_json(url, stored | {"protocol": flatten_settings(stored["protocol"])})
-    assert evaluate(few) == [row]
 
 
 def test_shards_of_another_encoder_are_refused(

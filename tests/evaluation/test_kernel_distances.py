@@ -8,8 +8,8 @@ import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ifvit.evaluation import metrics as kernel_distances
+from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.metrics import cmmd, kid
-from ifvit.evaluation.rows import Estimate
 
 RNG = np.random.default_rng(0)
 WIDTH = 16

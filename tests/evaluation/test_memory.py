@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ifvit.distributed import World
+from ifvit.evaluation.estimates import estimate_mean
 from ifvit.evaluation.features import collect_features
 from ifvit.evaluation.metrics import estimate_frechet
-from ifvit.evaluation.rows import estimate_mean
 from ifvit.process_group import ProcessGroup
 
 COUNT, WIDTH, BATCH = 30_000, 128, 500

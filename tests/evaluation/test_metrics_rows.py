@@ -8,13 +8,11 @@ import pytest
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.evaluation.estimates import estimate_around, estimate_mean, estimate_share
 from ifvit.evaluation.rows import (
     MetricsRow,
     Protocol,
     differences,
-    estimate_around,
-    estimate_mean,
-    estimate_share,
     main_series,
     read_rows,
     row_url,

@@ -13,7 +13,8 @@ from accelerate.utils.other import get_free_port
 from made_backbone import small_shape
 from made_shards import make_samples, write_shards
 
-from ifvit.evaluation.rows import FOLDER, Estimate, MetricsRow, Protocol, row_url, write_row
+from ifvit.evaluation.estimates import Estimate
+from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, write_row
 from ifvit.sampling.config import SamplingConfig
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
