@@ -183,7 +183,7 @@ def summarise_run(config: AttentionConfig, run: str, folder: str) -> AttentionSu
             f"{run}: weights of a {type(backbone).__name__}, but attention to text is analysed of "
             "fusion backbones; leave this run out"
         )
-    if backbone.shape.conditioning == "adaln":
+    if backbone.config.conditioning == "adaln":
         raise UserError(f"{run}: under conditioning adaln no attention goes to text; leave it out")
     digest = weights_sha256(backbone)
     backbone.to(device)
@@ -203,9 +203,9 @@ def summarise_run(config: AttentionConfig, run: str, folder: str) -> AttentionSu
         weights=run,
         weights_sha256=digest,
         step=info.step,
-        conditioning=backbone.shape.conditioning,
-        num_image_blocks=backbone.shape.num_image_blocks,
-        num_text_blocks=backbone.shape.num_text_blocks,
+        conditioning=backbone.config.conditioning,
+        num_image_blocks=backbone.config.num_image_blocks,
+        num_text_blocks=backbone.config.num_text_blocks,
         protocol=protocol,
         layers=record_layers(backbone, prompts, config),
     )
@@ -227,7 +227,7 @@ def record_layers(
     backbone: FusionUViT, prompts: Prompts, config: AttentionConfig
 ) -> tuple[LayerAttention, ...]:
     """Sample the prompts as ever, batch by batch, and average their attention by layer."""
-    shape = backbone.shape
+    shape = backbone.config
     inside = inner_tokens(shape.latent_size // shape.patch_size, config.trim)
     names = layer_names(shape.depth)
     layers = [LayerSums(name, shape.num_image_tokens, inside) for name in names]

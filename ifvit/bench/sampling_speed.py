@@ -95,7 +95,7 @@ def _time(
     build: Callable[[], NoisePredictor], backbone: Backbone, config: BenchGenerateConfig
 ) -> float:
     """Seconds per image: of what is done once, and of `num_steps` evaluations."""
-    shape = backbone.shape
+    shape = backbone.config
     size = (config.batch_size, shape.latent_channels, shape.latent_size, shape.latent_size)
     x_t = torch.randn(size, device=backbone.device)
     timesteps = torch.full((config.batch_size,), 500, device=backbone.device)

@@ -143,7 +143,7 @@ def draw_objects(
     return DrawnObjects(
         run=run,
         images=images,
-        backbone=asdict(backbone.shape),
+        backbone=asdict(backbone.config),
         is_complete=not missing_images(images, range(config.num_images * len(prompts))),
     )
 

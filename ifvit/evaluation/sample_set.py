@@ -225,11 +225,11 @@ def _check_fit(backbone: Backbone, info: WeightsInfo, reader: ShardReader) -> No
     if not manifest.classes:
         text_encoder = require_text_encoder(info)
         check_identity(f"{reader.url}: text encoder", reader.text.encoder, text_encoder)
-    size = backbone.shape.latent_size
-    if manifest.moments_shape != (2 * backbone.shape.latent_channels, size, size):
+    size = backbone.config.latent_size
+    if manifest.moments_shape != (2 * backbone.config.latent_channels, size, size):
         raise UserError(
             f"{reader.url}: moments {manifest.moments_shape} do not fit a backbone of "
-            f"{backbone.shape.latent_channels} x {size} x {size} latents; encode at its image size"
+            f"{backbone.config.latent_channels} x {size} x {size} latents; encode at its image size"
         )
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, S latent size, L image tokens, M condition t
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -13,7 +14,12 @@ from torch import Tensor, nn
 
 from ifvit.errors import UserError
 from ifvit.models.attention import Backend, load_attention
-from ifvit.models.config import BackboneConfig, FusionUViTConfig, TokenTransformerConfig
+from ifvit.models.config import (
+    BackboneConfig,
+    FusionUViTConfig,
+    TokenTransformerConfig,
+    restore_config,
+)
 from ifvit.models.layers import (
     Attention,
     Block,
@@ -40,7 +46,10 @@ class EncodedCondition:
 class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their config_name differs
     """Predicts the noise in latents, given a timestep and a caption or a class."""
 
-    shape: BackboneConfig
+    @cached_property
+    def config(self) -> BackboneConfig:  # type: ignore[override]
+        """The constructor's arguments, typed, in place of diffusers' dictionary of them."""
+        return restore_config(self._internal_dict)  # type: ignore[has-type]
 
     @abstractmethod
     def encode_condition(self, condition: Tensor) -> EncodedCondition:
@@ -70,8 +79,8 @@ class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their con
 
         Raises UserError for latents of another shape, or conditions that are no multiple of them.
         """
-        size = self.shape.latent_size
-        check_shape("latents", latents, (self.shape.latent_channels, size, size))
+        size = self.config.latent_size
+        check_shape("latents", latents, (self.config.latent_channels, size, size))
         if not isinstance(condition, EncodedCondition):
             condition = self.encode_condition(condition)
         if len(condition.tokens) % len(latents):
@@ -85,7 +94,7 @@ class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their con
 class PatchBackbone(Backbone):
     """The first and the last layers of transformers over patches, with U-ViT's parameter names."""
 
-    shape: FusionUViTConfig | TokenTransformerConfig
+    config: FusionUViTConfig | TokenTransformerConfig
 
     def set_attention(self, backend: Backend) -> None:
         """As `Backbone` says."""
@@ -100,17 +109,17 @@ class PatchBackbone(Backbone):
 
     def _create_embedding(self, num_tokens: int) -> None:
         """Patches to tokens, and positions of `num_tokens` tokens."""
-        shape = self.shape
-        self.patch_embed = PatchEmbed(shape.latent_channels, shape.patch_size, shape.width)
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, shape.width))
+        config = self.config
+        self.patch_embed = PatchEmbed(config.latent_channels, config.patch_size, config.width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, config.width))
 
     def _create_head(self) -> None:
         """Tokens to noise."""
-        channels = self.shape.latent_channels
-        is_modulated = self.shape.is_modulated
-        self.norm = nn.LayerNorm(self.shape.width, elementwise_affine=not is_modulated)
-        self.head_modulation = Modulation(self.shape.width, 2) if is_modulated else None
-        self.decoder_pred = nn.Linear(self.shape.width, self.shape.patch_size**2 * channels)
+        channels = self.config.latent_channels
+        is_modulated = self.config.is_modulated
+        self.norm = nn.LayerNorm(self.config.width, elementwise_affine=not is_modulated)
+        self.head_modulation = Modulation(self.config.width, 2) if is_modulated else None
+        self.decoder_pred = nn.Linear(self.config.width, self.config.patch_size**2 * channels)
         self.final_layer = nn.Conv2d(channels, channels, 3, padding=1)
 
     def _create_blocks(self, count: int, *, has_skip: bool = False) -> nn.ModuleList:
@@ -118,18 +127,18 @@ class PatchBackbone(Backbone):
 
     def _create_block(self, *, has_skip: bool = False) -> Block:
         """A block on the way of the image tokens."""
-        shape = self.shape
+        config = self.config
         return Block(
-            shape.width,
-            shape.num_heads,
-            shape.mlp_ratio,
+            config.width,
+            config.num_heads,
+            config.mlp_ratio,
             has_skip=has_skip,
-            is_modulated=shape.is_modulated,
+            is_modulated=config.is_modulated,
         )
 
     def _create_time_embed(self) -> nn.Sequential:
         """Sinusoids of the timestep to a learned vector."""
-        width = self.shape.width
+        width = self.config.width
         return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
 
     def _initialise(self) -> None:
@@ -137,7 +146,7 @@ class PatchBackbone(Backbone):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=self.shape.init_std)
+                nn.init.trunc_normal_(module.weight, std=self.config.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for module in self.modules():
@@ -146,7 +155,7 @@ class PatchBackbone(Backbone):
 
     def _read_noise(self, image_tokens: Tensor, signal: Tensor | None) -> Tensor:
         """Image tokens (B, L, D) and, where modulated, the signal (B, D) to (B, C, S, S)."""
-        patch, side = self.shape.patch_size, self.shape.latent_size // self.shape.patch_size
+        patch, side = self.config.patch_size, self.config.latent_size // self.config.patch_size
         normalised = self.norm(image_tokens)
         if self.head_modulation is not None:
             assert signal is not None

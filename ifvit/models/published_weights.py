@@ -216,7 +216,7 @@ def import_weights(config: ImportConfig) -> None:
     kind = "raw" if config.ema_decay is None else "ema"
     folder = storage.join(config.run, "weights", step_name(config.step), kind)
     save_weights(folder, backbone, info)
-    shape = backbone.shape
+    shape = backbone.config
     sys.stdout.write(
         f"{folder}: {shape.conditioning}, {shape.num_image_blocks} image-only blocks a side, "
         f"{shape.num_text_blocks} text blocks, {backbone.num_parameters():,} parameters\n"

@@ -13,14 +13,14 @@ from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipeline
 from torch import Tensor, nn
 
 from ifvit.models.backbone import EncodedCondition, PatchBackbone, add_signals, check_shape
-from ifvit.models.config import TokenTransformerConfig, restore_config
+from ifvit.models.config import TokenTransformerConfig
 from ifvit.models.layers import repeat_rows, timestep_embedding
 
 
 class TokenTransformer(PatchBackbone):
     """Self-attention over class | time | image, or caption | time | image, in all blocks."""
 
-    shape: TokenTransformerConfig
+    config: TokenTransformerConfig
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(  # noqa: PLR0913  diffusers writes config.json from these arguments
@@ -43,16 +43,14 @@ class TokenTransformer(PatchBackbone):
         conditioning: str = "tokens",
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        shape = restore_config(self.config)  # register_to_config has stored the arguments already
-        assert isinstance(shape, TokenTransformerConfig)
-        self.shape = shape
-        self._create_embedding(shape.num_tokens)
+        config = self.config
+        self._create_embedding(config.num_tokens)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes + 1, width)
         elif context_width is not None:
             self.context_embed = nn.Linear(context_width, width)
         self.time_embed = self._create_time_embed()
-        if shape.is_modulated:
+        if config.is_modulated:
             self.pooled_embed = nn.Linear(width, width)
         num_skips = depth // 2 if long_skip else 0
         self.in_blocks = self._create_blocks(depth - num_skips)
@@ -62,13 +60,13 @@ class TokenTransformer(PatchBackbone):
 
     def encode_condition(self, condition: Tensor) -> EncodedCondition:
         """Numbers (B,) of classes, or contexts (B, M, context_width), to the first tokens."""
-        if self.shape.context_shape is None:
+        if self.config.context_shape is None:
             tokens = self.label_emb(condition)[:, None]
         else:
-            check_shape("context", condition, self.shape.context_shape)
+            check_shape("context", condition, self.config.context_shape)
             tokens = self.context_embed(condition.to(self.pos_embed.dtype))
-        pooled = self.pooled_embed(tokens.mean(dim=1)) if self.shape.is_modulated else None
-        tokens = tokens[:, : self.shape.num_condition_tokens]
+        pooled = self.pooled_embed(tokens.mean(dim=1)) if self.config.is_modulated else None
+        tokens = tokens[:, : self.config.num_condition_tokens]
         return EncodedCondition(tokens=tokens + self.pos_embed[:, : tokens.shape[1]], pooled=pooled)
 
     def forward(
@@ -76,9 +74,9 @@ class TokenTransformer(PatchBackbone):
     ) -> Tensor:
         """As `Backbone` says. Raises UserError for latents or contexts of another shape."""
         encoded = self._encode_for(latents, condition)
-        num_conditions = self.shape.num_condition_tokens
+        num_conditions = self.config.num_condition_tokens
         dtype = self.pos_embed.dtype
-        time = self.time_embed(timestep_embedding(timesteps, self.shape.width).to(dtype))
+        time = self.time_embed(timestep_embedding(timesteps, self.config.width).to(dtype))
         image = self.patch_embed(latents.to(dtype))
         tokens = torch.cat([time[:, None], image], dim=1) + self.pos_embed[:, num_conditions:]
         tokens = repeat_rows(tokens, len(encoded.tokens))
@@ -87,7 +85,7 @@ class TokenTransformer(PatchBackbone):
         skips: list[Tensor] = []
         for block in self.in_blocks:
             tokens = block(tokens, signal=signal)
-            if self.shape.long_skip:
+            if self.config.long_skip:
                 skips.append(tokens)
         # The last of in_blocks is the middle one, which nothing skips.
         for block, skip in zip(self.out_blocks, skips[-2::-1], strict=True):

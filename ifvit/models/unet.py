@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ifvit.models.attention import Attend, Backend, load_attention
 from ifvit.models.backbone import Backbone, EncodedCondition, check_shape
-from ifvit.models.config import UNetConfig, restore_config
+from ifvit.models.config import UNetConfig
 from ifvit.models.layers import repeat_rows
 
 
 class UNet(Backbone):
     """Residual blocks at falling resolutions, with transformer blocks in the coarsest of them."""
 
-    shape: UNetConfig
+    config: UNetConfig
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(  # noqa: PLR0913  diffusers writes config.json from these arguments
@@ -41,9 +41,6 @@ class UNet(Backbone):
         class_width: int = 512,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        shape = restore_config(self.config)  # register_to_config has stored the arguments already
-        assert isinstance(shape, UNetConfig)
-        self.shape = shape
         has_attention = [
             level >= len(channels) - num_attention_levels for level in range(len(channels))
         ]
@@ -77,9 +74,9 @@ class UNet(Backbone):
 
     def encode_condition(self, condition: Tensor) -> EncodedCondition:
         """Numbers (B,) of classes => tokens (B, 1, D); contexts (B, M, D) stay what they are."""
-        if self.shape.context_shape is None:
+        if self.config.context_shape is None:
             return EncodedCondition(tokens=self.class_embed(condition)[:, None])
-        check_shape("context", condition, self.shape.context_shape)
+        check_shape("context", condition, self.config.context_shape)
         return EncodedCondition(tokens=condition.to(self.dtype))
 
     def forward(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ifvit.models.attention import Bias
 from ifvit.models.backbone import EncodedCondition, PatchBackbone, add_signals, check_shape
-from ifvit.models.config import Conditioning, FusionUViTConfig, restore_config
+from ifvit.models.config import Conditioning, FusionUViTConfig
 from ifvit.models.layers import Block, KeysValues, repeat_rows, timestep_embedding
 
 
@@ -24,7 +24,7 @@ class FusionUViT(PatchBackbone):
     time and fused blocks the time and the text branch's mean token.
     """
 
-    shape: FusionUViTConfig
+    config: FusionUViTConfig
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(  # noqa: PLR0913  diffusers writes config.json from these arguments
@@ -48,15 +48,13 @@ class FusionUViT(PatchBackbone):
         timestep_offset: int = 0,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        shape = restore_config(self.config)  # register_to_config has stored the arguments already
-        assert isinstance(shape, FusionUViTConfig)
-        self.shape = shape
-        self._create_embedding(shape.num_tokens)
+        config = self.config
+        self._create_embedding(config.num_tokens)
         self.context_embed = nn.Linear(context_width, width)
         self.text_blocks = nn.ModuleList(
             Block(width, num_heads, mlp_ratio, has_skip=False) for _ in range(num_text_blocks)
         )
-        if shape.is_modulated:
+        if config.is_modulated:
             self.time_embed = self._create_time_embed()
             self.pooled_embed = nn.Linear(width, width)
         self.in_blocks = self._create_blocks(depth // 2)
@@ -67,15 +65,15 @@ class FusionUViT(PatchBackbone):
 
     def encode_condition(self, condition: Tensor) -> EncodedCondition:
         """Text encoder output (B, M, context_width) to what the fused blocks need of it."""
-        check_shape("context", condition, self.shape.context_shape)
+        check_shape("context", condition, self.config.context_shape)
         tokens = self.context_embed(condition.to(self.pos_embed.dtype))
-        tokens = tokens + self.pos_embed[:, 1 : 1 + self.shape.context_length]
+        tokens = tokens + self.pos_embed[:, 1 : 1 + self.config.context_length]
         for block in self.text_blocks:
             tokens = block(tokens)
-        keys_values: tuple[KeysValues | None, ...] = (None,) * self.shape.num_fused_blocks
-        if self.shape.conditioning == "cross_attention":
+        keys_values: tuple[KeysValues | None, ...] = (None,) * self.config.num_fused_blocks
+        if self.config.conditioning == "cross_attention":
             keys_values = tuple(block.text_keys_values(tokens) for block in self._fused_blocks())
-        pooled = self.pooled_embed(tokens.mean(dim=1)) if self.shape.is_modulated else None
+        pooled = self.pooled_embed(tokens.mean(dim=1)) if self.config.is_modulated else None
         return EncodedCondition(tokens=tokens, keys_values=keys_values, pooled=pooled)
 
     def forward(
@@ -95,10 +93,10 @@ class FusionUViT(PatchBackbone):
         """
         text = self._encode_for(latents, condition)
         time = self._embed_time(timesteps)
-        signal = self.time_embed(time) if self.shape.is_modulated else None
+        signal = self.time_embed(time) if self.config.is_modulated else None
         tokens = self._embed_tokens(latents, time)
         skips: list[Tensor] = []
-        for block in self.in_blocks[: self.shape.num_image_blocks]:
+        for block in self.in_blocks[: self.config.num_image_blocks]:
             tokens = block(tokens, signal=signal)
             skips.append(tokens)
         fused_signal = None
@@ -108,27 +106,27 @@ class FusionUViT(PatchBackbone):
         tokens = self._fuse(tokens, text, biases or {}, fused_signal)
         for block in self.out_blocks[self._num_fused_per_side :]:
             tokens = block(tokens, skip=skips.pop(), signal=signal)
-        last = signal if self.shape.num_image_blocks else fused_signal
+        last = signal if self.config.num_image_blocks else fused_signal
         return self._read_noise(tokens[:, 1:], last)
 
     @property
     def _num_fused_per_side(self) -> int:
-        return self.shape.depth // 2 - self.shape.num_image_blocks
+        return self.config.depth // 2 - self.config.num_image_blocks
 
     def _fused_blocks(self) -> list[Block]:
         """The blocks that see text, in order: in, middle, out."""
-        into = self.in_blocks[self.shape.num_image_blocks :]
+        into = self.in_blocks[self.config.num_image_blocks :]
         return [*into, self.mid_block, *self.out_blocks[: self._num_fused_per_side]]
 
     def _embed_time(self, timesteps: Tensor) -> Tensor:
         """Sinusoids (B, D)."""
-        offset = timesteps + self.shape.timestep_offset
-        return timestep_embedding(offset, self.shape.width).to(self.pos_embed.dtype)
+        offset = timesteps + self.config.timestep_offset
+        return timestep_embedding(offset, self.config.width).to(self.pos_embed.dtype)
 
     def _embed_tokens(self, latents: Tensor, time: Tensor) -> Tensor:
         """Image branch input (B, 1 + L, D), the time token first."""
         patches = self.patch_embed(latents.to(self.pos_embed.dtype))
-        image_positions = self.pos_embed[:, 1 + self.shape.context_length :]
+        image_positions = self.pos_embed[:, 1 + self.config.context_length :]
         return torch.cat([time[:, None] + self.pos_embed[:, :1], patches + image_positions], dim=1)
 
     def _fuse(
@@ -140,7 +138,7 @@ class FusionUViT(PatchBackbone):
     ) -> Tensor:
         """The middle of the U, where image tokens (B, 1 + L, D) meet the text."""
         num_tokens = tokens.shape[1]
-        if self.shape.conditioning == "concat":
+        if self.config.conditioning == "concat":
             tokens = torch.cat([repeat_rows(tokens, len(text.tokens)), text.tokens], dim=1)
         skips: list[Tensor] = []
         for index, (block, keys_values) in enumerate(

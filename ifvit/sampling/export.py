@@ -163,7 +163,7 @@ def export(config: ExportConfig) -> None:
     )
     with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
         pipeline.save_pretrained(temporary)
-        card = describe_pipeline(folder, info, weights_sha256(backbone), backbone.shape)
+        card = describe_pipeline(folder, info, weights_sha256(backbone), backbone.config)
         Path(temporary, "README.md").write_text(card)
         _upload(Path(temporary), config.output)
         if config.hub:

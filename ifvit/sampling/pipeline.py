@@ -179,7 +179,7 @@ class FusionPipeline(DiffusionPipeline):
         """(count, C, S, S), standard normal."""
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} images")
-        shape = self.backbone.shape
+        shape = self.backbone.config
         size = (count, shape.latent_channels, shape.latent_size, shape.latent_size)
         noise: Tensor = randn_tensor(size, generator=generator, device=self._execution_device)
         return noise

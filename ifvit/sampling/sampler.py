@@ -50,8 +50,8 @@ def sample_latents(
     `null_condition` is "nothing" alone, batch 1. The noise depends on seed and position only,
     so neither batch size nor the number of processes changes an image.
     """
-    size = backbone.shape.latent_size
-    shape = (backbone.shape.latent_channels, size, size)
+    size = backbone.config.latent_size
+    shape = (backbone.config.latent_channels, size, size)
     noise = normal(config.seed, 0, positions, Stream.SAMPLING, shape).to(backbone.device)
     denoiser = GuidedNoisePredictor(backbone, condition, null_condition, config.guidance, method)
     return solve(denoiser, noise, config.solver, config.num_steps)

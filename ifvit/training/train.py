@@ -49,7 +49,7 @@ def initial_backbone(config: TrainConfig, reader: ShardReader) -> Backbone:
         return backbone
     loaded, info = load_weights(config.initial_weights)
     scale = config.scaling_factor or reader.manifest.scaling_factor
-    theirs = {"backbone": asdict(loaded.shape), "scaling_factor": info.scaling_factor}
+    theirs = {"backbone": asdict(loaded.config), "scaling_factor": info.scaling_factor}
     ours = {"backbone": asdict(config.backbone), "scaling_factor": scale}
     for key, value in ours.items():
         for name, there, here in differences(key, theirs[key], value):

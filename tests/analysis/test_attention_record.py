@@ -272,8 +272,8 @@ def summarise(setting: str) -> AttentionSummary:
         weights_sha256="0" * 64,
         step=5,
         conditioning="cross_attention",
-        num_image_blocks=backbone.shape.num_image_blocks,
-        num_text_blocks=backbone.shape.num_text_blocks,
+        num_image_blocks=backbone.config.num_image_blocks,
+        num_text_blocks=backbone.config.num_text_blocks,
         protocol=AttentionProtocol(
             num_prompts=NUM_PROMPTS,
             prompts_sha256="1" * 64,

@@ -55,7 +55,7 @@ def test_counted_parameters_are_those_of_the_module(row):
 
 
 def measured_flops(backbone):
-    shape = backbone.shape
+    shape = backbone.config
     size = (1, shape.latent_channels, shape.latent_size, shape.latent_size)
     context = torch.zeros(1, shape.context_length, shape.context_width, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():

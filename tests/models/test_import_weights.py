@@ -41,8 +41,8 @@ def test_a_published_file_becomes_a_run_that_draws(name: str, tmp_path: Path) ->
     backbone, info = load_weights(run)
     assert (info.step, info.ema_decay, info.scaling_factor) == (1_000_000, 0.9999, 0.5)
     expected = from_published_state_dict(tensors, context_length=16)
-    assert backbone.shape == expected.shape
-    assert backbone.shape.timestep_offset == 1  # both code bases count timesteps from 1
+    assert backbone.config == expected.config
+    assert backbone.config.timestep_offset == 1  # both code bases count timesteps from 1
     for key, tensor in expected.state_dict().items():
         assert torch.equal(backbone.state_dict()[key], tensor), key
     drawn = str(tmp_path / "samples")

@@ -63,9 +63,9 @@ def test_fork_weights_predict_what_the_oracle_predicts(conditioning, num_image, 
         backbone = assert_predicts_like_the_oracle(
             fork_layout(conditioning, 6, num_image, num_text)
         )
-    assert backbone.shape.conditioning == conditioning
-    assert backbone.shape.num_image_blocks == num_image
-    assert backbone.shape.num_text_blocks == num_text
+    assert backbone.config.conditioning == conditioning
+    assert backbone.config.num_image_blocks == num_image
+    assert backbone.config.num_text_blocks == num_text
 
 
 @pytest.mark.parametrize(
@@ -77,16 +77,16 @@ def test_heads_and_context_length_of_the_paper_need_not_be_given(layout):
         backbone = assert_predicts_like_the_oracle(
             layout, size=32, width=64, context=(77, 24), heads=None
         )
-    assert backbone.shape.latent_size == 32
-    assert backbone.shape.context_length == 77
-    assert backbone.shape.num_heads == 1
+    assert backbone.config.latent_size == 32
+    assert backbone.config.context_length == 77
+    assert backbone.config.num_heads == 1
 
 
 @pytest.mark.parametrize("length", [8, 9])  # with 9 all tokens together are a square, too
 def test_other_context_lengths_leave_the_largest_square_of_image_tokens(length):
     layout = uvit_layout("concat", 2, 0, 0)
     weights = random_weights(layout, width=64, patch=2, num_patches=16, context=(length, 12))
-    assert from_published_state_dict(tensors(weights)).shape.context_length == length
+    assert from_published_state_dict(tensors(weights)).config.context_length == length
 
 
 def test_shapes_show_the_width_of_the_mlp():
@@ -95,7 +95,7 @@ def test_shapes_show_the_width_of_the_mlp():
         weights[name] = weights[name][:128]
     for name in [name for name in weights if name.endswith(".mlp.fc2.weight")]:
         weights[name] = weights[name][:, :128]
-    assert from_published_state_dict(weights).shape.mlp_ratio == 2
+    assert from_published_state_dict(weights).config.mlp_ratio == 2
 
 
 def test_the_forks_fixed_number_of_queries_is_not_passed_over_in_silence():

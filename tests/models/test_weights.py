@@ -36,7 +36,7 @@ def test_weights_and_their_provenance_round_trip(tmp_path, backbone):
     loaded, info = load_weights(str(tmp_path))
     assert info == INFO
     assert not loaded.training
-    assert loaded.shape == backbone.shape
+    assert loaded.config == backbone.config
     assert same_weights(loaded, backbone)
 
 

@@ -121,7 +121,7 @@ def test_captions_have_no_classes(text: str, tmp_path: Path) -> None:
 def test_date_works_and_regulation_is_refused_for_another_transformer_on_captions(
     text: str, tmp_path: Path
 ) -> None:
-    shape = load_weights(text)[0].shape
+    shape = load_weights(text)[0].config
     length, width = shape.context_shape
     captions = dataclasses.replace(
         TOKENS, num_classes=None, context_length=length, context_width=width

@@ -93,7 +93,7 @@ def test_the_pipeline_draws_what_generate_draws(
         seed=5, output=str(tmp_path), device="cpu",
     )  # fmt: skip
     generated = read_images(generate(config)).astype(int)
-    shape = (pipeline.backbone.shape.latent_channels, 8, 8)
+    shape = (pipeline.backbone.config.latent_channels, 8, 8)
     noise = normal(5, 0, torch.arange(2), Stream.SAMPLING, shape)
     drawn = draw(pipeline, [PROMPTS[0]] * 2, latents=noise, guidance_scale=3.0)
     assert np.abs(generated - (drawn * 255).round()).max() <= 1

@@ -166,7 +166,7 @@ def _objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
 
 
 def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> _MethodFor:
-    shape = sampler.backbone.shape
+    shape = sampler.backbone.config
     if not isinstance(shape, FusionUViTConfig):
         raise UserError(
             f"method {config.method}: attention regulation knows the blocks of fusion_uvit, "
