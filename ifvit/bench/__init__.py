@@ -1,1 +1,1 @@
-"""Speed, measured: each benchmark is a command that prints ratios of one run."""
+"""Benchmarks: each verb `ifvit bench …` prints speeds and ratios that are measured in one run."""

@@ -1,4 +1,4 @@
-"""How long training stands still for its checkpoints, and how much it is slowed beside them."""
+"""The verb `bench checkpoint`: how long saves stop the loop, and how much they slow it down."""
 
 import tempfile
 import time
@@ -6,7 +6,7 @@ import time
 import torch
 
 from ifvit.bench.config import BenchCheckpointConfig
-from ifvit.bench.timing import print_result
+from ifvit.bench.measurement import print_result
 from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
 from ifvit.models.weights import WeightsInfo
@@ -20,20 +20,18 @@ from ifvit.training.hooks import SaveCheckpoint
 from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
 from ifvit.training.state import TrainState
-
-_REPORT = StepReport(loss=0.0, loss_by_time=(), grad_norm=0.0, learning_rate=0.0)
-_NOBODY = EncoderIdentity(name="none", sha256="0" * 64)
+from ifvit.training.timing import device_name
 
 
 def bench_checkpoint(config: BenchCheckpointConfig) -> None:
-    """Train the small preset on noise, first without saves and then with, and print the cost.
+    """Train the small preset on noise, first without saves and then with saves, print the cost.
 
-    Prints `stall_share`, the part of wall time in which the loop stood still; `slowdown`, by how
-    much the steps between grew because the background shares the machine; `last_save_seconds`, what
-    the exit of a run waits for; and the size of a checkpoint.
+    `stall_share` is the fraction of wall time in which the loop stands still. `slowdown` is the
+    relative growth of the other steps, because the background threads share the machine.
+    `last_save_seconds` is the time that the end of a run waits for its last save.
     """
     training = _Training(config.batch_size)
-    training.step()  # makes what the first step makes
+    training.step()  # the first step also allocates the optimizer state
     quiet = training.time_steps(config.num_steps)
     with tempfile.TemporaryDirectory() as folder:
         run = config.run or folder
@@ -54,35 +52,31 @@ def bench_checkpoint(config: BenchCheckpointConfig) -> None:
         "step_seconds": quiet / config.num_steps,
         "gigabytes": num_bytes / 1e9,
         "every": config.every,
-        "device": training.device_name,
+        "device": device_name(training.engine.device),
     }
     print_result(result, config.json)
 
 
 class _Training:
-    """Steps of the small preset, 48M parameters, on noise of the paper's shapes."""
+    """Steps of the small preset, 48M parameters, on noise with the paper's shapes."""
 
     def __init__(self, batch_size: int) -> None:
-        shape = PRESETS["small"]
-        is_cuda = torch.cuda.is_available()
-        precision = EngineConfig(backend="plain", precision="bf16" if is_cuda else "fp32")
+        shape, is_cuda = PRESETS["small"], torch.cuda.is_available()
         self.engine = Engine(
             build_backbone(shape),
-            precision,
+            EngineConfig(backend="plain", precision="bf16" if is_cuda else "fp32"),
             OptimConfig(),
             ema_decays=(0.9999,),
             micro_batch_size=batch_size,
             num_micro_batches=1,
         )
-        self.device_name = torch.cuda.get_device_name() if is_cuda else "cpu"
         side, device = shape.latent_size, self.engine.device
         self._x_t = torch.randn(batch_size, shape.latent_channels, side, side, device=device)
         self._t = torch.randint(0, 1000, (batch_size,), device=device)
-        context = torch.randn(batch_size, shape.context_length, shape.context_width)
-        self._context = context.to(device)
+        self._context = torch.randn(batch_size, *shape.context_shape, device=device)
 
     def step(self) -> None:
-        """Forward, backward, update, average."""
+        """Forward and backward pass, optimizer step, EMA."""
         with self.engine.accumulate(last=True):
             noise = self.engine.predict_noise(self._x_t, self._t, self._context)
             self.engine.backward(noise.float().square().mean())
@@ -90,30 +84,28 @@ class _Training:
         self.engine.update_ema()
 
     def time_steps(self, count: int, hook: SaveCheckpoint | None = None) -> float:
-        """Seconds of `count` steps with the saves that fall due."""
+        """Seconds that `count` steps take, including the saves that fall due."""
+        report = StepReport(loss=0.0, loss_by_time=(), grad_norm=0.0, learning_rate=0.0)
         self.engine.synchronize()
         started = time.perf_counter()
         for done in range(1, count + 1):
             self.step()
             if hook is not None and done % hook.every == 0:
-                hook(TrainState(step=done), _REPORT)
+                hook(TrainState(step=done), report)
         self.engine.synchronize()
         return time.perf_counter() - started
 
 
-def _nothing() -> None:
-    """No metrics to publish, no loop to stop."""
-
-
 def _build_hook(run: str, every: int, engine: Engine, lease: Lease) -> SaveCheckpoint:
     config = TrainConfig(run=run, shards="", backbone=PRESETS["small"], checkpoint_every=every)
+    encoder = EncoderIdentity(name="none", sha256="0" * 64)
     info = WeightsInfo(
         step=0,
         ema_decay=None,
         scaling_factor=1.0,
-        vae=_NOBODY,
-        text_encoder=_NOBODY,
+        vae=encoder,
+        text_encoder=encoder,
         recipe_sha256="",
     )
-    channel = ProcessGroup(engine.world)
-    return SaveCheckpoint(config, engine, channel, lease, info, "", _nothing, _nothing)
+    group = ProcessGroup(engine.world)
+    return SaveCheckpoint(config, engine, group, lease, info, "", lambda: None, lambda: None)

@@ -1,37 +1,36 @@
-"""Settings of the benchmarks; imports no torch."""
+"""Configuration of the benchmarks; imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+Preset = Literal["tiny", "small", "mid", "large", "huge"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchLoaderConfig:
-    """Compare the loader with webdataset, with one file an array, and with a bare copy.
+    """Compare the training loader with webdataset, with one file per array, and with a bare copy.
 
-    Samples have the paper's size and lie in a temporary folder ($TMPDIR), in memory after their
-    first reading.
+    The made-up samples have the paper's shapes. They are written to a temporary folder ($TMPDIR).
     """
 
     num_samples: int | None = None
-    """Images with five captions each, 0.6 MB an image, written twice and held in memory once;
-    unset: 4000, with a store 800."""
+    """Images with five captions each; an image takes 0.6 MB, twice on disk and once in memory.
+    Default: 4000, or 800 with `store`."""
     batch_size: int = 256
-    """Samples in a batch."""
+    """Samples per batch."""
     num_workers: int = 2
-    """Threads of the loader and of the copy, processes of the others."""
+    """Threads of the loader and of the copy, processes of the other two."""
     rounds: int = 5
-    """Repetitions, in turn; medians are compared."""
-    seconds: float = 3.0
-    """Length of one measurement."""
+    """Interleaved repetitions; the medians are compared."""
     store: str | None = None
-    """s3://bucket/prefix: instead compare reading an epoch from there with downloading it."""
+    """s3://bucket/prefix: compare reading an epoch from there with downloading it instead."""
     json: bool = False
-    """Print one JSON object: samples_per_s, vs_webdataset, vs_npy, vs_copy; with a store
-    samples_per_s, vs_download."""
+    """Print one JSON object with samples_per_s, vs_webdataset, vs_npy and vs_copy; with `store`
+    samples_per_s and vs_download."""
 
     @property
     def num_images(self) -> int:
-        """`num_samples`, or what it is unset."""
+        """`num_samples` or its default."""
         return self.num_samples or (4000 if self.store is None else 800)
 
     def __post_init__(self) -> None:
@@ -41,9 +40,9 @@ class BenchLoaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchEncodeConfig:
-    """Compare the whole encode job, files to manifest, with its two models alone.
+    """Compare the whole encode job, from files to manifest, with its two models alone.
 
-    Images are drawn as JPEGs of COCO's usual 640 x 480 pixels, with five captions each.
+    The images are drawn and saved as JPEGs of 640 x 480 pixels, with five captions each.
     """
 
     vae: str = "scenes/vae"
@@ -51,21 +50,17 @@ class BenchEncodeConfig:
     text_encoder: str = "scenes/clip"
     """CLIP text encoder: hub name, local folder, or scenes/clip."""
     num_images: int = 128
-    """Images in one measurement, two shards of them."""
+    """Images per measurement; the job writes them as two shards."""
     image_size: int = 256
-    """Side in pixels of the square that is encoded."""
+    """Side of the square images in pixels."""
     batch_size: int = 16
-    """Images that go through the models at once."""
+    """Images that the models encode at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format in which the models compute."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the models run; auto takes a GPU when there is one."""
-    num_workers: int = 4
-    """Threads that read and resize images ahead of the models."""
     rounds: int = 3
-    """Repetitions, in turn; medians are compared."""
+    """Interleaved repetitions; the medians are compared."""
     json: bool = False
-    """Print one JSON object: images_per_s, vs_models_alone, and what was measured on what."""
+    """Print one JSON object with images_per_s, vs_models_alone, and the conditions."""
 
     def __post_init__(self) -> None:
         if self.num_images < 2:
@@ -74,16 +69,16 @@ class BenchEncodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCheckpointConfig:
-    """Measure what checkpoints of the 48M-parameter preset cost the training loop."""
+    """Measure how much the checkpoints of the 48M-parameter preset slow training down."""
 
     run: str | None = None
-    """Where to save, a folder or s3://bucket/prefix; unset: a temporary folder."""
+    """Folder or s3://bucket/prefix to save to. Default: a temporary folder."""
     every: int = 20
     """Steps between saves."""
     num_steps: int = 40
-    """Steps measured without and again with saves; a multiple of `every`."""
+    """Steps measured without saves, and again with saves; a multiple of `every`."""
     batch_size: int = 4
-    """Samples per step; the paper's 256 on a GPU."""
+    """Samples per step; use the paper's 256 on a GPU."""
     json: bool = False
     """Print one JSON object."""
 
@@ -96,69 +91,61 @@ class BenchCheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchGenerateConfig:
-    """Compare guided sampling with the same untrained model, eager, without what it saves, and on a
-    GPU with U-ViT (early fusion by concatenation) under eager fp16 autocast.
+    """Compare guided sampling with plain guidance, which runs the whole backbone twice per step.
 
-    Without: two passes a step, the text branch and the keys and values of the text in each.
-    The decoder is left out everywhere.
+    Plain guidance computes the text branch and the text's keys and values again in every step. On a
+    GPU sampling is also compared with U-ViT (early fusion by concatenation) under eager fp16
+    autocast. The decoder is left out everywhere, and the backbone is untrained.
     """
 
-    preset: Literal["tiny", "small", "mid", "large", "huge"] = "small"
-    """Size of the backbone: intermediate fusion by cross-attention, 32 x 32 latents from small on
-    (256 x 256 pixels)."""
+    preset: Preset = "small"
+    """Size of the backbone with intermediate fusion by cross-attention; 32 x 32 latents (256 x 256
+    pixels) from small on."""
     num_steps: int = 50
-    """Evaluations that an image takes."""
-    timed_steps: int = 1
-    """Evaluations that one measurement runs through; an image's time follows from them."""
+    """Function evaluations (NFE) per image; one is measured and multiplied."""
     batch_size: int = 4
-    """Images drawn together."""
+    """Images generated together."""
     rounds: int = 11
-    """Repetitions, in turn; medians are compared."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
+    """Interleaved repetitions; the medians are compared."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the weights."""
     compile: bool = False
-    """Compile the backbone, on a GPU with CUDA graphs; the other side stays eager."""
+    """Compile the backbone, on a GPU with CUDA graphs; the peers stay eager."""
     json: bool = False
-    """Print one JSON object: images_per_s, vs_no_cache, vs_eager_fp16 (null without a GPU), and
-    what was measured on what."""
+    """Print one JSON object with images_per_s, vs_no_cache, vs_eager_fp16 (null without a GPU), and
+    the conditions."""
 
     def __post_init__(self) -> None:
-        if min(self.num_steps, self.timed_steps, self.batch_size, self.rounds) < 1:
-            raise ValueError("num_steps, timed_steps, batch_size and rounds must be at least 1")
+        if min(self.num_steps, self.batch_size, self.rounds) < 1:
+            raise ValueError("num_steps, batch_size and rounds must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainConfig:
-    """Compare training steps: the paper's four settings with each other and with U-ViT's recipe,
-    the engine with a bare loop, all with what the device can do.
+    """Compare training steps: the paper's four variants with each other, with U-ViT's recipe, with
+    a bare loop, and with the limits of the hardware.
 
-    One process, plain PyTorch, random data that need not be read.
+    One process, plain PyTorch, random data in memory.
     """
 
-    preset: Literal["tiny", "small", "mid", "large", "huge"] = "small"
-    """Size of the backbones; 32 x 32 latents from small on (256 x 256 pixels)."""
+    preset: Preset = "small"
+    """Size of the backbones; 32 x 32 latents (256 x 256 pixels) from small on."""
     batch_size: int = 4
-    """Samples in a step; the paper's 256 on a GPU."""
+    """Samples per step; use the paper's 256 on a GPU."""
     steps: int = 1
-    """Steps in one measurement; more where a step takes milliseconds."""
+    """Steps per measurement; use more where a step takes milliseconds."""
     rounds: int = 7
-    """Repetitions, in turn; medians are compared."""
+    """Interleaved repetitions; the medians are compared."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type of matrix products; unset: bf16 on a GPU, fp32 elsewhere. U-ViT's recipe: fp16 on a GPU,
-    fp32 elsewhere."""
-    activation_checkpointing: bool = False
-    """Compute each block again in the backward pass; not in U-ViT's recipe."""
+    """Number format of matrix products. Default: bf16 on a GPU, fp32 elsewhere. U-ViT's recipe uses
+    fp16 on a GPU and fp32 elsewhere."""
     compile: bool = False
-    """Compile the blocks; not in U-ViT's recipe."""
-    cuda_graphs: bool = False
-    """Record the compiled blocks as CUDA graphs; not in U-ViT's recipe."""
+    """Compile the blocks; U-ViT's recipe stays eager."""
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
-    """As engine.attention of a training recipe; U-ViT's recipe has sdpa."""
+    """Attention backend, as engine.attention of a training recipe; U-ViT's recipe uses sdpa."""
     json: bool = False
-    """Print one JSON object: rows, intermediate_vs_early, engine_overhead, vs_uvit_recipe, and what
-    was measured on what."""
+    """Print one JSON object with rows, intermediate_vs_early, engine_overhead, vs_uvit_recipe, and
+    the conditions."""
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.steps, self.rounds) < 1:

@@ -1,4 +1,9 @@
-"""The verb `bench loader`: samples per second, against three others on the same samples."""
+"""The verb `bench loader`: samples per second of the training loader and of three peers.
+
+The peers read the same made-up samples: webdataset's own pipeline, torch's DataLoader over U-ViT's
+one-file-per-array layout, and a bare copy of rows that are in memory. With `--store` the loader
+reads an epoch from an object store and is compared with downloading the shards.
+"""
 
 import hashlib
 import random
@@ -12,21 +17,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from webdataset import WebDataset, WebLoader
 
 from data_pipeline.shard_io import npy_bytes, write_shard
 from ifvit import storage
-from ifvit.bench import loading_speed as loader_peers
 from ifvit.bench.config import BenchLoaderConfig
-from ifvit.bench.timing import measure_rounds, median_ratio, print_result
+from ifvit.bench.measurement import measure_rounds, median_ratio, print_result
 from ifvit.distributed import World
 from ifvit.shards import (
     CacheConfig,
@@ -39,51 +41,108 @@ from ifvit.shards import (
     write_manifest,
 )
 from ifvit.shards.format import NULL_CONTEXT, Array
-from ifvit.training.data import Batch, Batches, BatchOrder, HostMemory, empty_aligned
+from ifvit.training.data import Batch, Batches, BatchOrder
 from ifvit.training.state import TrainState
 
 MOMENTS_SHAPE = (8, 32, 32)
 CONTEXT_SHAPE = (77, 768)
 NUM_CAPTIONS = 5
 NUM_SHARDS = 16
-_MADE_UP = EncoderIdentity(name="made-up", sha256="0" * 64)
+SHUFFLE_BUFFER = 1000  # samples that webdataset shuffles
+SHUFFLE_WINDOW = 4  # shards that the loader shuffles when it reads from a store
+WARM_UP_BATCHES = 2
+SECONDS = 3.0
+"""Length of one measurement."""
+
+Stream = Generator[int]
+"""Reads batches without end and yields the number of samples in each batch."""
+
+
+def bench_loader(config: BenchLoaderConfig) -> None:
+    """Write made-up samples to a temporary folder, measure, print the ratios, clean up."""
+    with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as folder:
+        compare = compare_with_peers if config.store is None else compare_with_download
+        print_result(compare(Path(folder), config), config.json)
+
+
+def compare_with_peers(folder: Path, config: BenchLoaderConfig) -> dict[str, float]:
+    """Samples per second of the loader, and its speed divided by that of each peer."""
+    content = make_content(config.num_images)
+    write_shards(folder / "shards", content)
+    write_files(folder / "files", content)
+    streams: dict[str, Callable[[], Stream]] = {
+        "loader": partial(read_shards, folder / "shards", config),
+        "webdataset": partial(read_webdataset, folder / "shards", config),
+        "npy": partial(read_files, folder / "files", config),
+        "copy": partial(copy_memory, content, config),
+    }
+    measures = {name: partial(samples_per_second, stream) for name, stream in streams.items()}
+    rates = measure_rounds(measures, config.rounds)
+    loader = rates.pop("loader")
+    ratios = {f"vs_{name}": median_ratio(loader, others) for name, others in rates.items()}
+    return {"samples_per_s": statistics.median(loader), **ratios}
+
+
+def compare_with_download(folder: Path, config: BenchLoaderConfig) -> dict[str, float]:
+    """Samples per second of an epoch from an empty cache, and its speed relative to downloads."""
+    assert config.store is not None
+    shards, url = folder / "shards", storage.join(config.store, f"bench-{uuid.uuid4().hex}")
+    write_shards(shards, make_content(config.num_images))
+    try:
+        for path in sorted(shards.iterdir()):
+            storage.upload(path, storage.join(url, path.name))
+        contenders = {
+            "epoch": partial(seconds_of_epoch, url, folder, config),
+            "download": partial(seconds_of_downloads, url, folder),
+        }
+        seconds = measure_rounds(contenders, config.rounds)
+    finally:
+        storage.remove(url)
+    return {
+        "samples_per_s": config.num_images / statistics.median(seconds["epoch"]),
+        "vs_download": median_ratio(seconds["download"], seconds["epoch"]),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """`moments` (N, 8, 32, 32) and `contexts` (N, 5, 77, 768) of N images, float16."""
+    """Arrays of N made-up images: `moments` (N, 8, 32, 32), `contexts` (N, 5, 77, 768), float16."""
 
     moments: Array
     contexts: Array
 
 
 def make_content(num_samples: int) -> Content:
-    """Random values in [0, 1), in memory from which copies are fastest."""
+    """Random values in [0, 1)."""
     generator = np.random.default_rng(0)
 
-    def draw(*shape: int) -> Array:
-        values = empty_aligned((num_samples, *shape), np.dtype(np.float16))
-        for sample in values:
-            # Bit patterns below that of 1.0; drawing real numbers would take minutes.
-            sample[...] = generator.integers(0, 0x3C00, shape, np.uint16).view(np.float16)
+    def sample_values(*shape: int) -> Array:
+        # torch aligns memory to cache lines, from which copies are faster than from NumPy's.
+        values: Array = torch.empty((num_samples, *shape), dtype=torch.float16).numpy()
+        for row in values:
+            # Bit patterns below the one of 1.0, because drawing real numbers takes minutes.
+            row[...] = generator.integers(0, 0x3C00, shape, np.uint16).view(np.float16)
         return values
 
-    return Content(moments=draw(*MOMENTS_SHAPE), contexts=draw(NUM_CAPTIONS, *CONTEXT_SHAPE))
+    return Content(
+        moments=sample_values(*MOMENTS_SHAPE), contexts=sample_values(NUM_CAPTIONS, *CONTEXT_SHAPE)
+    )
 
 
 def write_shards(folder: Path, content: Content) -> None:
-    """As the encode job writes them, in 16 shards."""
-    cuts = np.array_split(np.arange(len(content.moments)), NUM_SHARDS)
+    """Write a dataset of 16 shards with the writer of the encode job."""
+    parts = np.array_split(np.arange(len(content.moments)), NUM_SHARDS)
     shards = tuple(
-        write_shard(folder, f"shard-{k:05d}", (_sample(content, n) for n in cut.tolist()))
-        for k, cut in enumerate(cuts)
+        write_shard(folder, f"shard-{k:05d}", (_sample(content, n) for n in part.tolist()))
+        for k, part in enumerate(parts)
     )
     null_context = npy_bytes(np.zeros(CONTEXT_SHAPE, np.float16))
     (folder / NULL_CONTEXT).write_bytes(null_context)
+    encoder = EncoderIdentity(name="made-up", sha256="0" * 64)
     manifest = Manifest(
-        vae=_MADE_UP,
+        vae=encoder,
         text=TextEncoding(
-            encoder=_MADE_UP,
+            encoder=encoder,
             context_shape=CONTEXT_SHAPE,
             null_context_sha256=hashlib.sha256(null_context).hexdigest(),
         ),
@@ -99,15 +158,6 @@ def write_shards(folder: Path, content: Content) -> None:
     write_manifest(str(folder), manifest)
 
 
-def write_files(folder: Path, content: Content) -> None:
-    """U-ViT's layout: N.npy holds an image's moments, N_K.npy its caption K's embedding."""
-    folder.mkdir()
-    for n, (moments, contexts) in enumerate(zip(content.moments, content.contexts, strict=True)):
-        np.save(folder / f"{n}.npy", moments)
-        for k, context in enumerate(contexts):
-            np.save(folder / f"{n}_{k}.npy", context)
-
-
 def _sample(content: Content, number: int) -> LatentSample:
     captions = tuple(f"caption {k} of image {number}" for k in range(NUM_CAPTIONS))
     return LatentSample(
@@ -118,11 +168,35 @@ def _sample(content: Content, number: int) -> LatentSample:
     )
 
 
-SHUFFLE_BUFFER = 1000
+def write_files(folder: Path, content: Content) -> None:
+    """Write U-ViT's layout: N.npy holds the moments of image N, N_K.npy its K-th embedding."""
+    folder.mkdir()
+    for n, (moments, contexts) in enumerate(zip(content.moments, content.contexts, strict=True)):
+        np.save(folder / f"{n}.npy", moments)
+        for k, context in enumerate(contexts):
+            np.save(folder / f"{n}_{k}.npy", context)
 
 
-def read_webdataset(folder: Path, config: BenchLoaderConfig) -> Generator[int]:
-    """The shards by webdataset's own pipeline: shuffled, decoded, batched by worker processes."""
+def samples_per_second(start: Callable[[], Stream]) -> float:
+    """Rate of a stream after its start-up: starting workers and the first batches do not count."""
+    with closing(start()) as stream:
+        for _ in islice(stream, WARM_UP_BATCHES):
+            pass
+        num_samples, began = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - began) < SECONDS:
+            num_samples += next(stream)
+    return num_samples / elapsed
+
+
+def read_shards(folder: Path, config: BenchLoaderConfig) -> Stream:
+    """Read with the loader of the verb `train`."""
+    with closing(_open_batches(ShardReader(str(folder)), config, None)) as batches:
+        for batch in batches:
+            yield len(batch.moments)
+
+
+def read_webdataset(folder: Path, config: BenchLoaderConfig) -> Stream:
+    """Read with webdataset's pipeline: shuffled, decoded and batched by worker processes."""
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     samples = (
         WebDataset(urls, shardshuffle=len(urls))
@@ -137,8 +211,13 @@ def read_webdataset(folder: Path, config: BenchLoaderConfig) -> Generator[int]:
         yield len(moments)
 
 
-def read_files(folder: Path, config: BenchLoaderConfig) -> Generator[int]:
-    """U-ViT's layout by torch's DataLoader: two small files for each sample."""
+def _choose_caption(sample: tuple[Array, Array]) -> tuple[Array, Array]:
+    moments, contexts = sample
+    return moments, contexts[random.randrange(len(contexts))]
+
+
+def read_files(folder: Path, config: BenchLoaderConfig) -> Stream:
+    """Read U-ViT's layout with torch's DataLoader: two small files for each sample."""
     loader = DataLoader(
         _NpyFiles(folder, config.num_images),
         batch_size=config.batch_size,
@@ -152,53 +231,8 @@ def read_files(folder: Path, config: BenchLoaderConfig) -> Generator[int]:
             yield len(moments)
 
 
-def copy_memory(content: Content, config: BenchLoaderConfig) -> Generator[int]:
-    """The bare cost: rows that are in memory copied into batches, by as many threads.
-
-    The batches' memory is used again, as the loader's is.
-    """
-    memory = HostMemory()
-    contexts = content.contexts.reshape(-1, *CONTEXT_SHAPE)
-
-    def take(samples: Array, captions: Array) -> tuple[Tensor, Tensor]:
-        rows = samples * NUM_CAPTIONS + captions
-        return _take(memory, content.moments, samples), _take(memory, contexts, rows)
-
-    with ThreadPoolExecutor(config.num_workers) as pool:
-        pending: deque[Future[tuple[Tensor, Tensor]]] = deque()
-        for chosen in cycle(_choices(config)):
-            pending.append(pool.submit(take, *chosen))
-            if len(pending) > 2 * config.num_workers:
-                yield len(pending.popleft().result()[0])
-
-
-def _choices(config: BenchLoaderConfig) -> list[tuple[Array, Array]]:
-    """Samples and captions of the batches of an epoch, as the loader reads them."""
-    order = BatchOrder(
-        shard_sizes=np.array([config.num_images]),
-        global_batch_size=config.batch_size,
-        seed=0,
-        caption_dropout=0.0,
-    )
-    positions = np.arange(config.batch_size)
-    counts = np.full(config.batch_size, NUM_CAPTIONS)
-    return [
-        (
-            order.sample_indices(step * config.batch_size, positions),
-            order.caption_indices(step, positions, counts),
-        )
-        for step in range(config.num_images // config.batch_size)
-    ]
-
-
-def _take(memory: HostMemory, source: Array, rows: Array) -> Tensor:
-    out = memory.empty((len(rows), *source.shape[1:]), source.dtype)
-    np.take(source, rows, axis=0, out=out.numpy(), mode="clip")  # any other mode copies twice
-    return out
-
-
 class _NpyFiles(Dataset[tuple[Array, Array]]):
-    """N.npy and one of N_K.npy."""
+    """N.npy and a random one of its N_K.npy."""
 
     def __init__(self, folder: Path, num_samples: int) -> None:
         self._folder, self._num_samples = folder, num_samples
@@ -212,92 +246,38 @@ class _NpyFiles(Dataset[tuple[Array, Array]]):
         return moments, np.load(self._folder / f"{number}_{caption}.npy")
 
 
-def _choose_caption(sample: tuple[Array, Array]) -> tuple[Array, Array]:
-    moments, contexts = sample
-    return moments, contexts[random.randrange(len(contexts))]
+def copy_memory(content: Content, config: BenchLoaderConfig) -> Stream:
+    """Copy random rows from memory into batches with as many threads as the loader has.
+
+    Batches are assembled in memory that is allocated once, as the loader's are.
+    """
+    generator = np.random.default_rng(0)
+    contexts = content.contexts.reshape(-1, *CONTEXT_SHAPE)
+
+    def empty(*shape: int) -> Array:
+        return torch.empty((config.batch_size, *shape), dtype=torch.float16).numpy()
+
+    def copy(batch: tuple[Array, Array], samples: Array, captions: Array) -> None:
+        rows = samples * NUM_CAPTIONS + captions
+        # Any mode but "clip" copies twice.
+        np.take(content.moments, samples, axis=0, out=batch[0], mode="clip")
+        np.take(contexts, rows, axis=0, out=batch[1], mode="clip")
+
+    num_ahead = 2 * config.num_workers
+    memory = [(empty(*MOMENTS_SHAPE), empty(*CONTEXT_SHAPE)) for _ in range(num_ahead + 1)]
+    with ThreadPoolExecutor(config.num_workers) as pool:
+        pending: deque[Future[None]] = deque()
+        for number in count():
+            samples = generator.integers(config.num_images, size=config.batch_size)
+            captions = generator.integers(NUM_CAPTIONS, size=config.batch_size)
+            pending.append(pool.submit(copy, memory[number % len(memory)], samples, captions))
+            if len(pending) > num_ahead:
+                pending.popleft().result()
+                yield config.batch_size
 
 
-SHUFFLE_WINDOW = 4
-WARM_UP_BATCHES = 2
-
-Stream = Generator[int]
-"""Reads batches without end and says how many samples each one held."""
-
-
-def bench_loader(config: BenchLoaderConfig) -> None:
-    """Write the samples, measure, print ratios, remove everything."""
-    with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as folder:
-        if config.store is None:
-            result = compare_with_peers(Path(folder), config)
-        else:
-            result = compare_with_download(Path(folder), config, config.store)
-    print_result(result, config.json)
-
-
-def compare_with_peers(folder: Path, config: BenchLoaderConfig) -> dict[str, float]:
-    """Samples a second, and their ratio to those of each of the others."""
-    content = make_content(config.num_images)
-    shards, files = folder / "shards", folder / "files"
-    write_shards(shards, content)
-    write_files(files, content)
-    streams: dict[str, Callable[[], Stream]] = {
-        "loader": partial(read_shards, str(shards), config),
-        "webdataset": partial(loader_peers.read_webdataset, shards, config),
-        "npy": partial(loader_peers.read_files, files, config),
-        "copy": partial(loader_peers.copy_memory, content, config),
-    }
-    measures = {
-        name: partial(samples_per_second, stream, config.seconds)
-        for name, stream in streams.items()
-    }
-    rates = measure_rounds(measures, config.rounds)
-    loader = rates.pop("loader")
-    ratios = {f"vs_{name}": median_ratio(loader, others) for name, others in rates.items()}
-    return {"samples_per_s": statistics.median(loader), **ratios}
-
-
-def samples_per_second(start: Callable[[], Stream], seconds: float) -> float:
-    """The rate once everything runs; starting workers and the first batches are not counted."""
-    with closing(start()) as stream:
-        for _ in islice(stream, WARM_UP_BATCHES):
-            pass
-        count, began = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < seconds:
-            count += next(stream)
-    return count / elapsed
-
-
-def read_shards(url: str, config: BenchLoaderConfig) -> Stream:
-    """The loader of the verb `train`."""
-    reader = ShardReader(url)
-    with closing(_open_batches(reader, config, None)) as batches:
-        for batch in batches:
-            yield len(batch.moments)
-
-
-def compare_with_download(folder: Path, config: BenchLoaderConfig, store: str) -> dict[str, float]:
-    """Rate of an epoch from an empty cache, and its ratio to downloading the tars one by one."""
-    shards, url = folder / "shards", storage.join(store, f"bench-{uuid.uuid4().hex}")
-    write_shards(shards, make_content(config.num_images))
-    try:
-        for path in tqdm(sorted(shards.iterdir()), desc="upload", leave=False):
-            storage.upload(path, storage.join(url, path.name))
-        seconds = measure_rounds(
-            {
-                "epoch": partial(_seconds_of_epoch, url, folder, config),
-                "download": partial(_seconds_of_downloads, url, folder),
-            },
-            config.rounds,
-        )
-    finally:
-        storage.remove(url)
-    return {
-        "samples_per_s": config.num_images / statistics.median(seconds["epoch"]),
-        "vs_download": median_ratio(seconds["download"], seconds["epoch"]),
-    }
-
-
-def _seconds_of_epoch(url: str, parent: Path, config: BenchLoaderConfig) -> float:
+def seconds_of_epoch(url: str, parent: Path, config: BenchLoaderConfig) -> float:
+    """Time for the loader to read an epoch from a store into an empty cache."""
     with tempfile.TemporaryDirectory(dir=parent) as cache:
         began = time.perf_counter()
         reader = ShardReader(url, CacheConfig(folder=cache))
@@ -307,7 +287,8 @@ def _seconds_of_epoch(url: str, parent: Path, config: BenchLoaderConfig) -> floa
             return time.perf_counter() - began
 
 
-def _seconds_of_downloads(url: str, parent: Path) -> float:
+def seconds_of_downloads(url: str, parent: Path) -> float:
+    """Time to download the same shards one by one."""
     names = [name for name in storage.list_names(url) if name.endswith(".tar")]
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         began = time.perf_counter()

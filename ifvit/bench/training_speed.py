@@ -1,4 +1,8 @@
-"""The verb `bench train`: what a training step costs, beside others and beside the hardware."""
+"""The verb `bench train`: cost of a training step, relative to its peers and to the hardware.
+
+The contenders are the training loop with each of the paper's four variants, a bare loop, and
+U-ViT's recipe.
+"""
 
 import statistics
 import sys
@@ -14,8 +18,7 @@ from torch.nn import functional
 
 from ifvit.analysis.plan import activation_bytes, cast_bytes, state_bytes, update_bytes
 from ifvit.bench.config import BenchTrainConfig
-from ifvit.bench.timing import (
-    Probe,
+from ifvit.bench.measurement import (
     copy_probe,
     kept_bytes,
     matmul_probe,
@@ -39,176 +42,17 @@ from ifvit.training.state import TrainState
 from ifvit.training.timing import StepProfiler, device_name, peak_flops
 
 SCALING_FACTOR = 0.2301
-
-
-def make_batch(config: TrainConfig, device: torch.device) -> Batch:
-    """Random moments and contexts of the recipe's shape, float16 as shards have them."""
-    shape, size = config.backbone, config.micro_batch_size
-    moments = (size, 2 * shape.latent_channels, shape.latent_size, shape.latent_size)
-    assert shape.context_shape is not None  # the presets take captions
-    contexts = (size, *shape.context_shape)
-    return Batch(
-        moments=torch.randn(moments, device=device).half(),
-        condition=torch.randn(contexts, device=device).half(),
-        positions=torch.arange(size, device=device),
-    )
-
-
-def make_objective(config: TrainConfig, device: torch.device) -> NoisePrediction:
-    """The objective as `ifvit train` has it."""
-    return NoisePrediction(
-        schedule=NoiseSchedule(device),
-        scaling_factor=SCALING_FACTOR,
-        seed=config.seed,
-        draw=prepare_draws(config.engine),
-    )
-
-
-class EngineSteps:
-    """The loop of `ifvit train` itself, without data to read and without hooks."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.backbone = build_backbone(config.backbone)
-        self.backbone.set_attention(config.engine.attention)
-        self.engine = Engine(
-            self.backbone,
-            config.engine,
-            config.optim,
-            ema_decays=config.ema_decays,
-            micro_batch_size=config.micro_batch_size,
-            num_micro_batches=1,
-        )
-        self._config, self._state = config, TrainState()
-        self._objective = make_objective(config, self.engine.device)
-        self._batch = make_batch(config, self.engine.device)
-        self._stop = StopRequest(self.engine.world)
-        self._profiler = StepProfiler("", self.engine.world, enabled=False)
-
-    def __call__(self, num_steps: int) -> None:
-        """Train."""
-        config = replace(self._config, max_steps=self._state.step + num_steps)
-        self._state = fit(
-            self._state,
-            cast(Batches, _SameBatch(self._batch)),
-            self._objective,
-            self.engine,
-            [],
-            config,
-            self._stop,
-            self._profiler,
-        )
-
-    def loss(self) -> Tensor:
-        """The loss of a step, to be differentiated."""
-        batch = self._batch
-        return self._objective(
-            self.engine.predict_noise, batch.moments, batch.condition, 0, batch.positions
-        ).total
-
-
-class _SameBatch:
-    """As much of `Batches` as the loop needs."""
-
-    num_micro_batches = 1
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-
-    def from_state(self, state: TrainState, device: torch.device) -> Iterator[Batch]:
-        while True:
-            yield self._batch
-
-
-class BareSteps:
-    """The least that trains the same backbone: forward, backward, update, average."""
-
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.backbone = build_backbone(config.backbone)
-        self.backbone.set_attention(config.engine.attention)
-        self.backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides it
-        prepare_forward(self.backbone, config.engine, device)
-        self._objective = make_objective(config, device)
-        self._batch = make_batch(config, device)
-        self._parameters = list(self.backbone.parameters())
-        self._optimizer = build_optimizer(self._parameters, config.optim)
-        self._average = EMA(self._parameters, config.ema_decays[0])
-
-    def __call__(self, num_steps: int) -> None:
-        """Train."""
-        batch = self._batch
-        for step in range(num_steps):
-            losses = self._objective(
-                self.backbone, batch.moments, batch.condition, step, batch.positions
-            )
-            losses.total.backward()  # type: ignore[no-untyped-call]
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-            self._average.update(self._parameters)
-
-
-class UViTRecipeSteps:
-    """U-ViT's way to train (Bao et al. 2023 and its code), written from the description.
-
-    Eager blocks, under CUDA with fp16 autocast and loss scaling; AdamW tensor by tensor; averages
-    by a loop over the parameters; every step gathers the loss and looks at it on the host. Its
-    attention is torch's, as where xformers is not installed.
-    """
-
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.backbone = build_backbone(config.backbone)
-        self.backbone.to(device)  # type: ignore[arg-type]  # as above
-        self._averaged = deepcopy(self.backbone).requires_grad_(False)
-        optim = config.optim
-        self._optimizer = torch.optim.AdamW(
-            self.backbone.parameters(),
-            lr=optim.learning_rate,
-            betas=optim.betas,
-            weight_decay=optim.weight_decay,
-            foreach=False,
-        )
-        self._halves = device.type == "cuda"
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self._halves)
-        self._schedule, self._batch = NoiseSchedule(device), make_batch(config, device)
-        self._decay = config.ema_decays[0]
-
-    def __call__(self, num_steps: int) -> None:
-        """Train."""
-        for _ in range(num_steps):
-            loss = self._loss()
-            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-            self._optimizer.zero_grad()
-            for averaged, parameter in zip(
-                self._averaged.parameters(), self.backbone.parameters(), strict=True
-            ):
-                averaged.data.mul_(self._decay).add_((1 - self._decay) * parameter.data)
-            loss.detach().mean().item()
-
-    def _loss(self) -> Tensor:
-        moments, context = self._batch.moments.float(), self._batch.condition.float()
-        mean, logvar = moments.chunk(2, dim=1)
-        x_0 = (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) * SCALING_FACTOR
-        noise = torch.randn_like(x_0)
-        timesteps = torch.randint(NUM_TIMESTEPS, (len(x_0),), device=x_0.device)
-        x_t = self._schedule.add_noise(x_0, noise, timesteps)
-        with torch.autocast(x_0.device.type, torch.float16, enabled=self._halves):
-            predicted = self.backbone(x_t, timesteps, context)
-        return functional.mse_loss(predicted.float(), noise)
-
-
 EARLY, INTERMEDIATE = "concat_early", "cross_attention_intermediate"
 NUM_COMPILATIONS = 32
-"""Of the blocks' code at most: torch counts together what the settings share, and makes do without
-compilation after 8, where three of them alone need 9."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""torch gives up after 8 compilations of one function; the variants together need more."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Row = dict[str, str | int | float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ceiling:
-    """What the device can do: measured in this run, and as the vendor has it for bf16."""
+class Limits:
+    """Limits of the device: measured in this run, and the vendor's bf16 peak where known."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -216,43 +60,47 @@ class Ceiling:
 
 
 def bench_train(config: BenchTrainConfig) -> None:
-    """Time all contenders in turn, print a row for each setting and the ratios."""
+    """Measure all contenders in turn, print a row for each variant and the ratios."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = NUM_COMPILATIONS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipes = {name: _recipe(shape, config, device) for name, shape in _settings(config).items()}
+    recipes = {name: _recipe(shape, config, device) for name, shape in _variants(config).items()}
     engines = {name: EngineSteps(recipe) for name, recipe in recipes.items()}
     contenders: dict[str, Callable[[int], None]] = {
         **engines,
         "bare_loop": BareSteps(recipes[INTERMEDIATE], device),
         "uvit_recipe": UViTRecipeSteps(recipes[EARLY], device),
     }
-    dtype = _DTYPES[recipes[EARLY].engine.precision]
-    probes = {"matmul": matmul_probe(device, dtype), "copy": copy_probe(device)}
+    precision = recipes[EARLY].engine.precision
+    matmul, copy = matmul_probe(device, DTYPES[precision]), copy_probe(device)
     timers: dict[str, Callable[[], float]] = {
         name: partial(seconds_on, device, partial(steps, config.steps))
         for name, steps in contenders.items()
     }
-    timers |= {name: probe.seconds for name, probe in probes.items()}
-    measure_rounds(timers, 2)  # first use of the device, and compilation, also for changing steps
+    timers |= {"matmul": matmul.seconds, "copy": copy.seconds}
+    measure_rounds(timers, 2)  # first use of the device, and compilation
     memory = {name: _measure_memory(steps) for name, steps in engines.items()}
     seconds = measure_rounds(timers, config.rounds)
-    ceiling = _ceiling(probes, seconds, device)
+    limits = Limits(
+        flops_per_s=matmul.best(seconds["matmul"]),
+        bytes_per_s=copy.best(seconds["copy"]),
+        nominal_flops_per_s=peak_flops(device),
+    )
     rows = [
-        _row(name, recipe, seconds, config, ceiling) | memory[name]
+        _row(name, recipe, seconds, config.steps, limits) | memory[name]
         for name, recipe in recipes.items()
     ]
     result: dict[str, object] = {
         "intermediate_vs_early": median_ratio(seconds[EARLY], seconds[INTERMEDIATE]),
         "engine_overhead": median_ratio(seconds[INTERMEDIATE], seconds["bare_loop"]) - 1,
         "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[EARLY]),
-        "matmul_flops_per_s": ceiling.flops_per_s,
-        "copy_bytes_per_s": ceiling.bytes_per_s,
+        "matmul_flops_per_s": limits.flops_per_s,
+        "copy_bytes_per_s": limits.bytes_per_s,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "preset": config.preset,
         "batch_size": config.batch_size,
-        "precision": recipes[EARLY].engine.precision,
+        "precision": precision,
         "compile": config.compile,
         "attention": config.attention,
     }
@@ -263,8 +111,8 @@ def bench_train(config: BenchTrainConfig) -> None:
     print_result(result, as_json=False)
 
 
-def _settings(config: BenchTrainConfig) -> dict[str, FusionUViTConfig]:
-    """The paper's four settings of the preset."""
+def _variants(config: BenchTrainConfig) -> dict[str, FusionUViTConfig]:
+    """The four backbones that the paper compares, in the size of the preset."""
     intermediate = PRESETS[config.preset]
     early = replace(intermediate, num_image_blocks=0, num_text_blocks=0)
     return {
@@ -284,9 +132,7 @@ def _recipe(shape: FusionUViTConfig, config: BenchTrainConfig, device: torch.dev
         engine=EngineConfig(
             backend="plain",
             precision=precision,
-            activation_checkpointing=config.activation_checkpointing,
             compile=config.compile,
-            cuda_graphs=config.cuda_graphs,
             attention=config.attention,
         ),
         global_batch_size=config.batch_size,
@@ -294,11 +140,161 @@ def _recipe(shape: FusionUViTConfig, config: BenchTrainConfig, device: torch.dev
     )
 
 
-def _measure_memory(steps: EngineSteps) -> Row:
-    """`state_bytes` between steps, and `step_bytes` that a step adds at its peak.
+class EngineSteps:
+    """The loop of `ifvit train`, without reading data and without hooks."""
 
-    On a GPU its allocator says so. On the CPU it is counted: the gradients, and what the forward
-    pass keeps for the backward pass.
+    def __init__(self, config: TrainConfig) -> None:
+        self.backbone = build_backbone(config.backbone)
+        self.backbone.set_attention(config.engine.attention)
+        self.engine = Engine(
+            self.backbone,
+            config.engine,
+            config.optim,
+            ema_decays=config.ema_decays,
+            micro_batch_size=config.micro_batch_size,
+            num_micro_batches=1,
+        )
+        self._config, self._state = config, TrainState()
+        self._objective = _objective(config, self.engine.device)
+        self._batch = _random_batch(config, self.engine.device)
+
+    def __call__(self, num_steps: int) -> None:
+        """Train for `num_steps` steps."""
+        world = self.engine.world
+        self._state = fit(
+            self._state,
+            cast(Batches, _SameBatch(self._batch)),
+            self._objective,
+            self.engine,
+            [],
+            replace(self._config, max_steps=self._state.step + num_steps),
+            StopRequest(world),
+            StepProfiler("", world, enabled=False),
+        )
+
+    def loss(self) -> Tensor:
+        """The loss of one step with its graph."""
+        batch = self._batch
+        return self._objective(
+            self.engine.predict_noise, batch.moments, batch.condition, 0, batch.positions
+        ).total
+
+
+class _SameBatch:
+    """The part of `Batches` that the loop needs; yields one batch without end."""
+
+    num_micro_batches = 1
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def from_state(self, state: TrainState, device: torch.device) -> Iterator[Batch]:
+        while True:
+            yield self._batch
+
+
+class BareSteps:
+    """The shortest loop for the same backbone: forward, backward, optimizer step, EMA."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.backbone = build_backbone(config.backbone)
+        self.backbone.set_attention(config.engine.attention)
+        self.backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides it
+        prepare_forward(self.backbone, config.engine, device)
+        self._objective = _objective(config, device)
+        self._batch = _random_batch(config, device)
+        self._parameters = list(self.backbone.parameters())
+        self._optimizer = build_optimizer(self._parameters, config.optim)
+        self._ema = EMA(self._parameters, config.ema_decays[0])
+
+    def __call__(self, num_steps: int) -> None:
+        """Train for `num_steps` steps."""
+        batch = self._batch
+        for step in range(num_steps):
+            losses = self._objective(
+                self.backbone, batch.moments, batch.condition, step, batch.positions
+            )
+            losses.total.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self._ema.update(self._parameters)
+
+
+class UViTRecipeSteps:
+    """The training step of U-ViT's code (Bao et al. 2023), written from its description.
+
+    Eager blocks, fp16 autocast and loss scaling on CUDA, AdamW tensor by tensor, EMA by a loop over
+    the parameters, and a loss that is read on the host in every step. Its attention is torch's, as
+    in U-ViT's code without xformers.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.backbone = build_backbone(config.backbone)
+        self.backbone.to(device)  # type: ignore[arg-type]  # as above
+        self._ema = deepcopy(self.backbone).requires_grad_(False)
+        self._optimizer = torch.optim.AdamW(
+            self.backbone.parameters(),
+            lr=config.optim.learning_rate,
+            betas=config.optim.betas,
+            weight_decay=config.optim.weight_decay,
+            foreach=False,
+        )
+        self._uses_fp16 = device.type == "cuda"
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self._uses_fp16)
+        self._schedule, self._batch = NoiseSchedule(device), _random_batch(config, device)
+        self._decay = config.ema_decays[0]
+
+    def __call__(self, num_steps: int) -> None:
+        """Train for `num_steps` steps."""
+        for _ in range(num_steps):
+            loss = self._loss()
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            self._optimizer.zero_grad()
+            parameters = self.backbone.parameters()
+            for ema, parameter in zip(self._ema.parameters(), parameters, strict=True):
+                ema.data.mul_(self._decay).add_((1 - self._decay) * parameter.data)
+            loss.detach().mean().item()
+
+    def _loss(self) -> Tensor:
+        moments, context = self._batch.moments.float(), self._batch.condition.float()
+        mean, logvar = moments.chunk(2, dim=1)
+        x_0 = (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) * SCALING_FACTOR
+        noise = torch.randn_like(x_0)
+        timesteps = torch.randint(NUM_TIMESTEPS, (len(x_0),), device=x_0.device)
+        x_t = self._schedule.add_noise(x_0, noise, timesteps)
+        with torch.autocast(x_0.device.type, torch.float16, enabled=self._uses_fp16):
+            predicted = self.backbone(x_t, timesteps, context)
+        return functional.mse_loss(predicted.float(), noise)
+
+
+def _random_batch(config: TrainConfig, device: torch.device) -> Batch:
+    """Random moments and contexts with the recipe's shapes, float16 as in shards."""
+    shape, size = config.backbone, config.micro_batch_size
+    moments = (size, 2 * shape.latent_channels, shape.latent_size, shape.latent_size)
+    assert shape.context_shape is not None  # the presets take captions
+    return Batch(
+        moments=torch.randn(moments, device=device).half(),
+        condition=torch.randn(size, *shape.context_shape, device=device).half(),
+        positions=torch.arange(size, device=device),
+    )
+
+
+def _objective(config: TrainConfig, device: torch.device) -> NoisePrediction:
+    return NoisePrediction(
+        schedule=NoiseSchedule(device),
+        scaling_factor=SCALING_FACTOR,
+        seed=config.seed,
+        draw=prepare_draws(config.engine),
+    )
+
+
+def _measure_memory(steps: EngineSteps) -> Row:
+    """`state_bytes` held between steps, and `step_bytes` that a step adds at its peak.
+
+    The GPU's allocator measures the latter. On a CPU they are the gradients and the tensors that
+    the forward pass keeps for the backward pass.
     """
     engine = steps.engine
     parameters = list(steps.backbone.parameters())
@@ -310,50 +306,37 @@ def _measure_memory(steps: EngineSteps) -> Row:
     before = torch.cuda.memory_allocated(engine.device)
     steps(1)
     engine.synchronize()
-    return {
-        "state_bytes": state,
-        "step_bytes": torch.cuda.max_memory_allocated(engine.device) - before,
-    }
-
-
-def _ceiling(
-    probes: Mapping[str, Probe], seconds: Mapping[str, list[float]], device: torch.device
-) -> Ceiling:
-    return Ceiling(
-        flops_per_s=probes["matmul"].best(seconds["matmul"]),
-        bytes_per_s=probes["copy"].best(seconds["copy"]),
-        nominal_flops_per_s=peak_flops(device),
-    )
+    peak = torch.cuda.max_memory_allocated(engine.device)
+    return {"state_bytes": state, "step_bytes": peak - before}
 
 
 def _row(
     name: str,
     recipe: TrainConfig,
     seconds: Mapping[str, list[float]],
-    config: BenchTrainConfig,
-    ceiling: Ceiling,
+    num_steps: int,
+    limits: Limits,
 ) -> Row:
-    """Times of one step; MFU of the nominal peak where there is one, else of the measured one.
+    """Times of one step of a variant, and its relation to the limits of the hardware.
 
-    `planned_bytes`: what `ifvit cost --plan` says that state and step take.
+    MFU is relative to the vendor's peak, or to the measured one where that is unknown.
+    `planned_bytes` are the bytes of state and step that `ifvit cost --plan` calculates.
     """
-    cost = count_cost(recipe.backbone)
-    step = statistics.median(seconds[name]) / config.steps
-    # One forward pass, and a backward pass that costs two.
-    flops, layer_flops = (3 * count * config.batch_size for count in (cost.flops, cost.layer_flops))
-    peak = ceiling.nominal_flops_per_s or ceiling.flops_per_s
-    averages = len(recipe.ema_decays)
-    floor = {
-        "floor_flops_seconds": flops / ceiling.flops_per_s,
-        "floor_bytes_seconds": update_bytes(cost.params, 1, 0, averages) / ceiling.bytes_per_s,
-    }
+    cost, batch_size = count_cost(recipe.backbone), recipe.micro_batch_size
+    step = statistics.median(seconds[name]) / num_steps
+    # A backward pass costs as much as two forward passes.
+    flops, layer_flops = (3 * count * batch_size for count in (cost.flops, cost.layer_flops))
+    peak = limits.nominal_flops_per_s or limits.flops_per_s
+    updated = update_bytes(cost.params, 1, 0, len(recipe.ema_decays))
+    flops_seconds, bytes_seconds = flops / limits.flops_per_s, updated / limits.bytes_per_s
     return {
         "setting": name,
         "step_seconds": step,
         "spread": spread(seconds[name]),
-        "images_per_s": config.batch_size / step,
-        **floor,
-        "vs_floor": step / sum(floor.values()),
+        "images_per_s": batch_size / step,
+        "floor_flops_seconds": flops_seconds,
+        "floor_bytes_seconds": bytes_seconds,
+        "vs_floor": step / (flops_seconds + bytes_seconds),
         "mfu": flops / step / peak,
         "mfu_paper": layer_flops / step / peak,
         "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[name]),
@@ -362,16 +345,11 @@ def _row(
 
 
 def _planned_bytes(recipe: TrainConfig, params: int) -> float:
-    shape, engine = recipe.backbone, recipe.engine
-    assert isinstance(shape, FusionUViTConfig)  # as the presets are
-    activations = activation_bytes(
-        shape,
-        recipe.micro_batch_size,
-        engine.precision,
-        checkpointing=engine.activation_checkpointing,
-    )
+    shape, precision = recipe.backbone, recipe.engine.precision
+    assert isinstance(shape, FusionUViTConfig)  # as all presets are
+    activations = activation_bytes(shape, recipe.micro_batch_size, precision, checkpointing=False)
     states = state_bytes(params, 1, 0, len(recipe.ema_decays))
-    return states + cast_bytes(params, engine.precision) + activations
+    return states + cast_bytes(params, precision) + activations
 
 
 def _print_table(rows: list[Row]) -> None:

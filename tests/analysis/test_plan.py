@@ -23,7 +23,7 @@ from ifvit.analysis.plan import (
     state_bytes,
     update_bytes,
 )
-from ifvit.bench.timing import kept_bytes
+from ifvit.bench.measurement import kept_bytes
 from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS, FusionUViTConfig
 from ifvit.models.cost import count_cost

@@ -183,7 +183,7 @@ def test_a_missing_object_is_named_when_the_dataset_is_opened(
     open_reader: Callable[..., ShardReader], remote: str, name: str
 ) -> None:
     storage.remove(f"{remote}/{name}")
-    with pytest.raises(ShardError, match=f"{name}: no such file; delete markers"):
+    with pytest.raises(ShardError, match=f"{name}: no such file; delete completed"):
         open_reader()
 
 

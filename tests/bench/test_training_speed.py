@@ -1,4 +1,4 @@
-"""`ifvit bench train`: contenders do the same work, and rows say what was measured."""
+"""`ifvit bench train`: contenders do the same work, and the rows are consistent."""
 
 import json
 from dataclasses import replace
@@ -8,14 +8,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.bench.config import BenchTrainConfig
-from ifvit.bench.timing import kept_bytes, median_ratio, spread
+from ifvit.bench.measurement import kept_bytes, median_ratio, spread
 from ifvit.bench.training_speed import BareSteps, EngineSteps, UViTRecipeSteps, bench_train
 from ifvit.models.config import PRESETS
 from ifvit.models.cost import count_cost
 from ifvit.training.config import EngineConfig, TrainConfig
 
 CPU = torch.device("cpu")
-SETTINGS = [
+VARIANTS = [
     "concat_early",
     "concat_intermediate",
     "cross_attention_early",
@@ -24,7 +24,7 @@ SETTINGS = [
 
 
 def recipe() -> TrainConfig:
-    """One step of two samples by the smallest backbone."""
+    """The smallest backbone with two samples per step."""
     return TrainConfig(
         run="",
         shards="",
@@ -46,7 +46,7 @@ def test_contenders_multiply_the_same_matrices() -> None:
             contender(1)
         flops.append(counter.get_total_flops())
     assert flops[0] == flops[1] == flops[2]
-    # The backward pass needs no gradient of contexts and latents, a little less than two forwards.
+    # The backward pass costs a little less than two forward passes: inputs need no gradient.
     assert 2.9 * 2 < flops[0] / count_cost(PRESETS["tiny"]).layer_flops < 3 * 2
 
 
@@ -57,7 +57,7 @@ def test_steps_of_the_engine_continue_one_run() -> None:
     assert steps.engine.scalars()["num_updates"] == 3
 
 
-def test_what_a_layer_keeps_is_counted_once_and_without_its_parameters() -> None:
+def test_tensors_kept_for_the_backward_pass_are_counted_once_and_without_parameters() -> None:
     layer = torch.nn.Linear(8, 4)
     x = torch.zeros(5, 8)
     kept = kept_bytes(lambda: layer(x).exp().sum() + layer(x).exp().sum(), [*layer.parameters()])
@@ -68,7 +68,7 @@ def test_rows_and_ratios_come_out_as_one_json_object(capsys: pytest.CaptureFixtu
     bench_train(BenchTrainConfig(preset="tiny", batch_size=2, rounds=2, json=True))
     result = json.loads(capsys.readouterr().out)
     rows = {row["setting"]: row for row in result["rows"]}
-    assert list(rows) == SETTINGS
+    assert list(rows) == VARIANTS
     for name in ("intermediate_vs_early", "vs_uvit_recipe", "matmul_flops_per_s"):
         assert result[name] > 0
     assert result["engine_overhead"] > -1
@@ -80,15 +80,15 @@ def test_rows_and_ratios_come_out_as_one_json_object(capsys: pytest.CaptureFixtu
         assert row["planned_bytes"] == pytest.approx(
             row["state_bytes"] + row["step_bytes"], rel=0.01
         )
-    # Parameters, two moments and one average in fp32.
+    # Parameters, two moments and one EMA copy in fp32.
     intermediate = rows["cross_attention_intermediate"]
     assert intermediate["state_bytes"] == 16 * count_cost(PRESETS["tiny"]).params
 
 
-def test_the_table_has_a_line_for_each_setting(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_a_line_for_each_variant(capsys: pytest.CaptureFixture[str]) -> None:
     bench_train(BenchTrainConfig(preset="tiny", batch_size=1, rounds=1))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:5]] == SETTINGS
+    assert [line.split()[0] for line in lines[1:5]] == VARIANTS
 
 
 def test_ratios_are_taken_within_rounds() -> None:
@@ -96,13 +96,13 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
 
 
-def test_nothing_to_measure_is_refused() -> None:
+def test_zero_rounds_are_an_error() -> None:
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         replace(BenchTrainConfig(), rounds=0)
 
 
-def test_every_block_is_compiled_in_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else torch would compute the last ones, the paper's, without compilation."""
+def test_every_block_is_compiled_in_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a higher limit torch would run the last variants, the paper's, uncompiled."""
     original = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda code, **options: original(code, dynamic=False, backend="eager")

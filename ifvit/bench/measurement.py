@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, medians, the limits of the hardware."""
+"""Measuring for all benchmarks: interleaved rounds, ratios, and the limits of the hardware."""
 
 import json
 import statistics
@@ -17,9 +17,9 @@ from tqdm import tqdm
 def measure_rounds(
     contenders: Mapping[str, Callable[[], float]], rounds: int
 ) -> dict[str, list[float]]:
-    """Call all contenders in turn, `rounds` times => the results of each one.
+    """Call all contenders in turn, `rounds` times, and return the results of each contender.
 
-    In turn, so that a machine that slows down slows all of them.
+    The order is interleaved so that a slow phase of the machine affects all contenders alike.
     """
     results: dict[str, list[float]] = {name: [] for name in contenders}
     for name in tqdm([*contenders] * rounds, desc="measure", leave=False):
@@ -27,21 +27,13 @@ def measure_rounds(
     return results
 
 
-def median_of_rounds(
-    contenders: Mapping[str, Callable[[], float]], rounds: int
-) -> dict[str, float]:
-    """The same => the median of each one's results."""
-    results = measure_rounds(contenders, rounds)
-    return {name: statistics.median(values) for name, values in results.items()}
-
-
 def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """Median over rounds of the ratio within a round, which what slows both leaves alone."""
+    """Median over rounds of the ratio within a round; a slow phase of the machine cancels out."""
     return statistics.median(a / b for a, b in zip(values, others, strict=True))
 
 
 def spread(values: Sequence[float]) -> float:
-    """Interquartile range as a share of the median."""
+    """Interquartile range divided by the median."""
     if len(values) == 1:
         return 0.0
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -49,21 +41,18 @@ def spread(values: Sequence[float]) -> float:
 
 
 def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
-    """Time that `work` takes, on the clock of the device that it runs on."""
+    """Seconds that `work` takes on `device`; on a GPU they include the work that is queued."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        work()
-        end.record()
         torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end)) / 1000
     started = time.perf_counter()
     work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
 
 def print_result(result: Mapping[str, object], as_json: bool) -> None:
-    """One JSON object on one line, or a line for each value."""
+    """Print one JSON object on one line, or one line per value."""
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
@@ -74,7 +63,7 @@ def print_result(result: Mapping[str, object], as_json: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Work of known size: FLOPs of a square matrix product, or bytes read and written by a copy."""
+    """Work of known size: FLOPs of a matrix product, or bytes that a copy reads and writes."""
 
     amount: int
     seconds: Callable[[], float]
@@ -85,25 +74,23 @@ class Probe:
 
 
 def matmul_probe(device: torch.device, dtype: torch.dtype) -> Probe:
-    """A product of two matrices that is large for the device."""
+    """Product of two square matrices that are large enough to reach the peak of the device."""
     side = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    work = partial(torch.mm, a, b, out=product)
+    work = partial(torch.mm, a, b, out=torch.empty_like(a))
     return Probe(amount=2 * side**3, seconds=partial(seconds_on, device, work))
 
 
 def copy_probe(device: torch.device) -> Probe:
-    """A copy of more than caches hold."""
+    """Copy of a tensor that is larger than the caches."""
     count = 2**29 if device.type == "cuda" else 2**26
     source = torch.zeros(count, device=device)
-    target = torch.empty_like(source)
-    work = partial(target.copy_, source)
+    work = partial(torch.empty_like(source).copy_, source)
     return Probe(amount=2 * 4 * count, seconds=partial(seconds_on, device, work))
 
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that `forward` keeps for its backward pass, `parameters` themselves left out."""
+    """Bytes that `forward` keeps for its backward pass, without `parameters` themselves."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -115,5 +102,5 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> i
         result = forward()
     for parameter in parameters:
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    del result  # until here it holds what was noted, so that no address was used twice
+    del result  # it keeps the noted tensors alive, so that no address occurs twice
     return sum(kept.values())

@@ -1,4 +1,4 @@
-"""`ifvit bench encode --json`: one line of JSON with the promised keys, from a real small run."""
+"""`ifvit bench encode --json` on a few small images."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,9 @@ def test_the_result_is_one_json_object(
     assert result["images_per_s"] > 0
     assert result["vs_models_alone"] > 0
     assert (result["vae"], result["image_size"], result["num_images"]) == ("scenes/vae", 64, 4)
-    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_one_image_is_too_few() -> None:
+def test_one_image_is_too_few_for_two_shards() -> None:
     with pytest.raises(ValueError, match="num_images"):
         BenchEncodeConfig(num_images=1)
