@@ -164,13 +164,7 @@ VERBS = {
     "rate create": Verb(
         "ifvit.rating.config:CreateConfig",
         "ifvit.rating.create:create",
-        "drawn images -> a study for human raters, and their links",
-        positional="study",
-    ),
-    "rate links": Verb(
-        "ifvit.rating.config:LinksConfig",
-        "ifvit.rating.create:links",
-        "the raters' links and progress; adds raters",
+        "generated images -> a study for human raters; run again to see links and add raters",
         positional="study",
     ),
     "rate serve": Verb(
@@ -181,13 +175,13 @@ VERBS = {
     ),
     "rate report": Verb(
         "ifvit.rating.config:RateReportConfig",
-        "ifvit.rating.summary:report",
+        "ifvit.rating.pages:report",
         "answers -> one HTML page and its numbers",
         positional="study",
     ),
     "rate export": Verb(
         "ifvit.rating.config:RateExportConfig",
-        "ifvit.rating.summary:export",
+        "ifvit.rating.results:export",
         "answers -> CSV or JSON lines",
         positional="study",
     ),

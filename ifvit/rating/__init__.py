@@ -1,1 +1,1 @@
-"""Human ratings in the browser: a study made of drawn images, its web page, its results."""
+"""Human ratings of generated images: make a study, serve it to raters, report the answers."""

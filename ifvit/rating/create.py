@@ -1,4 +1,4 @@
-"""The verbs `rate create` and `rate links`: drawn images => a study and its raters' links."""
+"""The verb `rate create`: generated images => a study with its raters' links and progress."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.object_prompts import read_count_prompts
 from ifvit.images import decode_png, encode_png
-from ifvit.rating.config import CreateConfig, LinksConfig
+from ifvit.rating.config import CreateConfig
 from ifvit.rating.store import Store
 from ifvit.rating.study import (
     Item,
@@ -29,7 +29,7 @@ from ifvit.rating.study import (
 
 @dataclass(frozen=True, order=True)
 class _Sample:
-    """What decides a drawn image besides the model; seed is -1 where no settings.json names it."""
+    """What an image depends on besides the model; seed is -1 when no settings.json names one."""
 
     position: int
     prompt: str
@@ -37,52 +37,72 @@ class _Sample:
 
 
 _Samples = dict[_Sample, str]
-"""The URL of each image in one folder."""
+"""Sample => URL of its image, for one model."""
 
 
 def create(config: CreateConfig) -> None:
-    """Write the study's folder, study.json last, and print the links.
+    """Make the study unless it exists, add missing raters, and print every link and its progress.
 
-    Raises UserError when the folder holds a study, when a folder of samples is none, or when the
-    models have no prompt in common.
+    Raises UserError when the folder holds a study of other models, when a folder holds no samples,
+    or when the models have no prompt in common.
     """
     if storage.is_remote(config.study):
         raise UserError(f"study {config.study}: SQLite needs a local folder; name one")
-    if study_exists(config.study):
-        raise UserError(f"{config.study}: holds a study already; choose another folder")
+    is_new = not study_exists(config.study)
+    if is_new:
+        study = _build_study(config)
+        store = Store.create(study.folder)
+    else:
+        study = read_study(config.study)
+        _check_same(study, config)
+        store = Store(study.folder)
+    wanted = config.raters or (5 if is_new else 0)
+    store.add_raters(max(0, wanted - len(store.raters())))
+    if is_new:
+        write_study(study)
+    for rater in store.raters():
+        done, total = len(store.answers(rater.id)), len(study.tasks(rater.id))
+        link = f"{config.url.rstrip('/')}/r/{rater.code}"
+        sys.stdout.write(f"rater {rater.id}: {link} ({done} of {total} answered)\n")
+    store.close()
+    sys.stdout.write(f"serve the study with: ifvit rate serve {config.study}\n")
+
+
+def _check_same(study: Study, config: CreateConfig) -> None:
+    """Raise UserError when `config` names models and they are not those of the study."""
     models = _name_models(config)
+    if models and (models, config.seed, config.repeat_share) != (
+        study.models,
+        study.seed,
+        study.repeat_share,
+    ):
+        raise UserError(
+            f"{config.study}: holds a study with other settings; choose another folder, or give "
+            "only the folder to see its links"
+        )
+
+
+def _build_study(config: CreateConfig) -> Study:
+    """Choose the questions and copy their images; study.json is not written yet."""
+    models = _name_models(config)
+    if not models:
+        raise UserError(
+            f"{config.study}: no study; give --preference.NAME FOLDER or --counting.NAME FOLDER"
+        )
     blind = {model.name: model.blind for model in models}
     images = str(Path(config.study, "images"))
     items = _preference_items(config, blind, images) + _counting_items(config, blind, images)
-    study = Study(
+    return Study(
         folder=Path(config.study),
         seed=config.seed,
         repeat_share=config.repeat_share,
         models=models,
         items=tuple(replace(item, number=number) for number, item in enumerate(items)),
     )
-    store = Store.create(study.folder)
-    store.add_raters(config.raters)
-    store.close()
-    write_study(study)
-    links(LinksConfig(study=config.study))
-
-
-def links(config: LinksConfig) -> None:
-    """Print each rater's link and progress, after adding raters if that is wanted."""
-    study = read_study(config.study)
-    store = Store(study.folder)
-    store.add_raters(config.add)
-    for rater in store.raters():
-        done, total = len(store.answers(rater.id)), len(study.tasks(rater.id))
-        link = f"{config.url.rstrip('/')}/r/{rater.code}"
-        sys.stdout.write(f"rater {rater.id}: {link} ({done} of {total} answered)\n")
-    store.close()
-    sys.stdout.write(f"serve them with: ifvit rate serve {config.study}\n")
 
 
 def _name_models(config: CreateConfig) -> tuple[Model, ...]:
-    """All models as given, under blind names that do not follow the order in which they are."""
+    """List the models in their given order, with blind names in a random order."""
     names = list({**config.preference, **config.counting})
     blind = {name: f"M{number}" for number, name in enumerate(shuffled(names, config.seed), 1)}
     return tuple(
@@ -97,7 +117,7 @@ def _name_models(config: CreateConfig) -> tuple[Model, ...]:
 
 
 def _preference_items(config: CreateConfig, blind: Mapping[str, str], images: str) -> list[Item]:
-    """One item per chosen prompt, with every model's image of it."""
+    """Make one item per chosen prompt, with every model's image of it."""
     samples = {name: _read_samples(folder) for name, folder in config.preference.items()}
     return [
         Item(
@@ -112,15 +132,15 @@ def _preference_items(config: CreateConfig, blind: Mapping[str, str], images: st
 
 
 def _counting_items(config: CreateConfig, blind: Mapping[str, str], images: str) -> list[Item]:
-    """One item per chosen prompt and model."""
+    """Make one item per chosen prompt and model."""
     samples = {name: _read_samples(folder) for name, folder in config.counting.items()}
     asked = {prompt.prompt: prompt for prompt in read_count_prompts(config.counting_prompts)}
     chosen = _choose("counting", samples, config.num_counting, config.seed)
     for sample in chosen:
         if sample.prompt not in asked:
             raise UserError(
-                f"counting: `{sample.prompt}` is none of the prompts `{config.counting_prompts}`; "
-                "name the list that was drawn with --counting_prompts"
+                f"counting: `{sample.prompt}` is not in the prompts `{config.counting_prompts}`; "
+                "give the list that the images were generated from with --counting_prompts"
             )
     return [
         Item(
@@ -140,51 +160,49 @@ def _counting_items(config: CreateConfig, blind: Mapping[str, str], images: str)
 def _choose(
     kind: Kind, samples: Mapping[str, _Samples], number: int | None, seed: int
 ) -> list[_Sample]:
-    """`number` random samples, or all, of those that every model has; says what some lack."""
+    """Choose `number` random samples, or all, from those that every model has."""
     if not samples:
         return []
-    drawn = set.union(*map(set, samples.values()))
+    generated = set.union(*map(set, samples.values()))
     common = set.intersection(*map(set, samples.values()))
     if not common:
         raise UserError(
-            f"{kind}: {', '.join(samples)} have no prompt at the same position and of the same seed"
-            " in common; draw them from one list of prompts"
+            f"{kind}: {', '.join(samples)} have no prompt of the same position and seed in common; "
+            "generate their images from one list of prompts"
         )
-    if len(common) < len(drawn):
-        sys.stdout.write(f"{kind}: {len(common)} of {len(drawn)} prompts are drawn by all models\n")
+    if len(common) < len(generated):
+        sys.stdout.write(f"{kind}: all models have {len(common)} of {len(generated)} prompts\n")
     if number is not None and number > len(common):
-        raise UserError(f"num_{kind} {number}: there are only {len(common)}; lower it")
+        raise UserError(f"num_{kind} is {number}, but there are only {len(common)}; lower it")
     return sorted(shuffled(common, seed, kind)[:number])
 
 
 def _read_samples(folder: str) -> _Samples:
-    """What samples.jsonl lists. Raises UserError when there is none, or it lists something else."""
+    """Read samples.jsonl. Raises UserError when it is missing or is not a list of samples."""
     url = storage.join(folder, "samples.jsonl")
     if not storage.exists(url):
-        raise UserError(f"{url}: no such file; give the folder of drawn images that holds one")
+        raise UserError(f"{url}: no such file; give a folder of generated images that has one")
     settings = storage.join(folder, "settings.json")
     seed = storage.read_json(settings).get("seed", -1) if storage.exists(settings) else -1
     try:
         rows = [json.loads(line) for line in storage.read_bytes(url).decode().splitlines()]
         return {
-            _Sample(position=row["position"], prompt=row["prompt"], seed=seed): storage.join(
-                folder, row["file"]
-            )
+            _Sample(row["position"], row["prompt"], seed): storage.join(folder, row["file"])
             for row in rows
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{url}: not a list of samples ({error!r}); draw them again") from None
+        raise UserError(f"{url}: not a list of samples ({error!r}); generate it again") from None
 
 
 def _copy(url: str, folder: str) -> str:
-    """Copy an image under a name that tells nothing of its model; returns the name.
+    """Copy an image under a name that does not reveal its model, and return the name.
 
-    It is encoded anew, because PNG files may carry text about their origin.
+    The image is encoded again, because PNG files may carry text about their origin.
     """
     try:
         data = encode_png(decode_png(storage.read_bytes(url)))
     except UnidentifiedImageError:
-        raise UserError(f"{url}: not an image; draw it again") from None
+        raise UserError(f"{url}: not an image; generate it again") from None
     name = f"{hashlib.sha256(data).hexdigest()[:32]}.png"
     storage.write_bytes(storage.join(folder, name), data)
     return name

@@ -1,115 +1,48 @@
-"""HTML pages of a study, and its results in sentences."""
+"""HTML pages of a study and its results in sentences; also the verb `rate report`.
 
+`server` renders its pages here; the templates are in the folder `pages`.
+"""
+
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from ifvit.rating.results import CountingResults, PreferenceResults, Replies, StudyResults, WinRate
+from ifvit import storage
+from ifvit.rating.config import RateReportConfig
+from ifvit.rating.results import (
+    CountingResults,
+    PreferenceResults,
+    Replies,
+    StudyResults,
+    WinRate,
+    read_results,
+)
+from ifvit.rating.study import read_study
 
-_SIGNIFICANT = 0.05
 
+def report(config: RateReportConfig) -> None:
+    """Write results.json and report.html, a single file that needs no network.
 
-@dataclass(frozen=True, kw_only=True)
-class Sentences:
-    """What is said of each kind of question; empty where nothing has been answered."""
-
-    preference: list[str]
-    counting: list[str]
-
-
-def describe(results: StudyResults) -> Sentences:
-    """All sentences about a study."""
-    preference, counting = results.preference, results.counting
-    return Sentences(
-        preference=list(_of_preference(preference)) if preference else [],
-        counting=list(_of_counting(counting)) if counting else [],
+    Raises UserError when there is no study.
+    """
+    study, results = read_study(config.study), read_results(config.study)
+    style = files("ifvit.rating").joinpath("static", "style.css").read_text()
+    page = render(
+        "report.html", study=study, results=results, findings=describe(results), style=style
     )
-
-
-def _of_preference(results: PreferenceResults) -> Iterator[str]:
-    for rate in results.win_rates:
-        yield _of_win_rate(rate)
-    yield _of_alpha(results.alpha)
-    bias = results.order_bias
-    found = (
-        "Raters preferred places on the page: their ranks are not of the images alone"
-        if bias.p_value < _SIGNIFICANT
-        else "No sign that the place on the page decided the rank"
-    )
-    yield f"{found} ({_p(bias.p_value)}, Friedman's test on {bias.num_answers} rankings)."
-    yield from _of_replies(results.replies, "pairs of images", "were put in the same order")
-
-
-def _of_win_rate(rate: WinRate) -> str:
-    share = rate.share
-    numbers = (
-        f"{percent(share.value)} of {share.num_samples} rankings "
-        f"(95 % interval {percent(share.low)} to {percent(share.high)})"
-    )
-    if share.low > 0.5:
-        return f"{rate.first} is preferred to {rate.second}: above it in {numbers}."
-    if share.high < 0.5:
-        mirrored = (
-            f"{percent(1 - share.value)} of {share.num_samples} rankings "
-            f"(95 % interval {percent(1 - share.high)} to {percent(1 - share.low)})"
-        )
-        return f"{rate.second} is preferred to {rate.first}: above it in {mirrored}."
-    return f"{rate.first} and {rate.second} are not told apart: the first is above in {numbers}."
-
-
-def _of_counting(results: CountingResults) -> Iterator[str]:
-    everything = results.groups[0]
-    for name, error in everything.average_error.items():
-        match = everything.match_ratio[name]
-        yield (
-            f"{name}: off by {error.value:.2f} objects on average (95 % interval {error.low:.2f} "
-            f"to {error.high:.2f}), the asked number in {percent(match.value)} of "
-            f"{match.num_samples} answers ({percent(match.low)} to {percent(match.high)})."
-        )
-    yield _of_alpha(results.alpha)
-    yield from _of_replies(results.replies, "counts", "were the same number")
-
-
-def _of_alpha(alpha: float | None) -> str:
-    """In the words of Krippendorff 2004, who relies on .800 and above."""
-    if alpha is None:
-        return "Agreement between raters is not defined yet: too few answers, or all alike."
-    word = "reliable" if alpha >= 0.8 else "tentative" if alpha >= 0.667 else "low"
-    return (
-        f"Agreement between raters is {word}: Krippendorff's alpha is {alpha:.2f} (1 is perfect)."
-    )
-
-
-def _of_replies(replies: Replies, things: str, alike: str) -> Iterator[str]:
-    if replies.consistency is not None:
-        share = percent(replies.consistency)
-        yield f"Asked again ({replies.num_repeats} questions), {share} of the {things} {alike}."
-    reasons = ", ".join(f"{reason} {number}" for reason, number in replies.skips.items())
-    share = percent(replies.num_skipped / replies.num_shown)
-    yield f"{share} of {replies.num_shown} questions were skipped{reasons and ': '}{reasons}."
-
-
-def percent(share: float) -> str:
-    """A share in per cent that no line break tears apart."""
-    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
-
-
-def _p(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+    storage.write_json(str(study.folder / "results.json"), asdict(results))
+    storage.write_bytes(str(study.folder / "report.html"), page.encode())
+    sys.stdout.write(f"{study.folder / 'report.html'}\n")
 
 
 def render(template: str, **values: Any) -> str:
-    """The page; text in `values` is escaped."""
+    """Render a template of the folder `pages`; text in `values` is escaped."""
     return _environment().get_template(template).render(**values)
-
-
-def style_sheet() -> str:
-    """The pages' one style sheet, for files that carry it within."""
-    return files("ifvit.rating").joinpath("static", "style.css").read_text()
 
 
 @cache
@@ -120,5 +53,88 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = percent
+    environment.filters["percent"] = _percent
     return environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentences:
+    """What the page says about each kind of question; empty without answers."""
+
+    preference: list[str]
+    counting: list[str]
+
+
+def describe(results: StudyResults) -> Sentences:
+    """State the results of a study in sentences."""
+    preference, counting = results.preference, results.counting
+    return Sentences(
+        preference=list(_describe_preference(preference)) if preference else [],
+        counting=list(_describe_counting(counting)) if counting else [],
+    )
+
+
+def _describe_preference(results: PreferenceResults) -> Iterator[str]:
+    for rate in results.win_rates:
+        yield _describe_win_rate(rate)
+    yield _describe_alpha(results.alpha)
+    bias = results.order_bias
+    found = (
+        "The place on the page changed the rank, so the ranks do not depend on the images alone"
+        if bias.p_value < 0.05
+        else "No sign that the place on the page changed the rank"
+    )
+    p = "p < 0.001" if bias.p_value < 0.001 else f"p = {bias.p_value:.3f}"
+    yield f"{found} ({p}, Friedman's test on {bias.num_answers} rankings)."
+    yield from _describe_replies(results.replies, "pairs of images", "were put in the same order")
+
+
+def _describe_win_rate(rate: WinRate) -> str:
+    winner, loser, share = rate.first, rate.second, rate.share
+    value, low, high = share.value, share.low, share.high
+    if high < 0.5:
+        winner, loser, value, low, high = loser, winner, 1 - value, 1 - high, 1 - low
+    numbers = (
+        f"{_percent(value)} of {share.num_samples} rankings "
+        f"(95 % interval {_percent(low)} to {_percent(high)})"
+    )
+    if low > 0.5:
+        return f"{winner} is preferred to {loser}: ranked above it in {numbers}."
+    return f"No clear preference between {winner} and {loser}: {winner} is above in {numbers}."
+
+
+def _describe_counting(results: CountingResults) -> Iterator[str]:
+    overall = results.groups[0]
+    for name, error in overall.average_error.items():
+        match = overall.match_ratio[name]
+        yield (
+            f"{name}: off by {error.value:.2f} objects on average (95 % interval {error.low:.2f} "
+            f"to {error.high:.2f}), the asked number in {_percent(match.value)} of "
+            f"{match.num_samples} answers ({_percent(match.low)} to {_percent(match.high)})."
+        )
+    yield _describe_alpha(results.alpha)
+    yield from _describe_replies(results.replies, "counts", "were the same number")
+
+
+def _describe_alpha(alpha: float | None) -> str:
+    """Name the level of agreement by the thresholds of Krippendorff 2004."""
+    if alpha is None:
+        return "Agreement between raters is not defined yet: too few answers, or all are equal."
+    level = "reliable" if alpha >= 0.8 else "tentative" if alpha >= 0.667 else "low"
+    return (
+        f"Agreement between raters is {level}: Krippendorff's alpha is {alpha:.2f} (1 is perfect)."
+    )
+
+
+def _describe_replies(replies: Replies, things: str, alike: str) -> Iterator[str]:
+    if replies.consistency is not None:
+        share = _percent(replies.consistency)
+        yield f"In {replies.num_repeats} repeated questions, {share} of the {things} {alike}."
+    reasons = ", ".join(f"{reason} {number}" for reason, number in replies.skips.items())
+    share = _percent(replies.num_skipped / replies.num_shown)
+    yield f"{share} of {replies.num_shown} questions were skipped{reasons and ': '}{reasons}."
+
+
+def _percent(share: float) -> str:
+    """A share in per cent, with a no-break space."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"

@@ -1,168 +1,212 @@
-"""What a study found; read by the report, the admin's page and the paper's sheet."""
+"""The results of a study, computed from its answers; also the verb `rate export`.
 
+The report, the admin's page and `ifvit report paper` read `StudyResults`.
+"""
+
+import csv
+import io
+import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
+from ifvit import storage
+from ifvit.errors import UserError
 from ifvit.evaluation.estimates import Estimate
 from ifvit.rating.agreement import Floats, OrderBias, agreement, estimate_columns, order_bias
-from ifvit.rating.forms import CANNOT_TELL
+from ifvit.rating.config import RateExportConfig
 from ifvit.rating.store import Answer, Store
-from ifvit.rating.study import Item, Kind, Study, read_study
+from ifvit.rating.study import CANNOT_TELL, Item, Study, read_study
+from ifvit.sampling.samples import write_jsonl
 
 _Unit = TypeVar("_Unit", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replies:
-    """How questions of one kind were replied to, repeats included.
-
-    `skips` are numbers of skips by reason. `consistency` is about the `num_repeats` questions that
-    one rater answered twice: share of equal numbers, or of pairs of images ranked alike; None
-    without any.
-    """
+    """Skips and repeats among the answers to one kind of question, repeated questions included."""
 
     num_shown: int
     skips: dict[str, int]
+    """Number of skips by reason."""
     num_repeats: int
+    """Questions that a rater answered twice."""
     consistency: float | None
+    """Mean over these of 1 for equal counts and 0 otherwise, or of the share of image pairs that
+    both rankings put in the same order; None without repeats."""
 
     @property
     def num_skipped(self) -> int:
-        """Skips for whatever reason."""
+        """Number of skips for any reason."""
         return sum(self.skips.values())
 
 
-def split_answers(
-    study: Study,
-    answers: Sequence[Answer],
-    kind: Kind,
-    alike: Callable[[Answer, Answer], float],
-) -> tuple[Replies, list[Answer]]:
-    """The replies to one kind of question, and the first answer to each, skips included."""
-    all_of_kind = [answer for answer in answers if study.items[answer.item].kind == kind]
-    first = [answer for answer in all_of_kind if answer.repetition == 0]
-    given = {(a.rater, a.item): a for a in first if a.value is not None}
-    again = [a for a in all_of_kind if a.repetition == 1 and a.value is not None]
-    consistency = [alike(given[a.rater, a.item], a) for a in again if (a.rater, a.item) in given]
-    replies = Replies(
-        num_shown=len(all_of_kind),
-        skips=dict(Counter(a.skip_reason for a in all_of_kind if a.skip_reason).most_common()),
-        num_repeats=len(consistency),
-        consistency=float(np.mean(consistency)) if consistency else None,
-    )
-    return replies, first
+@dataclass(frozen=True, kw_only=True)
+class WinRate:
+    """How often raters ranked `first` above `second`."""
+
+    first: str
+    second: str
+    share: Estimate
 
 
-def tabulate(rows: Mapping[tuple[int, _Unit], Sequence[float]]) -> Floats:
-    """Rows of C numbers by (rater, unit) => (R, I, C), NaN where there is none."""
-    raters = {rater: place for place, rater in enumerate({rater: 0 for rater, _ in rows})}
-    units = {unit: place for place, unit in enumerate({unit: 0 for _, unit in rows})}
-    num_columns = len(next(iter(rows.values())))
-    table = np.full((len(raters), len(units), num_columns), np.nan)
-    for (rater, unit), row in rows.items():
-        table[raters[rater], units[unit]] = row
-    return table
+@dataclass(frozen=True, kw_only=True)
+class PreferenceResults:
+    """Rankings by model name. Repeated questions count with their first answer."""
 
-
-def by_name(names: Sequence[str], estimates: Sequence[Estimate | None]) -> dict[str, Estimate]:
-    """The estimates that there are, by the names of their columns."""
-    return {name: found for name, found in zip(names, estimates, strict=True) if found}
+    num_rankings: int
+    mean_rank: dict[str, Estimate]
+    score: dict[str, Estimate]
+    """The paper's: the number of models for rank 1, down to 1 for the last rank."""
+    win_rates: list[WinRate]
+    alpha: float | None
+    """Krippendorff's alpha for ordinal data, over the rank of every image."""
+    order_bias: OrderBias
+    replies: Replies
 
 
 @dataclass(frozen=True, kw_only=True)
 class CountGroup:
-    """Counts on prompts for `object` and `count`, None for any, by model name.
-
-    `average_error` and `match_ratio` are Eq. 9 and 10 of arXiv 2403.16530; n are the answers.
-    """
+    """Counts by model name on the prompts for `object` and `count`; None stands for any."""
 
     object: str | None
     count: int | None
     average_error: dict[str, Estimate]
+    """Eq. 9 of arXiv 2403.16530."""
     match_ratio: dict[str, Estimate]
+    """Eq. 10 of arXiv 2403.16530."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CountingResults:
-    """Counts; of images asked about twice, the first answer.
-
-    `groups` are all prompts together first, then each object, each count, each pair of both.
-    `cannot_tell` is the share of images, by model name, in which raters could not count. `alpha`
-    is Krippendorff's for interval data, over the images; None where not defined.
-    """
+    """Counts by model name. Repeated questions count with their first answer."""
 
     num_counts: int
     groups: list[CountGroup]
+    """All prompts together first, then by object, by count, and by both."""
     cannot_tell: dict[str, Estimate]
+    """Share of the images in which raters could not count."""
     alpha: float | None
+    """Krippendorff's alpha for interval data, over the images."""
     replies: Replies
 
 
-def summarise_counting(study: Study, answers: Sequence[Answer]) -> CountingResults | None:
-    """None as long as there is no count."""
-    replies, first = split_answers(study, answers, "counting", _same_number)
-    counted = [answer for answer in first if isinstance(answer.value, int)]
-    if not counted:
-        return None
-    names = [model.name for model in study.models if model.counting is not None]
-    items, counts = _tabulate(study, names, {_key(a): _number(a) for a in counted})
-    asked = np.array([item.count for item in items], np.float64)
-    errors = np.abs(counts - asked[:, None])
-    groups = (_count_group(names, items, errors, *wanted) for wanted in _wanted_groups(items))
-    unclear = {_key(answer): float(answer.skip_reason == CANNOT_TELL) for answer in first}
-    _, cannot_tell = _tabulate(study, names, unclear)
-    return CountingResults(
-        num_counts=len(counted),
-        groups=list(groups),
-        cannot_tell=by_name(names, estimate_columns(cannot_tell, is_share=True)),
-        alpha=agreement(counts.reshape(len(counts), -1), "interval"),
-        replies=replies,
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How many of the tasks a rater has answered, and when last (UTC)."""
+
+    rater: int
+    done: int
+    total: int
+    last: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResults:
+    """All results of a study; None for a kind of question without answers."""
+
+    models: list[str]
+    progress: list[Progress]
+    preference: PreferenceResults | None
+    counting: CountingResults | None
+
+
+def read_results(folder: str) -> StudyResults:
+    """Summarise the answers so far. Raises UserError when `folder` holds no study."""
+    study = read_study(folder)
+    store = Store(study.folder)
+    try:
+        return summarise(study, store)
+    finally:
+        store.close()
+
+
+def summarise(study: Study, store: Store) -> StudyResults:
+    """Summarise the answers that `store` holds now."""
+    answers = store.answers()
+    done = Counter(answer.rater for answer in answers)
+    last = {answer.rater: answer.answered_at for answer in answers}
+    total = len(study.tasks(rater=0))
+    return StudyResults(
+        models=[model.name for model in study.models],
+        progress=[
+            Progress(rater=rater.id, done=done[rater.id], total=total, last=last.get(rater.id))
+            for rater in store.raters()
+        ],
+        preference=_summarise_preference(
+            study, [a for a in answers if study.items[a.item].kind == "preference"]
+        ),
+        counting=_summarise_counting(
+            study, [a for a in answers if study.items[a.item].kind == "counting"]
+        ),
     )
 
 
-def _key(answer: Answer) -> tuple[int, int]:
-    return answer.rater, answer.item
+def _summarise_preference(study: Study, answers: Sequence[Answer]) -> PreferenceResults | None:
+    rankings = {
+        (a.rater, a.item): a for a in answers if a.repetition == 0 and isinstance(a.value, tuple)
+    }
+    if not rankings:
+        return None
+    models = [model for model in study.models if model.preference is not None]
+    blind, names = [model.blind for model in models], [model.name for model in models]
+    ranks = _tabulate({key: _ranks(answer, blind) for key, answer in rankings.items()})
+    pairs = list(combinations(range(len(models)), 2))
+    wins = np.stack([ranks[..., a] < ranks[..., b] for a, b in pairs], axis=-1).astype(float)
+    wins[np.isnan(ranks[..., 0])] = np.nan
+    shares = estimate_columns(wins, is_share=True)
+    return PreferenceResults(
+        num_rankings=len(rankings),
+        mean_rank=_by_name(names, estimate_columns(ranks)),
+        score=_by_name(names, estimate_columns(len(models) + 1 - ranks)),
+        win_rates=[
+            WinRate(first=names[a], second=names[b], share=share)
+            for (a, b), share in zip(pairs, shares, strict=True)
+            if share is not None
+        ],
+        alpha=agreement(ranks.reshape(len(ranks), -1), "ordinal"),
+        order_bias=order_bias(np.array([_ranks(a, a.shown) for a in rankings.values()])),
+        replies=_summarise_replies(answers),
+    )
 
 
-def _number(answer: Answer) -> float:
-    assert isinstance(answer.value, int)
-    return float(answer.value)
+def _ranks(answer: Answer, order: Sequence[str]) -> list[float]:
+    """Ranks of the blind names in `order`; 1 is best."""
+    assert isinstance(answer.value, tuple)
+    return [1.0 + answer.value.index(name) for name in order]
 
 
-def _same_number(one: Answer, other: Answer) -> float:
-    return float(one.value == other.value)
+def _summarise_counting(study: Study, answers: Sequence[Answer]) -> CountingResults | None:
+    first = {(a.rater, a.item): a for a in answers if a.repetition == 0}
+    counted = {key: float(a.value) for key, a in first.items() if isinstance(a.value, int)}
+    if not counted:
+        return None
+    names = [model.name for model in study.models if model.counting is not None]
+    items, counts = _tabulate_by_model(study, names, counted)
+    asked = np.array([item.count for item in items], np.float64)
+    errors = np.abs(counts - asked[:, None])
+    unclear = {key: float(a.skip_reason == CANNOT_TELL) for key, a in first.items()}
+    _, cannot_tell = _tabulate_by_model(study, names, unclear)
+    return CountingResults(
+        num_counts=len(counted),
+        groups=[_count_group(names, items, errors, *group) for group in _list_groups(items)],
+        cannot_tell=_by_name(names, estimate_columns(cannot_tell, is_share=True)),
+        alpha=agreement(counts.reshape(len(counts), -1), "interval"),
+        replies=_summarise_replies(answers),
+    )
 
 
-def _tabulate(
-    study: Study, names: Sequence[str], values: Mapping[tuple[int, int], float]
-) -> tuple[list[Item], Floats]:
-    """Values by rater and item => (R, U, M), and an item of each of the U prompts.
-
-    The M images of one prompt and noise stand together, because they are resampled together.
-    """
-    rows: dict[tuple[int, tuple[int, str]], list[float]] = {}
-    items: dict[tuple[int, str], Item] = {}
-    column = {blind: names.index(name) for blind, name in study.names.items() if name in names}
-    for (rater, number), value in values.items():
-        item = study.items[number]
-        unit = item.position, item.prompt
-        (blind,) = item.images
-        rows.setdefault((rater, unit), [np.nan] * len(names))[column[blind]] = value
-        items.setdefault(unit, item)
-    return list(items.values()), tabulate(rows)
-
-
-def _wanted_groups(items: Sequence[Item]) -> list[tuple[str | None, int | None]]:
+def _list_groups(items: Sequence[Item]) -> list[tuple[str | None, int | None]]:
     in_order = sorted(items, key=lambda item: item.number)
     objects = list(dict.fromkeys(item.object for item in in_order))
     counts = sorted({item.count for item in items if item.count is not None})
     asked = {(item.object, item.count) for item in items}
-    pairs = (pair for pair in product(objects, counts) if pair in asked)
+    pairs = [pair for pair in product(objects, counts) if pair in asked]
     return [(None, None), *((o, None) for o in objects), *((None, c) for c in counts), *pairs]
 
 
@@ -179,127 +223,104 @@ def _count_group(
     return CountGroup(
         object=object_,
         count=count,
-        average_error=by_name(names, estimate_columns(chosen)),
-        match_ratio=by_name(names, estimate_columns(matches, is_share=True)),
+        average_error=_by_name(names, estimate_columns(chosen)),
+        match_ratio=_by_name(names, estimate_columns(matches, is_share=True)),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class WinRate:
-    """How often `first` was ranked above `second`."""
+def _tabulate_by_model(
+    study: Study, names: Sequence[str], values: Mapping[tuple[int, int], float]
+) -> tuple[list[Item], Floats]:
+    """Arrange values by (rater, item) as (R, U, M), and return one item of each of the U prompts.
 
-    first: str
-    second: str
-    share: Estimate
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceResults:
-    """Rankings by model name; of prompts asked twice, the first answer.
-
-    `score` is the paper's: the number of models for rank 1, 1 for the last rank. `alpha` is
-    Krippendorff's for ordinal data, over the rank of every image; None where not defined.
+    The images of all M models for one prompt and noise form one unit, so that the bootstrap
+    resamples them together.
     """
+    rows: dict[tuple[int, tuple[int, str]], list[float]] = {}
+    items: dict[tuple[int, str], Item] = {}
+    for (rater, number), value in values.items():
+        item = study.items[number]
+        unit = item.position, item.prompt
+        (blind,) = item.images
+        row = rows.setdefault((rater, unit), [np.nan] * len(names))
+        row[names.index(study.names[blind])] = value
+        items.setdefault(unit, item)
+    return list(items.values()), _tabulate(rows)
 
-    num_rankings: int
-    mean_rank: dict[str, Estimate]
-    score: dict[str, Estimate]
-    win_rates: list[WinRate]
-    alpha: float | None
-    order_bias: OrderBias
-    replies: Replies
+
+def _tabulate(rows: Mapping[tuple[int, _Unit], Sequence[float]]) -> Floats:
+    """Arrange rows of C numbers by (rater, unit) as (R, U, C), NaN where there is no row."""
+    raters = list(dict.fromkeys(rater for rater, _ in rows))
+    units = list(dict.fromkeys(unit for _, unit in rows))
+    missing = [np.nan] * len(next(iter(rows.values())))
+    return np.array([[rows.get((rater, unit), missing) for unit in units] for rater in raters])
 
 
-def summarise_preference(study: Study, answers: Sequence[Answer]) -> PreferenceResults | None:
-    """None as long as there is no ranking."""
-    replies, first = split_answers(study, answers, "preference", _same_order)
-    rankings = {(a.rater, a.item): a for a in first if a.value is not None}
-    if not rankings:
-        return None
-    models = [model for model in study.models if model.preference is not None]
-    blind, names = [model.blind for model in models], [model.name for model in models]
-    table = tabulate({key: _ranks(answer, blind) for key, answer in rankings.items()})
-    pairs = list(combinations(range(len(models)), 2))
-    beats = np.stack([table[..., a] < table[..., b] for a, b in pairs], axis=-1).astype(float)
-    beats[np.isnan(table[..., 0])] = np.nan
-    shares = estimate_columns(beats, is_share=True)
-    return PreferenceResults(
-        num_rankings=len(rankings),
-        mean_rank=by_name(names, estimate_columns(table)),
-        score=by_name(names, estimate_columns(len(models) + 1 - table)),
-        win_rates=[
-            WinRate(first=names[a], second=names[b], share=share)
-            for (a, b), share in zip(pairs, shares, strict=True)
-            if share is not None
-        ],
-        alpha=agreement(table.reshape(len(table), -1), "ordinal"),
-        order_bias=order_bias(np.array([_ranks(a, a.shown) for a in rankings.values()])),
-        replies=replies,
+def _by_name(names: Sequence[str], estimates: Sequence[Estimate | None]) -> dict[str, Estimate]:
+    """Model name => estimate, without models that have none."""
+    return {name: found for name, found in zip(names, estimates, strict=True) if found}
+
+
+def _summarise_replies(answers: Sequence[Answer]) -> Replies:
+    given = {(a.rater, a.item, a.repetition): a.value for a in answers if a.value is not None}
+    consistency = [
+        _similarity(given[rater, item, 0], value)
+        for (rater, item, repetition), value in given.items()
+        if repetition == 1 and (rater, item, 0) in given
+    ]
+    return Replies(
+        num_shown=len(answers),
+        skips=dict(Counter(a.skip_reason for a in answers if a.skip_reason).most_common()),
+        num_repeats=len(consistency),
+        consistency=float(np.mean(consistency)) if consistency else None,
     )
 
 
-def _ranking(answer: Answer) -> tuple[str, ...]:
-    assert isinstance(answer.value, tuple)
-    return answer.value
-
-
-def _ranks(answer: Answer, order: Sequence[str]) -> list[float]:
-    """Ranks, 1 is best, of the blind names in `order`."""
-    return [1.0 + _ranking(answer).index(name) for name in order]
-
-
-def _same_order(one: Answer, other: Answer) -> float:
-    """Share of the pairs of images that both rankings put in the same order."""
-    first, second = set(combinations(_ranking(one), 2)), set(combinations(_ranking(other), 2))
+def _similarity(one: int | tuple[str, ...], other: int | tuple[str, ...]) -> float:
+    """Share of the pairs that both rankings put in the same order; 0 or 1 for counts."""
+    if isinstance(one, int) or isinstance(other, int):
+        return float(one == other)
+    first, second = set(combinations(one, 2)), set(combinations(other, 2))
     return len(first & second) / len(first)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a rater is; `last` is the time of the newest answer, UTC."""
-
-    rater: int
-    done: int
-    total: int
-    last: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyResults:
-    """All of a study. None: no such question has been answered yet."""
-
-    models: list[str]
-    progress: list[Progress]
-    preference: PreferenceResults | None
-    counting: CountingResults | None
-
-
-def read_results(folder: str) -> StudyResults:
-    """The results of the answers so far. Raises UserError when there is no study in `folder`."""
-    study = read_study(folder)
+def export(config: RateExportConfig) -> None:
+    """Write the current answers, oldest first. Raises UserError when there are none."""
+    study = read_study(config.study)
     store = Store(study.folder)
-    try:
-        return summarise(study, store)
-    finally:
-        store.close()
+    rows = [row for answer in store.answers() for row in _export_rows(study, answer)]
+    store.close()
+    if not rows:
+        raise UserError(f"{config.study}: no answers yet; serve it with ifvit rate serve")
+    if Path(config.output).suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        storage.write_bytes(config.output, text.getvalue().encode())
+    else:
+        write_jsonl(config.output, rows)
+    sys.stdout.write(f"{config.output}: {len(rows)} rows\n")
 
 
-def summarise(study: Study, store: Store) -> StudyResults:
-    """The results of the answers that `store` has now."""
-    answers = store.answers()
-    return StudyResults(
-        models=[model.name for model in study.models],
-        progress=_progress(study, store, answers),
-        preference=summarise_preference(study, answers),
-        counting=summarise_counting(study, answers),
-    )
-
-
-def _progress(study: Study, store: Store, answers: Sequence[Answer]) -> list[Progress]:
-    done = Counter(answer.rater for answer in answers)
-    last = {answer.rater: answer.answered_at for answer in answers}
-    total = len(study.tasks(rater=0))
-    return [
-        Progress(rater=rater.id, done=done[rater.id], total=total, last=last.get(rater.id))
-        for rater in store.raters()
-    ]
+def _export_rows(study: Study, answer: Answer) -> Iterator[dict[str, Any]]:
+    """Yield one row per image shown; `place` on the page and `rank` count from 1."""
+    item = study.items[answer.item]
+    ranking = answer.value if isinstance(answer.value, tuple) else None
+    for place, blind in enumerate(answer.shown, 1):
+        yield {
+            "rater": answer.rater,
+            "kind": item.kind,
+            "item": item.number,
+            "prompt": item.prompt,
+            "position": item.position,
+            "object": item.object,
+            "asked_count": item.count,
+            "repetition": answer.repetition,
+            "place": place,
+            "model": study.names[blind],
+            "count": answer.value if isinstance(answer.value, int) else None,
+            "rank": ranking.index(blind) + 1 if ranking else None,
+            "skip_reason": answer.skip_reason,
+            "answered_at": answer.answered_at,
+        }

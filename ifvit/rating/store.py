@@ -1,4 +1,8 @@
-"""The answers of a study in SQLite: only ever added to, durable before the rater is thanked."""
+"""Raters and their answers, in an SQLite file of the study.
+
+`create` adds raters, `server` adds answers, `results` reads them. Answers are never changed or
+deleted, and each is on disk before the rater sees the next question.
+"""
 
 import json
 import secrets
@@ -6,9 +10,9 @@ import sqlite3
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 _FILE = "study.sqlite"
-_BUSY_S = 30.0
 _SCHEMA = """
 CREATE TABLE admin (token TEXT NOT NULL);
 CREATE TABLE rater (id INTEGER PRIMARY KEY, code TEXT NOT NULL UNIQUE);
@@ -24,7 +28,7 @@ CREATE TABLE answer (
     CHECK ((value IS NULL) <> (skip_reason IS NULL))
 );
 CREATE INDEX answer_to ON answer (rater, item, repetition);
--- A changed answer is a new row; the old ones stay as its history.
+-- A changed answer is a new row; the old rows stay as its history.
 CREATE VIEW current_answer AS SELECT * FROM answer AS this WHERE NOT EXISTS (
     SELECT 1 FROM answer AS later WHERE later.rater = this.rater AND later.item = this.item
     AND later.repetition = this.repetition AND later.id > this.id
@@ -34,7 +38,7 @@ CREATE VIEW current_answer AS SELECT * FROM answer AS this WHERE NOT EXISTS (
 
 @dataclass(frozen=True, kw_only=True)
 class Rater:
-    """A person; `code` is the secret in the link."""
+    """A person; `code` is the secret in the person's link."""
 
     id: int
     code: str
@@ -42,39 +46,38 @@ class Rater:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a rater said to one task.
-
-    `value` is the number counted, or the blind names from best to worst; None where
-    `skip_reason` says why there is none. `answered_at` is UTC, ISO 8601, filled by the store.
-    """
+    """A rater's answer to one task."""
 
     rater: int
     item: int
     repetition: int
     shown: tuple[str, ...]
     value: int | tuple[str, ...] | None
+    """The count, or the blind model names from best to worst; None when the task was skipped."""
     skip_reason: str | None
     answered_at: str = ""
+    """UTC in ISO 8601; the store fills it in."""
 
 
 class Store:
-    """study.sqlite in a study's folder; one object serves any number of threads.
+    """The file study.sqlite of a study. Several threads may share one object.
 
-    Every statement commits by itself, so a process that is killed loses nothing that a method has
-    returned from.
+    Every statement is a transaction of its own and is synced to disk, so a process that is killed
+    loses nothing that a method has returned from.
     """
 
     def __init__(self, folder: Path) -> None:
-        # Sharing is safe: SQLite serialises the calls, and no transaction spans two of them.
+        # SQLite serialises calls from several threads; no transaction spans two calls.
         self._connection = sqlite3.connect(
-            folder / _FILE, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+            folder / _FILE, timeout=30, isolation_level=None, check_same_thread=False
         )
+        self._connection.row_factory = sqlite3.Row
         self._connection.execute("PRAGMA synchronous = FULL")
         self._connection.execute("PRAGMA foreign_keys = ON")
 
     @classmethod
     def create(cls, folder: Path) -> "Store":
-        """A store without raters, in place of an older one."""
+        """Make a store without raters; an older file, from an interrupted `create`, is deleted."""
         for leftover in folder.glob(f"{_FILE}*"):
             leftover.unlink()
         store = cls(folder)
@@ -84,71 +87,57 @@ class Store:
         return store
 
     def close(self) -> None:
-        """Leave the file whole, without a journal beside it."""
+        """Close the file and merge its journal into it."""
         self._connection.close()
 
     def add_raters(self, number: int) -> None:
-        """Make new raters with codes that nobody guesses (128 random bits)."""
+        """Add raters with random codes of 128 bits."""
         codes = [(secrets.token_urlsafe(16),) for _ in range(number)]
         self._connection.executemany("INSERT INTO rater (code) VALUES (?)", codes)
 
     def raters(self) -> list[Rater]:
-        """All raters by id."""
+        """List all raters by id."""
         rows = self._connection.execute("SELECT id, code FROM rater ORDER BY id").fetchall()
-        return [Rater(id=number, code=code) for number, code in rows]
+        return [Rater(**dict(row)) for row in rows]
 
-    def rater_of(self, code: str) -> int | None:
-        """The id of the rater with this code."""
+    def find_rater(self, code: str) -> int | None:
+        """Return the id of the rater with this code, or None."""
         rows = self._connection.execute("SELECT id FROM rater WHERE code = ?", (code,)).fetchall()
         return rows[0][0] if rows else None
 
     def admin_token(self) -> str:
-        """The secret in the admin's link."""
+        """Return the secret in the admin's link."""
         return str(self._connection.execute("SELECT token FROM admin").fetchall()[0][0])
 
     def add(self, answer: Answer) -> None:
-        """Record an answer; it takes the place of an earlier one to the same task."""
+        """Record an answer; it replaces an earlier answer to the same task in `answers`."""
         value = None if answer.value is None else json.dumps(answer.value)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        shown = json.dumps(answer.shown)
         self._connection.execute(
             "INSERT INTO answer (rater, item, repetition, shown, value, skip_reason, answered_at)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                answer.rater,
-                answer.item,
-                answer.repetition,
-                json.dumps(answer.shown),
-                value,
-                answer.skip_reason,
-                datetime.now(UTC).isoformat(timespec="seconds"),
-            ),
+            (answer.rater, answer.item, answer.repetition, shown, value, answer.skip_reason, now),
         )
 
     def num_written(self) -> int:
-        """Answers ever recorded, changed ones included."""
+        """Count all recorded answers, including those replaced since."""
         rows = self._connection.execute("SELECT count(*) FROM answer").fetchall()
         return int(rows[0][0])
 
     def answers(self, rater: int | None = None) -> list[Answer]:
-        """The current answers of one rater or of all, oldest first."""
+        """List the current answers of one rater, or of all raters, oldest first."""
         rows = self._connection.execute(
             "SELECT rater, item, repetition, shown, value, skip_reason, answered_at"
-            f" FROM current_answer {'' if rater is None else 'WHERE rater = ?'} ORDER BY id",
-            () if rater is None else (rater,),
+            " FROM current_answer WHERE ? IS NULL OR rater = ? ORDER BY id",
+            (rater, rater),
         ).fetchall()
         return [
-            Answer(
-                rater=row[0],
-                item=row[1],
-                repetition=row[2],
-                shown=tuple(json.loads(row[3])),
-                value=_read_value(row[4]),
-                skip_reason=row[5],
-                answered_at=row[6],
-            )
-            for row in rows
+            Answer(**{**row, "shown": tuple(json.loads(row["shown"])), "value": _value(row)})
+            for row in map(dict, rows)
         ]
 
 
-def _read_value(text: str | None) -> int | tuple[str, ...] | None:
-    value = None if text is None else json.loads(text)
+def _value(row: dict[str, Any]) -> int | tuple[str, ...] | None:
+    value = None if row["value"] is None else json.loads(row["value"])
     return tuple(value) if isinstance(value, list) else value

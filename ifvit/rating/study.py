@@ -1,4 +1,7 @@
-"""A study: its questions, and who sees which of them in what order. Imports no torch."""
+"""The content of a rating study: its models, its questions, and the order each rater sees.
+
+`create` writes it, `server` and `results` read it. Imports no torch.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,7 +14,14 @@ from ifvit.errors import UserError
 
 Kind = Literal["preference", "counting"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""In the order in which a rater meets them."""
+"""Kinds of questions, in the order in which a rater sees them."""
+
+CANNOT_TELL = "cannot tell"
+"""Skip reason of a counting question that has its own button on the page."""
+SKIP_REASONS: dict[Kind, tuple[str, ...]] = {
+    "preference": ("too close to call", "text is unclear", "images do not load", "other"),
+    "counting": ("object is unclear", "image does not load", "other"),
+}
 
 _VERSION = 1
 _FILE = "study.json"
@@ -20,46 +30,46 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model and where its images came from; `blind` is the only name outside of results."""
+    """A model and the folders of its images. Raters' pages and image files use only `blind`."""
 
     blind: str
     name: str
     preference: str | None
+    """Folder of the samples that are ranked."""
     counting: str | None
+    """Folder of the samples in which objects are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One question. `images` are file names by the models' blind names: one when counting.
-
-    `prompt` and `position` say which samples these are. `object` and `count` are what the prompt
-    asked for when counting, else None.
-    """
+    """One question. `prompt` and `position` identify the samples that it shows."""
 
     number: int
     kind: Kind
     prompt: str
     position: int
     images: dict[str, str]
+    """Blind model name => image file. A counting question has one image."""
     object: str | None = None
+    """Object that the prompt of a counting question asks for."""
     count: int | None = None
+    """Number of objects that the prompt of a counting question asks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """An item as one rater sees it: `shown` are blind names from the first place to the last.
-
-    `repetition` is 1 where the rater has seen the item before, else 0.
-    """
+    """An item as one rater sees it."""
 
     item: Item
     repetition: int
+    """1 when the rater has seen the item before, else 0."""
     shown: tuple[str, ...]
+    """Blind model names in the order of their images on the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What study.json holds; `items[n].number` is n."""
+    """The content of study.json; the item `items[n]` has the number n."""
 
     folder: Path
     seed: int
@@ -69,23 +79,23 @@ class Study:
 
     @property
     def names(self) -> dict[str, str]:
-        """Blind name => name."""
+        """Blind model name => model name."""
         return {model.blind: model.name for model in self.models}
 
     @property
     def image_files(self) -> frozenset[str]:
-        """Names of all image files, the only ones that are ever served."""
+        """Names of all image files; the server sends no other file of the study."""
         return frozenset(name for item in self.items for name in item.images.values())
 
     def tasks(self, rater: int) -> list[Task]:
-        """All that `rater` is asked, in order: a function of seed and rater and nothing else.
+        """List all tasks of a rater in order. They depend only on the seed and the rater's id.
 
-        Each kind of item is a block in random order. Repeats come from the first half of a block
-        and return half a block later.
+        The items of each kind come in a random order. The repeated items are sampled from the
+        first half of that order, and each comes again half the order later.
         """
-        return [task for kind in KINDS for task in self._block(kind, rater)]
+        return [task for kind in KINDS for task in self._tasks_of_kind(kind, rater)]
 
-    def _block(self, kind: Kind, rater: int) -> list[Task]:
+    def _tasks_of_kind(self, kind: Kind, rater: int) -> list[Task]:
         numbers = [item.number for item in self.items if item.kind == kind]
         order = shuffled(numbers, self.seed, rater, "items")
         half = len(order) // 2
@@ -95,23 +105,21 @@ class Study:
         repeated = shuffled(range(half), self.seed, rater, kind, "repeats")[:num_repeats]
         places = [(place, 0, number) for place, number in enumerate(order)]
         places += [(place + half, 1, order[place]) for place in repeated]
-        return [
-            self._task(self.items[number], repetition, rater)
-            for _, repetition, number in sorted(places)
-        ]
-
-    def _task(self, item: Item, repetition: int, rater: int) -> Task:
-        shown = shuffled(item.images, self.seed, rater, item.number, repetition)
-        return Task(item=item, repetition=repetition, shown=tuple(shown))
+        tasks = []
+        for _, repetition, number in sorted(places):
+            item = self.items[number]
+            shown = shuffled(item.images, self.seed, rater, number, repetition)
+            tasks.append(Task(item=item, repetition=repetition, shown=tuple(shown)))
+        return tasks
 
 
-def shuffled(values: Iterable[_T], *who: object) -> list[_T]:
-    """The values in a random order that depends on them and on `who` alone.
+def shuffled(values: Iterable[_T], *key: object) -> list[_T]:
+    """Return the values in a pseudorandom order that depends only on the values and `key`.
 
-    Sorted by hash rather than drawn through ifvit.rng, which imports torch: the web server
-    does without.
+    The order is that of SHA-256 hashes. `ifvit.rng` would import torch, which the web server
+    does not need.
     """
-    return sorted(values, key=lambda value: hashlib.sha256(repr((*who, value)).encode()).digest())
+    return sorted(values, key=lambda value: hashlib.sha256(repr((*key, value)).encode()).digest())
 
 
 def write_study(study: Study) -> None:
@@ -122,23 +130,19 @@ def write_study(study: Study) -> None:
 
 
 def read_study(folder: str) -> Study:
-    """Read study.json. Raises UserError when there is none, or it is of another version."""
+    """Read study.json. Raises UserError when it is missing or has another version."""
     url = storage.join(folder, _FILE)
     if not study_exists(folder):
         raise UserError(f"{url}: no such file; make a study with ifvit rate create {folder}")
     stored: dict[str, Any] = storage.read_json(url)
     version = stored.pop("version", None)
     if version != _VERSION:
-        raise UserError(f"{url}: version {version}, this ifvit reads {_VERSION}; create it again")
-    return Study(
-        folder=Path(folder),
-        seed=stored["seed"],
-        repeat_share=stored["repeat_share"],
-        models=tuple(Model(**model) for model in stored["models"]),
-        items=tuple(Item(**item) for item in stored["items"]),
-    )
+        raise UserError(f"{url}: version {version}, expected {_VERSION}; create the study again")
+    models = tuple(Model(**model) for model in stored.pop("models"))
+    items = tuple(Item(**item) for item in stored.pop("items"))
+    return Study(folder=Path(folder), models=models, items=items, **stored)
 
 
 def study_exists(folder: str) -> bool:
-    """Whether a finished study is there."""
+    """Whether `folder` holds a complete study; study.json is written last."""
     return storage.exists(storage.join(folder, _FILE))

@@ -2,20 +2,20 @@
 
 const EVERY_MS = 5000;
 
-async function renew() {
+async function update() {
   if (document.hidden) return;
   const live = document.getElementById("live");
   try {
     const reply = await fetch(location.pathname);
-    if (!reply.ok) throw new Error(`the server says ${reply.status}`);
+    if (!reply.ok) throw new Error(`server status ${reply.status}`);
     const page = new DOMParser().parseFromString(await reply.text(), "text/html");
     const shown = document.getElementById("results");
     const isOpen = shown.querySelector("details")?.open;
     shown.replaceWith(page.getElementById("results"));
     if (isOpen) document.querySelector("#results details").open = true;
-    live.textContent = `As of ${new Date().toLocaleTimeString()}. Renews itself every few seconds.`;
+    live.textContent = `As of ${new Date().toLocaleTimeString()}. This page updates every few seconds.`;
   } catch (error) {
-    live.textContent = `Not renewed: ${error.message}.`;
+    live.textContent = `Not updated: ${error.message}.`;
   }
 }
-setInterval(renew, EVERY_MS);
+setInterval(update, EVERY_MS);

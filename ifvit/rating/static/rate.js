@@ -12,7 +12,7 @@ for (const image of document.images) {
   image.complete ? sharpen() : image.addEventListener("load", sharpen);
 }
 
-/* Ranking: `order` holds places on the page from best to worst. */
+/* Ranking: `order` lists places on the page from best to worst. */
 function ranking() {
   const field = by("ranking");
   const choices = [...document.querySelectorAll(".choice")];
@@ -65,7 +65,7 @@ function ranking() {
   };
 }
 
-/* Counting: the field takes any number, the buttons are for thumbs. */
+/* Counting: the field takes any number; the buttons are for touch screens. */
 function counting() {
   const field = by("count");
   const digits = [...document.querySelectorAll(".digit")];
@@ -85,7 +85,7 @@ function counting() {
   }
   field.addEventListener("input", show);
   by("hint").textContent = `Larger numbers go into the field, up to ${field.max}.`;
-  // With a finger, focus would open the keyboard over the image.
+  // On a touch screen, focus would open the keyboard over the image.
   if (matchMedia("(hover: hover)").matches) {
     field.focus();
     field.select();
@@ -97,7 +97,7 @@ function counting() {
     else if (key >= "0" && key <= "9" && document.activeElement !== field) {
       field.focus();
       field.select();
-      return false; // the digit goes on into the field
+      return false; // the browser types the digit into the field
     } else return false;
     return true;
   };
@@ -123,7 +123,7 @@ document.addEventListener("keydown", (event) => {
 by("skip").addEventListener("click", () => dialog.showModal());
 by("cancel").addEventListener("click", () => dialog.close());
 
-/* Sent here rather than by the browser, so that a lost connection loses neither page nor answer. */
+/* The script sends the form, so that a lost connection loses neither the page nor the answer. */
 let sending = false;
 async function send(event) {
   event.preventDefault();
@@ -133,7 +133,7 @@ async function send(event) {
   const fields = button?.name ? { [button.name]: button.value } : new FormData(event.target);
   try {
     const reply = await fetch(location.pathname, { method: "POST", body: new URLSearchParams(fields) });
-    if (!reply.ok) throw new Error(`the server says ${reply.status}`);
+    if (!reply.ok) throw new Error(`server status ${reply.status}`);
     location.assign(reply.url);
   } catch (error) {
     sending = false;
