@@ -1,13 +1,11 @@
-"""Small studies of tiny images, and a rater who knows which model is which."""
+"""Small studies of tiny images, and answers to them."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from ifvit.images import encode_png
 from ifvit.rating.config import CreateConfig
 from ifvit.rating.create import create
 from ifvit.rating.store import Answer, Store
@@ -21,7 +19,7 @@ COUNT_PROMPTS = [
 
 
 def write_samples(folder: Path, prompts: list[str], colour: int, seed: int = 1) -> str:
-    """A folder like that of `ifvit generate`; every image is another, and each says who drew it."""
+    """Write a folder as `ifvit generate` does; all images differ and name their model."""
     folder.mkdir(parents=True)
     rows = []
     for position, prompt in enumerate(prompts):
@@ -36,7 +34,7 @@ def write_samples(folder: Path, prompts: list[str], colour: int, seed: int = 1) 
 
 
 def make_study(folder: Path, num_preference: int = 4, raters: int = 3, **settings: object) -> Study:
-    """Rankings of three models and counts of two, each prompt once."""
+    """Create a study with rankings of three models and counts of two, each prompt once."""
     prompts = [f"prompt {number}" for number in range(num_preference)]
     asked = folder / "asked.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +59,7 @@ def make_study(folder: Path, num_preference: int = 4, raters: int = 3, **setting
 
 
 def rank(task: Task, study: Study, order: tuple[str, ...]) -> str:
-    """The form's field for a ranking of model names from best to worst."""
+    """The form field for a ranking of model names from best to worst."""
     blind = {name: blind for blind, name in study.names.items()}
     return ",".join(str(task.shown.index(blind[name])) for name in order)
 
@@ -84,13 +82,3 @@ def add(
             skip_reason=skip_reason,
         )
     )
-
-
-def image_data(study: Study) -> Mapping[str, bytes]:
-    """The content of the study's image files by name."""
-    return {path.name: path.read_bytes() for path in (study.folder / "images").iterdir()}
-
-
-def plain_png(path: str) -> bytes:
-    """An image without whatever its file says besides pixels."""
-    return encode_png(Image.open(path).convert("RGB"))

@@ -1,6 +1,6 @@
-"""A whole study in a real browser: by mouse, by keyboard alone, and by thumb on a phone.
+"""A whole study in a real browser: with the mouse, with the keyboard alone, and on a phone.
 
-The three share one browser, because starting one takes most of the time.
+All tests share one browser, because its start takes most of the time.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from live_server import LiveServer
+from live_server import LiveServer, serving
 from made_study import COUNT_PROMPTS, make_study, rank
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.action_chains import ActionChains
@@ -22,10 +22,10 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from ifvit.rating.config import RateReportConfig
+from ifvit.rating.pages import report
 from ifvit.rating.results import read_results
 from ifvit.rating.store import Store
 from ifvit.rating.study import Study, Task
-from ifvit.rating.summary import report
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -35,7 +35,7 @@ PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-background-networking --no-first-run "
     "--disable-sync --disable-component-update --hide-scrollbars --window-size=1280,900 "
-    # A machine without a screen has no mouse either; these say that it has one.
+    # Without a screen Chromium reports no mouse; these flags report one.
     "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,"
     "availablePointerTypes=4"
 )
@@ -43,7 +43,7 @@ Answerer = Callable[["Page", Task, Study], None]
 
 
 class Page:
-    """The browser at one rater's pages; keeps a picture of each in $IFVIT_TEST_SCREENSHOTS."""
+    """The browser at one rater's pages; screenshots go to $IFVIT_TEST_SCREENSHOTS if it is set."""
 
     def __init__(self, driver: Chrome, home: str) -> None:
         self.driver = driver
@@ -56,18 +56,18 @@ class Page:
         return self.find(f'.choice[data-place="{place}"]')
 
     def press(self, *keys: str) -> None:
-        """Keys to whatever has the focus."""
+        """Send keys to the element that has the focus."""
         ActionChains(self.driver).send_keys(*keys).perform()
 
     def tap(self, element: WebElement) -> None:
-        """A finger on the middle of an element."""
+        """Touch the middle of an element."""
         finger = PointerInput(POINTER_TOUCH, "finger")
         actions = ActionBuilder(self.driver, mouse=finger, duration=0)
         actions.pointer_action.move_to(element).pointer_down().pointer_up()
         actions.perform()
 
     def wait_for(self, path: str) -> None:
-        """Until the page after this one is there."""
+        """Wait until the browser has loaded this page."""
         WebDriverWait(self.driver, 20, poll_frequency=0.05).until(
             lambda driver: (
                 driver.current_url == self.home + path
@@ -75,7 +75,7 @@ class Page:
             )
         )
 
-    def photograph(self, name: str) -> None:
+    def screenshot(self, name: str) -> None:
         if folder := os.environ.get("IFVIT_TEST_SCREENSHOTS"):
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.driver.save_screenshot(f"{folder}/{name}.png")
@@ -99,7 +99,7 @@ def driver() -> Iterator[Chrome]:
 
 @pytest.fixture(scope="module")
 def server(study: Study) -> Iterator[LiveServer]:
-    with LiveServer(study) as server:
+    with serving(study) as server:
         yield server
 
 
@@ -111,14 +111,14 @@ def answer_by_mouse(page: Page, task: Task, study: Study) -> None:
     if task.item.kind == "counting":
         page.find(f'.digit[data-number="{asked(task)}"]').click()
     else:
-        # The last one follows by itself.
+        # The page ranks the last image by itself.
         for place in rank(task, study, ORDER).split(",")[:-1]:
             page.choice(place).click()
         assert page.find("#hint").text.startswith("All are ranked.")
     page.find("#next").click()
 
 
-def answer_by_keys(page: Page, task: Task, study: Study) -> None:
+def answer_by_keyboard(page: Page, task: Task, study: Study) -> None:
     if task.item.kind == "counting":
         page.press(asked(task), Keys.ENTER)
     else:
@@ -126,7 +126,7 @@ def answer_by_keys(page: Page, task: Task, study: Study) -> None:
         page.press("1", "r", str(int(first) + 1), str(int(second) + 1), Keys.ENTER)
 
 
-def answer_by_thumb(page: Page, task: Task, study: Study) -> None:
+def answer_by_touch(page: Page, task: Task, study: Study) -> None:
     if task.item.kind == "counting":
         page.tap(page.find("#unclear"))
         return
@@ -136,16 +136,16 @@ def answer_by_thumb(page: Page, task: Task, study: Study) -> None:
 
 
 def rate(page: Page, study: Study, rater: int, how: str, answer: Answerer) -> None:
-    """From the first question to the last."""
+    """Answer every question."""
     tasks = study.tasks(rater)
     for number, task in enumerate(tasks, 1):
         page.wait_for(f"/{number}")
         if number in (1, len(tasks)):
-            page.photograph(f"{how}_{task.item.kind}")
+            page.screenshot(f"{how}_{task.item.kind}")
         answer(page, task, study)
     page.wait_for("")
     assert "All done" in page.find("h1").text
-    page.photograph(f"{how}_done")
+    page.screenshot(f"{how}_done")
 
 
 def open_home(driver: Chrome, server: LiveServer, study: Study, rater: int) -> Page:
@@ -157,26 +157,26 @@ def open_home(driver: Chrome, server: LiveServer, study: Study, rater: int) -> P
 
 
 def assert_quiet(driver: Chrome) -> None:
-    """No script failed, and the security policy blocked nothing."""
+    """Check that no script failed and the security policy blocked nothing."""
     assert driver.get_log("browser") == []
 
 
 def test_with_the_mouse(driver: Chrome, server: LiveServer, study: Study) -> None:
     page = open_home(driver, server, study, 1)
-    page.photograph("mouse_welcome")
+    page.screenshot("mouse_welcome")
     page.find("a.primary").click()
     page.wait_for("/1")
     task = study.tasks(1)[0]
     assert not page.find("#next").is_enabled()
     first, _, third = rank(task, study, ORDER).split(",")
     page.choice(third).click()
-    page.choice(third).click()  # taken back
+    page.choice(third).click()  # removes the rank again
     page.choice(first).click()
-    page.photograph("mouse_ranking")
+    page.screenshot("mouse_ranking")
     page.find("#clear").click()
     assert page.find("#ranking").get_attribute("value") == ""
     page.find("#skip").click()
-    page.photograph("mouse_skip")
+    page.screenshot("mouse_skip")
     page.find("#cancel").click()
     rate(page, study, 1, "mouse", answer_by_mouse)
     assert_quiet(driver)
@@ -192,18 +192,18 @@ def test_with_the_keyboard_alone(driver: Chrome, server: LiveServer, study: Stud
     page.press("b")
     page.wait_for("/1")
     assert "too close to call" in page.find(".notice:not([hidden])").text
-    # Arrows and the space bar do it too; the skip is replaced.
+    # Arrows and the space bar also rank; the ranking replaces the skip.
     places = rank(study.tasks(2)[0], study, ORDER).split(",")
     for place in places[:2]:
         while page.driver.switch_to.active_element.get_attribute("data-place") != place:
             page.press(Keys.ARROW_RIGHT)
         page.press(Keys.SPACE)
     assert page.find("#ranking").get_attribute("value") == ",".join(places)
-    page.photograph("keyboard_focus")
-    driver.get(page.home)  # closed and opened again before it was sent
+    page.screenshot("keyboard_focus")
+    driver.get(page.home)  # the answer was not sent
     page.wait_for("/2")
     page.press("b")
-    rate(page, study, 2, "keyboard", answer_by_keys)
+    rate(page, study, 2, "keyboard", answer_by_keyboard)
     assert_quiet(driver)
 
 
@@ -213,7 +213,7 @@ def test_on_a_phone(driver: Chrome, server: LiveServer, study: Study) -> None:
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
     page = open_home(driver, server, study, 3)
-    page.photograph("phone_welcome")
+    page.screenshot("phone_welcome")
     page.tap(page.find("a.primary"))
     page.wait_for("/1")
     assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
@@ -222,9 +222,9 @@ def test_on_a_phone(driver: Chrome, server: LiveServer, study: Study) -> None:
         assert element.rect["x"] >= 0
         assert element.rect["x"] + element.rect["width"] <= 360
     page.tap(page.choice("1"))
-    page.photograph("phone_ranking")
+    page.screenshot("phone_ranking")
     page.tap(page.find("#clear"))
-    rate(page, study, 3, "phone", answer_by_thumb)
+    rate(page, study, 3, "phone", answer_by_touch)
     assert_quiet(driver)
 
 
@@ -239,14 +239,14 @@ def test_a_lost_connection_loses_no_answer(
     page.tap(page.find("#next"))
     WebDriverWait(driver, 20).until(lambda _: page.find("#unsaved").is_displayed())
     assert "Not saved" in page.find("#unsaved").text
-    page.photograph("phone_offline")
+    page.screenshot("phone_offline")
     driver.execute_cdp_cmd(
         "Network.emulateNetworkConditions",
         {**offline, "offline": False, "downloadThroughput": -1, "uploadThroughput": -1},
     )
     page.tap(page.find("#next"))
     page.wait_for("")
-    driver.get_log("browser")  # the failed request stands there
+    driver.get_log("browser")  # discards the entry about the failed request
 
 
 def test_admin_and_report_show_what_was_answered(
@@ -257,19 +257,19 @@ def test_admin_and_report_show_what_was_answered(
     driver.set_window_size(1100, 2000)
     page = Page(driver, "")
     driver.get(server.admin_url)
-    page.photograph("admin")
+    page.screenshot("admin")
     assert "intermediate" in page.find("#results").text
     assert_quiet(driver)
     report(RateReportConfig(study=str(study.folder)))
     driver.get(f"file://{study.folder}/report.html")
-    page.photograph("report")
+    page.screenshot("report")
     assert_quiet(driver)
     found = read_results(str(study.folder)).preference
     assert found is not None
     assert found.num_rankings == 9
     assert found.mean_rank["intermediate"].value == pytest.approx(4 / 3)
     assert found.replies.consistency == 1
-    assert "Asked again (3 questions), 100 % of the pairs" in page.find("main").text
+    assert "In 3 repeated questions, 100 % of the pairs" in page.find("main").text
     numbers = json.loads((study.folder / "results.json").read_text())["counting"]
     assert numbers["groups"][0]["match_ratio"]["early"]["value"] == 1
     assert numbers["cannot_tell"]["early"]["value"] == pytest.approx(1 / 3)

@@ -1,4 +1,4 @@
-"""From answers to what is said of them."""
+"""From answers to results, the report and the exported table."""
 
 import csv
 import json
@@ -9,11 +9,10 @@ from made_study import add, make_study
 
 from ifvit.errors import UserError
 from ifvit.rating.config import RateExportConfig, RateReportConfig
-from ifvit.rating.pages import describe
-from ifvit.rating.results import read_results
+from ifvit.rating.pages import describe, report
+from ifvit.rating.results import export, read_results
 from ifvit.rating.store import Store
 from ifvit.rating.study import Study
-from ifvit.rating.summary import export, report
 
 COUNTS = {"early": {"apple": 5, "bus": 1}, "intermediate": {"apple": 2, "bus": 1}}
 
@@ -22,7 +21,8 @@ COUNTS = {"early": {"apple": 5, "bus": 1}, "intermediate": {"apple": 2, "bus": 1
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Two raters have finished: both rank intermediate, early, late and count as in COUNTS.
 
-    But rater 2 turns early and late round when asked again, and skips the first question of all.
+    Rater 2 swaps early and late in repeated questions, and skips the first question without a
+    repeat.
     """
     study = make_study(tmp_path_factory.mktemp("rated"), num_preference=10)
     store = Store(study.folder)
@@ -47,7 +47,7 @@ def is_repeated(study: Study, number: int, rater: int) -> bool:
     return any(t.repetition for t in study.tasks(rater) if t.item.number == number)
 
 
-def test_ranks_become_means_scores_and_wins(study: Study) -> None:
+def test_rankings_become_mean_ranks_scores_and_win_rates(study: Study) -> None:
     found = read_results(str(study.folder)).preference
     assert found is not None
     assert found.num_rankings == 19
@@ -64,7 +64,7 @@ def test_ranks_become_means_scores_and_wins(study: Study) -> None:
     assert found.alpha == 1
 
 
-def test_repeats_tell_consistency_and_nothing_else(study: Study) -> None:
+def test_repeats_only_measure_consistency(study: Study) -> None:
     found = read_results(str(study.folder)).preference
     assert found is not None
     assert found.replies.num_repeats == 2
@@ -97,11 +97,11 @@ def test_counts_become_the_papers_error_and_match_ratio(study: Study) -> None:
     assert found.alpha == 1
 
 
-def test_the_report_says_it_in_words_and_numbers(study: Study) -> None:
+def test_the_report_has_sentences_and_numbers(study: Study) -> None:
     report(RateReportConfig(study=str(study.folder)))
     page = (study.folder / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
-    assert "intermediate is preferred to early: above it in 100 % of 19 rankings" in page
-    assert "No sign that the place on the page decided the rank" in page
+    assert "intermediate is preferred to early: ranked above it in 100 % of 19 rankings" in page
+    assert "No sign that the place on the page changed the rank" in page
     assert "early: off by 1.50 objects on average" in page
     assert "<link" not in page
     assert "<script" not in page
@@ -110,7 +110,7 @@ def test_the_report_says_it_in_words_and_numbers(study: Study) -> None:
     assert [rater["done"] for rater in numbers["progress"]] == [16, 16, 0]
 
 
-def test_a_study_without_answers_says_so(tmp_path: Path) -> None:
+def test_a_study_without_answers_has_a_report(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     results = read_results(str(study.folder))
     assert (results.preference, results.counting) == (None, None)
@@ -121,7 +121,7 @@ def test_a_study_without_answers_says_so(tmp_path: Path) -> None:
         export(RateExportConfig(study=str(study.folder), output=str(tmp_path / "x.csv")))
 
 
-def test_exports_hold_one_row_per_image_shown(study: Study, tmp_path: Path) -> None:
+def test_an_export_has_one_row_per_image_shown(study: Study, tmp_path: Path) -> None:
     for name in ("answers.csv", "answers.jsonl"):
         export(RateExportConfig(study=str(study.folder), output=str(tmp_path / name)))
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The server over real HTTP: who may do what, many raters at once, and a sudden death."""
+"""The server over HTTP: permissions, forms, many raters at once, and sudden death."""
 
 import threading
 from collections.abc import Iterator
@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 
 import pytest
-from live_server import LiveServer
+from live_server import LiveServer, serving
 from made_study import add, make_study
 
 from ifvit.rating.results import read_results
+from ifvit.rating.server import FormError, read_answer
 from ifvit.rating.store import Rater, Store
-from ifvit.rating.study import Study, Task
+from ifvit.rating.study import Item, Kind, Study, Task
 
 NUM_RATERS = 50
 
@@ -22,27 +23,90 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture(scope="module")
-def raters(study: Study) -> list[Rater]:
+def store(study: Study) -> Iterator[Store]:
     store = Store(study.folder)
-    raters = store.raters()
+    yield store
     store.close()
-    return raters
+
+
+@pytest.fixture(scope="module")
+def raters(store: Store) -> list[Rater]:
+    return store.raters()
 
 
 @pytest.fixture(scope="module")
 def server(study: Study) -> Iterator[LiveServer]:
-    with LiveServer(study) as server:
+    with serving(study) as server:
         yield server
 
 
-def a_form(task: Task, rater: int) -> str:
-    """Some answer: of ranks the order on the page, of counts the rater's number."""
+def build_task(kind: Kind) -> Task:
+    names = ("M2", "M1", "M3") if kind == "preference" else ("M1",)
+    images = {name: f"{name}.png" for name in names}
+    item = Item(number=7, kind=kind, prompt="p", position=0, images=images)
+    return Task(item=item, repetition=1, shown=names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "value", "skip_reason"),
+    [
+        ("preference", {"ranking": "2,0,1"}, ("M3", "M2", "M1"), None),
+        ("preference", {"skip_reason": "too close to call"}, None, "too close to call"),
+        ("counting", {"count": "12"}, 12, None),
+        ("counting", {"skip_reason": "cannot tell"}, None, "cannot tell"),
+    ],
+)
+def test_a_form_of_the_page_becomes_an_answer(
+    kind: Kind, form: dict[str, str], value: object, skip_reason: str | None
+) -> None:
+    task = build_task(kind)
+    answer = read_answer(form, task, rater=4)
+    assert (answer.value, answer.skip_reason) == (value, skip_reason)
+    assert (answer.rater, answer.item, answer.repetition) == (4, 7, 1)
+    assert answer.shown == task.shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("preference", {}),
+        ("preference", {"ranking": ""}),
+        ("preference", {"ranking": "0,1"}),
+        ("preference", {"ranking": "0,1,1"}),
+        ("preference", {"ranking": "0,1,2,2"}),
+        ("preference", {"ranking": "0,1,3"}),
+        ("preference", {"ranking": "0, 1,2"}),
+        ("preference", {"ranking": "-1,0,1"}),
+        ("preference", {"count": "1"}),
+        ("preference", {"ranking": "0,1,2", "skip_reason": "other"}),
+        ("preference", {"ranking": "0,1,2", "rater": "1"}),
+        ("preference", {"skip_reason": "cannot tell"}),
+        ("preference", {"skip_reason": ""}),
+        ("counting", {"count": ""}),
+        ("counting", {"count": "-1"}),
+        ("counting", {"count": "100"}),
+        ("counting", {"count": "1.5"}),
+        ("counting", {"count": "1e1"}),
+        ("counting", {"count": "\N{ARABIC-INDIC DIGIT THREE}"}),
+        ("counting", {"ranking": "0"}),
+        ("counting", {"skip_reason": "too close to call"}),
+    ],
+)
+def test_any_other_form_is_refused(kind: Kind, form: dict[str, str]) -> None:
+    with pytest.raises(FormError):
+        read_answer(form, build_task(kind), rater=4)
+
+
+def build_form(task: Task, rater: int) -> str:
+    """A form that ranks images in the order on the page, or counts the rater's number."""
     if task.item.kind == "counting":
         return f"count={rater}"
     return "ranking=" + ",".join(str(place) for place in range(len(task.shown)))
 
 
-def test_the_way_through_a_study(server: LiveServer, study: Study, raters: list[Rater]) -> None:
+def test_a_rater_goes_through_the_whole_study(
+    server: LiveServer, study: Study, raters: list[Rater]
+) -> None:
     rater = raters[-1]
     home = f"/r/{rater.code}"
     status, _, page = server.request(home)
@@ -57,7 +121,7 @@ def test_the_way_through_a_study(server: LiveServer, study: Study, raters: list[
         assert not any(name in shown for name in study.names.values())
         hidden = task.item.prompt if task.item.kind == "counting" else "nothing to hide"
         assert hidden not in shown
-        status, headers, _ = server.request(f"{home}/{number}", a_form(task, rater.id))
+        status, headers, _ = server.request(f"{home}/{number}", build_form(task, rater.id))
         assert (status, headers["location"]) == (303, home)
         status, headers, page = server.request(home)
         if number < len(study.tasks(rater.id)):
@@ -79,7 +143,7 @@ def test_an_earlier_answer_can_be_seen_and_changed(
 
 
 def test_wrong_requests_change_nothing(
-    server: LiveServer, study: Study, raters: list[Rater]
+    server: LiveServer, study: Study, store: Store, raters: list[Rater]
 ) -> None:
     rater = raters[-3]
     home = f"/r/{rater.code}"
@@ -105,12 +169,12 @@ def test_wrong_requests_change_nothing(
     }
     found = {request: server.request(*request)[0] for request in wrong}
     assert found == wrong
-    store = Store(study.folder)
     assert store.answers(rater.id) == []
-    store.close()
 
 
-def test_no_question_is_jumped_over(server: LiveServer, raters: list[Rater]) -> None:
+def test_a_later_question_leads_back_to_the_first_open_one(
+    server: LiveServer, raters: list[Rater]
+) -> None:
     home = f"/r/{raters[-3].code}"
     status, headers, _ = server.request(f"{home}/3")
     assert (status, headers["location"]) == (303, home)
@@ -125,14 +189,14 @@ def test_no_question_is_jumped_over(server: LiveServer, raters: list[Rater]) -> 
         {"Sec-Fetch-Site": "same-site"},
     ],
 )
-def test_forms_of_other_sites_are_refused(
+def test_a_form_of_another_site_is_refused(
     server: LiveServer, raters: list[Rater], headers: dict[str, str]
 ) -> None:
     path = f"/r/{raters[-3].code}/1"
     assert server.request(path, "ranking=0,1,2", headers)[0] == 403
 
 
-def test_every_response_is_closed_to_others(
+def test_every_response_has_the_security_headers(
     server: LiveServer, study: Study, raters: list[Rater]
 ) -> None:
     home = f"/r/{raters[0].code}"
@@ -148,8 +212,8 @@ def test_every_response_is_closed_to_others(
     assert server.request(home)[1]["cache-control"] == "no-store"
 
 
-def test_fifty_raters_at_once_lose_nothing(
-    server: LiveServer, study: Study, raters: list[Rater]
+def test_fifty_raters_at_once_lose_no_answer(
+    server: LiveServer, study: Study, store: Store, raters: list[Rater]
 ) -> None:
     together = threading.Barrier(NUM_RATERS)
 
@@ -158,11 +222,10 @@ def test_fifty_raters_at_once_lose_nothing(
         for number, task in enumerate(study.tasks(rater.id), 1):
             path = f"/r/{rater.code}/{number}"
             assert server.request(path)[0] == 200
-            assert server.request(path, a_form(task, rater.id))[0] == 303
+            assert server.request(path, build_form(task, rater.id))[0] == 303
 
     with ThreadPoolExecutor(NUM_RATERS) as pool:
         list(pool.map(rate, raters[:NUM_RATERS]))
-    store = Store(study.folder)
     for rater in raters[:NUM_RATERS]:
         answers = store.answers(rater.id)
         tasks = study.tasks(rater.id)
@@ -171,63 +234,60 @@ def test_fifty_raters_at_once_lose_nothing(
         ]
         assert [a.shown for a in answers] == [task.shown for task in tasks]
         assert {a.value for a in answers if isinstance(a.value, int)} == {rater.id}
-    store.close()
     page = server.request(server.admin_url.removeprefix(server.url))[2].decode()
     assert f"{len(tasks)} of {len(tasks)}" in page
     found = read_results(str(study.folder)).preference
     assert found is not None
-    # These raters look at places only, and the test of places says so.
+    # These raters rank by place only, and Friedman's test finds that.
     assert found.order_bias.p_value < 1e-9
-    assert "Raters preferred places on the page" in page
+    assert "The place on the page changed the rank" in page
 
 
-def test_an_answer_that_was_thanked_for_outlives_kill_9(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+def test_saved_answers_survive_kill_9(tmp_path_factory: pytest.TempPathFactory) -> None:
     study = make_study(tmp_path_factory.mktemp("killed"), num_preference=25, raters=4)
     store = Store(study.folder)
     raters = store.raters()
-    thanked: list[tuple[int, int]] = []
+    saved: list[int] = []
+    """Rater of every answer that the server confirmed."""
     many = threading.Event()
 
     def rate(rater: Rater, server: LiveServer) -> bool:
-        """From where the server says that the rater is; False when it died."""
+        """Answer all remaining questions; False when the server died."""
         done = len(store.answers(rater.id))
         for number, task in enumerate(study.tasks(rater.id)[done:], done + 1):
+            path = f"/r/{rater.code}/{number}"
             try:
-                status, _, _ = server.request(f"/r/{rater.code}/{number}", a_form(task, rater.id))
+                status, _, _ = server.request(path, build_form(task, rater.id))
             except (OSError, HTTPException):
                 return False
             assert status == 303
-            thanked.append((rater.id, number))
-            if len(thanked) > 40:
+            saved.append(rater.id)
+            if len(saved) > 40:
                 many.set()
         return True
 
-    with ThreadPoolExecutor(len(raters)) as pool, LiveServer(study) as server:
+    with ThreadPoolExecutor(len(raters)) as pool, serving(study) as server:
         finished = [pool.submit(rate, rater, server) for rater in raters]
         assert many.wait(60)
-        server.kill()
+        server.process.kill()
         assert not any(each.result() for each in finished)
     for rater in raters:
-        numbers = [number for who, number in thanked if who == rater.id]
-        # The last answer may be on disk without its thanks having arrived.
-        assert len(store.answers(rater.id)) in (len(numbers), len(numbers) + 1)
-    with LiveServer(study) as server:
+        confirmed = saved.count(rater.id)
+        # The last answer may be on disk although its confirmation did not arrive.
+        assert len(store.answers(rater.id)) in (confirmed, confirmed + 1)
+    with serving(study) as server:
         assert all(rate(rater, server) for rater in raters)
     total = len(study.tasks(1))
     assert [progress.done for progress in read_results(str(study.folder)).progress] == 4 * [total]
     store.close()
 
 
-def test_progress_and_results_are_live(
-    server: LiveServer, study: Study, raters: list[Rater]
+def test_the_admins_page_is_live(
+    server: LiveServer, study: Study, store: Store, raters: list[Rater]
 ) -> None:
-    store = Store(study.folder)
     path = server.admin_url.removeprefix(server.url)
     before = server.request(path)[2]
     add(store, study.tasks(raters[-3].id)[0], raters[-3].id, None, "other")
-    store.close()
     after = server.request(path)[2]
     assert before != after
     assert b"other 1" in after
