@@ -25,7 +25,7 @@ def choose_variants(cls: type[Any], words: Sequence[str]) -> tuple[dict[str, typ
     said of the field before. Raises UserError for an architecture that does not exist.
     """
     chosen: dict[str, type[Any]] = {}
-    remaining = [word for flag in words for word in _split(flag)]
+    remaining = list(words)
     for name, hint in get_type_hints(cls).items():
         members = get_args(hint) if isinstance(hint, UnionType) else ()
         if members and all(map(is_dataclass, members)):
@@ -43,7 +43,7 @@ def _choose(
         named = _named(name, word, value)
         if named is not None and named != current:
             if named not in by_name:
-                raise UserError(f"{name}.{KEY}: {named} is none of {', '.join(by_name)}")
+                raise UserError(f"{name}.{KEY}: expected one of {', '.join(by_name)}, not {named}")
             kept, current = _forget(name, kept), named
         kept.append(word)
     return by_name[current], kept
@@ -135,8 +135,8 @@ def read_config(
     try:
         words = _find_recipe(prog, words)
         _check_syntax(words)
+        words = _find_shipped(cls, [part for word in words for part in _split(word)])
         chosen, words = choose_variants(cls, words)
-        words = _find_shipped(cls, words)
         fields = parser.add_class_arguments(cls, skip=set(chosen))
         for name, variant in chosen.items():
             parser.add_argument(f"--{name}", type=variant, required=True)
@@ -172,9 +172,10 @@ def _name_positional(cls: type[Any], argv: Sequence[str], names: str | None) -> 
 def _find_shipped(cls: type[Any], words: Sequence[str]) -> list[str]:
     """`--protocol scenes` => `--protocol PATH` of configs/protocol/scenes.yaml, as installed.
 
-    Of every nested recipe that has a folder of its name there; a file of that name goes before.
+    Does so for every nested recipe that has a folder of its name in configs/. A file of that name
+    takes precedence.
     """
-    nested = filter(lambda field: dataclasses.is_dataclass(field.type), dataclasses.fields(cls))
+    nested = (f for f in fields(cls) if any(map(is_dataclass, (f.type, *get_args(f.type)))))
     flags = {f"--{field.name}" for field in nested}
     found = list(words)
     for place, (flag, name) in enumerate(pairwise(words), start=1):

@@ -27,7 +27,7 @@ declare -A equal_compute=( # steps that cost what 2,000 of cross_early do (ifvit
 )
 declare -A architecture=(
     [transformer]="" [uvit]="--backbone.long_skip true --backbone.width 100"
-    [unet]="--backbone configs/model/unet_tiny.yaml"
+    [unet]="--backbone unet_tiny"
 )
 
 for split in "train2014 6000" "val2014 1000"; do

@@ -1,9 +1,16 @@
-"""Configurations of all backbones and their named presets, without torch."""
+"""Configurations of the backbones, their presets, and the verbs `import` and `cost`, without torch.
+
+A backbone's configuration decides its parameters and its arithmetic. Recipes, checkpoints and
+weights/ store it; `ifvit.models.weights.build_backbone` turns it into a network.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+import yaml
 
 from ifvit.errors import UserError
 
@@ -12,7 +19,7 @@ Conditioning = Literal["concat", "cross_attention", "adaln"]
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsConfig:
-    """What goes into every backbone, and comes out."""
+    """Input and output of every backbone: latents (latent_channels, latent_size, latent_size)."""
 
     latent_size: int
     """Height and width of the square latents."""
@@ -20,7 +27,7 @@ class LatentsConfig:
     """Channels of the latents."""
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be built."""
+        """Raise UserError for a shape that cannot be built."""
         self._require_positive("latent_size", "latent_channels")
 
     def _require_positive(self, *names: str) -> None:
@@ -31,25 +38,25 @@ class LatentsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchesConfig(LatentsConfig):
-    """Transformer blocks over tokens, most of them patches of the latents."""
+    """Transformer blocks over tokens, one token per patch of the latents."""
 
     patch_size: int
-    """Side of the square of latent pixels that becomes one image token."""
+    """Height and width of a patch in latent pixels."""
     width: int
     """Channels of every token."""
     num_heads: int
     """Attention heads of every block."""
     mlp_ratio: int = 4
-    """Hidden width of a block's MLP, in units of `width`."""
+    """Hidden width of a block's MLP, as a multiple of `width`."""
     init_std: float = 0.02
-    """Standard deviation of Linear weights before training; U-ViT's value fits width 512 and up,
+    """Standard deviation of the initial Linear weights. U-ViT's 0.02 fits width 512 and above;
     narrow backbones learn faster with about width**-0.5."""
     modulation: bool = False
-    """Also let time, and in blocks that see the condition the pooled condition too, shift, scale
-    and gate every block: adaLN-Zero (Peebles and Xie 2023). `conditioning: adaln` always does."""
+    """Modulate every block by time, and blocks that see the condition also by the pooled
+    condition: adaLN-Zero (Peebles and Xie 2023). Always on with `conditioning: adaln`."""
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be built."""
+        """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
         self._require_positive("patch_size", "width", "num_heads", "mlp_ratio")
         if self.latent_size % self.patch_size:
@@ -65,23 +72,26 @@ class PatchesConfig(LatentsConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Patches of one sample's latents (L)."""
+        """Number of patches of one sample's latents (L)."""
         return (self.latent_size // self.patch_size) ** 2
+
+
+_CONDITIONS = ("num_classes", "context_length", "context_width")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig(LatentsConfig):
-    """Either classes or captions."""
+    """The condition of a backbone that knows either classes or captions."""
 
     num_classes: int | None = None
-    """Classes of the labelled images; one more, the last, stands for no class."""
+    """Number of classes. The network gets one more, the last, which means "no class"."""
     context_length: int | None = None
-    """Instead of classes: text tokens per caption."""
+    """For captions instead of classes: text tokens per caption."""
     context_width: int | None = None
-    """Instead of classes: channels of the text encoder's tokens."""
+    """For captions instead of classes: channels of the text encoder's tokens."""
 
     def __post_init__(self) -> None:
-        """Refuse both, and neither."""
+        """Raise UserError unless classes or captions are configured, and not both."""
         super().__post_init__()
         given = [name for name in _CONDITIONS if getattr(self, name) is not None]
         if given not in (["num_classes"], ["context_length", "context_width"]):
@@ -93,44 +103,41 @@ class ConditionConfig(LatentsConfig):
 
     @property
     def context_shape(self) -> tuple[int, int] | None:
-        """(M, D) of a caption's context; None where the condition is a class."""
+        """(M, D) of a caption's context; None if the condition is a class."""
         if self.context_length is None or self.context_width is None:
             return None
         return self.context_length, self.context_width
 
 
-_CONDITIONS = ("num_classes", "context_length", "context_width")
-
-
 @dataclass(frozen=True, kw_only=True)
 class FusionUViTConfig(PatchesConfig):
-    """Everything that decides the parameters and the arithmetic of a `FusionUViT`.
+    """Configuration of `FusionUViT`.
 
-    Early fusion is num_image_blocks = num_text_blocks = 0; the intermediate fusion of
-    arXiv 2403.16530 is 4 and 1 at depth 12. Raises UserError for a shape that cannot be built.
+    Early fusion has num_image_blocks = num_text_blocks = 0. The intermediate fusion of
+    arXiv 2403.16530 has 4 and 1 at depth 12. Raises UserError for a shape that cannot be built.
     """
 
     num_classes: ClassVar[None] = None
     architecture: Literal["fusion_uvit"] = "fusion_uvit"
-    """Or token_transformer, or unet, with the fields of those."""
+    """fusion_uvit, token_transformer or unet; the other fields depend on it."""
     depth: int
-    """Blocks before plus blocks after the middle block; the middle block comes on top."""
+    """Blocks before and after the middle block, together; the middle block is not counted."""
     context_length: int
     """Text tokens per caption."""
     context_width: int
     """Channels of the text encoder's tokens."""
     conditioning: Conditioning
-    """How fused blocks see text: as tokens of one sequence, as extra keys and values, or not as
-    tokens but by its mean, which modulates them (adaln)."""
+    """How fused blocks see text: as tokens of one sequence (concat), as additional keys and values
+    (cross_attention), or through modulation by the mean text token (adaln)."""
     num_image_blocks: int
     """Blocks on each side of the U that see no text (N_image)."""
     num_text_blocks: int
     """Blocks of the text branch (N_text)."""
     timestep_offset: int = 0
-    """Added to the timesteps 0 ... 999; U-ViT's own weights count from 1."""
+    """Added to the timesteps 0 ... 999; U-ViT's published weights count from 1."""
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be built."""
+        """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
         if self.conditioning not in ("concat", "cross_attention", "adaln"):
             raise UserError(
@@ -138,10 +145,10 @@ class FusionUViTConfig(PatchesConfig):
             )
         self._require_positive("depth", "context_length", "context_width")
         if self.depth % 2:
-            raise UserError(f"depth must be even, as many blocks in as out: {self.depth}")
+            raise UserError(f"depth must be even, half of it on each side: {self.depth}")
         if not 0 <= self.num_image_blocks <= self.depth // 2:
             raise UserError(
-                f"num_image_blocks must lie in 0 ... {self.depth // 2}, half the depth: "
+                f"num_image_blocks must be in 0 ... {self.depth // 2}, half the depth: "
                 f"{self.num_image_blocks}"
             )
         if self.num_text_blocks < 0:
@@ -154,92 +161,89 @@ class FusionUViTConfig(PatchesConfig):
 
     @property
     def num_tokens(self) -> int:
-        """Of a sample: time, image and text."""
+        """Number of positions: time, text and image tokens of one sample."""
         return 1 + self.num_image_tokens + self.context_length
 
     @property
     def is_modulated(self) -> bool:
-        """Whether blocks have adaptive norms."""
+        """Whether blocks are modulated by a conditioning vector (adaLN)."""
         return self.modulation or self.conditioning == "adaln"
 
     @property
     def num_fused_blocks(self) -> int:
-        """Blocks that see both image and text, the middle one among them."""
+        """Number of blocks that see both image and text, including the middle block."""
         return self.depth - 2 * self.num_image_blocks + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTransformerConfig(PatchesConfig, ConditionConfig):
-    """Everything that decides the parameters and the arithmetic of a `TokenTransformer`.
-
-    Raises UserError for a shape that cannot be built.
-    """
+    """Configuration of `TokenTransformer`. Raises UserError for a shape that cannot be built."""
 
     architecture: Literal["token_transformer"] = "token_transformer"
-    """Or fusion_uvit, or unet, with the fields of those."""
+    """fusion_uvit, token_transformer or unet; the other fields depend on it."""
     depth: int
-    """All blocks."""
+    """Number of blocks."""
     long_skip: bool = False
-    """Connect first and last half of the blocks as U-ViT does; needs an odd depth."""
+    """Connect block i with its mirror by a long skip, as U-ViT does; needs an odd depth."""
     conditioning: Literal["tokens", "adaln"] = "tokens"
-    """Class or caption as tokens of the sequence, or only by modulation, as in DiT (adaln)."""
+    """How blocks see the class or caption: as tokens of the sequence, or through modulation only,
+    as in DiT (adaln)."""
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be built."""
+        """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
         self._require_positive("depth")
         if self.conditioning not in ("tokens", "adaln"):
             raise UserError(f"conditioning must be tokens or adaln: {self.conditioning}")
         if self.long_skip and self.depth % 2 == 0:
             raise UserError(
-                f"depth must be odd with long_skip, a middle block between halves: {self.depth}"
+                f"depth must be odd with long_skip, to have a middle block: {self.depth}"
             )
 
     @property
     def is_modulated(self) -> bool:
-        """Whether blocks have adaptive norms."""
+        """Whether blocks are modulated by a conditioning vector (adaLN)."""
         return self.modulation or self.conditioning == "adaln"
 
     @property
     def num_condition_tokens(self) -> int:
-        """In the sequence: one for a class, M for a caption, none under adaln."""
+        """Condition tokens in the sequence: 1 for a class, M for a caption, 0 under adaln."""
         return 0 if self.conditioning == "adaln" else self.context_length or 1
 
     @property
     def num_tokens(self) -> int:
-        """Of a sample: class or caption, time and image."""
+        """Number of positions: condition, time and image tokens of one sample."""
         return self.num_condition_tokens + 1 + self.num_image_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(ConditionConfig):
-    """The U-Net of latent diffusion (Rombach et al. 2022) as diffusers builds it, for comparison.
-
-    The condition enters by cross-attention: a caption's tokens, or one token of the class.
-    Raises UserError for a shape that cannot be built.
-    """
+    """Configuration of `UNet`. Raises UserError for a shape that cannot be built."""
 
     architecture: Literal["unet"] = "unet"
-    """Or fusion_uvit, or token_transformer, with the fields of those."""
+    """fusion_uvit, token_transformer or unet; the other fields depend on it."""
     channels: tuple[int, ...]
-    """Channels at each resolution, from the latents' own down; each next one has half the side."""
+    """Channels at each resolution, from the latents' own downwards; each halves the side."""
     num_attention_levels: int
-    """How many of them, the coarsest, also have transformer blocks."""
+    """Number of resolutions, the coarsest ones, that also have transformer blocks."""
     blocks_per_level: int = 2
-    """Residual blocks at each resolution on the way down; one more on the way up."""
+    """Residual blocks at each resolution on the way down; the way up has one more."""
     head_width: int = 64
     """Channels of an attention head."""
     class_width: int = 512
     """Channels of the class token."""
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be built."""
+        """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
-        object.__setattr__(self, "channels", tuple(self.channels))  # JSON has lists only
+        object.__setattr__(self, "channels", tuple(self.channels))  # JSON and YAML have lists only
         self._require_positive("blocks_per_level", "head_width", "class_width")
         num_levels = len(self.channels)
         if not 1 <= self.num_attention_levels <= num_levels:
-            raise UserError(f"num_attention_levels must lie in 1 ... {num_levels}, all levels")
+            raise UserError(
+                f"num_attention_levels must be in 1 ... {num_levels}, the number of channels: "
+                f"{self.num_attention_levels}"
+            )
         if self.latent_size % 2 ** (num_levels - 1):
             raise UserError(
                 f"latent_size {self.latent_size} cannot be halved {num_levels - 1} times"
@@ -252,7 +256,7 @@ class UNetConfig(ConditionConfig):
 
     @property
     def num_tokens(self) -> int:
-        """Of a sample: the pixels of its latents."""
+        """Number of pixels of one sample's latents."""
         return self.latent_size**2
 
 
@@ -265,124 +269,56 @@ _BY_ARCHITECTURE: dict[str, type[BackboneConfig]] = {
 
 
 def restore_config(stored: Mapping[str, Any]) -> BackboneConfig:
-    """The configuration behind `dataclasses.asdict` of it, or behind a backbone's config.json.
+    """Return the configuration that a recipe, a checkpoint or a backbone's config.json stores.
 
-    What lacks an architecture is a fusion backbone: once there was nothing else. Raises TypeError
-    or ValueError for anything else.
+    Unknown keys, such as those of diffusers, are ignored. Files from before `architecture` existed
+    describe a FusionUViT. Raises TypeError or ValueError (UserError) for anything else.
     """
     name = stored.get("architecture", "fusion_uvit")
     if name not in _BY_ARCHITECTURE:
-        raise UserError(f"architecture {name} is none of {', '.join(_BY_ARCHITECTURE)}")
+        raise UserError(f"architecture: expected one of {', '.join(_BY_ARCHITECTURE)}, not {name}")
     cls = _BY_ARCHITECTURE[name]
     names = {field.name for field in dataclasses.fields(cls)}
     return cls(**{key: value for key, value in stored.items() if key in names})
 
 
-# Widths, depths and heads of U-ViT (Bao et al. 2023, Table 1) on the paper's latents and context.
+def _read_presets(*names: str) -> dict[str, Any]:
+    """Read configs/backbone/NAME.yaml, which recipes and `--backbone NAME` use as well."""
+    folder = Path(__file__).parent.parent / "configs" / "backbone"
+    files = {name: (folder / f"{name}.yaml").read_text() for name in names}
+    return {name: restore_config(yaml.safe_load(text)) for name, text in files.items()}
 
 
-def _coco256(width: int, depth: int, num_heads: int) -> FusionUViTConfig:
-    """A backbone for 4x32x32 latents (256 x 256 pixels) and CLIP ViT-L/14 context."""
-    return FusionUViTConfig(
-        latent_size=32,
-        patch_size=2,
-        width=width,
-        depth=depth,
-        num_heads=num_heads,
-        context_length=77,
-        context_width=768,
-        conditioning="cross_attention",
-        num_image_blocks=round(depth / 3),
-        num_text_blocks=1,
-    )
-
-
-PRESETS: dict[str, FusionUViTConfig] = {
-    "tiny": FusionUViTConfig(
-        latent_size=8,
-        patch_size=2,
-        width=96,
-        depth=6,
-        num_heads=3,
-        context_length=16,
-        context_width=64,
-        conditioning="cross_attention",
-        num_image_blocks=1,
-        num_text_blocks=1,
-        init_std=0.1,
-    ),
-    "small": _coco256(width=512, depth=12, num_heads=8),
-    "mid": _coco256(width=768, depth=16, num_heads=12),
-    "large": _coco256(width=1024, depth=20, num_heads=16),
-    "huge": _coco256(width=1152, depth=28, num_heads=16),
-}
-
-
-def _imagenet256(width: int, depth: int, num_heads: int) -> TokenTransformerConfig:
-    """A class-conditional backbone for 4x32x32 latents (256 x 256 pixels) of ImageNet."""
-    return TokenTransformerConfig(
-        latent_size=32,
-        num_classes=1000,
-        patch_size=2,
-        width=width,
-        depth=depth,
-        num_heads=num_heads,
-    )
-
-
-CLASS_PRESETS: dict[str, TokenTransformerConfig | UNetConfig] = {
-    "token_tiny": TokenTransformerConfig(
-        latent_size=8,
-        num_classes=75,
-        patch_size=2,
-        width=104,
-        depth=7,
-        num_heads=4,
-        init_std=0.1,
-    ),
-    "token_small": _imagenet256(width=512, depth=12, num_heads=8),
-    "token_base": _imagenet256(width=768, depth=12, num_heads=12),
-    "token_large": _imagenet256(width=1024, depth=24, num_heads=16),
-    "unet_tiny": UNetConfig(
-        latent_size=8,
-        num_classes=75,
-        channels=(32, 64),
-        num_attention_levels=1,
-        blocks_per_level=1,
-        head_width=32,
-        class_width=64,
-    ),
-    "unet_base": UNetConfig(
-        latent_size=32,
-        num_classes=1000,
-        channels=(192, 384, 384),
-        num_attention_levels=2,
-        head_width=32,
-    ),
-}
-"""For classes; each U-Net has about the parameters of the transformer of its size."""
+PRESETS: dict[str, FusionUViTConfig] = _read_presets("tiny", "small", "mid", "large", "huge")
+"""For captions: widths, depths and heads of U-ViT (Bao et al. 2023, Table 1); `small` is the
+paper's size. All fuse by cross-attention in the middle third of the blocks."""
+CLASS_PRESETS: dict[str, TokenTransformerConfig | UNetConfig] = _read_presets(
+    "token_tiny", "token_small", "token_base", "token_large", "unet_tiny", "unet_base"
+)
+"""For classes; each U-Net has about as many parameters as the transformer of the same size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Make a run of the weights of U-ViT or its fusion fork, to draw with and to measure."""
+    """Make a run directory from published weights of U-ViT or its fusion fork."""
 
     file: str
-    """State dict of the backbone as those code bases save it, .pth or .safetensors, or a URL."""
+    """Path or URL of the backbone's state dict as those code bases save it (.pth, .safetensors)."""
     run: str
     """Folder or s3:// prefix of the run."""
     step: int = 1_000_000
-    """Optimiser steps behind the weights."""
+    """Optimizer steps that the weights were trained for."""
     ema_decay: float | None = 0.9999
-    """Decay of the average that they are; null for raw weights."""
+    """Decay of the EMA weights; null if the file holds raw weights."""
     scaling_factor: float = 0.23010
-    """Autoencoder latents times this are what they were trained on."""
+    """Factor by which the autoencoder's latents were multiplied in training."""
     vae: str = "CompVis/stable-diffusion-v1-4/vae"
-    """The autoencoder they were trained with: hub name, local folder, or scenes/vae."""
+    """The autoencoder of the training: hub name, local folder, or scenes/vae."""
     text_encoder: str = "openai/clip-vit-large-patch14"
-    """The text encoder they were trained with: hub name, local folder, or scenes/clip."""
+    """The text encoder of the training: hub name, local folder, or scenes/clip."""
     num_heads: int | None = None
-    """Attention heads, which no tensor shows; unset: of 64 channels, as in all published ones."""
+    """Attention heads, which the tensors do not show; unset: width / 64, as in all published
+    weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

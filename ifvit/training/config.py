@@ -89,7 +89,7 @@ class TrainConfig:
     text_encoder: str | None = None
     """The text encoder that the shards must come from; unset: whichever made them."""
     backbone: BackboneConfig
-    """The network; a YAML file of configs/model or single fields, `architecture` first."""
+    """The network: a preset (`--backbone small`), a YAML file, or single fields."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     engine: EngineConfig = field(default_factory=EngineConfig)
