@@ -1,6 +1,12 @@
-"""Each heavy library has one room: replacing it costs the files named here."""
+"""The structure of the code: rooms of heavy libraries, layers, and docstrings.
+
+Each heavy library has one room, so replacing the library costs the files that are named here.
+"""
 
 import ast
+import re
+import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,7 +41,6 @@ ROOMS = {
         "ifvit/studies/paper_figures.py",
         "ifvit/studies/report.py",
     ],
-    "numba": ["ifvit/shards/reader.py"],
     "sqlite3": ["ifvit/rating/store.py"],
     "starlette": ["ifvit/rating/server.py"],
     "submitit": ["slurm/jobs.py", "slurm/status.py", "slurm/submit.py", "slurm/supervise.py"],
@@ -51,29 +56,50 @@ ROOMS = {
 }
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Every dotted name that a file imports, at its top or inside a function."""
+@cache
+def parse_product() -> dict[str, ast.Module]:
+    """Syntax tree of every product file, by its path from the root."""
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths}
+
+
+@cache
+def imported_names(file: str) -> set[str]:
+    """Every part of a dotted name that a file imports, at its top or inside a function."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse_product()[file]):
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
+            names.update(part for alias in node.names for part in alias.name.split("."))
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+            names.update(node.module.split("."))
     return names
 
 
 @pytest.mark.parametrize("library", ROOMS)
 def test_a_library_is_imported_in_its_rooms_only(library: str) -> None:
-    found = [
-        str(path.relative_to(ROOT))
-        for package in PACKAGES
-        for path in sorted((ROOT / package).rglob("*.py"))
-        if any(library in name.split(".") for name in imported_modules(path))
-    ]
-    assert found == ROOMS[library]
+    assert [file for file in parse_product() if library in imported_names(file)] == ROOMS[library]
 
 
 def test_nothing_imports_torchvision() -> None:
-    for package in (*PACKAGES, "tools"):
-        for path in (ROOT / package).rglob("*.py"):
-            assert not any(name.startswith("torchvision") for name in imported_modules(path)), path
+    assert [file for file in parse_product() if "torchvision" in imported_names(file)] == []
+
+
+def test_contributing_shows_the_layers_that_the_linter_checks() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    shown = re.search(r"^#+ Layers$.*?^```\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    assert shown[1].splitlines() == layers
+
+
+def test_no_docstring_begins_with_of() -> None:
+    wrong = [
+        f"{file}:{node.lineno}"
+        for file, tree in parse_product().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and str(node.value.value).startswith("Of ")
+    ]
+    assert wrong == []

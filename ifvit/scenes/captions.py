@@ -1,4 +1,8 @@
-"""Five captions of a scene, each complete, and the way back from a caption to the scene."""
+"""Captions of scenes: five for each scene, and the parser from a caption back to its scene.
+
+The image sets call `write_captions`; evaluation calls `parse_caption` to learn what an image should
+show.
+"""
 
 import re
 from dataclasses import replace
@@ -9,8 +13,8 @@ from ifvit.scenes.drawings import COLOURS, KINDS, Group, Relation, Scene
 NUM_CAPTIONS = 5
 NUMBER_WORDS = ("one", "two", "three", "four", "five")
 
-# {first} and {second} are "two red circles", {first_in} and {second_in} "two circles in red";
-# {a_first} and {a_second} say "a" instead of "one".
+# {first} and {second} become "two red circles", {first_in} and {second_in} "two circles in red";
+# {a_first} and {a_second} say "a" where the others say "one".
 _SINGLE = (
     "{first}",
     "a picture of {a_first}",
@@ -45,7 +49,7 @@ _GROUPS = (
 
 
 def write_captions(scene: Scene) -> tuple[str, ...]:
-    """Five different captions; each states every count, colour and kind, and the relation."""
+    """Write five different captions; each states all counts, colours, kinds and the relation."""
     phrases = _phrases("first", scene.first)
     if scene.second is None or scene.relation is None:
         return tuple(template.format(**phrases) for template in _SINGLE)
@@ -54,19 +58,21 @@ def write_captions(scene: Scene) -> tuple[str, ...]:
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene that any of the templates describes; the inverse of `write_captions`.
+    """Return the scene that `write_captions` would describe like this; "a" and "one" are equal.
 
-    "a" and "one" mean the same in every template. Raises UserError when `text` follows none.
+    Raises UserError when `text` follows none of the templates.
     """
+    matches = [match for pattern in _GROUPS for match in pattern.finditer(text)]
+    groups = [
+        Group(
+            count=1 if match["count"] == "a" else NUMBER_WORDS.index(match["count"]) + 1,
+            colour=match["colour"],
+            kind=match["kind"],
+        )
+        for match in sorted(matches, key=re.Match.start)
+    ]
     wanted = _spell_out(text)
-    groups, positions = [], []
-    for pattern in _GROUPS:
-        for match in pattern.finditer(text):
-            count = 1 if match["count"] == "a" else NUMBER_WORDS.index(match["count"]) + 1
-            groups.append(Group(count=count, colour=match["colour"], kind=match["kind"]))
-            positions.append(match.start())
-    groups = [group for _, group in sorted(zip(positions, groups, strict=True), key=lambda p: p[0])]
-    for scene in _readings(groups):
+    for scene in _candidates(groups):
         if wanted in map(_spell_out, write_captions(scene)):
             return scene
     raise UserError(
@@ -75,8 +81,8 @@ def parse_caption(text: str) -> Scene:
     )
 
 
-def _readings(groups: list[Group]) -> list[Scene]:
-    """Every scene of exactly these groups, in whichever order the caption names them."""
+def _candidates(groups: list[Group]) -> list[Scene]:
+    """All scenes of exactly these groups; a caption may name the second group first."""
     if len(groups) == 1:
         return [Scene(first=groups[0])]
     if len(groups) != 2:
@@ -87,7 +93,7 @@ def _readings(groups: list[Group]) -> list[Scene]:
 
 
 def _spell_out(text: str) -> str:
-    """Say "one red circle" for "a red circle"."""
+    """Replace "a red circle" by "one red circle"."""
     for pattern in _GROUPS:
         text = pattern.sub(lambda match: re.sub("^a ", "one ", match[0]), text)
     return text

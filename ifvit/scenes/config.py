@@ -1,4 +1,4 @@
-"""What the verb `scenes` may be told; free of torch."""
+"""Settings of the verb `scenes`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,15 +6,15 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesConfig:
-    """Draw scenes of simple shapes, captioned in COCO's own layout, or sorted into classes."""
+    """Render a set of simple scenes with captions in COCO's layout, or in class folders."""
 
     folder: str
-    """Folder that receives SPLIT/ and annotations/."""
+    """Output folder, which receives SPLIT/ and annotations/."""
     split: Literal["train2014", "val2014", "train2017", "val2017"] = "train2014"
-    """Name of the set; sets of different names share no image."""
+    """Name of the set; two splits share no image."""
     num_images: int = 5000
-    """Images to draw, with five captions each, or of one class after the other."""
+    """Number of images to render."""
     classes: bool = False
-    """Scenes of one group in folders that are named as their first caption: two_red_circles."""
+    """Render scenes of one group into 75 class folders, such as two_red_circles."""
     seed: int = 0
-    """The same seed draws the same files."""
+    """Seed of the set; equal arguments give equal files."""

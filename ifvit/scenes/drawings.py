@@ -1,4 +1,7 @@
-"""Scenes: groups of shapes and their relation, where the objects lie, and their pixels."""
+"""Scenes: one or two groups of coloured shapes, where the objects lie, and the picture of them.
+
+`image_sets` renders whole sets with `render_sampled_scene`; evaluation and tests render one scene.
+"""
 
 import io
 import itertools
@@ -18,8 +21,8 @@ MAX_OBJECTS = 6
 KINDS = ("circle", "square", "triangle")
 RELATIONS: tuple[Relation, ...] = ("left of", "above")
 
-# As seen from a light background, no two of these lie in nearly the same direction; score.py
-# tells them apart by that direction, which blur does not change.
+# Seen from a light background, all pairs of these colours differ in direction by 35 degrees or
+# more. score.py tells colours apart by this direction, because blur does not change it.
 COLOURS = {
     "red": (220, 30, 40),
     "yellow": (250, 200, 0),
@@ -28,18 +31,20 @@ COLOURS = {
     "purple": (150, 40, 200),
 }
 
-# Objects lie on a loose grid: at most one in a cell of 16 pixels, near its centre. So a model of a
-# million parameters learns in minutes where objects are, and the captions are left to learn.
+# Objects lie on a loose grid, at most one in a cell of 16 pixels. A model of a million parameters
+# learns such positions within minutes, so that a short training shows how it learns captions.
 _CELL = 16
 _JITTER = 0.7
 _SIZES = (12.0, 13.0)
 _GAP = 1.5
 _SINGLE_SHARE = 0.6
-# Width and height over `size`, chosen so that the three kinds look equally large.
 PROPORTIONS = {"circle": (1.0, 1.0), "square": (0.9, 0.9), "triangle": (1.12, 1.0)}
-# Of a triangle; in square pixels.
+"""Width and height relative to `size`; with these the three kinds look equally large."""
 SMALLEST_AREA = 0.5 * math.prod(PROPORTIONS["triangle"]) * _SIZES[0] ** 2
+"""Area of the smallest triangle in square pixels."""
 _CIRCLE_CORNERS = 48
+_SUPERSAMPLING = 4
+_BACKGROUND = (228, 250)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +60,8 @@ class Group:
 class Scene:
     """`first` RELATION `second`; a scene of one group has neither relation nor second.
 
-    Relations are stored in one direction ("left of", "above"), so a scene equals itself however
-    a caption puts it.
+    "right of" and "below" are stored as "left of" and "above" with the groups exchanged, so equal
+    scenes compare equal.
     """
 
     first: Group
@@ -71,7 +76,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedObject:
-    """One object of a group; its box is centred at (x, y), in pixels, y downwards."""
+    """One object of a group; its box is centred at (x, y) in pixels, y pointing down."""
 
     colour: str
     kind: str
@@ -106,8 +111,17 @@ class PlacedObject:
         return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class RenderedScene:
+    """A scene, the positions of its objects, and its picture (64, 64, 3) uint8."""
+
+    scene: Scene
+    objects: tuple[PlacedObject, ...]
+    image: NDArray[np.uint8]
+
+
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """A scene of one group, or (two times in five) of two groups of different colours."""
+    """Sample a scene of one group or, with probability 0.4, of two groups of different colours."""
     first_colour, second_colour = rng.permutation(list(COLOURS))[:2].tolist()
     first_kind, second_kind = rng.choice(KINDS, 2).tolist()
     count = int(rng.integers(1, MAX_COUNT + 1))
@@ -123,18 +137,18 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def sample_objects(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject, ...]:
-    """Positions at random: boxes at least 1.5 px apart, the relation true and unambiguous.
+    """Sample positions, by rejection, until boxes are 1.5 px apart and the relation is clear.
 
-    Two groups lie in two halves of the image, and the line between their centres deviates from
-    the axis of the relation by less than 27 degrees.
+    Two groups lie in two halves of the image, and the line between their centres deviates by less
+    than 27 degrees from the axis of the relation.
     """
     while True:
-        objects = _draw_positions(scene, rng)
+        objects = _sample_positions(scene, rng)
         if _are_apart(objects) and _is_unambiguous(scene, objects):
             return objects
 
 
-def _draw_positions(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject, ...]:
+def _sample_positions(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject, ...]:
     size = rng.uniform(*_SIZES)
     return tuple(
         PlacedObject(
@@ -150,7 +164,7 @@ def _draw_positions(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObjec
 
 
 def _cells(scene: Scene) -> list[list[tuple[int, int]]]:
-    """(column, row) of the cells that each group may take: all, or a half of the image."""
+    """(column, row) of the cells that each group may take: all, or one half of the image."""
     side = IMAGE_SIZE // _CELL
     cells = [(column, row) for column in range(side) for row in range(side)]
     if scene.relation is None:
@@ -181,27 +195,14 @@ def _is_unambiguous(scene: Scene, objects: tuple[PlacedObject, ...]) -> bool:
     return bool(across < 0.5 * along)
 
 
-_SUPERSAMPLING = 4
-_BACKGROUND = (228, 250)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RenderedScene:
-    """A scene, where its objects lie, and its image (64, 64, 3) uint8."""
-
-    scene: Scene
-    objects: tuple[PlacedObject, ...]
-    image: NDArray[np.uint8]
-
-
 def render_sampled_scene(seed: int, image_id: int) -> RenderedScene:
-    """The scene number `image_id` of the endless series `seed`; the same arguments, the same."""
+    """Sample and render scene number `image_id` of the endless series `seed`."""
     rng = np.random.default_rng((seed, image_id))
     return render_scene(sample_scene(rng), rng)
 
 
 def render_scene(scene: Scene, rng: np.random.Generator) -> RenderedScene:
-    """One image of `scene`; `rng` chooses positions, size and the background's shade."""
+    """Render one image of `scene`; `rng` chooses positions, size and the background's shade."""
     objects = sample_objects(scene, rng)
     shade = int(rng.integers(_BACKGROUND[0], _BACKGROUND[1] + 1))
     side = IMAGE_SIZE * _SUPERSAMPLING
@@ -215,7 +216,7 @@ def render_scene(scene: Scene, rng: np.random.Generator) -> RenderedScene:
 
 
 def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
-    """Image (H, W, 3) uint8 => JPEG of quality 95 whose colours have full resolution (4:4:4)."""
+    """Encode an image (H, W, 3) uint8 as JPEG, quality 95, without chroma subsampling (4:4:4)."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()

@@ -1,4 +1,7 @@
-"""The verb `scenes`: drawn image sets in the layout of COCO, or in class folders."""
+"""The verb `scenes`: sets of rendered scenes on disk, in COCO's layout or in class folders.
+
+The demo and the test suite call `render_scene_set` and `render_class_set` directly.
+"""
 
 import itertools
 from pathlib import Path
@@ -25,79 +28,110 @@ from ifvit.scenes.drawings import (
 )
 from ifvit.storage import read_json, write_json
 
-# Image ids of a split start behind this multiple of _SPLIT_CAPACITY, so no two splits share one.
+# Image ids of a split start behind this multiple of _SPLIT_CAPACITY: no two splits share an id.
 _SPLITS = {"train2014": 0, "val2014": 1, "train2017": 2, "val2017": 3}
 _SPLIT_CAPACITY = 1_000_000
-_DESCRIPTION = "ifvit scenes"
-_DRAWING_VERSION = "1"  # to be raised when the same seed no longer gives the same files
+_DRAWING_VERSION = "1"  # increase it when the same seed gives other files
 _LICENSE = {"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.org/licenses/"}
-_DATE = "2024-01-01 00:00:00"
+
+
+def render_scenes(config: ScenesConfig) -> None:
+    """Render the set that the verb `scenes` describes."""
+    render = render_class_set if config.classes else render_scene_set
+    render(config.folder, config.split, config.num_images, config.seed)
 
 
 def render_scene_set(folder: str | Path, split: str, num_images: int, seed: int = 0) -> None:
-    """Write `folder/SPLIT/COCO_SPLIT_ID.jpg` and captions and instances below `annotations/`.
+    """Write `folder/SPLIT/COCO_SPLIT_ID.jpg`, and captions and instances in `annotations/`.
 
-    The same arguments give the same bytes. A set that is finished is left alone; one that was
-    interrupted or has other parameters is drawn from its first image (captions come last).
-    Raises UserError for a folder with somebody's own images and for an unknown split.
+    Equal arguments give equal bytes. A finished set is left alone; an interrupted set or one with
+    other arguments is rendered again from its first image. The captions file, written last, marks
+    the set as finished. Raises UserError for an unknown split and for a folder with other images.
     """
-    images = Path(folder, split)
+    ids, info = _image_ids(split, num_images), _describe(split, num_images, seed)
     captions, instances = (
         Path(folder, "annotations", f"{name}_{split}.json") for name in ("captions", "instances")
     )
-    ids, info = image_ids(split, num_images), describe_set(split, num_images, seed)
-    if not claim_set(folder, info, (captions, instances)):
+    if not _start_set(folder, info, (captions, instances)):
         return
-    drawn = {}
-    for image_id in tqdm(ids, desc=f"draw {split}"):
-        drawn[image_id] = render_sampled_scene(seed, image_id)
-        jpeg = encode_jpeg(drawn[image_id].image)
-        (images / _file_name(split, image_id)).write_bytes(jpeg)
+    rendered = {}
+    for image_id in tqdm(ids, desc=f"render {split}"):
+        rendered[image_id] = render_sampled_scene(seed, image_id)
+        path = Path(folder, split, _file_name(split, image_id))
+        path.write_bytes(encode_jpeg(rendered[image_id].image))
     shared = {"info": info, "licenses": [_LICENSE]}
-    shared["images"] = [_image_record(split, image_id) for image_id in drawn]
+    shared["images"] = [_image_record(split, image_id) for image_id in ids]
     categories = [
         {"supercategory": "shape", "id": i, "name": kind} for i, kind in enumerate(KINDS, start=1)
     ]
-    objects = shared | {"annotations": _instance_records(drawn), "categories": categories}
+    objects = shared | {"annotations": _instance_records(rendered), "categories": categories}
     write_json(str(instances), objects)
-    write_json(str(captions), shared | {"annotations": _caption_records(drawn)})
+    write_json(str(captions), shared | {"annotations": _caption_records(rendered)})
 
 
-def image_ids(split: str, num_images: int) -> range:
-    """Ids that no other split has. Raises UserError for an unknown split or too many images."""
+def render_class_set(folder: str | Path, split: str, num_images: int, seed: int = 0) -> None:
+    """Write `folder/SPLIT/CLASS/ID.jpg`, one image of each class in turn.
+
+    The `folder` source of the encode job reads this layout. `annotations/classes_SPLIT.json`,
+    written last, marks the set as finished; all else is as in `render_scene_set`.
+    """
+    ids = _image_ids(split, num_images)
+    info = _describe(split, num_images, seed) | {"classes": True}
+    finished = Path(folder, "annotations", f"classes_{split}.json")
+    if not _start_set(folder, info, (finished,)):
+        return
+    names, scenes = zip(*class_scenes().items(), strict=True)
+    for name in names:
+        Path(folder, split, name).mkdir(exist_ok=True)
+    for number, image_id in enumerate(tqdm(ids, desc=f"render {split}")):
+        choice = number % len(names)
+        rendered = render_scene(scenes[choice], np.random.default_rng((seed, image_id)))
+        path = Path(folder, split, names[choice], f"{image_id:012d}.jpg")
+        path.write_bytes(encode_jpeg(rendered.image))
+    write_json(str(finished), {"info": info, "classes": sorted(names)})
+
+
+def class_scenes() -> dict[str, Scene]:
+    """The 75 classes by name; `two_red_circles` is a caption with underscores for spaces."""
+    groups = itertools.product(range(1, MAX_COUNT + 1), COLOURS, KINDS)
+    scenes = [Scene(first=Group(count=n, colour=colour, kind=kind)) for n, colour, kind in groups]
+    return {write_captions(scene)[0].replace(" ", "_"): scene for scene in scenes}
+
+
+def _image_ids(split: str, num_images: int) -> range:
     if split not in _SPLITS or not 0 < num_images < _SPLIT_CAPACITY:
         known = ", ".join(_SPLITS)
         raise UserError(
-            f"scenes {split}, {num_images} images: need a split of {known} and 1..999999"
+            f"scenes {split}, {num_images} images: need a split of {known} and 1..999999 images"
         )
     first = _SPLITS[split] * _SPLIT_CAPACITY + 1
     return range(first, first + num_images)
 
 
-def claim_set(folder: str | Path, info: dict[str, Any], results: tuple[Path, ...]) -> bool:
-    """Empty the set's folder for drawing; False when `results`, written last, are there already.
+def _start_set(folder: str | Path, info: dict[str, Any], results: tuple[Path, ...]) -> bool:
+    """Empty the folder of the set => True; False when the set is finished already.
 
-    `annotations/scenes_SPLIT.json`, written first, marks the set as drawn. Raises UserError for a
-    folder with images of another origin.
+    `annotations/scenes_SPLIT.json` with `info`, written first, marks the folder as ours. The first
+    of `results` is written last. Raises UserError for a folder with images of another origin.
     """
     split = info["split"]
-    images, claim = Path(folder, split), Path(folder, "annotations", f"scenes_{split}.json")
-    is_claimed = claim.exists()
-    if not is_claimed and (any(result.exists() for result in results) or any(images.glob("*"))):
+    images, mark = Path(folder, split), Path(folder, "annotations", f"scenes_{split}.json")
+    is_ours = mark.exists()
+    if not is_ours and (any(result.exists() for result in results) or any(images.glob("*"))):
         raise UserError(f"{images}: holds images of another origin; choose another folder")
-    if results[0].exists() and is_claimed and read_json(str(claim)) == info:
+    if results[0].exists() and is_ours and read_json(str(mark)) == info:
         return False
     for stale in (*results, *images.rglob("*.jpg")):
         stale.unlink(missing_ok=True)
-    write_json(str(claim), info)
+    write_json(str(mark), info)
     images.mkdir(parents=True, exist_ok=True)
     return True
 
 
-def describe_set(split: str, num_images: int, seed: int) -> dict[str, Any]:
-    """COCO's `info` object, which also decides the files."""
+def _describe(split: str, num_images: int, seed: int) -> dict[str, Any]:
+    """COCO's `info` object, with the arguments that decide the files."""
     return {
-        "description": _DESCRIPTION,
+        "description": "ifvit scenes",
         "url": "",
         "version": _DRAWING_VERSION,
         "year": 2024,
@@ -120,27 +154,27 @@ def _image_record(split: str, image_id: int) -> dict[str, Any]:
         "coco_url": "",
         "height": IMAGE_SIZE,
         "width": IMAGE_SIZE,
-        "date_captured": _DATE,
+        "date_captured": "2024-01-01 00:00:00",
         "flickr_url": "",
         "id": image_id,
     }
 
 
-def _caption_records(drawn: dict[int, RenderedScene]) -> list[dict[str, Any]]:
-    pairs = [(i, text) for i, one in drawn.items() for text in write_captions(one.scene)]
-    first = _first_annotation_id(drawn)
-    return [{"image_id": i, "id": n, "caption": text} for n, (i, text) in enumerate(pairs, first)]
+def _caption_records(rendered: dict[int, RenderedScene]) -> list[dict[str, Any]]:
+    pairs = [(i, text) for i, one in rendered.items() for text in write_captions(one.scene)]
+    numbered = enumerate(pairs, start=_first_annotation_id(rendered))
+    return [{"image_id": i, "id": n, "caption": text} for n, (i, text) in numbered]
 
 
-def _instance_records(drawn: dict[int, RenderedScene]) -> list[dict[str, Any]]:
-    pairs = [(i, placed) for i, one in drawn.items() for placed in one.objects]
-    first = _first_annotation_id(drawn)
-    return [_instance_record(n, i, placed) for n, (i, placed) in enumerate(pairs, first)]
+def _instance_records(rendered: dict[int, RenderedScene]) -> list[dict[str, Any]]:
+    pairs = [(i, placed) for i, one in rendered.items() for placed in one.objects]
+    numbered = enumerate(pairs, start=_first_annotation_id(rendered))
+    return [_instance_record(n, i, placed) for n, (i, placed) in numbered]
 
 
-def _first_annotation_id(drawn: dict[int, RenderedScene]) -> int:
-    """Ten ids an image: no two splits share an annotation id either."""
-    return 10 * min(drawn)
+def _first_annotation_id(rendered: dict[int, RenderedScene]) -> int:
+    """Ten ids for each image id, so that no two splits share an annotation id."""
+    return 10 * min(rendered)
 
 
 def _instance_record(annotation_id: int, image_id: int, placed: PlacedObject) -> dict[str, Any]:
@@ -156,39 +190,3 @@ def _instance_record(annotation_id: int, image_id: int, placed: PlacedObject) ->
         "id": annotation_id,
         "colour": placed.colour,
     }
-
-
-def class_scenes() -> dict[str, Scene]:
-    """The 75 classes by name, `two_red_circles`, which is a caption but for the underscores."""
-    groups = itertools.product(range(1, MAX_COUNT + 1), COLOURS, KINDS)
-    scenes = [Scene(first=Group(count=n, colour=colour, kind=kind)) for n, colour, kind in groups]
-    return {write_captions(scene)[0].replace(" ", "_"): scene for scene in scenes}
-
-
-def render_class_set(folder: str | Path, split: str, num_images: int, seed: int = 0) -> None:
-    """Write `folder/SPLIT/CLASS/ID.jpg`, of every class in turn, as the `folder` source reads them.
-
-    The same arguments give the same bytes, and a finished set is left alone:
-    `annotations/classes_SPLIT.json` comes last. Raises UserError for a folder with somebody's own
-    images and for an unknown split.
-    """
-    names, scenes = zip(*class_scenes().items(), strict=True)
-    ids = image_ids(split, num_images)
-    done = Path(folder, "annotations", f"classes_{split}.json")
-    info = describe_set(split, num_images, seed) | {"classes": True}
-    if not claim_set(folder, info, (done,)):
-        return
-    for name in names:
-        Path(folder, split, name).mkdir(exist_ok=True)
-    for number, image_id in enumerate(tqdm(ids, desc=f"draw {split}")):
-        choice = number % len(names)
-        drawn = render_scene(scenes[choice], np.random.default_rng((seed, image_id)))
-        path = Path(folder, split, names[choice], f"{image_id:012d}.jpg")
-        path.write_bytes(encode_jpeg(drawn.image))
-    write_json(str(done), {"info": info, "classes": sorted(names)})
-
-
-def render_scenes(config: ScenesConfig) -> None:
-    """Draw the set, in COCO's layout or in class folders."""
-    draw = render_class_set if config.classes else render_scene_set
-    draw(config.folder, config.split, config.num_images, config.seed)

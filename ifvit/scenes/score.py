@@ -1,15 +1,17 @@
-"""Which objects an image shows, found by exact analysis of its pixels, and whether they are right.
+"""Scores of an image against its scene, by exact analysis of the pixels; evaluation calls it.
 
-On a plain background an anti-aliased or blurred pixel lies on the line from the background's
-colour to the object's. Its position on that line is how much of it the object covers; its
-direction, which blur does not change, tells the object's colour.
+On a plain background a blurred or anti-aliased pixel lies on the line from the colour of the
+background to the colour of the object. Its position on the line is the share of the pixel that the
+object covers. The direction of the line, which blur does not change, identifies the colour.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from ifvit.scenes.drawings import (
     COLOURS,
@@ -49,11 +51,11 @@ class FoundObject:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneScore:
-    """What is right about an image.
+    """Which aspects of an image agree with its scene.
 
-    `colour`: just the wanted colours occur. `kind`: every object of a wanted colour has its kind.
-    `count`: as many objects of colour and kind as wanted, in every group. `relation`: both
-    groups' colours occur and their centres are related as wanted; None for a single group.
+    `colour`: exactly the wanted colours occur. `kind`: every object of a wanted colour has the
+    wanted kind. `count`: every group has the wanted number of objects. `relation`: both groups'
+    colours occur and their centres have the wanted relation; None for a scene of one group.
     """
 
     count: bool
@@ -63,7 +65,7 @@ class SceneScore:
 
 
 def score_image(image: NDArray[np.uint8], scene: Scene) -> SceneScore:
-    """Compare an image (H, W, 3) uint8, drawn or generated, with the scene it should show."""
+    """Compare an image (H, W, 3) uint8, rendered or generated, with the scene it should show."""
     found = find_objects(image)
     groups = [[one for one in found if one.colour == group.colour] for group in scene.groups]
     pairs = list(zip(scene.groups, groups, strict=True))
@@ -76,7 +78,7 @@ def score_image(image: NDArray[np.uint8], scene: Scene) -> SceneScore:
 
 
 def find_objects(image: NDArray[np.uint8]) -> tuple[FoundObject, ...]:
-    """Connected regions (sides touch) of one colour; those under a quarter object are noise."""
+    """Find the 4-connected regions of one colour that have at least a quarter object's area."""
     pixels = image.astype(np.float64)
     background = _background(pixels)
     lines = _PALETTE - background
@@ -84,40 +86,33 @@ def find_objects(image: NDArray[np.uint8]) -> tuple[FoundObject, ...]:
     coverage = offsets @ lines.T / (lines**2).sum(axis=1)
     length = np.linalg.norm(offsets, axis=2, keepdims=True) * np.linalg.norm(lines, axis=1)
     agreement = offsets @ lines.T / np.maximum(length, 1e-9)
-    best = agreement.argmax(axis=2)
-    chosen = best[..., None]
+    nearest = agreement.argmax(axis=2)
+    chosen = nearest[..., None]
     is_covered = np.take_along_axis(coverage, chosen, axis=2)[..., 0] >= _COVERED
     agrees = np.take_along_axis(agreement, chosen, axis=2)[..., 0] >= _MIN_COLOUR_AGREEMENT
-    classes = np.where(is_covered & agrees, best, -1)
-    names = list(COLOURS)
-    regions = _connected_regions(classes)
-    return tuple(_describe(region, names[classes[region][0]]) for region in regions)
+    is_object = is_covered & agrees
+    return tuple(
+        _describe(region, name)
+        for number, name in enumerate(COLOURS)
+        for region in _connected_regions(is_object & (nearest == number))
+    )
 
 
 def _background(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Median of the brighter half of the pixels: objects are darker and cover less than that."""
+    """Median of the brighter half of the pixels: objects are darker and cover less than half."""
     flat = pixels.reshape(-1, 3)
     brightness = flat.sum(axis=1)
     median: NDArray[np.float64] = np.median(flat[brightness >= np.median(brightness)], axis=0)
     return median
 
 
-def _connected_regions(classes: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
-    """Masks (H, W) of each 4-connected region of one class >= 0, of at least _MIN_AREA pixels."""
-    labels = np.arange(classes.size).reshape(classes.shape)
-    neighbours = (
-        (labels[1:], labels[:-1], classes[1:] == classes[:-1]),
-        (labels[:, 1:], labels[:, :-1], classes[:, 1:] == classes[:, :-1]),
-    )
-    before = np.full_like(labels, -1)
-    while not np.array_equal(labels, before):
-        before = labels.copy()
-        for one, other, joined in neighbours:
-            np.minimum(one, other, out=one, where=joined)
-            np.minimum(one, other, out=other, where=joined)
-        labels[:] = labels.ravel()[labels]  # a label is a pixel: take over that pixel's own label
-    names, sizes = np.unique(labels[classes >= 0], return_counts=True)
-    return [labels == name for name in names[sizes >= _MIN_AREA]]
+def _connected_regions(mask: NDArray[np.bool_]) -> Iterator[NDArray[np.bool_]]:
+    """Masks (H, W) of the regions whose pixels share sides, of at least _MIN_AREA pixels."""
+    labels, num_regions = ndimage.label(mask)
+    for label in range(1, num_regions + 1):
+        region = labels == label
+        if region.sum() >= _MIN_AREA:
+            yield region
 
 
 def _describe(mask: NDArray[np.bool_], colour: str) -> FoundObject:
@@ -157,7 +152,7 @@ def _count(group: Group, objects: list[FoundObject]) -> int:
 
 
 def _holds(relation: Relation, groups: list[list[FoundObject]]) -> bool:
-    """Whether the centres lie apart mainly along the relation's axis, in its direction."""
+    """Whether the line between the centres lies along the axis of the relation, in its sense."""
     (x1, y1), (x2, y2) = (np.mean([(one.x, one.y) for one in group], axis=0) for group in groups)
     dx, dy = x2 - x1, y2 - y1
     return bool(dx > abs(dy) if relation == "left of" else dy > abs(dx))

@@ -1,4 +1,4 @@
-"""Latents and caption embeddings on disk: records, manifest and reader."""
+"""Datasets of latents and caption embeddings: file formats, reader and disk cache."""
 
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import (

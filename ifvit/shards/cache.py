@@ -1,14 +1,18 @@
-"""Where the files of a dataset are: a local folder, or an object store behind a cache."""
+"""Files of a dataset: in a local folder, or fetched from an object store into a disk cache.
+
+`ShardReader` opens shards through `open_files`; the verbs `shards verify` and `shards stats` call
+`check_shard_files` and `read_index`.
+"""
 
 import hashlib
 import io
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from filelock import FileLock
@@ -29,10 +33,15 @@ from ifvit.shards.format import (
 )
 from ifvit.storage import StoreError
 
+MAX_OPEN = 256
+"""Tars that a reader keeps open: a quarter of the usual limit of descriptors of a process."""
+_NUM_TRIES = 3
+"""Reads of a small object before it counts as damaged at rest, not in transfer."""
+
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class _CachedFile:
-    """Sorts by time of last use, in nanoseconds."""
+    """A file in the cache; files sort by the time of their last use, in nanoseconds."""
 
     used: int
     num_bytes: int
@@ -40,10 +49,10 @@ class _CachedFile:
 
 
 class FileCache:
-    """Fetches files by URL and content; the least recently used make room for new ones.
+    """Folder of downloaded files, named by sha256; the least recently used files are evicted.
 
-    A file that is evicted while open stays readable until it is closed (POSIX): no process ever
-    waits until another has done with a file.
+    POSIX keeps an evicted file readable until it is closed, so no process waits for another one
+    to finish reading.
     """
 
     def __init__(self, config: CacheConfig) -> None:
@@ -54,7 +63,7 @@ class FileCache:
         self._locks.mkdir(parents=True, exist_ok=True)
 
     def check_space(self, num_bytes: int) -> None:
-        """Raise UserError unless the disk has room for `num_bytes`, the cached files included."""
+        """Raise UserError unless the disk can hold `num_bytes`, or the whole cache if smaller."""
         room = shutil.disk_usage(self.folder).free + sum(file.num_bytes for file in self._files())
         if room < min(num_bytes, self.num_bytes):
             raise UserError(
@@ -63,9 +72,9 @@ class FileCache:
             )
 
     def open(self, url: str, sha256: str, num_bytes: int) -> int:
-        """A descriptor of the local copy of `url`, of that size, fetched unless it is here.
+        """Open the local copy of `url`, which is downloaded first if absent => file descriptor.
 
-        Raises ContentError when the object has other content, UserError when there is none.
+        Raises ContentError when the object has another sha256, UserError when it is absent.
         """
         path = self.folder / sha256
         with FileLock(self._locks / sha256):
@@ -78,8 +87,8 @@ class FileCache:
                     os.utime(descriptor)
                     return descriptor
 
-    def forget(self, sha256: str) -> None:
-        """Remove a copy that has gone bad on this disk; the next `open` fetches it anew."""
+    def remove(self, sha256: str) -> None:
+        """Remove a copy that has gone bad on this disk; the next `open` downloads it again."""
         (self.folder / sha256).unlink(missing_ok=True)
 
     def _fetch(self, url: str, path: Path, num_bytes: int) -> None:
@@ -95,7 +104,7 @@ class FileCache:
         for file in files:
             if excess <= 0:
                 return
-            if not file.path.name.startswith("."):  # those are just arriving
+            if not file.path.name.startswith("."):  # another process is downloading that one
                 file.path.unlink(missing_ok=True)
                 excess -= file.num_bytes
 
@@ -106,21 +115,15 @@ class FileCache:
                     continue
                 try:
                     stat = entry.stat()
-                except FileNotFoundError:  # renamed or evicted just now
+                except FileNotFoundError:  # renamed or evicted by another process
                     continue
                 yield _CachedFile(
                     used=stat.st_mtime_ns, num_bytes=stat.st_size, path=Path(entry.path)
                 )
 
 
-_TRIES = 3
-"""How often a small object is read before it counts as damaged, not as badly transferred."""
-MAX_OPEN = 256
-"""Tars that a reader keeps open; a quarter of the descriptors that a process usually may have."""
-
-
 class OpenFile:
-    """A descriptor that is closed when nobody holds this object any more."""
+    """File descriptor that is closed when the last reference to this object goes away."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -129,51 +132,51 @@ class OpenFile:
         os.close(self.descriptor)
 
 
-class ShardFiles(Protocol):
-    """Opens the files of shards. Raises ShardError where one is not what the manifest promises."""
-
-    max_open: int
-    """Tars that may be open at a time."""
-
-    def read_index(self, entry: ShardEntry) -> ShardIndex:
-        """The index of one shard, its hash checked."""
-
-    def open_tar(self, entry: ShardEntry) -> OpenFile:
-        """The tar of one shard; its content is checked where it is read."""
-
-    def damaged(self, entry: ShardEntry, what: str) -> ShardError:
-        """The error that says that `what` in a shard is damaged, and the remedy."""
-
-
-class LocalFiles:
-    """Shards in a folder of this machine; opening looks for every file and its size."""
+class ShardFiles(ABC):
+    """Opens the files of a dataset; raises ShardError where one contradicts the manifest."""
 
     max_open = MAX_OPEN
 
-    def __init__(self, url: str, manifest: Manifest) -> None:
-        self._folder = Path(url)
-        for entry in manifest.shards:
-            check_shard_files(self._folder, entry)
+    def __init__(self, url: str) -> None:
+        self.url = url
 
     def read_index(self, entry: ShardEntry) -> ShardIndex:
-        """As `ShardFiles` says."""
-        return read_index(self._folder, entry)
+        """Read the index of one shard and check its hash."""
+        return read_index(self.url, entry)
+
+    @abstractmethod
+    def open_tar(self, entry: ShardEntry) -> OpenFile:
+        """Open the tar of one shard; its content is checked where it is read."""
+
+    @abstractmethod
+    def damaged(self, entry: ShardEntry, member: str) -> ShardError:
+        """Return the error that names a damaged member of a tar and the remedy."""
+
+
+class LocalFiles(ShardFiles):
+    """Shards in a local folder; opening the dataset checks the size of every tar."""
+
+    def __init__(self, url: str, manifest: Manifest) -> None:
+        super().__init__(url)
+        for entry in manifest.shards:
+            check_shard_files(Path(url), entry)
 
     def open_tar(self, entry: ShardEntry) -> OpenFile:
-        """As `ShardFiles` says."""
-        return OpenFile(os.open(self._folder / f"{entry.name}.tar", os.O_RDONLY))
+        """Open the file in the folder."""
+        return OpenFile(os.open(f"{self.url}/{entry.name}.tar", os.O_RDONLY))
 
-    def damaged(self, entry: ShardEntry, what: str) -> ShardError:
-        """As `ShardFiles` says."""
-        path = self._folder / f"{entry.name}.tar"
-        return ShardError(f"{path}: {what} is damaged; {remedy_for(entry)}")
+    def damaged(self, entry: ShardEntry, member: str) -> ShardError:
+        """Advise to encode the shard again."""
+        path = Path(self.url, f"{entry.name}.tar")
+        return ShardError(f"{path}: {member} is damaged; {remedy_for(entry)}")
 
 
-class CachedFiles:
-    """Shards in an object store; opening looks for every file's name, using one fetches it."""
+class CachedFiles(ShardFiles):
+    """Shards in an object store; opening the dataset checks names, reading a shard fetches it."""
 
     def __init__(self, url: str, manifest: Manifest, config: CacheConfig) -> None:
-        self._url, self._cache = url, FileCache(config)
+        super().__init__(url)
+        self._cache = FileCache(config)
         names = set(storage.list_names(url))
         for entry in manifest.shards:
             for name in (f"{entry.name}.tar", f"{entry.name}.index.npz"):
@@ -181,21 +184,12 @@ class CachedFiles:
                     raise ShardError(f"{url}/{name}: no such file; {remedy_for(entry)}")
         sizes = [entry.num_bytes for entry in manifest.shards]
         self._cache.check_space(sum(sizes))
-        # What is open outlives its eviction, so no more may be open than the cache can hold.
+        # An open file still takes disk space after its eviction, so the cache bounds open files.
         self.max_open = min(MAX_OPEN, self._cache.num_bytes // max(sizes, default=1))
 
-    def read_index(self, entry: ShardEntry) -> ShardIndex:
-        """As `ShardFiles` says."""
-        url = f"{self._url}/{entry.name}.index.npz"
-        for _ in range(_TRIES):
-            data = storage.read_bytes(url)
-            if hashlib.sha256(data).hexdigest() == entry.index_sha256:
-                return _parse_index(data, entry, url)
-        raise _wrong_index(url, entry)
-
     def open_tar(self, entry: ShardEntry) -> OpenFile:
-        """As `ShardFiles` says."""
-        url = f"{self._url}/{entry.name}.tar"
+        """Open the copy in the cache, downloading it first if it is absent."""
+        url = f"{self.url}/{entry.name}.tar"
         try:
             return OpenFile(self._cache.open(url, entry.sha256, entry.num_bytes))
         except StoreError:
@@ -203,31 +197,24 @@ class CachedFiles:
         except UserError as error:
             raise ShardError(f"{error}; {remedy_for(entry)}") from None
 
-    def damaged(self, entry: ShardEntry, what: str) -> ShardError:
-        """As `ShardFiles` says; it arrived whole, so the copy here has gone bad."""
-        self._cache.forget(entry.sha256)
+    def damaged(self, entry: ShardEntry, member: str) -> ShardError:
+        """Remove the copy: its hash was right after the download, so this disk damaged it."""
+        self._cache.remove(entry.sha256)
         return ShardError(
-            f"{self._url}/{entry.name}.tar: {what} is damaged in the local cache; it was removed, "
-            "run the command again"
+            f"{self.url}/{entry.name}.tar: {member} is damaged in the local cache; the copy was "
+            "removed, run the command again"
         )
 
 
 def open_files(url: str, manifest: Manifest, cache: CacheConfig) -> ShardFiles:
-    """The dataset's files, wherever `url` says they are."""
+    """Open the dataset at `url`, which is a local folder or a prefix in an object store."""
     if storage.is_remote(url):
         return CachedFiles(url, manifest, cache)
     return LocalFiles(url, manifest)
 
 
-def require_text(manifest: Manifest, url: str) -> TextEncoding:
-    """How captions were embedded. Raises ShardError for a dataset that has labels instead."""
-    if manifest.text is None:
-        raise ShardError(f"{url}: holds class labels, not captions; this needs captions")
-    return manifest.text
-
-
 def check_shard_files(folder: Path, entry: ShardEntry) -> None:
-    """Raise ShardError unless the shard's tar is there with the size the manifest promises."""
+    """Raise ShardError unless the shard's tar is there with the size that the manifest states."""
     path = folder / f"{entry.name}.tar"
     if not path.is_file():
         raise ShardError(f"{path}: no such shard; {remedy_for(entry)}")
@@ -238,15 +225,29 @@ def check_shard_files(folder: Path, entry: ShardEntry) -> None:
         )
 
 
-def read_index(folder: Path, entry: ShardEntry) -> ShardIndex:
-    """Raise ShardError unless the index is the one that was written."""
-    path = folder / f"{entry.name}.index.npz"
-    if not path.is_file():
-        raise ShardError(f"{path}: no such index; {remedy_for(entry)}")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-        raise _wrong_index(str(path), entry)
-    return _parse_index(data, entry, str(path))
+def read_index(folder: Path | str, entry: ShardEntry) -> ShardIndex:
+    """Read `NAME.index.npz`. Raises ShardError when it is absent or not the file that was written.
+
+    A transfer may damage bytes, so a wrong hash is tried again.
+    """
+    url = storage.join(str(folder), f"{entry.name}.index.npz")
+    if not storage.exists(url):
+        raise ShardError(f"{url}: no such index; {remedy_for(entry)}")
+    for _ in range(_NUM_TRIES):
+        data = storage.read_bytes(url)
+        if hashlib.sha256(data).hexdigest() == entry.index_sha256:
+            index = parse_index(data, url)
+            if (len(index), len(index.context)) != (entry.num_samples, entry.num_captions):
+                raise ShardError(f"{url}: index of {len(index)} samples; {remedy_for(entry)}")
+            return index
+    raise ShardError(f"{url}: index does not match the manifest's hash; {remedy_for(entry)}")
+
+
+def require_text(manifest: Manifest, url: str) -> TextEncoding:
+    """Return how captions were embedded. Raises ShardError for a dataset with class labels."""
+    if manifest.text is None:
+        raise ShardError(f"{url}: holds class labels, not captions; use a dataset with captions")
+    return manifest.text
 
 
 def read_null_context(url: str, manifest: Manifest) -> Array:
@@ -259,14 +260,3 @@ def read_null_context(url: str, manifest: Manifest) -> Array:
     if context.shape != text.context_shape:
         raise ShardError(f"{where}: null context has shape {context.shape}; encode again")
     return context
-
-
-def _parse_index(data: bytes, entry: ShardEntry, where: str) -> ShardIndex:
-    index = parse_index(data, where)
-    if (len(index), len(index.context)) != (entry.num_samples, entry.num_captions):
-        raise ShardError(f"{where}: index of {len(index)} samples; {remedy_for(entry)}")
-    return index
-
-
-def _wrong_index(where: str, entry: ShardEntry) -> ShardError:
-    return ShardError(f"{where}: index does not match the manifest's hash; {remedy_for(entry)}")

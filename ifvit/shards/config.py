@@ -1,16 +1,16 @@
-"""Where shards of object stores are kept on this machine."""
+"""Settings of the disk cache for shards of an object store."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Local disk for shards that are read from an object store; unused for a local folder."""
+    """Disk cache for shards that are read from an object store; a local folder needs none."""
 
     folder: str | None = None
-    """Shared by all processes of this machine; unset: ifvit-cache-UID in $TMPDIR or /tmp."""
+    """Folder that all processes of this machine share; default: ifvit-cache-UID in $TMPDIR."""
     gigabytes: float = 100.0
-    """Least recently used shards are removed beyond this; it must hold two shuffle windows."""
+    """Size of the cache, at least two shuffle windows; the least recently used shards go first."""
 
     def __post_init__(self) -> None:
         if self.gigabytes <= 0:

@@ -1,4 +1,8 @@
-"""Files of a dataset of shards: records, manifest and the index beside each shard."""
+"""File formats of a dataset of shards: sample records, manifest, and the index beside each shard.
+
+The encode job (data_pipeline) writes these files and `ShardReader` reads them. A dataset holds
+`manifest.json`, the null context, and `NAME.tar` and `NAME.index.npz` for each shard.
+"""
 
 import hashlib
 import io
@@ -29,12 +33,12 @@ Record = TypeVar("Record")
 
 
 class ShardError(UserError):
-    """A shard, index or manifest that is missing or is not what it should be."""
+    """A shard, index or manifest is missing, damaged or of another format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderIdentity:
-    """Which frozen encoder made the data: the name it was loaded by, the hash of its weights."""
+    """Frozen encoder that made the data: the name it was loaded by, the sha256 of its weights."""
 
     name: str
     sha256: str
@@ -42,7 +46,10 @@ class EncoderIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleMetadata:
-    """`KEY.json`: the image's id, all its captions (none if labelled), its original size."""
+    """Content of `KEY.json`; `captions` is empty in a dataset with class labels.
+
+    `width` and `height` are the size of the original image in pixels.
+    """
 
     image_id: int | str
     captions: tuple[str, ...]
@@ -52,10 +59,11 @@ class SampleMetadata:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSample:
-    """One image: moments (2C, H, W), mean above logvar, unscaled, and what it shows.
+    """One image as the encode job writes it.
 
-    Either `context` (captions, M, D) or `label` is there. `flipped` are the moments of the
-    mirrored image. Keys hold no dot and no slash, WebDataset ends them there.
+    `moments` (2C, H, W) are mean above logvar of the VAE posterior, unscaled, and `flipped` those
+    of the horizontally flipped image. A sample has either `context` (captions, M, D) or `label`.
+    `key` contains no dot and no slash, because WebDataset ends a key there.
     """
 
     key: str
@@ -68,7 +76,7 @@ class LatentSample:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """What the manifest promises about `NAME.tar` and `NAME.index.npz`."""
+    """Sizes and hashes of `NAME.tar` and `NAME.index.npz`."""
 
     name: str
     num_samples: int
@@ -80,7 +88,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoding:
-    """How captions became context: by whom, the shape (M, D) of each, and the empty caption's."""
+    """How captions were embedded: encoder, shape (M, D) of a context, hash of the null context."""
 
     encoder: EncoderIdentity
     context_shape: tuple[int, int]
@@ -89,10 +97,11 @@ class TextEncoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The dataset's table of contents and how it was made.
+    """Content of `manifest.json`: the shards of a dataset and how they were made.
 
-    `text` is None in a labelled set, `classes` is empty in a captioned one. `latent_mean` and
-    `latent_std` are of z = mean + std * eps over all elements of all latents.
+    `text` is None in a dataset with class labels, `classes` is empty in one with captions.
+    `latent_mean` and `latent_std` are statistics of z = mean + std * eps over all elements of all
+    latents.
     """
 
     format_version: int = FORMAT_VERSION
@@ -112,25 +121,27 @@ class Manifest:
 
     @property
     def scaling_factor(self) -> float:
-        """What latents are multiplied by so that they have unit standard deviation."""
+        """Factor that gives the latents unit standard deviation."""
         return 1.0 / self.latent_std
 
 
 def write_manifest(url: str, manifest: Manifest) -> None:
-    """Write `url/manifest.json`; from then on the dataset exists."""
+    """Write `url/manifest.json`, which completes the dataset."""
     write_sealed(storage.join(url, MANIFEST), asdict(manifest))
 
 
 def read_manifest(url: str) -> Manifest:
-    """Read `url/manifest.json`. Raises ShardError when it is missing, damaged or too new."""
+    """Read `url/manifest.json`. Raises ShardError if it is absent, damaged or another version."""
     where = storage.join(url, MANIFEST)
     if not storage.exists(where):
-        raise ShardError(f"{where}: no such file; {url} is no dataset, or its encode has not ended")
+        raise ShardError(
+            f"{where}: no such file; {url} is not a dataset, or its encode job has not finished"
+        )
     value = read_sealed(where)
     if value.get("format_version") != FORMAT_VERSION:
         raise ShardError(
-            f"{where}: format_version is {value.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}; encode the images again or install the program that wrote it"
+            f"{where}: format_version is {value.get('format_version')}, expected {FORMAT_VERSION}; "
+            "encode the images again or install the version of ifvit that wrote it"
         )
     value["shards"] = tuple(build_record(ShardEntry, entry, where) for entry in value["shards"])
     value["vae"] = build_record(EncoderIdentity, value["vae"], where)
@@ -142,12 +153,12 @@ def read_manifest(url: str) -> Manifest:
 
 
 def write_sealed(url: str, value: dict[str, Any]) -> None:
-    """Write `value` as JSON that carries its own hash, so that any later change shows."""
+    """Write `value` as JSON with a hash of its content, which reveals any later change."""
     storage.write_json(url, {**value, SEAL: _seal(value)})
 
 
 def read_sealed(url: str) -> dict[str, Any]:
-    """Read what `write_sealed` wrote. Raises ShardError when a single character differs."""
+    """Read what `write_sealed` wrote. Raises ShardError if the content does not match its hash."""
     data = storage.read_bytes(url)
     remedy = "restore it, or delete it and run the encode again"
     try:
@@ -161,7 +172,7 @@ def read_sealed(url: str) -> dict[str, Any]:
 
 
 def build_record(cls: Callable[..., Record], value: dict[str, Any], where: str) -> Record:
-    """A flat dataclass from its JSON object. Raises ShardError naming the keys that differ."""
+    """Build a flat dataclass from a JSON object. Raises ShardError naming keys that differ."""
     wrong = {field.name for field in fields(cls)} ^ set(value)  # type: ignore[arg-type]
     if wrong:
         raise ShardError(f"{where}: missing or unknown keys {sorted(wrong)}; encode again")
@@ -169,7 +180,7 @@ def build_record(cls: Callable[..., Record], value: dict[str, Any], where: str) 
 
 
 def parse_metadata(data: bytes, where: str) -> SampleMetadata:
-    """`KEY.json` => SampleMetadata. Raises ShardError naming the sample."""
+    """Parse the content of `KEY.json`. Raises ShardError that names the sample, `where`."""
     try:
         value = json.loads(data)
         value["captions"] = tuple(value["captions"])
@@ -198,12 +209,13 @@ ABSENT = -1
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """Arrays over the N samples of one shard, all int64 but `keys` (N,) bytes.
+    """Content of `NAME.index.npz`: arrays over the N samples and T captions of one shard.
 
-    `moments`, `flipped`: (N, 2) offset past the npy header and checksum, ABSENT where there is
-    none. `metadata`: (N, 3) offset, length, checksum. `label` (N,), ABSENT in captioned sets.
-    `context` (T, 2) offset and checksum of every caption's embedding, sample by sample; those of
-    sample n are the rows first_caption[n] ... first_caption[n + 1] - 1, `first_caption` (N + 1,).
+    `keys` (N,) bytes. All other arrays are int64 and hold ABSENT where there is no such member:
+    `moments` and `flipped` (N, 2) offset of the values in the tar and checksum, `metadata` (N, 3)
+    offset, length and checksum, `label` (N,), `context` (T, 2) offset and checksum of each
+    caption's embedding. Sample n has the captions first_caption[n] to first_caption[n + 1] - 1;
+    `first_caption` is (N + 1,).
     """
 
     keys: Array
@@ -219,43 +231,43 @@ class ShardIndex:
 
     @property
     def num_captions(self) -> Array:
-        """(N,) captions of each sample."""
+        """(N,) number of captions of each sample."""
         counts: Array = np.diff(self.first_caption)
         return counts
 
 
 def checksum(data: bytes | memoryview) -> int:
-    """XXH3 of the bytes, as the int64 that the index holds."""
+    """XXH3 hash of the bytes as a signed 64-bit integer."""
     return int.from_bytes(xxhash.xxh3_64_digest(data), "little", signed=True)
 
 
 def index_tar(path: Path) -> ShardIndex:
-    """Index a tar of samples by reading it once."""
-    rows: dict[str, _Row] = {}
+    """Build the index of a tar by reading it once."""
+    samples: dict[str, _Members] = {}
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             key, _, suffix = member.name.partition(".")
-            rows.setdefault(key, _Row()).add(suffix, member, file)
-    return _collect(rows)
+            samples.setdefault(key, _Members()).add(suffix, member, file)
+    return _collect(samples)
 
 
 def index_bytes(index: ShardIndex) -> bytes:
-    """The content of `NAME.index.npz`; equal indexes give equal bytes."""
+    """Encode an index as `NAME.index.npz`; equal indexes give equal bytes."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **vars(index))
     return buffer.getvalue()
 
 
 def parse_index(data: bytes, where: str) -> ShardIndex:
-    """The inverse of `index_bytes`. Raises ShardError when it is of another format."""
+    """Decode `NAME.index.npz`. Raises ShardError when it has another format."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         if set(arrays) != set(ShardIndex.__annotations__):
             raise ShardError(f"{where}: not an index of this format; encode again")
         return ShardIndex(**arrays)
 
 
-class _Row:
-    """One sample while the tar is read."""
+class _Members:
+    """Members of one sample, collected while the tar is read."""
 
     def __init__(self) -> None:
         self.arrays = {"moments": (ABSENT, 0), "flipped": (ABSENT, 0)}
@@ -282,7 +294,7 @@ class _Row:
 
 
 def _split_npy(data: bytes) -> tuple[int, list[memoryview]]:
-    """`.npy` bytes => length of the header, and the bytes of each row along the first axis."""
+    """Content of an .npy file => length of its header, and views of its rows."""
     buffer = io.BytesIO(data)
     version = np.lib.format.read_magic(buffer)
     assert version == (1, 0), version
@@ -293,16 +305,16 @@ def _split_npy(data: bytes) -> tuple[int, list[memoryview]]:
     return header, [view[header + i * size : header + (i + 1) * size] for i in range(shape[0])]
 
 
-def _collect(rows: dict[str, _Row]) -> ShardIndex:
-    samples = list(rows.values())
-    counts = [len(row.context) for row in samples]
+def _collect(members: dict[str, _Members]) -> ShardIndex:
+    samples = list(members.values())
+    counts = [len(sample.context) for sample in samples]
     return ShardIndex(
-        keys=np.array([key.encode() for key in rows], dtype=np.bytes_),
-        moments=_table([row.arrays["moments"] for row in samples], 2),
-        flipped=_table([row.arrays["flipped"] for row in samples], 2),
-        metadata=_table([row.metadata for row in samples], 3),
-        label=np.array([row.label for row in samples], dtype=np.int64),
-        context=_table([entry for row in samples for entry in row.context], 2),
+        keys=np.array([key.encode() for key in members], dtype=np.bytes_),
+        moments=_table([sample.arrays["moments"] for sample in samples], 2),
+        flipped=_table([sample.arrays["flipped"] for sample in samples], 2),
+        metadata=_table([sample.metadata for sample in samples], 3),
+        label=np.array([sample.label for sample in samples], dtype=np.int64),
+        context=_table([place for sample in samples for place in sample.context], 2),
         first_caption=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
     )
 

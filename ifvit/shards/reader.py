@@ -1,9 +1,12 @@
-"""Random access to a dataset of shards, one sample at a time or a batch in one go."""
+"""Random access to a dataset of shards: whole batches for training, single samples for the rest.
 
-import ctypes
-import importlib.util
+A read goes from `ShardReader.read_moments` to offsets of the index and to `read_checked`: for each
+row one `preadv` into the memory of the batch and one XXH3 checksum.
+"""
+
+import os
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -19,71 +22,17 @@ from ifvit.shards.format import (
     ShardError,
     ShardIndex,
     TextEncoding,
+    checksum,
     parse_metadata,
     read_manifest,
 )
 
-_Loop = Callable[[Array, Array, Array, Array, Array], int]
-
-
-def read_rows(
-    descriptors: list[int], offsets: Array, checksums: Array, rows: Array, out: Array
-) -> int | None:
-    """Fill `out[rows]` of a contiguous `out`; the B-th of them from the B-th file and offset.
-
-    `descriptors`, `offsets`, `checksums`, `rows`: (B,) int64, checksums as the index has them.
-    => the first number in B whose bytes are not as its checksum says, None: all are.
-    """
-    as_bytes = out.reshape(len(out), -1, copy=False).view(np.uint8)
-    # The index holds XXH3's canonical bytes, the highest first, read as if the lowest were.
-    expected = checksums.byteswap()
-    done = _compiled()(np.array(descriptors), offsets, expected, rows, as_bytes)
-    return done if done < len(rows) else None
-
-
-@cache
-def _compiled() -> _Loop:
-    """Half a second, once a process that reads."""
-    from numba import njit, types
-
-    ints, matrix = types.int64[:], types.uint8[:, ::1]
-    compiled: _Loop = njit(types.int64(ints, ints, ints, ints, matrix), nogil=True)(_read_rows)
-    return compiled
-
-
-def _read_rows(
-    descriptors: Array, offsets: Array, checksums: Array, rows: Array, out: Array
-) -> int:
-    size = out.shape[1]
-    for number in range(len(rows)):
-        address = out[rows[number]].ctypes.data
-        for attempt in range(2):  # a signal may cut a read short on file systems of the network
-            # Not by memory map: reading a file that was cut short would kill the process (SIGBUS).
-            found = _pread(descriptors[number], address, size, offsets[number])
-            if found == size and _xxh3(address, size) == checksums[number]:
-                break
-            if attempt:
-                return number
-    return len(rows)
-
-
-# Compiled code may call C functions, and of Python's xxhash only those in its library. The one
-# that chooses the processor's widest instructions exists on x86 alone.
-_library = importlib.util.find_spec("xxhash._xxhash")
-assert _library is not None
-_hashes = ctypes.CDLL(_library.origin)
-_xxh3 = getattr(_hashes, "XXH3_64bits_dispatch", _hashes.XXH3_64bits)
-_xxh3.argtypes, _xxh3.restype = (ctypes.c_size_t, ctypes.c_size_t), ctypes.c_int64
-_pread = ctypes.CDLL(None).pread
-_pread.argtypes = (ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int64)
-_pread.restype = ctypes.c_ssize_t
-
 
 class IndexTables:
-    """Arrays as in `ShardIndex`, over the N samples and T captions of a whole dataset.
+    """The arrays of `ShardIndex`, joined over the N samples and T captions of a dataset.
 
-    The manifest says where each shard's rows go. Rows of a shard that is not `filled` are memory
-    that the system has not even handed out (zeros), so a lazily read dataset costs what it uses.
+    The rows of a shard stay zero until `fill`. The system allocates such memory only when it is
+    written, so a dataset that is read in part costs what is used.
     """
 
     def __init__(self, entries: Sequence[ShardEntry]) -> None:
@@ -100,7 +49,7 @@ class IndexTables:
         self._keys: list[Array | None] = [None] * len(entries)
 
     def fill(self, shard: int, index: ShardIndex) -> None:
-        """Enter one shard's index; threads may do it twice, to the same effect."""
+        """Enter the index of one shard; two threads that do it at once write the same values."""
         start, end = self.starts[shard : shard + 2]
         first, last = self._caption_starts[shard : shard + 2]
         for name in ("moments", "flipped", "metadata", "label"):
@@ -108,7 +57,7 @@ class IndexTables:
         self.context[first:last] = index.context
         self.first_caption[start : end + 1] = first + index.first_caption
         self._keys[shard] = index.keys
-        self.filled[shard] = True
+        self.filled[shard] = True  # last, because other threads read the rows from then on
 
     def shards_of(self, samples: Array) -> Array:
         """(B,) sample numbers => (B,) shard numbers."""
@@ -116,7 +65,7 @@ class IndexTables:
         return shards
 
     def key(self, sample: int) -> str:
-        """The sample's key in its tar."""
+        """Key of the sample in its tar."""
         shard = int(self.shards_of(np.array(sample)))
         keys = self._keys[shard]
         assert keys is not None, shard
@@ -127,16 +76,13 @@ def _bounds(counts: list[int]) -> Array:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-ROWS_AT_ONCE = 64
-"""Rows that a call reads where not all files may be open: it holds on to those it reads."""
-
-
 class ShardReader:
     """Random access to a dataset by global sample number; a read touches only what it returns.
 
-    Opening a local folder checks every file's presence and size and every index's hash; of an
-    object store, presence, and the rest when a shard arrives in the cache. Each read checks the
-    bytes it returns. Raises ShardError naming shard, key and remedy. Threads may share a reader.
+    Opening a local dataset checks the size of every tar and the hash of every index. Opening one
+    in an object store checks the names; the rest is checked when a shard arrives in the cache.
+    Each read checks the bytes that it returns. Raises ShardError, which names shard, key and
+    remedy. Threads may share a reader.
     """
 
     def __init__(self, url: str, cache: CacheConfig | None = None) -> None:
@@ -152,7 +98,7 @@ class ShardReader:
         if not self.is_remote:
             for shard, entry in enumerate(entries):
                 self._tables.fill(shard, self._files.read_index(entry))
-        # The reader's own method would make a cycle, and files would stay open until it is found.
+        # A bound method would hold `self` in a cycle and keep files open until the cycle is found.
         open_shard = partial(_open_shard, self._files, self._tables, entries)
         self._open: Callable[[int], OpenFile] = lru_cache(self._files.max_open)(open_shard)
         self._null_context = read_null_context(url, self.manifest) if self.manifest.text else None
@@ -161,26 +107,26 @@ class ShardReader:
         return self.manifest.num_samples
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[str, CacheConfig]]:
-        return ShardReader, (self.url, self._cache)  # a worker process reopens, it copies nothing
+        return ShardReader, (self.url, self._cache)  # a worker process opens the dataset again
 
     @property
     def shard_sizes(self) -> Array:
-        """(S,) samples of each shard."""
+        """(S,) number of samples in each shard."""
         return np.diff(self._tables.starts)
 
     @property
     def is_remote(self) -> bool:
-        """Whether shards are fetched before they are read."""
+        """Whether shards are downloaded before they are read."""
         return storage.is_remote(self.url)
 
     @property
     def max_open(self) -> int:
-        """Shards that are at hand at a time."""
+        """Largest number of shards that are open at a time."""
         return self._files.max_open
 
     @property
     def text(self) -> TextEncoding:
-        """How the captions were embedded. Raises ShardError for a set that has labels instead."""
+        """How the captions were embedded. Raises ShardError for a dataset with class labels."""
         return require_text(self.manifest, self.url)
 
     @property
@@ -190,64 +136,58 @@ class ShardReader:
         return self._null_context
 
     def fetch(self, shard: int) -> None:
-        """Wait until a shard is at hand: cached and open."""
+        """Download a shard into the cache, unless it is there, and open it."""
         self._open(shard)
 
     def caption_counts(self, samples: Array) -> Array:
-        """(B,) sample numbers => (B,) how many captions each one's image has."""
-        self._shards_of(samples)
-        first: Array = self._tables.first_caption
+        """(B,) sample numbers => (B,) number of captions of each."""
+        samples, first = self._checked(samples), self._tables.first_caption
         counts: Array = first[samples + 1] - first[samples]
         return counts
 
-    def read_moments(self, samples: Array, out: Array, mirrored: Array | None = None) -> None:
-        """Fill `out` (B, 2C, H, W) with mean above logvar of the VAE posteriors, unscaled.
+    def read_moments(self, samples: Array, out: Array, hflip: Array | None = None) -> None:
+        """Fill `out` (B, 2C, H, W) with the VAE posteriors: mean above logvar, unscaled.
 
-        Where `mirrored` (B,) is true, with those of the mirrored image.
+        `hflip` (B,) is true where the moments of the horizontally flipped image are wanted.
+        Raises ShardError for damaged bytes and for a dataset without flipped moments.
         """
-        shards = self._shards_of(samples)
-        places = self._tables.moments[samples]
-        if mirrored is not None:
+        places = self._tables.moments[self._checked(samples)]
+        if hflip is not None:
             if not self.manifest.flipped:
-                raise ShardError(f"{self.url}: holds no mirrored images; encode with flip: true")
-            places[mirrored] = self._tables.flipped[samples[mirrored]]
-        self._read("moments", samples, shards, places, np.arange(len(out)), out)
+                raise ShardError(
+                    f"{self.url}: holds no horizontally flipped images; encode with flip: true"
+                )
+            places[hflip] = self._tables.flipped[samples[hflip]]
+        self._read("moments", samples, places, np.arange(len(out)), out)
 
     def read_contexts(self, samples: Array, captions: Array, out: Array) -> None:
-        """Fill `out` (B, M, D) with one caption's embedding each, of number -1 the empty one's.
+        """Fill `out` (B, M, D) with the embedding of one caption of each sample.
 
-        The samples' other captions are not read.
+        Caption number -1 gives the null context. Raises ShardError for damaged bytes.
         """
         out[captions < 0] = self.null_context
         rows = np.flatnonzero(captions >= 0)
-        chosen = samples[rows]
-        shards = self._shards_of(chosen)
+        chosen = self._checked(samples[rows])
         places = self._tables.context[self._tables.first_caption[chosen] + captions[rows]]
-        self._read("context", chosen, shards, places, rows, out)
+        self._read("context", chosen, places, rows, out)
 
     def read_labels(self, samples: Array, dropped: Array, out: Array) -> None:
-        """Fill `out` (B,) with class numbers; where `dropped` (B,), with the number of classes."""
-        self._shards_of(samples)
-        out[:] = np.where(dropped, len(self.manifest.classes), self._tables.label[samples])
+        """Fill `out` (B,) with class numbers, and with the number of classes where `dropped`."""
+        labels = self._tables.label[self._checked(samples)]
+        out[:] = np.where(dropped, len(self.manifest.classes), labels)
 
     def num_captions(self, sample: int) -> int:
-        """How many captions the sample's image has."""
+        """Number of captions of the sample."""
         return int(self.caption_counts(np.array([sample]))[0])
 
-    def moments(self, sample: int) -> Array:
-        """(2C, H, W) mean above logvar of the VAE posterior, unscaled."""
+    def moments(self, sample: int, *, hflip: bool = False) -> Array:
+        """(2C, H, W) mean above logvar of the VAE posterior, unscaled; see `read_moments`."""
         out = np.empty((1, *self.manifest.moments_shape), self.dtype)
-        self.read_moments(np.array([sample]), out)
-        return out.squeeze(0)
-
-    def flipped(self, sample: int) -> Array:
-        """The moments of the mirrored image, in a set that holds them."""
-        out = np.empty((1, *self.manifest.moments_shape), self.dtype)
-        self.read_moments(np.array([sample]), out, np.array([True]))
+        self.read_moments(np.array([sample]), out, np.array([True]) if hflip else None)
         return out.squeeze(0)
 
     def context(self, sample: int, caption: int) -> Array:
-        """(M, D) embedding of one caption; the sample's other captions are not read."""
+        """(M, D) embedding of one caption. Raises IndexError when there is no such caption."""
         shape, count = self.text.context_shape, self.num_captions(sample)
         if not 0 <= caption < count:
             raise IndexError(f"sample {sample} has {count} captions, asked for number {caption}")
@@ -256,46 +196,58 @@ class ShardReader:
         return out.squeeze(0)
 
     def label(self, sample: int) -> int:
-        """Number of the sample's class in `manifest.classes`. Raises ShardError without labels."""
-        self._shards_of(np.array([sample]))
-        label = int(self._tables.label[sample])
+        """Class number in `manifest.classes`. Raises ShardError for a dataset with captions."""
+        label = int(self._tables.label[self._checked(np.array([sample]))].item())
         if label == ABSENT:
             raise ShardError(f"{self.url}: holds captions, not class labels")
         return label
 
     def metadata(self, sample: int) -> SampleMetadata:
-        """The sample's image id, captions and original size."""
-        shards = self._shards_of(np.array([sample]))
-        place = self._tables.metadata[[sample]]
+        """Image id, captions and original size of the sample. Raises ShardError for damage."""
+        samples = self._checked(np.array([sample]))
+        place = self._tables.metadata[samples]
         out = np.empty((1, int(place[0, 1])), np.uint8)
-        self._read("json", np.array([sample]), shards, place[:, [0, 2]], np.array([0]), out)
-        entry = self.manifest.shards[int(shards[0])]
+        self._read("json", samples, place[:, [0, 2]], np.array([0]), out)
+        entry = self.manifest.shards[int(self._tables.shards_of(samples)[0])]
         return parse_metadata(out.tobytes(), f"{entry.name} sample {sample}")
 
-    def _shards_of(self, samples: Array) -> Array:
-        """(B,) sample numbers => (B,) shard numbers, whose indexes are there from now on."""
+    def _checked(self, samples: Array) -> Array:
+        """Return `samples` (B,) once their indexes are in the tables.
+
+        Raises IndexError for a number outside the dataset.
+        """
         outside = samples[(samples < 0) | (samples >= len(self))]
         if len(outside):
             raise IndexError(f"{self.url} has {len(self)} samples, asked for number {outside[0]}")
         shards = self._tables.shards_of(samples)
         for shard in np.unique(shards[~self._tables.filled[shards]]).tolist():
             self.fetch(shard)
-        return shards
+        return samples
 
-    def _read(
-        self, field: str, samples: Array, shards: Array, places: Array, rows: Array, out: Array
-    ) -> None:
+    def _read(self, field: str, samples: Array, places: Array, rows: Array, out: Array) -> None:
         """Read one array of each sample into `out[rows]`; `places` (B, 2) offset and checksum."""
-        at_once = ROWS_AT_ONCE if len(self.manifest.shards) > self.max_open else len(self)
-        for start in range(0, len(samples), at_once):
-            part = slice(start, start + at_once)
-            files = [self._open(shard) for shard in shards[part].tolist()]
-            offsets, checksums = places[part].T
-            descriptors = [file.descriptor for file in files]
-            bad = read_rows(descriptors, offsets, checksums, rows[part], out)
-            if bad is not None:
-                what = f"{self._tables.key(int(samples[start + bad]))}.{field}"
-                raise self._files.damaged(self.manifest.shards[shards[start + bad]], what)
+        row_bytes = out[:1].nbytes
+        memory = memoryview(out.reshape(-1, copy=False).view(np.uint8))
+        shards = self._tables.shards_of(samples)
+        columns = (samples.tolist(), shards.tolist(), rows.tolist(), places.tolist())
+        for sample, shard, row, (offset, expected) in zip(*columns, strict=True):
+            file = self._open(shard)
+            target = memory[row * row_bytes : (row + 1) * row_bytes]
+            if not read_checked(file.descriptor, offset, expected, target):
+                member = f"{self._tables.key(sample)}.{field}"
+                raise self._files.damaged(self.manifest.shards[shard], member)
+
+
+def read_checked(descriptor: int, offset: int, expected: int, out: memoryview) -> bool:
+    """Fill `out` with the file's bytes from `offset` => whether their checksum is `expected`.
+
+    A second try follows a first failure: a signal may cut a read short on a network file system.
+    """
+    for _ in range(2):
+        # No memory map: a process that reads a mapped file dies (SIGBUS) when it was truncated.
+        if os.preadv(descriptor, [out], offset) == len(out) and checksum(out) == expected:
+            return True
+    return False
 
 
 def _open_shard(

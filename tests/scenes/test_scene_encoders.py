@@ -1,4 +1,4 @@
-"""The shipped encoders, measured on scenes that their training never saw."""
+"""The shipped VAE and CLIP reach their quality on scenes outside their training set."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from ifvit.scenes.drawings import render_sampled_scene
 from ifvit.scenes.score import score_image
 
 ENCODERS = Path(ifvit.scenes.__file__).parent / "encoders"
-DRAWN = [render_sampled_scene(seed=41, image_id=number) for number in range(96)]
+RENDERED = [render_sampled_scene(seed=41, image_id=number) for number in range(96)]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def vae() -> Autoencoder:
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     """(N, 3, 64, 64) in [-1, 1]."""
-    stacked = np.stack([drawn.image for drawn in DRAWN])
+    stacked = np.stack([rendered.image for rendered in RENDERED])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -62,7 +62,9 @@ def test_reconstruction_reaches_26_db(images: Tensor, decoded: Tensor) -> None:
 
 def test_reconstructions_are_scored_like_the_originals(decoded: Tensor) -> None:
     pixels = ((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    scores = [score_image(image, drawn.scene) for image, drawn in zip(pixels, DRAWN, strict=True)]
+    scores = [
+        score_image(image, rendered.scene) for image, rendered in zip(pixels, RENDERED, strict=True)
+    ]
     for name in ("count", "colour", "kind", "relation"):
         values = [getattr(score, name) for score in scores if getattr(score, name) is not None]
         assert sum(values) / len(values) >= 0.95, name
@@ -71,8 +73,8 @@ def test_reconstructions_are_scored_like_the_originals(decoded: Tensor) -> None:
 def test_every_word_of_the_captions_is_one_token() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(ENCODERS / "clip")
     length = load_text_encoder("scenes/clip").context_shape[0]
-    for drawn in DRAWN:
-        for caption in write_captions(drawn.scene):
+    for rendered in RENDERED:
+        for caption in write_captions(rendered.scene):
             tokens = tokenizer(caption).input_ids
             assert len(tokens) == len(caption.split()) + 2 <= length
             assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == caption
@@ -86,14 +88,16 @@ def test_retrieval_among_16_captions_reaches_90_percent(
     rng = np.random.default_rng(0)
     with torch.no_grad():
         image_features = clip.embed_images(request.getfixturevalue(source))
-    captions = [write_captions(drawn.scene)[index % 5] for index, drawn in enumerate(DRAWN)]
+    captions = [
+        write_captions(rendered.scene)[index % 5] for index, rendered in enumerate(RENDERED)
+    ]
     similarity = image_features @ clip.embed_texts(captions).T
     num_right = 0
-    for index, drawn in enumerate(DRAWN):
-        others = [i for i, other in enumerate(DRAWN) if other.scene != drawn.scene]
+    for index, rendered in enumerate(RENDERED):
+        others = [i for i, other in enumerate(RENDERED) if other.scene != rendered.scene]
         rivals = rng.choice(others, 15, replace=False)
         num_right += int(similarity[index, index] > similarity[index, rivals].max())
-    assert num_right / len(DRAWN) >= 0.9
+    assert num_right / len(RENDERED) >= 0.9
 
 
 def test_provenance_says_how_they_were_made() -> None:

@@ -155,7 +155,7 @@ def test_a_copy_that_goes_bad_is_named_and_fetched_anew(
     reader.moments(0)
     path = tmp_path / "cache" / reader.manifest.shards[0].sha256
     path.write_bytes(bytes(path.stat().st_size))
-    message = r"shard-00000\.tar: 000000000000\.moments is damaged in the local cache; it was remo"
+    message = r"shard-00000\.tar: 000000000000\.moments is damaged in the local cache; the copy wa"
     with pytest.raises(ShardError, match=message):
         open_reader().moments(0)
     np.testing.assert_array_equal(open_reader().moments(0), samples[0].moments)

@@ -1,4 +1,4 @@
-"""2,000 random corruptions: each is an error that names file and remedy, or touches no batch."""
+"""Each of 2,000 random corruptions is an error that names file and remedy, or changes nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -58,12 +58,12 @@ CORRUPTIONS: list[Corruption] = [flip_bit, overwrite, blank, cut, extend, swap_p
 
 
 def read_everything(folder: Path) -> tuple[Array, Array, list[object]]:
-    """All that training and evaluation read: moments, both ways, contexts, metadata."""
+    """Read what training and evaluation use: moments, both ways, contexts and metadata."""
     reader = ShardReader(str(folder))
     samples = np.arange(NUM_SAMPLES)
     moments = np.empty((2, NUM_SAMPLES, *reader.manifest.moments_shape), np.float16)
-    for flipped, out in enumerate(moments):
-        reader.read_moments(samples, out, np.full(NUM_SAMPLES, bool(flipped)))
+    for hflip, out in enumerate(moments):
+        reader.read_moments(samples, out, np.full(NUM_SAMPLES, bool(hflip)))
     counts = reader.caption_counts(samples)
     every_caption = np.concatenate([np.arange(-1, count) for count in counts])
     contexts = np.empty((len(every_caption), *reader.text.context_shape), np.float16)

@@ -1,12 +1,12 @@
-"""Shards: round trip, only the needed bytes, and every kind of damage named at opening."""
+"""Datasets round-trip, reads touch only the needed bytes, and opening names every damage."""
 
 import hashlib
 import io
 import json
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -21,10 +21,8 @@ from ifvit.shards import (
     write_manifest,
 )
 from ifvit.shards import cache as shard_files
-from ifvit.shards import reader as shard_reader
 from ifvit.shards.cache import read_index
-from ifvit.shards.format import ShardIndex, parse_index, parse_metadata, read_sealed, write_sealed
-from ifvit.shards.reader import IndexTables
+from ifvit.shards.format import parse_index, parse_metadata, read_sealed, write_sealed
 
 MOMENTS_SHAPE = (8, 4, 4)
 CONTEXT_SHAPE = (5, 6)
@@ -56,7 +54,7 @@ def test_reader_returns_what_was_written(dataset: Path, samples: list[LatentSamp
         assert reader.num_captions(number) == len(sample.context)
         assert reader.moments(number).dtype == np.float16
         np.testing.assert_array_equal(reader.moments(number), sample.moments)
-        np.testing.assert_array_equal(reader.flipped(number), sample.flipped)
+        np.testing.assert_array_equal(reader.moments(number, hflip=True), sample.flipped)
         for caption, context in enumerate(sample.context):
             np.testing.assert_array_equal(reader.context(number, caption), context)
 
@@ -69,8 +67,8 @@ def test_labels_are_read_as_written(tmp_path: Path) -> None:
     assert reader.metadata(3) == samples[3].metadata
     with pytest.raises(ShardError, match="holds class labels, not captions"):
         reader.context(0, 0)
-    with pytest.raises(ShardError, match="holds no mirrored images"):
-        reader.flipped(0)
+    with pytest.raises(ShardError, match="holds no horizontally flipped images"):
+        reader.moments(0, hflip=True)
 
 
 def test_a_batch_is_read_into_its_rows(dataset: Path, samples: list[LatentSample]) -> None:
@@ -109,11 +107,7 @@ def test_few_files_are_open_however_many_shards(
     assert num_open() == before
 
 
-def test_damage_is_named_where_a_batch_is_read_in_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shard_files.LocalFiles, "max_open", 2)
-    monkeypatch.setattr(shard_reader, "ROWS_AT_ONCE", 2)
+def test_damage_within_a_batch_is_named(tmp_path: Path) -> None:
     samples = make_samples(6)
     write_shards(tmp_path, samples, [1] * 6)
     tar = tmp_path / "shard-00005.tar"
@@ -142,17 +136,18 @@ def test_an_index_of_another_format_is_refused_and_nothing_unpickled(dataset: Pa
         parse_index(buffer.getvalue(), "x")
 
 
-def test_a_shards_rows_count_as_filled_when_the_last_of_them_is(dataset: Path) -> None:
-    entries = read_manifest(str(dataset)).shards
-    tables, index = IndexTables(entries), read_index(dataset, entries[1])
+def test_a_tar_that_is_truncated_while_it_is_open_is_damage_not_a_crash(dataset: Path) -> None:
+    reader = ShardReader(str(dataset))
+    reader.moments(0)
+    os.truncate(dataset / "shard-00000.tar", 2000)
+    with pytest.raises(ShardError, match=r"shard-00000\.tar: 000000000002\.moments is damaged"):
+        reader.moments(2)
 
-    class Index:
-        def __getattr__(self, name: str) -> object:
-            assert not tables.filled[1]  # another thread would read what is not there yet
-            return getattr(index, name)
 
-    tables.fill(1, cast(ShardIndex, Index()))
-    assert tables.filled.tolist() == [False, True, False]
+def test_output_with_gaps_is_refused_and_not_filled_as_a_copy(dataset: Path) -> None:
+    out = np.empty((1, *MOMENTS_SHAPE[:-1], MOMENTS_SHAPE[-1] + 1), np.float16)[..., :-1]
+    with pytest.raises(ValueError, match="copy"):
+        ShardReader(str(dataset)).read_moments(np.array([0]), out)
 
 
 def test_manifest_survives_a_round_trip(dataset: Path) -> None:

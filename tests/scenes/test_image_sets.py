@@ -1,0 +1,139 @@
+"""Image sets on disk: their layouts, equal bytes for equal arguments, foreign images kept."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.sources.class_folders import ClassFolders
+from ifvit.errors import UserError
+from ifvit.scenes.captions import parse_caption
+from ifvit.scenes.image_sets import class_scenes, render_class_set, render_scene_set
+from ifvit.scenes.score import find_objects, score_image
+
+Render = Callable[..., None]
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / "annotations" / name).read_text())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 images in class folders."""
+    folder = tmp_path_factory.mktemp("classes")
+    render_class_set(folder, "train2014", 80)
+    return folder
+
+
+def test_files_and_records_are_those_of_coco(tmp_path: Path) -> None:
+    render_scene_set(tmp_path, "val2014", 20, seed=1)
+    captions, instances = (read(tmp_path, f"{n}_val2014.json") for n in ("captions", "instances"))
+    assert {"info", "licenses", "images", "annotations"} == set(captions)
+    assert set(instances) == set(captions) | {"categories"}
+    for image in captions["images"]:
+        assert image["file_name"] == f"COCO_val2014_{image['id']:012d}.jpg"
+        with Image.open(tmp_path / "val2014" / image["file_name"]) as picture:
+            assert picture.size == (image["width"], image["height"]) == (64, 64)
+    assert len(captions["annotations"]) == 5 * 20
+    assert {"image_id", "id", "caption"} == set(captions["annotations"][0])
+    kinds = [record["name"] for record in instances["categories"]]
+    assert kinds == ["circle", "square", "triangle"]
+
+
+def test_instances_captions_and_pixels_agree(tmp_path: Path) -> None:
+    render_scene_set(tmp_path, "train2014", 20, seed=3)
+    instances = read(tmp_path, "instances_train2014.json")
+    kinds = {record["id"]: record["name"] for record in instances["categories"]}
+    scenes = {
+        record["image_id"]: parse_caption(record["caption"])
+        for record in read(tmp_path, "captions_train2014.json")["annotations"]
+    }
+    for image in instances["images"]:
+        stored = [one for one in instances["annotations"] if one["image_id"] == image["id"]]
+        assert len(stored) == sum(group.count for group in scenes[image["id"]].groups)
+        pixels = np.asarray(Image.open(tmp_path / "train2014" / image["file_name"]))
+        found = sorted((one.colour, one.kind) for one in find_objects(pixels))
+        assert found == sorted((one["colour"], kinds[one["category_id"]]) for one in stored)
+        for one in stored:
+            corners = np.reshape(one["segmentation"][0], (-1, 2))
+            x, y, width, height = one["bbox"]
+            np.testing.assert_allclose(corners.min(axis=0), (x, y), atol=0.05)
+            np.testing.assert_allclose(corners.max(axis=0), (x + width, y + height), atol=0.05)
+            assert 0.4 * width * height < one["area"] < 1.01 * width * height
+
+
+def test_no_two_splits_share_an_image_or_annotation_id(tmp_path: Path) -> None:
+    seen: dict[str, set[int]] = {"images": set(), "annotations": set()}
+    for split in ("train2014", "val2014", "train2017", "val2017"):
+        render_scene_set(tmp_path, split, 5, seed=1)
+        for part, ids in seen.items():
+            found = {record["id"] for record in read(tmp_path, f"captions_{split}.json")[part]}
+            assert not found & ids
+            ids |= found
+
+
+def test_a_class_name_is_a_caption_and_its_images_show_it(classes: Path) -> None:
+    scenes = class_scenes()
+    assert len(scenes) == 75
+    assert all(parse_caption(name.replace("_", " ")) == scene for name, scene in scenes.items())
+    assert ClassFolders(str(classes / "train2014"), None).classes == tuple(sorted(scenes))
+    paths = sorted(Path(classes, "train2014").rglob("*.jpg"))
+    assert len(paths) == 80
+    scores = [score_image(np.asarray(Image.open(p)), scenes[p.parent.name]) for p in paths]
+    assert all(score.colour and score.relation is None for score in scores)
+    assert sum(score.count and score.kind for score in scores) >= 76  # JPEG costs a shape or two
+
+
+@pytest.mark.parametrize("render", [render_scene_set, render_class_set])
+def test_the_arguments_decide_the_bytes(render: Render, tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("two", 1), ("other", 2)):
+        render(tmp_path / name, "train2014", 30, seed=seed)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert contents(tmp_path / "one") != contents(tmp_path / "other")
+    render(tmp_path / "one", "val2014", 30, seed=1)
+    splits = [contents(tmp_path / "one" / split) for split in ("train2014", "val2014")]
+    assert not set(splits[0].values()) & set(splits[1].values())
+
+
+@pytest.mark.parametrize("render", [render_scene_set, render_class_set])
+def test_a_finished_set_is_kept_and_any_other_is_rendered_again(
+    render: Render, tmp_path: Path
+) -> None:
+    render(tmp_path, "train2014", 10, seed=1)
+    finished = contents(tmp_path)
+    image = next((tmp_path / "train2014").rglob("*.jpg"))
+    time = image.stat().st_mtime_ns
+    render(tmp_path, "train2014", 10, seed=1)
+    assert image.stat().st_mtime_ns == time
+    image.unlink()
+    last = "captions" if render is render_scene_set else "classes"
+    (tmp_path / "annotations" / f"{last}_train2014.json").unlink()
+    render(tmp_path, "train2014", 10, seed=1)
+    assert contents(tmp_path) == finished
+    render(tmp_path, "train2014", 4, seed=1)
+    assert len(list((tmp_path / "train2014").rglob("*.jpg"))) == 4
+
+
+@pytest.mark.parametrize("render", [render_scene_set, render_class_set])
+def test_images_of_another_origin_are_never_touched(render: Render, tmp_path: Path) -> None:
+    own = tmp_path / "train2014" / "COCO_train2014_000000000009.jpg"
+    own.parent.mkdir()
+    own.write_bytes(b"mine")
+    with pytest.raises(UserError, match="another origin"):
+        render(tmp_path, "train2014", 10, seed=1)
+    assert own.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("split", "count"), [("test2015", 5), ("train2014", 0)])
+def test_an_impossible_set_is_a_user_error(tmp_path: Path, split: str, count: int) -> None:
+    with pytest.raises(UserError, match="need a split of"):
+        render_scene_set(tmp_path, split, count, seed=1)
