@@ -33,20 +33,20 @@ from ifvit.analysis.attention_maps import (
     write_attention,
 )
 from ifvit.analysis.config import AttentionConfig
+from ifvit.diffusion.sampler import ConditionBatch, sample_latents
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import short_names
 from ifvit.figures import INK, RUN_COLOURS, house_style, to_png
 from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo, find_weights, load_weights, run_of, step_name
 from ifvit.process_group import choose_device
-from ifvit.sampling.conditions import (
+from ifvit.sampling.generate import read_prompt_file
+from ifvit.sampling.load import (
     check_identity,
     open_text_encoder,
     require_text_encoder,
     weights_sha256,
 )
-from ifvit.sampling.generate import read_prompt_file
-from ifvit.sampling.sampler import ConditionOf, sample_latents
 from ifvit.shards import ShardReader
 
 _CELL = 1.25
@@ -148,10 +148,10 @@ _NUM_OF_SHARDS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Captions, their contexts by position, and the null context (M, D)."""
+    """N captions, their contexts (N, M, D), and the null context (M, D)."""
 
     texts: list[str]
-    context_of: ConditionOf
+    contexts: torch.Tensor
     null_context: torch.Tensor
 
 
@@ -235,10 +235,14 @@ def record_layers(
     positions = torch.arange(len(prompts.texts))
     with tqdm(total=len(positions), unit="prompt", desc="attend", leave=False) as progress:
         for batch in torch.split(positions, config.sampling.batch_size):
-            context = prompts.context_of(batch).to(backbone.device)
             rows = PromptRows(len(batch), inside)
             with watch_attention(backbone, rows):
-                sample_latents(backbone, context, null_text, batch, config.sampling)
+                sample_latents(
+                    backbone,
+                    ConditionBatch(positions=batch, condition=prompts.contexts[batch]),
+                    null_text,
+                    config.sampling,
+                )
             for layer, mean in zip(layers, rows.means(), strict=True):
                 layer.add(mean)
             progress.update(len(batch))
@@ -301,7 +305,12 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
         encoder = open_text_encoder(info, device)
         return Prompts(
             texts=texts,
-            context_of=lambda positions: encoder.encode([texts[p] for p in positions.tolist()]),
+            contexts=torch.cat(
+                [
+                    encoder.encode(texts[start : start + config.sampling.batch_size])
+                    for start in range(0, len(texts), config.sampling.batch_size)
+                ]
+            ),
             null_context=encoder.null_context(),
         )
     reader = ShardReader(config.shards)
@@ -313,12 +322,9 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
             f"{reader.url}: {len(reader)} images, num_prompts asks for {count}; lower it"
         )
 
-    def read_contexts(positions: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.stack([reader.context(p, 0) for p in positions.tolist()]))
-
     return Prompts(
         texts=[reader.metadata(position).captions[0] for position in range(count)],
-        context_of=read_contexts,
+        contexts=torch.from_numpy(np.stack([reader.context(p, 0) for p in range(count)])),
         null_context=torch.from_numpy(np.array(reader.null_context)),
     )
 

@@ -18,7 +18,6 @@ from ifvit.errors import UserError
 from ifvit.evaluation.metrics import RunningStatistics
 from ifvit.models.attention import Attend, logits_of
 from ifvit.models.uvit import FusionUViT
-from ifvit.sampling.config import nest_settings
 
 Floats = NDArray[np.float64]
 
@@ -134,7 +133,7 @@ def read_attention(url: str) -> AttentionSummary:
             _layer(layer, image_map, next(texts) if layer["text"] else None)
             for layer, image_map in zip(stored.pop("layers"), arrays["image"], strict=True)
         )
-        protocol = AttentionProtocol(**nest_settings(stored.pop("protocol")))
+        protocol = AttentionProtocol(**stored.pop("protocol"))
         return AttentionSummary(**stored, protocol=protocol, layers=layers)
     except (KeyError, TypeError, AttributeError, ValueError, BadZipFile) as error:
         raise UserError(f"{url}: not an analysis of attention ({error}); analyze again") from None

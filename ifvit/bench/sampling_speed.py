@@ -16,13 +16,14 @@ from ifvit.bench.measurement import (
     print_result,
     seconds_on,
 )
+from ifvit.diffusion.config import Guidance
+from ifvit.diffusion.guidance import GuidedNoisePredictor
+from ifvit.diffusion.solvers import NoisePredictor
 from ifvit.models.backbone import Backbone
 from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
 from ifvit.process_group import choose_device
-from ifvit.sampling.config import Guidance
-from ifvit.sampling.guidance import GuidedNoisePredictor, compile_backbone
-from ifvit.sampling.solvers import NoisePredictor
+from ifvit.sampling.load import compile_backbone
 from ifvit.training.timing import device_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

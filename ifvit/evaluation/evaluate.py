@@ -29,8 +29,7 @@ from ifvit.evaluation.rows import (
     write_row,
 )
 from ifvit.evaluation.sample_set import (
-    Model,
-    draw_missing,
+    generate_missing,
     open_model,
     read_prompts,
     read_samples,
@@ -41,6 +40,7 @@ from ifvit.models.weights import find_weights, run_of, step_name
 from ifvit.process_group import ProcessGroup, choose_device, open_process_group, show_progress
 from ifvit.sampling.alignment.methods import date_updates
 from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.load import Model
 from ifvit.scenes.score import SceneScore
 from ifvit.shards import ShardReader
 
@@ -95,7 +95,7 @@ class Evaluator:
         world = self._channel.world
         share = self.prompts[task::num_tasks][world.rank :: world.size]
         protocol = replace(self._config.protocol, sampling=sampling)
-        seconds = draw_missing(folder, model, self._reader, share, protocol)
+        seconds = generate_missing(folder, model, self._reader, share, protocol)
         if num_tasks > 1 and world.is_main:
             sys.stdout.write(f"{folder}: share {task} of {num_tasks} is drawn\n")
         return seconds

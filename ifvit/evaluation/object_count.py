@@ -4,11 +4,9 @@ FOLDER/step_XXXXXXXX.json is the row of one checkpoint, FOLDER/step_XXXXXXXX/ ha
 """
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,10 @@ from ifvit.evaluation.config import ObjectCountConfig
 from ifvit.evaluation.detectors import CountingRule, ObjectCounter
 from ifvit.evaluation.estimates import Estimate, estimate_mean, estimate_share
 from ifvit.evaluation.object_prompts import CountPrompt
-from ifvit.models.weights import find_weights, load_weights, run_of, step_name
-from ifvit.sampling.config import GenerateConfig, nest_settings
-from ifvit.sampling.generate import generate
+from ifvit.models.weights import find_weights, run_of, step_name
+from ifvit.process_group import choose_device
+from ifvit.sampling.generate import generate_prompts
+from ifvit.sampling.load import load_model
 from ifvit.sampling.samples import image_name, image_url, missing_images, read_images
 
 _IMAGES_AT_ONCE = 8
@@ -125,25 +124,14 @@ def draw_objects(
 
     Raises UserError when it holds images of other settings, and whatever `generate` refuses.
     """
-    backbone, info = load_weights(run)
-    images = storage.join(folder, step_name(info.step))
-    with tempfile.TemporaryDirectory(prefix="ifvit-") as scratch:
-        listed = Path(scratch, "prompts.txt")
-        listed.write_text("\n".join(one.prompt for one in prompts))
-        generate(
-            GenerateConfig(
-                **vars(config.sampling),
-                weights=run,
-                prompts=str(listed),
-                output=images,
-                num_images=config.num_images,
-                device=config.device,
-            )
-        )
+    model = load_model(run, choose_device(config.device))
+    images = storage.join(folder, step_name(model.info.step))
+    texts = [one.prompt for one in prompts]
+    generate_prompts(model, texts, config.sampling, images, config.num_images)
     return DrawnObjects(
         run=run,
         images=images,
-        backbone=asdict(backbone.config),
+        backbone=asdict(model.backbone.config),
         is_complete=not missing_images(images, range(config.num_images * len(prompts))),
     )
 
@@ -213,7 +201,7 @@ def read_object_count(url: str) -> ObjectCountRow:
     """Read what `write_object_count` wrote. Raises UserError when the file is something else."""
     stored: dict[str, Any] = storage.read_json(url)
     try:
-        protocol = nest_settings(stored["protocol"])
+        protocol = stored["protocol"]
         rule = CountingRule(**protocol["rule"])
         parts = {
             "protocol": ObjectCountProtocol(**{**protocol, "rule": rule}),

@@ -10,24 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ifvit import storage
+from ifvit.diffusion.sampler import ConditionBatch, generate_images
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.references import find_image, read_reference
 from ifvit.images import Pixels, encode_png, make_grid
-from ifvit.models.backbone import Backbone
-from ifvit.models.weights import WeightsInfo, load_weights
 from ifvit.rng import Stream, uniform_array
 from ifvit.sampling.alignment.methods import build_method
-from ifvit.sampling.conditions import (
+from ifvit.sampling.load import (
+    Model,
     check_identity,
-    open_autoencoder,
+    load_model,
+    load_sampler,
     require_text_encoder,
-    weights_sha256,
 )
-from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.sampling.samples import (
     claim_folder,
     image_name,
@@ -141,66 +139,60 @@ def read_samples(folder: str, prompts: list[Prompt], batch_size: int) -> Iterato
         yield read_images(image_url(folder, prompt.position) for prompt in batch)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """Weights ready to draw, and what they are."""
-
-    url: str
-    sampler: Sampler
-    info: WeightsInfo
-    sha256: str
-
-
 def open_model(weights: str, reader: ShardReader, device: str) -> Model:
-    """Load a weights folder and its autoencoder.
+    """Load a weights folder.
 
     Raises UserError for shards of other encoders than the backbone's, or of another size.
     """
-    backbone, info = load_weights(weights)
-    _check_fit(backbone, info, reader)
-    digest = weights_sha256(backbone)
-    backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
-    classes = reader.manifest.classes
-    sampler = Sampler(
-        backbone=backbone,
-        autoencoder=open_autoencoder(info, device),
-        null_condition=torch.tensor(len(classes))
-        if classes
-        else torch.from_numpy(np.array(reader.null_context)),
-        scaling_factor=info.scaling_factor,
-    )
-    return Model(url=weights, sampler=sampler, info=info, sha256=digest)
+    model = load_model(weights, device)
+    _check_fit(model, reader)
+    return model
 
 
-def draw_missing(
+def generate_missing(
     folder: str,
     model: Model,
     reader: ShardReader,
     prompts: list[Prompt],
     protocol: ProtocolConfig,
 ) -> float | None:
-    """Draw the prompts whose PNG is not in `folder` yet; seconds per image, None if all are there.
+    """Generate the images of `prompts` that `folder` lacks; return the seconds per image.
 
-    Raises UserError when the folder holds images of other settings, so that none is lost.
+    Returns None if no image was missing. Raises UserError when the folder holds images of other
+    settings, so that none is lost.
     """
     claim_folder(folder, _describe(model, reader, protocol))
-    drawn = {prompt.position: prompt for prompt in prompts}
-    positions = missing_images(folder, drawn)
-
-    def captions_of(batch: Tensor) -> list[str]:
-        return [drawn[position].text for position in batch.tolist()]
-
-    def condition_of(batch: Tensor) -> Tensor:
-        if reader.manifest.classes:
-            return torch.tensor([drawn[position].caption for position in batch.tolist()])
-        contexts = [reader.context(p, drawn[p].caption) for p in batch.tolist()]
-        return torch.from_numpy(np.stack(contexts))
-
+    wanted = {prompt.position: prompt for prompt in prompts}
+    missing = [wanted[position] for position in missing_images(folder, wanted)]
+    if not missing:
+        return None
     started = time.perf_counter()
-    method_of = build_method(protocol.sampling, model.sampler, model.info, captions_of)
-    images = generate_images(model.sampler, condition_of, positions, protocol.sampling, method_of)
-    write_images(folder, positions, images)
-    return (time.perf_counter() - started) / len(positions) if positions else None
+    classes = reader.manifest.classes
+    null = torch.tensor(len(classes)) if classes else torch.tensor(np.array(reader.null_context))
+    sampler = load_sampler(model, null)
+    method = build_method(protocol.sampling, sampler, model.info)
+    batches = _read_batches(reader, missing, protocol.sampling.batch_size)
+    images = generate_images(sampler, batches, protocol.sampling, method)
+    write_images(folder, [prompt.position for prompt in missing], images)
+    return (time.perf_counter() - started) / len(missing)
+
+
+def _read_batches(
+    reader: ShardReader, prompts: list[Prompt], batch_size: int
+) -> Iterator[ConditionBatch]:
+    """Read the conditions of the prompts from the shards, one batch at a time."""
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        if reader.manifest.classes:
+            condition = torch.tensor([prompt.caption for prompt in batch])
+        else:
+            contexts = [reader.context(prompt.position, prompt.caption) for prompt in batch]
+            condition = torch.from_numpy(np.stack(contexts))
+        yield ConditionBatch(
+            positions=torch.tensor([prompt.position for prompt in batch]),
+            condition=condition,
+            prompts=[prompt.text for prompt in batch],
+        )
 
 
 def _describe(model: Model, reader: ShardReader, protocol: ProtocolConfig) -> dict[str, object]:
@@ -213,9 +205,9 @@ def _describe(model: Model, reader: ShardReader, protocol: ProtocolConfig) -> di
     }
 
 
-def _check_fit(backbone: Backbone, info: WeightsInfo, reader: ShardReader) -> None:
+def _check_fit(model: Model, reader: ShardReader) -> None:
     """Raise UserError unless the shards hold what the backbone was trained on, in its shape."""
-    manifest = reader.manifest
+    manifest, info, backbone = reader.manifest, model.info, model.backbone
     check_identity(f"{reader.url}: vae", manifest.vae, info.vae)
     if manifest.classes != info.classes:
         raise UserError(

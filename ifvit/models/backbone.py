@@ -4,6 +4,7 @@ Shapes: B batch, C latent channels, S latent size, L image tokens, M condition t
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,6 +42,29 @@ class EncodedCondition:
     """Per fused block, in order of use; None where tokens join the sequence, or do not enter it."""
     pooled: Tensor | None = None
     """(B, D): what modulates blocks together with time, where they are modulated."""
+
+    def expand(self, num_rows: int) -> "EncodedCondition":
+        """Return the only row `num_rows` times, without a copy; as many rows stay as they are."""
+        return _map_tensors(lambda x: x.expand(num_rows, *x.shape[1:]), self)
+
+    def append(self, other: "EncodedCondition") -> "EncodedCondition":
+        """Return these rows followed by those of `other`."""
+        return _map_tensors(lambda *pair: torch.cat(pair), self, other)
+
+
+def _map_tensors(function: Callable[..., Tensor], *encoded: EncodedCondition) -> EncodedCondition:
+    """Apply `function` to the tensors of the same field and block."""
+
+    def map_block(*blocks: KeysValues | None) -> KeysValues | None:
+        keys_values = list(zip(*(block for block in blocks if block), strict=True))
+        return (function(*keys_values[0]), function(*keys_values[1])) if keys_values else None
+
+    pooled = [one.pooled for one in encoded if one.pooled is not None]
+    return EncodedCondition(
+        tokens=function(*(one.tokens for one in encoded)),
+        keys_values=tuple(map(map_block, *(one.keys_values for one in encoded))),
+        pooled=function(*pooled) if pooled else None,
+    )
 
 
 class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their config_name differs

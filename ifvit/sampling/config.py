@@ -1,9 +1,10 @@
 """Settings of the two methods that align images with their captions; imports no torch."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, SupportsFloat
+from typing import Any, Literal
+
+from ifvit.diffusion.config import SolverConfig
 
 Mass = Literal["preserve", "free"]
 MethodName = Literal["plain", "date", "regulate", "both"]
@@ -72,54 +73,20 @@ class RegulationConfig:
             )
 
 
-SolverName = Literal["dpm_solver_pp", "dpm_solver_pp_fast", "ddim", "euler", "unipc"]
-
-_ACTS_IN = {"date": ("date", "both"), "regulation": ("regulate", "both")}
-"""Settings of an alignment method, and the `method`s that use them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """eps_uncond + scale (eps_cond - eps_uncond) at timesteps low ... high, eps_cond elsewhere."""
-
-    scale: float
-    low: float = 0.0
-    high: float = 999.0
-
-    def applies_at(self, timestep: SupportsFloat) -> bool:
-        """Whether eps_uncond is needed at all at this timestep (0 ... 999).
-
-        A tensor is read, for which the host waits for its device, only if the answer depends on it.
-        """
-        everywhere = self.low <= 0.0 and self.high >= 999.0
-        return self.scale != 1.0 and (everywhere or self.low <= float(timestep) <= self.high)
+_USED_BY: dict[str, tuple[MethodName, ...]] = {
+    "date": ("date", "both"),
+    "regulation": ("regulate", "both"),
+}
+"""Fields of SamplingConfig that only some methods read, with these methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """Solver, guidance and seed: all that decides what an image looks like besides the weights."""
-
-    solver: SolverName = "dpm_solver_pp"
-    """ODE solver, all deterministic: DPM-Solver++ of order 2 (multistep), U-ViT's "fast" one of
-    order 3 (singlestep), DDIM, Euler or UniPC."""
-
-    num_steps: int = 50
-    """Evaluations of the backbone per image (under guidance: of both halves together)."""
-
-    guidance_scale: float = 2.0
-    """w in eps = eps_uncond + w (eps_cond - eps_uncond); 1 turns guidance off. The scale s that
-    the paper and U-ViT print is w - 1."""
-
-    guidance_low: float = 0.0
-    """Guidance is left out at timesteps below this one (0 … 999, 0 is clean); cheaper, and less
-    saturated images (Kynkäänniemi et al. 2024)."""
-
-    guidance_high: float = 999.0
-    """Guidance is left out at timesteps above this one."""
+class SamplingConfig(SolverConfig):
+    """Everything that decides an image besides weights, prompt and position, and the batch size."""
 
     method: MethodName = "plain"
-    """What brings image and prompt together while sampling: nothing, DATE, attention regulation
-    or both."""
+    """Training-free alignment of images with their prompts: none, DATE, attention regulation or
+    both."""
 
     date: DateConfig = field(default_factory=DateConfig)
     """Settings of DATE."""
@@ -127,60 +94,26 @@ class SamplingConfig:
     regulation: RegulationConfig = field(default_factory=RegulationConfig)
     """Settings of attention regulation."""
 
-    seed: int = 0
-    """With the position of an image in the run, decides its initial noise."""
-
     batch_size: int = 64
-    """Images drawn together; changes speed and memory, not the images."""
+    """Images generated together. Changes speed and memory, not the images."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no solver can use."""
-        if not 2 <= self.num_steps <= 999:
-            raise ValueError(f"num_steps {self.num_steps} is not between 2 and 999")
+        """Raise ValueError for values that no solver can use."""
+        super().__post_init__()
         if self.batch_size < 1:
             raise ValueError(f"batch_size {self.batch_size} is less than 1")
-        if self.guidance_low > self.guidance_high:
-            raise ValueError(
-                f"guidance_low {self.guidance_low} is above guidance_high {self.guidance_high}"
-            )
-
-    @property
-    def guidance(self) -> Guidance:
-        """The three guidance settings in one."""
-        return Guidance(scale=self.guidance_scale, low=self.guidance_low, high=self.guidance_high)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides an image besides weights, prompt and position, as JSON gives it back.
+        """Everything that decides an image besides weights, prompt and position, as JSON values.
 
-        Without the settings of alignment methods that do not act.
+        These settings are stored with images and metrics. Settings of methods that are not used
+        are left out.
         """
-        given = json.loads(json.dumps(asdict(self)))  # lists for tuples
+        given = json.loads(json.dumps(asdict(self)))  # JSON has lists in place of tuples
         names = {field.name for field in fields(SamplingConfig)} - {"batch_size"}
-        return _without_idle({name: given[name] for name in given if name in names})
-
-
-def nest_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """A stored record whose field `sampling` is `SamplingConfig.settings`.
-
-    Older records have these among their other fields, or with those of idle methods.
-    """
-    names = {field.name for field in fields(SamplingConfig)}
-    others = {name: value for name, value in record.items() if name not in names}
-    flat = {name: value for name, value in record.items() if name in names}
-    settings = {"method": "plain"} | record.get("sampling", {}) | flat
-    return others | {"sampling": _without_idle(settings)}
-
-
-def flatten_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with its settings of sampling among its other fields."""
-    settings: dict[str, Any] = record.get("sampling", {})
-    return {name: value for name, value in record.items() if name != "sampling"} | settings
-
-
-def _without_idle(settings: dict[str, Any]) -> dict[str, Any]:
-    idle = {name for name, methods in _ACTS_IN.items() if settings["method"] not in methods}
-    return {name: value for name, value in settings.items() if name not in idle}
+        unused = {name for name, methods in _USED_BY.items() if self.method not in methods}
+        return {name: value for name, value in given.items() if name in names - unused}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from ifvit import storage
+from ifvit.diffusion.solvers import SOLVERS
 from ifvit.models.config import BackboneConfig, FusionUViTConfig
 from ifvit.models.pretrained import upload_pretrained
 from ifvit.models.weights import WeightsInfo, find_weights, load_weights, run_of, step_name
-from ifvit.sampling.conditions import open_autoencoder, open_text_encoder, weights_sha256
-from ifvit.sampling.config import ExportConfig, flatten_settings
+from ifvit.sampling.config import ExportConfig
+from ifvit.sampling.load import open_autoencoder, open_text_encoder, weights_sha256
 from ifvit.sampling.pipeline import FusionPipeline
-from ifvit.sampling.solvers import SOLVERS
 from ifvit.shards import ShardError, read_manifest
 
 _HEAD = """\
@@ -133,7 +133,8 @@ def _describe_row(row: Mapping[str, Any]) -> str:
         for name, entry in row.items()
         if isinstance(entry, dict) and "standard_error" in entry
     }
-    return _table(measured) + "\nProtocol:\n" + _table(flatten_settings(row["protocol"]))
+    protocol = {name: value for name, value in row["protocol"].items() if name != "sampling"}
+    return _table(measured) + "\nProtocol:\n" + _table(protocol | row["protocol"]["sampling"])
 
 
 def _table(rows: Mapping[str, object]) -> str:

@@ -1,29 +1,33 @@
-"""The verb `generate`: prompts and trained weights => PNG files and samples.jsonl."""
+"""The verb `generate`: prompts and trained weights => PNG files, samples.jsonl and a grid.
+
+Object counting calls `generate_prompts` with its own prompts.
+"""
 
 import json
 import math
 import sys
+from collections.abc import Iterator
 from hashlib import sha256
-from typing import Any
 
-from torch import Tensor
+import torch
 
 from ifvit import storage
+from ifvit.diffusion.sampler import ConditionBatch, generate_images
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
-from ifvit.models.weights import WeightsInfo, load_weights
+from ifvit.models.weights import WeightsInfo
 from ifvit.process_group import choose_device
 from ifvit.sampling.alignment.methods import build_method
-from ifvit.sampling.conditions import (
+from ifvit.sampling.config import GenerateConfig, SamplingConfig
+from ifvit.sampling.load import (
+    Conditions,
+    Model,
+    load_conditions,
+    load_model,
+    load_sampler,
     number_classes,
-    open_autoencoder,
-    open_conditions,
-    weights_sha256,
 )
-from ifvit.sampling.config import GenerateConfig
-from ifvit.sampling.guidance import compile_backbone
-from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.sampling.samples import (
     claim_folder,
     image_name,
@@ -35,116 +39,109 @@ from ifvit.sampling.samples import (
 )
 
 _MAX_GRID = 64
+"""Images in grid.png."""
 
 
 def generate(config: GenerateConfig) -> list[str]:
-    """Draw `num_images` per prompt; returns the URLs of the PNG files in order.
+    """Generate `num_images` images per prompt; return the URLs of the PNG files in order.
 
-    Image k of prompt i has position k * num_prompts + i, so asking for more images of the same
-    prompts keeps the first ones. Images that are there already are not drawn again, and several
-    processes (torchrun, srun) draw a share each; the last to finish writes samples.jsonl.
-    Raises UserError for missing prompts, weights or encoders, or for images of other settings.
+    Raises UserError for missing prompts, weights or encoders, and as `generate_prompts`.
     """
-    prompts = _read_prompts(config)
-    world = World.from_environment()
-    device = choose_device(config.device)
-    backbone, info = load_weights(config.weights)
-    backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
-    if config.compile:
-        compile_backbone(backbone)
-    _check_prompts(config, info, prompts)
-    conditions = open_conditions(info, device)
-    sampler = Sampler(
-        backbone=backbone,
-        autoencoder=open_autoencoder(info, device),
-        null_condition=conditions.null,
-        scaling_factor=info.scaling_factor,
-    )
+    model = load_model(config.weights, choose_device(config.device), compile=config.compile)
+    prompts = _read_prompts(config, model.info)
+    return generate_prompts(model, prompts, config, config.output, config.num_images)
 
-    def prompts_of(positions: Tensor) -> list[str]:
-        return [prompts[position % len(prompts)] for position in positions.tolist()]
 
-    def condition_of(positions: Tensor) -> Tensor:
-        return conditions.encode(prompts_of(positions))
+def generate_prompts(
+    model: Model, prompts: list[str], config: SamplingConfig, output: str, num_images: int
+) -> list[str]:
+    """Generate `num_images` images per prompt in `output`; return their URLs in order.
 
+    Image k of prompt i has position k * num_prompts + i, so the first images stay when more images
+    of the same prompts are requested. Existing images are kept. Several processes (torchrun, srun)
+    generate a partition each; the last one to finish writes samples.jsonl and the grid.
+    Raises UserError if `output` holds images of other settings.
+    """
+    conditions = load_conditions(model.info, str(model.backbone.device))
+    sampler = load_sampler(model, conditions.null)
+    method = build_method(config, sampler, model.info)
     settings = config.settings | {
-        "weights_sha256": weights_sha256(backbone),
-        "step": info.step,
-        "ema_decay": info.ema_decay,
+        "weights_sha256": model.sha256,
+        "step": model.info.step,
+        "ema_decay": model.info.ema_decay,
     }
-    claim = settings | {"prompts_sha256": sha256(json.dumps(prompts).encode()).hexdigest()}
-    method_of = build_method(config, sampler, info, prompts_of)
-    claim_folder(config.output, claim)
-    positions = range(len(prompts) * config.num_images)
-    share = missing_images(config.output, positions[world.rank :: world.size])
-    batches = generate_images(sampler, condition_of, share, config, method_of)
-    write_images(config.output, share, batches)
+    digest = sha256(json.dumps(prompts).encode()).hexdigest()
+    claim_folder(output, settings | {"prompts_sha256": digest})
 
-    urls = [image_url(config.output, position) for position in positions]
-    num_missing = len(missing_images(config.output, positions))
-    if num_missing:
-        sys.stdout.write(f"{num_missing} of {len(urls)} images are left to other processes\n")
-    else:
-        _write_overview(config, prompts, settings, urls)
-    return urls
+    world = World.from_environment()
+    positions = range(len(prompts) * num_images)
+    partition = missing_images(output, positions[world.rank :: world.size])
+    batches = _read_batches(prompts, conditions, partition, config.batch_size)
+    write_images(output, partition, generate_images(sampler, batches, config, method))
 
-
-def _write_overview(
-    config: GenerateConfig, prompts: list[str], settings: dict[str, Any], urls: list[str]
-) -> None:
-    """samples.jsonl and the grid, once every image is there."""
+    urls = [image_url(output, position) for position in positions]
+    if num_missing := len(missing_images(output, positions)):
+        sys.stdout.write(f"{num_missing} of {len(urls)} images are left to the other processes\n")
+        return urls
     rows = (
         {
             "file": image_name(position),
             "prompt": prompts[position % len(prompts)],
             "position": position,
-            "weights": config.weights,
+            "weights": model.url,
             **settings,
         }
-        for position in range(len(urls))
+        for position in positions
     )
-    write_jsonl(storage.join(config.output, "samples.jsonl"), rows)
-    _write_grid(config.output, urls)
-    sys.stdout.write(f"{len(urls)} images in {config.output}\n")
-
-
-def _write_grid(folder: str, urls: list[str]) -> None:
-    """The first images of several side by side."""
+    write_jsonl(storage.join(output, "samples.jsonl"), rows)
     if len(urls) > 1:
         shown = read_images(urls[:_MAX_GRID])
         grid = make_grid(shown, math.ceil(math.sqrt(len(shown))))
-        storage.write_bytes(storage.join(folder, "grid.png"), encode_png(grid))
+        storage.write_bytes(storage.join(output, "grid.png"), encode_png(grid))
+    sys.stdout.write(f"{len(urls)} images in {output}\n")
+    return urls
 
 
-def read_prompt_file(url: str) -> list[str]:
-    """The lines of a text file that are not empty. Raises UserError for one without any."""
-    try:
-        lines = storage.read_bytes(url).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{url}: not UTF-8 text ({error}); convert it") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{url}: no prompts in it; write one a line")
+def _read_batches(
+    prompts: list[str], conditions: Conditions, positions: list[int], batch_size: int
+) -> Iterator[ConditionBatch]:
+    """Encode the prompts of `positions`, one batch at a time."""
+    for start in range(0, len(positions), batch_size):
+        batch = positions[start : start + batch_size]
+        texts = [prompts[position % len(prompts)] for position in batch]
+        yield ConditionBatch(
+            positions=torch.tensor(batch), condition=conditions.encode(texts), prompts=texts
+        )
+
+
+def _read_prompts(config: GenerateConfig, info: WeightsInfo) -> list[str]:
+    """Return the prompts or classes of the command.
+
+    Raises UserError for captions when the weights need classes, for classes when they need
+    captions, for an unknown class and for an unusable file.
+    """
+    if config.classes and info.text_encoder:
+        raise UserError(f"{config.weights}: trained on captions; give --prompt, not --class")
+    if config.prompt is not None and info.text_encoder is None:
+        raise UserError(
+            f"{config.weights}: trained on classes; give --class, not --prompt, "
+            f"for example --class {info.classes[0]}"
+        )
+    prompts = config.classes or [config.prompt or ""]
+    if config.prompts is not None:
+        prompts = read_prompt_file(config.prompts)
+    if info.text_encoder is None:
+        number_classes(info.classes, prompts)
     return prompts
 
 
-def _check_prompts(config: GenerateConfig, info: WeightsInfo, prompts: list[str]) -> None:
-    """Raise UserError for prompts of the other kind than the weights draw, or unknown classes."""
-    if config.classes and info.text_encoder:
-        raise UserError(f"{config.weights}: draws captions, not classes; give --prompt")
-    if config.prompt is not None and info.text_encoder is None:
-        raise UserError(
-            f"{config.weights}: draws classes, not captions; give --class, "
-            f"for example {info.classes[0]}"
-        )
-    if info.text_encoder is None:
-        number_classes(info.classes, prompts)
-
-
-def _read_prompts(config: GenerateConfig) -> list[str]:
-    if config.classes:
-        return config.classes
-    if config.prompt is not None:
-        return [config.prompt]
-    assert config.prompts is not None
-    return read_prompt_file(config.prompts)
+def read_prompt_file(url: str) -> list[str]:
+    """Read the non-empty lines of a text file. Raises UserError if there are none."""
+    try:
+        lines = storage.read_bytes(url).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{url}: not UTF-8 text ({error}); convert the file") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{url}: no prompts in this file; write one per line")
+    return prompts

@@ -17,14 +17,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ifvit import storage
+from ifvit.diffusion.config import Guidance
+from ifvit.diffusion.guidance import AlignmentMethod, GuidedNoisePredictor
+from ifvit.diffusion.solvers import step_solver
 from ifvit.models.backbone import Backbone
 from ifvit.models.clip import encode_captions
 from ifvit.models.pretrained import download_pretrained
-from ifvit.sampling.conditions import number_classes
-from ifvit.sampling.config import Guidance
-from ifvit.sampling.guidance import GuidedNoisePredictor
-from ifvit.sampling.method import AlignmentMethod
-from ifvit.sampling.solvers import step_solver
+from ifvit.sampling.load import number_classes
 
 Generators = torch.Generator | list[torch.Generator]
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ifvit import storage
 from ifvit.errors import UserError
@@ -40,12 +41,14 @@ def missing_images(folder: str, positions: Iterable[int]) -> list[int]:
 def write_images(folder: str, positions: Sequence[int], batches: Iterable[Pixels]) -> None:
     """Write POSITION.png for every image, one batch while the next one comes."""
     remaining = iter(positions)
-    with ThreadPoolExecutor(_NUM_WRITERS) as pool:
+    progress = tqdm(total=len(positions), unit="image", desc="generate", leave=False)
+    with progress, ThreadPoolExecutor(_NUM_WRITERS) as pool:
         pending: list[Future[None]] = []
         for batch in batches:
             _wait(pending)
             urls = [image_url(folder, next(remaining)) for _ in batch]
             pending = [pool.submit(_write_image, *pair) for pair in zip(urls, batch, strict=True)]
+            progress.update(len(batch))
         _wait(pending)
 
 

@@ -7,22 +7,21 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ifvit.diffusion.config import SolverConfig
+from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.build import restore_backbone
 from ifvit.models.weights import WeightsInfo, save_weights, step_name
 from ifvit.process_group import ProcessGroup
-from ifvit.sampling.conditions import open_autoencoder, open_conditions
-from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.sampler import Sampler, generate_images
+from ifvit.sampling.load import load_conditions, load_decoder
 from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes
 from ifvit.training.checkpoint import Checkpoint, Retention, commit, prune, step_url, write_part
@@ -249,14 +248,10 @@ class SampleGrid:
         self.every = config.sample_grid.every
         self._run, self._engine = config.run, engine
         reader = ShardReader(config.shards, config.cache)
-        self._conditions, null_condition = _grid_conditions(config.sample_grid, reader, info)
-        self._build_sampler = partial(
-            Sampler,
-            autoencoder=open_autoencoder(info, str(engine.device)),
-            null_condition=null_condition,
-            scaling_factor=info.scaling_factor,
-        )
-        self._sampling = SamplingConfig(
+        conditions, self._null_condition = _grid_conditions(config.sample_grid, reader, info)
+        self._batch = ConditionBatch(positions=torch.arange(len(conditions)), condition=conditions)
+        self._decode = load_decoder(info, str(engine.device))
+        self._solver = SolverConfig(
             num_steps=config.sample_grid.num_steps, guidance_scale=config.sample_grid.guidance_scale
         )
 
@@ -264,12 +259,10 @@ class SampleGrid:
         """Draw on the main process; the others wait."""
         backbone = self._engine.gather_backbone(self._engine.ema_decays[0])
         if self._engine.world.is_main:
-            sampler = self._build_sampler(backbone=backbone)
-            positions = range(len(self._conditions))
-            drawn = generate_images(
-                sampler, self._conditions.__getitem__, positions, self._sampling
+            sampler = Sampler(
+                backbone=backbone, decode=self._decode, null_condition=self._null_condition
             )
-            images = np.concatenate(list(drawn))
+            (images,) = generate_images(sampler, [self._batch], self._solver)
             name = f"{step_name(state.step)}.png"
             write_bytes(
                 join(self._run, "samples", name), encode_png(make_grid(images, _GRID_COLUMNS))
@@ -285,7 +278,7 @@ def _grid_conditions(
     Of the prompts; else of the first captions or classes, two rows full.
     """
     if config.prompts or info.text_encoder is None:
-        conditions = open_conditions(info, "cpu")
+        conditions = load_conditions(info, "cpu")
         prompts = config.prompts or info.classes[: 2 * _GRID_COLUMNS]
         return conditions.encode(list(prompts)), conditions.null
     count = min(2 * _GRID_COLUMNS, len(reader))

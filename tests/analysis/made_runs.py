@@ -11,7 +11,7 @@ from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url, write_row
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.config import PRESETS, BackboneConfig
-from ifvit.sampling.config import SamplingConfig, nest_settings
+from ifvit.sampling.config import SamplingConfig
 
 PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
 
@@ -22,12 +22,14 @@ def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsR
             value=value, standard_error=0.02, num_samples=500, low=value - 0.04, high=value + 0.04
         )
 
+    sampling = SamplingConfig(num_steps=25).settings
+    changes |= {"sampling": sampling | {k: changes.pop(k) for k in sampling.keys() & changes}}
     protocol = Protocol(
         name="scenes",
         num_samples=500,
         caption_rule="first",
         score_caption="same",
-        sampling=SamplingConfig(num_steps=25).settings,
+        sampling=sampling,
         image_size=64,
         resize="center_crop+lanczos",
         prompts_sha256="a" * 64,
@@ -44,7 +46,7 @@ def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsR
         weights_sha256="d" * 64,
         step=step,
         ema_decay=0.999,
-        protocol=Protocol(**nest_settings(protocol.facts | changes)),
+        protocol=dataclasses.replace(protocol, **changes),
         frechet_distance=estimate(0.12),
         clip_score=estimate(0.61),
         clip_score_paper=estimate(1.52),

@@ -27,13 +27,14 @@ from ifvit.analysis.attention_maps import (
     write_attention,
 )
 from ifvit.analysis.config import AttentionConfig
+from ifvit.diffusion.config import Guidance
+from ifvit.diffusion.guidance import GuidedNoisePredictor
+from ifvit.diffusion.sampler import ConditionBatch, sample_latents
 from ifvit.errors import UserError
 from ifvit.models.config import Conditioning
 from ifvit.models.layers import Attention
 from ifvit.models.uvit import FusionUViT
-from ifvit.sampling.config import Guidance, SamplingConfig
-from ifvit.sampling.guidance import GuidedNoisePredictor
-from ifvit.sampling.sampler import sample_latents
+from ifvit.sampling.config import SamplingConfig
 
 NUM_PROMPTS, NUM_TEXT, SIDE = 5, 6, 4
 CONTEXTS = torch.randn(NUM_PROMPTS, NUM_TEXT, 16, generator=torch.Generator().manual_seed(1))
@@ -41,7 +42,7 @@ NULL = torch.randn(NUM_TEXT, 16, generator=torch.Generator().manual_seed(2))
 SAMPLING = SamplingConfig(num_steps=3, guidance_scale=3.0, seed=7, batch_size=NUM_PROMPTS)
 PROMPTS = Prompts(
     texts=[f"caption {n}" for n in range(NUM_PROMPTS)],
-    context_of=CONTEXTS.__getitem__,
+    contexts=CONTEXTS,
     null_context=NULL,
 )
 SETTINGS = pytest.mark.parametrize("setting", ["early", "intermediate"])
@@ -70,7 +71,8 @@ def build_config(batch_size: int = NUM_PROMPTS, trim: int = 1) -> AttentionConfi
 
 def draw(backbone: FusionUViT) -> Tensor:
     null_text = backbone.encode_condition(NULL[None])
-    return sample_latents(backbone, CONTEXTS, null_text, torch.arange(NUM_PROMPTS), SAMPLING)
+    batch = ConditionBatch(positions=torch.arange(NUM_PROMPTS), condition=CONTEXTS)
+    return sample_latents(backbone, batch, null_text, SAMPLING)
 
 
 def record_all_at_once(backbone: FusionUViT) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from held_out_scenes import HeldOut, save_run
 from transformers import CLIPModel, CLIPTokenizer
 
+from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.errors import UserError
 from ifvit.evaluation import sample_set as draw
 from ifvit.evaluation.config import EvaluateConfig
@@ -25,7 +27,6 @@ from ifvit.images import decode_png, to_model_range
 from ifvit.models.clip import load_clip
 from ifvit.models.pretrained import resolve_pretrained
 from ifvit.sampling.config import RegulationConfig, SamplingConfig
-from ifvit.sampling.sampler import ConditionOf, Sampler, generate_images
 from ifvit.shards import EncoderIdentity, ShardReader
 
 
@@ -137,11 +138,10 @@ def test_a_random_caption_is_drawn_and_the_first_one_scored(
     assert all(prompt.score_text == prompt.text for prompt in read_prompts(reader, other))
     drawn: list[torch.Tensor] = []
 
-    def record(
-        sampler: Sampler, condition_of: ConditionOf, positions: list[int], *rest: Any
-    ) -> Any:
-        drawn.append(condition_of(torch.tensor(positions)))
-        return generate_images(sampler, condition_of, positions, *rest)
+    def record(sampler: Sampler, batches: Iterable[ConditionBatch], *rest: Any) -> Any:
+        listed = list(batches)
+        drawn.extend(batch.condition for batch in listed)
+        return generate_images(sampler, listed, *rest)
 
     monkeypatch.setattr(draw, "generate_images", record)
     (row,) = evaluate(dataclasses.replace(config, protocol=protocol, images=None))

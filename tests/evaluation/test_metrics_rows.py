@@ -85,8 +85,8 @@ def test_protocols_differ_in_all_but_names_and_say_so_in_words() -> None:
     assert differences(one, other) == [
         f"features hash none against {'f' * 12}",
         "solver dpm_solver_pp against unipc",
-        "method plain against regulate",
         "seed 0 against 7",
+        "method plain against regulate",
         f"regulation none against {sampling['regulation']}",
     ]
 

@@ -12,9 +12,9 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.models import pretrained
 from ifvit.models.weights import load_weights
-from ifvit.sampling.conditions import weights_sha256
 from ifvit.sampling.config import ExportConfig
 from ifvit.sampling.export import export
+from ifvit.sampling.load import weights_sha256
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_metrics(run: Path, weights: str) -> None:
     estimate = {"value": 0.25, "standard_error": 0.0125, "num_samples": 64}
-    row = {"weights_sha256": weights, "protocol": {"num_steps": 50}, "clip_score": estimate}
+    row = {
+        "weights_sha256": weights,
+        "protocol": {"sampling": {"num_steps": 50}},
+        "clip_score": estimate,
+    }
     storage.write_json(str(run / "evaluation/scenes/w2/step_00000003.json"), row)
 
 

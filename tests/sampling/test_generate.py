@@ -5,16 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from untrained import save_untrained
 
-from ifvit import storage
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.images import decode_png
 from ifvit.sampling.config import DateConfig, GenerateConfig
 from ifvit.sampling.generate import generate
-from ifvit.sampling.method import Change, Evaluation, MethodOf
 from ifvit.shards import EncoderIdentity
 
 
@@ -66,34 +63,6 @@ def build_config(weights: str, folder: Path, **changes: object) -> GenerateConfi
         "device": "cpu",
     }
     return GenerateConfig(**{**given, **changes})
-
-
-class Idle:
-    """A method that does nothing but count what it is asked."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def before(self, evaluation: Evaluation) -> Change:
-        self.calls += 1
-        return Change()
-
-
-def test_a_method_is_told_the_prompts_of_its_positions_and_asked_at_every_step(
-    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[list[str]] = []
-    method = Idle()
-
-    def build(*arguments: object) -> MethodOf:
-        *_, captions_of = arguments
-        told.append(captions_of(torch.tensor([4, 0])))  # type: ignore[operator]
-        return lambda positions: method
-
-    monkeypatch.setattr("ifvit.sampling.generate.build_method", build)
-    generate(build_config(weights, tmp_path))
-    assert told == [["a blue square", "two red circles"]]
-    assert method.calls == 2
 
 
 def test_images_of_other_prompts_are_not_mixed_in(weights: str, tmp_path: Path) -> None:
@@ -149,11 +118,6 @@ def test_settings_of_methods_that_do_not_act_tell_no_images_apart(
 ) -> None:
     generate(build_config(weights, tmp_path))
     generate(build_config(weights, tmp_path, date=DateConfig(radius=9.0)))
-    # As folders said it before such settings were left out.
-    url = str(tmp_path / "out/settings.json")
-    idle = {"date": {"radius": 0.5}, "regulation": {"blocks": None}}
-    storage.write_json(url, storage.read_json(url) | idle)
-    generate(build_config(weights, tmp_path))
 
 
 def test_another_encoder_than_that_of_the_training_is_refused(tmp_path: Path) -> None:

@@ -10,16 +10,17 @@ from made_backbone import SMALL_TOKENS, SMALL_UNET
 from untrained import save_untrained
 
 from ifvit.config import read_config
+from ifvit.diffusion.config import Guidance
+from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.errors import UserError
 from ifvit.models.build import build_backbone
 from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import load_weights, save_weights
 from ifvit.process_group import choose_device
-from ifvit.sampling.conditions import number_conditions
-from ifvit.sampling.config import ExportConfig, GenerateConfig, Guidance
+from ifvit.sampling.config import ExportConfig, GenerateConfig
 from ifvit.sampling.export import export
 from ifvit.sampling.generate import generate
-from ifvit.sampling.guidance import GuidedNoisePredictor
+from ifvit.sampling.load import load_conditions
 from ifvit.sampling.pipeline import FusionPipeline
 
 NAMES = ("bird", "cat", "dog")
@@ -37,8 +38,8 @@ def save(folder: Path, text: str, backbone: BackboneConfig) -> str:
     return str(folder)
 
 
-def test_the_number_behind_the_last_class_stands_for_none() -> None:
-    conditions = number_conditions(NAMES)
+def test_the_number_behind_the_last_class_stands_for_none(weights: str) -> None:
+    conditions = load_conditions(load_weights(weights)[1], "cpu")
     assert conditions.null.item() == len(NAMES)
     assert conditions.encode(["dog", "0"]).tolist() == [2, 0]
 
@@ -98,11 +99,17 @@ def test_guidance_steers_away_from_the_null_class(weights: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--class", "catt"], "class catt is none of the 3, such as cat; .* a number below 3"),
-        (["--class", "3"], "class 3 is none of the 3, such as bird, cat, dog"),
-        (["--prompt", "a cat"], "draws classes, not captions; give --class, for example bird"),
-        (["--class", "cat", "--method", "date"], "the weights draw 3 classes; methods .* captions"),
-        (["--class", "cat", "--method", "regulate"], "the weights draw 3 classes; methods"),
+        (
+            ["--class", "catt"],
+            "class catt: .* such as cat, or a number below 3",
+        ),
+        (["--class", "3"], "class 3: expected one of the 3 class names, such as bird, cat, dog"),
+        (["--prompt", "a cat"], "trained on classes; give --class, not --prompt, .* --class bird"),
+        (
+            ["--class", "cat", "--method", "date"],
+            "the weights generate 3 classes",
+        ),
+        (["--class", "cat", "--method", "regulate"], "the weights generate 3 classes"),
     ],
 )
 def test_what_classes_cannot_do_is_one_clear_error(
@@ -114,7 +121,7 @@ def test_what_classes_cannot_do_is_one_clear_error(
 
 
 def test_captions_have_no_classes(text: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="draws captions, not classes; give --prompt"):
+    with pytest.raises(UserError, match="trained on captions; give --prompt"):
         generate(config(text, tmp_path, "--class", "cat"))
 
 
@@ -129,7 +136,7 @@ def test_date_works_and_regulation_is_refused_for_another_transformer_on_caption
     weights = save(tmp_path / "weights", text, captions)
     assert generate(config(weights, tmp_path, "--prompt", "a red circle", "--method", "date"))
     words = ["--prompt", "a red circle", "--method", "regulate"]
-    with pytest.raises(UserError, match=r"the blocks of fusion_uvit, not those of token_transform"):
+    with pytest.raises(UserError, match=r"not those of a TokenTransformer"):
         generate(config(weights, tmp_path / "again", *words))
 
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ifvit.diffusion.config import Guidance
+from ifvit.diffusion.guidance import GuidedNoisePredictor
+from ifvit.diffusion.solvers import solve
 from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS, Conditioning
-from ifvit.sampling.config import Guidance
-from ifvit.sampling.guidance import GuidedNoisePredictor
-from ifvit.sampling.solvers import solve
 
 
 def draw(guidance: Guidance, conditioning: Conditioning = "concat") -> torch.Tensor:

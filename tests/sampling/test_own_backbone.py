@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ifvit.diffusion.solvers import SOLVERS
 from ifvit.models.autoencoders import load_autoencoder
 from ifvit.models.clip import load_text_encoder
 from ifvit.sampling.pipeline import FusionPipeline
-from ifvit.sampling.solvers import SOLVERS
 
 DOCS = Path(__file__).parents[2] / "docs" / "sampling.md"
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from untrained import save_untrained
 
+from ifvit.diffusion.guidance import Change, FunctionEvaluation
 from ifvit.models import pretrained
 from ifvit.rng import Stream, normal
 from ifvit.sampling.config import ExportConfig, GenerateConfig, SamplingConfig
 from ifvit.sampling.export import export
 from ifvit.sampling.generate import generate
-from ifvit.sampling.method import Change, Evaluation
 from ifvit.sampling.pipeline import FusionPipeline
 from ifvit.sampling.samples import read_images
 
@@ -217,7 +217,7 @@ def test_an_alignment_method_takes_part(pipeline: FusionPipeline) -> None:
     indices = []
 
     class Watch:
-        def before(self, evaluation: Evaluation) -> Change:
+        def before(self, evaluation: FunctionEvaluation) -> Change:
             indices.append(evaluation.index)
             return Change()
 

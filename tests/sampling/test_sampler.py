@@ -1,6 +1,7 @@
 """Drawing with a real backbone: guidance, and images that do not know their neighbours."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -9,6 +10,14 @@ from diffusers import AutoencoderKL
 from made_backbone import small_shape
 from torch import Tensor
 
+from ifvit.diffusion.config import Guidance
+from ifvit.diffusion.guidance import (
+    AlignmentMethod,
+    Change,
+    FunctionEvaluation,
+    GuidedNoisePredictor,
+)
+from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images, sample_latents
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.errors import UserError
 from ifvit.images import to_pixels
@@ -16,15 +25,12 @@ from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.config import Conditioning
 from ifvit.models.layers import Modulation
 from ifvit.models.uvit import FusionUViT
-from ifvit.sampling.config import Guidance, SamplingConfig
-from ifvit.sampling.guidance import GuidedNoisePredictor
-from ifvit.sampling.method import AlignmentMethod, Change, Evaluation
-from ifvit.sampling.sampler import Sampler, generate_images, sample_latents
+from ifvit.sampling.config import SamplingConfig
 from ifvit.shards import EncoderIdentity
 
 CONTEXTS = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(1))
 NULL = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
-CONFIG = SamplingConfig(num_steps=4, guidance_scale=3.0, seed=7, batch_size=5)
+CONFIG = SamplingConfig(num_steps=4, guidance_scale=3.0, seed=7)
 
 
 def build_backbone(conditioning: Conditioning = "cross_attention") -> FusionUViT:
@@ -54,12 +60,18 @@ def sampler() -> Sampler:
         up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     identity = EncoderIdentity(name="random", sha256="0" * 64)
+    autoencoder = Autoencoder(vae, identity)
     return Sampler(
         backbone=build_backbone(),
-        autoencoder=Autoencoder(vae, identity),
+        decode=lambda latents: autoencoder.decode_unclamped(latents / 0.5),
         null_condition=NULL,
-        scaling_factor=0.5,
     )
+
+
+def make_batches(positions: Sequence[int], batch_size: int) -> Iterator[ConditionBatch]:
+    for chunk in torch.tensor(positions).split(batch_size):
+        names = [f"caption {position}" for position in chunk.tolist()]
+        yield ConditionBatch(positions=chunk, condition=CONTEXTS[chunk % 5], prompts=names)
 
 
 @pytest.mark.parametrize("scale", [3.0, 0.5])
@@ -135,9 +147,9 @@ class Recorder:
 
     def __init__(self, *changes: Change) -> None:
         self.changes = list(changes)
-        self.seen: list[Evaluation] = []
+        self.seen: list[FunctionEvaluation] = []
 
-    def before(self, evaluation: Evaluation) -> Change:
+    def before(self, evaluation: FunctionEvaluation) -> Change:
         self.seen.append(evaluation)
         return self.changes.pop(0)
 
@@ -205,8 +217,8 @@ def test_text_is_encoded_once_per_caption_whatever_the_number_of_steps(sampler: 
     hook = sampler.backbone.text_blocks[0].register_forward_hook(
         lambda *call: rows.append(len(call[2]))
     )
-    config = dataclasses.replace(CONFIG, batch_size=2, num_steps=6)
-    list(generate_images(sampler, CONTEXTS.__getitem__, range(5), config))
+    config = dataclasses.replace(CONFIG, num_steps=6)
+    list(generate_images(sampler, make_batches(range(5), 2), config))
     hook.remove()
     assert rows == [1, 2, 2, 1]
 
@@ -216,8 +228,8 @@ def test_latents_depend_on_position_and_not_on_the_batch() -> None:
     null_text = backbone.encode_condition(NULL[None])
 
     def draw(positions: list[int]) -> Tensor:
-        where = torch.tensor(positions)
-        return sample_latents(backbone, CONTEXTS[positions], null_text, where, CONFIG)
+        (batch,) = make_batches(positions, 5)
+        return sample_latents(backbone, batch, null_text, CONFIG)
 
     together, alone = draw([0, 1, 2, 3, 4]), draw([3])
     torch.testing.assert_close(together[3:4], alone, rtol=1e-4, atol=1e-4)
@@ -225,12 +237,9 @@ def test_latents_depend_on_position_and_not_on_the_batch() -> None:
 
 
 def test_images_are_the_same_in_batches_of_any_size(sampler: Sampler) -> None:
-    def context_of(positions: Tensor) -> Tensor:
-        return CONTEXTS[positions % 5]
-
     alone, some, many = (
-        np.concatenate(list(generate_images(sampler, context_of, range(32), config)))
-        for config in (dataclasses.replace(CONFIG, batch_size=size) for size in (1, 7, 32))
+        np.concatenate(list(generate_images(sampler, make_batches(range(32), size), CONFIG)))
+        for size in (1, 7, 32)
     )
     assert many.shape == (32, 8, 8, 3)
     assert many.dtype == np.uint8
@@ -241,32 +250,32 @@ def test_images_are_the_same_in_batches_of_any_size(sampler: Sampler) -> None:
 
 def test_images_are_the_decoded_latents_without_their_scale(sampler: Sampler) -> None:
     null_text = sampler.backbone.encode_condition(NULL[None])
-    latents = sample_latents(sampler.backbone, CONTEXTS, null_text, torch.arange(5), CONFIG)
+    (batch,) = make_batches(range(5), 5)
+    latents = sample_latents(sampler.backbone, batch, null_text, CONFIG)
     with torch.no_grad():
-        expected = to_pixels(sampler.autoencoder.decode(latents / 0.5))
-    (images,) = generate_images(sampler, CONTEXTS.__getitem__, range(5), CONFIG)
+        expected = to_pixels(sampler.decode(latents))
+    (images,) = generate_images(sampler, [batch], CONFIG)
     np.testing.assert_array_equal(images, expected)
 
 
-def test_methods_see_their_positions_and_every_step(sampler: Sampler) -> None:
-    seen: dict[tuple[int, ...], Recorder] = {}
+def test_methods_see_their_prompts_and_every_step(sampler: Sampler) -> None:
+    seen: dict[tuple[str, ...], Recorder] = {}
 
-    def method_of(positions: Tensor) -> AlignmentMethod:
+    def build_method(prompts: Sequence[str]) -> AlignmentMethod:
         recorder = Recorder(*[Change()] * CONFIG.num_steps)
-        return seen.setdefault(tuple(positions.tolist()), recorder)
+        return seen.setdefault(tuple(prompts), recorder)
 
-    config = dataclasses.replace(CONFIG, batch_size=2)
-    list(generate_images(sampler, CONTEXTS.__getitem__, [4, 1, 2], config, method_of))
-    assert {positions: len(method.seen) for positions, method in seen.items()} == {
-        (4, 1): CONFIG.num_steps,
-        (2,): CONFIG.num_steps,
+    list(generate_images(sampler, make_batches([4, 1, 2], 2), CONFIG, build_method))
+    assert {prompts: len(method.seen) for prompts, method in seen.items()} == {
+        ("caption 4", "caption 1"): CONFIG.num_steps,
+        ("caption 2",): CONFIG.num_steps,
     }
 
 
 def test_seed_and_solver_change_the_image(sampler: Sampler) -> None:
     def draw(**changes: object) -> bytes:
         config = dataclasses.replace(CONFIG, **changes)
-        return next(generate_images(sampler, CONTEXTS.__getitem__, range(5), config)).tobytes()
+        return next(generate_images(sampler, make_batches(range(5), 5), config)).tobytes()
 
     pictures = [draw(), draw(seed=8), draw(solver="euler"), draw(guidance_scale=1.0)]
     assert len(set(pictures)) == 4
@@ -276,4 +285,4 @@ def test_seed_and_solver_change_the_image(sampler: Sampler) -> None:
 def test_images_that_are_no_numbers_are_refused_and_not_drawn_black(sampler: Sampler) -> None:
     overflowing = dataclasses.replace(CONFIG, guidance_scale=1e38)
     with pytest.raises(UserError, match="not finite numbers; lower guidance_scale"):
-        list(generate_images(sampler, CONTEXTS.__getitem__, range(2), overflowing))
+        list(generate_images(sampler, make_batches(range(2), 2), overflowing))

@@ -7,9 +7,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from ifvit.diffusion.config import SolverName
 from ifvit.diffusion.schedules import BETA_END, BETA_START, alphas_cumprod
-from ifvit.sampling.config import SamplingConfig, SolverName
-from ifvit.sampling.solvers import SOLVERS, solve, step_solver
+from ifvit.diffusion.solvers import SOLVERS, solve, step_solver
+from ifvit.sampling.config import SamplingConfig
 
 MEAN, STD = 0.5, 0.7
 NOISE = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,7 +1,6 @@
 """Which settings of sampling are stored with images and numbers, and how older records are read."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 
@@ -10,8 +9,6 @@ from ifvit.sampling.config import (
     GenerateConfig,
     RegulationConfig,
     SamplingConfig,
-    flatten_settings,
-    nest_settings,
 )
 
 
@@ -32,14 +29,3 @@ def test_settings_are_those_that_act(method: str, acting: set[str]) -> None:
     assert "batch_size" not in config.settings
     assert json.loads(json.dumps(config.settings)) == config.settings
     assert GenerateConfig(**vars(config), weights="run", prompt="x").settings == config.settings
-
-
-def test_records_are_read_as_they_are_and_as_they_were() -> None:
-    config = SamplingConfig(num_steps=7)
-    record = {"trim": 1, "sampling": config.settings}
-    idle = json.loads(json.dumps(asdict(config)))
-    del idle["batch_size"]
-    flat = {name: value for name, value in config.settings.items() if name != "method"}
-    for stored in (record, {"trim": 1, "sampling": idle}, {"trim": 1} | flat):
-        assert nest_settings(stored) == record
-    assert nest_settings(flatten_settings(record)) == record

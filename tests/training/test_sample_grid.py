@@ -8,27 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.images import decode_png, make_grid
 from ifvit.models.weights import load_weights
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.sampler import Sampler, generate_images
 from ifvit.shards import ShardReader
 from ifvit.training import hooks
 from ifvit.training.config import SampleGridConfig, TrainConfig
 from ifvit.training.train import train
 
 
-class Decoder:
+def decode(latents: Tensor) -> Tensor:
     """Three of four latent channels are the picture."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents[:, :3].clamp(-1, 1)
+    return latents[:, :3] / 0.5
 
 
 def test_the_grid_shows_what_the_averaged_weights_draw(
     recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hooks, "open_autoencoder", lambda info, device: Decoder())
+    monkeypatch.setattr(hooks, "load_decoder", lambda info, device: decode)
     grid = SampleGridConfig(every=4, num_steps=3, guidance_scale=2.5)
     config = recipe(sample_grid=grid, checkpoint_every=4, scaling_factor=0.5)
     train(config)
@@ -40,11 +38,11 @@ def test_the_grid_shows_what_the_averaged_weights_draw(
         backbone, _ = load_weights(f"{config.run}/weights/step_{step:08d}/ema")
         sampler = Sampler(
             backbone=backbone,
-            autoencoder=Decoder(),  # type: ignore[arg-type]
+            decode=decode,
             null_condition=torch.from_numpy(np.array(reader.null_context)),
-            scaling_factor=0.5,
         )
-        drawn = generate_images(sampler, contexts.__getitem__, range(16), sampling)
+        batch = ConditionBatch(positions=torch.arange(16), condition=contexts)
+        drawn = generate_images(sampler, [batch], sampling)
         expected = np.asarray(make_grid(np.concatenate(list(drawn)), 8))
         found = decode_png(Path(config.run, "samples", f"step_{step:08d}.png").read_bytes())
         np.testing.assert_array_equal(found, expected)

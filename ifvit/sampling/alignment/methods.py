@@ -6,8 +6,9 @@ from collections.abc import Callable, Container, Mapping, Sequence
 
 from torch import Tensor
 
+from ifvit.diffusion.guidance import AlignmentMethod, Bias, Change, FunctionEvaluation
+from ifvit.diffusion.sampler import BuildMethod, Sampler
 from ifvit.errors import UserError
-from ifvit.models.attention import Bias
 from ifvit.models.clip import load_clip, load_token_spans
 from ifvit.models.config import FusionUViTConfig
 from ifvit.models.image_reward import load_image_reward
@@ -21,10 +22,8 @@ from ifvit.sampling.alignment.date import (
     weighted_sum,
 )
 from ifvit.sampling.alignment.regulation import BlockBias, find_targets
-from ifvit.sampling.conditions import require_text_encoder
 from ifvit.sampling.config import DateConfig, SamplingConfig
-from ifvit.sampling.method import AlignmentMethod, Change, Evaluation, MethodOf
-from ifvit.sampling.sampler import Sampler
+from ifvit.sampling.load import require_text_encoder
 
 
 class Date:
@@ -47,7 +46,7 @@ class Date:
         self._decode = decode
         self._original: Tensor | None = None
 
-    def before(self, evaluation: Evaluation) -> Change:
+    def before(self, evaluation: FunctionEvaluation) -> Change:
         """Update the context where it is due."""
         if self._original is None:
             self._original = evaluation.context
@@ -68,7 +67,7 @@ class Regulation:
         self._biases = biases
         self._num_evaluations = num_evaluations
 
-    def before(self, evaluation: Evaluation) -> Change:
+    def before(self, evaluation: FunctionEvaluation) -> Change:
         """The biases, as long as they apply."""
         return Change(biases=self._biases if evaluation.index < self._num_evaluations else {})
 
@@ -79,7 +78,7 @@ class Together:
     def __init__(self, methods: Sequence[AlignmentMethod]) -> None:
         self._methods = methods
 
-    def before(self, evaluation: Evaluation) -> Change:
+    def before(self, evaluation: FunctionEvaluation) -> Change:
         """The context of the method that changes it, and everybody's biases."""
         changes = [method.before(evaluation) for method in self._methods]
         contexts = [change.context for change in changes if change.context is not None]
@@ -87,41 +86,27 @@ class Together:
         return Change(context=contexts[-1] if contexts else None, biases=biases)
 
 
-CaptionsOf = Callable[[Tensor], list[str]]
-"""Positions (B,) int64 => captions."""
-
-_MethodFor = Callable[[Sequence[str]], AlignmentMethod]
 _NUM_REGULATED = 5
 _EVALUATIONS_PER_STEP = {"dpm_solver_pp_fast": 3}
 
 
 def build_method(
-    config: SamplingConfig,
-    sampler: Sampler,
-    info: WeightsInfo,
-    captions_of: CaptionsOf,
-    objective: Objective | None = None,
-) -> MethodOf | None:
-    """What `generate_images` asks for a method per batch; None for the method `plain`.
+    config: SamplingConfig, sampler: Sampler, info: WeightsInfo, objective: Objective | None = None
+) -> BuildMethod | None:
+    """Choose the alignment method of the settings, for `generate_images`; None for `plain`.
 
-    `objective` replaces what DATE raises by its settings. Raises UserError for settings that do
-    not fit the backbone or, when the batch comes, its captions.
+    `objective` replaces the scores that DATE raises by its settings. Raises UserError for settings
+    that do not fit the backbone or, when a batch comes, its prompts.
     """
-    if config.method != "plain":
-        require_text_encoder(info)
-    makers: list[_MethodFor] = []
-    if config.method in ("date", "both"):
-        makers.append(_date(config, sampler, info, objective))
-    if config.method in ("regulate", "both"):
-        makers.append(_regulation(config, sampler, info))
-    if not makers:
+    if config.method == "plain":
         return None
-
-    def method_of(positions: Tensor) -> AlignmentMethod:
-        captions = captions_of(positions)
-        return Together([make(captions) for make in makers])
-
-    return method_of
+    require_text_encoder(info)
+    builders: list[BuildMethod] = []
+    if config.method in ("date", "both"):
+        builders.append(_date(config, sampler, info, objective))
+    if config.method in ("regulate", "both"):
+        builders.append(_regulation(config, sampler, info))
+    return lambda prompts: Together([build(prompts) for build in builders])
 
 
 def date_updates(config: SamplingConfig) -> tuple[int, ...]:
@@ -141,17 +126,11 @@ def _next_start(index: int, config: SamplingConfig) -> int:
 
 def _date(
     config: SamplingConfig, sampler: Sampler, info: WeightsInfo, objective: Objective | None
-) -> _MethodFor:
+) -> BuildMethod:
     if objective is None:
         objective = _objective(config.date, info, str(sampler.backbone.device))
-    # Only the context needs a gradient; saved activations of the weights' would cost memory.
-    sampler.backbone.requires_grad_(False)
-
-    def decode(latents: Tensor) -> Tensor:
-        return sampler.autoencoder.decode_unclamped(latents / sampler.scaling_factor)
-
     updates = date_updates(config)
-    return lambda captions: Date(config.date, updates, objective(captions), decode)
+    return lambda captions: Date(config.date, updates, objective(captions), sampler.decode)
 
 
 def _objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
@@ -165,12 +144,12 @@ def _objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
     return weighted_sum(terms)
 
 
-def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> _MethodFor:
+def _regulation(config: SamplingConfig, sampler: Sampler, info: WeightsInfo) -> BuildMethod:
     shape = sampler.backbone.config
     if not isinstance(shape, FusionUViTConfig):
         raise UserError(
-            f"method {config.method}: attention regulation knows the blocks of fusion_uvit, "
-            f"not those of {shape.architecture}; use date or plain"
+            f"method {config.method}: attention regulation knows the blocks of a fusion backbone, "
+            f"not those of a {type(sampler.backbone).__name__}; use date or plain"
         )
     if shape.conditioning == "adaln":
         raise UserError(

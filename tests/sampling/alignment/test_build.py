@@ -12,6 +12,8 @@ from made_image_reward import write_image_reward
 from torch import Tensor
 
 from ifvit.config import read_config
+from ifvit.diffusion.guidance import AlignmentMethod, FunctionEvaluation
+from ifvit.diffusion.sampler import Sampler
 from ifvit.errors import UserError
 from ifvit.models.attention import logits_of
 from ifvit.models.autoencoders import Autoencoder
@@ -21,8 +23,6 @@ from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.alignment.date import Score
 from ifvit.sampling.alignment.methods import build_method
 from ifvit.sampling.config import DateConfig, GenerateConfig, RegulationConfig, SamplingConfig
-from ifvit.sampling.method import AlignmentMethod, Evaluation
-from ifvit.sampling.sampler import Sampler
 from ifvit.shards import EncoderIdentity
 
 CAPTIONS = ["two red circles", "a blue square"]
@@ -36,25 +36,23 @@ INFO = WeightsInfo(
 @pytest.fixture
 def sampler(backbone: FusionUViT) -> Sampler:
     vae = AutoencoderKL(latent_channels=2, block_out_channels=(8,), norm_num_groups=4)
+    autoencoder = Autoencoder(vae.eval(), CLIP)
     return Sampler(
         backbone=backbone,
-        autoencoder=Autoencoder(vae.eval(), CLIP),
+        decode=lambda latents: autoencoder.decode_unclamped(latents / 0.5),
         null_condition=torch.zeros(6, 16),
-        scaling_factor=0.5,
     )
 
 
 def build(sampler: Sampler, **changes: object) -> AlignmentMethod | None:
     config = dataclasses.replace(CONFIG, **changes)
-    method_of = build_method(
-        config, sampler, INFO, lambda positions: [CAPTIONS[i] for i in positions.tolist()]
-    )
-    return method_of(torch.tensor([0, 1])) if method_of else None
+    build = build_method(config, sampler, INFO)
+    return build(CAPTIONS) if build else None
 
 
-def evaluation(index: int) -> Evaluation:
+def evaluation(index: int) -> FunctionEvaluation:
     """Whose clean latents are the context itself, brought into their shape."""
-    return Evaluation(
+    return FunctionEvaluation(
         index=index,
         x_t=torch.zeros(2, 2, 8, 8),
         timesteps=torch.zeros(2),
@@ -77,8 +75,6 @@ def test_date_follows_the_clip_score_of_what_the_vae_decodes(sampler: Sampler) -
     step = (moved[0] - evaluation(0).context).flatten(1).norm(dim=1)
     torch.testing.assert_close(step, torch.full((2,), 0.5))
     assert all(not change.biases for change in changes)
-    # Activations are then saved for the context's gradient only.
-    assert not any(parameter.requires_grad for parameter in sampler.backbone.parameters())
 
 
 def test_regulation_biases_the_middle_blocks_in_the_first_half(sampler: Sampler) -> None:
@@ -159,13 +155,12 @@ def test_a_user_may_score_images_otherwise(sampler: Sampler) -> None:
         dataclasses.replace(CONFIG, method="date"),
         sampler,
         INFO,
-        lambda positions: CAPTIONS,
         objective=redness,
     )
     assert method_of is not None
     far = dataclasses.replace(evaluation(0), context=100 * evaluation(0).context)
-    assert method_of(torch.tensor([0, 1])).before(far).context is not None
-    decoded = sampler.autoencoder.vae.decode(far.predict_clean(far.context) / 0.5).sample
+    assert method_of(CAPTIONS).before(far).context is not None
+    decoded = sampler.decode(far.predict_clean(far.context))
     assert decoded.abs().max() > 1
     torch.testing.assert_close(seen[0], decoded)
 
@@ -193,7 +188,7 @@ def test_date_raises_image_reward_beside_the_clip_score(sampler: Sampler, tmp_pa
     assert after is not None
     score = load_image_reward(both.image_reward).score_of(CAPTIONS)
     rewards = [
-        score(sampler.autoencoder.decode_unclamped(evaluation(0).predict_clean(context) / 0.5))
+        score(sampler.decode(evaluation(0).predict_clean(context)))
         for context in (evaluation(0).context, after)
     ]
     assert (rewards[1] > rewards[0]).all()

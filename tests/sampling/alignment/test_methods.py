@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
+from ifvit.diffusion.sampler import ConditionBatch, sample_latents
+from ifvit.diffusion.solvers import SOLVERS
 from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.alignment.methods import Date, Regulation, Together, date_updates, middle_blocks
 from ifvit.sampling.alignment.regulation import BlockBias, TargetTokens
 from ifvit.sampling.config import DateConfig, RegulationConfig, SamplingConfig
-from ifvit.sampling.method import AlignmentMethod, Change, Evaluation
-from ifvit.sampling.sampler import sample_latents
-from ifvit.sampling.solvers import SOLVERS
 
 CONTEXTS = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(1))
 CONFIG = SamplingConfig(num_steps=6, guidance_scale=3.0, seed=7)
@@ -30,7 +30,8 @@ def draw(
 ) -> Tensor:
     null_text = backbone.encode_condition(torch.zeros(1, 6, 16))
     rows = list(positions)
-    return sample_latents(backbone, CONTEXTS[rows], null_text, torch.tensor(rows), config, method)
+    batch = ConditionBatch(positions=torch.tensor(rows), condition=CONTEXTS[rows])
+    return sample_latents(backbone, batch, null_text, config, method)
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -53,9 +54,9 @@ class Recorder:
 
     def __init__(self, method: AlignmentMethod) -> None:
         self.method = method
-        self.seen: list[tuple[Evaluation, Change]] = []
+        self.seen: list[tuple[FunctionEvaluation, Change]] = []
 
-    def before(self, evaluation: Evaluation) -> Change:
+    def before(self, evaluation: FunctionEvaluation) -> Change:
         change = self.method.before(evaluation)
         self.seen.append((evaluation, change))
         return change

@@ -16,8 +16,8 @@ from diffusers import (
 )
 from torch import Tensor
 
+from ifvit.diffusion.config import SolverName
 from ifvit.diffusion.schedules import BETA_END, BETA_START, NUM_TIMESTEPS
-from ifvit.sampling.config import SolverName
 
 NoisePredictor = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents x_t (B, …), timesteps (B,) in 0 … 999) => predicted noise (B, …)."""

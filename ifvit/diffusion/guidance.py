@@ -1,0 +1,194 @@
+"""Classifier-free guidance (Ho and Salimans 2022), and where alignment methods take part in it.
+
+The sampler and the diffusers pipeline call `GuidedNoisePredictor` once per function evaluation.
+Both halves of a guided evaluation run in one batch.
+
+Shapes: B batch, M text tokens, D context width, C latent channels, S latent size. A condition is
+what the backbone's `encode_condition` takes: contexts (B, M, D) of captions or class numbers (B,).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from ifvit.diffusion.config import Guidance
+from ifvit.diffusion.schedules import NoiseSchedule
+
+Bias = Callable[[Tensor, Tensor], Tensor | None]
+"""Queries (B, Q, H, E) and keys (B, J, H, E) => addend (B, H, Q, J) to the attention logits."""
+
+
+class EncodedCondition(Protocol):
+    """A condition as the backbone encodes it, B rows; computed once per prompt."""
+
+    def expand(self, num_rows: int) -> Self:
+        """Return the only row `num_rows` times, without a copy."""
+
+    def append(self, other: Self) -> Self:
+        """Return these rows followed by those of `other`."""
+
+
+class LatentShape(Protocol):
+    """The part of a backbone's configuration that the sampler reads."""
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+
+    @property
+    def latent_size(self) -> int:
+        """S."""
+
+
+class ConditionalBackbone(Protocol):
+    """The part of a backbone that guidance and sampling use."""
+
+    @property
+    def config(self) -> LatentShape:
+        """Its shape of the latents."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+
+    def encode_condition(self, condition: Tensor) -> Any:
+        """Encode conditions (B, ...) as an `EncodedCondition`."""
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Any, *biases: Any) -> Any:
+        """Predict the noise in x_t (B, C, S, S) at timesteps (B,).
+
+        An encoded condition may have k * B rows; row i belongs to latents i mod B, and the result
+        has k * B rows, too. `biases` maps fused blocks to a `Bias`.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionEvaluation:
+    """The next evaluation of the backbone for one batch of prompts, as a method sees it."""
+
+    index: int
+    """Number of this evaluation, from 0. An image takes `SolverConfig.num_steps` of them."""
+    x_t: Tensor
+    """Noisy latents (B, C, S, S)."""
+    timesteps: Tensor
+    """(B,) in 0 ... 999."""
+    context: Tensor
+    """Text context (B, M, D) after the last change."""
+    predict_clean: Callable[[Tensor], Tensor]
+    """Context (B, M, D) => the x_0 (B, C, S, S) that the guided noise implies, scaled latents.
+
+    Differentiable with respect to the context under `torch.enable_grad`.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a method changes before a function evaluation; the default changes nothing."""
+
+    context: Tensor | None = None
+    """(B, M, D): replaces the conditional context from this evaluation on."""
+    biases: Mapping[int, Bias] = field(default_factory=dict)
+    """Bias per fused block, for this evaluation. It applies to the conditional half only."""
+
+
+class AlignmentMethod(Protocol):
+    """A training-free alignment method for one batch of prompts; it may keep state."""
+
+    def before(self, evaluation: FunctionEvaluation) -> Change:
+        """Return the change to make; called once before each function evaluation."""
+
+
+class GuidedNoisePredictor:
+    """eps = eps_uncond + w (eps_cond - eps_uncond) for B conditions; a `NoisePredictor`.
+
+    Outside the interval of `guidance`, and at w = 1, eps_uncond is not evaluated.
+    """
+
+    def __init__(
+        self,
+        backbone: ConditionalBackbone,
+        condition: Tensor,
+        null_condition: EncodedCondition,
+        guidance: Guidance,
+        method: AlignmentMethod | None = None,
+    ) -> None:
+        """Take conditions (B, ...) and an encoded null condition, "no prompt", of 1 or B rows."""
+        self._backbone = backbone
+        self._null = null_condition.expand(len(condition))
+        self._guidance = guidance
+        self._method = method
+        self._schedule = NoiseSchedule(backbone.device)
+        self._num_evaluations = 0
+        self.set_condition(condition)
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents (B, C, S, S) at timesteps (B,), all equal => guided noise."""
+        change = self._ask_method(x_t, timesteps)
+        if change.context is not None:
+            self.set_condition(change.context)
+        if not self._guidance.applies_at(timesteps[0]):
+            return self._predict(x_t, timesteps, self._encoded, change.biases)
+        # The backbone computes its blocks before the first text once for both halves.
+        both = {
+            block: partial(_bias_conditional, len(x_t), bias)
+            for block, bias in change.biases.items()
+        }
+        halves = self._predict(x_t, timesteps, self._both, both)
+        return self._guide(*halves.chunk(2))
+
+    def set_condition(self, condition: Tensor) -> None:
+        """Replace the condition (B, ...) of the following evaluations."""
+        self._condition = condition
+        self._encoded = self._backbone.encode_condition(condition)
+        self._both = self._encoded.append(self._null)
+
+    def _ask_method(self, x_t: Tensor, timesteps: Tensor) -> Change:
+        if self._method is None:
+            return Change()
+        evaluation = FunctionEvaluation(
+            index=self._num_evaluations,
+            x_t=x_t,
+            timesteps=timesteps,
+            context=self._condition,
+            predict_clean=partial(self._predict_clean, x_t, timesteps),
+        )
+        self._num_evaluations += 1
+        return self._method.before(evaluation)
+
+    def _predict_clean(self, x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        encoded = self._backbone.encode_condition(context)
+        noise = self._predict(x_t, timesteps, encoded, {})
+        if self._guidance.applies_at(timesteps[0]):
+            with torch.no_grad():
+                unconditional = self._predict(x_t, timesteps, self._null, {})
+            noise = self._guide(noise, unconditional)
+        return self._schedule.remove_noise(x_t, noise, timesteps)
+
+    def _predict(
+        self,
+        x_t: Tensor,
+        timesteps: Tensor,
+        condition: EncodedCondition,
+        biases: Mapping[int, Bias],
+    ) -> Tensor:
+        # Only fusion backbones accept biases.
+        optional = (biases,) if biases else ()
+        x_t = x_t.to(self._backbone.dtype)
+        predicted: Tensor = self._backbone(x_t, timesteps, condition, *optional)
+        return predicted.float()
+
+    def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        return unconditional + self._guidance.scale * (conditional - unconditional)
+
+
+def _bias_conditional(num_rows: int, bias: Bias, query: Tensor, key: Tensor) -> Tensor | None:
+    """Evaluate `bias` on the first `num_rows` rows, which are the conditional half."""
+    return bias(query[:num_rows], key[:num_rows])

@@ -1,0 +1,116 @@
+"""Batches of conditions => latents => images.
+
+The verbs `generate`, `evaluate`, `export` and `analyze attention` and the sample grid of training
+sample through this module. An image is a function of weights, condition, settings and position; it
+depends neither on the batch size nor on the number of processes.
+
+Shapes: B batch, C latent channels, S latent size, H, W image.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ifvit.diffusion.config import SolverConfig
+from ifvit.diffusion.guidance import (
+    AlignmentMethod,
+    ConditionalBackbone,
+    EncodedCondition,
+    GuidedNoisePredictor,
+)
+from ifvit.diffusion.solvers import solve
+from ifvit.errors import UserError
+from ifvit.images import Pixels, to_pixels
+from ifvit.rng import Stream, normal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionBatch:
+    """The conditions of B images that are generated together."""
+
+    positions: Tensor
+    """(B,) int64: each position selects the initial noise of its image."""
+    condition: Tensor
+    """Contexts (B, M, D) of captions or class numbers (B,)."""
+    prompts: Sequence[str] = ()
+    """B captions or class names, which alignment methods read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """The frozen models that generate images."""
+
+    backbone: ConditionalBackbone
+    decode: Callable[[Tensor], Tensor]
+    """Scaled latents (B, C, S, S) => images (B, 3, H, W), nominally in [-1, 1] but not clamped.
+
+    Differentiable, so that DATE can follow the gradient of a score of the images.
+    """
+    null_condition: Tensor
+    """The condition of no prompt, without batch dimension: (M, D) or ()."""
+
+
+BuildMethod = Callable[[Sequence[str]], AlignmentMethod]
+"""B prompts => an alignment method that has not seen any function evaluation yet."""
+
+
+@torch.no_grad()
+def generate_images(
+    sampler: Sampler,
+    batches: Iterable[ConditionBatch],
+    config: SolverConfig,
+    build_method: BuildMethod | None = None,
+) -> Iterator[Pixels]:
+    """Generate the images of each batch, uint8 (B, H, W, 3).
+
+    The null condition is encoded once, every other condition once for all steps. `build_method`
+    makes one alignment method per batch. Raises UserError if an image is not finite.
+    """
+    backbone = sampler.backbone
+    null = backbone.encode_condition(sampler.null_condition[None].to(backbone.device))
+    latents = (
+        sample_latents(
+            backbone, batch, null, config, build_method(batch.prompts) if build_method else None
+        )
+        for batch in batches
+    )
+    # A thread decodes each batch while the next one is sampled. On a GPU, this hides the time to
+    # copy the images to the host and to round them.
+    with ThreadPoolExecutor(1) as thread:
+        pending: Future[Pixels] | None = None
+        for one in latents:
+            if pending:
+                yield pending.result()
+            pending = thread.submit(_decode, sampler, one)
+        if pending:
+            yield pending.result()
+
+
+@torch.no_grad()
+def sample_latents(
+    backbone: ConditionalBackbone,
+    batch: ConditionBatch,
+    null_condition: EncodedCondition,
+    config: SolverConfig,
+    method: AlignmentMethod | None = None,
+) -> Tensor:
+    """Sample the scaled latents (B, C, S, S) of a batch; `null_condition` has one row."""
+    size = backbone.config.latent_size
+    shape = (backbone.config.latent_channels, size, size)
+    noise = normal(config.seed, 0, batch.positions, Stream.SAMPLING, shape).to(backbone.device)
+    condition = batch.condition.to(backbone.device)
+    predictor = GuidedNoisePredictor(backbone, condition, null_condition, config.guidance, method)
+    return solve(predictor, noise, config.solver, config.num_steps)
+
+
+@torch.no_grad()  # no_grad holds for one thread only
+def _decode(sampler: Sampler, latents: Tensor) -> Pixels:
+    images = sampler.decode(latents).clamp(-1.0, 1.0)
+    if not images.isfinite().all():  # such pixels would become black
+        raise UserError(
+            "generated images are not finite numbers; lower guidance_scale or use other weights"
+        )
+    return to_pixels(images)

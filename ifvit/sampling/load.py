@@ -1,0 +1,153 @@
+"""Load a trained backbone and the frozen encoders it was trained with, ready to generate images.
+
+The verbs `generate`, `evaluate`, `export` and `analyze attention` and the sample grid of training
+call this module. Encoders are opened by name and checked by hash.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ifvit.diffusion.sampler import Sampler
+from ifvit.errors import UserError
+from ifvit.models.autoencoders import Autoencoder, load_autoencoder
+from ifvit.models.backbone import Backbone
+from ifvit.models.clip import TextEncoder, load_text_encoder
+from ifvit.models.weights import WeightsInfo, load_weights
+from ifvit.shards import EncoderIdentity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A trained backbone on its device, with frozen parameters, and its provenance."""
+
+    url: str
+    backbone: Backbone
+    info: WeightsInfo
+    sha256: str
+    """Hash of the backbone's parameters."""
+
+
+def load_model(url: str, device: str, *, compile: bool = False) -> Model:
+    """Load the weights at `url`: a run, a weights/step_… folder or a folder with config.json.
+
+    Raises UserError for missing or broken weights.
+    """
+    backbone, info = load_weights(url)
+    sha256 = weights_sha256(backbone)
+    backbone.requires_grad_(False).to(device)  # type: ignore[arg-type]  # diffusers' decorator
+    if compile:
+        compile_backbone(backbone)
+    return Model(url=url, backbone=backbone, info=info, sha256=sha256)
+
+
+def load_sampler(model: Model, null_condition: Tensor) -> Sampler:
+    """Add the autoencoder of the training to a model.
+
+    `null_condition`, (M, D) or (), stands for no prompt. Raises UserError if the autoencoder has
+    other weights than during training.
+    """
+    return Sampler(
+        backbone=model.backbone,
+        decode=load_decoder(model.info, str(model.backbone.device)),
+        null_condition=null_condition,
+    )
+
+
+def load_decoder(info: WeightsInfo, device: str) -> Callable[[Tensor], Tensor]:
+    """Load the decoder of scaled latents, `Sampler.decode`. Raises as `load_sampler`."""
+    return partial(_decode, open_autoencoder(info, device), info.scaling_factor)
+
+
+def _decode(autoencoder: Autoencoder, scaling_factor: float, latents: Tensor) -> Tensor:
+    return autoencoder.decode_unclamped(latents / scaling_factor)
+
+
+def compile_backbone(backbone: Backbone) -> None:
+    """Compile calls of the backbone; on a GPU into CUDA graphs, which avoid kernel launches."""
+    backbone.compile(mode="reduce-overhead" if backbone.device.type == "cuda" else None)
+
+
+def open_autoencoder(info: WeightsInfo, device: str) -> Autoencoder:
+    """Load the autoencoder of the training. Raises UserError if it has other weights now."""
+    autoencoder = load_autoencoder(info.vae.name, device)
+    check_identity("vae", autoencoder.identity, info.vae)
+    return autoencoder
+
+
+def open_text_encoder(info: WeightsInfo, device: str) -> TextEncoder:
+    """Load the text encoder of the training.
+
+    Raises UserError if it has other weights now, or if the backbone was trained on classes.
+    """
+    trained_with = require_text_encoder(info)
+    encoder = load_text_encoder(trained_with.name, device)
+    check_identity("text encoder", encoder.identity, trained_with)
+    return encoder
+
+
+def require_text_encoder(info: WeightsInfo) -> EncoderIdentity:
+    """Return the text encoder of the training. Raises UserError for class-conditional weights."""
+    if info.text_encoder is None:
+        raise UserError(
+            f"the weights generate {len(info.classes)} classes, but alignment methods and text "
+            "prompts need weights trained on captions; use --method plain and --class"
+        )
+    return info.text_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Converts prompts to the conditions that a backbone takes."""
+
+    encode: Callable[[list[str]], Tensor]
+    """B captions => contexts (B, M, D), or B class names or numbers => class numbers (B,)."""
+    null: Tensor
+    """Condition of no prompt, (M, D) or ()."""
+
+
+def load_conditions(info: WeightsInfo, device: str) -> Conditions:
+    """Load the text encoder, or number the classes, whichever the backbone was trained on."""
+    if info.text_encoder is None:
+        # The number after the last class stands for no class.
+        null = torch.tensor(len(info.classes))
+        return Conditions(encode=partial(number_classes, info.classes), null=null)
+    encoder = open_text_encoder(info, device)
+    return Conditions(encode=encoder.encode, null=encoder.null_context())
+
+
+def number_classes(classes: tuple[str, ...], names: list[str]) -> Tensor:
+    """Class names or numbers => class numbers (B,). Raises UserError for an unknown class."""
+    numbers = {str(number): number for number in range(len(classes))}
+    numbers |= {name: number for number, name in enumerate(classes)}
+    unknown = [name for name in names if name not in numbers]
+    if unknown:
+        close = get_close_matches(unknown[0], classes) or classes[:3]
+        raise UserError(
+            f"class {unknown[0]}: expected one of the {len(classes)} class names, such as "
+            f"{', '.join(close)}, or a number below {len(classes)}"
+        )
+    return torch.tensor([numbers[name] for name in names])
+
+
+def check_identity(role: str, found: EncoderIdentity, trained_with: EncoderIdentity) -> None:
+    """Raise UserError unless `found` has the weights that the backbone was trained with."""
+    if found.sha256 != trained_with.sha256:
+        raise UserError(
+            f"{role} {found.name} has sha256 {found.sha256[:12]}…, but the weights were trained "
+            f"with {trained_with.name} {trained_with.sha256[:12]}…; use that encoder"
+        )
+
+
+def weights_sha256(backbone: nn.Module) -> str:
+    """Hash parameter names and values, independent of device and file format."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
