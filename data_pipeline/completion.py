@@ -1,31 +1,37 @@
-"""Completion markers: proof that one output shard is done, by which job, and what it left out.
+"""Completion markers of the encode job: one small file per finished shard.
 
-A marker is written after its shard. So the state of a whole encode job, however many processes
-share it and however they died, is the set of markers in `OUTPUT/completed`.
+A marker is written after its shard. It says which job made the shard, which images were left out,
+and how the latents are distributed. The markers in `OUTPUT/completed` are the whole state of a job,
+however many processes work on it and however they end. `encode` reads and removes markers, the
+threads of `writer` write them.
 """
 
 import hashlib
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data_pipeline.shard_io import remove_leftovers
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.shards import ShardEntry, ShardError
 from ifvit.shards.format import COMPLETED, Array, build_record, read_sealed, write_sealed
+from ifvit.storage import StoreError
 
-_LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers and U-ViT clamp it before drawing from the posterior
+REQUESTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that decides the numbers of a dataset; shards of two jobs never share a folder.
+    """Everything that decides the numbers of a dataset; one output folder holds one job's shards.
 
-    Not what only decides how sums round: batch size, device, version of torch. Whoever ran out of
-    memory goes on with smaller batches.
+    Batch size, device and the version of torch are not part of it, because they change only how
+    results are rounded. A rerun after running out of memory may use smaller batches.
     """
 
     source_sha256: str
@@ -40,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """An image that was left out, and why."""
+    """An image that was left out, and the reason."""
 
     image_id: int | str
     file: str
@@ -49,14 +55,14 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSums:
-    """Sums over the elements of z = mean + std * eps, from which mean and deviation follow."""
+    """Sums of z and z^2 over `count` elements of latents z = mean + std * noise."""
 
     count: int = 0
     first: float = 0.0
     second: float = 0.0
 
     def __add__(self, other: "LatentSums") -> "LatentSums":
-        """Sums over both."""
+        """Sums over the elements of both."""
         return LatentSums(
             count=self.count + other.count,
             first=self.first + other.first,
@@ -74,9 +80,19 @@ class LatentSums:
         return float(np.sqrt(self.second / self.count - self.mean**2))
 
 
+def sum_latents(moments: Array) -> LatentSums:
+    """Sum z and the expectation of z^2 over stored moments (B, 2C, H, W), in float64.
+
+    The log-variance is clamped to [-30, 20], as diffusers and U-ViT do before they sample.
+    """
+    mean, logvar = np.split(moments.astype(np.float64), 2, axis=1)
+    second = float((mean**2 + np.exp(logvar.clip(-30.0, 20.0))).sum())
+    return LatentSums(count=mean.size, first=float(mean.sum()), second=second)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompletionMarker:
-    """One finished shard: made by `job`, without `failures`."""
+    """A finished shard: the job that made it, its manifest entry, and the images left out."""
 
     job: Job
     shard: ShardEntry
@@ -84,22 +100,14 @@ class CompletionMarker:
     latent_sums: LatentSums
 
 
-def sum_latents(moments: Array) -> LatentSums:
-    """Moments (B, 2C, H, W) as stored => float64 sums of z and of z squared (its expectation)."""
-    mean, logvar = np.split(moments.astype(np.float64), 2, axis=1)
-    second = float((mean**2 + np.exp(logvar.clip(*_LOGVAR_RANGE))).sum())
-    return LatentSums(count=mean.size, first=float(mean.sum()), second=second)
-
-
 def write_marker(output: str, marker: CompletionMarker) -> None:
-    """Write `output/completed/NAME.json`; from then on the shard is done."""
-    if not storage.is_remote(output):
-        remove_leftovers(Path(output, COMPLETED), marker.shard.name)
+    """Write `output/completed/NAME.json`, which declares the shard finished."""
+    remove_leftovers(storage.join(output, COMPLETED), marker.shard.name)
     write_sealed(marker_url(output, marker.shard.name), asdict(marker))
 
 
 def read_marker(output: str, name: str) -> CompletionMarker:
-    """Read a shard's marker. Raises UserError when it is missing, ShardError when damaged."""
+    """Read a shard's marker. Raises UserError when it is missing, ShardError when it is damaged."""
     where = marker_url(output, name)
     value = read_sealed(where)
     value["job"] = build_record(Job, value["job"], where)
@@ -108,26 +116,50 @@ def read_marker(output: str, name: str) -> CompletionMarker:
     value["latent_sums"] = build_record(LatentSums, value["latent_sums"], where)
     marker = build_record(CompletionMarker, value, where)
     if marker.shard.name != name:
-        raise ShardError(f"{where}: the marker of {marker.shard.name}; encode again")
+        raise ShardError(f"{where}: marker of {marker.shard.name}; delete it and encode again")
     return marker
 
 
+def read_markers(output: str, names: Iterable[str], job: Job) -> dict[str, CompletionMarker]:
+    """Read the markers of these shards by name, without those that are missing or damaged.
+
+    Damaged markers cause a warning. Raises UserError when a marker belongs to another job.
+    """
+
+    def read(name: str) -> CompletionMarker | None:
+        try:
+            marker = read_marker(output, name)
+        except StoreError:
+            raise
+        except ShardError as error:
+            tqdm.write(f"warning: {error}; {name} counts as not encoded", file=sys.stderr)
+            return None
+        except UserError:  # its task has deleted it since it was listed
+            return None
+        _check_same_job(output, marker.job, job)
+        return marker
+
+    present = list_marked(output)
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        markers = pool.map(read, [name for name in names if name in present])
+        return {marker.shard.name: marker for marker in markers if marker}
+
+
 def marker_url(output: str, name: str) -> str:
-    """Where the marker of shard `name` lies."""
+    """Path of the completion marker of shard `name`."""
     return storage.join(output, COMPLETED, f"{name}.json")
 
 
-def list_markers(output: str) -> set[str]:
-    """Names of the shards that have a marker, whole or damaged."""
+def list_marked(output: str) -> set[str]:
+    """Names of the shards that have a marker, intact or damaged."""
     names = storage.list_names(storage.join(output, COMPLETED))
     return {name.removesuffix(".json") for name in names}
 
 
-def check_same_job(output: str, existing: Job, job: Job) -> None:
-    """Raise UserError naming what differs when `output` holds shards of another job."""
+def _check_same_job(output: str, existing: Job, job: Job) -> None:
     differences = [
-        f"{field.name} is {_short(getattr(existing, field.name))} there, "
-        f"{_short(getattr(job, field.name))} now"
+        f"{field.name} is {_abbreviate(getattr(existing, field.name))} there, "
+        f"{_abbreviate(getattr(job, field.name))} now"
         for field in fields(Job)
         if getattr(existing, field.name) != getattr(job, field.name)
     ]
@@ -138,6 +170,10 @@ def check_same_job(output: str, existing: Job, job: Job) -> None:
         )
 
 
+def _abbreviate(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
+
+
 def is_intact(output: str, entry: ShardEntry) -> bool:
     """Whether the shard's tar has its size and its index has its hash."""
     index = storage.join(output, f"{entry.name}.index.npz")
@@ -146,7 +182,3 @@ def is_intact(output: str, entry: ShardEntry) -> bool:
         and storage.exists(index)
         and hashlib.sha256(storage.read_bytes(index)).hexdigest() == entry.index_sha256
     )
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else str(value)

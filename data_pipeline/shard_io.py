@@ -1,38 +1,44 @@
-"""Whole shards: written byte-reproducibly with their index, and read from front to back."""
+"""Reading and writing of one shard as a whole, with webdataset.
+
+`writer` writes the shards of an encode job. `encode` and the `shards` verbs read them from front to
+back; random access for training is in `ifvit.shards.reader`.
+"""
 
 import contextlib
 import hashlib
 import io
 import json
-import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from webdataset import TarWriter
+from webdataset.tariterators import tarfile_samples
 
 from ifvit import storage
 from ifvit.shards import LatentSample, ShardEntry
 from ifvit.shards.format import Array, index_bytes, index_tar, parse_metadata
 
 BUFFER_BYTES = 8 << 20
-"""Written at a time: the page cache keeps what was written in pieces as large, and a shard that
-was just encoded is read the faster for it."""
+"""Size of one write; the page cache reads files faster that were written in large blocks."""
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> ShardEntry:
     """Write `NAME.tar` and `NAME.index.npz` into `folder`, each whole or not at all.
 
-    Samples are consumed one by one, so a shard is never held in memory.
+    Samples are written as they come, so a shard never has to fit into memory. Equal samples give
+    equal bytes: owner and time of the members are constants.
     """
-    remove_leftovers(folder, name)
+    remove_leftovers(str(folder), name)
     with storage.write_file(str(folder / f"{name}.tar")) as path:
-        with path.open("wb", BUFFER_BYTES) as file:
-            _write_tar(file, samples)
+        with (
+            path.open("wb", BUFFER_BYTES) as file,
+            TarWriter(file, user="", group="", mtime=0, encoder=False) as tar,
+        ):
+            for sample in samples:
+                tar.write(pack_sample(sample))
         index = index_tar(path)
         data = index_bytes(index)
         storage.write_bytes(str(folder / f"{name}.index.npz"), data)
@@ -46,14 +52,15 @@ def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> Sha
         )
 
 
-def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove the unfinished files that a killed run left of `name` or `name.*`."""
-    for leftover in folder.glob(f".{name}.*"):
-        leftover.unlink()
+def remove_leftovers(url: str, name: str) -> None:
+    """Delete unfinished local files of `name` or `name.*` that a killed process left in `url`."""
+    if not storage.is_remote(url):
+        for leftover in Path(url).glob(f".{name}.*"):
+            leftover.unlink()
 
 
 def pack_sample(sample: LatentSample) -> dict[str, str | bytes]:
-    """A sample as WebDataset wants it: member suffix => bytes."""
+    """Convert a sample to webdataset's form: member suffix => bytes."""
     members: dict[str, str | bytes] = {
         "__key__": sample.key,
         "moments.npy": npy_bytes(sample.moments),
@@ -69,24 +76,17 @@ def pack_sample(sample: LatentSample) -> dict[str, str | bytes]:
 
 
 def npy_bytes(array: Array) -> bytes:
-    """The `.npy` file of an array."""
+    """Content of the `.npy` file of an array."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def _write_tar(file: IO[bytes], samples: Iterable[LatentSample]) -> None:
-    """Write the samples with fixed owner and time, so that equal samples give equal bytes."""
-    with TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
-        for sample in samples:
-            tar.write(pack_sample(sample))
-
-
 @contextlib.contextmanager
 def open_shard(url: str, entry: ShardEntry) -> Iterator[Path]:
-    """A folder with the shard's tar and index: the dataset's own, or one of copies for the block.
+    """Provide a local folder with the shard's tar and index; copies are deleted after the block.
 
-    Nothing is checked; a file that the store does not have is not in the folder either.
+    Nothing is checked. A file that is missing from the store is missing from the folder too.
     """
     if not storage.is_remote(url):
         yield Path(url)
@@ -99,32 +99,17 @@ def open_shard(url: str, entry: ShardEntry) -> Iterator[Path]:
 
 
 def read_samples(path: Path) -> Iterator[LatentSample]:
-    """The samples of a tar in order. Raises ValueError for members that are not ours."""
-    with tarfile.open(path, "r:") as tar:
-        for key, members in groupby(tar, lambda member: member.name.partition(".")[0]):
-            content = {member.name.partition(".")[2]: tar.extractfile(member) for member in members}
-            yield _build_sample(key, {suffix: _all(file) for suffix, file in content.items()})
-
-
-def _build_sample(key: str, members: dict[str, bytes]) -> LatentSample:
-    arrays = {
-        suffix.removesuffix(".npy"): _parse_npy(data)
-        for suffix, data in members.items()
-        if suffix.endswith(".npy")
-    }
-    return LatentSample(
-        key=key,
-        label=int(members["cls"]) if "cls" in members else None,
-        metadata=parse_metadata(members["json"], f"{key}.json"),
-        **arrays,
-    )
-
-
-def _parse_npy(data: bytes) -> Array:
-    array: Array = np.load(io.BytesIO(data), allow_pickle=False)
-    return array
-
-
-def _all(file: IO[bytes] | None) -> bytes:
-    assert file is not None, "a tar of samples holds plain files only"
-    return file.read()
+    """Read the samples of a tar in order."""
+    for members in tarfile_samples([{"url": str(path)}]):
+        arrays = {
+            suffix.removesuffix(".npy"): np.load(io.BytesIO(data), allow_pickle=False)
+            for suffix, data in members.items()
+            if suffix.endswith(".npy")
+        }
+        key = members["__key__"]
+        yield LatentSample(
+            key=key,
+            label=int(members["cls"]) if "cls" in members else None,
+            metadata=parse_metadata(members["json"], f"{key}.json"),
+            **arrays,
+        )

@@ -1,8 +1,8 @@
-"""The background half of the encode job: encoded batches => shards, in threads.
+"""Background threads of the encode job: they write encoded batches as shards.
 
-A shard's tar is written while its batches come. Hashing, upload and marker of one shard go on
-beside the models and the tar of the next. Queues are short, so memory stays bounded: a slow disk
-or store makes the models wait.
+`encode` hands over one batch after the other. A shard's tar is written while its batches come;
+hashing, upload and the completion marker of a shard overlap with the encoding of the next. Queues
+are short, so memory stays bounded: a slow disk or store makes the encoders wait.
 """
 
 import contextlib
@@ -40,7 +40,10 @@ _Batches = queue.Queue[EncodedBatch | None]
 
 
 class ShardWriter:
-    """Takes the batches of all units in order; leaving the block waits for the last marker."""
+    """Receives the batches of all units in order; the end of the block waits for the last marker.
+
+    `markers` holds the completion markers that are written so far.
+    """
 
     def __init__(self, config: EncodeConfig, job: Job) -> None:
         self._config = config
@@ -60,7 +63,7 @@ class ShardWriter:
         traceback: TracebackType | None,
     ) -> None:
         if self._open is not None:
-            with contextlib.suppress(queue.Empty):  # a writer that has failed makes no more room
+            with contextlib.suppress(queue.Empty):  # a failed writer no longer empties its queue
                 while True:
                     self._open.get_nowait()
             self._open.put(None)
@@ -69,16 +72,16 @@ class ShardWriter:
             self._collect()
 
     def put(self, batch: EncodedBatch) -> None:
-        """Hand over the next batch. Raises what the writing of an earlier one raised."""
+        """Hand over the next batch. Raises the error that ended the writing of an earlier one."""
         if self._open is None:
             self._open = queue.Queue(BATCHES_QUEUED)
-            self._running.append(self._pool.submit(self._write, batch.unit.name, self._open))
+            self._running.append(self._pool.submit(self._write, batch.decoded.shard, self._open))
         while True:
             self._collect()
             with contextlib.suppress(queue.Full):
                 self._open.put(batch, timeout=1.0)
                 break
-        if batch.is_last:
+        if batch.decoded.is_last:
             self._open = None
 
     def _collect(self) -> None:
@@ -87,10 +90,11 @@ class ShardWriter:
             self.markers.append(future.result())
 
     def _write(self, name: str, batches: _Batches) -> CompletionMarker:
+        """Write one shard and its marker; runs in a thread."""
         samples = _Samples(name, batches, self._config.dtype)
         marker = CompletionMarker(
             job=self._job,
-            shard=_write_anywhere(self._config.output, name, samples),
+            shard=_write_to(self._config.output, name, samples),
             failures=tuple(samples.failures),
             latent_sums=samples.latent_sums,
         )
@@ -98,17 +102,19 @@ class ShardWriter:
         return marker
 
 
-def to_stored(values: Tensor, dtype: str, name: str) -> Array:
-    """Tensor => array in the shards' dtype. Raises UserError when that cannot hold a value."""
-    with np.errstate(over="ignore"):
-        stored: Array = values.cpu().numpy().astype(dtype)
-    if not np.isfinite(stored).all():
-        raise UserError(f"{name}: an encoder gave values that {dtype} cannot hold; try float32")
-    return stored
+def _write_to(output: str, name: str, samples: "_Samples") -> ShardEntry:
+    """Write a shard to a folder, or to an object store through a temporary folder."""
+    if not storage.is_remote(output):
+        return write_shard(Path(output), name, samples)
+    with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
+        entry = write_shard(Path(folder), name, samples)
+        for file in (f"{name}.index.npz", f"{name}.tar"):
+            storage.upload(Path(folder, file), storage.join(output, file))
+    return entry
 
 
 class _Samples:
-    """Iterates over one shard's samples; failures and latent sums are complete after that."""
+    """Iterates over the samples of one shard; then `failures` and `latent_sums` are complete."""
 
     def __init__(self, name: str, batches: _Batches, dtype: str) -> None:
         self.failures: list[Failure] = []
@@ -123,24 +129,25 @@ class _Samples:
         while not is_last:
             batch = self._batches.get()
             if batch is None:
-                raise InterruptedError(f"{self._name}: the models stopped before its last image")
-            self.failures += batch.failures
-            yield from self._convert(batch)
-            is_last = batch.is_last
+                raise InterruptedError(f"{self._name}: the encoders stopped before its last image")
+            self.failures += batch.decoded.failures
+            if batch.moments is not None:
+                yield from self._convert(batch, self._store(batch.moments))
+            is_last = batch.decoded.is_last
 
-    def _convert(self, batch: EncodedBatch) -> Iterator[LatentSample]:
-        if batch.moments is None:
-            return
-        moments = self._store(batch.moments)
+    def _convert(self, batch: EncodedBatch, moments: Array) -> Iterator[LatentSample]:
         self.latent_sums += sum_latents(moments)
         flipped = None if batch.flipped is None else self._store(batch.flipped)
         contexts = self._contexts(batch)
-        for row, (image, decoded) in enumerate(zip(batch.images, batch.decoded, strict=True)):
+        for row, (image, decoded) in enumerate(batch.decoded.readable):
+            context = None
+            if image.label is None:
+                context = np.stack([contexts[caption] for caption in image.captions])
             yield LatentSample(
                 key=image.key,
                 moments=moments[row],
                 flipped=None if flipped is None else flipped[row],
-                context=None if image.label is not None else _rows(contexts, image.captions),
+                context=context,
                 label=image.label,
                 metadata=SampleMetadata(
                     image_id=image.image_id,
@@ -151,28 +158,22 @@ class _Samples:
             )
 
     def _contexts(self, batch: EncodedBatch) -> dict[str, Array]:
-        """Caption => embedding (M, D), of the batch's captions and of all that may come again."""
+        """Embeddings (M, D) by caption: of the batch, and those kept from earlier batches."""
         if batch.contexts is None:
             return self._repeated
         rows = dict(zip(batch.captions, self._store(batch.contexts), strict=True))
-        kept = {caption: rows[caption].copy() for caption in batch.unit.repeated.intersection(rows)}
-        self._repeated |= kept  # copies: a view would keep the whole batch
+        for caption in batch.decoded.repeated.intersection(rows):
+            self._repeated[caption] = rows[caption].copy()  # a view would keep the whole batch
         return self._repeated | rows
 
     def _store(self, values: Tensor) -> Array:
         return to_stored(values, self._dtype, self._name)
 
 
-def _rows(contexts: dict[str, Array], captions: tuple[str, ...]) -> Array:
-    return np.stack([contexts[caption] for caption in captions])
-
-
-def _write_anywhere(output: str, name: str, samples: _Samples) -> ShardEntry:
-    """Write a shard to a folder or, by way of a temporary one, to an object store."""
-    if not storage.is_remote(output):
-        return write_shard(Path(output), name, samples)
-    with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
-        entry = write_shard(Path(folder), name, samples)
-        for file in (f"{name}.index.npz", f"{name}.tar"):
-            storage.upload(Path(folder, file), storage.join(output, file))
-    return entry
+def to_stored(values: Tensor, dtype: str, name: str) -> Array:
+    """Convert a tensor to the shards' dtype. Raises UserError when a value does not fit into it."""
+    with np.errstate(over="ignore"):
+        stored: Array = values.cpu().numpy().astype(dtype)
+    if not np.isfinite(stored).all():
+        raise UserError(f"{name}: an encoder gave values that {dtype} cannot hold; use float32")
+    return stored

@@ -1,4 +1,7 @@
-"""From the recipe's `source` to the class that reads it."""
+"""Sources of captioned or labelled images; the recipe's `source` chooses one.
+
+`base` defines the protocol, and each other module implements it for one kind of image set.
+"""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -20,9 +23,9 @@ SOURCES: dict[str, Callable[[str, str | None], Source]] = {
 
 
 def open_source(config: EncodeConfig) -> Source:
-    """The images that a recipe names.
+    """Open the image set of a recipe.
 
-    Raises UserError for a source that is neither built in nor importable as `module:Class`.
+    Raises UserError when the source is neither built in nor importable as `module:Class`.
     """
     return _find_class(config.source)(config.images, config.captions)
 
@@ -32,7 +35,8 @@ def _find_class(name: str) -> Callable[[str, str | None], Source]:
         return SOURCES[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise UserError(f"source: {name}; it must be {', '.join(SOURCES)} or package.module:Class")
+        known = ", ".join(SOURCES)
+        raise UserError(f"source: {name}; expected one of {known}, or package.module:Class")
     try:
         found: Callable[[str, str | None], Source] = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:

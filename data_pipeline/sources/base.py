@@ -1,4 +1,7 @@
-"""The protocol of a source of images, and sources that know all their images from a list."""
+"""Protocol of image sources, and a base class for sources that list all their images.
+
+`encode` calls the protocol. Your own source may be any class that follows it.
+"""
 
 import hashlib
 import json
@@ -12,11 +15,11 @@ from ifvit import storage
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedImage:
-    """One image and what it shows: all its captions, or the number of its class.
+    """One image with all its captions, or with the number of its class.
 
-    `key` is unique in its unit and holds no dot and no slash; `name` is for messages.
-    `read` returns the content of the image file. Whatever it raises, save a failing store, is
-    recorded as the reason why the image was left out.
+    `key` is unique in its unit and contains no dot and no slash. `name` is for messages. `read`
+    returns the content of the image file; an error that it raises, except StoreError, is recorded
+    as the reason why the image is left out.
     """
 
     key: str
@@ -27,93 +30,76 @@ class CaptionedImage:
     label: int | None = None
 
 
-class Unit(Protocol):
-    """The images of one output shard."""
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """The images of one output shard, which `open` returns in order.
 
-    @property
-    def name(self) -> str:
-        """Name of the shard, for example shard-00042."""
+    `num_images` is None if it is unknown before `open`. `is_listed` says that `open` costs nothing,
+    so that every start may check images that failed before.
+    """
 
-    @property
-    def num_images(self) -> int | None:
-        """How many images there are, None where only opening tells."""
-
-    @property
-    def is_listed(self) -> bool:
-        """Whether `open` is free, so that every start may look if a failed image is mended."""
-
-    def open(self) -> Sequence[CaptionedImage]:
-        """The images in their order; may take long, a download for example."""
+    name: str
+    open: Callable[[], Sequence[CaptionedImage]]
+    num_images: int | None
+    is_listed: bool
 
 
 class Source(Protocol):
-    """All images of one dataset, the same ones in the same order for every process.
+    """All images of one dataset, with the same images in the same order in every process.
 
-    Constructed as `Source(images, captions)` from the two fields of the recipe, the second None
-    where it is not set; raises UserError, in one line, for what is missing or malformed.
+    Its constructor takes the fields `images` and `captions` of the recipe; the latter may be None.
+    It raises UserError, in one line, for missing or malformed input.
     """
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes that labels number; empty where images have captions."""
+        """Class names in the order of the labels; empty if images have captions."""
 
     @property
     def sha256(self) -> str:
-        """Hash of what decides the dataset (ids, captions, labels, files), whatever its path."""
+        """Hash of ids, captions, labels and file names, independent of the folder."""
 
     def report(self) -> str:
-        """Counts, and what is missing, in a few lines to read before hours are spent."""
+        """Describe in a few lines how many images there are and which are missing."""
 
     def units(self, samples_per_shard: int) -> Sequence[Unit]:
-        """The units of work, decided from the source alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListedUnit:
-    """A stretch of the list."""
-
-    name: str
-    images: Sequence[CaptionedImage]
-    is_listed: bool = True
-
-    @property
-    def num_images(self) -> int:
-        """How many images there are."""
-        return len(self.images)
-
-    def open(self) -> Sequence[CaptionedImage]:
-        """The images in the list's order."""
-        return self.images
+        """Divide the images into units of work."""
 
 
 class ListedSource:
-    """What every source of a list has in common; `images` is in its final order."""
+    """Base class of sources that list all their images; `images` is in its final order."""
 
     def __init__(self, images: Sequence[CaptionedImage]) -> None:
         self.images = images
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of ids, file names, captions and labels: what decides the dataset."""
+        """Hash of ids, file names, captions and labels."""
         digest = hashlib.sha256()
         for image in self.images:
             row = [image.image_id, image.name, image.captions, image.label]
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
-    def units(self, samples_per_shard: int) -> list[ListedUnit]:
-        """The list cut into shards; the last one may be smaller."""
+    def units(self, samples_per_shard: int) -> list[Unit]:
+        """Divide the list into shards; the last one may be smaller."""
         starts = range(0, len(self.images), samples_per_shard)
-        cuts = [self.images[start : start + samples_per_shard] for start in starts]
+        parts = [self.images[start : start + samples_per_shard] for start in starts]
         return [
-            ListedUnit(name=shard_name(number), images=images) for number, images in enumerate(cuts)
+            Unit(
+                name=shard_name(number),
+                open=partial(list, images),
+                num_images=len(images),
+                is_listed=True,
+            )
+            for number, images in enumerate(parts)
         ]
 
 
 def numbered_image(
     number: int, folder: str, path: str, captions: tuple[str, ...] = (), label: int | None = None
 ) -> CaptionedImage:
-    """An image that is known by its path in a folder or under an `s3://` prefix."""
+    """An image whose id is its path in a folder or under an `s3://` prefix."""
     return CaptionedImage(
         key=f"{number:012d}",
         image_id=path,

@@ -1,4 +1,4 @@
-"""Image folders, one for each class: `IMAGES/CLASS/*.jpg`; images carry labels, not captions."""
+"""Source `folder`: one folder of images per class, `IMAGES/CLASS/*.jpg`, with labels."""
 
 from pathlib import PurePosixPath
 
@@ -9,11 +9,11 @@ from ifvit.images import IMAGE_SUFFIXES
 
 
 class ClassFolders(ListedSource):
-    """Every class's first image, then every class's second, and so on.
+    """Images in the order: first image of every class, second image of every class, and so on.
 
-    So each shard holds all classes, and a loader that shuffles within a few shards still mixes
-    them. Classes are numbered by their sorted names. Raises UserError for a folder without class
-    folders, a class without images, and captions, which such a source has none of.
+    Thus every shard contains all classes, also when the loader shuffles only within a few shards.
+    Classes are numbered by their sorted names. Raises UserError for a folder without class folders,
+    for a class without images, and when captions are given.
     """
 
     def __init__(self, images: str, captions: str | None) -> None:
@@ -38,20 +38,20 @@ class ClassFolders(ListedSource):
         )
 
     def report(self) -> str:
-        """Counts, and how many files are no images."""
+        """Number of images, classes and ignored files."""
         text = f"{self._folder}: {len(self.images):,} images in {len(self.classes):,} classes"
         if self._num_others:
-            text += f"\nwarning: {self._num_others:,} files are no images and stay out"
+            text += f"\nwarning: {self._num_others:,} files are not images and are ignored"
         return text
 
 
 def _list_classes(images: str) -> list[str]:
     entries = [name for name in storage.list_names(images) if not name.startswith(".")]
     if not entries:
-        raise UserError(f"{images}: no such folder, or an empty one; expected CLASS/*.jpg in it")
+        raise UserError(f"{images}: missing or empty folder; expected CLASS/*.jpg in it")
     loose = [name for name in entries if _is_image(name)]
     if loose:
-        raise UserError(f"{images}/{loose[0]}: an image outside any class; expected CLASS/*.jpg")
+        raise UserError(f"{images}/{loose[0]}: image without a class; move it to CLASS/*.jpg")
     return entries
 
 

@@ -1,4 +1,4 @@
-"""COCO captions, 2014 and 2017 layout: an image folder and one `captions_SPLIT.json`."""
+"""Source `coco`: an image folder and COCO's `captions_SPLIT.json`, 2014 or 2017 layout."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,12 +9,13 @@ from data_pipeline.sources.base import CaptionedImage, ListedSource
 from ifvit import storage
 from ifvit.errors import UserError
 
-EXPECTED_COUNTS = {  # stem of COCO's own files => images, captions of the complete split
+COMPLETE_SPLITS = {
     "captions_train2014": (82_783, 414_113),
     "captions_val2014": (40_504, 202_654),
     "captions_train2017": (118_287, 591_753),
     "captions_val2017": (5_000, 25_014),
 }
+"""File name without .json => number of images and captions."""
 
 Value = TypeVar("Value")
 
@@ -22,61 +23,59 @@ Value = TypeVar("Value")
 class CocoCaptions(ListedSource):
     """The images of one annotation file, sorted by image id.
 
-    Raises UserError, in one line, for a missing folder, a file that is not COCO captions, an
-    image without captions, and a folder that holds none of the images.
+    Raises UserError for a missing folder, a file that does not hold COCO captions, an image without
+    captions, and a folder that contains none of the images.
     """
 
     classes = ()
 
     def __init__(self, images: str, captions: str | None) -> None:
         if captions is None:
-            raise UserError("captions: not set; a coco source needs a captions_*.json file there")
+            raise UserError("captions: not set; a coco source needs a captions_*.json file")
         if not storage.is_remote(images) and not Path(images).is_dir():
             raise UserError(f"{images}: no such folder of images")
         if Path(captions).is_dir():
             raise UserError(f"{captions}: is a folder; name the captions_*.json file in it")
         content = storage.read_json(captions)
         names, texts = _read_annotations(content, captions)
-        self._is_official = "COCO 20" in str(content.get("info"))  # other sets borrow its names
+        self._is_official = "COCO 20" in str(content.get("info"))  # other sets reuse the file names
         self._file = captions
-        coco = [
-            CaptionedImage(
-                key=f"{image_id:012d}",
-                image_id=image_id,
-                name=names[image_id],
-                read=partial(storage.read_bytes, storage.join(images, names[image_id])),
-                captions=tuple(texts[image_id]),
-            )
-            for image_id in texts
-        ]
-        super().__init__(coco)
-        self.absent = _find_absent(images, [image.name for image in self.images])
-        if len(self.absent) == len(self.images):
+        super().__init__(
+            [
+                CaptionedImage(
+                    key=f"{image_id:012d}",
+                    image_id=image_id,
+                    name=names[image_id],
+                    read=partial(storage.read_bytes, storage.join(images, names[image_id])),
+                    captions=tuple(texts[image_id]),
+                )
+                for image_id in texts
+            ]
+        )
+        self.missing = _find_missing(images, list(names.values()))
+        if len(self.missing) == len(self.images):
             raise UserError(
-                f"{images}: holds none of the {len(self.images)} images that {captions} lists"
+                f"{images}: contains none of the {len(self.images)} images that {captions} lists"
             )
-
-    @property
-    def num_captions(self) -> int:
-        """Captions of all images together."""
-        return sum(len(image.captions) for image in self.images)
 
     def report(self) -> str:
-        """Counts, and what is missing, in a few lines to read before hours are spent."""
-        num_images = len(self.images)
-        lines = [f"{self._file}: {num_images:,} images, {self.num_captions:,} captions"]
-        expected = EXPECTED_COUNTS.get(Path(self._file).stem)
-        if self._is_official and expected and expected != (num_images, self.num_captions):
+        """Number of images and captions, and a warning if some are missing."""
+        counts = (len(self.images), sum(len(image.captions) for image in self.images))
+        lines = [f"{self._file}: {counts[0]:,} images, {counts[1]:,} captions"]
+        expected = COMPLETE_SPLITS.get(Path(self._file).stem)
+        if self._is_official and expected and expected != counts:
             lines.append(
                 f"warning: the complete split has {expected[0]:,} images, {expected[1]:,} captions"
             )
-        if self.absent:
-            lines.append(f"warning: {len(self.absent):,} image files absent: {self.absent[0]}, …")
+        if self.missing:
+            lines.append(
+                f"warning: {len(self.missing):,} image files are missing: {self.missing[0]}, …"
+            )
         return "\n".join(lines)
 
 
-def _find_absent(images: str, names: Sequence[str]) -> list[str]:
-    """Names that the folder does not hold; only those in subfolders are asked for one by one."""
+def _find_missing(images: str, names: Sequence[str]) -> list[str]:
+    """Names of missing files; only names in subfolders need a request per file."""
     present = set(storage.list_names(images))
     return [
         name
@@ -86,18 +85,19 @@ def _find_absent(images: str, names: Sequence[str]) -> list[str]:
 
 
 def _read_annotations(content: Any, file: str) -> tuple[dict[int, str], dict[int, list[str]]]:
-    """Image id => file name, and image id => captions; ids in ascending order."""
+    """Image id => file name, and image id => captions, both by ascending id."""
     names: dict[int, str] = {}
     for entry in _entries(content, "images", file):
         image_id = _value(entry, "id", int, "images", file)
         if image_id in names:
             raise UserError(f"{file}: image id {image_id} is listed twice")
         names[image_id] = _value(entry, "file_name", str, "images", file)
-    captions: dict[int, list[str]] = {image_id: [] for image_id in sorted(names)}
+    names = dict(sorted(names.items()))
+    captions: dict[int, list[str]] = {image_id: [] for image_id in names}
     for entry in _entries(content, "annotations", file):
         image_id = _value(entry, "image_id", int, "annotations", file)
         if image_id not in captions:
-            raise UserError(f"{file}: a caption belongs to image id {image_id}, not among images")
+            raise UserError(f"{file}: a caption has image id {image_id}, which is not in 'images'")
         captions[image_id].append(_value(entry, "caption", str, "annotations", file))
     for image_id, texts in captions.items():
         if not texts:

@@ -1,4 +1,4 @@
-"""A table of image paths and captions: CSV, JSONL or Parquet, several rows for several captions."""
+"""Source `table`: image paths and captions in a CSV, JSONL or Parquet file, one row per caption."""
 
 import csv
 import io
@@ -15,14 +15,14 @@ COLUMNS = ("path", "caption")
 NUM_PROBES = 8
 
 Row = tuple[str, dict[str, Any]]
-"""Where the row stands, for messages, and its values by column."""
+"""Position of the row for messages, and its values by column."""
 
 
 class CaptionTable(ListedSource):
-    """The images of one table, sorted by path; captions of a path in the order of their rows.
+    """The images of one table, sorted by path; rows with the same path are captions of one image.
 
     The columns are `path`, relative to the folder or `s3://` prefix `images`, and `caption`.
-    Raises UserError, in one line that names the row, for anything else.
+    Raises UserError naming the row when a column is missing or a value is not text.
     """
 
     classes = ()
@@ -31,7 +31,7 @@ class CaptionTable(ListedSource):
         reader = READERS.get(PurePosixPath(captions or "").suffix.lower())
         if captions is None or reader is None:
             raise UserError(
-                f"captions: {captions}; a table source needs one of {', '.join(READERS)}"
+                f"captions: {captions}; a table source needs a file of type {', '.join(READERS)}"
             )
         self._file = captions
         texts: dict[str, list[str]] = {}
@@ -51,7 +51,7 @@ class CaptionTable(ListedSource):
             raise UserError(f"{probes[0]}: no such file; paths in {captions} start at {images}")
 
     def report(self) -> str:
-        """Counts of images and captions."""
+        """Number of images and captions."""
         num_captions = sum(len(image.captions) for image in self.images)
         return f"{self._file}: {len(self.images):,} images, {num_captions:,} captions"
 

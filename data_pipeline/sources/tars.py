@@ -1,4 +1,4 @@
-"""WebDataset tars of images with captions, as img2dataset writes them, local or `s3://`."""
+"""Source `webdataset`: tars of images with captions as img2dataset writes them, local or `s3://`."""
 
 import fnmatch
 import hashlib
@@ -6,16 +6,15 @@ import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO
 
 from braceexpand import braceexpand
 
-from data_pipeline.sources.base import CaptionedImage, shard_name
+from data_pipeline.sources.base import CaptionedImage, Unit, shard_name
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
@@ -25,7 +24,7 @@ REQUESTS_AT_ONCE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Tar:
-    """One input tar; `num_samples` is what its NNNNN_stats.json says, None without one."""
+    """One input tar; `num_samples` comes from its NNNNN_stats.json, None without that file."""
 
     url: str
     num_bytes: int
@@ -33,127 +32,111 @@ class Tar:
 
 
 class WebDatasetTars:
-    """Every tar is one unit and becomes one shard, so `samples_per_shard` has no say.
+    """Every tar becomes one shard, so `samples_per_shard` has no effect.
 
     `images` is a folder or prefix, a pattern `FOLDER/*.tar`, or `FOLDER/{00000..00331}.tar`.
     A sample is `KEY.jpg` (or jpeg, png, webp) with its caption in `KEY.txt`, or under "caption" in
-    `KEY.json`. Raises UserError when there is no such tar, or when captions are named apart.
+    `KEY.json`. Raises UserError when a tar is missing, and when `captions` is set.
     """
 
     classes = ()
 
     def __init__(self, images: str, captions: str | None) -> None:
         if captions is not None:
-            raise UserError(f"captions: {captions} is set, but tars hold their captions themselves")
+            raise UserError(f"captions: {captions} is set, but tars contain their captions")
         self._images = images
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            self._tars = list(pool.map(_look_at, _find_tars(images)))
+            self._tars = list(pool.map(_describe_tar, _find_tars(images)))
 
     @property
     def sha256(self) -> str:
-        """Hash of the tars' names and sizes; their content is too much to read for it."""
+        """Hash of the names and sizes of the tars; reading their content would take too long."""
         digest = hashlib.sha256()
         for tar in self._tars:
             digest.update(json.dumps([Path(tar.url).name, tar.num_bytes]).encode())
         return digest.hexdigest()
 
     def report(self) -> str:
-        """Tars, bytes, and the number of samples where img2dataset's statistics tell it."""
+        """Number of tars and bytes, and of samples if img2dataset wrote statistics."""
         gigabytes = sum(tar.num_bytes for tar in self._tars) / 1e9
         counts = [tar.num_samples for tar in self._tars if tar.num_samples is not None]
         text = f"{self._images}: {len(self._tars):,} tars, {gigabytes:,.2f} GB"
         if counts:
-            text += f"; {sum(counts):,} samples in the {len(counts):,} that have statistics"
+            text += f"; {sum(counts):,} samples in the {len(counts):,} tars with statistics"
         return text
 
-    def units(self, samples_per_shard: int) -> list["TarUnit"]:
-        """One unit a tar, sorted by name."""
-        return [TarUnit(name=shard_name(n), tar=tar) for n, tar in enumerate(self._tars)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TarUnit:
-    """One tar, downloaded as a whole when it is remote."""
-
-    name: str
-    tar: Tar
-    is_listed: bool = False
-
-    @property
-    def num_images(self) -> int | None:
-        """How many images img2dataset counted, if it did."""
-        return self.tar.num_samples
-
-    def open(self) -> Sequence[CaptionedImage]:
-        """The images in the tar's order. Raises UserError for a tar that is cut or malformed."""
-        file = _open_local(self.tar.url)
-        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.isfile():
-                        _add_member(samples, member, self.tar.url)
-                # tarfile takes a cut between two members for the end; a real end is a zero block.
-                end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-                if end != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError("its end is missing")
-        except tarfile.TarError as error:
-            raise UserError(f"{self.tar.url}: not a whole tar ({error}); get it again") from None
-        images = [_build_image(key, held, file, self.tar.url) for key, held in samples.items()]
-        if len({image.key for image in images}) < len(images):
-            raise UserError(f"{self.tar.url}: keys that differ only by / and _; rename one")
-        return images
+    def units(self, samples_per_shard: int) -> list[Unit]:
+        """One unit per tar, sorted by name; opening a unit downloads the tar if it is remote."""
+        return [
+            Unit(
+                name=shard_name(number),
+                open=partial(open_tar, tar.url),
+                num_images=tar.num_samples,
+                is_listed=False,
+            )
+            for number, tar in enumerate(self._tars)
+        ]
 
 
 def _find_tars(images: str) -> list[str]:
-    """URLs of the tars, sorted. Raises UserError when one that is named is missing."""
+    """Sorted URLs of the tars. Raises UserError when a named tar is missing."""
     try:
         patterns = list(braceexpand(images))
     except ValueError as error:
         raise UserError(f"{images}: {error}") from None
-    listings: dict[str, list[str]] = {}
+    list_names = lru_cache(storage.list_names)
     urls: list[str] = []
     for pattern in patterns:
         folder, _, name = pattern.rpartition("/")
         if not name.endswith(".tar"):
             folder, name = pattern.rstrip("/"), "*.tar"
-        if folder not in listings:
-            listings[folder] = storage.list_names(folder or ".")
-        found = fnmatch.filter(listings[folder], name)
+        found = fnmatch.filter(list_names(folder or "."), name)
         if not found:
-            raise UserError(
-                f"{pattern}: no such tar; name a folder of tars, or a pattern of theirs"
-            )
+            raise UserError(f"{pattern}: no such tar; give a folder of tars or a pattern of tars")
         urls += [f"{folder}/{tar}" if folder else tar for tar in found]
     return sorted(urls)
 
 
-def _look_at(url: str) -> Tar:
+def _describe_tar(url: str) -> Tar:
     num_bytes, statistics = storage.file_size(url), url.removesuffix(".tar") + "_stats.json"
     assert num_bytes is not None, url
     content = storage.read_json(statistics) if storage.exists(statistics) else {}
     return Tar(url=url, num_bytes=num_bytes, num_samples=content.get("successes"))
 
 
+def open_tar(url: str) -> list[CaptionedImage]:
+    """The images of a tar in order. Raises UserError if the tar is cut or malformed."""
+    file = _open_local(url)
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                members = samples.setdefault(folder + slash + stem, {})
+                if suffix.lower() in members:
+                    raise UserError(f"{url}: contains {member.name} twice")
+                members[suffix.lower()] = member
+            # tarfile accepts a tar that is cut between two members; a complete one ends with zeros.
+            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
+            if end != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("its end is missing")
+    except tarfile.TarError as error:
+        raise UserError(f"{url}: not a complete tar ({error}); download it again") from None
+    images = [_build_image(key, members, file, url) for key, members in samples.items()]
+    if len({image.key for image in images}) < len(images):
+        raise UserError(f"{url}: two keys differ only by / and _; rename one")
+    return images
+
+
 def _open_local(url: str) -> IO[bytes]:
-    """The tar, or a copy of it that vanishes when nobody holds the file any longer."""
+    """Open the tar, or a copy whose disk space is freed when the file is closed."""
     if not storage.is_remote(url):
         return Path(url).open("rb")
     with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
         copy = Path(folder, "input.tar")
         storage.download(url, copy)
         return copy.open("rb")
-
-
-def _add_member(
-    samples: dict[str, dict[str, tarfile.TarInfo]], member: tarfile.TarInfo, url: str
-) -> None:
-    folder, slash, name = member.name.rpartition("/")
-    stem, _, suffix = name.partition(".")
-    members = samples.setdefault(folder + slash + stem, {})
-    if suffix.lower() in members:
-        raise UserError(f"{url}: {member.name} is in it twice")
-    members[suffix.lower()] = member
 
 
 def _build_image(
@@ -163,7 +146,7 @@ def _build_image(
     caption = _find_caption(key, members, file, url)
     if suffix is None or caption is None:
         missing = "image (jpg, png, webp)" if suffix is None else "caption (txt, or in json)"
-        read = partial(_fail, f"the tar holds no {missing} of this key")
+        read = partial(_fail, f"the tar contains no {missing} for this key")
     else:
         read = partial(_read_member, file, members[suffix])
     return CaptionedImage(
@@ -191,7 +174,7 @@ def _find_caption(
 
 
 def _read_member(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
-    # Not by seek and read: many threads share the file.
+    # pread needs no seek, so threads can share the file.
     return os.pread(file.fileno(), member.size, member.offset_data)
 
 

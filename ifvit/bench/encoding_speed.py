@@ -84,7 +84,7 @@ def _prepare_batches(recipe: EncodeConfig, encoders: Encoders) -> list[tuple[Pix
     """Pixels (B, H, W, 3) and captions of the batches that the job gives to its models."""
     units = open_source(recipe).units(recipe.samples_per_shard)
     return [
-        (np.stack([image.pixels for image in encoded.decoded]), list(encoded.captions))
+        (np.stack([image.pixels for _, image in encoded.decoded.readable]), list(encoded.captions))
         for encoded in map(encoders.encode, decode_batches(units, recipe))
     ]
 

@@ -119,7 +119,7 @@ def test_values_beyond_the_dtype_are_refused(
         return torch.full((len(captions), 12, 16), 1e6)
 
     monkeypatch.setattr(TextEncoder, "encode", overflow)
-    with pytest.raises(UserError, match=r"shard-00000: .* float16 cannot hold; try float32"):
+    with pytest.raises(UserError, match=r"shard-00000: .* float16 cannot hold; use float32"):
         encode(config)
     assert not Path(config.output, "shard-00000.tar").exists()
 

@@ -37,7 +37,7 @@ def test_missing_files_count_as_broken_and_the_first_are_named(config: EncodeCon
     files = image_files(config)
     for path in files[:5]:
         path.unlink()
-    with pytest.raises(UserError, match=r"5 of 10 images .*no such file.*markers") as caught:
+    with pytest.raises(UserError, match=r"5 of 10 images .*no such file.*completed") as caught:
         encode(config)
     assert [path.name in str(caught.value) for path in files] == [True] * 3 + [False] * 7
 

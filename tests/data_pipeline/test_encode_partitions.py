@@ -34,7 +34,7 @@ def test_tasks_one_after_another_make_the_dataset_of_one(
         made = encode(replace(config, task=task))
         done = len(list(Path(config.output).glob("completed/*.json")))
         assert (made is None) == (done < 5)
-        assert (f"{5 - done} of 5 shards are still out" in capsys.readouterr().out) == (done < 5)
+        assert (f"{5 - done} of 5 shards are missing" in capsys.readouterr().out) == (done < 5)
     assert hashes(config) == alone
 
 

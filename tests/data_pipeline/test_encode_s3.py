@@ -64,7 +64,7 @@ def test_every_verb_of_shards_takes_a_store(
     inspect_shards(InspectConfig(url=f"{s3_bucket}/c", grid=str(tmp_path / "grid.png")))
     out = capsys.readouterr().out
     assert "5 shards, 20 images, 38 captions: every hash" in out
-    assert "38; 1 to 3, mean 1.90 an image" in out
+    assert "38; 1 to 3, mean 1.90 per image" in out
     assert "36x42" in out
 
 

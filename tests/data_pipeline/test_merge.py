@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.config import EncodeConfig, MergeConfig, ShardsConfig
 from data_pipeline.encode import encode
-from data_pipeline.shard_tools import _check_unique, merge, verify
+from data_pipeline.shard_tools import check_unique, merge, verify
 from ifvit.errors import UserError
 from ifvit.shards import Manifest, ShardEntry, ShardReader, read_manifest
 
@@ -65,7 +65,7 @@ def test_shards_without_images_may_be_alike() -> None:
         sha256="of an empty tar",
         index_sha256="",
     )
-    _check_unique([("a", entry), ("b", entry)])
+    check_unique([("a", entry), ("b", entry)])
 
 
 def test_other_recipes_are_refused_by_name(
@@ -80,7 +80,7 @@ def test_other_recipes_are_refused_by_name(
     }
     for key, other in others.items():
         url = encode_part(other, f"other_{key}", 4, 10)
-        with pytest.raises(UserError, match=f"cannot join .* they differ in {key}"):
+        with pytest.raises(UserError, match=f"cannot be merged with .* they differ in {key}"):
             merge(MergeConfig(urls=[parts[0], url], output=str(tmp_path / "merged")))
 
 
@@ -95,7 +95,7 @@ def test_a_damaged_shard_is_not_copied_on(parts: list[str], tmp_path: Path) -> N
 
 
 def test_an_existing_dataset_is_not_overwritten(parts: list[str]) -> None:
-    with pytest.raises(UserError, match="is a dataset already"):
+    with pytest.raises(UserError, match="already contains a dataset"):
         merge(MergeConfig(urls=parts, output=parts[0]))
 
 

@@ -25,7 +25,7 @@ def count_encoded(
     original = Encoders.encode
 
     def record(encoders: Encoders, batch: Any) -> Any:
-        seen.append(batch.unit.name)
+        seen.append(batch.shard)
         tell(seen)
         return original(encoders, batch)
 
@@ -95,7 +95,7 @@ def test_models_that_fail_leave_no_half_shard(
     original = Encoders.encode
 
     def fail_in_second(encoders: Encoders, batch: Any) -> Any:
-        if batch.unit.name == "shard-00001" and batch.is_last:
+        if batch.shard == "shard-00001" and batch.is_last:
             raise RuntimeError("out of memory")
         return original(encoders, batch)
 

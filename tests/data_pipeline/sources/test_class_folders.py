@@ -1,4 +1,4 @@
-"""Image folders: classes by name, labels instead of captions, in shards as on disk."""
+"""Source `folder`: classes by name, labels instead of captions, in memory and in shards."""
 
 import shutil
 from dataclasses import replace
@@ -36,7 +36,7 @@ def finished(config: EncodeConfig) -> Manifest:
     return manifest
 
 
-def test_classes_are_sorted_and_take_turns(labelled: EncodeConfig) -> None:
+def test_images_alternate_between_sorted_classes(labelled: EncodeConfig) -> None:
     source = ClassFolders(labelled.images, None)
     images = [image for unit in source.units(4) for image in unit.open()]
     assert source.classes == ("ant", "zebra")
@@ -49,7 +49,7 @@ def test_classes_are_sorted_and_take_turns(labelled: EncodeConfig) -> None:
     assert "9 images in 2 classes" in source.report()
 
 
-def test_shards_hold_labels_and_mirrored_images(
+def test_shards_hold_labels_and_flips(
     labelled: EncodeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = finished(labelled)
@@ -63,30 +63,30 @@ def test_shards_hold_labels_and_mirrored_images(
     inspect_shards(InspectConfig(url=labelled.output))
     out = capsys.readouterr().out
     assert "2 classes: every hash" in out
-    assert "2; 2 to 7, mean 4.50 images a class" in out
-    assert "mirrored too" in out
+    assert "2; 2 to 7, mean 4.50 images per class" in out
+    assert "horizontal flips" in out
     assert "zebra\n" in out
 
 
-def test_mirrored_moments_are_those_of_the_mirrored_image(labelled: EncodeConfig) -> None:
+def test_flipped_moments_are_those_of_the_flipped_image(labelled: EncodeConfig) -> None:
     finished(labelled)
-    mirrored = replace(labelled, images=labelled.images + "_mirrored", output=labelled.output + "2")
-    shutil.copytree(labelled.images, mirrored.images)
-    for path in Path(mirrored.images).rglob("*.JPEG"):
-        _mirror(path)
+    flipped = replace(labelled, images=labelled.images + "_flipped", output=labelled.output + "2")
+    shutil.copytree(labelled.images, flipped.images)
+    for path in Path(flipped.images).rglob("*.JPEG"):
+        _flip(path)
     for path in Path(labelled.images).rglob("*.JPEG"):
-        _mirror(path)
-        _mirror(path)  # PNG now, like its mirror: a JPEG would lose differently
+        _flip(path)
+        _flip(path)  # PNG now, like its mirror: a JPEG would lose differently
     labelled = replace(labelled, output=labelled.output + "1")
     finished(labelled)
-    finished(mirrored)
-    left, right = ShardReader(labelled.output), ShardReader(mirrored.output)
+    finished(flipped)
+    left, right = ShardReader(labelled.output), ShardReader(flipped.output)
     for sample in range(9):
         np.testing.assert_array_equal(left.moments(sample, hflip=True), right.moments(sample))
         np.testing.assert_array_equal(left.moments(sample), right.moments(sample, hflip=True))
 
 
-def _mirror(path: Path) -> None:
+def _flip(path: Path) -> None:
     with Image.open(path) as image:
         image.load()
         ImageOps.mirror(image).save(path, format="PNG")
@@ -100,20 +100,20 @@ def test_webdataset_reads_labels_without_this_library(labelled: EncodeConfig) ->
     assert found[0]["flipped.npy"].shape == found[0]["moments.npy"].shape
 
 
-def test_other_files_are_counted(labelled: EncodeConfig) -> None:
+def test_files_that_are_not_images_are_counted(labelled: EncodeConfig) -> None:
     Path(labelled.images, "ant", "notes.txt").write_text("")
-    assert "1 files are no images" in ClassFolders(labelled.images, None).report()
+    assert "1 files are not images" in ClassFolders(labelled.images, None).report()
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda folder: shutil.rmtree(folder), "no such folder, or an empty one"),
+        (lambda folder: shutil.rmtree(folder), "missing or empty folder"),
         (lambda folder: (folder / "bee").mkdir(), "bee: no images"),
-        (lambda folder: (folder / "loose.png").touch(), "loose.png: an image outside any class"),
+        (lambda folder: (folder / "loose.png").touch(), "loose.png: image without a class"),
     ],
 )
-def test_what_is_malformed_is_one_line(labelled: EncodeConfig, change: object, named: str) -> None:
+def test_a_malformed_folder_is_one_line(labelled: EncodeConfig, change: object, named: str) -> None:
     assert callable(change)
     change(Path(labelled.images))
     with pytest.raises(UserError, match=named) as caught:
@@ -121,6 +121,6 @@ def test_what_is_malformed_is_one_line(labelled: EncodeConfig, change: object, n
     assert "\n" not in str(caught.value)
 
 
-def test_captions_beside_classes_are_refused(labelled: EncodeConfig) -> None:
+def test_captions_are_an_error(labelled: EncodeConfig) -> None:
     with pytest.raises(UserError, match=r"x\.json is set, but a folder source has class labels"):
         ClassFolders(labelled.images, "x.json")

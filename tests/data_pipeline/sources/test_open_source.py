@@ -55,7 +55,7 @@ def test_a_source_of_ones_own_is_encoded(
 @pytest.mark.parametrize(
     ("source", "named"),
     [
-        ("cocoa", "it must be coco, folder, webdataset, table or package.module:Class"),
+        ("cocoa", "expected one of coco, folder, webdataset, table, or package.module:Class"),
         ("no_such_module:Class", "No module named 'no_such_module'; is its folder in PYTHONPATH"),
         ("own_source_of_a_test:Missing", "no attribute 'Missing'"),
     ],

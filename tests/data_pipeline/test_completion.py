@@ -59,5 +59,5 @@ def test_a_marker_under_another_shards_name_is_refused(config: EncodeConfig) -> 
     encode(config)
     markers = Path(config.output, "completed")
     (markers / "shard-00000.json").write_bytes((markers / "shard-00001.json").read_bytes())
-    with pytest.raises(ShardError, match=r"shard-00000\.json: the marker of shard-00001"):
+    with pytest.raises(ShardError, match=r"shard-00000\.json: marker of shard-00001"):
         read_marker(config.output, "shard-00000")
