@@ -1,11 +1,16 @@
-"""Recipes: frozen dataclasses filled from defaults, then YAML files, then flags."""
+"""Recipes: frozen dataclasses that are filled from defaults, then YAML files, then flags.
+
+`cli.main` calls `read_config`. jsonargparse does the typing, the merging and the help. This module
+adds what jsonargparse 4.53 does not offer: words without a flag that fill a list, switches without
+a value, shipped recipes by name, and unions of dataclasses. (jsonargparse tries all members of a
+union in turn: one wrong key gives twelve lines, and a flag cannot change one field of a member.)
+"""
 
 import dataclasses
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from itertools import pairwise, takewhile
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -15,100 +20,14 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from ifvit.errors import UserError
 
-KEY = "architecture"
-
-
-def choose_variants(cls: type[Any], words: Sequence[str]) -> tuple[dict[str, type[Any]], list[str]]:
-    """The member of each union of dataclasses in `cls`, and the words without what it replaced.
-
-    A recipe or flag that names another architecture than before takes the place of all that was
-    said of the field before. Raises UserError for an architecture that does not exist.
-    """
-    chosen: dict[str, type[Any]] = {}
-    remaining = list(words)
-    for name, hint in get_type_hints(cls).items():
-        members = get_args(hint) if isinstance(hint, UnionType) else ()
-        if members and all(map(is_dataclass, members)):
-            chosen[name], remaining = _choose(name, members, remaining)
-    return chosen, remaining
-
-
-def _choose(
-    name: str, members: Sequence[type[Any]], words: list[str]
-) -> tuple[type[Any], list[str]]:
-    by_name = {_architecture(member): member for member in members}
-    current = _architecture(members[0])
-    kept: list[str] = []
-    for word, value in _with_next(words):
-        named = _named(name, word, value)
-        if named is not None and named != current:
-            if named not in by_name:
-                raise UserError(f"{name}.{KEY}: expected one of {', '.join(by_name)}, not {named}")
-            kept, current = _forget(name, kept), named
-        kept.append(word)
-    return by_name[current], kept
-
-
-def _with_next(words: list[str]) -> list[tuple[str, str]]:
-    return list(zip(words, [*words[1:], ""], strict=False))
-
-
-def _architecture(member: type[Any]) -> str:
-    (field,) = (field for field in fields(member) if field.name == KEY)
-    return str(field.default)
-
-
-def _split(word: str) -> list[str]:
-    """`--flag=value` as two words, so that each stands where the other form has it."""
-    flag, equals, value = word.partition("=")
-    return [flag, value] if equals and flag.startswith("--") else [word]
-
-
-def _named(name: str, flag: str, value: str) -> str | None:
-    """The architecture that a flag's value names for the field, if it does."""
-    if flag == f"--{name}.{KEY}":
-        return value
-    if flag not in ("--config", f"--{name}"):
-        return None
-    said = _load(value)
-    if flag == "--config" and isinstance(said, dict):
-        said = said.get(name)
-        if isinstance(said, str):
-            said = _load(str(Path(value).parent / said))
-    return said.get(KEY) if isinstance(said, dict) else None
-
-
-def _forget(name: str, words: list[str]) -> list[str]:
-    """The words without any that speak of the field."""
-    kept: list[str] = []
-    skip = False
-    for word, value in _with_next(words):
-        if skip:
-            skip = False
-        elif word == f"--{name}" or word.startswith(f"--{name}."):
-            skip = True
-        elif word == "--config" and isinstance(recipe := _load(value), dict) and name in recipe:
-            skip = True
-            del recipe[name]
-            kept += ["--config", json.dumps(recipe)]
-        else:
-            kept.append(word)
-    return kept
-
-
-def _load(text: str) -> Any:
-    """The YAML in a file, or in the text itself; what is broken is for jsonargparse to refuse."""
-    try:
-        is_file = Path(text).is_file()
-        return yaml.safe_load(Path(text).read_text() if is_file else text)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError):
-        return None
-
-
 Config = TypeVar("Config")
+Flag = tuple[str, str | None]
+"""`--name` and its value; None for a flag without a value, such as --help."""
 
+KEY = "architecture"
+"""Field that tells the members of a union of dataclasses apart."""
 _CONFIGS = Path(__file__).parent / "configs"
-"""A link to the repository's recipes, whose place their copies take in an installed package."""
+"""Shipped recipes: a link in the repository, a folder in an installed package."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -118,10 +37,10 @@ def read_config(
 ) -> Config:
     """Parse `--config` files and flags into the dataclass `cls`; a later value wins.
 
-    Words before the first flag go to the field `positional`, one to a string, many to a list; it
-    may name several strings, separated by spaces.
-    `--help` and `--print_config` print and leave with code 0. Raises UserError, in one line, for
-    an unknown key, a wrong type, a missing value or one that `cls` refuses.
+    Words before the first flag fill the field `positional`, which is a list, or several string
+    fields that are separated by spaces. `--help` and `--print_config` print and exit with code 0.
+    Raises UserError, in one line, for an unknown key, a wrong type, a missing value, and for a
+    value that `cls` rejects.
     """
     parser = ArgumentParser(
         prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False
@@ -129,79 +48,90 @@ def read_config(
     parser.add_argument(
         "--config",
         action="config",
-        help="YAML recipe; repeat it, later ones win; --recipe NAME is one that ships with ifvit",
+        help="YAML recipe; with several, later ones win; --recipe NAME is a shipped recipe",
     )
-    words = _spell_switches(cls, _name_each(cls, _name_positional(cls, argv, positional)))
     try:
-        words = _find_recipe(prog, words)
-        _check_syntax(words)
-        words = _find_shipped(cls, [part for word in words for part in _split(word)])
-        chosen, words = choose_variants(cls, words)
-        fields = parser.add_class_arguments(cls, skip=set(chosen))
-        for name, variant in chosen.items():
-            parser.add_argument(f"--{name}", type=variant, required=True)
+        flags = _find_shipped(cls, prog, _split_flags(cls, argv, positional))
+        for flag, value in flags:
+            if flag == "--config" and value:
+                _load(value)  # because jsonargparse does not name a file that is not YAML
+        chosen: dict[str, type[Any]] = {}
+        for name, hint in get_type_hints(cls).items():
+            members = get_args(hint) if isinstance(hint, UnionType) else ()
+            if members and all(map(is_dataclass, members)):
+                chosen[name], flags = _choose_member(name, members, flags)
+        names = parser.add_class_arguments(cls, skip=set(chosen))
+        for name, member in chosen.items():
+            parser.add_argument(f"--{name}", type=member, required=True)
+        words = [word for flag in flags for word in flag if word is not None]
         values = parser.instantiate(parser.parse_args(words))
-        return cls(**{name: values[name] for name in (*fields, *chosen)})
+        return cls(**{name: values[name] for name in (*names, *chosen)})
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{prog}: {_one_line(error)}") from None
 
 
 def dump_config(config: Any) -> str:
-    """The YAML text that `read_config` turns back into an equal `config`."""
+    """Write `config` as the YAML text that `read_config` reads back as an equal object."""
     # Through JSON, because YAML would mark tuples as Python objects.
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def _name_positional(cls: type[Any], argv: Sequence[str], names: str | None) -> list[str]:
-    """`["a", "b", "--x"]` => `["--name+", "a", "--name+", "b", "--x"]` for one field of many words.
+def _split_flags(cls: type[Any], argv: Sequence[str], positional: str | None) -> list[Flag]:
+    """Pair each flag with its value; name the flag of each word that has none.
 
-    Fields of one word, `"first second"`, take one each: `["--first", "a", "--second", "b", "--x"]`.
+    `--json` of a boolean field becomes `--json true`. `--class a b`, for a field `classes` with
+    "each": "class" in its metadata, becomes `--classes+ a --classes+ b`.
     """
-    if names is None:
-        return list(argv)
-    free = list(takewhile(lambda word: not word.startswith("-"), argv))
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
-    if fields[names.split()[0]] is str:
-        named = [(f"--{name}", word) for name, word in zip(names.split(), free, strict=False)]
-    else:
-        named = [(f"--{names}+", word) for word in free]
-    return [*(word for pair in named for word in pair), *argv[len(named) :]]
+    kinds = {field.name: field.type for field in fields(cls)}
+    each = {f"--{f.metadata['each']}": f"--{f.name}+" for f in fields(cls) if "each" in f.metadata}
+    free = positional.split() if positional else []
+    flags: list[Flag] = []
+    repeated = f"--{free[0]}+" if free and kinds[free[0]] is not str else None
+    for word in argv:
+        if word.startswith("--") or word == "-h":
+            name, equals, value = word.partition("=")
+            repeated = each.get(name)
+            if equals:
+                flags.append((repeated or name, value))
+            elif not repeated:
+                flags.append((name, None))
+            free = []
+        elif repeated:
+            flags.append((repeated, word))
+        elif free:
+            flags.append((f"--{free.pop(0)}", word))
+        elif flags and flags[-1][1] is None:
+            flags[-1] = (flags[-1][0], word)
+        else:
+            flags.append((word, None))  # jsonargparse reports the superfluous word
+    return [
+        (name, "true") if value is None and kinds.get(name[2:]) is bool else (name, value)
+        for name, value in flags
+    ]
 
 
-def _find_shipped(cls: type[Any], words: Sequence[str]) -> list[str]:
-    """`--protocol scenes` => `--protocol PATH` of configs/protocol/scenes.yaml, as installed.
+def _find_shipped(cls: type[Any], prog: str, flags: list[Flag]) -> list[Flag]:
+    """Replace names of shipped recipes by their files in configs/.
 
-    Does so for every nested recipe that has a folder of its name in configs/. A file of that name
-    takes precedence.
+    `--recipe NAME` of `ifvit VERB` becomes `--config configs/VERB/NAME.yaml`. `--protocol NAME`,
+    for a field with a folder of its name, becomes `--protocol configs/protocol/NAME.yaml`; a local
+    file called NAME takes precedence.
     """
-    nested = (f for f in fields(cls) if any(map(is_dataclass, (f.type, *get_args(f.type)))))
-    flags = {f"--{field.name}" for field in nested}
-    found = list(words)
-    for place, (flag, name) in enumerate(pairwise(words), start=1):
+    nested = {
+        f"--{field.name}"
+        for field in fields(cls)
+        if any(map(is_dataclass, (field.type, *get_args(field.type))))
+    }
+    found: list[Flag] = []
+    for flag, value in flags:
         folder = _CONFIGS / flag.removeprefix("--")
-        if flag in flags and folder.is_dir() and re.fullmatch(r"[\w-]+", name):
-            found[place] = name if Path(name).exists() else _shipped(flag, folder, name)
-    return found
-
-
-def _check_syntax(words: Sequence[str]) -> None:
-    """Raise UserError for a recipe that is not YAML; jsonargparse would not name its file."""
-    for flag, file in pairwise(words):
-        if flag == "--config" and Path(file).is_file():
-            try:
-                yaml.safe_load(Path(file).read_text())
-            except yaml.YAMLError as error:
-                raise UserError(f"{file}: not YAML ({_one_line(error)})") from None
-
-
-def _find_recipe(prog: str, words: Sequence[str]) -> list[str]:
-    """`--recipe paper` of `ifvit submit pipeline` => `--config configs/pipeline/paper.yaml`."""
-    found = list(words)
-    for place, (flag, name) in enumerate(pairwise(words)):
-        if flag == "--recipe":
-            path = _shipped(flag, _CONFIGS / prog.split()[-1], name)
-            found[place : place + 2] = ["--config", path]
+        if flag == "--recipe" and value:
+            found.append(("--config", _shipped(flag, _CONFIGS / prog.split()[-1], value)))
+        elif flag in nested and folder.is_dir() and value and re.fullmatch(r"[\w-]+", value):
+            found.append((flag, value if Path(value).exists() else _shipped(flag, folder, value)))
+        else:
+            found.append((flag, value))
     return found
 
 
@@ -209,36 +139,69 @@ def _shipped(flag: str, folder: Path, name: str) -> str:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise UserError(f"{flag} {name}: no such file; by name there are {known or 'none'}")
+        raise UserError(f"{flag} {name}: no such file; shipped names are {known or 'none'}")
     return str(path)
 
 
-def _name_each(cls: type[Any], argv: Sequence[str]) -> list[str]:
-    """`--class a b` => `--classes+ a --classes+ b` for a field `classes` of "each" `class`."""
-    fields = {
-        f"--{field.metadata['each']}": f"--{field.name}+"
-        for field in dataclasses.fields(cls)
-        if "each" in field.metadata
-    }
-    named: list[str] = []
-    flag = None
-    for word in argv:
-        if word.startswith("-"):
-            flag = fields.get(word)
-            named += [] if flag else [word]
-        else:
-            named += [flag, word] if flag else [word]
-    return named
+def _choose_member(
+    name: str, members: Sequence[type[Any]], flags: list[Flag]
+) -> tuple[type[Any], list[Flag]]:
+    """Choose the union member of field `name` by its architecture; the first is the default.
+
+    A recipe or flag with another architecture than before replaces everything that earlier ones
+    said about the field. Raises UserError for an unknown architecture.
+    """
+    by_name = {str(getattr(member, KEY)): member for member in members}
+    current = next(iter(by_name))
+    kept: list[Flag] = []
+    for flag, value in flags:
+        named = _architecture(name, flag, value) or current
+        if named not in by_name:
+            raise UserError(f"{name}.{KEY}: expected one of {', '.join(by_name)}, not {named}")
+        if named != current:
+            kept, current = _without(name, kept), named
+        kept.append((flag, value))
+    return by_name[current], kept
 
 
-def _spell_switches(cls: type[Any], argv: Sequence[str]) -> list[str]:
-    """`--json` => `--json=true` for the boolean fields of `cls`; jsonargparse wants a value."""
-    switches = {f"--{field.name}" for field in dataclasses.fields(cls) if field.type is bool}
-    followers = [*argv[1:], "--"]
-    return [
-        f"{word}=true" if word in switches and follower.startswith("-") else word
-        for word, follower in zip(argv, followers, strict=False)
-    ]
+def _architecture(name: str, flag: str, value: str | None) -> str | None:
+    """Architecture that one flag gives to field `name`; None when it gives none."""
+    if value is None or flag not in ("--config", f"--{name}", f"--{name}.{KEY}"):
+        return None
+    if flag == f"--{name}.{KEY}":
+        return value
+    content = _load(value)
+    if flag == "--config" and isinstance(content, dict):
+        content = content.get(name)
+        if isinstance(content, str):
+            content = _load(str(Path(value).parent / content))
+    return content.get(KEY) if isinstance(content, dict) else None
+
+
+def _without(name: str, flags: list[Flag]) -> list[Flag]:
+    """Remove everything that recipes and flags say about field `name`."""
+    kept: list[Flag] = []
+    for flag, value in flags:
+        recipe = _load(value) if flag == "--config" and value else None
+        if isinstance(recipe, dict) and name in recipe:
+            del recipe[name]
+            kept.append((flag, json.dumps(recipe)))
+        elif flag != f"--{name}" and not flag.startswith(f"--{name}."):
+            kept.append((flag, value))
+    return kept
+
+
+def _load(value: str) -> Any:
+    """Parse a YAML file, or YAML text. Raises UserError that names a file that is not YAML."""
+    try:
+        is_file = Path(value).is_file()
+        return yaml.safe_load(Path(value).read_text() if is_file else value)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if is_file:
+            raise UserError(f"{value}: not YAML ({_one_line(error)})") from None
+    except OSError:
+        pass
+    return None  # jsonargparse rejects a value that is neither a file nor YAML
 
 
 def _one_line(error: Exception) -> str:

@@ -93,12 +93,12 @@ def test_a_recipe_is_found_by_the_name_of_its_verb() -> None:
     assert read_config(TrainConfig, by_name, prog="ifvit train") == read_config(
         TrainConfig, by_path, prog="ifvit train"
     )
-    with pytest.raises(UserError, match=r"--recipe early: no such file; by name there are coco2"):
+    with pytest.raises(UserError, match=r"--recipe early: no such file; shipped names are coco2"):
         read_config(TrainConfig, ["--recipe", "early"], prog="ifvit train")
 
 
 def test_a_name_that_is_not_shipped_is_one_line_with_those_that_are() -> None:
-    with pytest.raises(UserError, match=r"--protocol coco: no such file; by name there are coco2"):
+    with pytest.raises(UserError, match=r"--protocol coco: no such file; shipped names are coco2"):
         read_config(EvaluateConfig, ["--protocol=coco"], prog="test")
 
 

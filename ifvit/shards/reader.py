@@ -227,7 +227,7 @@ class ShardReader:
     def _read(self, field: str, samples: Array, places: Array, rows: Array, out: Array) -> None:
         """Read one array of each sample into `out[rows]`; `places` (B, 2) offset and checksum."""
         row_bytes = out[:1].nbytes
-        memory = memoryview(out.reshape(-1, copy=False).view(np.uint8))
+        memory = out.reshape(-1, copy=False).view(np.uint8).data
         shards = self._tables.shards_of(samples)
         columns = (samples.tolist(), shards.tolist(), rows.tolist(), places.tolist())
         for sample, shard, row, (offset, expected) in zip(*columns, strict=True):
