@@ -16,11 +16,11 @@ from torch import Tensor
 from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import CaptionedImage, Unit
+from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels, read_square, to_model_range, to_pixels
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
-from ifvit.process_group import choose_device
 from ifvit.shards import LatentSample
 from ifvit.storage import StoreError
 

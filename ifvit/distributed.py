@@ -1,19 +1,33 @@
-"""World: which process this is, as the launcher's environment tells it."""
+"""The processes of one launch: which of them this one is, its device, and messages between them.
+
+`World` reads the launcher's environment. `ProcessGroup` passes small objects between processes on
+the CPU: training uses it for checkpoints, evaluation for features and captions.
+"""
 
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
-EXIT_PREEMPTED = 75
-"""Exit code of a process that was told to stop and saved its work: run it again to go on.
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
-EX_TEMPFAIL of sysexits.h.
-"""
+from ifvit.errors import UserError
+
+T = TypeVar("T")
+Batch = TypeVar("Batch", bound=Sized)
+
+_TIMEOUT = timedelta(hours=2)
+"""Longest upload for which other processes wait; a process that dies is noticed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """One process among `size`; `rank` 0 writes the files that exist once."""
+    """This process among `size` processes; rank 0 writes the files that exist once."""
 
     rank: int
     size: int
@@ -21,17 +35,17 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this process has rank 0."""
         return self.rank == 0
 
     @classmethod
     def from_environment(cls) -> "World":
-        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun and accelerate set them; alone without.
+        """Read RANK, WORLD_SIZE and LOCAL_RANK of torchrun or accelerate; one process without.
 
-        In a step of several tasks that `srun` started, what torchrun would set is first derived
-        from SLURM's variables and exported, because torch and its libraries read it too.
+        For the tasks of an `srun` step these variables are first derived from SLURM's and exported,
+        because torch and its libraries read them too.
         """
-        # Not SLURM_NTASKS: a batch script has it too, and a SLURM_PROCID, yet is one process.
+        # Not SLURM_NTASKS: a batch script has it too, with a SLURM_PROCID, yet is one process.
         if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             _export_slurm_step()
         return cls(
@@ -49,10 +63,80 @@ def _export_slurm_step() -> None:
         LOCAL_RANK=step["SLURM_LOCALID"],
     )
     os.environ.setdefault("MASTER_ADDR", first_host(step["SLURM_STEP_NODELIST"]))
-    # The same on all tasks and after a requeue; below the ports that the kernel hands out.
+    # Equal on all tasks and after a requeue; below the ports that the kernel assigns by itself.
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(step["SLURM_JOB_ID"]) % 10_000))
 
 
 def first_host(nodes: str) -> str:
-    """`"gpu[007-009,12],login"` => `"gpu007"`, from SLURM's short form of a list of hosts."""
+    """First host of a SLURM node list: `"gpu[007-009,12],login"` => `"gpu007"`."""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+
+
+def choose_device(device: str) -> str:
+    """`cuda` => the GPU of this process; `auto` => likewise, or `cpu` without a GPU.
+
+    Raises UserError when the device is a GPU and torch finds none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device}: torch sees no GPU here; use cpu or auto")
+    if device == "cuda":  # modulo, because a launcher may show each process only its own GPU
+        return f"cuda:{World.from_environment().local_rank % torch.cuda.device_count()}"
+    return device
+
+
+class ProcessGroup:
+    """CPU process group (gloo) that passes small objects between all processes.
+
+    All processes create it together, after the training engine. One thread at a time may use it:
+    the main thread before training, then the thread that saves checkpoints.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world.size > 1 else None
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in order of rank, on each of them."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and return its result, or raise its UserError, on all ranks."""
+        result, error = None, None
+        if self.world.is_main:
+            try:
+                result = action()
+            except UserError as raised:
+                error = raised
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # the result of rank 0
+
+
+@contextmanager
+def open_process_group() -> Iterator[ProcessGroup]:
+    """Open a CPU process group for a verb without a training engine."""
+    world = World.from_environment()
+    if world.size > 1:
+        dist.init_process_group("gloo")
+    try:
+        yield ProcessGroup(world)
+    finally:
+        if world.size > 1:
+            dist.destroy_process_group()
+
+
+def show_progress(
+    batches: Iterable[Batch], total: int, title: str, world: World
+) -> Iterator[Batch]:
+    """Yield the batches; rank 0 shows how many of `total` images have passed."""
+    with tqdm(total=total, unit="image", desc=title, leave=False, disable=not world.is_main) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

@@ -1,8 +1,14 @@
-"""What a person did wrong, as opposed to what the program did wrong."""
+"""How a process ends that cannot finish: the user's mistakes, and preemption."""
+
+EXIT_PREEMPTED = 75
+"""Exit code after a stop signal, once all work is saved: run the same command again to continue.
+
+The value is EX_TEMPFAIL of sysexits.h.
+"""
 
 
 class UserError(ValueError):
-    """A one-line message that names the file or key at fault and the remedy.
+    """A mistake of the user, as one line that names the file or key and the remedy.
 
     The command line prints it without a traceback and exits with code 2.
     """

@@ -18,8 +18,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.helpers import TorchDistributedEnvironment
 
 from ifvit import storage
-from ifvit.distributed import EXIT_PREEMPTED
-from ifvit.errors import UserError
+from ifvit.errors import EXIT_PREEMPTED, UserError
 from slurm.config import ClusterConfig
 
 PACKAGES = ("ifvit", "data_pipeline", "slurm")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from submitit.core.utils import JobPaths
 
-from ifvit.distributed import EXIT_PREEMPTED
+from ifvit.errors import EXIT_PREEMPTED
 from slurm.jobs import VerbJob, load_job
 
 HARDWARE_FAILURE = re.compile(

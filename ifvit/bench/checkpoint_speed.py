@@ -7,10 +7,10 @@ import torch
 
 from ifvit.bench.config import BenchCheckpointConfig
 from ifvit.bench.measurement import print_result
+from ifvit.distributed import ProcessGroup
 from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
 from ifvit.models.weights import WeightsInfo
-from ifvit.process_group import ProcessGroup
 from ifvit.shards import EncoderIdentity
 from ifvit.storage import file_size, join, list_names
 from ifvit.training.checkpoint import step_url

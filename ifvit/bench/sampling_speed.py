@@ -19,10 +19,10 @@ from ifvit.bench.measurement import (
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.diffusion.solvers import NoisePredictor
+from ifvit.distributed import choose_device
 from ifvit.models.backbone import Backbone
 from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
-from ifvit.process_group import choose_device
 from ifvit.sampling.load import compile_backbone
 from ifvit.training.timing import device_name
 

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from ifvit import storage
+from ifvit.distributed import ProcessGroup, choose_device, open_process_group, show_progress
 from ifvit.errors import UserError
 from ifvit.evaluation.config import CompareConfig, EvaluateConfig, MeasureConfig
 from ifvit.evaluation.estimates import Estimate, estimate_mean
@@ -37,7 +38,6 @@ from ifvit.evaluation.sample_set import (
 )
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.weights import find_weights, run_of, step_name
-from ifvit.process_group import ProcessGroup, choose_device, open_process_group, show_progress
 from ifvit.sampling.alignment.methods import date_updates
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.load import Model

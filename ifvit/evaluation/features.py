@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ifvit import storage
+from ifvit.distributed import ProcessGroup
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.metrics import (
@@ -24,7 +25,6 @@ from ifvit.evaluation.metrics import (
 )
 from ifvit.images import Pixels, to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
-from ifvit.process_group import ProcessGroup
 from ifvit.shards import EncoderIdentity
 
 ORIGINAL = "inception-2015-12-05"

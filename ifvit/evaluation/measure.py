@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ifvit.distributed import ProcessGroup, choose_device, show_progress
 from ifvit.evaluation.config import MeasureConfig
 from ifvit.evaluation.estimates import Estimate, estimate_share
 from ifvit.evaluation.features import (
@@ -32,7 +33,6 @@ from ifvit.evaluation.references import open_reference
 from ifvit.evaluation.rows import Protocol
 from ifvit.evaluation.sample_set import Prompt, hash_prompts, read_samples
 from ifvit.images import Pixels
-from ifvit.process_group import ProcessGroup, choose_device, show_progress
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.score import SceneScore, score_image

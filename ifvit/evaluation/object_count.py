@@ -13,13 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ifvit import storage
+from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ObjectCountConfig
 from ifvit.evaluation.detectors import CountingRule, ObjectCounter
 from ifvit.evaluation.estimates import Estimate, estimate_mean, estimate_share
 from ifvit.evaluation.object_prompts import CountPrompt
 from ifvit.models.weights import find_weights, run_of, step_name
-from ifvit.process_group import choose_device
 from ifvit.sampling.generate import generate_prompts
 from ifvit.sampling.load import load_model
 from ifvit.sampling.samples import image_name, image_url, missing_images, read_images

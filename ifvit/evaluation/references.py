@@ -17,6 +17,7 @@ from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from ifvit import storage
+from ifvit.distributed import ProcessGroup, choose_device, open_process_group, show_progress
 from ifvit.errors import UserError
 from ifvit.evaluation.config import MakeReferenceConfig, MeasureConfig
 from ifvit.evaluation.features import (
@@ -28,7 +29,6 @@ from ifvit.evaluation.features import (
 )
 from ifvit.evaluation.metrics import FeatureStatistics
 from ifvit.images import IMAGE_SUFFIXES, Pixels, read_square
-from ifvit.process_group import ProcessGroup, choose_device, open_process_group, show_progress
 from ifvit.shards.format import RESIZE
 from ifvit.storage import sha256_of
 

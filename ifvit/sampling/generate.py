@@ -13,11 +13,10 @@ import torch
 
 from ifvit import storage
 from ifvit.diffusion.sampler import ConditionBatch, generate_images
-from ifvit.distributed import World
+from ifvit.distributed import World, choose_device
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import WeightsInfo
-from ifvit.process_group import choose_device
 from ifvit.sampling.alignment.methods import build_method
 from ifvit.sampling.config import GenerateConfig, SamplingConfig
 from ifvit.sampling.load import (

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ifvit import storage
+from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ObjectCountConfig
 from ifvit.evaluation.detectors import open_counter
@@ -26,7 +27,6 @@ from ifvit.evaluation.object_count import (
 from ifvit.evaluation.object_prompts import read_count_prompts
 from ifvit.evaluation.runs import short_names
 from ifvit.figures import INK, house_style, to_png
-from ifvit.process_group import choose_device
 
 # Light for early fusion, dark for intermediate, between them for one half of it alone.
 _COLOURS = {

@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ifvit.distributed import ProcessGroup
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows
 from ifvit.models.config import restore_config
 from ifvit.models.weights import step_name
-from ifvit.process_group import ProcessGroup
 from ifvit.storage import (
     StoreError,
     download,

@@ -10,12 +10,11 @@ import torch
 from ifvit.config import dump_config
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NoiseSchedule
-from ifvit.distributed import World
+from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.build import build_backbone
 from ifvit.models.weights import WeightsInfo, load_weights
-from ifvit.process_group import ProcessGroup
 from ifvit.shards import ShardReader
 from ifvit.training.checkpoint import resume, saved_steps
 from ifvit.training.config import EngineConfig, TrainConfig

@@ -5,11 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ifvit.distributed import World
+from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.evaluation.features import FeatureSet, collect_features
 from ifvit.images import Pixels
-from ifvit.process_group import ProcessGroup
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 3), dtype=np.uint8)
 

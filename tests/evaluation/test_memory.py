@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ifvit.distributed import World
+from ifvit.distributed import ProcessGroup, World
 from ifvit.evaluation.estimates import estimate_mean
 from ifvit.evaluation.features import collect_features
 from ifvit.evaluation.metrics import estimate_frechet
-from ifvit.process_group import ProcessGroup
 
 COUNT, WIDTH, BATCH = 30_000, 128, 500
 FEATURE_BYTES = COUNT * WIDTH * 4

@@ -12,11 +12,11 @@ from untrained import save_untrained
 from ifvit.config import read_config
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedNoisePredictor
+from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.models.build import build_backbone
 from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import load_weights, save_weights
-from ifvit.process_group import choose_device
 from ifvit.sampling.config import ExportConfig, GenerateConfig
 from ifvit.sampling.export import export
 from ifvit.sampling.generate import generate

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from submitit.core.utils import DelayedSubmission
 
-from ifvit.distributed import EXIT_PREEMPTED
+from ifvit.errors import EXIT_PREEMPTED
 from ifvit.studies.config import ReportConfig
 from slurm.config import ClusterConfig
 from slurm.jobs import VerbJob

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ifvit import storage
 from ifvit import storage as object_store
-from ifvit.distributed import World
+from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
-from ifvit.process_group import ProcessGroup
 from ifvit.storage import join, list_names, remove
 from ifvit.training import checkpoint as retention
 from ifvit.training import hooks as checkpoint_saver
@@ -46,10 +45,10 @@ class Exchange(ProcessGroup):
     """The side channel of ranks that are threads of one process."""
 
     def __init__(self, world: World, barrier: threading.Barrier, values: list[Any]) -> None:
-        self._world, self._barrier, self._values = world, barrier, values
+        self.world, self._barrier, self._values = world, barrier, values
 
     def gather(self, value: Any) -> list[Any]:
-        self._values[self._world.rank] = value
+        self._values[self.world.rank] = value
         self._barrier.wait()
         gathered = list(self._values)
         self._barrier.wait()

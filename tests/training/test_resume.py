@@ -16,12 +16,11 @@ import torch
 from run_files import write_evaluation
 
 from ifvit.diffusion.objectives import Losses, NoisePrediction
-from ifvit.distributed import World
+from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import read_run
 from ifvit.models.backbone import Backbone
 from ifvit.models.weights import WeightsInfo, load_weights, save_weights
-from ifvit.process_group import ProcessGroup
 from ifvit.storage import join, list_names, read_bytes, read_json, remove, write_json
 from ifvit.training import checkpoint as resume_module
 from ifvit.training import hooks

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from run_files import losses, rows
 
-from ifvit.distributed import EXIT_PREEMPTED, World
+from ifvit.distributed import World
+from ifvit.errors import EXIT_PREEMPTED
 from ifvit.training import hooks as checkpoint_saver
 from ifvit.training.checkpoint import Checkpoint
 from ifvit.training.config import TrainConfig
