@@ -38,7 +38,7 @@ from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import short_names
 from ifvit.figures import INK, RUN_COLOURS, house_style, to_png
-from ifvit.models.uvit import FusionUViT
+from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.weights import WeightsInfo, find_weights, load_weights, run_of, step_name
 from ifvit.sampling.generate import read_prompt_file
 from ifvit.sampling.load import (

@@ -17,7 +17,7 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import RunningStatistics
 from ifvit.models.attention import Attend, logits_of
-from ifvit.models.uvit import FusionUViT
+from ifvit.models.fusion_transformer import FusionUViT
 
 Floats = NDArray[np.float64]
 

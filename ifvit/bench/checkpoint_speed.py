@@ -8,9 +8,8 @@ import torch
 from ifvit.bench.config import BenchCheckpointConfig
 from ifvit.bench.measurement import print_result
 from ifvit.distributed import ProcessGroup
-from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
-from ifvit.models.weights import WeightsInfo
+from ifvit.models.weights import WeightsInfo, build_backbone
 from ifvit.shards import EncoderIdentity
 from ifvit.storage import file_size, join, list_names
 from ifvit.training.checkpoint import step_url

@@ -21,8 +21,8 @@ from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.diffusion.solvers import NoisePredictor
 from ifvit.distributed import choose_device
 from ifvit.models.backbone import Backbone
-from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
+from ifvit.models.weights import build_backbone
 from ifvit.sampling.load import compile_backbone
 from ifvit.training.timing import device_name
 

@@ -30,9 +30,9 @@ from ifvit.bench.measurement import (
 )
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
-from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS, FusionUViTConfig
 from ifvit.models.cost import count_cost
+from ifvit.models.weights import build_backbone
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.data import Batch, Batches
 from ifvit.training.engine import EMA, Engine, build_optimizer, prepare_draws, prepare_forward

@@ -1,4 +1,4 @@
-"""One attention function, several backends; a table instead of branches in the forward pass.
+"""Attention backends: one function signature, chosen once by name (`engine.attention`).
 
 Shapes: B batch, Q query tokens, K key tokens, H heads, E channels per head.
 """
@@ -17,9 +17,9 @@ Backend = Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "ma
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(B, Q, H, E) queries, (B, K, H, E) keys and values -> (B, Q, H, E), scale 1/sqrt(E), no mask."""
 Bias = Callable[[Tensor, Tensor], Tensor | None]
-"""(B, Q, H, E) queries, (B, K, H, E) keys -> what is added to the logits before the softmax.
+"""(B, Q, H, E) queries, (B, K, H, E) keys -> addend of the logits before the softmax, or None.
 
-The addend (b, H, Q, K) is for the first b <= B rows; the others, and all for None, stay plain.
+The addend (b, H, Q, K) is for the first b <= B rows; the other rows have no bias.
 """
 
 _REMEDY = "choose attention backend sdpa"
@@ -27,10 +27,10 @@ _NO_KERNEL = ("No available kernel", "No viable backend")  # torch on CUDA, torc
 
 
 def load_attention(backend: Backend) -> Attend:
-    """The attention function of this name, ready to be called.
+    """Return the attention function of this name.
 
-    Raises UserError for an unknown name and for one that this machine does not have; what it
-    returns raises UserError for inputs that the kernel cannot take.
+    Raises UserError for an unknown name and for a backend that this machine does not have. The
+    function itself raises UserError for inputs that its kernel does not support.
     """
     if backend not in _LOADERS:
         raise UserError(f"attention backend must be one of {', '.join(_LOADERS)}: {backend}")
@@ -38,7 +38,7 @@ def load_attention(backend: Backend) -> Attend:
 
 
 def logits_of(query: Tensor, key: Tensor) -> Tensor:
-    """q k / sqrt(E) in float32 (B, H, Q, K), as the softmax of attention has it."""
+    """Logits q k / sqrt(E) of attention in float32 (B, H, Q, K), before the softmax."""
     scale = query.shape[-1] ** -0.5
     return torch.einsum("bqhe,bkhe->bhqk", query.float() * scale, key.float())
 
@@ -46,15 +46,15 @@ def logits_of(query: Tensor, key: Tensor) -> Tensor:
 def attend_biased(
     attend: Attend, bias: Bias | None, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """`attend`, but with the logits of the first rows shifted by `bias`, those rows by SDPA."""
+    """Compute `attend` for rows without bias, and SDPA with the addend of `bias` for the others."""
     addend = bias(query, key) if bias else None
     if addend is None:
         return attend(query, key, value)
     count = len(addend)
-    shifted = _sdpa(query[:count], key[:count], value[:count], addend)
+    biased = _sdpa(query[:count], key[:count], value[:count], addend)
     if count == len(query):
-        return shifted
-    return torch.cat([shifted, attend(query[count:], key[count:], value[count:])])
+        return biased
+    return torch.cat([biased, attend(query[count:], key[count:], value[count:])])
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, addend: Tensor | None = None) -> Tensor:
@@ -69,7 +69,7 @@ def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _load_kernel(name: str, backend: SDPBackend) -> Attend:
-    """SDPA by this kernel alone, where "sdpa" chooses one by the inputs."""
+    """SDPA restricted to one kernel; "sdpa" lets torch choose the kernel by the inputs."""
     if backend is not SDPBackend.FLASH_ATTENTION:
         _require_cuda(name)
 
@@ -80,7 +80,7 @@ def _load_kernel(name: str, backend: SDPBackend) -> Attend:
         except RuntimeError as error:
             if not str(error).startswith(_NO_KERNEL):
                 raise
-            raise _refusal(name, query) from None
+            raise _unsupported(name, query) from None
 
     return attend
 
@@ -98,7 +98,7 @@ def _load_xformers() -> Attend:
         try:
             attended: Tensor = memory_efficient_attention(query, key, value)
         except NotImplementedError:
-            raise _refusal("xformers", query) from None
+            raise _unsupported("xformers", query) from None
         return attended
 
     return attend
@@ -109,16 +109,16 @@ def _require_cuda(name: str) -> None:
         raise UserError(f"{name} attention needs a CUDA device and none is visible; {_REMEDY}")
 
 
-def _refusal(name: str, query: Tensor) -> UserError:
-    what = f"{query.dtype} on {query.device}, {query.shape[-1]} channels per head"
-    return UserError(f"{name} has no attention operator for {what}; {_REMEDY}")
+def _unsupported(name: str, query: Tensor) -> UserError:
+    inputs = f"{query.dtype} on {query.device}, {query.shape[-1]} channels per head"
+    return UserError(f"{name} has no attention operator for {inputs}; {_REMEDY}")
 
 
 def _load_fastest() -> Attend:
-    """xformers where it works, torch's own kernels elsewhere."""
+    """Use xformers where it works, torch's own kernels elsewhere."""
     try:
         attend = _load_xformers()
-        # A wheel that was built for another PyTorch or CUDA is imported without its operators.
+        # A wheel built for another PyTorch or CUDA can be imported but lacks its operators.
         probe = torch.zeros(1, 1, 1, 32, dtype=torch.float16, device="cuda")
         attend(probe, probe, probe)
     except UserError:

@@ -1,6 +1,8 @@
-"""The parts of a U-shaped ViT: patches, timestep token, attention, block.
+"""Layers of the transformer backbones: patch and time embedding, attention, MLP, adaLN, block.
 
-Shapes: B batch, L tokens, M text tokens, D width, H heads, E = D / H.
+Shapes: B batch, L tokens, M text tokens, D width, H heads, E = D / H channels per head.
+Where k captions share the latents of one sample, text has k * B rows and image tokens have B:
+row i of the text belongs to row i mod B of the image tokens.
 """
 
 import math
@@ -27,7 +29,7 @@ def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
 
 
 def repeat_rows(x: Tensor, count: int) -> Tensor:
-    """(B, ...) to (count, ...), all rows in turn; count is a multiple of B."""
+    """Repeat x (B, ...) as a whole until it has `count` rows, a multiple of B."""
     copies = count // len(x)
     return x if copies == 1 else x.repeat(copies, *(1,) * (x.ndim - 1))
 
@@ -58,9 +60,9 @@ class Attention(nn.Module):
     def forward(
         self, tokens: Tensor, text: KeysValues | None = None, bias: Bias | None = None
     ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D) under one softmax over all keys, those of the text last.
+        """Tokens (B, L, D) to (B, L, D), by one softmax over all keys, with the text's keys last.
 
-        k * B captions in `text` give k * B rows, as if the tokens were repeated k times.
+        Text of k * B rows gives k * B rows: queries, keys and values of the tokens are repeated.
         """
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if text is not None:
@@ -72,7 +74,7 @@ class Attention(nn.Module):
         return attended
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
-        """Keys and values of tokens (B, M, D) by the block's own weights, without queries."""
+        """Keys and values of tokens (B, M, D), computed with this layer's weights."""
         projected = functional.linear(tokens, self.qkv.weight[self.width :])
         key, value = projected.view(*tokens.shape[:2], 2, self.num_heads, -1).unbind(2)
         return key, value
@@ -92,9 +94,9 @@ class Mlp(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates that follow a signal; all 0 before training.
+    """Shifts, scales and gates from a conditioning vector: adaLN-Zero (Peebles and Xie 2023).
 
-    adaLN-Zero (Peebles and Xie 2023): a block that they gate starts as the identity.
+    All of them are 0 before training, so that a block starts as the identity.
     """
 
     def __init__(self, width: int, count: int) -> None:
@@ -102,23 +104,23 @@ class Modulation(nn.Module):
         self.count = count
         self.linear = nn.Linear(width, count * width)
 
-    def forward(self, signal: Tensor) -> tuple[Tensor, ...]:
-        """Signal (B, D) to `count` tensors (B, 1, D)."""
-        vectors: Tensor = self.linear(functional.silu(signal))
-        return vectors[:, None].chunk(self.count, dim=-1)
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Conditioning vector (B, D) to `count` tensors (B, 1, D)."""
+        outputs: Tensor = self.linear(functional.silu(vector))
+        return outputs[:, None].chunk(self.count, dim=-1)
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalised tokens (B, L, D), scaled by 1 + scale and shifted, each (B, 1, D)."""
+    """Scale normalised tokens (B, L, D) by 1 + scale, then shift them; both are (B, 1, D)."""
     return tokens * (1 + scale) + shift
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, with a long skip connection on the way out of the U.
+    """A pre-norm transformer block; with `has_skip`, it also takes the output of its mirror block.
 
-    A modulated one has norms without weights of their own; a signal of time and condition gives
-    them instead, for its own tokens, not for the keys and values of the text, which stay free of
-    time.
+    With `is_modulated` the norms have no weights of their own. Shifts, scales and gates from the
+    conditioning vector take their place for the block's own tokens. Keys and values of the text
+    are normalised only, so that they do not depend on time and can be computed once per prompt.
     """
 
     def __init__(
@@ -144,47 +146,39 @@ class Block(nn.Module):
         text: KeysValues | None = None,
         skip: Tensor | None = None,
         bias: Bias | None = None,
-        signal: Tensor | None = None,
+        vector: Tensor | None = None,
     ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D); `skip` is what the mirror block had put out, `signal`
-        (B, D) what modulates.
+        """Tokens (B, L, D) to (B, L, D).
 
-        Of what k captions share, one row does for all: of the tokens before the first text, and
-        of the skips from there. Text and signal then have k times their rows, and so has the
-        result.
+        `skip` (B, L, D) is the output of the mirror block, `vector` (B, D) the conditioning vector
+        of a modulated block. Tokens and skip may have fewer rows than text and vector; they are
+        repeated here, at the first block that needs it.
         """
         if self.skip_linear is not None:
             assert skip is not None
-            tokens = self._join(tokens, skip)
-        if self.modulation is not None:
-            assert signal is not None
-            return self._modulated(tokens, text, bias, signal)
-        attended = self.attn(self.norm1(tokens), text, bias)
-        tokens = repeat_rows(tokens, len(attended)) + attended
-        updated: Tensor = tokens + self.mlp(self.norm2(tokens))
-        return updated
-
-    def _modulated(
-        self, tokens: Tensor, text: KeysValues | None, bias: Bias | None, signal: Tensor
-    ) -> Tensor:
-        assert self.modulation is not None
-        tokens = repeat_rows(tokens, len(signal))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal)
+            tokens = self._join(self.skip_linear, tokens, skip)
+        if self.modulation is None:
+            attended = self.attn(self.norm1(tokens), text, bias)
+            tokens = repeat_rows(tokens, len(attended)) + attended
+            updated: Tensor = self.mlp(self.norm2(tokens))
+            return tokens + updated
+        assert vector is not None
+        tokens = repeat_rows(tokens, len(vector))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vector)
         attended = self.attn(modulate(self.norm1(tokens), shift1, scale1), text, bias)
         tokens = tokens + gate1 * attended
-        updated: Tensor = tokens + gate2 * self.mlp(modulate(self.norm2(tokens), shift2, scale2))
-        return updated
+        return tokens + gate2 * self.mlp(modulate(self.norm2(tokens), shift2, scale2))
 
-    def _join(self, tokens: Tensor, skip: Tensor) -> Tensor:
-        """Linear of tokens and skip side by side; a skip that rows share is multiplied once."""
-        assert self.skip_linear is not None
+    @staticmethod
+    def _join(linear: nn.Linear, tokens: Tensor, skip: Tensor) -> Tensor:
+        """Apply `linear` to [tokens, skip]; a skip shared by several rows is multiplied once."""
         if len(skip) == len(tokens):
-            joined: Tensor = self.skip_linear(torch.cat([tokens, skip], dim=-1))
+            joined: Tensor = linear(torch.cat([tokens, skip], dim=-1))
             return joined
-        of_tokens, of_skip = self.skip_linear.weight.chunk(2, dim=1)
-        shared = functional.linear(skip, of_skip, self.skip_linear.bias)
-        return functional.linear(tokens, of_tokens) + repeat_rows(shared, len(tokens))
+        token_weight, skip_weight = linear.weight.chunk(2, dim=1)
+        shared = functional.linear(skip, skip_weight, linear.bias)
+        return functional.linear(tokens, token_weight) + repeat_rows(shared, len(tokens))
 
     def text_keys_values(self, tokens: Tensor) -> KeysValues:
-        """What this block's attention sees of the text tokens (B, M, D)."""
+        """Keys and values of the text tokens (B, M, D) for this block's attention."""
         return self.attn.keys_values(self.norm1(tokens))

@@ -16,12 +16,17 @@ from torch import Tensor
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.models.build import build_backbone, restore_backbone
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import FusionUViTConfig, ImportConfig
+from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.pretrained import identify, resolve_pretrained
-from ifvit.models.uvit import FusionUViT
-from ifvit.models.weights import WeightsInfo, save_weights, step_name
+from ifvit.models.weights import (
+    WeightsInfo,
+    build_backbone,
+    restore_backbone,
+    save_weights,
+    step_name,
+)
 
 _RANKS = {
     "pos_embed": 3,

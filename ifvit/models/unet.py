@@ -1,7 +1,7 @@
-"""The U-Net of latent diffusion (Rombach et al. 2022), what transformers are compared with.
+"""The U-Net of latent diffusion (Rombach et al. 2022), the control for the transformers.
 
-Diffusers builds it; the condition enters by cross-attention in both of its forms, as in the paper
-and its class-conditional ImageNet models: tokens of the caption, or one token of the class.
+Diffusers builds it. The condition enters by cross-attention, as in that paper's text-to-image and
+class-conditional ImageNet models: the tokens of a caption, or one token of the class.
 
 Shapes: B batch, C latent channels, S latent size, M condition tokens, D their width.
 """
@@ -20,7 +20,7 @@ from ifvit.models.layers import repeat_rows
 
 
 class UNet(Backbone):
-    """Residual blocks at falling resolutions, with transformer blocks in the coarsest of them."""
+    """Residual blocks at falling resolutions, with transformer blocks at the coarsest ones."""
 
     config: UNetConfig
 
@@ -41,11 +41,11 @@ class UNet(Backbone):
         class_width: int = 512,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        has_attention = [
-            level >= len(channels) - num_attention_levels for level in range(len(channels))
-        ]
         if num_classes is not None:
             self.class_embed = nn.Embedding(num_classes + 1, class_width)
+        num_plain = len(self.config.channels) - num_attention_levels
+        down = ["DownBlock2D"] * num_plain + ["CrossAttnDownBlock2D"] * num_attention_levels
+        up = ["CrossAttnUpBlock2D"] * num_attention_levels + ["UpBlock2D"] * num_plain
         self.unet: Any = UNet2DConditionModel(  # type: ignore[no-untyped-call]
             sample_size=latent_size,
             in_channels=latent_channels,
@@ -54,26 +54,21 @@ class UNet(Backbone):
             layers_per_block=blocks_per_level,
             attention_head_dim=tuple(count // head_width for count in channels),
             cross_attention_dim=context_width or class_width,
-            down_block_types=tuple(
-                "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in has_attention
-            ),
-            up_block_types=tuple(
-                "CrossAttnUpBlock2D" if attends else "UpBlock2D"
-                for attends in reversed(has_attention)
-            ),
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
         )
         self.set_attention("sdpa")
 
     def set_attention(self, backend: Backend) -> None:
-        """As `Backbone` says."""
+        """Choose the attention backend of all transformer blocks."""
         self.unet.set_attn_processor(_Processor(load_attention(backend)))
 
     def blocks(self) -> list[nn.Module]:
-        """As `Backbone` says: the resolutions on the way down, the middle, those on the way up."""
+        """Return the resolutions on the way down, the middle, and those on the way up."""
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
     def encode_condition(self, condition: Tensor) -> EncodedCondition:
-        """Numbers (B,) of classes => tokens (B, 1, D); contexts (B, M, D) stay what they are."""
+        """Embed the numbers (B,) of classes as tokens (B, 1, D); pass contexts (B, M, D) on."""
         if self.config.context_shape is None:
             return EncodedCondition(tokens=self.class_embed(condition)[:, None])
         check_shape("context", condition, self.config.context_shape)
@@ -82,15 +77,18 @@ class UNet(Backbone):
     def forward(
         self, latents: Tensor, timesteps: Tensor, condition: Tensor | EncodedCondition
     ) -> Tensor:
-        """As `Backbone` says. Raises UserError for latents or contexts of another shape."""
-        tokens = self._encode_for(latents, condition).tokens
+        """Predict the noise in noisy latents (B, C, S, S) at timesteps (B,) in 0 ... 999.
+
+        Raises UserError for latents or contexts of another shape than the configured one.
+        """
+        tokens = self._encode(latents, condition).tokens
         latents, timesteps = (repeat_rows(x, len(tokens)) for x in (latents, timesteps))
         noise: Tensor = self.unet(latents.to(tokens.dtype), timesteps, tokens).sample
         return noise
 
 
 class _Processor:
-    """How diffusers' attention layers compute, by our own function."""
+    """Makes diffusers' attention layers use one of our attention functions."""
 
     def __init__(self, attend: Attend) -> None:
         self._attend = attend
@@ -102,7 +100,7 @@ class _Processor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: None = None,
     ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D); keys and values of the condition, if it is given."""
+        """Tokens (B, L, D) to (B, L, D), with keys and values of the condition if it is given."""
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = (layer.to_q(hidden_states), layer.to_k(source), layer.to_v(source))
         query, key, value = (x.unflatten(-1, (layer.heads, -1)) for x in projected)

@@ -1,23 +1,27 @@
-"""Weights as everybody but the trainer loads them: a diffusers folder plus their provenance.
+"""Backbones with fresh weights, and the weights/ folders that everybody but the trainer loads.
 
-FOLDER/config.json and FOLDER/diffusion_pytorch_model.safetensors are what diffusers reads;
-FOLDER/weights.json says where the weights come from, what their file's sha256 is and, written last,
-that they are complete.
+A folder has config.json and diffusion_pytorch_model.safetensors, which diffusers reads, and
+weights.json, which holds the provenance of the weights and the sha256 of their file. weights.json
+is written last and thus marks a complete folder.
 """
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
-from ifvit.models.build import restore_backbone
-from ifvit.models.config import restore_config
+from ifvit.models.config import BackboneConfig, restore_config
+from ifvit.models.fusion_transformer import FusionUViT, TokenTransformer
+from ifvit.models.unet import UNet
 from ifvit.shards import EncoderIdentity
 from ifvit.storage import (
     exists,
@@ -32,6 +36,11 @@ from ifvit.storage import (
 
 Kind = Literal["ema", "raw"]
 
+_BACKBONES: dict[str, type[Backbone]] = {
+    "fusion_uvit": FusionUViT,
+    "token_transformer": TokenTransformer,
+    "unet": UNet,
+}
 _CONFIG = "config.json"
 _TENSORS = "diffusion_pytorch_model.safetensors"
 _INFO = "weights.json"
@@ -40,22 +49,40 @@ _DIGEST = "tensors_sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
-    """What must be known about weights to sample with them, and to trust them."""
+    """Provenance of weights: what sampling and evaluation must know about their training."""
 
     step: int
-    """Optimiser steps behind these weights."""
+    """Optimizer steps that the weights were trained for."""
     ema_decay: float | None
-    """Decay of the exponential moving average; None for raw weights."""
+    """Decay of the EMA weights; None for raw weights."""
     scaling_factor: float
-    """Autoencoder latents times this are what the backbone was trained on."""
+    """Factor by which the autoencoder's latents were multiplied in training."""
     vae: EncoderIdentity
-    """The autoencoder whose latents it was trained on."""
+    """The autoencoder whose latents the backbone was trained on."""
     text_encoder: EncoderIdentity | None
-    """The text encoder whose context it was trained on; None: it was trained on classes."""
+    """The text encoder whose context the backbone was trained on; None for classes."""
     classes: tuple[str, ...] = ()
-    """Names of those, by number."""
+    """Names of the classes, by number."""
     recipe_sha256: str
     """Hash of the recipe that trained it."""
+
+
+def build_backbone(config: BackboneConfig) -> Backbone:
+    """Build a backbone with fresh weights, drawn from torch's global generator."""
+    return _BACKBONES[config.architecture](**dataclasses.asdict(config))
+
+
+def restore_backbone(config: BackboneConfig, state_dict: Mapping[str, Tensor]) -> Backbone:
+    """Build a float32 backbone in eval mode with a copy of `state_dict` as its weights.
+
+    Raises RuntimeError if keys or shapes differ from those of `config`.
+    """
+    with torch.device("meta"):  # saves the time of drawing weights that are replaced at once
+        backbone = build_backbone(config)
+    backbone.to_empty(device="cpu")
+    backbone.load_state_dict(state_dict)
+    backbone.eval()
+    return backbone
 
 
 def save_weights(folder: str, backbone: Backbone, info: WeightsInfo) -> None:
@@ -69,12 +96,11 @@ def save_weights(folder: str, backbone: Backbone, info: WeightsInfo) -> None:
 
 
 def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[Backbone, WeightsInfo]:
-    """The backbone, float32 in eval mode, and the provenance of its weights.
+    """Load a float32 backbone in eval mode and the provenance of its weights.
 
-    `url` is a folder of `save_weights`, a step's folder with ema/ or raw/ in it, or a run
-    directory, of which the newest step is taken. Only safetensors are read; those of an object
-    store are kept in the cache folder.
-    Raises UserError if there is nothing to load yet, or what is there does not fit together.
+    `url` is a folder of `save_weights`, a step's folder that contains ema/ or raw/, or a run
+    directory, of which the newest step is loaded. Weights of an object store are kept in the cache
+    folder. Raises UserError if there are no complete weights, or if they do not fit config.json.
     """
     folder = find_weights(url, prefer=prefer)
     info, digest = _read_info(join(folder, _INFO))
@@ -89,9 +115,9 @@ def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[Backbone, WeightsIn
 
 
 def find_weights(url: str, *, prefer: Kind = "ema") -> str:
-    """The folder that `load_weights(url)` reads. Raises UserError if there is none."""
+    """Return the folder that `load_weights(url)` reads. Raises UserError if there is none."""
     steps = [name for name in list_names(join(url, "weights")) if name.startswith("step_")]
-    # Names are zero-padded, but a run of more steps than the padding must sort right, too.
+    # By length first: names have 8 digits, but a run may take more steps than that.
     steps.sort(key=lambda name: (len(name), name), reverse=True)
     kinds = (prefer, "raw" if prefer == "ema" else "ema")
     for folder in (url, *(join(url, "weights", step) for step in steps)):
@@ -102,24 +128,24 @@ def find_weights(url: str, *, prefer: Kind = "ema") -> str:
 
 
 def step_name(step: int) -> str:
-    """`step_00000500`, so that names sort like steps."""
+    """Return the folder name of a step, such as step_00000500, so that names sort like steps."""
     return f"step_{step:08d}"
 
 
 def run_of(folder: str) -> str | None:
-    """RUN of RUN/weights/step_…; None for weights that lie by themselves."""
+    """Return RUN for a folder RUN/weights/step_N; None for weights outside a run directory."""
     run, found, _ = folder.rpartition("/weights/step_")
     return run if found else None
 
 
 def _read_info(url: str) -> tuple[WeightsInfo, str]:
-    """The record and the sha256 of the tensors' file."""
+    """Read weights.json: the provenance and the sha256 of the file of tensors."""
     stored = read_json(url)
     try:
         digest = stored.pop(_DIGEST)
         for key in ("vae", "text_encoder"):
             stored[key] = stored[key] and EncoderIdentity(**stored[key])
-        stored["classes"] = tuple(stored.get("classes", ()))  # older ones all know captions only
+        stored["classes"] = tuple(stored.get("classes", ()))  # absent in files of older versions
         return WeightsInfo(**stored), digest
     except (KeyError, TypeError) as error:
-        raise UserError(f"{url}: not a record of weights ({error})") from None
+        raise UserError(f"{url}: not a weights.json of ifvit ({error})") from None

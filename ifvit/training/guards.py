@@ -26,11 +26,10 @@ from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import World, choose_device
 from ifvit.errors import EXIT_PREEMPTED, UserError
 from ifvit.models.backbone import Backbone
-from ifvit.models.build import restore_backbone
 from ifvit.models.config import BackboneConfig, restore_config
 from ifvit.models.cost import count_cost
 from ifvit.models.pretrained import identify, resolve_pretrained
-from ifvit.models.weights import step_name
+from ifvit.models.weights import restore_backbone, step_name
 from ifvit.shards import EncoderIdentity, ShardReader
 from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes, write_file
 from ifvit.training.config import EngineConfig, ReplayConfig, TrainConfig

@@ -18,8 +18,7 @@ from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
-from ifvit.models.build import restore_backbone
-from ifvit.models.weights import WeightsInfo, save_weights, step_name
+from ifvit.models.weights import WeightsInfo, restore_backbone, save_weights, step_name
 from ifvit.sampling.load import load_conditions, load_decoder
 from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes

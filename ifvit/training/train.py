@@ -13,8 +13,7 @@ from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
-from ifvit.models.build import build_backbone
-from ifvit.models.weights import WeightsInfo, load_weights
+from ifvit.models.weights import WeightsInfo, build_backbone, load_weights
 from ifvit.shards import ShardReader
 from ifvit.training.checkpoint import resume, saved_steps
 from ifvit.training.config import EngineConfig, TrainConfig

@@ -12,10 +12,9 @@ from PIL import Image
 from ifvit.analysis import attention_analysis as analyze_attention
 from ifvit.analysis.attention_maps import read_attention
 from ifvit.cli import main
-from ifvit.models.build import build_backbone
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import BackboneConfig, TokenTransformerConfig
-from ifvit.models.weights import WeightsInfo, save_weights
+from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
 from ifvit.shards import EncoderIdentity
 
 MADE_UP = EncoderIdentity(name="made-up", sha256="1" * 64)

@@ -32,8 +32,8 @@ from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents
 from ifvit.errors import UserError
 from ifvit.models.config import Conditioning
+from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.layers import Attention
-from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.config import SamplingConfig
 
 NUM_PROMPTS, NUM_TEXT, SIDE = 5, 6, 4

@@ -6,10 +6,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.config import read_config
-from ifvit.models.build import build_backbone
 from ifvit.models.config import CLASS_PRESETS, PRESETS, CostConfig
 from ifvit.models.cost import class_rows, cost, cost_rows, count_cost
 from ifvit.models.layers import Attention
+from ifvit.models.weights import build_backbone
 
 ROWS = list(cost_rows())
 

@@ -24,9 +24,9 @@ from ifvit.analysis.plan import (
     update_bytes,
 )
 from ifvit.bench.measurement import kept_bytes
-from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS, FusionUViTConfig
 from ifvit.models.cost import count_cost
+from ifvit.models.weights import build_backbone
 
 BILLION = 10**9
 HARDWARE = HardwareConfig()

@@ -10,8 +10,8 @@ from ifvit.bench.config import BenchGenerateConfig
 from ifvit.bench.sampling_speed import bench_generate, guide_like_uvit, guide_plainly
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedNoisePredictor
-from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
+from ifvit.models.weights import build_backbone
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from made_backbone import small_shape
 
-from ifvit.models.uvit import FusionUViT
+from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.weights import WeightsInfo, save_weights
 from ifvit.shards import EncoderIdentity, Manifest
 

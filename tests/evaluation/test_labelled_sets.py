@@ -12,9 +12,8 @@ from data_pipeline.encode import encode
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
-from ifvit.models.build import build_backbone
 from ifvit.models.config import CLASS_PRESETS
-from ifvit.models.weights import WeightsInfo, save_weights
+from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
 from ifvit.scenes.image_sets import class_scenes, render_class_set
 from ifvit.shards import Manifest, read_manifest
 

@@ -8,10 +8,10 @@ from slope import assert_gradient_is_slope
 from uvit_oracle import Array, Layout, Oracle
 
 from ifvit.errors import UserError
-from ifvit.models.build import build_backbone
 from ifvit.models.config import CLASS_PRESETS, TokenTransformerConfig
 from ifvit.models.cost import count_cost
-from ifvit.models.token_transformer import TokenTransformer
+from ifvit.models.fusion_transformer import TokenTransformer
+from ifvit.models.weights import build_backbone
 
 CLASSES = TokenTransformerConfig(
     latent_size=8, num_classes=3, patch_size=2, width=16, num_heads=2, depth=5

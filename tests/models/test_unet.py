@@ -7,10 +7,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.errors import UserError
-from ifvit.models.build import build_backbone
 from ifvit.models.config import CLASS_PRESETS, UNetConfig
 from ifvit.models.cost import count_cost
 from ifvit.models.unet import UNet
+from ifvit.models.weights import build_backbone
 
 CLASSES = UNetConfig(
     latent_size=8, num_classes=3, channels=(32, 64), num_attention_levels=1, head_width=16
@@ -125,7 +125,7 @@ def test_a_preset_has_about_the_parameters_of_its_transformer(size):
         ({"channels": (32, 48)}, r"channels \[32, 48\] must be multiples of 32"),
         ({"channels": (0, 32)}, "must be multiples of 32"),
         ({"head_width": 64}, "of head_width 64"),
-        ({"num_attention_levels": 3}, r"num_attention_levels must lie in 1 \.\.\. 2"),
+        ({"num_attention_levels": 3}, r"num_attention_levels must be in 1 \.\.\. 2"),
         ({"channels": (32,) * 5}, "latent_size 8 cannot be halved 4 times"),
         ({"context_width": 5}, "give either num_classes or both"),
     ],

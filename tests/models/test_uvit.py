@@ -9,10 +9,10 @@ from uvit_oracle import Oracle, random_weights, uvit_layout
 
 from ifvit.errors import UserError
 from ifvit.models.attention import load_attention
-from ifvit.models.build import build_backbone, restore_backbone
 from ifvit.models.config import PRESETS
+from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.layers import Attention, timestep_embedding
-from ifvit.models.uvit import FusionUViT
+from ifvit.models.weights import build_backbone, restore_backbone
 
 CONDITIONINGS = ["concat", "cross_attention"]
 MODULATED = [("concat+", 2, 1), ("cross_attention+", 2, 1), ("adaln", 2, 1), ("adaln", 0, 0)]
@@ -125,7 +125,7 @@ def test_blocks_before_the_text_run_once_for_all_captions(conditioning):
 
 def test_captions_that_do_not_share_out_are_refused():
     backbone, _ = loud_backbone(TINY)
-    with pytest.raises(UserError, match="3 conditions cannot be shared out over 2 latents"):
+    with pytest.raises(UserError, match="3 conditions for 2 latents; give a multiple"):
         backbone(*inputs(batch=2, captions=3))
 
 
@@ -155,8 +155,8 @@ def test_cross_attention_reads_keys_and_values_only_and_never_updates_text():
 def test_fresh_modulated_blocks_are_the_identity_but_for_their_skips(setting):
     torch.manual_seed(0)
     backbone = build_backbone(tiny(*setting)).eval()
-    tokens, signal = torch.randn(2, 5, 16), torch.randn(2, 16)
-    assert torch.equal(backbone.mid_block(tokens, signal=signal), tokens)
+    tokens, vector = torch.randn(2, 5, 16), torch.randn(2, 16)
+    assert torch.equal(backbone.mid_block(tokens, vector=vector), tokens)
 
 
 @pytest.mark.parametrize("conditioning", ["concat+", "cross_attention+", "adaln"])

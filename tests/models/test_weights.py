@@ -6,9 +6,8 @@ import torch
 from made_backbone import small_shape
 
 from ifvit.errors import UserError
-from ifvit.models.build import build_backbone
-from ifvit.models.uvit import FusionUViT
-from ifvit.models.weights import WeightsInfo, load_weights, save_weights
+from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
 from ifvit.shards import EncoderIdentity
 
 INFO = WeightsInfo(
@@ -111,5 +110,5 @@ def test_a_config_that_lacks_a_key_names_it(tmp_path, backbone):
 def test_a_malformed_record_is_one_clear_error(tmp_path, backbone, text):
     save_weights(str(tmp_path), backbone, INFO)
     (tmp_path / "weights.json").write_text(text)
-    with pytest.raises(UserError, match=r"weights\.json: not a record of weights"):
+    with pytest.raises(UserError, match=r"weights\.json: not a weights.json"):
         load_weights(str(tmp_path))

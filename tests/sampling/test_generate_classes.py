@@ -14,9 +14,8 @@ from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
-from ifvit.models.build import build_backbone
 from ifvit.models.config import BackboneConfig
-from ifvit.models.weights import load_weights, save_weights
+from ifvit.models.weights import build_backbone, load_weights, save_weights
 from ifvit.sampling.config import ExportConfig, GenerateConfig
 from ifvit.sampling.export import export
 from ifvit.sampling.generate import generate

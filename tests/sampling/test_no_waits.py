@@ -12,8 +12,8 @@ import torch
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.diffusion.solvers import solve
-from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS, Conditioning
+from ifvit.models.weights import build_backbone
 
 
 def draw(guidance: Guidance, conditioning: Conditioning = "concat") -> torch.Tensor:

@@ -23,8 +23,8 @@ from ifvit.errors import UserError
 from ifvit.images import to_pixels
 from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.config import Conditioning
+from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.layers import Modulation
-from ifvit.models.uvit import FusionUViT
 from ifvit.sampling.config import SamplingConfig
 from ifvit.shards import EncoderIdentity
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ifvit.models.build import build_backbone
-from ifvit.models.weights import load_weights
+from ifvit.models.weights import build_backbone, load_weights
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import EMA
 from ifvit.training.train import train

@@ -9,8 +9,7 @@ from run_files import losses
 
 from ifvit.errors import UserError
 from ifvit.models.attention import load_attention
-from ifvit.models.build import build_backbone
-from ifvit.models.weights import load_weights
+from ifvit.models.weights import build_backbone, load_weights
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.engine import Engine, prepare_forward
 from ifvit.training.train import train

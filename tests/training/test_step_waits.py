@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NoiseSchedule
-from ifvit.models.build import build_backbone
 from ifvit.models.config import PRESETS
+from ifvit.models.weights import build_backbone
 from ifvit.training.config import EngineConfig, OptimConfig
 from ifvit.training.engine import Engine
 

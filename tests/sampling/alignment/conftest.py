@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_backbone import small_shape
 
-from ifvit.models.uvit import FusionUViT
+from ifvit.models.fusion_transformer import FusionUViT
 
 
 @pytest.fixture(params=["concat", "cross_attention"])

@@ -17,8 +17,8 @@ from ifvit.diffusion.sampler import Sampler
 from ifvit.errors import UserError
 from ifvit.models.attention import logits_of
 from ifvit.models.autoencoders import Autoencoder
+from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.image_reward import load_image_reward
-from ifvit.models.uvit import FusionUViT
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.alignment.date import Score
 from ifvit.sampling.alignment.methods import build_method

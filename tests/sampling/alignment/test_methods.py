@@ -9,7 +9,7 @@ from torch import Tensor
 from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents
 from ifvit.diffusion.solvers import SOLVERS
-from ifvit.models.uvit import FusionUViT
+from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.sampling.alignment.methods import Date, Regulation, Together, date_updates, middle_blocks
 from ifvit.sampling.alignment.regulation import BlockBias, TargetTokens
 from ifvit.sampling.config import DateConfig, RegulationConfig, SamplingConfig
