@@ -161,15 +161,15 @@ class Block(nn.Module):
         if self.modulation is None:
             attended = self.attn(self.norm1(tokens), text, bias)
             tokens = repeat_rows(tokens, len(attended)) + attended
-            updated = self.mlp(self.norm2(tokens))
-            return tokens + updated
-        assert vector is not None
-        tokens = repeat_rows(tokens, len(vector))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vector)
-        attended = self.attn(modulate(self.norm1(tokens), shift1, scale1), text, bias)
-        tokens = tokens + gate1 * attended
-        updated = self.mlp(modulate(self.norm2(tokens), shift2, scale2))
-        return tokens + gate2 * updated
+            updated = tokens + self.mlp(self.norm2(tokens))
+        else:
+            assert vector is not None
+            tokens = repeat_rows(tokens, len(vector))
+            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vector)
+            attended = self.attn(modulate(self.norm1(tokens), shift1, scale1), text, bias)
+            tokens = tokens + gate1 * attended
+            updated = tokens + gate2 * self.mlp(modulate(self.norm2(tokens), shift2, scale2))
+        return updated
 
     @staticmethod
     def _join(linear: nn.Linear, tokens: Tensor, skip: Tensor) -> Tensor:
