@@ -43,7 +43,7 @@ from ifvit.models.weights import WeightsInfo, find_weights, load_weights, run_of
 from ifvit.sampling.generate import read_prompt_file
 from ifvit.sampling.load import (
     check_identity,
-    open_text_encoder,
+    load_trained_text_encoder,
     require_text_encoder,
     weights_sha256,
 )
@@ -302,7 +302,7 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
                 f"{config.prompts}: {len(texts)} prompts, needed are {config.num_prompts or 2}; "
                 "write more of them, one a line"
             )
-        encoder = open_text_encoder(info, device)
+        encoder = load_trained_text_encoder(info, device)
         return Prompts(
             texts=texts,
             contexts=torch.cat(

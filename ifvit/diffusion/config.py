@@ -6,7 +6,7 @@ from typing import Literal, SupportsFloat
 SolverName = Literal["dpm_solver_pp", "dpm_solver_pp_fast", "ddim", "euler", "unipc"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Guidance:
     """eps_uncond + scale (eps_cond - eps_uncond) at timesteps low ... high, eps_cond elsewhere."""
 

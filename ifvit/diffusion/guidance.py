@@ -32,24 +32,12 @@ class EncodedCondition(Protocol):
         """Return these rows followed by those of `other`."""
 
 
-class LatentShape(Protocol):
-    """The part of a backbone's configuration that the sampler reads."""
-
-    @property
-    def latent_channels(self) -> int:
-        """C."""
-
-    @property
-    def latent_size(self) -> int:
-        """S."""
-
-
 class ConditionalBackbone(Protocol):
     """The part of a backbone that guidance and sampling use."""
 
     @property
-    def config(self) -> LatentShape:
-        """Its shape of the latents."""
+    def config(self) -> Any:
+        """Configuration with `latent_channels` (C) and `latent_size` (S)."""
 
     @property
     def device(self) -> torch.device:

@@ -38,7 +38,7 @@ from ifvit.evaluation.sample_set import (
 )
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.weights import find_weights, run_of, step_name
-from ifvit.sampling.alignment.methods import date_updates
+from ifvit.sampling.alignment import date_updates
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.load import Model
 from ifvit.scenes.score import SceneScore

@@ -18,7 +18,7 @@ from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.references import find_image, read_reference
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.rng import Stream, uniform_array
-from ifvit.sampling.alignment.methods import build_method
+from ifvit.sampling.alignment import build_method
 from ifvit.sampling.load import (
     Model,
     check_identity,

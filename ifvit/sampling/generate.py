@@ -17,7 +17,7 @@ from ifvit.distributed import World, choose_device
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import WeightsInfo
-from ifvit.sampling.alignment.methods import build_method
+from ifvit.sampling.alignment import build_method
 from ifvit.sampling.config import GenerateConfig, SamplingConfig
 from ifvit.sampling.load import (
     Conditions,

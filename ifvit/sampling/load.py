@@ -46,44 +46,34 @@ def load_model(url: str, device: str, *, compile: bool = False) -> Model:
     return Model(url=url, backbone=backbone, info=info, sha256=sha256)
 
 
-def load_sampler(model: Model, null_condition: Tensor) -> Sampler:
-    """Add the autoencoder of the training to a model.
-
-    `null_condition`, (M, D) or (), stands for no prompt. Raises UserError if the autoencoder has
-    other weights than during training.
-    """
-    return Sampler(
-        backbone=model.backbone,
-        decode=load_decoder(model.info, str(model.backbone.device)),
-        null_condition=null_condition,
-    )
-
-
-def load_decoder(info: WeightsInfo, device: str) -> Callable[[Tensor], Tensor]:
-    """Load the decoder of scaled latents, `Sampler.decode`. Raises as `load_sampler`."""
-    return partial(_decode, open_autoencoder(info, device), info.scaling_factor)
-
-
-def _decode(autoencoder: Autoencoder, scaling_factor: float, latents: Tensor) -> Tensor:
-    return autoencoder.decode_unclamped(latents / scaling_factor)
-
-
 def compile_backbone(backbone: Backbone) -> None:
     """Compile calls of the backbone; on a GPU into CUDA graphs, which avoid kernel launches."""
     backbone.compile(mode="reduce-overhead" if backbone.device.type == "cuda" else None)
 
 
-def open_autoencoder(info: WeightsInfo, device: str) -> Autoencoder:
-    """Load the autoencoder of the training. Raises UserError if it has other weights now."""
+def load_sampler(model: Model, null_condition: Tensor) -> Sampler:
+    """Add the decoder to a model. `null_condition`, (M, D) or (), stands for no prompt."""
+    decode = load_decoder(model.info, str(model.backbone.device))
+    return Sampler(backbone=model.backbone, decode=decode, null_condition=null_condition)
+
+
+def load_decoder(info: WeightsInfo, device: str) -> Callable[[Tensor], Tensor]:
+    """Load the decoder of scaled latents, `Sampler.decode`."""
+    autoencoder = load_trained_autoencoder(info, device)
+    return lambda latents: autoencoder.decode_unclamped(latents / info.scaling_factor)
+
+
+def load_trained_autoencoder(info: WeightsInfo, device: str) -> Autoencoder:
+    """Load the autoencoder of the training. Raises UserError if its weights have changed."""
     autoencoder = load_autoencoder(info.vae.name, device)
     check_identity("vae", autoencoder.identity, info.vae)
     return autoencoder
 
 
-def open_text_encoder(info: WeightsInfo, device: str) -> TextEncoder:
+def load_trained_text_encoder(info: WeightsInfo, device: str) -> TextEncoder:
     """Load the text encoder of the training.
 
-    Raises UserError if it has other weights now, or if the backbone was trained on classes.
+    Raises UserError if its weights have changed and if the backbone was trained on classes.
     """
     trained_with = require_text_encoder(info)
     encoder = load_text_encoder(trained_with.name, device)
@@ -117,7 +107,7 @@ def load_conditions(info: WeightsInfo, device: str) -> Conditions:
         # The number after the last class stands for no class.
         null = torch.tensor(len(info.classes))
         return Conditions(encode=partial(number_classes, info.classes), null=null)
-    encoder = open_text_encoder(info, device)
+    encoder = load_trained_text_encoder(info, device)
     return Conditions(encode=encoder.encode, null=encoder.null_context())
 
 
@@ -125,8 +115,7 @@ def number_classes(classes: tuple[str, ...], names: list[str]) -> Tensor:
     """Class names or numbers => class numbers (B,). Raises UserError for an unknown class."""
     numbers = {str(number): number for number in range(len(classes))}
     numbers |= {name: number for number, name in enumerate(classes)}
-    unknown = [name for name in names if name not in numbers]
-    if unknown:
+    if unknown := [name for name in names if name not in numbers]:
         close = get_close_matches(unknown[0], classes) or classes[:3]
         raise UserError(
             f"class {unknown[0]}: expected one of the {len(classes)} class names, such as "

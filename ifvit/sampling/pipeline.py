@@ -1,4 +1,4 @@
-"""A trained backbone with its frozen encoders as a diffusers pipeline.
+"""A trained backbone with its frozen encoders as a diffusers pipeline; `ifvit export` writes it.
 
 Shapes: B images, M text tokens, D context width, C latent channels, S latent size, H, W image.
 """
@@ -31,9 +31,10 @@ OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 class FusionPipeline(DiffusionPipeline):
-    """Text or classes => images, by any diffusers scheduler of SD's schedule that predicts noise.
+    """Captions or classes => images, with any diffusers scheduler for epsilon prediction.
 
-    `vae.config.scaling_factor` is the one of the training, not Stable Diffusion's.
+    The scheduler must use Stable Diffusion's noise schedule. `vae.config.scaling_factor` is that of
+    the training, not Stable Diffusion's.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds")
@@ -55,7 +56,7 @@ class FusionPipeline(DiffusionPipeline):
         scheduler: Any,
         classes: Sequence[str] = (),
     ) -> None:
-        """`classes` names those of a class-conditional backbone, which has no text encoder."""
+        """`classes` are the class names of a class-conditional backbone without text encoder."""
         super().__init__()
         self.register_to_config(classes=list(classes))  # type: ignore[no-untyped-call]
         self.register_modules(  # type: ignore[no-untyped-call]
@@ -70,9 +71,9 @@ class FusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """From a folder, an `s3://` prefix or a hub name; `options` as in diffusers.
+        """Load from a folder, an `s3://` prefix or a hub name; `options` as in diffusers.
 
-        Raises UserError for a hub name that cannot be fetched, or an s3:// prefix without files.
+        Raises UserError for a hub name that cannot be fetched and an s3:// prefix without files.
         """
         url = str(pretrained_model_name_or_path)
         if storage.is_remote(url):
@@ -80,14 +81,14 @@ class FusionPipeline(DiffusionPipeline):
                 _download(url, Path(folder))
                 return super().from_pretrained(folder, **options)
         if not Path(url).is_dir():
-            # Diffusers' own download refuses components whose class lies in an installed package.
+            # diffusers' own download rejects components whose class is in an installed package.
             of_hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
             url = str(download_pretrained(url, **of_hub))
         return super().from_pretrained(url, **options)
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set `_interrupt`, which leaves out the steps that remain."""
+        """Whether a callback has set `_interrupt`, which skips the remaining steps."""
         return self._interrupt
 
     @torch.no_grad()
@@ -110,15 +111,15 @@ class FusionPipeline(DiffusionPipeline):
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw `num_images_per_prompt` images of each prompt, those of one prompt in a row.
+        """Generate `num_images_per_prompt` images of each prompt, ordered by prompt.
 
-        `guidance_scale` is w in eps_uncond + w (eps_cond - eps_uncond), within the timesteps of
-        `guidance_interval` (0 ... 999). `prompt_embeds` (prompts, M, D) take the place of prompts,
-        `negative_prompt` that of the empty caption. Of a backbone that draws classes a prompt is
-        the name or number of one. `generator` is one, or one for each image.
-        `latents` (B, C, S, S) is standard normal noise. `output_type`: pil, np, pt or latent.
-        `callback_on_step_end(pipeline, step, timestep, tensors)` may return other `latents` or
-        `prompt_embeds` (B, M, D). Raises ValueError for arguments that contradict each other.
+        A prompt is a caption or, for a class-conditional backbone, a class name or number.
+        `prompt_embeds` (prompts, M, D) replaces the prompts, `negative_prompt` the empty caption.
+        `guidance_scale` is w in eps_uncond + w (eps_cond - eps_uncond); it applies at the timesteps
+        of `guidance_interval` (0 ... 999). `generator` is one generator, or a list with one per
+        image. `latents` (B, C, S, S) replaces the standard normal noise. `output_type` is pil, np,
+        pt or latent. `callback_on_step_end(pipeline, step, timestep, tensors)` may return new
+        `latents` or `prompt_embeds` (B, M, D). Raises ValueError for contradictory arguments.
         """
         context = self._embed(prompt, prompt_embeds, "prompt")
         context = context.repeat_interleave(num_images_per_prompt, dim=0)
@@ -129,25 +130,26 @@ class FusionPipeline(DiffusionPipeline):
             negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
             if len(negative) != len(context):
                 raise ValueError("give one negative prompt, or one for each prompt")
-        low, high = guidance_interval
-        denoiser = GuidedNoisePredictor(
+        predictor = GuidedNoisePredictor(
             self.backbone,
             context,
             self.backbone.encode_condition(negative),
-            Guidance(scale=guidance_scale, low=low, high=high),
+            Guidance(guidance_scale, *guidance_interval),
             method,
         )
 
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        noise = self._draw_noise(len(context), generator) if latents is None else latents
+        noise = self._sample_noise(len(context), generator) if latents is None else latents
         latents = noise.to(device, torch.float32) * self.scheduler.init_noise_sigma
-        options = self._step_options(generator)
+        # Only schedulers that add noise take a generator.
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if takes_generator else {}
         self._interrupt = False
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
                 break
-            latents = step_solver(self.scheduler, denoiser, latents, t, **options)
+            latents = step_solver(self.scheduler, predictor, latents, t, **options)
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "prompt_embeds": context}
                 shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
@@ -155,13 +157,13 @@ class FusionPipeline(DiffusionPipeline):
                 latents = changed.get("latents", latents)
                 if "prompt_embeds" in changed:
                     context = changed["prompt_embeds"]
-                    denoiser.set_condition(context)
+                    predictor.set_condition(context)
 
         images = self._decode(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _embed(self, prompt: str | list[str] | None, embeds: Tensor | None, name: str) -> Tensor:
-        """(prompts, M, D), or (prompts,) for classes, from either of two arguments."""
+        """Return the conditions of prompts: contexts (prompts, M, D) or classes (prompts,)."""
         if (prompt is None) == (embeds is None):
             raise ValueError(f"give either {name} or {name}_embeds")
         if embeds is not None:
@@ -169,36 +171,31 @@ class FusionPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else prompt
         assert prompts is not None
         if self.text_encoder is None:
-            names = self.config["classes"]
-            numbers = number_classes((*names, ""), prompts)  # "" is the null class
+            # The empty name is the null class.
+            numbers = number_classes((*self.config["classes"], ""), prompts)
             return numbers.to(self._execution_device)
         return encode_captions(self.text_encoder, self.tokenizer, prompts)
 
-    def _draw_noise(self, count: int, generator: Generators | None) -> Tensor:
-        """(count, C, S, S), standard normal."""
+    def _sample_noise(self, count: int, generator: Generators | None) -> Tensor:
+        """Sample standard normal noise (count, C, S, S)."""
         if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} images")
-        shape = self.backbone.config
-        size = (count, shape.latent_channels, shape.latent_size, shape.latent_size)
+            raise ValueError(f"{len(generator)} generators for {count} images; give one for each")
+        config = self.backbone.config
+        size = (count, config.latent_channels, config.latent_size, config.latent_size)
         noise: Tensor = randn_tensor(size, generator=generator, device=self._execution_device)
         return noise
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        """Latents (B, C, S, S) as the caller wants its images."""
+        """Decode latents (B, C, S, S) to images of the requested type."""
         if output_type == "latent":
             return latents
         unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         decoded = self.vae.decode(unscaled).sample
         return self.image_processor.postprocess(decoded, output_type=output_type)
 
-    def _step_options(self, generator: Generators | None) -> dict[str, Any]:
-        """What the scheduler's `step` takes besides the noise: a generator, if it adds noise."""
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if takes_generator else {}
-
 
 def _download(url: str, folder: Path) -> None:
-    """A pipeline's files: its index, and those of the components in their folders."""
+    """Download the pipeline's index and the files of its components."""
     storage.download(storage.join(url, "model_index.json"), folder / "model_index.json")
     for component in storage.read_json(str(folder / "model_index.json")):
         for name in storage.list_names(storage.join(url, component)):

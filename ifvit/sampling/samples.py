@@ -1,8 +1,12 @@
-"""Drawn images as files: POSITION.png and JSON lines beside them."""
+"""Generated images as files: POSITION.png, settings.json and JSON lines in one folder.
+
+`generate`, `evaluate` and the rating study read and write their images here. Folders are local or
+`s3://` URLs.
+"""
 
 import json
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,9 +20,9 @@ _NUM_WRITERS = 4
 
 
 def claim_folder(folder: str, settings: dict[str, Any]) -> None:
-    """Say in settings.json what the folder's images are, or check that this has been said.
+    """Write the settings of the folder's images to settings.json, or compare them with that file.
 
-    Raises UserError when it holds images of other settings, so that none is lost.
+    Raises UserError if the folder holds images of other settings. No image is overwritten.
     """
     url = storage.join(folder, "settings.json")
     if storage.create(url, (json.dumps(settings, indent=2) + "\n").encode()):
@@ -28,48 +32,42 @@ def claim_folder(folder: str, settings: dict[str, Any]) -> None:
     if differing:
         raise UserError(
             f"{folder} holds samples of another {', '.join(differing)}; "
-            "delete it or give another --output"
+            "delete the folder or give another --output"
         )
 
 
 def missing_images(folder: str, positions: Iterable[int]) -> list[int]:
-    """The positions whose PNG is not there yet."""
+    """List the positions without a PNG file in the folder."""
     present = set(storage.list_names(folder))
     return [position for position in positions if image_name(position) not in present]
 
 
 def write_images(folder: str, positions: Sequence[int], batches: Iterable[Pixels]) -> None:
-    """Write POSITION.png for every image, one batch while the next one comes."""
+    """Write one PNG file per position; each batch is written while the next one is generated."""
     remaining = iter(positions)
     progress = tqdm(total=len(positions), unit="image", desc="generate", leave=False)
     with progress, ThreadPoolExecutor(_NUM_WRITERS) as pool:
-        pending: list[Future[None]] = []
+        writes: Iterator[None] = iter(())
         for batch in batches:
-            _wait(pending)
+            list(writes)  # wait for the batch before, and raise its errors
             urls = [image_url(folder, next(remaining)) for _ in batch]
-            pending = [pool.submit(_write_image, *pair) for pair in zip(urls, batch, strict=True)]
+            writes = pool.map(_write_image, urls, batch)
             progress.update(len(batch))
-        _wait(pending)
+        list(writes)
 
 
 def _write_image(url: str, image: Pixels) -> None:
     storage.write_bytes(url, encode_png(image))
 
 
-def _wait(writes: Iterable[Future[None]]) -> None:
-    """Until all are done; raises what one of them raised."""
-    for write in writes:
-        write.result()
+def read_images(urls: Iterable[str]) -> Pixels:
+    """Read PNG files of one size as pixels (N, H, W, 3)."""
+    return np.stack([decode_png(storage.read_bytes(url)) for url in urls])
 
 
 def image_url(folder: str, position: int) -> str:
     """`FOLDER/00042.png`"""
     return storage.join(folder, image_name(position))
-
-
-def read_images(urls: Iterable[str]) -> Pixels:
-    """Image files of one size as (N, H, W, 3)."""
-    return np.stack([decode_png(storage.read_bytes(url)) for url in urls])
 
 
 def image_name(position: int) -> str:
@@ -78,5 +76,5 @@ def image_name(position: int) -> str:
 
 
 def write_jsonl(url: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     storage.write_bytes(url, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from ifvit.models.attention import logits_of
-from ifvit.sampling.alignment.regulation import (
+from ifvit.sampling.config import Mass
+from ifvit.sampling.regulation import (
     BlockBias,
     TargetTokens,
     gaussian_basis,
     optimise_bias,
     relative_logits,
 )
-from ifvit.sampling.config import Mass
 
 NUM_IMAGE, NUM_TEXT, HEADS, CHANNELS = 16, 10, 2, 8
 IMAGE, TEXT = slice(1, 17), slice(17, 27)
@@ -77,7 +77,7 @@ def test_the_optimum_is_smoothed_over_two_evaluations_and_decays() -> None:
     query, key = queries_and_keys("cross_attention")
     # By the same function, because the optimisation makes much of the last bits.
     relative = relative_logits(logits_of(query[:, IMAGE], key[:, TEXT]), TARGETS)
-    optimum = optimise_bias(relative, TARGETS.present, gaussian_basis(4)).bias
+    optimum, _ = optimise_bias(relative, TARGETS.present, gaussian_basis(4))
     block_bias = BlockBias(TARGETS, 4, "free")
     for wanted in (0.75, 0.99 * (0.25 + 0.75), 0.99**2):
         columns = block_bias(query, key)[:, :, IMAGE, TEXT]

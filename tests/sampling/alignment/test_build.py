@@ -20,8 +20,7 @@ from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.image_reward import load_image_reward
 from ifvit.models.weights import WeightsInfo
-from ifvit.sampling.alignment.date import Score
-from ifvit.sampling.alignment.methods import build_method
+from ifvit.sampling.alignment import Score, build_method
 from ifvit.sampling.config import DateConfig, GenerateConfig, RegulationConfig, SamplingConfig
 from ifvit.shards import EncoderIdentity
 
@@ -197,7 +196,7 @@ def test_date_raises_image_reward_beside_the_clip_score(sampler: Sampler, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (RegulationConfig(blocks=(0, 3)), "this backbone has the fused blocks 0 ... 2"),
+        (RegulationConfig(blocks=(0, 3)), "expected fused blocks of this backbone, 0 ... 2"),
         (RegulationConfig(targets="circles"), 'not in the prompt "a blue square"'),
     ],
 )
@@ -211,7 +210,7 @@ def test_settings_that_fit_neither_backbone_nor_prompt_are_refused(
 def test_regulation_without_attention_to_text_is_refused(sampler: Sampler) -> None:
     shape = small_shape(latent_channels=2, conditioning="adaln")
     modulated = dataclasses.replace(sampler, backbone=FusionUViT(**dataclasses.asdict(shape)))
-    with pytest.raises(UserError, match="under conditioning adaln no attention goes to text"):
+    with pytest.raises(UserError, match="with conditioning adaln no attention goes to text"):
         build(modulated, method="regulate")
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ifvit.sampling.alignment.date import update_context
+from ifvit.sampling.alignment import update_context
 
 CONTEXT = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
 TARGET = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(1))

@@ -10,9 +10,9 @@ from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents
 from ifvit.diffusion.solvers import SOLVERS
 from ifvit.models.fusion_transformer import FusionUViT
-from ifvit.sampling.alignment.methods import Date, Regulation, Together, date_updates, middle_blocks
-from ifvit.sampling.alignment.regulation import BlockBias, TargetTokens
+from ifvit.sampling.alignment import Date, Together, date_updates, middle_blocks
 from ifvit.sampling.config import DateConfig, RegulationConfig, SamplingConfig
+from ifvit.sampling.regulation import BlockBias, Regulation, TargetTokens
 
 CONTEXTS = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(1))
 CONFIG = SamplingConfig(num_steps=6, guidance_scale=3.0, seed=7)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ifvit.images import to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
-from ifvit.sampling.alignment.date import Score, clip_score_of, weighted_sum
+from ifvit.sampling.alignment import Score, clip_score_of, weighted_sum
 from ifvit.scenes.captions import write_captions
 from ifvit.scenes.drawings import render_sampled_scene
 

@@ -4,7 +4,7 @@ import pytest
 
 from ifvit.errors import UserError
 from ifvit.models.clip import load_token_spans
-from ifvit.sampling.alignment.regulation import Span, find_targets
+from ifvit.sampling.regulation import Span, find_targets
 from ifvit.scenes.captions import parse_caption, write_captions
 
 

@@ -1,0 +1,225 @@
+"""Training-free alignment methods: DATE, and how the settings choose and combine methods.
+
+`generate` and `evaluate` call `build_method`; `GuidedNoisePredictor` calls the resulting method
+before each function evaluation. `ifvit.sampling.regulation` holds attention regulation.
+
+Shapes: B batch, M text tokens, D context width, H, W image.
+"""
+
+import math
+from collections import ChainMap
+from collections.abc import Callable, Container, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
+from ifvit.diffusion.sampler import BuildMethod, Sampler
+from ifvit.errors import UserError
+from ifvit.models.clip import ClipScorer, load_clip, load_token_spans
+from ifvit.models.config import FusionUViTConfig
+from ifvit.models.image_reward import load_image_reward
+from ifvit.models.weights import WeightsInfo
+from ifvit.sampling.config import DateConfig, SamplingConfig
+from ifvit.sampling.load import require_text_encoder
+from ifvit.sampling.regulation import BlockBias, Regulation, find_targets
+
+Score = Callable[[Tensor], Tensor]
+"""Images (B, 3, H, W), nominally in [-1, 1] but not clamped => scores (B,), differentiable."""
+
+Objective = Callable[[Sequence[str]], Score]
+"""B prompts => the score of how well each of B images matches its prompt; larger is better."""
+
+_NUM_REGULATED = 5
+_EVALUATIONS_PER_STEP = {"dpm_solver_pp_fast": 3}
+
+
+def build_method(
+    config: SamplingConfig, sampler: Sampler, info: WeightsInfo, objective: Objective | None = None
+) -> BuildMethod | None:
+    """Choose the alignment method of the settings, for `generate_images`; None for `plain`.
+
+    `objective` replaces the scores in DATE's settings. Raises UserError for settings that do not
+    fit the backbone or, when the method of a batch is built, its prompts.
+    """
+    if config.method == "plain":
+        return None
+    require_text_encoder(info)
+    builders: list[BuildMethod] = []
+    if config.method in ("date", "both"):
+        if objective is None:
+            objective = _load_objective(config.date, info, str(sampler.backbone.device))
+        builders.append(partial(_build_date, config, sampler, objective))
+    if config.method in ("regulate", "both"):
+        builders.append(_regulation_builder(config, sampler, info))
+    return lambda prompts: Together([build(prompts) for build in builders])
+
+
+class Together:
+    """Several methods at once. They do not see each other: DATE looks ahead without biases."""
+
+    def __init__(self, methods: Sequence[AlignmentMethod]) -> None:
+        self._methods = methods
+
+    def before(self, evaluation: FunctionEvaluation) -> Change:
+        """Combine the changed context, if a method changes it, and the biases of all methods."""
+        changes = [method.before(evaluation) for method in self._methods]
+        contexts = [change.context for change in changes if change.context is not None]
+        biases = ChainMap(*(dict(change.biases) for change in changes))
+        return Change(context=contexts[-1] if contexts else None, biases=biases)
+
+
+class Date:
+    """Diffusion Adaptive Text Embedding (Na et al. 2025, arXiv 2510.23974).
+
+    Moves the context of each prompt so that the image it leads to scores higher.
+    """
+
+    def __init__(
+        self,
+        config: DateConfig,
+        updates: Container[int],
+        score: Score,
+        decode: Callable[[Tensor], Tensor],
+    ) -> None:
+        """`updates` numbers the evaluations to update before; `decode` is `Sampler.decode`."""
+        self._config = config
+        self._updates = updates
+        self._score = score
+        self._decode = decode
+        self._original: Tensor | None = None
+
+    def before(self, evaluation: FunctionEvaluation) -> Change:
+        """Update the context if an update is due."""
+        if self._original is None:
+            self._original = evaluation.context
+        if evaluation.index not in self._updates:
+            return Change()
+        start = self._original if self._config.start == "original" else evaluation.context
+
+        def score(context: Tensor) -> Tensor:
+            return self._score(self._decode(evaluation.predict_clean(context)))
+
+        return Change(context=update_context(start, score, self._config.radius))
+
+
+def update_context(context: Tensor, score: Callable[[Tensor], Tensor], radius: float) -> Tensor:
+    """Take one step c + rho grad h(c) / |grad h(c)|; the norm is over all entries of a sample.
+
+    The step maximises the first-order expansion of the score h (B,) in the ball of radius rho
+    around c (B, M, D). A sample without gradient keeps its c. The result carries no graph.
+    """
+    start = context.detach().requires_grad_()
+    with torch.enable_grad():
+        # Samples are independent, so the gradient of the sum is each sample's own gradient.
+        (gradient,) = torch.autograd.grad(score(start).sum(), start)
+    norm = gradient.flatten(1).norm(dim=1)[:, None, None]
+    direction = torch.where(norm > 0, gradient / norm, 0.0)
+    return context + radius * direction
+
+
+def clip_score_of(scorer: ClipScorer) -> Objective:
+    """Return the cosine of CLIP features of image and prompt, without a prompt prefix."""
+
+    def prepare(prompts: Sequence[str]) -> Score:
+        texts = scorer.embed_texts(list(prompts))
+        size = (scorer.image_size, scorer.image_size)
+
+        def score(images: Tensor) -> Tensor:
+            # As in DATE: bilinear, and without a clamp, which would remove gradients.
+            resized = functional.interpolate(images, size, mode="bilinear")
+            return (scorer.embed_images(resized) * texts).sum(dim=1)
+
+        return score
+
+    return prepare
+
+
+def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
+    """Return the objective sum_i w_i h_i of the terms (w_i, h_i)."""
+
+    def prepare(prompts: Sequence[str]) -> Score:
+        scores = [(weight, objective(prompts)) for weight, objective in terms]
+        return lambda images: torch.stack([w * score(images) for w, score in scores]).sum(dim=0)
+
+    return prepare
+
+
+def date_updates(config: SamplingConfig) -> tuple[int, ...]:
+    """Number the evaluations before which DATE updates, each at the start of a solver step."""
+    wanted = config.date.evaluations
+    if wanted is None:
+        wanted = tuple(range(0, config.num_steps, config.date.every))
+    starts = {_next_start(index, config) for index in wanted}
+    return tuple(sorted(start for start in starts if start < config.num_steps))
+
+
+def _next_start(index: int, config: SamplingConfig) -> int:
+    """First evaluation from `index` on that starts a step; a step must see a single context."""
+    length = _EVALUATIONS_PER_STEP.get(config.solver, 1)
+    return math.ceil(index / length) * length
+
+
+def _build_date(
+    config: SamplingConfig, sampler: Sampler, objective: Objective, prompts: Sequence[str]
+) -> Date:
+    return Date(config.date, date_updates(config), objective(prompts), sampler.decode)
+
+
+def _load_objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
+    """Load the scores that have a weight."""
+    terms: list[tuple[float, Objective]] = []
+    if config.clip_weight:
+        scorer = load_clip(config.clip or require_text_encoder(info).name, device)
+        terms.append((config.clip_weight, clip_score_of(scorer)))
+    if config.image_reward_weight:
+        model = load_image_reward(config.image_reward, device)
+        terms.append((config.image_reward_weight, lambda prompts: model.score_of(list(prompts))))
+    return weighted_sum(terms)
+
+
+def _regulation_builder(
+    config: SamplingConfig, sampler: Sampler, info: WeightsInfo
+) -> Callable[[Sequence[str]], Regulation]:
+    """Check the settings against the backbone, and prepare what all batches share."""
+    backbone = sampler.backbone.config
+    if not isinstance(backbone, FusionUViTConfig):
+        raise UserError(
+            f"method {config.method}: attention regulation knows the blocks of a fusion backbone, "
+            f"not those of a {type(sampler.backbone).__name__}; use date or plain"
+        )
+    if backbone.conditioning == "adaln":
+        raise UserError(
+            f"method {config.method}: with conditioning adaln no attention goes to text; "
+            "use date or plain"
+        )
+    settings = config.regulation
+    blocks = settings.blocks
+    if blocks is None:
+        blocks = middle_blocks(backbone.num_fused_blocks)
+    if not all(0 <= block < backbone.num_fused_blocks for block in blocks):
+        raise UserError(
+            f"regulation.blocks {list(blocks)}: expected fused blocks of this backbone, "
+            f"0 ... {backbone.num_fused_blocks - 1}"
+        )
+    token_spans = load_token_spans(require_text_encoder(info).name, backbone.context_length)
+    num_evaluations = _next_start(math.ceil(settings.share_of_steps * config.num_steps), config)
+    side = backbone.latent_size // backbone.patch_size
+
+    def regulate(prompts: Sequence[str]) -> Regulation:
+        device = sampler.backbone.device
+        targets = find_targets(prompts, settings.targets, token_spans, device)
+        if not targets.present.any():
+            return Regulation({}, 0)
+        biases = {block: BlockBias(targets, side, settings.mass) for block in blocks}
+        return Regulation(biases, num_evaluations)
+
+    return regulate
+
+
+def middle_blocks(num_fused_blocks: int) -> tuple[int, ...]:
+    """Number the middle five fused blocks, or all if there are fewer."""
+    surplus = max(0, num_fused_blocks - _NUM_REGULATED) // 2
+    return tuple(range(surplus, num_fused_blocks - surplus))
