@@ -1,36 +1,30 @@
-"""The verb `demo`: every stage of the real path, small enough for two slow cores."""
+"""The verb `demo`: all stages from images to the report, small enough for two slow cores.
+
+Modules that import torch are imported inside functions, because `ifvit demo --help` reads
+`DemoConfig` from here.
+"""
 
 import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
 
-import torch
-
 from data_pipeline.config import EncodeConfig
-from data_pipeline.encode import encode
-from ifvit.demo_config import DemoConfig
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
-from ifvit.evaluation.estimates import Estimate
-from ifvit.evaluation.evaluate import evaluate
-from ifvit.evaluation.rows import MetricsRow
-from ifvit.models.config import PRESETS
+from ifvit.models.config import PRESETS, BackboneConfig
 from ifvit.sampling.config import SamplingConfig
-from ifvit.scenes.image_sets import render_scene_set
 from ifvit.storage import join, write_json
 from ifvit.studies.config import ReportConfig
-from ifvit.studies.report import report
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
-from ifvit.training.train import train
 
 NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 6000, 256, 256
 NUM_WORKERS = 2
 STEPS_PER_MINUTE = 520
-"""Optimizer steps of each model per minute of `--minutes`; fixed, so that a demo repeats."""
+"""Optimizer steps of each model per minute of `--minutes`; fixed, so that the demo repeats."""
 GUIDANCE = 1.5
 PROMPTS = (
     "one red circle",
@@ -53,18 +47,39 @@ SUMMARY_KEYS = (
 )
 
 
+Summary = dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Render scenes, encode, train early and intermediate fusion, generate, evaluate, report."""
+
+    folder: str = "runs/demo"
+    """Output folder; run the demo again to continue there."""
+    minutes: float = 4.5
+    """Training time of both models together on a machine with two slow cores, in minutes."""
+
+    def __post_init__(self) -> None:
+        if self.minutes <= 0:
+            raise ValueError("minutes must be positive")
+
+
 def demo(config: DemoConfig) -> None:
-    """Leave `report.html` and `summary.json` in the folder; finished stages are not repeated."""
+    """Write `report.html` and `summary.json` to the folder; finished stages are not repeated."""
+    from data_pipeline.encode import encode
+    from ifvit.scenes.image_sets import render_scene_set
+    from ifvit.studies.report import report
+
     started = time.perf_counter()
     images, shards = join(config.folder, "images"), join(config.folder, "shards")
-    settings = {
+    backbones: dict[str, BackboneConfig] = {
         "early": replace(
             PRESETS["tiny"], conditioning="concat", num_image_blocks=0, num_text_blocks=0
         ),
         "intermediate": PRESETS["tiny"],
     }
-    runs = [join(config.folder, name) for name in settings]
-    _announce("1/4", "draw scenes in COCO's layout")
+    runs = [join(config.folder, name) for name in backbones]
+    _announce("1/4", "render scenes in COCO's layout")
     for split, count in (("train2014", NUM_TRAIN), ("val2014", NUM_HELD_OUT)):
         render_scene_set(images, split, count)
     with _worker_processes() as pool:
@@ -74,28 +89,28 @@ def demo(config: DemoConfig) -> None:
             for task in range(NUM_WORKERS)
         ]
         list(pool.map(encode, [*encodings, _encoding(images, shards, "val2014")]))
-        _announce("3/4", "train both fusions side by side, draw held-out captions, measure")
+        _announce("3/4", "train both fusions, generate from held-out captions, evaluate")
         recipes = [
-            replace(_recipe(run, join(shards, "train2014"), config), backbone=backbone)
-            for run, backbone in zip(runs, settings.values(), strict=True)
+            _recipe(run, join(shards, "train2014"), backbone, config.minutes)
+            for run, backbone in zip(runs, backbones.values(), strict=True)
         ]
         evaluations = [
             _evaluation(run, join(shards, "val2014"), join(images, "val2014")) for run in runs
         ]
-        measured = list(pool.map(_train_and_measure, recipes, evaluations))
+        rows = list(pool.map(_train_and_evaluate, recipes, evaluations))
     _announce("4/4", "report")
     page = join(config.folder, "report.html")
     report(ReportConfig(runs=runs, output=page, title="ifvit demo: early against intermediate"))
-    summary = dict(zip(settings, measured, strict=True))
+    summary = dict(zip(backbones, rows, strict=True))
     write_json(join(config.folder, "summary.json"), summary)
     _finish(config.folder, summary, time.perf_counter() - started)
 
 
 def _worker_processes() -> ProcessPoolExecutor:
-    """Two processes with half of the cores each.
+    """Open a pool of two processes with half of the cores each.
 
-    Steps of so small a model last milliseconds; two threads spend much of that waiting for each
-    other, two processes nothing.
+    Steps of so small a model last milliseconds. Two threads would spend much of that waiting for
+    each other; two processes do not wait.
     """
     threads = max(1, (os.cpu_count() or 1) // NUM_WORKERS)
     return ProcessPoolExecutor(
@@ -104,23 +119,30 @@ def _worker_processes() -> ProcessPoolExecutor:
 
 
 def _start_worker(threads: int) -> None:
+    import torch
+
     torch.set_num_threads(threads)
-    Thread(target=_die_with_parent, daemon=True).start()
+    Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _die_with_parent() -> None:
-    """A demo that is killed would leave its workers training, and they would hold the runs."""
+def _exit_with_parent() -> None:
+    """Exit when the parent dies; the workers of a killed demo would go on training otherwise."""
     parent = parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _train_and_measure(recipe: TrainConfig, evaluation: EvaluateConfig) -> dict[str, float | None]:
-    """One model's row of the summary."""
+def _train_and_evaluate(recipe: TrainConfig, evaluation: EvaluateConfig) -> Summary:
+    """Return one model's row of the summary."""
+    from ifvit.evaluation.evaluate import evaluate
+    from ifvit.training.train import train
+
     seconds = train(recipe).seconds
     (row,) = evaluate(evaluation)
-    return _summarise(row, seconds)
+    estimates = {key: getattr(row, key) for key in SUMMARY_KEYS}
+    values = {key: estimate.value if estimate else None for key, estimate in estimates.items()}
+    return {**values, "train_seconds": seconds}
 
 
 def _encoding(images: str, shards: str, split: str) -> EncodeConfig:
@@ -136,13 +158,13 @@ def _encoding(images: str, shards: str, split: str) -> EncodeConfig:
     )
 
 
-def _recipe(run: str, shards: str, config: DemoConfig) -> TrainConfig:
-    """One recipe for both backbones."""
-    max_steps = max(1, round(config.minutes * STEPS_PER_MINUTE))
+def _recipe(run: str, shards: str, backbone: BackboneConfig, minutes: float) -> TrainConfig:
+    """The same recipe for both backbones."""
+    max_steps = max(1, round(minutes * STEPS_PER_MINUTE))
     return TrainConfig(
         run=run,
         shards=shards,
-        backbone=PRESETS["tiny"],
+        backbone=backbone,
         optim=OptimConfig(
             learning_rate=4e-3,
             weight_decay=0.01,
@@ -151,7 +173,7 @@ def _recipe(run: str, shards: str, config: DemoConfig) -> TrainConfig:
             cooldown_steps=max_steps * 2 // 3,
             max_grad_norm=1.0,
         ),
-        engine=EngineConfig(backend="plain"),  # one process for each run, nothing to partition
+        engine=EngineConfig(backend="plain"),  # one process for each run
         sample_grid=SampleGridConfig(
             every=max(1, max_steps // 4), prompts=PROMPTS, num_steps=15, guidance_scale=GUIDANCE
         ),
@@ -183,18 +205,12 @@ def _evaluation(run: str, shards: str, images: str) -> EvaluateConfig:
     )
 
 
-def _summarise(row: MetricsRow, train_seconds: float) -> dict[str, float | None]:
-    estimates: dict[str, Estimate | None] = {key: getattr(row, key) for key in SUMMARY_KEYS}
-    values = {key: value.value if value else None for key, value in estimates.items()}
-    return {**values, "train_seconds": train_seconds}
-
-
 def _announce(number: str, what: str) -> None:
     sys.stdout.write(f"\n[{number}] {what}\n")
     sys.stdout.flush()
 
 
-def _finish(folder: str, summary: dict[str, dict[str, float | None]], seconds: float) -> None:
+def _finish(folder: str, summary: dict[str, Summary], seconds: float) -> None:
     sys.stdout.write(f"\nDone in {seconds / 60:.1f} minutes: {Path(folder, 'report.html')}\n")
     for name, row in summary.items():
         numbers = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if v is not None)

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from ifvit.cli import VERBS, main
+from ifvit.cli import main
+from ifvit.verbs import VERBS
 
 RECIPE = Path(__file__).parent.parent / "configs" / "train" / "coco256_early.yaml"
 
 
 HELP = """
 import contextlib, io, sys
-from ifvit.cli import VERBS, main
+from ifvit.cli import main
+from ifvit.verbs import VERBS
 for verb in VERBS:
     printed = io.StringIO()
     try:
@@ -91,7 +93,7 @@ def test_an_interrupted_verb_says_how_to_go_on(
     with pytest.raises(SystemExit) as end:
         main(["cost"])
     assert end.value.code == 130
-    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
+    assert capsys.readouterr().err == "interrupted; run the same command again to continue\n"
 
 
 def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from ifvit import demo as demo_module
-from ifvit.demo import demo
-from ifvit.demo_config import DemoConfig
+from ifvit.demo import DemoConfig, demo
 
 
 @pytest.fixture
