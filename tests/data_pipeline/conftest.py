@@ -1,4 +1,4 @@
-"""A drawn image set in COCO layout and tiny random encoders of the real classes."""
+"""A small image set in COCO layout, and tiny random encoders of the real classes."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class EncoderFolders:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Faster for tiny models; and a forked child has no OpenMP threads, so it must want none."""
+    """One thread, because forked children have no OpenMP threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,25 +1,49 @@
-"""What the tests of the encode job look at on disk."""
+"""Helpers for tests of the encode job: run it, and look at its files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.config import EncodeConfig
+from data_pipeline.encode import encode
+from ifvit.shards import Manifest
 from ifvit.storage import sha256_of
 
 
+def finish(config: EncodeConfig) -> Manifest:
+    """Run the encode job, which must finish the dataset."""
+    manifest = encode(config)
+    assert manifest is not None
+    return manifest
+
+
 def hashes(config: EncodeConfig) -> dict[str, str]:
-    """Every file of the output, hidden ones too, and its hash."""
+    """Hash of every file of the output by relative path, hidden files included."""
     folder = Path(config.output)
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): sha256_of(path) for path in files}
 
 
+def undisturbed_hashes(config: EncodeConfig) -> dict[str, str]:
+    """Hashes after one process has encoded the same dataset into a folder of its own."""
+    config = replace(config, output=config.output + "_undisturbed")
+    finish(config)
+    return hashes(config)
+
+
 def image_files(config: EncodeConfig) -> list[Path]:
-    """The images, in the order in which COCO's source has them."""
+    """The images in the order of the COCO source."""
     return sorted(Path(config.images).iterdir())
 
 
 def truncate(path: Path) -> bytes:
-    """Cut a file in half; returns what it held."""
+    """Cut a file in half and return its former content."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     return data
+
+
+def flip_bit(path: Path, position: int, bit: int = 0) -> None:
+    """Flip one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(bytes(data))

@@ -1,4 +1,4 @@
-"""Completion markers and manifests: any change of any byte is either harmless or a ShardError."""
+"""Completion markers and manifests: every change of their bytes is harmless or an error."""
 
 import json
 from collections.abc import Callable
@@ -6,57 +6,54 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded_files import finish
 
 from data_pipeline.completion import read_marker
 from data_pipeline.config import EncodeConfig
-from data_pipeline.encode import encode
 from ifvit.shards import ShardError, read_manifest
 
 NUM_CORRUPTIONS = 250
+READERS: dict[str, Callable[[str], object]] = {
+    "manifest.json": read_manifest,
+    "completed/shard-00001.json": lambda output: read_marker(output, "shard-00001"),
+}
 
 
-def corrupt(data: bytes, draw: np.random.Generator) -> bytes:
-    """Flip a bit, cut, drop, repeat or overwrite some bytes; never the bytes as they were."""
-    place, length = int(draw.integers(len(data))), int(draw.integers(1, 64))
-    kind = draw.integers(5)
-    if kind == 0:
-        changed = bytearray(data)
-        changed[place] ^= 1 << int(draw.integers(8))
-        return bytes(changed)
-    middle = [
-        b"",
-        b"",
-        data[place : place + length] * 2,
-        draw.bytes(length),
-    ][kind - 1]
-    return data[:place] + middle + (b"" if kind == 1 else data[place + length :])
+def corrupt(data: bytes, generator: np.random.Generator) -> bytes:
+    """Flip a bit, cut the end off, or drop, repeat or overwrite some bytes."""
+    place, length = int(generator.integers(len(data))), int(generator.integers(1, 64))
+    before, some, after = data[:place], data[place : place + length], data[place + length :]
+    flipped = bytes([data[place] ^ 1 << int(generator.integers(8))]) + some[1:]
+    choices = [
+        before + flipped + after,
+        before,
+        before + after,
+        before + some * 2 + after,
+        before + generator.bytes(length) + after,
+    ]
+    return choices[generator.integers(len(choices))]
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "completed/shard-00001.json"])
+@pytest.mark.parametrize("name", READERS)
 def test_random_corruptions_are_detected(config: EncodeConfig, name: str) -> None:
-    encode(config)
-    read: Callable[[], object] = lambda: (  # noqa: E731
-        read_manifest(config.output)
-        if name == "manifest.json"
-        else read_marker(config.output, "shard-00001")
-    )
-    path = Path(config.output, name)
-    intact, value = path.read_bytes(), read()
-    draw = np.random.default_rng(0)
+    finish(config)
+    path, read = Path(config.output, name), READERS[name]
+    intact, value = path.read_bytes(), read(config.output)
+    generator = np.random.default_rng(0)
     errors = []
     for _ in range(NUM_CORRUPTIONS):
-        path.write_bytes(corrupt(intact, draw))
+        path.write_bytes(corrupt(intact, generator))
         try:
-            assert read() == value
-            assert json.loads(path.read_bytes()) == json.loads(intact)  # blanks between tokens
+            assert read(config.output) == value
+            assert json.loads(path.read_bytes()) == json.loads(intact)  # only white space differs
         except ShardError as error:
             errors.append(str(error))
     assert len(errors) > 0.9 * NUM_CORRUPTIONS
     assert all(str(path) in error and "\n" not in error for error in errors)
 
 
-def test_a_marker_under_another_shards_name_is_refused(config: EncodeConfig) -> None:
-    encode(config)
+def test_a_marker_with_another_shards_name_is_an_error(config: EncodeConfig) -> None:
+    finish(config)
     markers = Path(config.output, "completed")
     (markers / "shard-00000.json").write_bytes((markers / "shard-00001.json").read_bytes())
     with pytest.raises(ShardError, match=r"shard-00000\.json: marker of shard-00001"):

@@ -1,4 +1,4 @@
-"""Images that cannot be read: named, counted, tolerated, and encoded once they are mended."""
+"""Images that cannot be read: named, counted, tolerated, and encoded once they are repaired."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from encoded_files import hashes, image_files, truncate
+from encoded_files import finish, hashes, image_files, truncate, undisturbed_hashes
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
@@ -43,14 +43,14 @@ def test_missing_files_count_as_broken_and_the_first_are_named(config: EncodeCon
 
 
 def test_tolerated_failures_are_left_out_of_a_finished_dataset(config: EncodeConfig) -> None:
-    for path in image_files(config)[8:]:  # the whole last shard
+    for path in image_files(config)[8:]:  # all images of the last shard
         truncate(path)
     with pytest.raises(UserError, match="2 of 10"):
         encode(replace(config, tolerate=1))
-    manifest = encode(replace(config, tolerate=2))
+    manifest = finish(replace(config, tolerate=2))
     assert [entry.num_samples for entry in manifest.shards] == [4, 4, 0]
     reader = ShardReader(config.output)
-    assert [reader.metadata(sample).image_id for sample in range(len(reader))] == [
+    assert [reader.metadata(n).image_id for n in range(len(reader))] == [
         7 * number + 3 for number in range(8)
     ]
     for path in image_files(config)[:8]:
@@ -59,20 +59,19 @@ def test_tolerated_failures_are_left_out_of_a_finished_dataset(config: EncodeCon
         encode(replace(config, tolerate=10, output=config.output + "_of_nothing"))
 
 
-def test_a_store_that_fails_is_no_broken_image() -> None:
+def test_a_failing_store_does_not_count_as_a_broken_image() -> None:
     def fail() -> bytes:
-        raise StoreError("away")
+        raise StoreError("unreachable")
 
     image = CaptionedImage(key="0", image_id=0, name="x.jpg", read=fail)
-    with pytest.raises(StoreError, match="away"):
+    with pytest.raises(StoreError, match="unreachable"):
         read_or_fail(image, image_size=8)
 
 
-def test_a_mended_image_makes_only_its_shard_again(
+def test_only_the_shard_of_a_repaired_image_is_encoded_again(
     config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = replace(config, output=config.output + "_undisturbed")
-    encode(undisturbed)
+    expected = undisturbed_hashes(config)
     broken = image_files(config)[5]
     data = truncate(broken)
     with pytest.raises(UserError):
@@ -87,10 +86,10 @@ def test_a_mended_image_makes_only_its_shard_again(
     monkeypatch.setattr("data_pipeline.writer.write_shard", record)
     encode(config)
     assert names == ["shard-00001"]
-    assert hashes(config) == hashes(undisturbed)
+    assert hashes(config) == expected
 
 
-def test_markers_of_failures_do_not_depend_on_folder_or_process(config: EncodeConfig) -> None:
+def test_recorded_reasons_do_not_depend_on_folder_or_process(config: EncodeConfig) -> None:
     missing, garbage, empty, cut = image_files(config)[:4]
     missing.unlink()
     garbage.write_text("<html>not found</html>")

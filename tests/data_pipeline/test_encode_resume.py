@@ -1,4 +1,4 @@
-"""The encode job, run again: only what is missing, and the same bytes however often killed."""
+"""A rerun of the encode job: it makes only what is missing, with the same bytes."""
 
 import multiprocessing
 import random
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from encoded_files import hashes, image_files, truncate
+from encoded_files import finish, hashes, image_files, truncate, undisturbed_hashes
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
@@ -28,10 +28,8 @@ def test_a_rerun_encodes_nothing_and_changes_no_byte(
 
 
 def test_another_output_folder_receives_the_same_bytes(config: EncodeConfig) -> None:
-    other = replace(config, output=config.output + "_2", num_workers=5)
-    encode(config)
-    encode(other)
-    assert hashes(other) == hashes(config)
+    encode(replace(config, num_workers=5))
+    assert hashes(config) == undisturbed_hashes(config)
 
 
 @pytest.mark.parametrize(
@@ -44,20 +42,20 @@ def test_another_output_folder_receives_the_same_bytes(config: EncodeConfig) -> 
         "null_context.npy",
     ],
 )
-def test_a_lost_file_is_made_again_byte_for_byte(config: EncodeConfig, lost: str) -> None:
+def test_a_lost_file_is_made_again_with_the_same_bytes(config: EncodeConfig, lost: str) -> None:
     encode(config)
     before = hashes(config)
-    (Path(config.output) / lost).unlink()
+    Path(config.output, lost).unlink()
     encode(config)
     assert hashes(config) == before
 
 
-def test_a_job_goes_on_with_another_batch_size(config: EncodeConfig) -> None:
+def test_a_rerun_may_use_another_batch_size(config: EncodeConfig) -> None:
     encode(config)
     before = hashes(config)
     for lost in ("shard-00001.tar", "completed/shard-00001.json", "manifest.json"):
         Path(config.output, lost).unlink()
-    assert encode(replace(config, batch_size=1)) is not None
+    finish(replace(config, batch_size=1))
     after = hashes(config)
     assert set(after) == set(before)
     assert {name for name in before if after[name] != before[name]} <= {
@@ -68,63 +66,60 @@ def test_a_job_goes_on_with_another_batch_size(config: EncodeConfig) -> None:
     }
 
 
-def test_cut_shards_and_damaged_markers_are_made_again(config: EncodeConfig) -> None:
+def test_cut_shards_damaged_markers_and_leftovers_are_replaced(config: EncodeConfig) -> None:
     encode(config)
-    before = hashes(config)
-    tar = Path(config.output, "shard-00001.tar")
+    before, output = hashes(config), Path(config.output)
+    tar = output / "shard-00001.tar"
     tar.write_bytes(tar.read_bytes()[:-512])
-    marker = Path(config.output, "completed", "shard-00002.json")
+    marker = output / "completed" / "shard-00002.json"
     marker.write_text(marker.read_text().replace("e", "f", 1))
-    encode(config)
-    assert hashes(config) == before
-
-
-def test_what_killed_processes_left_unfinished_is_removed(config: EncodeConfig) -> None:
-    encode(config)
-    before = hashes(config)
-    output = Path(config.output)
     for name in ("shard-00001.tar", "shard-00001.index.npz", "manifest.json", "null_context.npy"):
         (output / f".{name}.k1ll3d").write_bytes(b"half")
     (output / "completed" / ".shard-00001.json.k1ll3d").write_bytes(b"half")
-    (output / "completed" / "shard-00001.json").unlink()
     encode(config)
     assert hashes(config) == before
 
 
-def test_what_another_process_may_be_writing_is_left_alone(config: EncodeConfig) -> None:
+def test_unfinished_files_of_another_process_are_kept(config: EncodeConfig) -> None:
     config = replace(config, num_tasks=2)
     encode(replace(config, task=0))
     manifest = Path(config.output, ".manifest.json.living")
     manifest.write_bytes(b"half")
-    assert encode(replace(config, task=1)) is not None
+    finish(replace(config, task=1))
     assert manifest.exists()
 
 
-def test_sigkill_at_random_moments_leaves_the_undisturbed_dataset(config: EncodeConfig) -> None:
+def test_jobs_killed_at_random_moments_end_with_the_undisturbed_dataset(
+    config: EncodeConfig,
+) -> None:
     config = replace(config, samples_per_shard=1, batch_size=1)
-    undisturbed = replace(config, output=config.output + "_undisturbed")
-    started = time.monotonic()
-    encode(undisturbed)
-    duration = time.monotonic() - started
-    context = multiprocessing.get_context("fork")  # others would import torch for seconds
+    expected = undisturbed_hashes(config)
+    context = multiprocessing.get_context("fork")  # spawned processes take seconds to import torch
     chance = random.Random(0)
     killed_between_shards = 0
+
+    def find_markers() -> list[Path]:
+        return sorted(Path(config.output).glob("completed/*.json"))
+
     for _ in range(10):
         process = context.Process(target=encode, args=(config,))
         process.start()
-        process.join(chance.uniform(0.3, 1.0) * duration)
+        num_markers = chance.randrange(10)
+        while process.is_alive() and len(find_markers()) < num_markers:
+            time.sleep(0.002)
+        process.join(chance.uniform(0.0, 0.1))
         process.kill()
         process.join()
-        markers = sorted(Path(config.output).glob("completed/*.json"))
+        markers = find_markers()
         killed_between_shards += 0 < len(markers) < 10
         for marker in chance.sample(markers, len(markers) // 2):
             marker.unlink()
     assert killed_between_shards
     encode(config)
-    assert hashes(config) == hashes(undisturbed)
+    assert hashes(config) == expected
 
 
-def test_no_manifest_exists_while_shards_are_being_made(
+def test_marker_and_manifest_are_deleted_before_a_shard_is_replaced(
     config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode(config)
@@ -132,7 +127,6 @@ def test_no_manifest_exists_while_shards_are_being_made(
 
     def stop(*_: Any) -> None:
         assert not Path(config.output, "manifest.json").exists()
-        # Another process would take the marker for the shard's and write the manifest.
         assert not Path(config.output, "completed", "shard-00001.json").exists()
         raise KeyboardInterrupt
 
@@ -141,7 +135,7 @@ def test_no_manifest_exists_while_shards_are_being_made(
         encode(config)
 
 
-def test_another_job_is_refused_with_what_differs(
+def test_an_output_of_another_job_is_an_error_that_names_the_difference(
     config: EncodeConfig, other_encoders: Any
 ) -> None:
     encode(config)
@@ -157,10 +151,6 @@ def test_another_job_is_refused_with_what_differs(
     for what, fields in others.items():
         with pytest.raises(UserError, match=rf"\({what}\); choose another output folder"):
             encode(replace(config, **fields))
-
-
-def test_another_source_is_refused(config: EncodeConfig) -> None:
-    encode(config)
     annotations = Path(config.captions)
     annotations.write_text(annotations.read_text().replace("a dog", "a fox"))
     with pytest.raises(UserError, match="source_sha256"):

@@ -1,4 +1,4 @@
-"""The background half of the encode job: it overlaps, it is bounded, and it fails loudly."""
+"""Background threads of the encode job: they overlap with the encoders, and report errors."""
 
 import threading
 from collections.abc import Callable
@@ -17,53 +17,56 @@ from ifvit.errors import UserError
 from ifvit.shards import ShardReader
 
 
-def count_encoded(
-    monkeypatch: pytest.MonkeyPatch, tell: Callable[[list[str]], object] = len
-) -> list[str]:
-    """Unit names of the batches that the models have seen; `tell` hears of each new one."""
-    seen: list[str] = []
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Shard names of the batches that the encoders have processed so far."""
+    names: list[str] = []
     original = Encoders.encode
 
     def record(encoders: Encoders, batch: Any) -> Any:
-        seen.append(batch.shard)
-        tell(seen)
+        names.append(batch.shard)
         return original(encoders, batch)
 
     monkeypatch.setattr(Encoders, "encode", record)
-    return seen
+    return names
 
 
-def test_models_go_on_beside_a_shard_that_is_being_finished(
-    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise TimeoutError
+
+
+def test_encoders_continue_while_a_shard_is_finished(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch, encoded: list[str]
 ) -> None:
-    seen = count_encoded(monkeypatch)
-    second_began = threading.Event()
+    second_is_written = threading.Event()
 
     def finish_slowly(folder: Path, name: str, samples: Any) -> Any:
         entry = write_shard(folder, name, samples)
         if name == "shard-00001":
-            second_began.set()
-        elif name == "shard-00000":  # stands for a long upload
-            assert second_began.wait(timeout=30)
+            second_is_written.set()
+        elif name == "shard-00000":  # like a long upload
+            assert second_is_written.wait(timeout=30)
         return entry
 
     monkeypatch.setattr("data_pipeline.writer.write_shard", finish_slowly)
     encode(config)
-    assert len(seen) == 2 + 2 + 1
+    assert len(encoded) == 2 + 2 + 1
     assert len(ShardReader(config.output)) == 10
 
 
-def test_models_wait_for_a_writer_that_does_not_keep_up(
-    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+def test_encoders_wait_for_a_slow_writer(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch, encoded: list[str]
 ) -> None:
-    is_full = threading.Event()
-    seen = count_encoded(monkeypatch, lambda seen: len(seen) > BATCHES_QUEUED and is_full.set())
     counts = []
 
     def start_late(folder: Path, name: str, samples: Any) -> Any:
-        is_full.wait(timeout=30)
+        wait_until(lambda: len(encoded) > BATCHES_QUEUED)
         threading.Event().wait(0.1)  # time for one batch too many
-        counts.append(len(seen))
+        counts.append(len(encoded))
         return write_shard(folder, name, samples)
 
     monkeypatch.setattr("data_pipeline.writer.write_shard", start_late)
@@ -71,25 +74,22 @@ def test_models_wait_for_a_writer_that_does_not_keep_up(
     assert counts == [BATCHES_QUEUED + 1]
 
 
-def test_a_writer_that_fails_ends_the_job_with_its_error(
-    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_failing_writer_ends_the_job_with_its_error(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch, encoded: list[str]
 ) -> None:
-    is_full = threading.Event()
-    seen = count_encoded(monkeypatch, lambda seen: len(seen) > BATCHES_QUEUED and is_full.set())
-
     def fail(*_: Any) -> Any:
-        assert is_full.wait(timeout=30)
-        threading.Event().wait(0.1)  # time to wait for room for one batch too many
+        wait_until(lambda: len(encoded) > BATCHES_QUEUED)
+        threading.Event().wait(0.1)  # the encoders now wait for room in the queue
         raise UserError("the disk is full")
 
     monkeypatch.setattr("data_pipeline.writer.write_shard", fail)
     with pytest.raises(UserError, match="the disk is full"):
         encode(replace(config, samples_per_shard=10, batch_size=1))
-    assert len(seen) <= BATCHES_QUEUED + 2
+    assert len(encoded) <= BATCHES_QUEUED + 2
     assert not list(Path(config.output).glob("completed/*"))
 
 
-def test_models_that_fail_leave_no_half_shard(
+def test_failing_encoders_leave_no_partial_shard(
     config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Encoders.encode
