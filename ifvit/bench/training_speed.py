@@ -286,7 +286,7 @@ def _objective(config: TrainConfig, device: torch.device) -> NoisePrediction:
         schedule=NoiseSchedule(device),
         scaling_factor=SCALING_FACTOR,
         seed=config.seed,
-        draw=prepare_draws(config.engine),
+        sample_normal=prepare_draws(config.engine),
     )
 
 

@@ -31,21 +31,16 @@ class SolverConfig:
     solver: SolverName = "dpm_solver_pp"
     """Deterministic ODE solver: DPM-Solver++ of order 2 (multistep), U-ViT's "fast" DPM-Solver++ of
     order 3 (singlestep), DDIM, Euler or UniPC."""
-
     num_steps: int = 50
     """Function evaluations (NFE) per image. A guided evaluation of both halves counts as one."""
-
     guidance_scale: float = 2.0
     """w in eps = eps_uncond + w (eps_cond - eps_uncond); 1 turns guidance off. The scale s that
     the paper and U-ViT print is w - 1."""
-
     guidance_low: float = 0.0
     """Apply guidance only at timesteps of at least this (0 … 999, 0 is clean). A narrower interval
     is cheaper and gives less saturated images (Kynkäänniemi et al. 2024)."""
-
     guidance_high: float = 999.0
     """Apply guidance only at timesteps of at most this."""
-
     seed: int = 0
     """The initial noise of an image is a function of this seed and the image's position."""
 

@@ -1,4 +1,7 @@
-"""The noise schedule: alpha_t and sigma_t for t = 0 ... 999."""
+"""The noise schedule: alpha_t and sigma_t for t = 0 ... 999.
+
+The training objective, guidance and the solvers use this schedule, Stable Diffusion's.
+"""
 
 import torch
 from torch import Tensor
@@ -9,16 +12,17 @@ BETA_END = 0.012
 
 
 def alphas_cumprod() -> Tensor:
-    """Cumulative products abar_t, (1000,) float64, of Stable Diffusion's scaled-linear betas.
+    """Cumulative products abar_t of 1 - beta_t, (1000,) float64.
 
-    beta_t runs from 0.00085 to 0.012, linear in its square root (Rombach et al. 2022).
+    The betas are Stable Diffusion's scaled-linear ones: from 0.00085 to 0.012, linear in their
+    square root (Rombach et al. 2022).
     """
     roots = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64)
     return torch.cumprod(1.0 - roots**2, dim=0)
 
 
 class NoiseSchedule:
-    """Variance-preserving forward process with discrete times, on one device."""
+    """Variance-preserving forward process with discrete timesteps, on one device."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         abar = alphas_cumprod()
@@ -26,7 +30,7 @@ class NoiseSchedule:
         self._sigma = (1.0 - abar).sqrt().float().to(device)
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        """alpha_t^2 / sigma_t^2 of timesteps (B,) => (B,)."""
+        """Signal-to-noise ratio alpha_t^2 / sigma_t^2 at timesteps (B,) => (B,)."""
         return (self._alpha[timesteps] / self._sigma[timesteps]).square()
 
     def add_noise(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -36,9 +40,9 @@ class NoiseSchedule:
         return alpha * x_0 + sigma * noise
 
     def remove_noise(self, x_t: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_0 = (x_t - sigma_t noise) / alpha_t; timesteps (B,) may lie between integers.
+        """x_0 = (x_t - sigma_t noise) / alpha_t; timesteps (B,) may be fractional.
 
-        There sigma_t / alpha_t is interpolated, as diffusers' solvers do it.
+        Between integers, sigma_t / alpha_t is interpolated as in diffusers' solvers.
         """
         low = timesteps.long().clamp(max=NUM_TIMESTEPS - 2)
         ratios = self._sigma / self._alpha

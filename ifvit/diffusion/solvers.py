@@ -1,6 +1,8 @@
 """Solvers of the probability-flow ODE: noise => latents, deterministic given the noise.
 
-All come from diffusers, set to one noise schedule and to steps uniform in time. B is the batch.
+The sampler calls `solve`, and the diffusers pipeline calls `step_solver`. All solvers are
+diffusers' schedulers, set to Stable Diffusion's noise schedule and to steps uniform in time.
+B is the batch.
 """
 
 from collections.abc import Callable
@@ -29,10 +31,11 @@ _SCHEDULE: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
 }
-# "trailing" yields one step too many for some counts (61, 103, …), "leading" skips t = 999.
+# "trailing" gives one step too many for some counts (61, 103, …); "leading" skips t = 999.
 _SPACED = _SCHEDULE | {"timestep_spacing": "linspace"}
-# The last step goes to t = 0, as in U-ViT, not to sigma = 0: on a Gaussian that halves the error
-# at 20 to 100 steps. It is a long step in log-SNR, for DPM-Solver++ too long for order 2.
+# The last step goes to t = 0, as in U-ViT, and not to sigma = 0. On a Gaussian, this halves the
+# error at 20 to 100 steps. The last step is long in log-SNR, too long for DPM-Solver++ of order 2,
+# which therefore ends with an Euler step.
 _MULTISTEP = _SPACED | {"final_sigmas_type": "sigma_min"}
 
 SOLVERS: dict[SolverName, Callable[[], Any]] = {
@@ -41,9 +44,9 @@ SOLVERS: dict[SolverName, Callable[[], Any]] = {
         DPMSolverMultistepScheduler, solver_order=2, euler_at_final=True, **_MULTISTEP
     ),
     # Lu et al. 2022, algorithm 3S in steps of three evaluations: U-ViT's "fast" sampler, for
-    # comparison with published numbers. Two things differ: diffusers rounds the times to integers,
-    # and the second of the three evaluations is reached by algorithm 2S with its own coefficient,
-    # (1 - e^-h) / 2 instead of 1 - (1 - e^-h) / h, which agree to first order in h.
+    # comparison with published numbers. Two details differ. diffusers rounds the times to integers,
+    # and it reaches the second of the three evaluations by algorithm 2S with its own coefficient,
+    # (1 - e^-h) / 2 instead of 1 - (1 - e^-h) / h. The two agree to first order in h.
     "dpm_solver_pp_fast": partial(
         DPMSolverSinglestepScheduler,
         solver_order=3,
@@ -51,8 +54,8 @@ SOLVERS: dict[SolverName, Callable[[], Any]] = {
         final_sigmas_type="sigma_min",
         **_SCHEDULE,
     ),
-    # DDIM (Song et al. 2021, eta = 0) is DPM-Solver-1 (Lu et al. 2022, section 4.1). Diffusers'
-    # own DDIM assumes equal integer strides and errs for every other number of steps.
+    # DDIM (Song et al. 2021, eta = 0) is DPM-Solver-1 (Lu et al. 2022, section 4.1). diffusers'
+    # DDIMScheduler assumes equal integer strides and is wrong for other numbers of steps.
     "ddim": partial(DPMSolverMultistepScheduler, solver_order=1, **_MULTISTEP),
     # Karras et al. 2022, algorithm 1.
     "euler": partial(EulerDiscreteScheduler, **_SPACED),
@@ -62,21 +65,27 @@ SOLVERS: dict[SolverName, Callable[[], Any]] = {
 
 
 @torch.no_grad()
-def solve(denoiser: NoisePredictor, noise: Tensor, solver: SolverName, num_steps: int) -> Tensor:
-    """Standard normal noise (B, …) => x_0 (B, …) with `num_steps` calls of `denoiser`."""
+def solve(
+    predict_noise: NoisePredictor, noise: Tensor, solver: SolverName, num_steps: int
+) -> Tensor:
+    """Standard normal noise (B, …) => x_0 (B, …) with `num_steps` function evaluations."""
     scheduler = SOLVERS[solver]()
     scheduler.set_timesteps(num_steps, device=noise.device)
-    scheduler.set_begin_index(0)  # else it looks for t in a list on the device, and waits for it
+    # Without a begin index, the scheduler searches t in a list on the device and waits for it.
+    scheduler.set_begin_index(0)
     x_t: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        x_t = step_solver(scheduler, denoiser, x_t, t)
+        x_t = step_solver(scheduler, predict_noise, x_t, t)
     return x_t
 
 
 def step_solver(
-    scheduler: Any, denoiser: NoisePredictor, x_t: Tensor, t: Tensor, **options: Any
+    scheduler: Any, predict_noise: NoisePredictor, x_t: Tensor, t: Tensor, **options: Any
 ) -> Tensor:
-    """x_t (B, …), scaled as `scheduler` wants it => the x of its next time; `options` of `step`."""
-    predicted = denoiser(scheduler.scale_model_input(x_t, t), t.expand(len(x_t)))
+    """Advance x_t (B, …), scaled as `scheduler` expects, to its next time.
+
+    `options` are passed to the scheduler's `step`.
+    """
+    predicted = predict_noise(scheduler.scale_model_input(x_t, t), t.expand(len(x_t)))
     stepped: Tensor = scheduler.step(predicted, t, x_t, **options).prev_sample
     return stepped

@@ -26,11 +26,11 @@ from ifvit.sampling.config import DateConfig, SamplingConfig
 from ifvit.sampling.load import require_text_encoder
 from ifvit.sampling.regulation import BlockBias, Regulation, find_targets
 
-Score = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W), nominally in [-1, 1] but not clamped => scores (B,), differentiable."""
+Objective = Callable[[Tensor, Sequence[str]], Tensor]
+"""Images (B, 3, H, W), nominally in [-1, 1] but not clamped, and their prompts => scores (B,).
 
-Objective = Callable[[Sequence[str]], Score]
-"""B prompts => the score of how well each of B images matches its prompt; larger is better."""
+Scores are differentiable with respect to the images; larger is better.
+"""
 
 _NUM_REGULATED = 5
 _EVALUATIONS_PER_STEP = {"dpm_solver_pp_fast": 3}
@@ -51,7 +51,8 @@ def build_method(
     if config.method in ("date", "both"):
         if objective is None:
             objective = _load_objective(config.date, info, str(sampler.backbone.device))
-        builders.append(partial(_build_date, config, sampler, objective))
+        updates = date_updates(config)
+        builders.append(partial(Date, config.date, updates, objective, sampler.decode))
     if config.method in ("regulate", "both"):
         builders.append(_regulation_builder(config, sampler, info))
     return lambda prompts: Together([build(prompts) for build in builders])
@@ -81,14 +82,16 @@ class Date:
         self,
         config: DateConfig,
         updates: Container[int],
-        score: Score,
+        objective: Objective,
         decode: Callable[[Tensor], Tensor],
+        prompts: Sequence[str],
     ) -> None:
         """`updates` numbers the evaluations to update before; `decode` is `Sampler.decode`."""
         self._config = config
         self._updates = updates
-        self._score = score
+        self._objective = objective
         self._decode = decode
+        self._prompts = prompts
         self._original: Tensor | None = None
 
     def before(self, evaluation: FunctionEvaluation) -> Change:
@@ -100,7 +103,8 @@ class Date:
         start = self._original if self._config.start == "original" else evaluation.context
 
         def score(context: Tensor) -> Tensor:
-            return self._score(self._decode(evaluation.predict_clean(context)))
+            images = self._decode(evaluation.predict_clean(context))
+            return self._objective(images, self._prompts)
 
         return Change(context=update_context(start, score, self._config.radius))
 
@@ -123,28 +127,20 @@ def update_context(context: Tensor, score: Callable[[Tensor], Tensor], radius: f
 def clip_score_of(scorer: ClipScorer) -> Objective:
     """Return the cosine of CLIP features of image and prompt, without a prompt prefix."""
 
-    def prepare(prompts: Sequence[str]) -> Score:
-        texts = scorer.embed_texts(list(prompts))
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        # As in DATE: bilinear, and without a clamp, which would remove gradients.
         size = (scorer.image_size, scorer.image_size)
+        resized = functional.interpolate(images, size, mode="bilinear")
+        return (scorer.embed_images(resized) * scorer.embed_texts(list(prompts))).sum(dim=1)
 
-        def score(images: Tensor) -> Tensor:
-            # As in DATE: bilinear, and without a clamp, which would remove gradients.
-            resized = functional.interpolate(images, size, mode="bilinear")
-            return (scorer.embed_images(resized) * texts).sum(dim=1)
-
-        return score
-
-    return prepare
+    return score
 
 
 def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
     """Return the objective sum_i w_i h_i of the terms (w_i, h_i)."""
-
-    def prepare(prompts: Sequence[str]) -> Score:
-        scores = [(weight, objective(prompts)) for weight, objective in terms]
-        return lambda images: torch.stack([w * score(images) for w, score in scores]).sum(dim=0)
-
-    return prepare
+    return lambda images, prompts: torch.stack(
+        [weight * objective(images, prompts) for weight, objective in terms]
+    ).sum(dim=0)
 
 
 def date_updates(config: SamplingConfig) -> tuple[int, ...]:
@@ -162,12 +158,6 @@ def _next_start(index: int, config: SamplingConfig) -> int:
     return math.ceil(index / length) * length
 
 
-def _build_date(
-    config: SamplingConfig, sampler: Sampler, objective: Objective, prompts: Sequence[str]
-) -> Date:
-    return Date(config.date, date_updates(config), objective(prompts), sampler.decode)
-
-
 def _load_objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
     """Load the scores that have a weight."""
     terms: list[tuple[float, Objective]] = []
@@ -176,7 +166,12 @@ def _load_objective(config: DateConfig, info: WeightsInfo, device: str) -> Objec
         terms.append((config.clip_weight, clip_score_of(scorer)))
     if config.image_reward_weight:
         model = load_image_reward(config.image_reward, device)
-        terms.append((config.image_reward_weight, lambda prompts: model.score_of(list(prompts))))
+        terms.append(
+            (
+                config.image_reward_weight,
+                lambda images, prompts: model.score_of(list(prompts))(images),
+            )
+        )
     return weighted_sum(terms)
 
 

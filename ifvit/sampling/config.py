@@ -1,4 +1,4 @@
-"""Settings of the two methods that align images with their captions; imports no torch."""
+"""Settings of the verbs `generate` and `export`, and of the alignment methods. Imports no torch."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -12,41 +12,34 @@ MethodName = Literal["plain", "date", "regulate", "both"]
 
 @dataclass(frozen=True, kw_only=True)
 class DateConfig:
-    """Diffusion Adaptive Text Embedding (Na et al. 2025), by its released defaults."""
+    """DATE, Diffusion Adaptive Text Embedding (Na et al. 2025), with its released defaults."""
 
     clip: str | None = None
-    """CLIP model whose score rises; unset: the one whose text tower encodes the prompts."""
-
+    """CLIP model whose score DATE raises. Unset: the model whose text tower encodes the prompts."""
     clip_weight: float = 1.0
-    """Weight of the CLIP score in what rises; 0 leaves it out."""
-
+    """Weight of the CLIP score in the objective; 0 removes it."""
     image_reward: str = "zai-org/ImageReward"
-    """Folder or hub repository of ImageReward.pt and med_config.json; read when it has a weight."""
-
+    """Folder or hub repository with ImageReward.pt and med_config.json."""
     image_reward_weight: float = 0.0
-    """Weight of ImageReward in what rises; 0 leaves it out."""
-
+    """Weight of ImageReward in the objective; 0 removes it."""
     radius: float = 0.5
     """Length rho of every update, in the space of the text encoder's output."""
-
     every: int = 10
-    """Update before the evaluations 0, every, 2 every, … of the backbone; a solver that takes
-    three to a step has them moved to the start of its next step."""
-
+    """Update before the function evaluations 0, every, 2 every, …. A solver with three evaluations
+    per step updates at the start of its next step."""
     evaluations: tuple[int, ...] | None = None
-    """Instead of `every`: the evaluations to update before, counted from 0."""
-
+    """Function evaluations to update before, counted from 0; replaces `every`."""
     start: Literal["latest", "original"] = "latest"
-    """Embedding that each update starts from; `original` never leaves the ball of radius rho."""
+    """Context that each update starts from. `original` keeps the context within radius rho."""
 
     def __post_init__(self) -> None:
-        """Refuse a frequency or a radius without meaning, and nothing to raise."""
+        """Raise ValueError for an impossible frequency or radius and for an empty objective."""
         if self.every < 1:
             raise ValueError(f"date.every {self.every} is less than 1")
         if self.radius < 0:
             raise ValueError(f"date.radius {self.radius} is negative")
         if not (self.clip_weight or self.image_reward_weight):
-            raise ValueError("date.clip_weight and date.image_reward_weight: at least one not 0")
+            raise ValueError("date.clip_weight and date.image_reward_weight are both 0; set one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +47,16 @@ class RegulationConfig:
     """Attention regulation (Zhang et al. 2024)."""
 
     targets: str | None = None
-    """Words of the prompt to regulate, as in "bag apple"; unset: its nouns and numerals."""
-
+    """Words of the prompt to regulate, as in "bag apple". Unset: its nouns and numerals."""
     mass: Mass = "preserve"
-    """Keep the attention that each image token pays to the text as a whole, or let it grow."""
-
+    """Keep each image token's total attention to the text (preserve), or let it grow (free)."""
     share_of_steps: float = 0.5
-    """Regulate this first share of the evaluations of the backbone."""
-
+    """Regulate this first fraction of the function evaluations."""
     blocks: tuple[int, ...] | None = None
-    """Fused blocks to regulate, counted from 0 on the way in; unset: the middle five."""
+    """Fused blocks to regulate, counted from 0 at the input. Unset: the middle five."""
 
     def __post_init__(self) -> None:
-        """Refuse a share that is none."""
+        """Raise ValueError for an impossible fraction."""
         if not 0 <= self.share_of_steps <= 1:
             raise ValueError(
                 f"regulation.share_of_steps {self.share_of_steps} is not between 0 and 1"
@@ -87,13 +77,10 @@ class SamplingConfig(SolverConfig):
     method: MethodName = "plain"
     """Training-free alignment of images with their prompts: none, DATE, attention regulation or
     both."""
-
     date: DateConfig = field(default_factory=DateConfig)
     """Settings of DATE."""
-
     regulation: RegulationConfig = field(default_factory=RegulationConfig)
     """Settings of attention regulation."""
-
     batch_size: int = 64
     """Images generated together. Changes speed and memory, not the images."""
 
@@ -118,56 +105,43 @@ class SamplingConfig(SolverConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SamplingConfig):
-    """Prompts or classes and weights in, PNG files and samples.jsonl out."""
+    """Generate images for prompts or classes: PNG files, samples.jsonl and a grid."""
 
     weights: str
     """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
-
     prompt: str | None = None
-    """What to draw."""
-
+    """Text of the image."""
     prompts: str | None = None
-    """Instead of one prompt: a text file with one prompt, or class, a line."""
-
+    """Text file with one prompt, or one class, per line; replaces `prompt`."""
     classes: list[str] = field(default_factory=list, metadata={"each": "class"})
-    """Instead of prompts, for weights that draw classes: names or numbers, also as
-    --class NAME NAME."""
-
+    """Class names or numbers, for weights trained on classes; also as --class NAME NAME."""
     output: str = "samples"
-    """Folder or s3:// URL for the PNG files and samples.jsonl."""
-
+    """Folder or s3:// URL for the images."""
     num_images: int = 1
     """Images per prompt, each from its own noise."""
-
     device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
-
+    """cpu, cuda, cuda:1 …; auto uses a GPU if there is one."""
     compile: bool = False
-    """Compile the backbone first, on a GPU into CUDA graphs: minutes once, then faster."""
+    """Compile the backbone first, on a GPU into CUDA graphs. Takes minutes once, then is faster."""
 
     def __post_init__(self) -> None:
-        """Refuse a config without prompts or with two sources of them."""
+        """Raise ValueError unless there is exactly one source of prompts."""
         super().__post_init__()
         if [self.prompt is None, self.prompts is None, not self.classes].count(False) != 1:
-            raise ValueError(
-                "give either prompt (one text), prompts (a text file) or class (names)"
-            )
+            raise ValueError("give one of prompt (a text), prompts (a text file) or class (names)")
         if self.num_images < 1:
             raise ValueError(f"num_images {self.num_images} is less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A trained backbone and its encoders in one folder that diffusers loads."""
+    """Write a trained backbone and its encoders to one folder that diffusers loads."""
 
     weights: str
     """Run folder (its newest weights), weights/step_… folder, or a folder with config.json."""
-
     output: str
     """Folder or s3:// URL for the pipeline."""
-
     kind: Literal["ema", "raw"] = "ema"
-    """Averaged weights or those of the last step; the other kind where only that exists."""
-
+    """EMA weights or those of the last step. If one kind is missing, the other is exported."""
     hub: str | None = None
-    """Upload it also to this hub repository, ORGANISATION/NAME; needs a login there."""
+    """Also upload to this hub repository, ORGANISATION/NAME. Needs a login."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from ifvit.diffusion.objectives import NormalDraw
+from ifvit.diffusion.objectives import NormalSampler
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
@@ -135,7 +135,7 @@ def prepare_forward(
         backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
 
 
-def prepare_draws(config: EngineConfig) -> NormalDraw:
+def prepare_draws(config: EngineConfig) -> NormalSampler:
     """How the objective draws its noise: compiled, the rounds of the generator are one kernel."""
     return torch.compile(normal) if config.compile else normal
 

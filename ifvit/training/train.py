@@ -95,7 +95,7 @@ def _train(
         scaling_factor=info.scaling_factor,
         seed=config.seed,
         min_snr_gamma=config.min_snr_gamma,
-        draw=prepare_draws(config.engine),
+        sample_normal=prepare_draws(config.engine),
     )
     metrics = MetricsLog(config, engine)
     stop = StopRequest(engine.world)

@@ -46,8 +46,8 @@ def test_predicting_nothing_costs_the_variance_of_the_noise() -> None:
 def test_every_visit_draws_the_posterior_anew_with_its_own_deviation() -> None:
     mean = torch.full((64, 4, 8, 8), 2.0)
     moments = torch.cat([mean, torch.full_like(mean, 2 * math.log(3.0))], dim=1)
-    first = objective(0.5).draw_latents(moments, 0, POSITIONS)
-    second = objective(0.5).draw_latents(moments, 1, POSITIONS)
+    first = objective(0.5).sample_posterior(moments, 0, POSITIONS)
+    second = objective(0.5).sample_posterior(moments, 1, POSITIONS)
     assert not torch.equal(first, second)
     assert first.mean().item() == pytest.approx(1.0, abs=0.05)
     assert first.std().item() == pytest.approx(1.5, rel=0.05)
@@ -66,7 +66,7 @@ def test_every_step_draws_time_and_noise_anew_apart_from_the_posterior() -> None
         objective()(spy, moments, CONTEXT, step, POSITIONS)
         x_t, timesteps = seen[step]
         abar = alphas_cumprod()[timesteps].float().view(-1, 1, 1, 1)
-        x_0 = objective().draw_latents(moments, step, POSITIONS)
+        x_0 = objective().sample_posterior(moments, step, POSITIONS)
         draws += [x_0, (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()]
     correlations = torch.stack(draws).flatten(1).corrcoef()
     assert (correlations - torch.eye(4)).abs().max() < 4 / math.sqrt(moments.numel() / 2)
@@ -80,15 +80,15 @@ def test_the_posterior_is_that_of_the_autoencoder() -> None:
     noise = normal(11, 0, POSITIONS, Stream.POSTERIOR, (4, 8, 8))
     expected = DiagonalGaussianDistribution(moments).std * noise
     torch.testing.assert_close(
-        objective().draw_latents(moments, 0, POSITIONS), expected, atol=0, rtol=1e-6
+        objective().sample_posterior(moments, 0, POSITIONS), expected, atol=0, rtol=1e-6
     )
 
 
 def test_moments_in_half_precision_lose_nothing_more() -> None:
     generator = torch.Generator().manual_seed(0)
     moments = torch.randn(64, 8, 8, 8, generator=generator).half()
-    drawn = objective().draw_latents(moments, 0, POSITIONS)
-    assert torch.equal(drawn, objective().draw_latents(moments.float(), 0, POSITIONS))
+    drawn = objective().sample_posterior(moments, 0, POSITIONS)
+    assert torch.equal(drawn, objective().sample_posterior(moments.float(), 0, POSITIONS))
 
 
 def test_timesteps_cover_the_whole_range_evenly() -> None:

@@ -20,7 +20,7 @@ from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.image_reward import load_image_reward
 from ifvit.models.weights import WeightsInfo
-from ifvit.sampling.alignment import Score, build_method
+from ifvit.sampling.alignment import build_method
 from ifvit.sampling.config import DateConfig, GenerateConfig, RegulationConfig, SamplingConfig
 from ifvit.shards import EncoderIdentity
 
@@ -143,12 +143,9 @@ def test_both_do_both(sampler: Sampler) -> None:
 def test_a_user_may_score_images_otherwise(sampler: Sampler) -> None:
     seen: list[Tensor] = []
 
-    def redness(prompts: Sequence[str]) -> Score:
-        def score(images: Tensor) -> Tensor:
-            seen.append(images)
-            return images[:, 0].mean(dim=(1, 2)) * len(prompts)
-
-        return score
+    def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen.append(images)
+        return images[:, 0].mean(dim=(1, 2)) * len(prompts)
 
     method_of = build_method(
         dataclasses.replace(CONFIG, method="date"),

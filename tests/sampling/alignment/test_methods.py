@@ -1,6 +1,7 @@
 """The methods at work in the sampling loop, on a real backbone with known stand-ins around it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -34,14 +35,14 @@ def draw(
     return sample_latents(backbone, batch, null_text, config, method)
 
 
-def brightness(images: Tensor) -> Tensor:
+def brightness(images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
     """A score (B,) of images."""
     return images.flatten(1).tanh().mean(dim=1)
 
 
 def date(score: object = brightness, **settings: object) -> Date:
     config = dataclasses.replace(CONFIG, date=DateConfig(**settings))
-    return Date(config.date, date_updates(config), score, lambda latents: 0.5 * latents)
+    return Date(config.date, date_updates(config), score, lambda latents: 0.5 * latents, [])
 
 
 def regulation(num_evaluations: int = 3) -> Regulation:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ifvit.images import to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
-from ifvit.sampling.alignment import Score, clip_score_of, weighted_sum
+from ifvit.sampling.alignment import clip_score_of, weighted_sum
 from ifvit.scenes.captions import write_captions
 from ifvit.scenes.drawings import render_sampled_scene
 
@@ -25,17 +25,17 @@ def scorer() -> ClipScorer:
 
 
 def test_the_clip_score_is_the_cosine_and_knows_its_caption(scorer: ClipScorer) -> None:
-    scores = clip_score_of(scorer)(CAPTIONS)(IMAGES)
+    scores = clip_score_of(scorer)(IMAGES, CAPTIONS)
     expected = (scorer.embed_images(IMAGES) * scorer.embed_texts(CAPTIONS)).sum(dim=1)
     torch.testing.assert_close(scores, expected)
-    assert (scores > clip_score_of(scorer)(CAPTIONS[::-1])(IMAGES)).all()
+    assert (scores > clip_score_of(scorer)(IMAGES, CAPTIONS[::-1])).all()
 
 
 def test_images_of_another_size_are_resized_as_by_date(scorer: ClipScorer) -> None:
     small = IMAGES[..., ::2, ::2]
     resized = functional.interpolate(small, IMAGES.shape[2:], mode="bilinear")
-    scores = clip_score_of(scorer)(CAPTIONS)
-    torch.testing.assert_close(scores(small), scores(resized))
+    score = clip_score_of(scorer)
+    torch.testing.assert_close(score(small, CAPTIONS), score(resized, CAPTIONS))
 
 
 @pytest.mark.parametrize("size", [64, 32])
@@ -43,17 +43,14 @@ def test_every_pixel_has_a_gradient_beyond_white_and_at_any_size(
     scorer: ClipScorer, size: int
 ) -> None:
     images = torch.full((4, 3, size, size), 1.5, requires_grad=True)
-    (gradient,) = torch.autograd.grad(clip_score_of(scorer)(CAPTIONS)(images).sum(), images)
+    (gradient,) = torch.autograd.grad(clip_score_of(scorer)(images, CAPTIONS).sum(), images)
     assert (gradient.abs().sum(dim=1) > 0).float().mean() > 0.99
 
 
 def test_a_weighted_sum_is_one(scorer: ClipScorer) -> None:
-    def brightness(prompts: Sequence[str]) -> Score:
-        def score(images: Tensor) -> Tensor:
-            return images.mean(dim=(1, 2, 3)) + len(prompts)
+    def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean(dim=(1, 2, 3)) + len(prompts)
 
-        return score
-
-    both = weighted_sum([(2.0, clip_score_of(scorer)), (-0.5, brightness)])(CAPTIONS)(IMAGES)
-    expected = 2 * clip_score_of(scorer)(CAPTIONS)(IMAGES) - 0.5 * brightness(CAPTIONS)(IMAGES)
+    both = weighted_sum([(2.0, clip_score_of(scorer)), (-0.5, brightness)])(IMAGES, CAPTIONS)
+    expected = 2 * clip_score_of(scorer)(IMAGES, CAPTIONS) - 0.5 * brightness(IMAGES, CAPTIONS)
     torch.testing.assert_close(both, expected)
