@@ -1,15 +1,19 @@
-"""How figures look: as PNG on white, or as inline SVG in the colours of the page around it."""
+"""Figures and tables as files: PNG on white, inline SVG in the colours of the page, CSV.
 
+The analysis of attention, the report and the paper's sheet use it.
+"""
+
+import csv
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 INK, RULE = "#666b75", "#e3e4e8"
-"""Text and lines, as `--muted` and `--rule` of base.html are in light pages."""
+"""Colours of text and of lines: `--muted` and `--rule` of base.html on light pages."""
 
 RUN_COLOURS = (
     "#2f6fde",
@@ -21,7 +25,7 @@ RUN_COLOURS = (
     "#c2413b",
     "#4a7f96",
 )
-"""Colours of runs side by side, as `--run0` … `--run7` of base.html are in light pages."""
+"""Colours of runs side by side: `--run0` … `--run7` of base.html on light pages."""
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -44,19 +48,19 @@ _STYLE: dict[Any, Any] = {
 
 
 def house_style() -> Any:
-    """Context manager around the drawing of a figure."""
+    """Return a context manager that sets the style of the figures made in it."""
     return rc_context(_STYLE)
 
 
 def to_png(figure: Figure, dpi: int = 160) -> bytes:
-    """A PNG file on white, the same for the same figure."""
+    """Return a PNG file on white; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def to_svg(figure: Figure, variables: Mapping[str, str]) -> str:
-    """The <svg> element, with each colour of `variables` replaced by the CSS variable it names."""
+    """Return the <svg> element; each colour in `variables` becomes the CSS variable it names."""
     buffer = io.StringIO()
     with house_style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -65,3 +69,12 @@ def to_svg(figure: Figure, variables: Mapping[str, str]) -> str:
     for colour, variable in {INK: "muted", RULE: "rule", **variables}.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+
+
+def to_csv(records: Sequence[Mapping[str, object]]) -> bytes:
+    """Return a CSV file of one or more records with the same keys; None is an empty field."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, records[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue().encode()

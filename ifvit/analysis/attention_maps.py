@@ -1,10 +1,18 @@
-"""Attention of image tokens while sampling: recorded, summed by layer, written to files."""
+"""Attention of image tokens while sampling: recorded, averaged by layer, written to files.
+
+`analyze attention` records and writes the maps; the paper's sheet reads them.
+
+Shape letters: B prompts of a batch, H heads, E channels of a head, Q queries, K keys, P image
+tokens inside the trimmed border, M text tokens.
+"""
 
 import hashlib
 import io
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 from zipfile import BadZipFile
 
@@ -15,7 +23,6 @@ from torch import Tensor
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.metrics import RunningStatistics
 from ifvit.models.attention import Attend, logits_of
 from ifvit.models.fusion_transformer import FusionUViT
 
@@ -23,11 +30,15 @@ Floats = NDArray[np.float64]
 
 NUM_SINGULAR_VALUES = 10
 _DIGEST = "maps_sha256"
+_MAX_LOGITS = 2**23
+
+Watch = Callable[[int, Tensor, Tensor], None]
+"""Receives the number of the block in order of use, queries (B, Q, H, E), keys (B, K, H, E)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMean:
-    """A mean over prompts, each of them a mean over evaluations, image queries and heads."""
+    """A mean over prompts; a prompt's number is a mean over NFE, image queries and heads."""
 
     value: float
     standard_error: float
@@ -35,14 +46,14 @@ class PromptMean:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionProtocol:
-    """What was drawn and recorded; summaries of different ones do not compare."""
+    """How images were sampled and attention recorded; other protocols do not compare."""
 
     num_prompts: int
     prompts_sha256: str
     sampling: dict[str, Any]
     """`SamplingConfig.settings`."""
     trim: int
-    """Patches that are left out at each edge of the latent grid."""
+    """Number of patches left out at each edge of the latent grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +61,15 @@ class TextAttention:
     """How the image tokens of one fused block attend to text."""
 
     map: Floats
-    """(M, P): mean over prompts, evaluations and heads of what token m gives to image token p."""
+    """(M, P): attention of image token p to text token m, mean over prompts, NFE and heads."""
     singular_values: tuple[float, ...]
-    """The largest of `map`, at most 10."""
+    """The largest singular values of `map`, at most 10."""
     effective_rank: float
-    """Of `map`, from all its singular values."""
+    """Effective rank of `map`, from all its singular values."""
     prompt_singular_values: tuple[PromptMean, ...]
-    """Mean over prompts of those of each prompt's own map."""
+    """Singular values of each prompt's own map, mean over prompts."""
     prompt_effective_rank: PromptMean
-    """Mean over prompts of that of each prompt's own map."""
+    """Effective rank of each prompt's own map, mean over prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +77,12 @@ class LayerAttention:
     """Where the attention of image tokens goes in one block; the three shares sum to 1."""
 
     name: str
-    """in 0 ..., mid, out 0 ..., in order of use."""
+    """`in 0` …, `mid`, `out 0` …, in order of use."""
     image_map: Floats
     """(P, P): mean attention of image token (row) to image token (column)."""
     time_share: PromptMean
     image_share: PromptMean
-    """The trimmed border among the keys included."""
+    """Share of all image keys, with those in the trimmed border."""
     text_share: PromptMean
     text: TextAttention | None
     """None for a block without text."""
@@ -79,7 +90,7 @@ class LayerAttention:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSummary:
-    """The attention of one checkpoint, layer by layer; means of the conditional half alone."""
+    """The attention of one checkpoint, layer by layer, in the conditional half of guidance."""
 
     weights: str
     weights_sha256: str
@@ -92,7 +103,7 @@ class AttentionSummary:
 
 
 def effective_rank(singular_values: NDArray[np.floating]) -> Floats:
-    """exp of the entropy of s / sum(s): (..., K) => (...), in 1 ... K (Roy and Vetterli 2007)."""
+    """Return exp(entropy(s / sum(s))): (..., K) => (...), in 1 ... K (Roy and Vetterli 2007)."""
     shares = singular_values / singular_values.sum(axis=-1, keepdims=True)
     logarithms = np.log(shares, where=shares > 0, out=np.zeros_like(shares))
     rank: Floats = np.exp(-(shares * logarithms).sum(axis=-1))
@@ -100,7 +111,7 @@ def effective_rank(singular_values: NDArray[np.floating]) -> Floats:
 
 
 def write_attention(url: str, summary: AttentionSummary) -> None:
-    """Write numbers to `url`, NAME.json, after the maps, float32, to NAME.npz beside it."""
+    """Write the maps, as float32, to NAME.npz, then the numbers to `url`, which is NAME.json."""
     texts = [layer.text.map for layer in summary.layers if layer.text]
     buffer = io.BytesIO()
     np.savez_compressed(
@@ -120,17 +131,17 @@ def write_attention(url: str, summary: AttentionSummary) -> None:
 def read_attention(url: str) -> AttentionSummary:
     """Read what `write_attention` wrote to `url`.
 
-    Raises UserError when there is no such file, or it is something else.
+    Raises UserError if there is no such file, or if it is not an analysis of attention.
     """
     stored = storage.read_json(url)
     maps = storage.read_bytes(_maps_url(url))
     try:
         if stored.pop(_DIGEST) != hashlib.sha256(maps).hexdigest():
-            raise ValueError(f"{_maps_url(url)} belongs to another one")
+            raise ValueError(f"{_maps_url(url)} belongs to another analysis")
         arrays = np.load(io.BytesIO(maps))
         texts = iter(arrays["text"].astype(np.float64))
         layers = tuple(
-            _layer(layer, image_map, next(texts) if layer["text"] else None)
+            _read_layer(layer, image_map, next(texts) if layer["text"] else None)
             for layer, image_map in zip(stored.pop("layers"), arrays["image"], strict=True)
         )
         protocol = AttentionProtocol(**stored.pop("protocol"))
@@ -143,41 +154,37 @@ def _maps_url(url: str) -> str:
     return url.removesuffix(".json") + ".npz"
 
 
-def _layer(stored: dict[str, Any], image_map: Floats, text_map: Floats | None) -> LayerAttention:
+def _read_layer(
+    stored: dict[str, Any], image_map: Floats, text_map: Floats | None
+) -> LayerAttention:
+    shares = ("time_share", "image_share", "text_share")
+    text = stored["text"]
     return LayerAttention(
         name=stored["name"],
         image_map=image_map.astype(np.float64),
-        time_share=PromptMean(**stored["time_share"]),
-        image_share=PromptMean(**stored["image_share"]),
-        text_share=PromptMean(**stored["text_share"]),
-        text=None if text_map is None else _read_text(stored["text"], text_map),
+        **{share: PromptMean(**stored[share]) for share in shares},
+        text=None
+        if text_map is None
+        else TextAttention(
+            map=text_map,
+            singular_values=tuple(text["singular_values"]),
+            effective_rank=text["effective_rank"],
+            prompt_singular_values=tuple(
+                PromptMean(**value) for value in text["prompt_singular_values"]
+            ),
+            prompt_effective_rank=PromptMean(**text["prompt_effective_rank"]),
+        ),
     )
-
-
-def _read_text(stored: dict[str, Any], text_map: Floats) -> TextAttention:
-    return TextAttention(
-        map=text_map,
-        singular_values=tuple(stored["singular_values"]),
-        effective_rank=stored["effective_rank"],
-        prompt_singular_values=tuple(PromptMean(**e) for e in stored["prompt_singular_values"]),
-        prompt_effective_rank=PromptMean(**stored["prompt_effective_rank"]),
-    )
-
-
-Watch = Callable[[int, Tensor, Tensor], None]
-"""Number of the block in order of use, (B, Q, H, E) queries, (B, K, H, E) keys."""
-
-_MAX_LOGITS = 2**23
 
 
 @contextmanager
 def watch_attention(backbone: FusionUViT, watch: Watch) -> Iterator[None]:
-    """Show `watch` the queries and keys of every block outside the text branch, call by call."""
+    """Call `watch` with queries and keys at each call of a block outside the text branch."""
     layers = [block.attn for block in (*backbone.in_blocks, backbone.mid_block)]
     layers += [block.attn for block in backbone.out_blocks]
     plain = [layer.attend for layer in layers]
     for number, layer in enumerate(layers):
-        layer.attend = _watched(layer.attend, watch, number)
+        layer.attend = partial(_watch_and_attend, watch, number, layer.attend)
     try:
         yield
     finally:
@@ -185,18 +192,17 @@ def watch_attention(backbone: FusionUViT, watch: Watch) -> Iterator[None]:
             layer.attend = attend
 
 
-def _watched(attend: Attend, watch: Watch, number: int) -> Attend:
-    def attend_and_show(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        watch(number, query, key)
-        return attend(query, key, value)
-
-    return attend_and_show
+def _watch_and_attend(
+    watch: Watch, number: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    watch(number, query, key)
+    return attend(query, key, value)
 
 
 def inner_tokens(side: int, trim: int) -> Tensor:
-    """Numbers (P,) of the image tokens that are left of side x side without `trim` at each edge.
+    """Return the indices (P,) of the image tokens at least `trim` patches from each edge.
 
-    Raises UserError when nothing is left.
+    Raises UserError if there are none.
     """
     if 2 * trim >= side:
         raise UserError(
@@ -207,17 +213,17 @@ def inner_tokens(side: int, trim: int) -> Tensor:
 
 
 class PromptRows:
-    """Attention rows of B prompts, over the evaluations of the backbone; a `Watch`."""
+    """Attention rows of the prompts of one batch, summed over function evaluations; a `Watch`."""
 
     def __init__(self, num_prompts: int, inside: Tensor) -> None:
-        """`inside` (P,) are the image tokens that count as queries."""
+        """Record the queries of the image tokens `inside` (P,)."""
         self._num_prompts = num_prompts
         self._queries = 1 + inside
         self._sums: list[Tensor] = []
         self._num_calls = 0
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
-        """Add one evaluation; of more rows than prompts, the first are the conditional ones."""
+        """Add one function evaluation; under guidance the first rows are the conditional ones."""
         query = query[: self._num_prompts, self._queries.to(query.device)]
         rows = attention_rows(query, key[: self._num_prompts])
         if layer == len(self._sums):
@@ -227,50 +233,50 @@ class PromptRows:
         self._num_calls += layer == 0
 
     def means(self) -> Iterator[Floats]:
-        """Layer by layer (B, P, K): means over evaluations and heads; rows sum to 1."""
+        """Yield the means over NFE and heads (B, P, K), layer by layer; rows sum to 1."""
         for rows in self._sums:
             yield rows.cpu().double().numpy() / self._num_calls
 
 
 def attention_rows(query: Tensor, key: Tensor) -> Tensor:
-    """Softmax (B, Q, K) in float32, mean over heads; as many prompts at once as are small."""
+    """Return the attention (B, Q, K) in float32, mean over heads; chunks bound the memory."""
     at_once = max(1, _MAX_LOGITS // (query.shape[1] * query.shape[2] * key.shape[1]))
     chunks = zip(torch.split(query, at_once), torch.split(key, at_once), strict=True)
     return torch.cat([logits_of(q, k).softmax(dim=-1).mean(dim=1) for q, k in chunks])
 
 
 class LayerSums:
-    """One layer's maps and numbers over any number of prompts; holds no prompt's own."""
+    """Sums of one layer's maps over prompts, and at most 14 numbers per prompt."""
 
     def __init__(self, name: str, num_image_tokens: int, inside: Tensor) -> None:
-        """`inside` (P,) are the image tokens that the rows belong to."""
+        """Add rows that belong to the image tokens `inside` (P,)."""
         self._name = name
         self._num_image_tokens = num_image_tokens
         self._inside = inside.numpy()
         self._image_map: Floats = np.zeros(1)
         self._text_map: Floats = np.zeros(1)
-        self._numbers = RunningStatistics()
+        self._numbers: list[Floats] = []
 
     def add(self, rows: Floats) -> None:
-        """Rows (B, P, K) of further prompts."""
+        """Add the rows (B, P, K) of further prompts."""
         parts = np.split(rows, [1, 1 + self._num_image_tokens], axis=2)
         self._image_map = self._image_map + parts[1][:, :, self._inside].sum(axis=0)
         self._text_map = self._text_map + parts[2].sum(axis=0).T
         shares = np.stack([part.sum(axis=2).mean(axis=1) for part in parts], axis=1)
-        # Singular values do not care which side is which.
+        # A map and its transpose have the same singular values.
         values = np.linalg.svd(parts[2], compute_uv=False)
         largest = values[:, :NUM_SINGULAR_VALUES]
         ranks = effective_rank(values)[:, None] if values.shape[1] else largest
-        self._numbers.add(np.concatenate([shares, ranks, largest], axis=1))
+        self._numbers.append(np.concatenate([shares, ranks, largest], axis=1))
 
     def finish(self) -> LayerAttention:
-        """The means over all prompts, at least two."""
-        statistics = self._numbers.finish()
-        count = statistics.num_samples
-        errors = np.sqrt(statistics.covariance.diagonal() / count)
-        time, image, text, *of_maps = (
+        """Return the means over all prompts, at least two."""
+        numbers = np.concatenate(self._numbers)
+        count = len(numbers)
+        errors = numbers.std(axis=0, ddof=1) / math.sqrt(count)
+        time, image, text, *spectrum = (
             PromptMean(value=float(value), standard_error=float(error))
-            for value, error in zip(statistics.mean, errors, strict=True)
+            for value, error in zip(numbers.mean(axis=0), errors, strict=True)
         )
         return LayerAttention(
             name=self._name,
@@ -278,22 +284,23 @@ class LayerSums:
             time_share=time,
             image_share=image,
             text_share=text,
-            text=_text(self._text_map / count, of_maps) if of_maps else None,
+            text=_text_attention(self._text_map / count, spectrum) if spectrum else None,
         )
 
 
 def layer_names(depth: int) -> list[str]:
-    """Of the blocks in order of use, as the backbone's parameters have them."""
+    """Return the names of the blocks in order of use, as the backbone's parameters have them."""
     half = range(depth // 2)
     return [*(f"in {n}" for n in half), "mid", *(f"out {n}" for n in half)]
 
 
-def _text(text_map: Floats, of_maps: list[PromptMean]) -> TextAttention:
+def _text_attention(text_map: Floats, spectrum: list[PromptMean]) -> TextAttention:
+    """`spectrum`: effective rank and singular values of the prompts' own maps."""
     values = np.linalg.svd(text_map, compute_uv=False)
     return TextAttention(
         map=text_map,
         singular_values=tuple(map(float, values[:NUM_SINGULAR_VALUES])),
         effective_rank=float(effective_rank(values)),
-        prompt_singular_values=tuple(of_maps[1:]),
-        prompt_effective_rank=of_maps[0],
+        prompt_singular_values=tuple(spectrum[1:]),
+        prompt_effective_rank=spectrum[0],
     )

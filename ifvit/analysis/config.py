@@ -1,4 +1,4 @@
-"""Settings of the analysis verbs; imports no torch."""
+"""Configurations of the verbs `analyze attention` and `cost --plan`; imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,28 +10,31 @@ PlanPreset = Literal["small", "mid", "large", "huge", "1b", "8b"]
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
-    """One kind of GPU and what joins it to others; the defaults are data-sheet values of an H200
-    in nodes with NVLink and one 400 Gb/s adapter for each GPU."""
+    """A kind of GPU and its connections.
+
+    The defaults are data-sheet values of an H200 in nodes with NVLink and one 400 Gb/s adapter per
+    GPU.
+    """
 
     flops_per_s: float = 989e12
     """Dense bf16 FLOP/s of a GPU."""
     efficiency: float = 0.5
-    """Share of that which forward and backward reach on one GPU; an assumption to be replaced by
-    the MFU of `ifvit bench train`."""
+    """Fraction of flops_per_s that forward and backward pass reach on one GPU. The default is an
+    assumption; replace it by the MFU of `ifvit bench train`."""
     memory_bytes: float = 141e9
     """Memory of a GPU."""
     bytes_per_s: float = 4.8e12
-    """Its bandwidth."""
+    """Memory bandwidth of a GPU."""
     gpus_per_node: int = 8
-    """GPUs that NVLink joins."""
+    """GPUs joined by NVLink."""
     node_bytes_per_s: float = 450e9
-    """NVLink of a GPU, each way."""
+    """NVLink bandwidth of a GPU, one way."""
     network_bytes_per_s: float = 50e9
-    """Network of a GPU, each way."""
+    """Network bandwidth of a GPU, one way."""
     host_bytes_per_s: float = 50e9
-    """From a GPU to host memory."""
+    """Bandwidth from a GPU to host memory."""
     store_bytes_per_s: float = 2e9
-    """From a node to where checkpoints are kept."""
+    """Bandwidth from a node to the storage of checkpoints."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -41,81 +44,84 @@ class HardwareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Plan training on many GPUs: memory, time of a step, communication, checkpoints, loading.
+    """Plan training on many GPUs: memory, step time, communication, checkpoints, loading.
 
-    The formulas and what they assume are in docs/performance.md.
+    docs/performance.md has the formulas and their assumptions.
     """
 
     presets: tuple[PlanPreset, ...] = ("1b", "8b")
     """Backbones: intermediate fusion by cross-attention, 32 x 32 latents."""
     width: int | None = None
-    """With depth: plan a backbone of this width instead, 64 channels per head."""
+    """With depth, plan a backbone of this width instead; 64 channels per head."""
     depth: int | None = None
-    """Its blocks but for the middle one; a third of them on each side see no text."""
+    """Number of blocks without the middle one; a third of them on each side see no text."""
     gpus: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    """Numbers of GPUs, whole nodes or less than one."""
+    """Numbers of GPUs: whole nodes, or less than one node."""
     batch_per_gpu: int = 32
     """Samples that a GPU trains on at a time."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """As engine.precision of a training recipe."""
+    """engine.precision of the training recipe."""
     activation_checkpointing: bool = True
-    """As in a training recipe."""
-    num_averages: int = 1
-    """Averages of the weights (ema_decays)."""
+    """activation_checkpointing of the training recipe."""
+    num_ema: int = 1
+    """Number of EMA weights (ema_decays of the training recipe)."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    """The GPUs."""
+    """The GPUs and their connections."""
     json: bool = False
     """Print a list of JSON objects instead of a table."""
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.depth is None):
             raise ValueError("give both width and depth, or neither")
-        if self.batch_per_gpu < 1 or self.num_averages < 1 or min(self.gpus, default=0) < 1:
-            raise ValueError("gpus, batch_per_gpu and num_averages must be at least 1")
+        if self.batch_per_gpu < 1 or self.num_ema < 1 or min(self.gpus, default=0) < 1:
+            raise ValueError("gpus, batch_per_gpu and num_ema must be at least 1")
         in_node = self.hardware.gpus_per_node
         for count in self.gpus:
             if count > in_node and count % in_node:
-                raise ValueError(f"gpus: {count} are not whole nodes of {in_node}")
+                raise ValueError(f"gpus: {count} must be a multiple of {in_node}, whole nodes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Average what image tokens attend to while sampling, by layer (arXiv 2403.16530, Figure 8).
+    """Average the attention of image tokens while sampling, by layer (arXiv 2403.16530, Figure 8).
 
-    Of the conditional half, by the plain method; maps, their singular values, a figure, a table.
+    Records the conditional half of guidance under the plain method. Writes maps, singular values,
+    a figure and a table.
     """
 
     runs: list[str]
     """Run or weights folders, for example of early and of intermediate fusion."""
 
     prompts: str | None = None
-    """A text file with one prompt a line."""
+    """Text file with one prompt per line."""
 
     shards: str | None = None
-    """Instead, held-out shards: the first caption of each of the first images."""
+    """Held-out shards instead of prompts: the first caption of each of the first images."""
 
     num_prompts: int | None = None
-    """The first of them; unset: all of the file, 64 of the shards. Memory does not grow with it."""
+    """Use the first so many prompts. Unset: all of the file, 64 of the shards."""
 
     output: str | None = None
-    """Folder for everything; unset: analysis/attention in each run's folder."""
+    """Folder for all files. Unset: analysis/attention in each run's folder."""
 
     trim: int = 1
-    """Patches to leave out at each edge of the latent grid, where padding draws attention."""
+    """Patches to leave out at each edge of the latent grid, where padding attracts attention."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Solver, guidance and seed."""
 
     device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
+    """cpu, cuda, cuda:1 …; auto uses the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        """Refuse a config without prompts, or one that the analysis is not about."""
         if (self.prompts is None) == (self.shards is None):
             raise ValueError("give either prompts (a text file) or shards (a folder)")
         if self.num_prompts is not None and self.num_prompts < 2:
-            raise ValueError(f"num_prompts {self.num_prompts} gives no standard error; give 2")
+            raise ValueError(f"num_prompts {self.num_prompts}: a standard error needs at least 2")
         if self.trim < 0:
-            raise ValueError(f"trim {self.trim} is negative")
+            raise ValueError(f"trim {self.trim} must be at least 0")
         if self.sampling.method != "plain":
-            raise ValueError(f"sampling.method {self.sampling.method}: attention is that of plain")
+            raise ValueError(
+                f"sampling.method {self.sampling.method}: only the plain method is analysed; "
+                "leave the option out"
+            )

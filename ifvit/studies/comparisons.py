@@ -1,41 +1,52 @@
-"""Differences between runs in plain sentences, each with the noise it must be held against."""
+"""Means over seeds, the noise of a difference, and comparisons in plain sentences.
+
+The report compares runs with these; the paper's sheet compares variants, each with one or more
+seeds. `noise_between` is the one rule that decides what is called a difference.
+"""
 
 import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+import numpy as np
+from scipy import stats
 
 from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
 from ifvit.evaluation.rows import MetricsRow, differences
 from ifvit.evaluation.runs import Run
 
 Outcome = Literal["better", "worse", "same"]
-
-NOISE_ERRORS = 2.0
-"""Differences below this many standard errors are called noise."""
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """How a field of MetricsRow is shown."""
+    """A field of MetricsRow, or of another record of estimates, and how the field is shown."""
 
     field: str
     title: str
     is_percent: bool = True
     digits: int = 4
-    """Behind the point, where it is no percentage."""
+    """Decimal places of a number that is not a percentage."""
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether smaller values are better ones."""
+        """Whether smaller values are better."""
         return self.field in LOWER_IS_BETTER
 
+    @property
+    def heading(self) -> str:
+        """The title with an arrow that points to better values."""
+        return f"{self.title} {'↓' if self.lower_is_better else '↑'}"
+
     def of(self, row: MetricsRow | None) -> Estimate | None:
-        """The measured number, if it was measured."""
+        """Return the estimate in the row; None if it was not measured."""
         estimate: Estimate | None = getattr(row, self.field) if row else None
         return estimate
 
     def show(self, value: float) -> str:
-        """The number with the digits that make sense for it."""
+        """Format the value with the digits that make sense for this metric."""
         return f"{100 * value:.1f} %" if self.is_percent else f"{value:.{self.digits}f}"
 
 
@@ -68,59 +79,167 @@ METRICS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """One metric of two runs; `outcome` is `same` when the difference is within the noise."""
+class SeedMean:
+    """The mean of a number over runs that differ in their seed alone.
+
+    `seed_error` is the standard error s / sqrt(k) over k runs, None for one run. `sample_error` is
+    the mean standard error of one run over its samples. All runs generate images for the same
+    captions, so `seed_error` contains the noise of training but not that of other captions.
+    """
+
+    values: tuple[float, ...]
+    seed_error: float | None
+    sample_error: float
+    num_samples: int
+
+    @property
+    def value(self) -> float:
+        """The mean."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def error(self) -> float:
+        """The standard error over seeds if there are several, else over samples."""
+        return self.sample_error if self.seed_error is None else self.seed_error
+
+    def as_estimate(self, lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
+        """Return the mean with its 95 % interval, clipped to lowest ... highest."""
+        half = _quantile(len(self.values) - 1) * self.error
+        return Estimate(
+            value=self.value,
+            standard_error=self.error,
+            num_samples=self.num_samples,
+            low=max(lowest, self.value - half),
+            high=min(highest, self.value + half),
+        )
+
+
+def mean_over_seeds(estimates: Sequence[Estimate]) -> SeedMean:
+    """Return the mean of one or more estimates, one per run."""
+    values = [estimate.value for estimate in estimates]
+    several = len(values) > 1
+    return SeedMean(
+        values=tuple(values),
+        seed_error=float(np.std(values, ddof=1)) / math.sqrt(len(values)) if several else None,
+        sample_error=sum(estimate.standard_error for estimate in estimates) / len(values),
+        num_samples=min(estimate.num_samples for estimate in estimates),
+    )
+
+
+def noise_between(first: SeedMean, second: SeedMean) -> float:
+    """Return half the 95 % interval of the difference of two means.
+
+    A larger difference is called a difference; one of this size or less is called noise. The
+    interval is Welch's over seeds, its degrees of freedom rounded down. It is the normal one over
+    samples if either mean has one run, which leaves out what another seed would change, or if no
+    run differs from another run with the same mean.
+    """
+    errors = first.seed_error, second.seed_error
+    if None in errors or not any(errors):
+        return _quantile(0) * math.hypot(first.sample_error, second.sample_error)
+    variances = [(error or 0.0) ** 2 for error in errors]
+    freedoms = [len(mean.values) - 1 for mean in (first, second)]
+    parts = sum(v**2 / freedom for v, freedom in zip(variances, freedoms, strict=True))
+    freedom = math.floor(sum(variances) ** 2 / parts + 1e-9)
+    return _quantile(freedom) * math.sqrt(sum(variances))
+
+
+def _quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t distribution; without degrees of freedom, of the normal."""
+    return float(stats.t.ppf(0.975, freedom) if freedom else stats.norm.ppf(0.975))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One metric of two means; `outcome` is `same` when the difference is within the noise."""
 
     metric: str
     outcome: Outcome
     sentence: str
 
 
+def compare(metric: Metric, first: SeedMean, second: SeedMean) -> Comparison:
+    """Compare the second mean with the first."""
+    difference, noise = second.value - first.value, noise_between(first, second)
+    values = f"{metric.show(second.value)} against {metric.show(first.value)}"
+    size = metric.show(abs(difference)).replace(" %", " points")
+    margin = metric.show(noise).replace(" %", " points")
+    if abs(difference) <= noise:
+        text = f"{values}: the difference of {size} is smaller than the noise of {margin}."
+        return Comparison(metric=metric.title, outcome="same", sentence=text)
+    outcome: Outcome = "better" if (difference < 0) == metric.lower_is_better else "worse"
+    text = f"{values}: {outcome} by {size}, the noise is {margin}."
+    return Comparison(metric=metric.title, outcome=outcome, sentence=text)
+
+
+def find_best(metric: Metric, means: Mapping[_Key, SeedMean]) -> _Key | None:
+    """Return the key whose mean is better than all others by more than the noise, if any."""
+    if len(means) < 2:
+        return None
+    choose = min if metric.lower_is_better else max
+    best = choose(means, key=lambda key: means[key].value)
+    first = means[best]
+    others = [mean for key, mean in means.items() if key != best]
+    is_clear = all(abs(first.value - o.value) > noise_between(first, o) for o in others)
+    return best if is_clear else None
+
+
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """All verdicts about `other` against `baseline`."""
+class RunComparison:
+    """All metrics of the run `other` compared with those of the run `baseline`."""
 
     baseline: str
     other: str
-    verdicts: list[Verdict]
+    comparisons: list[Comparison]
 
     @property
     def summary(self) -> str:
-        """One sentence that says which metrics tell the runs apart, and which do not."""
+        """One sentence that names the metrics that differ and those that do not."""
         phrases = {
             "better": "clearly better in",
             "worse": "clearly worse in",
             "same": "no difference beyond the noise in",
         }
         named = {
-            outcome: ", ".join(v.metric for v in self.verdicts if v.outcome == outcome)
+            outcome: ", ".join(c.metric for c in self.comparisons if c.outcome == outcome)
             for outcome in phrases
         }
         found = "; ".join(f"{phrases[key]} {names}" for key, names in named.items() if names)
         return f"{self.other} against {self.baseline}: {found}."
 
 
-def compare(baseline: Run, other: Run) -> Comparison | None:
-    """One verdict per metric that both runs have.
+def compare_runs(baseline: Run, other: Run) -> RunComparison | None:
+    """Compare the last evaluations of two runs, metric by metric.
 
-    None when there is no such metric, or when their protocols differ.
+    Returns None if the protocols differ or if no metric was measured for both runs.
     """
     if mismatches([baseline, other]):
         return None
-    verdicts = []
-    for metric in METRICS:
-        first, second = metric.of(baseline.last), metric.of(other.last)
-        if first and second:
-            verdicts.append(judge(metric, first.value, second.value, _noise(first, second)))
-    if not verdicts:
+    comparisons = [
+        compare(metric, mean_over_seeds([first]), mean_over_seeds([second]))
+        for metric in METRICS
+        if (first := metric.of(baseline.last)) and (second := metric.of(other.last))
+    ]
+    if not comparisons:
         return None
-    return Comparison(baseline=baseline.name, other=other.name, verdicts=verdicts)
+    return RunComparison(baseline=baseline.name, other=other.name, comparisons=comparisons)
 
 
-def mismatches(runs: list[Run]) -> dict[str, list[str]]:
-    """Why runs, by name, do not compare with the first one that has been evaluated.
+def best_run(metric: Metric, runs: Sequence[Run]) -> str | None:
+    """Return the name of the clearly best run among those that compare with the first one."""
+    excluded = mismatches(runs)
+    means = {
+        run.name: mean_over_seeds([estimate])
+        for run in runs
+        if run.name not in excluded and (estimate := metric.of(run.last))
+    }
+    return find_best(metric, means)
 
-    Each in words, the run's own value first; runs that compare are not in it.
+
+def mismatches(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return, by run name, why a run does not compare with the first run that was evaluated.
+
+    Each reason is in words, the run's own value first. Runs that compare are left out.
     """
     protocols = {run.name: row.protocol for run in runs if (row := run.last)}
     baseline = next(iter(protocols.values()), None)
@@ -129,39 +248,3 @@ def mismatches(runs: list[Run]) -> dict[str, list[str]]:
         for name, protocol in protocols.items()
         if baseline and (found := differences(protocol, baseline))
     }
-
-
-def best_run(metric: Metric, runs: list[Run]) -> Run | None:
-    """The run that is better than every other one by more than the noise, if there is one.
-
-    Among those that compare with the first.
-    """
-    compared = [run for run in runs if run.name not in mismatches(runs)]
-    measured = [(run, estimate) for run in compared if (estimate := metric.of(run.last))]
-    measured.sort(key=lambda pair: pair[1].value, reverse=not metric.lower_is_better)
-    if len(measured) < 2:
-        return None
-    (best, highest), others = measured[0], measured[1:]
-    return best if all(_is_clear(highest, estimate) for _, estimate in others) else None
-
-
-def judge(metric: Metric, first: float, second: float, noise: float) -> Verdict:
-    """The second value against the first, where a difference of `noise` or less means nothing."""
-    difference = second - first
-    values = f"{metric.show(second)} against {metric.show(first)}"
-    size = metric.show(abs(difference)).replace(" %", " points")
-    margin = metric.show(noise).replace(" %", " points")
-    if abs(difference) <= noise:
-        text = f"{values}: the difference of {size} is smaller than the noise of {margin}."
-        return Verdict(metric=metric.title, outcome="same", sentence=text)
-    outcome: Outcome = "better" if (difference < 0) == metric.lower_is_better else "worse"
-    text = f"{values}: {outcome} by {size}, the noise is {margin}."
-    return Verdict(metric=metric.title, outcome=outcome, sentence=text)
-
-
-def _noise(first: Estimate, second: Estimate) -> float:
-    return NOISE_ERRORS * math.hypot(first.standard_error, second.standard_error)
-
-
-def _is_clear(first: Estimate, second: Estimate) -> bool:
-    return abs(first.value - second.value) > _noise(first, second)

@@ -1,11 +1,12 @@
-"""The verb `count-objects`, its figure and its table."""
+"""Object counts (arXiv 2403.16530, Figure 5) of runs: read, averaged over seeds, plotted, as CSV.
 
-import csv
-import io
+The report and the paper's sheet show them; `ifvit.evaluation.object_count` measures them.
+"""
+
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,12 +24,17 @@ from ifvit.evaluation.object_count import (
     differences,
     draw_objects,
     object_count_folder,
+    read_object_count,
 )
 from ifvit.evaluation.object_prompts import read_count_prompts
-from ifvit.evaluation.runs import short_names
-from ifvit.figures import INK, house_style, to_png
+from ifvit.evaluation.runs import Run, short_names, step_files
+from ifvit.figures import INK, house_style, to_csv, to_png
+from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
 
-# Light for early fusion, dark for intermediate, between them for one half of it alone.
+ERROR = Metric(field="average_error", title="Average error", is_percent=False, digits=3)
+MATCH = Metric(field="match_ratio", title="Match ratio")
+
+# Light for early fusion, dark for intermediate fusion, between them for one half of it.
 _COLOURS = {
     "concat": ("#a6cbe8", "#5c9bcb", "#1f5f99"),
     "cross_attention": ("#f7c59f", "#e58e4d", "#b3541e"),
@@ -39,63 +45,98 @@ _GROUP_WIDTH = 0.8
 _COLUMNS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Style:
-    label: str
-    colour: str
-    hatch: str
+def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[str]]:
+    """Return the newest row of each run, by run name, and why rows are left out.
+
+    Rows compare if they have the protocol and the step of the first row.
+    """
+    rows: dict[str, ObjectCountRow] = {}
+    excluded = []
+    first: ObjectCountRow | None = None
+    for run in runs:
+        files = step_files(storage.join(run.url, "evaluation", "object_count"), ".json")
+        if not files:
+            continue
+        row = read_object_count(files[-1][1])
+        first = first or row
+        reasons = differences(first.protocol, row.protocol)
+        reasons += ["step"] if row.step != first.step else []
+        if reasons:
+            excluded.append(f"{run.name} was counted with another {', '.join(reasons)}.")
+        else:
+            rows[run.name] = row
+    return rows, excluded
+
+
+def mean_score(
+    rows: Sequence[ObjectCountRow], metric: Metric, name: str | None, asked: int | None
+) -> SeedMean:
+    """Return the mean over runs for an object and an asked count; None means all of them."""
+    return mean_over_seeds([getattr(row.score(name, asked), metric.field) for row in rows])
+
+
+def mean_row(rows: Sequence[ObjectCountRow]) -> ObjectCountRow:
+    """Return the first row with the means over all rows; their intervals are Student's."""
+    if len(rows) == 1:
+        return rows[0]
+    scores = []
+    for score in rows[0].scores:
+        error, match = (mean_score(rows, m, score.object, score.asked) for m in (ERROR, MATCH))
+        error_estimate, match_estimate = error.as_estimate(0.0), match.as_estimate(0.0, 1.0)
+        scores.append(replace(score, average_error=error_estimate, match_ratio=match_estimate))
+    return replace(rows[0], scores=tuple(scores))
 
 
 def figure(rows_by_run: Mapping[str, ObjectCountRow]) -> Figure:
-    """All runs side by side. Raises UserError for rows that do not compare."""
+    """Return bars of all runs side by side, by object and asked count, and over all counts.
+
+    Raises UserError for rows that do not compare.
+    """
     _require_one_protocol(rows_by_run)
-    with house_style():
-        return _draw(rows_by_run)
-
-
-def _draw(rows_by_run: Mapping[str, ObjectCountRow]) -> Figure:
     rows = list(rows_by_run.values())
-    styles = _choose_styles(rows_by_run)
     objects, counts = rows[0].objects, rows[0].asked_counts
     num_lines = max(2, -(-len(objects) // (_COLUMNS - 1)))
-    drawing = Figure(figsize=(12, 1 + 2.8 * num_lines), layout="constrained")
-    grid = drawing.add_gridspec(num_lines, _COLUMNS)
-    shared: Axes | None = None
-    for index, name in enumerate(objects):
-        line, column = divmod(index, _COLUMNS - 1)
-        axes = drawing.add_subplot(grid[line, column], sharey=shared)
-        shared = shared or axes
-        scores = [[row.score(name, count) for count in counts] for row in rows]
-        _draw_bars(axes, scores, styles, "average_error")
-        _label(axes, name, list(map(str, counts)), "asked count", "average error")
-    for line, (quantity, title) in enumerate(
-        (("average_error", "average error"), ("match_ratio", "match ratio"))
-    ):
-        axes = drawing.add_subplot(grid[line, _COLUMNS - 1])
-        scores = [[row.score(name) for name in objects] for row in rows]
-        _draw_bars(axes, scores, styles, quantity)
-        _label(axes, f"{title}, all counts", objects, "", title)
-    handles, labels = axes.get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+    with house_style():
+        drawing = Figure(figsize=(12, 1 + 2.8 * num_lines), layout="constrained")
+        grid = drawing.add_gridspec(num_lines, _COLUMNS)
+        shared: Axes | None = None
+        for index, name in enumerate(objects):
+            line, column = divmod(index, _COLUMNS - 1)
+            axes = drawing.add_subplot(grid[line, column], sharey=shared)
+            shared = shared or axes
+            scores = [[row.score(name, count) for count in counts] for row in rows]
+            _plot_bars(axes, scores, rows_by_run, ERROR)
+            _label(axes, name, list(map(str, counts)), "asked count", "average error")
+        for line, metric in enumerate((ERROR, MATCH)):
+            axes = drawing.add_subplot(grid[line, _COLUMNS - 1])
+            scores = [[row.score(name) for name in objects] for row in rows]
+            _plot_bars(axes, scores, rows_by_run, metric)
+            title = metric.title.lower()
+            _label(axes, f"{title}, all counts", objects, "", title)
+        handles, labels = axes.get_legend_handles_labels()
+        drawing.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
     return drawing
 
 
-def table(rows_by_run: Mapping[str, ObjectCountRow]) -> str:
-    """CSV text: a line per run, object and asked count; empty object or count: all of them."""
-    buffer = io.StringIO()
-    estimates = ("average_error", "match_ratio")
-    heads = ["run", "weights", "step", "object", "asked", "num_images"]
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        [*heads, *(f"{name}{end}" for name in estimates for end in ("", "_low", "_high"))]
-    )
+def table(rows_by_run: Mapping[str, ObjectCountRow]) -> bytes:
+    """Return a CSV file, a line per run, object and asked count; an empty field means all."""
+    records = []
     for run, row in rows_by_run.items():
         for score in row.scores:
-            found = [getattr(score, name) for name in estimates]
-            numbers = [f"{n:.4f}" for one in found for n in (one.value, one.low, one.high)]
-            of = [run, row.weights, row.step, score.object, score.asked]
-            writer.writerow([*of, score.match_ratio.num_samples, *numbers])
-    return buffer.getvalue()
+            record = {
+                "run": run,
+                "weights": row.weights,
+                "step": row.step,
+                "object": score.object,
+                "asked": score.asked,
+                "num_images": score.match_ratio.num_samples,
+            }
+            for name in ("average_error", "match_ratio"):
+                found: Estimate = getattr(score, name)
+                numbers = {"": found.value, "_low": found.low, "_high": found.high}
+                record |= {f"{name}{end}": f"{number:.4f}" for end, number in numbers.items()}
+            records.append(record)
+    return to_csv(records)
 
 
 def _require_one_protocol(rows_by_run: Mapping[str, ObjectCountRow]) -> None:
@@ -105,42 +146,44 @@ def _require_one_protocol(rows_by_run: Mapping[str, ObjectCountRow]) -> None:
         if differing:
             raise UserError(
                 f"object counts of {first} and {name} differ in {', '.join(differing)}; "
-                "count both with the same settings"
+                "count both with the same protocol"
             )
 
 
-def _choose_styles(rows_by_run: Mapping[str, ObjectCountRow]) -> list[_Style]:
-    """Colour by setting; runs of the same setting (seeds, steps) get different hatches."""
+def _styles(rows: Sequence[ObjectCountRow]) -> list[tuple[str, str]]:
+    """Return a colour per variant and a hatch per run; runs of one variant differ in the hatch."""
     seen: Counter[str] = Counter()
     styles = []
-    for name, row in rows_by_run.items():
+    for row in rows:
         shape = row.backbone
         darkness = sum(bool(shape.get(key)) for key in ("num_image_blocks", "num_text_blocks"))
         colour = _COLOURS.get(shape.get("conditioning", ""), _OTHER)[darkness]
-        hatch = _HATCHES[seen[colour] % len(_HATCHES)]
+        styles.append((colour, _HATCHES[seen[colour] % len(_HATCHES)]))
         seen[colour] += 1
-        styles.append(_Style(label=name, colour=colour, hatch=hatch))
     return styles
 
 
-def _draw_bars(
+def _plot_bars(
     axes: Axes,
     scores: Sequence[Sequence[CountScore | None]],
-    styles: Sequence[_Style],
-    quantity: str,
+    rows_by_run: Mapping[str, ObjectCountRow],
+    metric: Metric,
 ) -> None:
-    """A group of bars per place, in it a bar per run; `scores` is runs x places."""
-    width = _GROUP_WIDTH / len(styles)
-    for index, (style, line) in enumerate(zip(styles, scores, strict=True)):
+    """Plot a group of bars per place, with a bar per run; `scores` is runs x places."""
+    width = _GROUP_WIDTH / len(rows_by_run)
+    styles = _styles(list(rows_by_run.values()))
+    for index, (name, (colour, hatch), line) in enumerate(
+        zip(rows_by_run, styles, scores, strict=True)
+    ):
         places = [place for place, score in enumerate(line) if score]
-        found: list[Estimate] = [getattr(score, quantity) for score in line if score]
+        found: list[Estimate] = [getattr(score, metric.field) for score in line if score]
         axes.bar(
             [place + (index - (len(styles) - 1) / 2) * width for place in places],
             [one.value for one in found],
             width,
-            label=style.label,
-            color=style.colour,
-            hatch=style.hatch,
+            label=name,
+            color=colour,
+            hatch=hatch,
             edgecolor="white",
             # Rounding may put the end of an interval past its value.
             yerr=[
@@ -191,7 +234,7 @@ def count_objects_of_runs(config: ObjectCountConfig) -> dict[str, ObjectCountRow
 def _write(folder: str, rows: Mapping[str, ObjectCountRow]) -> None:
     url = storage.join(folder, "object_count.png")
     storage.write_bytes(url, to_png(figure(rows)))
-    storage.write_bytes(storage.join(folder, "object_count.csv"), table(rows).encode())
+    storage.write_bytes(storage.join(folder, "object_count.csv"), table(rows))
     width = max(map(len, rows))
     for name, row in rows.items():
         overall = row.scores[0]

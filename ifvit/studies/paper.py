@@ -8,20 +8,34 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import describe_field, describe_value
 from ifvit.evaluation.runs import read_runs
+from ifvit.figures import to_csv
 from ifvit.studies.config import PaperConfig
+from ifvit.studies.object_counts import read_counts
 from ifvit.studies.paper_claims import (
-    compare_with_claims,
     count_claims,
+    metric_claims,
     preference_claims,
-    read_counts,
+    quality_metric,
 )
-from ifvit.studies.paper_figures import SETTING_COLOURS, make_exhibits
-from ifvit.studies.paper_panels import quality_metric
+from ifvit.studies.paper_figures import (
+    VARIANT_COLOURS,
+    figure_3,
+    figure_4,
+    figure_5,
+    figure_6,
+    figure_7,
+    figure_8,
+)
 from ifvit.studies.paper_tables import devices, table_1, table_2, table_further
-from ifvit.studies.report import inline_bytes, render
-from ifvit.studies.sheet import Sheet, make_sheet, series_of
-from ifvit.studies.tables import recipe_differences, to_csv
-from ifvit.studies.variants import PAPER_SETTINGS, SETTINGS, Setting
+from ifvit.studies.report import inline_image, recipe_differences, render_page
+from ifvit.studies.variants import (
+    PAPER_VARIANTS,
+    VARIANTS,
+    Sheet,
+    Variant,
+    make_sheet,
+    series_of,
+)
 
 if TYPE_CHECKING:
     from ifvit.rating.results import PreferenceResults
@@ -30,52 +44,59 @@ _MAY_DIFFER = ("run", "seed", "backbone.conditioning", "backbone.num_")
 
 
 def report_paper(config: PaperConfig) -> None:
-    """Write OUTPUT/paper.html, and each table as CSV, each figure as PNG and CSV, beside it.
+    """Write OUTPUT/paper.html, and beside it each table as CSV, each figure as PNG and CSV.
 
-    What the runs lack is a named hole; a run without weights, whose training failed, is left out
-    by name. Raises UserError for no runs, runs that make no setting, a baseline or series that
-    there is not, and files that are broken.
+    What is missing is named on the page. A run without weights, for its training failed, is left
+    out and named. Raises UserError if no run is given, for runs that are not the paper's variants,
+    an unknown baseline or series, and broken files.
     """
     if not config.runs:
         raise UserError("report paper: no runs given; name at least one run folder")
     found = read_runs(config.runs)
     runs = [run for run in found if run.backbone] or found
     sheet = make_sheet(runs, config.series)
+    curves = make_sheet(runs) if config.series else sheet
     baseline = _choose_baseline(sheet, config.baseline)
     best = _choose_best(sheet, baseline)
-    made = (
+    count_rows, counts_excluded = read_counts(sheet.runs)
+    counts = {
+        variant: [count_rows[run.name] for run in members if run.name in count_rows]
+        for variant, members in sheet.variants.items()
+    }
+    counts = {variant: rows for variant, rows in counts.items() if rows}
+    preference = _read_preference(config.study) if config.study else None
+    tables = [
         table_1(sheet),
         table_further(sheet),
         table_2(sheet, {"baseline": baseline, "best": best}),
-    )
-    tables = {table.name: table for table in made if table}
-    counts = read_counts(sheet)
-    preference = _read_preference(config.study) if config.study else None
-    claims = compare_with_claims(sheet) + count_claims(counts)
-    claims += preference_claims(preference) if preference else []
-    curves = make_sheet(runs) if config.series else sheet
-    exhibits = make_exhibits(sheet, curves, baseline, best, counts, preference)
-    for table in tables.values():
-        _write(config, f"{table.name}.csv", to_csv(table.records))
-    for exhibit in exhibits:
-        if exhibit.png and exhibit.csv:
-            _write(config, f"{exhibit.name}.png", exhibit.png)
-            _write(config, f"{exhibit.name}.csv", exhibit.csv)
-    page = render(
+    ]
+    figures = [
+        figure_3(curves),
+        figure_4(sheet, baseline, best),
+        figure_5(counts, counts_excluded),
+        figure_6(preference),
+        figure_7(sheet),
+        figure_8(sheet),
+    ]
+    for table in tables:
+        if table:
+            _write(config, f"{table.name}.csv", to_csv(table.records))
+    for figure in figures:
+        if figure.png and figure.csv:
+            _write(config, f"{figure.name}.png", figure.png)
+            _write(config, f"{figure.name}.csv", figure.csv)
+    excluded = [f"{run.name} is left out: it has no weights" for run in found if run not in runs]
+    changed = [line.title for line in recipe_differences(runs)]
+    page = render_page(
         "paper.html",
         **_describe(sheet),
-        tables=tables,
-        claims=claims,
-        exhibits=[(e, inline_bytes(e.png) if e.png and not e.panels else None) for e in exhibits],
-        excluded=[
-            *(f"{run.name} is left out: it has no weights" for run in found if run not in runs),
-            *dict.fromkeys(sheet.excluded + curves.excluded),
-        ],
-        differences=[
-            line.title
-            for line in recipe_differences(runs)
-            if not line.title.startswith(_MAY_DIFFER)
-        ],
+        tables={table.name: table for table in tables if table},
+        claims=metric_claims(sheet)
+        + count_claims(counts)
+        + (preference_claims(preference) if preference else []),
+        figures=[(f, inline_image(f.png) if f.png and not f.panels else None) for f in figures],
+        excluded=excluded + list(dict.fromkeys(sheet.excluded + curves.excluded)),
+        differences=[name for name in changed if not name.startswith(_MAY_DIFFER)],
     )
     _write(config, "paper.html", page)
     sys.stdout.write(f"{storage.join(config.output, 'paper.html')}\n")
@@ -89,41 +110,41 @@ def _read_preference(study: str) -> "PreferenceResults | None":
     return read_results(study).preference
 
 
-def _choose_baseline(sheet: Sheet, pattern: str | None) -> Setting:
-    """The first setting whose slug matches; without a pattern the paper's, if it was trained."""
-    found = [s for s in sheet.settings if fnmatch(s.slug, pattern or "*")]
+def _choose_baseline(sheet: Sheet, pattern: str | None) -> Variant:
+    """Return the first variant whose slug matches; without a pattern the first one trained."""
+    found = [variant for variant in sheet.variants if fnmatch(variant.slug, pattern or "*")]
     if not found:
-        known = ", ".join(setting.slug for setting in sheet.settings)
-        raise UserError(f"--baseline {pattern}: no such setting; choose one of {known}")
+        known = ", ".join(variant.slug for variant in sheet.variants)
+        raise UserError(f"--baseline {pattern}: no such variant; choose one of {known}")
     return found[0]
 
 
-def _choose_best(sheet: Sheet, baseline: Setting) -> Setting:
-    """Of the paper's other settings the one of best quality; the last one if none was measured."""
-    others = [s for s in PAPER_SETTINGS if s in sheet.settings and s != baseline]
+def _choose_best(sheet: Sheet, baseline: Variant) -> Variant:
+    """Return the paper's variant of best quality, the baseline aside; the last if unmeasured."""
+    others = [v for v in PAPER_VARIANTS if v in sheet.variants and v != baseline]
     metric = quality_metric(sheet)
-    measured = {s: mean.value for s in others if (mean := sheet.mean(s, metric))}
+    measured = {v: mean.value for v in others if (mean := sheet.mean(v, metric))}
     if measured:
-        return min(measured, key=lambda setting: measured[setting])
+        return min(measured, key=lambda variant: measured[variant])
     return others[-1] if others else baseline
 
 
 def _describe(sheet: Sheet) -> dict[str, Any]:
-    """What the page says of its settings and of how they were evaluated."""
+    """Return what the page says about the variants and their evaluation."""
     protocol = sheet.reference.protocol.facts if sheet.reference else {}
     return {
         "title": "Intermediate fusion: the paper's tables and figures from our runs",
-        "colours": SETTING_COLOURS,
-        "settings": [
+        "colours": VARIANT_COLOURS,
+        "variants": [
             {
-                "name": setting.title,
-                "colour": SETTINGS.index(setting),
+                "name": variant.title,
+                "colour": VARIANTS.index(variant),
                 "runs": [run.name for run in members],
-                "num_runs": len(members),
             }
-            for setting, members in sheet.settings.items()
+            for variant, members in sheet.variants.items()
         ],
-        "missing": [s.title for s in PAPER_SETTINGS if s not in sheet.settings],
+        "num_runs": len(sheet.runs),
+        "missing_variants": [v.title for v in PAPER_VARIANTS if v not in sheet.variants],
         "devices": devices(sheet),
         "reference": sheet.reference,
         "series": series_of(sheet.reference.protocol) if sheet.reference else None,

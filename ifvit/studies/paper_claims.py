@@ -1,58 +1,56 @@
-"""What arXiv 2403.16530 claims, and what our runs say of it, with the noise."""
+"""The claims of arXiv 2403.16530, and what our runs say about them, with the noise.
 
-from collections.abc import Sequence
+`report paper` shows a card per claim.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ifvit import storage
-from ifvit.evaluation.object_count import (
-    CountScore,
-    ObjectCountRow,
-    differences,
-    read_object_count,
-)
-from ifvit.evaluation.runs import step_files
-from ifvit.models.cost import Cost
+from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.studies.comparisons import (
     COUNT,
     FID,
+    FRECHET,
     PAPER_CLIP_SCORE,
     RELATION,
     RETRIEVAL,
+    Comparison,
     Metric,
     Outcome,
-    Verdict,
-    judge,
+    compare,
+    noise_between,
 )
-from ifvit.studies.paper_panels import quality_metric
-from ifvit.studies.paper_tables import PAPER_TABLE_1, iterations_per_s
-from ifvit.studies.sheet import Sheet
-from ifvit.studies.variants import PAPER_SETTINGS, SeedMean, Setting, mean_over_seeds, noise_between
+from ifvit.studies.object_counts import ERROR, MATCH, mean_score
+from ifvit.studies.paper_tables import PAPER_TABLE_1, gflops_of, iterations_per_s
+from ifvit.studies.variants import PAPER_VARIANTS, Sheet, Variant
 
-if TYPE_CHECKING:  # its statistics need the extra `rate`, which a sheet without a study does not
+if TYPE_CHECKING:  # a sheet without a rating study does not need the extra `rate`
     from ifvit.rating.results import PreferenceResults, WinRate
 
-_CONCAT_EARLY, _CONCAT_BOTH, _CROSS_EARLY, _CROSS_BOTH = PAPER_SETTINGS
-_CROSS_IMAGE = Setting("cross_attention", True, False)
-_CROSS_TEXT = Setting("cross_attention", False, True)
-_ONE_RUN = " One setting has one run, so this noise leaves out that of other seeds."
-_FURTHER = (RETRIEVAL, COUNT, RELATION)
+CountsByVariant = Mapping[Variant, Sequence[ObjectCountRow]]
+
+_CONCAT_EARLY, _CONCAT_BOTH, _CROSS_EARLY, _CROSS_BOTH = PAPER_VARIANTS
+_CROSS_IMAGE = Variant("cross_attention", True, False)
+_CROSS_TEXT = Variant("cross_attention", False, True)
+_ALL = (FID, PAPER_CLIP_SCORE, RETRIEVAL, COUNT, RELATION)
+_ONE_RUN = " One variant has one run, so this noise leaves out that of other seeds."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A sentence of the paper, and ours: verdicts with noise, facts that have none."""
+    """A claim of the paper, our comparisons with their noise, and facts that have no noise."""
 
     text: str
-    verdicts: list[Verdict] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
     expected: Outcome = "better"
-    """The outcome that the paper's sentence means."""
+    """The outcome of the comparisons if the claim holds."""
 
     @property
     def summary(self) -> str:
-        """How many verdicts agree; empty without any."""
-        outcomes = [verdict.outcome for verdict in self.verdicts]
+        """How many comparisons agree; empty without comparisons."""
+        outcomes = [comparison.outcome for comparison in self.comparisons]
         agreeing, undecided = outcomes.count(self.expected), outcomes.count("same")
         opposed = len(outcomes) - agreeing - undecided
         counts = f"Agree: {agreeing}. Opposite: {opposed}. Within the noise: {undecided}."
@@ -60,199 +58,145 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Comparison:
+class _MetricClaim:
+    """A claim that `second` is better (or worse) than `first` in these metrics."""
+
     text: str
-    first: Setting
-    second: Setting
-    metrics: tuple[Metric, ...]
+    first: Variant
+    second: Variant
+    metrics: tuple[Metric, ...] = _ALL
     expected: Outcome = "better"
 
 
-_COMPARISONS = (
-    _Comparison(
+_METRIC_CLAIMS = (
+    _MetricClaim(
         text="With concatenation, intermediate fusion has lower FID (5.77 against 5.98) and higher "
         "CLIP Score (0.588 against 0.584) than early fusion.",
         first=_CONCAT_EARLY,
         second=_CONCAT_BOTH,
-        metrics=(FID, PAPER_CLIP_SCORE, *_FURTHER),
     ),
-    _Comparison(
+    _MetricClaim(
         text="With cross-attention, intermediate fusion has lower FID (5.68 against 6.48) and "
         "higher CLIP Score (0.588 against 0.575) than early fusion.",
         first=_CROSS_EARLY,
         second=_CROSS_BOTH,
-        metrics=(FID, PAPER_CLIP_SCORE, *_FURTHER),
     ),
-    _Comparison(
-        text="Intermediate fusion by cross-attention is the best of the four settings; against the "
+    _MetricClaim(
+        text="Intermediate fusion by cross-attention is the best of the four variants; against the "
         "baseline: FID 5.68 and 5.98, CLIP Score 0.588 and 0.584.",
         first=_CONCAT_EARLY,
         second=_CROSS_BOTH,
-        metrics=(FID, PAPER_CLIP_SCORE, *_FURTHER),
     ),
-    _Comparison(
+    _MetricClaim(
         text="Fusing in the middle blocks alone is the major source of the lower FID (Figure 7).",
         first=_CROSS_EARLY,
         second=_CROSS_IMAGE,
         metrics=(FID,),
     ),
-    _Comparison(
+    _MetricClaim(
         text="Fusing in the middle blocks alone lowers the CLIP Score (Figure 7).",
         first=_CROSS_EARLY,
         second=_CROSS_IMAGE,
         metrics=(PAPER_CLIP_SCORE,),
         expected="worse",
     ),
-    _Comparison(
+    _MetricClaim(
         text="The text branch alone is the major source of the higher CLIP Score (Figure 7).",
         first=_CROSS_EARLY,
         second=_CROSS_TEXT,
         metrics=(PAPER_CLIP_SCORE,),
     ),
 )
+_COUNT_CLAIMS = {
+    "With concatenation, intermediate fusion counts better for 18 of 20 object-count pairs.": (
+        _CONCAT_EARLY,
+        _CONCAT_BOTH,
+    ),
+    "With cross-attention, intermediate fusion counts better or as well for 14 of 20 object-count "
+    "pairs.": (_CROSS_EARLY, _CROSS_BOTH),
+}
 
 
-def compare_with_claims(sheet: Sheet) -> list[Claim]:
-    """The claims that the runs can speak to; without FID the distance on CLIP features speaks."""
+def quality_metric(sheet: Sheet) -> Metric:
+    """Return FID, or the distance on CLIP features if only that one was measured."""
+    return FRECHET if sheet.has(FRECHET) and not sheet.has(FID) else FID
+
+
+def metric_claims(sheet: Sheet) -> list[Claim]:
+    """Return the claims about metrics and cost for whose variants there are numbers."""
+    claims = [*(_compare_variants(sheet, claim) for claim in _METRIC_CLAIMS), _cost(sheet)]
+    return [claim for claim in claims if claim.comparisons or claim.facts]
+
+
+def count_claims(counts: CountsByVariant) -> list[Claim]:
+    """Return the paper's two claims about pairs of object and asked count, with our pairs."""
     return [
-        claim
-        for claim in (*(_judge(sheet, comparison) for comparison in _COMPARISONS), _cost(sheet))
-        if claim.verdicts or claim.facts
+        _compare_counts(text, counts[early], counts[both])
+        for text, (early, both) in _COUNT_CLAIMS.items()
+        if early in counts and both in counts
     ]
 
 
 def preference_claims(found: "PreferenceResults") -> list[Claim]:
-    """About models that the study calls by their settings' slugs, pair by pair."""
-    verdicts = []
+    """Return the claim about preference, for models that the study names by variant slugs."""
+    comparisons = []
     for early, both in ((_CONCAT_EARLY, _CONCAT_BOTH), (_CROSS_EARLY, _CROSS_BOTH)):
         for one in found.win_rates:
             if {one.first, one.second} == {early.slug, both.slug}:
-                verdicts.append(_judge_wins(early, both, one))
-    text = "People prefer each intermediate fusion setting to its early fusion counterpart."
-    return [Claim(text=text, verdicts=verdicts)] if verdicts else []
+                comparisons.append(_compare_wins(early, both, one))
+    text = "People prefer each intermediate fusion variant to its early fusion counterpart."
+    return [Claim(text=text, comparisons=comparisons)] if comparisons else []
 
 
-def _judge_wins(early: Setting, both: Setting, found: "WinRate") -> Verdict:
-    low, value, high = found.share.low, found.share.value, found.share.high
-    if found.first == early.slug:
-        low, value, high = 1 - high, 1 - value, 1 - low
-    outcome: Outcome = "better" if low > 0.5 else "worse" if high < 0.5 else "same"
-    sentence = (
-        f"{both.title} is ranked above {early.title} in {value:.0%} of "
-        f"{found.share.num_samples} rankings; the 95 % interval is {low:.0%} to {high:.0%}."
-    )
-    return Verdict(metric="Preference", outcome=outcome, sentence=sentence)
-
-
-def _judge(sheet: Sheet, comparison: _Comparison) -> Claim:
-    verdicts = []
-    for metric in comparison.metrics:
+def _compare_variants(sheet: Sheet, claim: _MetricClaim) -> Claim:
+    comparisons = []
+    for metric in claim.metrics:
         shown = quality_metric(sheet) if metric is FID else metric
-        means = [sheet.mean(s, shown) for s in (comparison.first, comparison.second)]
-        if means[0] and means[1]:
-            noise = noise_between(means[0], means[1])
-            verdict = judge(shown, means[0].value, means[1].value, noise)
-            if any(mean.seed_error is None for mean in means if mean):
-                verdict = replace(verdict, sentence=verdict.sentence + _ONE_RUN)
-            verdicts.append(verdict)
-    return Claim(text=comparison.text, verdicts=verdicts, expected=comparison.expected)
+        first, second = (sheet.mean(variant, shown) for variant in (claim.first, claim.second))
+        if first and second:
+            found = compare(shown, first, second)
+            if None in (first.seed_error, second.seed_error):
+                found = replace(found, sentence=found.sentence + _ONE_RUN)
+            comparisons.append(found)
+    return Claim(text=claim.text, comparisons=comparisons, expected=claim.expected)
 
 
 def _cost(sheet: Sheet) -> Claim:
-    """Speed and operations against concat, early; as ratios, which need no like hardware."""
+    """Compare speed and operations with concat, early, as ratios, which any hardware allows."""
+    text = "Against the baseline, all other variants train faster and need fewer operations."
+    base = sheet.variants.get(_CONCAT_EARLY)
     facts = []
-    base = sheet.settings.get(_CONCAT_EARLY)
-    for setting in PAPER_SETTINGS[1:]:
-        runs = sheet.settings.get(setting)
+    for variant in PAPER_VARIANTS[1:]:
+        runs = sheet.variants.get(variant)
         if not base or not runs:
             continue
-        paper, paper_base = PAPER_TABLE_1[setting], PAPER_TABLE_1[_CONCAT_EARLY]
         fact = (
-            f"{setting.title}: {_flops(runs[0].cost) / _flops(base[0].cost) - 1:+.1%} GFLOPs "
-            f"(paper {paper.gflops / paper_base.gflops - 1:+.1%})"
+            f"{variant.title}: {gflops_of(runs[0]) / gflops_of(base[0]) - 1:+.1%} GFLOPs "
+            f"(paper {_paper_ratio('gflops', variant) - 1:+.1%})"
         )
-        speeds = iterations_per_s(runs), iterations_per_s(base)
-        if speeds[0] and speeds[1]:
+        speed, base_speed = iterations_per_s(runs), iterations_per_s(base)
+        if speed and base_speed:
             fact += (
-                f", {speeds[0] / speeds[1] - 1:+.0%} training iterations a second "
-                f"(paper {paper.iterations_per_s / paper_base.iterations_per_s - 1:+.0%})"
+                f", {speed / base_speed - 1:+.0%} training iterations a second "
+                f"(paper {_paper_ratio('iterations_per_s', variant) - 1:+.0%})"
             )
         facts.append(f"{fact}.")
-    text = "Against the baseline, all other settings train faster and need fewer operations."
     return Claim(text=text, facts=facts)
 
 
-def _flops(cost: Cost | None) -> int:
-    assert cost is not None  # or the run would have no setting
-    return cost.layer_flops
+def _paper_ratio(key: str, variant: Variant) -> float:
+    return PAPER_TABLE_1[key][variant] / PAPER_TABLE_1[key][_CONCAT_EARLY]
 
 
-_ERROR = Metric(field="average_error", title="Average error", is_percent=False, digits=3)
-_MATCH = Metric(field="match_ratio", title="Match ratio")
-_CLAIMS = (
-    (
-        "With concatenation, intermediate fusion counts better for 18 of 20 object-count pairs.",
-        0,
-        1,
-    ),
-    (
-        "With cross-attention, intermediate fusion counts better or as well for 14 of 20 "
-        "object-count pairs.",
-        2,
-        3,
-    ),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Newest counts of each run that were made alike, by setting."""
-
-    rows: dict[Setting, list[ObjectCountRow]]
-    excluded: list[str]
-
-    def figure_rows(self) -> dict[str, ObjectCountRow]:
-        """A row per setting with the means over its runs, and Student's interval over them."""
-        return {setting.title: _mean_row(rows) for setting, rows in self.rows.items()}
-
-
-def read_counts(sheet: Sheet) -> Counts:
-    """What `ifvit count-objects` left in the runs; the first run's protocol is the measure."""
-    rows: dict[Setting, list[ObjectCountRow]] = {}
-    excluded = []
-    first: ObjectCountRow | None = None
-    for setting, runs in sheet.settings.items():
-        for run in runs:
-            files = step_files(storage.join(run.url, "evaluation", "object_count"), ".json")
-            if not files:
-                continue
-            row = read_object_count(files[-1][1])
-            first = first or row
-            reasons = differences(first.protocol, row.protocol)
-            reasons += ["step"] if row.step != first.step else []
-            if reasons:
-                excluded.append(f"{run.name} was counted with another {', '.join(reasons)}.")
-            else:
-                rows.setdefault(setting, []).append(row)
-    return Counts(rows=rows, excluded=excluded)
-
-
-def count_claims(counts: Counts) -> list[Claim]:
-    """The paper's two sentences about pairs of object and count, with our pairs."""
-    return [
-        _compare(text, counts.rows[PAPER_SETTINGS[early]], counts.rows[PAPER_SETTINGS[both]])
-        for text, early, both in _CLAIMS
-        if {PAPER_SETTINGS[early], PAPER_SETTINGS[both]} <= set(counts.rows)
+def _compare_counts(
+    text: str, early: Sequence[ObjectCountRow], both: Sequence[ObjectCountRow]
+) -> Claim:
+    comparisons = [
+        compare(metric, *(mean_score(rows, metric, None, None) for rows in (early, both)))
+        for metric in (ERROR, MATCH)
     ]
-
-
-def _compare(text: str, early: list[ObjectCountRow], both: list[ObjectCountRow]) -> Claim:
-    verdicts = []
-    for metric in (_ERROR, _MATCH):
-        first, second = (_mean(rows, metric, None, None) for rows in (early, both))
-        verdicts.append(judge(metric, first.value, second.value, noise_between(first, second)))
     pairs = [(s.object, s.asked) for s in early[0].scores if s.object and s.asked is not None]
-    means = [[_mean(rows, _ERROR, *pair) for rows in (early, both)] for pair in pairs]
+    means = [tuple(mean_score(rows, ERROR, *pair) for rows in (early, both)) for pair in pairs]
     lower = sum(second.value < first.value for first, second in means)
     equal = sum(second.value == first.value for first, second in means)
     clear = sum(
@@ -262,24 +206,16 @@ def _compare(text: str, early: list[ObjectCountRow], both: list[ObjectCountRow])
         f"Here its average error is lower for {lower} of {len(pairs)} pairs and equal for {equal}; "
         f"lower beyond the noise for {clear}."
     )
-    return Claim(text=text, verdicts=verdicts, facts=[fact])
+    return Claim(text=text, comparisons=comparisons, facts=[fact])
 
 
-def _mean(
-    rows: Sequence[ObjectCountRow], metric: Metric, object_: str | None, asked: int | None
-) -> SeedMean:
-    scores = [row.score(object_, asked) for row in rows]
-    return mean_over_seeds([getattr(score, metric.field) for score in scores])
-
-
-def _mean_row(rows: list[ObjectCountRow]) -> ObjectCountRow:
-    scores = tuple(
-        CountScore(
-            object=score.object,
-            asked=score.asked,
-            average_error=_mean(rows, _ERROR, score.object, score.asked).as_estimate(0.0),
-            match_ratio=_mean(rows, _MATCH, score.object, score.asked).as_estimate(0.0, 1.0),
-        )
-        for score in rows[0].scores
+def _compare_wins(early: Variant, both: Variant, found: "WinRate") -> Comparison:
+    low, value, high = found.share.low, found.share.value, found.share.high
+    if found.first == early.slug:
+        low, value, high = 1 - high, 1 - value, 1 - low
+    outcome: Outcome = "better" if low > 0.5 else "worse" if high < 0.5 else "same"
+    sentence = (
+        f"{both.title} is ranked above {early.title} in {value:.0%} of "
+        f"{found.share.num_samples} rankings; the 95 % interval is {low:.0%} to {high:.0%}."
     )
-    return rows[0] if len(rows) == 1 else replace(rows[0], scores=scores)
+    return Comparison(metric="Preference", outcome=outcome, sentence=sentence)

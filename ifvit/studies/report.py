@@ -1,7 +1,12 @@
-"""The verb `report`: run folders => one self-contained HTML page."""
+"""The verb `report`: run folders => one self-contained HTML page, the runs side by side.
+
+`report paper` renders its page with the same functions.
+"""
 
 import base64
 import io
+import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +15,6 @@ from typing import Any
 import numpy as np
 import yaml
 from jinja2 import Environment, PackageLoader
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
@@ -18,36 +22,75 @@ from PIL import Image
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.evaluation.rows import MetricsRow, describe_field, describe_value
 from ifvit.evaluation.runs import Run, Sample, read_runs
-from ifvit.figures import RUN_COLOURS, house_style, to_svg
-from ifvit.studies.comparisons import METRICS, compare, mismatches
-from ifvit.studies.config import ReportConfig
-from ifvit.studies.tables import (
-    history,
-    metric_lines,
-    protocol_lines,
-    recipe_differences,
-    setting_lines,
+from ifvit.figures import RUN_COLOURS, house_style, to_png, to_svg
+from ifvit.models.config import FusionUViTConfig
+from ifvit.studies import object_counts
+from ifvit.studies.comparisons import (
+    METRICS,
+    best_run,
+    compare_runs,
+    find_best,
+    mean_over_seeds,
+    mismatches,
 )
+from ifvit.studies.config import ReportConfig
+
+MISSING = "—"
+"""Text of a cell without a value."""
 
 _MAX_WIDTH = 1100
 _SMALL = 128
+_NUM_CAPTIONS = 24
+_NUM_GRIDS = 6
+_VARIABLES = {colour: f"run{number}" for number, colour in enumerate(RUN_COLOURS)}
 
 
-def render(template: str, **values: Any) -> bytes:
-    """The page as UTF-8; text in `values` is escaped, ready-made SVG is marked by the template."""
+def report(config: ReportConfig) -> None:
+    """Write the page; files that a run lacks are named on it.
+
+    Raises UserError if no run is given, a folder does not exist or a file is broken.
+    """
+    if not config.runs:
+        raise UserError("report: no runs given; name at least one run folder")
+    runs = read_runs(config.runs)
+    counts, counts_excluded = object_counts.read_counts(runs)
+    page = render_page(
+        "report.html",
+        title=config.title,
+        runs=[{"name": run.name, "colour": _colour(n)} for n, run in enumerate(runs)],
+        settings=settings_lines(runs),
+        metrics=metric_lines(runs),
+        comparisons=[found for other in runs[1:] if (found := compare_runs(runs[0], other))],
+        protocol=protocol_lines(runs),
+        mismatches=mismatches(runs),
+        methods=method_lines(runs),
+        counts=inline_image(to_png(object_counts.figure(counts))) if counts else None,
+        counts_excluded=counts_excluded,
+        history=evaluation_history(runs),
+        metric_titles=[metric.title for metric in METRICS],
+        curves=[(curve.title, plot_curve(curve, runs)) for curve in _CURVES],
+        has_real=any(sample.real for run in runs for sample in run.samples),
+        captions=_caption_rows(runs),
+        grids=[(run.name, _training_grids(run)) for run in runs],
+        differences=recipe_differences(runs),
+        recipes=[(run.name, _as_yaml(run.recipe)) for run in runs],
+        missing=[text for run in runs for text in _missing_files(run)],
+    )
+    storage.write_bytes(config.output, page)
+    sys.stdout.write(f"{config.output}\n")
+
+
+def render_page(template: str, **values: Any) -> bytes:
+    """Return the page as UTF-8. Text is escaped; the template marks SVG as safe."""
     environment = Environment(loader=PackageLoader("ifvit", "studies"), autoescape=True)
     environment.trim_blocks = environment.lstrip_blocks = True
     return environment.get_template(template).render(**values).encode()
 
 
-def inline(url: str) -> str:
-    """An image file as a data URI; small ones as they are, large ones as WebP."""
-    return inline_bytes(storage.read_bytes(url))
-
-
-def inline_bytes(data: bytes) -> str:
-    """The same for the content of a PNG file."""
+def inline_image(data: bytes) -> str:
+    """Return an image file as a data URI; images wider than 128 pixels as WebP."""
     with Image.open(io.BytesIO(data)) as file:
         if file.width > _SMALL:
             picture = file.convert("RGB")
@@ -58,14 +101,213 @@ def inline_bytes(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-Floats = NDArray[np.float64]
+def _colour(number: int) -> int:
+    """Return the number of the CSS colour of run `number`."""
+    return number % len(RUN_COLOURS)
 
-NUM_COLOURS = len(RUN_COLOURS)
-_VARIABLES = {colour: f"run{number}" for number, colour in enumerate(RUN_COLOURS)}
+
+# Tables
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class Cell:
+    """A value in a table; `note` is printed small beside it."""
+
+    text: str = MISSING
+    note: str = ""
+    is_best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of a table."""
+
+    title: str
+    cells: list[Cell]
+
+
+def settings_lines(runs: Sequence[Run]) -> list[Line]:
+    """Return backbone, cost and training, a cell per run."""
+
+    def line(title: str, values: Sequence[object], template: str = "{}", note: str = "") -> Line:
+        cells = [
+            Cell() if value is None else Cell(text=template.format(value), note=note)
+            for value in values
+        ]
+        return Line(title=title, cells=cells)
+
+    shapes = [b if isinstance(b := run.backbone, FusionUViTConfig) else None for run in runs]
+    costs = [run.cost for run in runs]
+    ends = [run.curve[-1] if run.curve else {} for run in runs]
+    return [
+        line("Architecture", [run.backbone.architecture if run.backbone else None for run in runs]),
+        line("Fusion", [run.fusion for run in runs]),
+        line("Conditioning", [s.conditioning.replace("_", "-") if s else None for s in shapes]),
+        line(
+            "Adaptive norms", [("yes" if s.is_modulated else "no") if s else None for s in shapes]
+        ),
+        line("Image-only blocks per side", [s.num_image_blocks if s else None for s in shapes]),
+        line("Text-branch blocks", [s.num_text_blocks if s else None for s in shapes]),
+        line("Blocks, width", [f"{s.depth + 1}, {s.width}" if s else None for s in shapes]),
+        line("Parameters", [c.params if c else None for c in costs], "{:,}"),
+        line("GFLOPs", [c.layer_flops / 1e9 if c else None for c in costs], "{:.3f}"),
+        line("GFLOPs with attention", [c.flops / 1e9 if c else None for c in costs], "{:.3f}"),
+        line("Steps", [end.get("step") for end in ends], "{:,}"),
+        line("Images seen", [end.get("samples_seen") for end in ends], "{:,}"),
+        line("Training seconds", [end.get("seconds") for end in ends], "{:,.0f}"),
+        line("Last loss", [_last_loss(run) for run in runs], "{:.4f}", "mean of the last tenth"),
+    ]
+
+
+def metric_lines(runs: Sequence[Run]) -> list[Line]:
+    """Return the metrics that any run has, with standard errors; a clearly best run is marked.
+
+    A note marks the numbers of runs that do not compare with the first one.
+    """
+    lines = []
+    marks = dict.fromkeys(mismatches(runs), ", not compared")
+    for metric in METRICS:
+        estimates = [metric.of(run.last) for run in runs]
+        if not any(estimates):
+            continue
+        best = best_run(metric, runs)
+        cells = [
+            Cell(
+                text=metric.show(estimate.value),
+                note=f"± {metric.show(estimate.standard_error)}{marks.get(run.name, '')}",
+                is_best=run.name == best,
+            )
+            if estimate
+            else Cell()
+            for run, estimate in zip(runs, estimates, strict=True)
+        ]
+        hint = " (lower is better)" if metric.lower_is_better else ""
+        lines.append(Line(title=f"{metric.title}{hint}", cells=cells))
+    return lines
+
+
+def method_lines(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Return the alignment methods of each run whose evaluations differ in the method alone.
+
+    The result has `heads` and `lines`; None if no run was evaluated by two methods under one
+    protocol. A value that is clearly the best of its run is marked.
+    """
+    groups = [group for run in runs for group in _by_method(run).items()]
+    rows = [row for _, group in groups for row in group]
+    if not rows:
+        return None
+    metrics = [metric for metric in METRICS if any(metric.of(row) for row in rows)]
+    lines = []
+    for (name, _), group in groups:
+        means = {
+            metric: {
+                index: mean_over_seeds([estimate])
+                for index, row in enumerate(group)
+                if (estimate := metric.of(row))
+            }
+            for metric in metrics
+        }
+        best = {metric: find_best(metric, means[metric]) for metric in metrics}
+        base = group[0].seconds_per_image
+        for index, row in enumerate(group):
+            cells = [_seconds_cell(row.seconds_per_image, base)]
+            for metric in metrics:
+                mean = means[metric].get(index)
+                cells.append(
+                    Cell(
+                        text=metric.show(mean.value),
+                        note=f"± {metric.show(mean.error)}",
+                        is_best=best[metric] == index,
+                    )
+                    if mean
+                    else Cell()
+                )
+            title = f"{name}, {row.protocol.sampling['method']}, step {row.step:,}"
+            lines.append(Line(title=title, cells=cells))
+    return {"heads": ["Seconds per image", *(m.heading for m in metrics)], "lines": lines}
+
+
+def _by_method(run: Run) -> dict[tuple[str, str], list[MetricsRow]]:
+    """Return the run's rows that share step and protocol but for the method, plain first."""
+    groups: dict[tuple[str, str], list[MetricsRow]] = {}
+    ignored = {"name", "method", "date", "regulation"}
+    for row in sorted(run.rows, key=lambda row: row.protocol.sampling["method"] != "plain"):
+        facts = {name: v for name, v in row.protocol.facts.items() if name not in ignored}
+        key = json.dumps([row.step, facts], sort_keys=True)
+        groups.setdefault((run.name, key), []).append(row)
+    return {
+        key: rows
+        for key, rows in groups.items()
+        if len({row.protocol.sampling["method"] for row in rows}) > 1
+    }
+
+
+def _seconds_cell(seconds: float | None, base: float | None) -> Cell:
+    if seconds is None:
+        return Cell()
+    note = f"{seconds / base - 1:+.0%}" if base and seconds != base else ""
+    return Cell(text=f"{seconds:.3f}", note=note)
+
+
+def protocol_lines(runs: Sequence[Run]) -> list[Line]:
+    """Return the protocol of each run's last evaluation, a line per field."""
+    rows = [run.last.protocol.facts | {"step": run.last.step} if run.last else {} for run in runs]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [
+        Line(
+            title=describe_field(name),
+            cells=[Cell(text=describe_value(name, row.get(name, MISSING))) for row in rows],
+        )
+        for name in names
+    ]
+
+
+def evaluation_history(runs: Sequence[Run]) -> list[tuple[str, int, list[str]]]:
+    """Return (run, step, metric values) of all evaluations, if any run has more than one."""
+    if all(len(run.evaluations) < 2 for run in runs):
+        return []
+    return [
+        (
+            run.name,
+            row.step,
+            [m.show(found.value) if (found := m.of(row)) else MISSING for m in METRICS],
+        )
+        for run in runs
+        for row in run.evaluations
+    ]
+
+
+def recipe_differences(runs: Sequence[Run]) -> list[Line]:
+    """Return the keys of config.yaml whose values differ between runs."""
+    flat = [_flatten(run.recipe or {}) for run in runs]
+    names = dict.fromkeys(name for recipe in flat for name in recipe)
+    return [
+        Line(title=name, cells=[Cell(text=str(recipe.get(name, MISSING))) for recipe in flat])
+        for name in names
+        if len({repr(recipe.get(name)) for recipe in flat}) > 1
+    ]
+
+
+def _last_loss(run: Run) -> float | None:
+    losses = [row["loss"] for row in run.curve if "loss" in row]
+    last = losses[-math.ceil(len(losses) / 10) :]
+    return sum(last) / len(last) if last else None
+
+
+def _flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optim": {"lr": 1}}` => `{"optim.lr": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+# Training curves
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Curve:
     """One quantity of metrics.jsonl over another."""
 
     title: str
@@ -73,27 +315,32 @@ class Curve:
     x_label: str
     y: str
     is_log: bool = False
-    """Logarithmic as soon as the values spread over more than a factor of 5."""
+    """Use a logarithmic axis if the values span more than a factor of 5."""
 
 
-CURVES = (
-    Curve(title="Loss over steps", x="step", x_label="step", y="loss", is_log=True),
-    Curve(title="Loss over time", x="seconds", x_label="training seconds", y="loss", is_log=True),
-    Curve(title="Gradient norm", x="step", x_label="step", y="grad_norm", is_log=True),
-    Curve(title="Samples per second", x="step", x_label="step", y="samples_per_s"),
+_CURVES = (
+    _Curve(title="Loss over steps", x="step", x_label="step", y="loss", is_log=True),
+    _Curve(title="Loss over time", x="seconds", x_label="training seconds", y="loss", is_log=True),
+    _Curve(title="Gradient norm", x="step", x_label="step", y="grad_norm", is_log=True),
+    _Curve(title="Samples per second", x="step", x_label="step", y="samples_per_s"),
 )
 
 
-def draw_curve(curve: Curve, runs: Sequence[Run]) -> str | None:
-    """SVG text with every run's raw values faint and smoothed ones solid; None without values."""
+def plot_curve(curve: _Curve, runs: Sequence[Run]) -> str | None:
+    """Return an SVG with each run's values faint and smoothed solid; None without values."""
     with house_style():
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
-        drawn = [
-            _draw(axes, run, curve, RUN_COLOURS[index % NUM_COLOURS])
-            for index, run in enumerate(runs)
-        ]
-        if not any(drawn):
+        for number, run in enumerate(runs):
+            keys = curve.x, curve.y
+            points = [[row[key] for key in keys] for row in run.curve if set(keys) <= set(row)]
+            if not points:
+                continue
+            x, y = np.array(points, dtype=np.float64).T
+            colour = RUN_COLOURS[_colour(number)]
+            axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.9)
+            axes.plot(x, smooth(y, max(1, len(y) // 25)), color=colour, linewidth=2.0)
+        if not axes.lines:
             return None
         low, high = axes.dataLim.intervaly
         if curve.is_log and high > 5 * low > 0:
@@ -107,33 +354,22 @@ def draw_curve(curve: Curve, runs: Sequence[Run]) -> str | None:
     return to_svg(figure, _VARIABLES)
 
 
-def smooth(values: Floats, window: int) -> Floats:
-    """Centred moving average (N,) => (N,); at the ends over the values that there are."""
+def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Return the centred moving average (N,) => (N,); the window is cut off at both ends."""
     weights = np.ones(window)
     total = np.convolve(values, weights, mode="same")
-    averaged: Floats = total / np.convolve(np.ones(len(values)), weights, mode="same")
+    averaged: NDArray[np.float64] = total / np.convolve(np.ones(len(values)), weights, mode="same")
     return averaged
 
 
-def _draw(axes: Axes, run: Run, curve: Curve, colour: str) -> bool:
-    points = [(row[curve.x], row[curve.y]) for row in run.curve if {curve.x, curve.y} <= set(row)]
-    if not points:
-        return False
-    x, y = np.array(points, dtype=np.float64).T
-    axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.9)
-    axes.plot(x, smooth(y, max(1, len(y) // 25)), color=colour, linewidth=2.0)
-    return True
-
-
-_NUM_CAPTIONS = 24
-_NUM_GRIDS = 6
+# Pictures, recipes and missing files
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An inline image; `uri` None is a hole. `marks` say what is right about it.
+class _Picture:
+    """An image on the page, or the place of a missing one (`uri` is None).
 
-    `colour` is the CSS variable of the run that drew it.
+    `colour` is the CSS variable of its run; `marks` say which parts of the caption are right.
     """
 
     colour: str
@@ -141,79 +377,45 @@ class Picture:
     marks: dict[str, bool]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaptionRow:
-    """One caption, its photograph if known, and what each run drew for it."""
-
-    caption: str
-    pictures: list[Picture]
-
-
-def report(config: ReportConfig) -> None:
-    """Write the page; what a run lacks is a named hole in it.
-
-    Raises UserError for a folder that does not exist or a file that is broken.
-    """
-    if not config.runs:
-        raise UserError("report: no runs given; name at least one run folder")
-    runs = read_runs(config.runs)
-    page = render(
-        "report.html",
-        title=config.title,
-        runs=[{"name": run.name, "colour": n % NUM_COLOURS} for n, run in enumerate(runs)],
-        settings=setting_lines(runs),
-        metrics=metric_lines(runs),
-        comparisons=[found for other in runs[1:] if (found := compare(runs[0], other))],
-        protocol=protocol_lines(runs),
-        mismatches=mismatches(runs),
-        history=history(runs),
-        metric_titles=[metric.title for metric in METRICS],
-        curves=[(curve.title, draw_curve(curve, runs)) for curve in CURVES],
-        has_real=any(sample.real for run in runs for sample in run.samples),
-        captions=_caption_rows(runs),
-        grids=[(run.name, _grid_pictures(run)) for run in runs],
-        differences=recipe_differences(runs),
-        recipes=[(run.name, _as_yaml(run.recipe)) for run in runs],
-        holes=[hole for run in runs for hole in _holes(run)],
-    )
-    storage.write_bytes(config.output, page)
-    sys.stdout.write(f"{config.output}\n")
-
-
-def _caption_rows(runs: list[Run]) -> list[CaptionRow]:
-    """The first captions that were drawn; each with every run's picture of that caption."""
-    drawn = [{(s.image_id, s.prompt): s for s in run.samples} for run in runs]
-    wanted = list(dict.fromkeys(key for samples in drawn for key in samples))[:_NUM_CAPTIONS]
+def _caption_rows(runs: Sequence[Run]) -> list[tuple[str, list[_Picture]]]:
+    """Return the first captions, each with its real image, if known, and each run's image."""
+    generated = [{(s.image_id, s.prompt): s for s in run.samples} for run in runs]
+    wanted = list(dict.fromkeys(key for samples in generated for key in samples))[:_NUM_CAPTIONS]
     has_real = any(sample.real for run in runs for sample in run.samples)
     rows = []
     for key in wanted:
-        found = [samples.get(key) for samples in drawn]
-        real = next((sample.real for sample in found if sample and sample.real), None)
-        pictures = [Picture(colour="muted", uri=_inline_if_there(real), marks={})]
-        pictures = pictures if has_real else []
-        pictures += [_picture(f"run{n % NUM_COLOURS}", sample) for n, sample in enumerate(found)]
-        rows.append(CaptionRow(caption=key[1], pictures=pictures))
+        found = [samples.get(key) for samples in generated]
+        pictures = []
+        if has_real:
+            real = next((sample.real for sample in found if sample and sample.real), None)
+            pictures.append(_Picture(colour="muted", uri=_inline_if_there(real), marks={}))
+        pictures += [_picture(f"run{_colour(n)}", sample) for n, sample in enumerate(found)]
+        rows.append((key[1], pictures))
     return rows
 
 
-def _picture(colour: str, sample: Sample | None) -> Picture:
+def _picture(colour: str, sample: Sample | None) -> _Picture:
     scores = (sample.scores if sample else None) or {}
     marks = {name: value for name, value in scores.items() if value is not None}
     uri = _inline_if_there(sample.image if sample else None)
-    return Picture(colour=colour, uri=uri, marks=marks)
+    return _Picture(colour=colour, uri=uri, marks=marks)
 
 
-def _grid_pictures(run: Run) -> list[tuple[int, str]]:
-    """(step, inline image) of grids drawn while training: first, last and some between."""
+def _inline_if_there(url: str | None) -> str | None:
+    return inline_image(storage.read_bytes(url)) if url and storage.exists(url) else None
+
+
+def _training_grids(run: Run) -> list[tuple[int, str]]:
+    """Return (step, inline image) of the first, the last and some grids between."""
     grids = run.training_grids
     if len(grids) > _NUM_GRIDS:
         stride = (len(grids) - 1) / (_NUM_GRIDS - 1)
         grids = [grids[round(stride * number)] for number in range(_NUM_GRIDS)]
-    return [(step, inline(url)) for step, url in grids]
+    return [(step, inline_image(storage.read_bytes(url))) for step, url in grids]
 
 
-def _holes(run: Run) -> list[str]:
-    """What the page would show had the run the files for it."""
+def _missing_files(run: Run) -> list[str]:
+    """Return what the page lacks because the run has no such file."""
     wanted = {
         f"{run.url}/config.yaml: no recipe": run.recipe,
         f"{run.url}/metrics.jsonl: no training curve": run.curve,
@@ -226,7 +428,3 @@ def _holes(run: Run) -> list[str]:
 
 def _as_yaml(recipe: dict[str, Any] | None) -> str | None:
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None
-
-
-def _inline_if_there(url: str | None) -> str | None:
-    return inline(url) if url and storage.exists(url) else None

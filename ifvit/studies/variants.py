@@ -1,27 +1,28 @@
-"""Runs => the settings that the paper compares: seeds of one backbone stand together."""
+"""Runs grouped into the variants that the paper compares, and the evaluations that compare.
 
-import math
-from collections.abc import Sequence
+The paper's sheet builds its tables, figures and claims from a `Sheet`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import Estimate
+from ifvit.evaluation.rows import MetricsRow, Protocol, differences
 from ifvit.evaluation.runs import FUSIONS, Run
 from ifvit.models.config import Conditioning, FusionUViTConfig
+from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
 
-_T_975 = (
-    *(12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23),
-    *(2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09),
-)
-"""97.5 % points of Student's t for 1, 2, … degrees of freedom."""
-_NORMAL_975 = 1.96
+PAPER_SCALE = 2.0
+"""Guidance scale w of the paper's table: "a CFG scale of 1", for the paper prints w - 1."""
 
 
 @dataclass(frozen=True, order=True)
-class Setting:
-    """A row of the paper's tables; early fusion has neither kind of block, intermediate both."""
+class Variant:
+    """A row of the paper's tables.
+
+    Early fusion has neither image-only blocks nor a text branch, intermediate fusion has both.
+    """
 
     conditioning: Conditioning
     image_blocks: bool
@@ -29,12 +30,12 @@ class Setting:
 
     @property
     def fusion(self) -> str:
-        """In the paper's words; a half of intermediate fusion is named by what it has."""
+        """The paper's name; one half of intermediate fusion is named by what it has."""
         return FUSIONS[self.image_blocks, self.text_blocks]
 
     @property
     def is_early(self) -> bool:
-        """Whether it is the one that others are compared with."""
+        """Whether text is fused from the first block, without a text branch."""
         return not (self.image_blocks or self.text_blocks)
 
     @property
@@ -44,133 +45,189 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Name on the page."""
         return f"{self.path}, {self.fusion}".capitalize()
 
     @property
     def slug(self) -> str:
-        """For files and flags."""
+        """Name in files and flags."""
         return f"{self.conditioning}_{self.fusion}".replace(" ", "_")
 
 
-PAPER_SETTINGS = (
-    Setting("concat", False, False),
-    Setting("concat", True, True),
-    Setting("cross_attention", False, False),
-    Setting("cross_attention", True, True),
+PAPER_VARIANTS = (
+    Variant("concat", False, False),
+    Variant("concat", True, True),
+    Variant("cross_attention", False, False),
+    Variant("cross_attention", True, True),
 )
 """The rows of Table 1 from top to bottom; the first is the paper's baseline."""
-SETTINGS = (
-    *PAPER_SETTINGS,
-    Setting("cross_attention", True, False),
-    Setting("cross_attention", False, True),
-    Setting("concat", True, False),
-    Setting("concat", False, True),
+VARIANTS = (
+    *PAPER_VARIANTS,
+    Variant("cross_attention", True, False),
+    Variant("cross_attention", False, True),
+    Variant("concat", True, False),
+    Variant("concat", False, True),
 )
+
+
+def group_runs(runs: Iterable[Run]) -> dict[Variant, list[Run]]:
+    """Return the variants in the paper's order, each with its runs in the given order.
+
+    Raises UserError for a run without weights, for a backbone that is not one of the paper's
+    kinds, and for two backbones of different shape that are the same variant.
+    """
+    groups: dict[Variant, list[Run]] = {variant: [] for variant in VARIANTS}
+    for run in runs:
+        backbone = backbone_of(run)
+        image, text = backbone.num_image_blocks > 0, backbone.num_text_blocks > 0
+        groups[Variant(backbone.conditioning, image, text)].append(run)
+    for variant, members in groups.items():
+        # The initial standard deviation does not change the shape.
+        if len({replace(backbone_of(run), init_std=1.0) for run in members}) > 1:
+            names = ", ".join(run.url for run in members)
+            raise UserError(f"{names}: {variant.title} in two shapes; make one sheet for each")
+    return {variant: members for variant, members in groups.items() if members}
+
+
+def backbone_of(run: Run) -> FusionUViTConfig:
+    """Return the run's backbone. Raises UserError if it is not one of the paper's kinds."""
+    backbone = run.backbone
+    if not isinstance(backbone, FusionUViTConfig) or backbone.is_modulated:
+        raise UserError(
+            f"{run.url}/weights: no backbone that fuses text by concat or cross_attention alone, "
+            "so the run is not one of the paper's variants; leave this run out"
+        )
+    return backbone
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeedMean:
-    """Mean of a number over a setting's runs.
+class Sheet:
+    """Runs by variant, and those of their evaluations that compare with `reference`."""
 
-    `seed_error` is the standard error s / sqrt(k) over k runs, None for one run; `sample_error`
-    the mean standard error of one run over its samples. All runs draw the same captions, so the
-    former contains the noise of training and not that of other captions.
-    """
-
-    values: tuple[float, ...]
-    seed_error: float | None
-    sample_error: float
-    num_samples: int
-
-    @property
-    def value(self) -> float:
-        """The mean."""
-        return sum(self.values) / len(self.values)
+    variants: dict[Variant, list[Run]]
+    reference: MetricsRow | None
+    """The evaluation whose step and protocol the tables show; None if no run was evaluated."""
+    rows: dict[str, list[MetricsRow]]
+    """By run name, the rows that differ from `reference` in step and guidance scale alone; empty
+    for a run that is not compared."""
+    excluded: list[str]
+    """Sentences about runs and steps that were evaluated in another way."""
 
     @property
-    def error(self) -> float:
-        """Over seeds where there are several, else over samples."""
-        return self.sample_error if self.seed_error is None else self.seed_error
+    def runs(self) -> list[Run]:
+        """The runs of all variants."""
+        return [run for members in self.variants.values() for run in members]
 
-    def as_estimate(self, lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
-        """With the 95 % interval that belongs to `error`, as far as such values exist."""
-        freedom = len(self.values) - 1
-        half = (_t_975(freedom) if freedom else _NORMAL_975) * self.error
-        return Estimate(
-            value=self.value,
-            standard_error=self.error,
-            num_samples=self.num_samples,
-            low=max(lowest, self.value - half),
-            high=min(highest, self.value + half),
-        )
+    def has(self, metric: Metric) -> bool:
+        """Return whether the metric was measured for any variant."""
+        return any(self.mean(variant, metric) for variant in self.variants)
+
+    def mean(
+        self,
+        variant: Variant,
+        metric: Metric,
+        *,
+        step: int | None = None,
+        scale: float | None = None,
+    ) -> SeedMean | None:
+        """Return the mean over the variant's runs; None if there is no such number.
+
+        Step and guidance scale are those of `reference` unless given.
+        """
+        if self.reference is None:
+            return None
+        step = self.reference.step if step is None else step
+        scale = self.reference.protocol.guidance_scale if scale is None else scale
+        found = [
+            estimate
+            for row in self._rows_of(variant)
+            if (row.step, row.protocol.guidance_scale) == (step, scale)
+            and (estimate := metric.of(row))
+        ]
+        return mean_over_seeds(found) if found else None
+
+    def over_steps(self, variant: Variant, metric: Metric) -> dict[int, SeedMean]:
+        """Return means by training step, at the guidance scale of `reference`."""
+        steps = sorted({row.step for row in self._rows_of(variant)})
+        return {s: mean for s in steps if (mean := self.mean(variant, metric, step=s))}
+
+    def over_guidance(self, variant: Variant, metric: Metric) -> dict[float, SeedMean]:
+        """Return means by guidance scale, at the step of `reference`."""
+        scales = sorted({row.protocol.guidance_scale for row in self._rows_of(variant)})
+        return {s: mean for s in scales if (mean := self.mean(variant, metric, scale=s))}
+
+    def _rows_of(self, variant: Variant) -> list[MetricsRow]:
+        return [row for run in self.variants.get(variant, []) for row in self.rows[run.name]]
 
 
-def group_runs(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
-    """Settings in the paper's order, each with its runs in the given order.
+def make_sheet(runs: Sequence[Run], series: str | None = None) -> Sheet:
+    """Group the runs and choose the evaluations that compare.
 
-    Raises UserError for a run without weights, one of another kind of backbone, and for two shapes
-    that are the same setting.
+    `series` is NAME/wSCALE, the folder of evaluations in RUN/evaluation. Without it, the series
+    with most rows is taken; of several, the one whose guidance scale is nearest to the paper's.
+    `reference` is the last row of the series that compares with the last rows of most runs.
+    Raises UserError for runs that `group_runs` refuses and for a series that no run has.
     """
-    groups: dict[Setting, list[Run]] = {setting: [] for setting in SETTINGS}
+    variants = group_runs(runs)
+    rows = [row for run in runs for row in run.rows]
+    if not rows:
+        empty: dict[str, list[MetricsRow]] = {run.name: [] for run in runs}
+        return Sheet(variants=variants, reference=None, rows=empty, excluded=[])
+    series = series or _main_series(rows)
+    last = [found[-1] for run in runs if (found := _rows_of_series(run, series))]
+    if not last:
+        known = ", ".join(sorted({series_of(row.protocol) for row in rows}))
+        raise UserError(f"--series {series}: no run has this series; choose one of {known}")
+    reference = max(last, key=lambda row: sum(not _mismatches(row, other) for other in last))
+    kept: dict[str, list[MetricsRow]] = {run.name: [] for run in runs}
+    excluded = []
     for run in runs:
-        groups[setting_of(shape_of(run))].append(run)
-    for setting, members in groups.items():
-        # How the weights began is not what they are.
-        if len({replace(shape_of(run), init_std=1.0) for run in members}) > 1:
-            names = ", ".join(run.url for run in members)
-            raise UserError(f"{names}: {setting.title} in two shapes; give one sheet to each")
-    return {setting: members for setting, members in groups.items() if members}
+        if reasons := _why_excluded(run, series, reference):
+            excluded.append(f"{run.name} is not compared: {reasons}")
+            continue
+        for row in run.rows:
+            if row.protocol.name != reference.protocol.name:
+                continue
+            if others := "; ".join(_mismatches_of_protocol(row, reference)):
+                excluded.append(f"{run.name} is left out at step {row.step:,}: {others}")
+            else:
+                kept[run.name].append(row)
+    return Sheet(variants=variants, reference=reference, rows=kept, excluded=excluded)
 
 
-def shape_of(run: Run) -> FusionUViTConfig:
-    """The run's backbone. Raises UserError if it is none of the paper's kinds."""
-    shape = run.backbone
-    if not isinstance(shape, FusionUViTConfig) or shape.is_modulated:
-        raise UserError(
-            f"{run.url}/weights: no backbone that fuses by concat or cross_attention alone, so "
-            "none of the paper's settings; leave this run out"
-        )
-    return shape
+def series_of(protocol: Protocol) -> str:
+    """Return NAME/wSCALE, for example `scenes/w1.5`."""
+    return f"{protocol.name}/w{protocol.guidance_scale:g}"
 
 
-def setting_of(backbone: FusionUViTConfig) -> Setting:
-    """The setting that a backbone is."""
-    return Setting(
-        backbone.conditioning, backbone.num_image_blocks > 0, backbone.num_text_blocks > 0
-    )
+def _main_series(rows: Sequence[MetricsRow]) -> str:
+    counts = Counter(series_of(row.protocol) for row in rows)
+    scales = {series_of(row.protocol): row.protocol.guidance_scale for row in rows}
+    return min(counts, key=lambda name: (-counts[name], abs(scales[name] - PAPER_SCALE), name))
 
 
-def mean_over_seeds(estimates: Sequence[Estimate]) -> SeedMean:
-    """The mean of one estimate or more."""
-    values = [estimate.value for estimate in estimates]
-    several = len(values) > 1
-    return SeedMean(
-        values=tuple(values),
-        seed_error=float(np.std(values, ddof=1)) / math.sqrt(len(values)) if several else None,
-        sample_error=sum(estimate.standard_error for estimate in estimates) / len(values),
-        num_samples=min(estimate.num_samples for estimate in estimates),
-    )
+def _rows_of_series(run: Run, series: str) -> list[MetricsRow]:
+    return [row for row in run.rows if series_of(row.protocol) == series]
 
 
-def noise_between(first: SeedMean, second: SeedMean) -> float:
-    """Half the 95 % interval of the difference of two means.
-
-    Welch's interval over seeds; over samples where either setting has one run, which leaves out
-    what another seed would change, or where no run differs from another of its setting.
-    """
-    errors = first.seed_error, second.seed_error
-    if None in errors or not any(errors):
-        return _NORMAL_975 * math.hypot(first.sample_error, second.sample_error)
-    shares = [(error or 0.0) ** 2 for error in errors]
-    freedoms = [len(mean.values) - 1 for mean in (first, second)]
-    parts = sum(share**2 / freedom for share, freedom in zip(shares, freedoms, strict=True))
-    freedom = math.floor(sum(shares) ** 2 / parts + 1e-9)
-    return _t_975(freedom) * math.sqrt(sum(shares))
+def _why_excluded(run: Run, series: str, reference: MetricsRow) -> str:
+    """Return why the run does not compare with the reference; empty if it does."""
+    rows = _rows_of_series(run, series)
+    if not rows:
+        others = ", ".join(sorted({series_of(row.protocol) for row in run.rows}))
+        return f"evaluated as {others}, not as {series}" if others else "it was not evaluated"
+    same_step = [row for row in rows if row.step == reference.step]
+    return "; ".join(_mismatches((same_step or rows)[-1], reference))
 
 
-def _t_975(freedom: int) -> float:
-    if freedom <= len(_T_975):
-        return _T_975[freedom - 1]
-    # The first term of the quantile's expansion in 1 / freedom (Abramowitz and Stegun 26.7.5).
-    return _NORMAL_975 * (1 + (_NORMAL_975**2 + 1) / (4 * freedom))
+def _mismatches(row: MetricsRow, reference: MetricsRow) -> list[str]:
+    step = f"step {row.step:,} against {reference.step:,}"
+    found = [step] if row.step != reference.step else []
+    return found + differences(row.protocol, reference.protocol)
+
+
+def _mismatches_of_protocol(row: MetricsRow, reference: MetricsRow) -> list[str]:
+    """Return the differences other than step and guidance scale, which Figure 3 varies."""
+    scale = {"guidance_scale": reference.protocol.guidance_scale}
+    rescaled = replace(row.protocol, sampling=row.protocol.sampling | scale)
+    return differences(rescaled, reference.protocol)

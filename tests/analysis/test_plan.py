@@ -43,11 +43,11 @@ HARDWARE = HardwareConfig()
     ],
 )
 def test_states_are_what_the_engine_keeps(gpus: int, stage: int, expected: float) -> None:
-    assert state_bytes(BILLION, gpus, stage, averages=1) == expected
+    assert state_bytes(BILLION, gpus, stage, num_ema=1) == expected
 
 
 def test_stage_3_halves_with_twice_the_gpus_but_for_what_is_gathered() -> None:
-    few, many, most = (state_bytes(BILLION, n, 3, averages=2) for n in (64, 128, 10**9))
+    few, many, most = (state_bytes(BILLION, n, 3, num_ema=2) for n in (64, 128, 10**9))
     assert few - many == pytest.approx((4 * 7 * BILLION / 64) / 2)
     assert most == pytest.approx(6e9, rel=1e-6)
 
@@ -117,9 +117,9 @@ def test_collectives_take_the_time_of_their_slowest_wires() -> None:
 
 
 def test_updates_read_and_write_every_value_that_a_process_owns() -> None:
-    assert update_bytes(BILLION, 8, 0, averages=1) == 40e9
-    assert update_bytes(BILLION, 8, 2, averages=1) == 32e9 / 8 + 8e9
-    assert update_bytes(BILLION, 8, 3, averages=1) == 40e9 / 8
+    assert update_bytes(BILLION, 8, 0, num_ema=1) == 40e9
+    assert update_bytes(BILLION, 8, 2, num_ema=1) == 32e9 / 8 + 8e9
+    assert update_bytes(BILLION, 8, 3, num_ema=1) == 40e9 / 8
 
 
 def test_a_checkpoint_waits_for_gathering_and_copies() -> None:
@@ -234,7 +234,7 @@ def test_json_and_table_hold_every_row(capsys: pytest.CaptureFixture[str]) -> No
     ("fields", "message"),
     [
         ({"width": 512}, "both width and depth"),
-        ({"gpus": (12,)}, "gpus: 12 are not whole nodes of 8"),
+        ({"gpus": (12,)}, "gpus: 12 must be a multiple of 8"),
         ({"gpus": ()}, "must be at least 1"),
     ],
 )

@@ -9,12 +9,14 @@ from made_backbone import small_shape
 from made_shards import make_samples, write_shards
 from PIL import Image
 
-from ifvit.analysis import attention_analysis as analyze_attention
+from ifvit.analysis.attention_analysis import analyze_run
 from ifvit.analysis.attention_maps import read_attention
+from ifvit.analysis.config import AttentionConfig
 from ifvit.cli import main
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import BackboneConfig, TokenTransformerConfig
 from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
+from ifvit.sampling.config import SamplingConfig
 from ifvit.shards import EncoderIdentity
 
 MADE_UP = EncoderIdentity(name="made-up", sha256="1" * 64)
@@ -104,29 +106,29 @@ def test_without_an_output_each_run_keeps_its_own(shards: str, tmp_path: Path) -
 
 
 def test_only_what_has_not_been_analysed_so_is_analysed(
-    shards: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(analyze_attention, "write_overview", lambda folder, summaries: None)
     runs = [save_run(tmp_path / name, blocks) for blocks, name in enumerate(("one", "two"))]
-    verb = ["analyze", "attention", *runs, "--shards", shards, "--sampling.num_steps", "2"]
+    sampling = SamplingConfig(num_steps=2)
 
-    def count_there(num_prompts: int) -> int:
-        main([*verb, "--num_prompts", str(num_prompts)])
-        return capsys.readouterr().out.count("step_00000003.json is there")
+    def count_existing(num_prompts: int) -> int:
+        config = AttentionConfig(
+            runs=runs, shards=shards, num_prompts=num_prompts, sampling=sampling, device="cpu"
+        )
+        for run in runs:
+            analyze_run(config, run, f"{run}/analysis")
+        return capsys.readouterr().out.count("step_00000003.json exists")
 
-    assert count_there(2) == 0
-    # As if the second had been killed between its two files.
-    maps = Path(runs[1], "analysis/attention/step_00000003.npz")
-    whole = maps.read_bytes()
+    assert count_existing(2) == 0
+    # As if the second analysis had been killed between its two files.
+    maps = Path(runs[1], "analysis/step_00000003.npz")
+    complete = maps.read_bytes()
     maps.write_bytes(b"other maps")
-    assert count_there(2) == 1
-    assert maps.read_bytes() == whole
-    assert count_there(3) == 0
+    assert count_existing(2) == 1
+    assert maps.read_bytes() == complete
+    assert count_existing(3) == 0
     save_run(tmp_path / "one", 1)
-    assert count_there(3) == 1
+    assert count_existing(3) == 1
 
 
 def test_prompts_come_from_a_text_file_too(
@@ -146,15 +148,15 @@ def test_prompts_come_from_a_text_file_too(
     assert shorter.protocol.prompts_sha256 != summary.protocol.prompts_sha256
     with pytest.raises(SystemExit):
         main(["analyze", "attention", run, *flags, "--num_prompts", "4"])
-    assert "prompts.txt: 3 prompts, needed are 4; write more" in capsys.readouterr().err
+    assert "prompts.txt: 3 prompts, but 4 are needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--num_prompts", "7"], "6 images, num_prompts asks for 7; lower it"),
+        (["--num_prompts", "7"], "6 images, but num_prompts is 7"),
         (["--num_prompts", "4", "--trim", "2"], "trim 2 leaves nothing of 4 x 4 patches"),
-        (["--num_prompts", "1"], "num_prompts 1 gives no standard error"),
+        (["--num_prompts", "1"], "num_prompts 1"),
         (["--prompts", "p.txt"], "give either prompts (a text file) or shards"),
         (["--sampling.method", "date"], "sampling.method date"),
     ],

@@ -53,7 +53,7 @@ def test_early_fusion_is_lighter_and_seeds_differ_in_their_hatch() -> None:
 
 
 def test_the_table_has_every_score_of_every_run() -> None:
-    lines = list(csv.DictReader(table(ROWS).splitlines()))
+    lines = list(csv.DictReader(table(ROWS).decode().splitlines()))
     assert len(lines) == 4 * (1 + 4 + 5 + 20)
     (line,) = [
         one

@@ -314,7 +314,7 @@ def test_maps_of_another_analysis_are_refused(tmp_path: Path) -> None:
     write_attention(second, summarise("intermediate"))
     Path(first).with_suffix(".npz").write_bytes(Path(second).with_suffix(".npz").read_bytes())
     with pytest.raises(
-        UserError, match=r"step_00000005\.npz belongs to another one.*analyze again"
+        UserError, match=r"step_00000005\.npz belongs to another analysis.*analyze again"
     ):
         read_attention(first)
     Path(first).write_text("{}")

@@ -22,18 +22,17 @@ from ifvit.rating.agreement import OrderBias
 from ifvit.rating.results import PreferenceResults, Replies, WinRate
 from ifvit.studies.comparisons import FRECHET
 from ifvit.studies.config import PaperConfig
+from ifvit.studies.object_counts import mean_row, read_counts
 from ifvit.studies.paper import report_paper
 from ifvit.studies.paper_claims import (
     Claim,
-    compare_with_claims,
     count_claims,
+    metric_claims,
     preference_claims,
-    read_counts,
 )
-from ifvit.studies.paper_panels import figure_3, figure_6, figure_7
+from ifvit.studies.paper_figures import figure_3_panels, figure_6_panel, figure_7_panels
 from ifvit.studies.paper_tables import iterations_per_s, table_1, table_2, table_further
-from ifvit.studies.sheet import Sheet, make_sheet
-from ifvit.studies.variants import PAPER_SETTINGS, SETTINGS
+from ifvit.studies.variants import PAPER_VARIANTS, VARIANTS, Sheet, make_sheet
 
 PAPER = {
     "name": "coco2014_fid30k",
@@ -43,7 +42,7 @@ PAPER = {
     "features": "openai/clip-vit-large-patch14",
 }
 COUNTS = "evaluation/object_count/step_00002000.json"
-QUALITY = {setting: 0.2 - 0.04 * n for n, setting in enumerate(SETTINGS[:6])}
+QUALITY = {variant: 0.2 - 0.04 * n for n, variant in enumerate(VARIANTS[:6])}
 
 EMPTY = PreferenceResults(
     num_rankings=40,
@@ -77,22 +76,22 @@ def spread(row: MetricsRow, seed: int) -> MetricsRow:
 
 
 def write_runs(
-    folder: Path, preset: str = "tiny", settings: Sequence[int] = range(6), num_seeds: int = 2
+    folder: Path, preset: str = "tiny", variants: Sequence[int] = range(6), num_seeds: int = 2
 ) -> list[str]:
-    """Seeds of the first SETTINGS at two steps and two guidance scales, later settings better."""
+    """Seeds of the first VARIANTS at two steps and two guidance scales, later settings better."""
     paths = []
-    for setting in [SETTINGS[number] for number in settings]:
+    for variant in [VARIANTS[number] for number in variants]:
         blocks = PRESETS[preset]
         shape = dataclasses.replace(
             blocks,
-            conditioning=setting.conditioning,
-            num_image_blocks=blocks.num_image_blocks * setting.image_blocks,
-            num_text_blocks=blocks.num_text_blocks * setting.text_blocks,
+            conditioning=variant.conditioning,
+            num_image_blocks=blocks.num_image_blocks * variant.image_blocks,
+            num_text_blocks=blocks.num_text_blocks * variant.text_blocks,
         )
         for seed in range(num_seeds):
-            run = folder / setting.slug / f"seed{seed}"
+            run = folder / variant.slug / f"seed{seed}"
             write_training(run, shape, seed)
-            distance = QUALITY[setting] + 0.002 * seed
+            distance = QUALITY[variant] + 0.002 * seed
             write_evaluation(run, row_of(distance + 0.1, step=600))
             write_evaluation(run, row_of(distance))
             write_evaluation(run, row_of(distance + 0.05, guidance_scale=4.0))
@@ -134,8 +133,8 @@ def test_the_page_and_its_files_are_whole_and_need_no_network(tmp_path: Path) ->
     }
     assert "<script" not in page
     assert "url(http" not in page
-    for hole in ("Figure 6: no study", "Figure 8: no run has an analysis"):
-        assert page.count(hole) == 2
+    for missing in ("Figure 6: no study", "Figure 8: no run has an analysis"):
+        assert page.count(missing) == 2
     (pair, *_) = records(tmp_path / "sheet", "figure4")
     assert "concat_early/seed0" in pair["top"]
     assert "cross_attention_intermediate/seed0" in pair["bottom"]
@@ -143,7 +142,7 @@ def test_the_page_and_its_files_are_whole_and_need_no_network(tmp_path: Path) ->
 
 
 def test_pairs_are_drawn_at_the_scale_nearest_the_papers_that_both_have(tmp_path: Path) -> None:
-    runs = write_runs(tmp_path / "runs", settings=(0, 3), num_seeds=1)
+    runs = write_runs(tmp_path / "runs", variants=(0, 3), num_seeds=1)
     render(runs, tmp_path / "sheet")
     for pair in records(tmp_path / "sheet", "figure4"):
         assert "/w4/" in pair["top"]
@@ -174,7 +173,7 @@ def test_what_is_missing_is_named_and_never_invented(tmp_path: Path) -> None:
 def test_table_1_has_means_over_seeds_and_no_distance_under_fid(tmp_path: Path) -> None:
     sheet = sheet_of(write_runs(tmp_path))
     table = table_1(sheet)
-    assert [line.title for line in table.lines] == [setting.title for setting in PAPER_SETTINGS]
+    assert [line.title for line in table.lines] == [variant.title for variant in PAPER_VARIANTS]
     first = dict(zip(table.heads[1:], table.lines[0].cells, strict=True))
     assert (first["Runs"].text, first["Runs"].note) == ("2", "")
     assert (first["FID ↓"].text, first["FID ↓"].note) == ("—", "paper 5.98")
@@ -192,24 +191,24 @@ def test_table_1_has_means_over_seeds_and_no_distance_under_fid(tmp_path: Path) 
     assert "a backbone of width 96" in table.notes[0]
     further = table_further(sheet_of([str(p) for p in tmp_path.glob("*/*")]))
     assert further is not None
-    assert [line.title for line in further.lines] == [setting.title for setting in SETTINGS[:6]]
+    assert [line.title for line in further.lines] == [variant.title for variant in VARIANTS[:6]]
     assert further.heads[2:] == ["Retrieval among 16 captions ↑", "Count right ↑"]
     paused = [{"samples_per_s": rate} for rate in (400.0, 400.0, 4.0)]
-    run = dataclasses.replace(sheet.settings[SETTINGS[0]][0], curve=paused)
+    run = dataclasses.replace(sheet.variants[VARIANTS[0]][0], curve=paused)
     assert iterations_per_s([run]) == 12.5
 
 
 def test_differences_to_the_paper_are_marked_where_both_compare(tmp_path: Path) -> None:
     runs = []
-    for setting, fid in zip(PAPER_SETTINGS, (6.0, 5.77, 6.5, 5.6), strict=True):
+    for variant, fid in zip(PAPER_VARIANTS, (6.0, 5.77, 6.5, 5.6), strict=True):
         small = PRESETS["small"]
         shape = dataclasses.replace(
             small,
-            conditioning=setting.conditioning,
-            num_image_blocks=small.num_image_blocks * setting.image_blocks,
-            num_text_blocks=small.num_text_blocks * setting.text_blocks,
+            conditioning=variant.conditioning,
+            num_image_blocks=small.num_image_blocks * variant.image_blocks,
+            num_text_blocks=small.num_text_blocks * variant.text_blocks,
         )
-        run = tmp_path / setting.slug
+        run = tmp_path / variant.slug
         write_training(run, shape)
         row = dataclasses.replace(build_row(0.5, **PAPER), fid=estimate(fid, 0.02))
         write_evaluation(run, row)
@@ -244,8 +243,8 @@ def test_differences_to_the_paper_are_marked_where_both_compare(tmp_path: Path) 
 
 
 def test_table_2_has_both_scales_of_clip_score(tmp_path: Path) -> None:
-    sheet = sheet_of(write_runs(tmp_path, settings=[0, 3]))
-    found = {str(r["model"]): r for r in table_2(sheet, {"best": SETTINGS[3]}).records}
+    sheet = sheet_of(write_runs(tmp_path, variants=[0, 3]))
+    found = {str(r["model"]): r for r in table_2(sheet, {"best": VARIANTS[3]}).records}
     paper = found["IF-U-ViT, the paper's own"]
     assert (paper["clip_score_printed"], paper["clip_score_raw"]) == ("0.588", "0.235")
     foundation = found["SDXL, as the paper cites it"]
@@ -257,7 +256,7 @@ def test_table_2_has_both_scales_of_clip_score(tmp_path: Path) -> None:
 def test_a_run_that_was_evaluated_otherwise_is_left_out_and_the_page_says_why(
     tmp_path: Path,
 ) -> None:
-    runs = write_runs(tmp_path / "runs", settings=[0, 3])
+    runs = write_runs(tmp_path / "runs", variants=[0, 3])
     other = tmp_path / "runs/concat_early/seed2"
     write_training(other, read_runs(runs)[0].backbone or PRESETS["tiny"], 2)
     write_evaluation(other, row_of(9.0, num_steps=50))
@@ -276,7 +275,7 @@ def test_a_run_that_was_evaluated_otherwise_is_left_out_and_the_page_says_why(
 
 
 def test_runs_that_failed_are_named_and_the_others_stand(tmp_path: Path) -> None:
-    runs = write_runs(tmp_path / "runs", settings=[0], num_seeds=1)
+    runs = write_runs(tmp_path / "runs", variants=[0], num_seeds=1)
     failed, unmeasured = tmp_path / "runs/failed", tmp_path / "runs/unmeasured"
     (failed / "jobs").mkdir(parents=True)
     write_training(unmeasured, read_runs(runs)[0].backbone or PRESETS["tiny"])
@@ -288,33 +287,35 @@ def test_runs_that_failed_are_named_and_the_others_stand(tmp_path: Path) -> None
 
 
 def test_the_series_is_the_fullest_then_the_one_nearest_to_the_papers(tmp_path: Path) -> None:
-    runs = write_runs(tmp_path, settings=[0], num_seeds=1)
+    runs = write_runs(tmp_path, variants=[0], num_seeds=1)
     sheet = sheet_of(runs)
     assert sheet.reference is not None
     assert sheet.reference.protocol.guidance_scale == 2.0
-    assert sheet_of(runs, "scenes/w4").mean(SETTINGS[0], FRECHET).value == pytest.approx(0.25)
-    with pytest.raises(UserError, match=r"scenes/w7: no run has it; choose one of scenes/w2, "):
+    assert sheet_of(runs, "scenes/w4").mean(VARIANTS[0], FRECHET).value == pytest.approx(0.25)
+    with pytest.raises(
+        UserError, match=r"scenes/w7: no run has this series; choose one of scenes/w2, "
+    ):
         sheet_of(runs, "scenes/w7")
 
 
 def test_steps_that_were_evaluated_otherwise_are_left_out_of_the_curves(tmp_path: Path) -> None:
-    runs = write_runs(tmp_path, settings=[0], num_seeds=1)
+    runs = write_runs(tmp_path, variants=[0], num_seeds=1)
     write_evaluation(Path(runs[0]), row_of(0.3, step=900, num_samples=64))
     sheet = sheet_of(runs)
-    assert list(sheet.over_steps(SETTINGS[0], FRECHET)) == [600, 1200]
+    assert list(sheet.over_steps(VARIANTS[0], FRECHET)) == [600, 1200]
     (reason,) = sheet.excluded
     assert reason == "seed0 is left out at step 900: num samples 64 against 500"
 
 
 def test_figure_3_shows_training_and_guidance(tmp_path: Path) -> None:
-    panels = figure_3(sheet_of(write_runs(tmp_path)), PAPER_SETTINGS)
+    panels = figure_3_panels(sheet_of(write_runs(tmp_path)))
     titles = [panel.title for panel in panels]
     assert titles[:3] == [
         "Fréchet distance on CLIP features during training",
         "CLIP Score (paper's scale) during training",
         "Fréchet distance on CLIP features over CLIP Score (paper's scale)",
     ]
-    assert [trace.name for trace in panels[0].traces] == [s.title for s in PAPER_SETTINGS]
+    assert [trace.name for trace in panels[0].traces] == [s.title for s in PAPER_VARIANTS]
     assert [(p.x, round(p.y, 3)) for p in panels[0].traces[0].points] == [
         (600, 0.301),
         (1200, 0.201),
@@ -323,7 +324,7 @@ def test_figure_3_shows_training_and_guidance(tmp_path: Path) -> None:
 
 
 def test_figure_7_sets_each_half_between_none_and_both(tmp_path: Path) -> None:
-    (panel, *_) = figure_7(sheet_of(write_runs(tmp_path / "all")))
+    (panel, *_) = figure_7_panels(sheet_of(write_runs(tmp_path / "all")))
     assert [trace.name.split(", ")[1] for trace in panel.traces] == [
         "early",
         "image blocks only",
@@ -331,13 +332,13 @@ def test_figure_7_sets_each_half_between_none_and_both(tmp_path: Path) -> None:
         "intermediate",
     ]
     assert [point.x for trace in panel.traces for point in trace.points] == [0, 1, 2, 3]
-    assert figure_7(sheet_of(write_runs(tmp_path / "four", settings=range(4)))) == []
+    assert figure_7_panels(sheet_of(write_runs(tmp_path / "four", variants=range(4)))) == []
 
 
 def test_claims_are_judged_by_the_noise_over_seeds(tmp_path: Path) -> None:
-    found = compare_with_claims(sheet_of(write_runs(tmp_path)))
+    found = metric_claims(sheet_of(write_runs(tmp_path)))
     concat, *_, efficiency = found
-    assert [claim.verdicts[0].sentence[:21] for claim in found[:-1]] == [
+    assert [claim.comparisons[0].sentence[:21] for claim in found[:-1]] == [
         "0.1610 against 0.2010",
         "0.0810 against 0.1210",
         "0.0810 against 0.2010",
@@ -345,36 +346,38 @@ def test_claims_are_judged_by_the_noise_over_seeds(tmp_path: Path) -> None:
         "0.9590 against 0.8790",
         "0.9990 against 0.8790",
     ]
-    assert [verdict.outcome for verdict in concat.verdicts] == [
+    assert [verdict.outcome for verdict in concat.comparisons] == [
         "better",
         "better",
         "better",
         "same",
     ]
     assert concat.summary == "Agree: 3. Opposite: 0. Within the noise: 1."
-    assert "better by 0.0400, the noise is 0.0061" in concat.verdicts[0].sentence
+    assert "better by 0.0400, the noise is 0.0061" in concat.comparisons[0].sentence
     # By Figure 7, image blocks alone lower the CLIP Score; here they raise it.
     (lowers,) = [claim for claim in found if claim.expected == "worse"]
     assert lowers.summary == "Agree: 0. Opposite: 1. Within the noise: 0."
-    assert efficiency.verdicts == []
+    assert efficiency.comparisons == []
     assert len(efficiency.facts) == 3
     assert efficiency.facts[0].startswith("Concat, intermediate: -")
     assert "(paper -12.6%)" in efficiency.facts[0]
 
 
 def test_noise_without_seeds_is_told(tmp_path: Path) -> None:
-    several_and_one = write_runs(tmp_path, settings=[0, 1])[:3]
-    found = compare_with_claims(sheet_of(several_and_one))
+    several_and_one = write_runs(tmp_path, variants=[0, 1])[:3]
+    found = metric_claims(sheet_of(several_and_one))
     assert len(found) == 2, "the runs speak to no other claim"
-    assert all("leaves out that of other seeds" in v.sentence for v in found[0].verdicts)
+    assert all("leaves out that of other seeds" in v.sentence for v in found[0].comparisons)
 
 
 def test_counts_are_means_over_seeds_of_rows_made_alike(tmp_path: Path) -> None:
-    runs = write_runs(tmp_path, settings=[0, 1])
+    runs = write_runs(tmp_path, variants=[0, 1])
     for run, errors in zip(runs, ((2, 2), (1, 1), (0, 1), (0, 1)), strict=True):
         write_object_count(f"{run}/{COUNTS}", made_row(errors))
-    counts = read_counts(sheet_of(runs))
-    score = counts.figure_rows()["Concat, early"].score("bus", 2)
+    sheet = sheet_of(runs)
+    rows, _ = read_counts(sheet.runs)
+    counts = {v: [rows[run.name] for run in members] for v, members in sheet.variants.items()}
+    score = mean_row(counts[VARIANTS[0]]).score("bus", 2)
     assert score is not None
     assert score.average_error.value == 1.5
     assert score.average_error.standard_error == pytest.approx(0.5)
@@ -384,9 +387,9 @@ def test_counts_are_means_over_seeds_of_rows_made_alike(tmp_path: Path) -> None:
     other = dataclasses.replace(made_row((0, 0)).protocol, num_images=7)
     row = dataclasses.replace(made_row((0, 0)), protocol=other)
     write_object_count(f"{runs[1]}/{COUNTS}", row)
-    counts = read_counts(sheet_of(runs))
-    assert counts.excluded == ["concat_early/seed1 was counted with another num_images."]
-    assert len(counts.rows[SETTINGS[0]]) == 1
+    rows, excluded = read_counts(sheet.runs)
+    assert excluded == ["concat_early/seed1 was counted with another num_images."]
+    assert len(rows) == 3
 
 
 def test_preference_is_judged_where_models_have_their_settings_names() -> None:
@@ -404,29 +407,29 @@ def test_preference_is_judged_where_models_have_their_settings_names() -> None:
         wins("cross_attention_intermediate", "cross_attention_early", 0.4, 0.7),
         wins("concat_early", "cross_attention_early", 0.9, 0.95),
     )
-    assert [verdict.outcome for verdict in claim.verdicts] == ["better", "same"]
-    assert "in 70% of 40 rankings; the 95 % interval is 60% to 80%" in claim.verdicts[0].sentence
+    assert [verdict.outcome for verdict in claim.comparisons] == ["better", "same"]
+    assert "in 70% of 40 rankings; the 95 % interval is 60% to 80%" in claim.comparisons[0].sentence
     (claim,) = judged(wins("cross_attention_intermediate", "cross_attention_early", 0.3, 0.6))
-    assert [verdict.outcome for verdict in claim.verdicts] == ["same"]
+    assert [verdict.outcome for verdict in claim.comparisons] == ["same"]
     assert judged(wins("a", "b", 0.2, 0.4)) == []
 
 
 def test_a_model_of_a_study_has_the_colour_of_its_setting() -> None:
-    (panel,) = figure_6({"mine": estimate(1.0), "concat_intermediate": estimate(2.0)})
+    panel = figure_6_panel({"mine": estimate(1.0), "concat_intermediate": estimate(2.0)})
     assert [trace.colour for trace in panel.traces] == [0, 1]
     assert panel.places == ("mine", "concat\nintermediate")
 
 
 def test_a_baseline_that_matches_no_setting_is_refused(tmp_path: Path) -> None:
-    runs = write_runs(tmp_path, settings=[0, 3], num_seeds=1)
-    with pytest.raises(UserError, match=r"--baseline early: no such setting; .*concat_early, "):
+    runs = write_runs(tmp_path, variants=[0, 3], num_seeds=1)
+    with pytest.raises(UserError, match=r"--baseline early: no such variant; .*concat_early, "):
         render(runs, tmp_path / "sheet", baseline="early")
 
 
 def test_recipes_that_differ_beyond_setting_and_seed_are_told(tmp_path: Path) -> None:
-    runs = write_runs(tmp_path / "runs", settings=[0, 3], num_seeds=1)
+    runs = write_runs(tmp_path / "runs", variants=[0, 3], num_seeds=1)
     config = Path(runs[1], "config.yaml")
     config.write_text(config.read_text() + "max_steps: 7\n")
     page = render(runs, tmp_path / "sheet")
-    assert "differ in more than setting and seed: max_steps." in page
+    assert "differ in more than variant and seed: max_steps." in page
     assert page == render(runs, tmp_path / "again")

@@ -11,10 +11,9 @@ from made_runs import build_row, write_run
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.runs import read_run, read_runs
-from ifvit.studies.comparisons import RETRIEVAL, best_run, compare
+from ifvit.studies.comparisons import RETRIEVAL, best_run, compare_runs
 from ifvit.studies.config import ReportConfig
-from ifvit.studies.report import report, smooth
-from ifvit.studies.tables import metric_lines
+from ifvit.studies.report import metric_lines, report, smooth
 
 
 @pytest.fixture
@@ -63,16 +62,16 @@ def test_a_difference_within_the_noise_is_called_that(tmp_path: Path) -> None:
     early = read_run(write_run(tmp_path / "early", build_row(0.60), 0), "early")
     close = read_run(write_run(tmp_path / "close", build_row(0.63), 3), "close")
     far = read_run(write_run(tmp_path / "far", build_row(0.40), 3), "far")
-    within, beyond = compare(early, close), compare(early, far)
+    within, beyond = compare_runs(early, close), compare_runs(early, far)
     assert within is not None
     assert beyond is not None
-    assert within.verdicts[0].outcome == "same"
-    assert "smaller than the noise of 5.7 points" in within.verdicts[0].sentence
+    assert within.comparisons[0].outcome == "same"
+    assert "smaller than the noise of 5.5 points" in within.comparisons[0].sentence
     assert "no difference beyond the noise in Retrieval" in within.summary
-    assert beyond.verdicts[0].outcome == "worse"
-    assert "by 20.0 points" in beyond.verdicts[0].sentence
+    assert beyond.comparisons[0].outcome == "worse"
+    assert "by 20.0 points" in beyond.comparisons[0].sentence
     assert best_run(RETRIEVAL, [early, close]) is None
-    assert best_run(RETRIEVAL, [far, close]) is close
+    assert best_run(RETRIEVAL, [far, close]) == "close"
 
 
 def test_a_smaller_frechet_distance_is_better(tmp_path: Path) -> None:
@@ -88,9 +87,9 @@ def test_a_smaller_frechet_distance_is_better(tmp_path: Path) -> None:
             write_run(tmp_path / "b", good, 3),
         ]
     )
-    comparison = compare(*runs)
+    comparison = compare_runs(*runs)
     assert comparison is not None
-    outcomes = {verdict.metric: verdict.outcome for verdict in comparison.verdicts}
+    outcomes = {comparison.metric: comparison.outcome for comparison in comparison.comparisons}
     assert outcomes["Fréchet distance on CLIP features"] == "better"
 
 
@@ -106,7 +105,7 @@ def test_evaluations_done_differently_are_marked_and_not_compared(tmp_path: Path
     assert "b against a" not in page
     assert "c against a" in page
     runs = read_runs(urls)
-    assert best_run(RETRIEVAL, runs) is runs[2]
+    assert best_run(RETRIEVAL, runs) == "c"
     notes = [cell.note for cell in metric_lines(runs)[0].cells]
     assert ["not compared" in note for note in notes] == [False, True, False]
 
