@@ -188,7 +188,7 @@ VERBS = {
     "submit train": Verb(
         "slurm.config:SubmitTrainConfig",
         "slurm.submit:submit_train",
-        "run ifvit train as a SLURM job that survives preemption",
+        "run ifvit train, or a grid of runs, as SLURM jobs that survive preemption",
     ),
     "submit encode": Verb(
         "slurm.config:SubmitEncodeConfig",
@@ -199,11 +199,6 @@ VERBS = {
         "slurm.config:SubmitEvaluateConfig",
         "slurm.submit:submit_evaluate",
         "run ifvit evaluate, generating images in an array of jobs",
-    ),
-    "submit sweep": Verb(
-        "slurm.config:SubmitSweepConfig",
-        "slurm.submit:submit_sweep",
-        "run a grid of training runs as an array of jobs",
     ),
     "submit pipeline": Verb(
         "slurm.config:PipelineConfig",

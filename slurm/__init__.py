@@ -1,1 +1,1 @@
-"""`ifvit submit`: the verbs as jobs on a SLURM cluster, preempted and requeued without loss."""
+"""SLURM jobs: `ifvit submit` submits, supervises and shows them."""

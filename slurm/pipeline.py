@@ -1,7 +1,7 @@
-"""`ifvit submit pipeline`: all stages from images to pages, each waiting for what it needs.
+"""`ifvit submit pipeline`: all stages from images to pages as jobs that wait for each other.
 
-A run that fails takes its own evaluations with it and nothing else: what is about several runs
-waits until all have ended, and is made of those that are there. Without data there is nothing.
+A failed run cancels only its own evaluations: jobs about several runs wait until all runs have
+ended, and use those that finished. A failed encoding cancels everything that needs its data.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,62 +11,63 @@ from typing import Any
 
 from ifvit import storage
 from ifvit.config import read_config
-from slurm.config import PipelineConfig, SweepConfig
+from slurm.config import PipelineConfig, SubmitTrainConfig
 from slurm.jobs import VerbJob
 from slurm.submit import Submission, absolute, add_evaluate, encode_jobs, expand_axes, train_job
 
-_FUNCTIONS = {
-    "reference": "ifvit.evaluation.references:make_reference",
-    "count": "ifvit.studies.object_counts:count_objects_of_runs",
-    "attention": "ifvit.analysis.attention_analysis:analyze_attention",
-    "report": "ifvit.studies.report:report",
-    "paper": "ifvit.studies.paper:report_paper",
-}
-_PAGES = ("report", "paper")
-
 
 def submit_pipeline(config: PipelineConfig) -> list[str]:
-    """Submit everything from images to pages; returns the ids of all jobs."""
+    """Submit all stages; return the ids of all jobs."""
     return _Pipeline(config).submit()
 
 
 class _Pipeline:
-    """The stages of one recipe, with the runs of its sweep spelled out."""
+    """The stages of one pipeline recipe, with the runs of its sweep as separate runs."""
 
     def __init__(self, config: PipelineConfig) -> None:
         self._config = config
-        sweep = _read_sweep(config.sweep) if config.sweep else None
-        swept = expand_axes(sweep) if sweep else []
-        self._swept = {sweep.run: [recipe.run for recipe in swept]} if sweep else {}
-        self._arrays = [*([recipe] for recipe in config.train), *([swept] if swept else [])]
+        self._arrays = [[recipe] for recipe in config.train]
+        self._sweep: dict[str, list[str]] = {}
+        if config.sweep:
+            flag = "--config" if Path(config.sweep).suffix else "--recipe"
+            sweep = read_config(SubmitTrainConfig, [flag, config.sweep], prog="ifvit submit train")
+            self._arrays.append(expand_axes(sweep))
+            self._sweep[sweep.run] = [recipe.run for recipe in self._arrays[-1]]
         self._submission = Submission(config, absolute(config.run), "pipeline")
 
     def submit(self) -> list[str]:
-        """Submit stage after stage; returns the ids of all jobs."""
         config, cluster = self._config, self._config.cluster
         encoded = self._add_each(encode_jobs(recipe, cluster) for recipe in config.encode)
         trained = self._add_each(
             ([train_job(recipe, cluster) for recipe in array] for array in self._arrays), encoded
         )
-        referenced = self._add_each([self._job("reference", r)] for r in config.references)
-        measured = self._add_evaluations(trained, encoded, referenced)
-        stages = (("count", config.count_objects), ("attention", config.attention))
+        referenced = self._add_each(
+            [self._job("evaluate --make_reference", recipe)] for recipe in config.references
+        )
+        evaluated = self._add_evaluations(trained, encoded, referenced)
         analysed = self._add_each(
             (
-                [replace(self._of_runs(verb, recipe), last_weights=self._last_weights())]
-                for verb, recipes in stages
+                [replace(self._job(verb, recipe), last_weights=self._last_weights())]
+                for verb, recipes in (
+                    ("count-objects", config.count_objects),
+                    ("analyze attention", config.attention),
+                )
                 for recipe in recipes
             ),
             encoded,
             trained,
         )
-        pages = {"report": config.report, "paper": config.paper}
+        cpu = replace(cluster.single_task(), gpus_per_node=0)
         reported = self._add_each(
-            ([self._of_runs(verb, page)] for verb, page in pages.items() if page),
+            (
+                [replace(self._job(verb, recipe), cluster=cpu)]
+                for verb, recipe in (("report", config.report), ("report paper", config.paper))
+                if recipe
+            ),
             encoded,
-            [*trained, *measured, *analysed],
+            [*trained, *evaluated, *analysed],
         )
-        return [*encoded, *trained, *referenced, *measured, *analysed, *reported]
+        return [*encoded, *trained, *referenced, *evaluated, *analysed, *reported]
 
     def _add_each(
         self,
@@ -79,13 +80,13 @@ class _Pipeline:
     def _add_evaluations(
         self, trained: Sequence[str], encoded: Sequence[str], referenced: Sequence[str]
     ) -> list[str]:
-        """Each waits for its own run, one of weights from elsewhere for all."""
+        """Add evaluations; each waits for its own run, or for all runs when it has another one."""
         runs = [recipe.run for array in self._arrays for recipe in array]
-        job_of = dict(zip(runs, trained, strict=False))  # what ran here has no ids any more
+        job_of = dict(zip(runs, trained, strict=False))  # there are no ids of jobs that ran here
         return [
             i
             for recipe in self._config.evaluate
-            for run in self._spell_out([recipe.weights])
+            for run in self._expand([recipe.weights])
             for i in add_evaluate(
                 self._submission,
                 replace(recipe, weights=run),
@@ -94,33 +95,24 @@ class _Pipeline:
             )
         ]
 
-    def _of_runs(self, verb: str, recipe: Any) -> VerbJob:
-        return self._job(verb, replace(recipe, runs=self._spell_out(recipe.runs)))
-
     def _job(self, verb: str, recipe: Any) -> VerbJob:
-        """A job of one task; pages are written without a GPU."""
-        cluster = self._config.cluster.single_task()
+        """Return a job of one task; the sweep's folder in `runs` becomes the sweep's runs."""
+        if hasattr(recipe, "runs"):
+            recipe = replace(recipe, runs=self._expand(recipe.runs))
         return VerbJob(
             verb=verb,
-            function=_FUNCTIONS[verb],
             config=recipe,
             run=absolute(self._config.run),
-            cluster=replace(cluster, gpus_per_node=0) if verb in _PAGES else cluster,
+            cluster=self._config.cluster.single_task(),
         )
 
-    def _spell_out(self, folders: Sequence[str]) -> list[str]:
-        """A sweep's folder stands for its runs."""
-        return [run for folder in folders for run in self._swept.get(folder, [folder])]
+    def _expand(self, folders: Sequence[str]) -> list[str]:
+        return [run for folder in folders for run in self._sweep.get(folder, [folder])]
 
     def _last_weights(self) -> dict[str, str]:
-        """Run => folder of the weights that it ends with."""
+        """Run => folder of its last weights."""
         return {
             recipe.run: storage.join(recipe.run, "weights", f"step_{recipe.max_steps:08d}")
             for array in self._arrays
             for recipe in array
         }
-
-
-def _read_sweep(name: str) -> SweepConfig:
-    flag = "--config" if Path(name).suffix else "--recipe"
-    return read_config(SweepConfig, [flag, name], prog="ifvit submit sweep")

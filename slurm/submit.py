@@ -1,4 +1,7 @@
-"""`ifvit submit train | encode | evaluate | sweep`: recipes => jobs."""
+"""`ifvit submit train | encode | evaluate`: turn recipes into SLURM jobs.
+
+`slurm.pipeline` submits its stages through the same `Submission`.
+"""
 
 import itertools
 import json
@@ -6,14 +9,13 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import submitit
-from submitit import Executor
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
@@ -28,218 +30,80 @@ from slurm.config import (
     SubmitConfig,
     SubmitEncodeConfig,
     SubmitEvaluateConfig,
-    SubmitSweepConfig,
     SubmitTrainConfig,
-    SweepConfig,
-    recipe_of,
-    sbatch_parameters,
 )
 from slurm.jobs import (
     JobRecord,
-    Revision,
     SubmissionRecord,
     VerbJob,
-    read_revision,
-    take_snapshot,
+    run_git,
     write_record,
+    write_snapshot,
 )
 
-_NEVER_MIND_TIMEOUTS = 1_000_000  # submitit's own limit; slurm.supervise decides instead
+_MAX_TIMEOUTS = 1_000_000
+"""submitit's own limit of requeues, which must not matter: slurm.supervise decides."""
 
-
-class Submission:
-    """Adds jobs one array after the other and keeps the record of `home` up to date."""
-
-    def __init__(self, config: SubmitConfig, home: str, name: str) -> None:
-        self._config, self._home, self._name = config, home, name
-        self._submitted = datetime.now(UTC)
-        self._jobs: list[JobRecord] = []
-        root = Path(config.cluster.folder).expanduser().absolute()
-        stem = f"{self._submitted:%Y-%m-%dT%H-%M-%S}_{name}_"
-        if config.dry_run:
-            self.folder, self._code = root / stem, root / "code"
-            self._revision = Revision(commit="", diff="")
-            return
-        self._code = take_snapshot(root / "code")
-        self.folder = Path(tempfile.mkdtemp(prefix=stem, dir=root))
-        self._revision = read_revision()
-
-    def add(
-        self, jobs: Sequence[VerbJob], after: Sequence[str] = (), ended: Sequence[str] = ()
-    ) -> list[str]:
-        """Submit jobs of one shape, several as an array.
-
-        They start once the jobs `after` have succeeded and the jobs `ended` have ended, however;
-        they are cancelled when one of the former fails. Returns their ids. Raises UserError when
-        SLURM is not there or refuses, which takes back the whole submission, or when a job that is
-        run here fails.
-        """
-        name = f"ifvit-{jobs[0].verb}"
-        parameters = sbatch_parameters(jobs[0].cluster, name, self.folder, self._code)
-        waits = {"afterok": after, "afterany": ended}
-        dependency = ",".join(f"{how}:{':'.join(ids)}" for how, ids in waits.items() if ids)
-        if dependency:
-            parameters["dependency"] = dependency
-            parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
-        if self._config.dry_run:
-            sys.stdout.write(self._script(parameters, len(jobs)) + "\n")
-            return [f"<{job.verb}_{number}>" for number, job in enumerate(jobs)]
-        executor = self._executor(jobs[0].cluster, parameters)
-        if self._config.executor != "slurm":
-            submitted = executor.submit_array(jobs)
-            self._record(jobs, submitted)
-            self._wait(submitted)
-            return []
-        try:
-            submitted = executor.submit_array(jobs)
-            self._record(jobs, submitted)
-        except FailedJobError as error:
-            self._take_back()
-            raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
-        except BaseException:  # whoever interrupts it must not search the queue for its jobs
-            self._take_back()
-            raise
-        self._say(jobs[0], submitted)
-        return [job.job_id for job in submitted]
-
-    def _executor(self, cluster: ClusterConfig, parameters: dict[str, Any]) -> Executor:
-        match self._config.executor:
-            case "debug":
-                return submitit.DebugExecutor(self.folder)
-            case "local":
-                local = submitit.LocalExecutor(self.folder, _NEVER_MIND_TIMEOUTS)
-                local.update_parameters(
-                    timeout_min=cluster.time_min,
-                    tasks_per_node=cluster.tasks,
-                    gpus_per_node=cluster.gpus_per_node,
-                    setup=parameters["setup"],
-                    stderr_to_stdout=True,
-                )
-                return local
-            case "slurm":
-                return self._slurm_executor(cluster, parameters)
-
-    def _slurm_executor(self, cluster: ClusterConfig, parameters: dict[str, Any]) -> Executor:
-        try:
-            python = shlex.quote(cluster.python)
-            executor = submitit.SlurmExecutor(self.folder, _NEVER_MIND_TIMEOUTS, python=python)
-        except RuntimeError:
-            raise UserError(
-                "no `srun` on this machine; submit from a login node of the cluster, "
-                "or run here with --executor local"
-            ) from None
-        executor.update_parameters(**parameters)
-        return executor
-
-    def _script(self, parameters: dict[str, Any], num_jobs: int) -> str:
-        python = shlex.quote(self._config.cluster.python)
-        return _make_sbatch_string(
-            command=f"{python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}",
-            folder=self.folder,
-            map_count=num_jobs if num_jobs > 1 else None,
-            **parameters,
-        )
-
-    def _record(self, jobs: Sequence[VerbJob], submitted: Sequence[submitit.Job[None]]) -> None:
-        self._jobs += [
-            JobRecord(job_id=known.job_id, verb=job.verb, run=job.run)
-            for job, known in zip(jobs, submitted, strict=True)
-        ]
-        record = SubmissionRecord(
-            submitted=self._submitted.isoformat(timespec="seconds"),
-            command=sys.argv,
-            commit=self._revision.commit,
-            folder=str(self.folder),
-            executor=self._config.executor,
-            jobs=self._jobs,
-        )
-        write_record(self._home, record, self._revision.diff)
-        for run in {job.run for job in jobs} - {self._home}:
-            own = [job for job in self._jobs if job.run == run]
-            write_record(run, replace(record, jobs=own), self._revision.diff)
-
-    def _take_back(self) -> None:
-        """Half a pipeline is of no use."""
-        if self._jobs:
-            subprocess.run(["scancel", *(job.job_id for job in self._jobs)], check=True)
-
-    def _say(self, job: VerbJob, submitted: Sequence[submitit.Job[None]]) -> None:
-        cluster, number = job.cluster, submitted[0].job_id.partition("_")[0]
-        array = f"array of {len(submitted)}, " if len(submitted) > 1 else ""
-        sys.stdout.write(
-            f"{number}: {job.verb}, {array}{cluster.nodes} nodes x {cluster.tasks} "
-            f"tasks; see ifvit submit status {self._home}\n"
-        )
-
-    def _wait(self, submitted: Sequence[submitit.Job[None]]) -> None:
-        for job in submitted:
-            job.wait()
-            if job.exception() is not None:
-                raise UserError(f"job {job.job_id} failed; its log is {job.paths.stdout}")
+Recipe = TypeVar("Recipe")
 
 
 def submit_train(config: SubmitTrainConfig) -> list[str]:
-    """Submit one training run; returns the job's id."""
-    recipe = recipe_of(TrainConfig, config)
-    return Submission(config, absolute(recipe.run), "train").add(
-        [train_job(recipe, config.cluster)]
-    )
+    """Submit one training run, or an array of runs with `axes`; return the job ids."""
+    recipes = expand_axes(config) if config.axes else [_recipe(TrainConfig, config)]
+    jobs = [train_job(recipe, config.cluster) for recipe in recipes]
+    name = "sweep" if config.axes else "train"
+    return Submission(config, absolute(config.run), name).add(jobs)
 
 
 def submit_encode(config: SubmitEncodeConfig) -> list[str]:
-    """Submit the encoding of one dataset; returns the ids of the array's jobs."""
-    recipe = recipe_of(EncodeConfig, config)
+    """Submit the encoding of one dataset; return the ids of the array's jobs."""
+    recipe = _recipe(EncodeConfig, config)
     submission = Submission(config, absolute(recipe.output), "encode")
     return submission.add(encode_jobs(recipe, config.cluster))
 
 
 def submit_evaluate(config: SubmitEvaluateConfig) -> list[str]:
-    """Submit the drawing, split over jobs, and the measuring after it; returns the latter's id."""
-    recipe = recipe_of(EvaluateConfig, config)
-    return add_evaluate(Submission(config, _home(recipe), "evaluate"), recipe, config.cluster)
+    """Submit the generation of samples and the measuring; return the id of the latter."""
+    recipe = _recipe(EvaluateConfig, config)
+    submission = Submission(config, _evaluation_home(recipe), "evaluate")
+    return add_evaluate(submission, recipe, config.cluster)
 
 
-def submit_sweep(config: SubmitSweepConfig) -> list[str]:
-    """Submit a training run for every combination of the axes' values; returns the jobs' ids."""
-    runs = [train_job(recipe, config.cluster) for recipe in expand_axes(config)]
-    return Submission(config, absolute(config.run), "sweep").add(runs)
+def _recipe(cls: type[Recipe], config: Any) -> Recipe:
+    """Return the fields of a submit configuration that belong to the verb itself."""
+    return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})  # type: ignore[arg-type]
 
 
-def expand_axes(config: SweepConfig) -> list[TrainConfig]:
-    """The recipes of a sweep's runs; raises UserError for a field that no recipe has."""
-    base = dump_config(recipe_of(TrainConfig, config))
+def expand_axes(config: SubmitTrainConfig) -> list[TrainConfig]:
+    """Return one recipe per combination of the axes' values.
+
+    Raises UserError for a field that the recipe does not have.
+    """
+    base = dump_config(_recipe(TrainConfig, config))
     recipes = []
     for point in itertools.product(*(axis.items() for axis in config.axes)):
         name = "-".join(value for value, _ in point)
-        flags = [flag for _, fields in point for flag in _flags(fields)]
+        flags = [
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for _, changes in point
+            for key, value in changes.items()
+        ]
         argv = ["--config", base, *flags, "--run", storage.join(config.run, name)]
-        recipes.append(read_config(TrainConfig, argv, prog=f"ifvit submit sweep: {name}"))
+        recipes.append(read_config(TrainConfig, argv, prog=f"ifvit submit train, axes: {name}"))
     return recipes
 
 
-def _flags(fields: dict[str, Any]) -> Iterator[str]:
-    for key, value in fields.items():
-        yield f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
-
-
 def train_job(recipe: TrainConfig, cluster: ClusterConfig) -> VerbJob:
-    """One training run on all nodes of the cluster."""
-    return VerbJob(
-        verb="train",
-        function="ifvit.training.train:train",
-        config=recipe,
-        run=absolute(recipe.run),
-        cluster=cluster,
-    )
+    """Return a training job on all nodes of the cluster."""
+    return VerbJob(verb="train", config=recipe, run=absolute(recipe.run), cluster=cluster)
 
 
 def encode_jobs(recipe: EncodeConfig, cluster: ClusterConfig) -> list[VerbJob]:
-    """The encoding of one dataset in `num_tasks` shares."""
+    """Return `num_tasks` jobs that together encode one dataset."""
     num_tasks = recipe.num_tasks or 1
     return [
         VerbJob(
             verb="encode",
-            function="data_pipeline.encode:encode",
             config=replace(recipe, num_tasks=num_tasks, task=task),
             run=absolute(recipe.output),
             cluster=cluster.single_task(),
@@ -249,30 +113,200 @@ def encode_jobs(recipe: EncodeConfig, cluster: ClusterConfig) -> list[VerbJob]:
 
 
 def add_evaluate(
-    submission: Submission,
+    submission: "Submission",
     recipe: EvaluateConfig,
     cluster: ClusterConfig,
     after: Sequence[str] = (),
 ) -> list[str]:
-    """Draw in an array, then measure; returns the latter's id."""
+    """Add an array of jobs that generate samples and a job that measures; return its id."""
     job = VerbJob(
         verb="evaluate",
-        function="ifvit.evaluation.evaluate:evaluate",
         config=replace(recipe, num_tasks=1, task=0),
-        run=_home(recipe),
+        run=_evaluation_home(recipe),
         cluster=cluster.single_task(),
     )
     if recipe.num_tasks > 1:
-        shares = [replace(recipe, task=task) for task in range(recipe.num_tasks)]
-        after = submission.add([replace(job, config=share) for share in shares], after)
+        parts = [replace(recipe, task=task) for task in range(recipe.num_tasks)]
+        after = submission.add([replace(job, config=part) for part in parts], after)
     return submission.add([job], after)
 
 
-def _home(recipe: EvaluateConfig) -> str:
-    """The run whose weights are measured, or the folder that receives the rows."""
+def _evaluation_home(recipe: EvaluateConfig) -> str:
+    """Return the run whose weights are measured, or the output folder of the rows."""
     return absolute(recipe.output or recipe.weights.partition("/weights/")[0])
 
 
 def absolute(url: str) -> str:
-    """What jobs and people in other folders call it."""
+    """Return a URL, or a path that jobs and users in other folders can use."""
     return url if storage.is_remote(url) else str(Path(url).absolute())
+
+
+class Submission:
+    """One call of `ifvit submit`. Adds jobs, one array at a time, and records them in `home`."""
+
+    def __init__(self, config: SubmitConfig, home: str, name: str) -> None:
+        self._config, self._home = config, home
+        self._submitted = datetime.now(UTC)
+        self._jobs: list[JobRecord] = []
+        root = Path(config.cluster.folder).expanduser().absolute()
+        stem = f"{self._submitted:%Y-%m-%dT%H-%M-%S}_{name}_"
+        if config.dry_run:
+            self._code, self._folder = root / "code", root / stem
+        else:
+            self._code = write_snapshot(root / "code")
+            self._folder = Path(tempfile.mkdtemp(prefix=stem, dir=root))
+            self._commit, self._diff = run_git("rev-parse", "HEAD").strip(), run_git("diff", "HEAD")
+
+    def add(
+        self, jobs: Sequence[VerbJob], after: Sequence[str] = (), ended: Sequence[str] = ()
+    ) -> list[str]:
+        """Submit jobs of one verb, several of them as an array; return their ids.
+
+        The jobs start after all jobs of `after` have succeeded and all jobs of `ended` have ended;
+        SLURM cancels them when a job of `after` fails. Raises UserError when there is no SLURM,
+        when a job fails that runs on this machine, or when sbatch refuses the jobs. In the last
+        case all jobs of this submission are cancelled.
+        """
+        waits = {"afterok": after, "afterany": ended}
+        dependency = ",".join(f"{how}:{':'.join(ids)}" for how, ids in waits.items() if ids)
+        parameters = sbatch_parameters(jobs[0], self._folder, self._code, dependency)
+        if self._config.dry_run:
+            sys.stdout.write(self._script(parameters, len(jobs)) + "\n")
+            return [f"<{job.name}_{number}>" for number, job in enumerate(jobs)]
+        if self._config.executor != "slurm":
+            self._run_here(jobs, parameters["setup"])
+            return []
+        executor = self._slurm_executor()
+        executor.update_parameters(**parameters)
+        try:
+            submitted = executor.submit_array(jobs)
+            self._record(jobs, submitted)
+        except FailedJobError as error:
+            self._cancel()
+            raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
+        except BaseException:  # also after Ctrl-C no jobs may be left in the queue
+            self._cancel()
+            raise
+        cluster, number = jobs[0].cluster, submitted[0].job_id.partition("_")[0]
+        array = f"array of {len(jobs)}, " if len(jobs) > 1 else ""
+        sys.stdout.write(
+            f"{number}: {jobs[0].verb}, {array}{cluster.nodes} nodes x {cluster.tasks_per_node} "
+            f"tasks; see ifvit submit status {self._home}\n"
+        )
+        return [job.job_id for job in submitted]
+
+    def _script(self, parameters: dict[str, Any], num_jobs: int) -> str:
+        python = shlex.quote(self._config.cluster.python)
+        return _make_sbatch_string(
+            command=f"{python} -u -m submitit.core._submit {shlex.quote(str(self._folder))}",
+            folder=self._folder,
+            map_count=num_jobs if num_jobs > 1 else None,
+            **parameters,
+        )
+
+    def _slurm_executor(self) -> submitit.SlurmExecutor:
+        try:
+            python = shlex.quote(self._config.cluster.python)
+            return submitit.SlurmExecutor(self._folder, _MAX_TIMEOUTS, python=python)
+        except RuntimeError:
+            raise UserError(
+                "no `srun` on this machine; submit from a login node of the cluster, "
+                "or run here with --executor local"
+            ) from None
+
+    def _run_here(self, jobs: Sequence[VerbJob], setup: Sequence[str]) -> None:
+        """Run the jobs in processes on this machine, or in this process, until they have ended."""
+        cluster = jobs[0].cluster
+        executor: submitit.Executor
+        if self._config.executor == "debug":
+            executor = submitit.DebugExecutor(self._folder)
+        else:
+            executor = submitit.LocalExecutor(self._folder, _MAX_TIMEOUTS)
+            executor.update_parameters(
+                timeout_min=cluster.time_min,
+                tasks_per_node=cluster.tasks_per_node,
+                gpus_per_node=cluster.gpus_per_node,
+                setup=setup,
+                stderr_to_stdout=True,
+            )
+        submitted = executor.submit_array(jobs)
+        self._record(jobs, submitted)
+        for job in submitted:
+            job.wait()
+            if job.exception() is not None:
+                raise UserError(f"job {job.job_id} failed; see its log {job.paths.stdout}")
+
+    def _record(self, jobs: Sequence[VerbJob], submitted: Sequence[submitit.Job[None]]) -> None:
+        self._jobs += [
+            JobRecord(job_id=known.job_id, verb=job.verb, run=job.run)
+            for job, known in zip(jobs, submitted, strict=True)
+        ]
+        record = SubmissionRecord(
+            submitted=self._submitted.isoformat(timespec="seconds"),
+            command=sys.argv,
+            commit=self._commit,
+            folder=str(self._folder),
+            executor=self._config.executor,
+            jobs=self._jobs,
+        )
+        write_record(self._home, record, self._diff)
+        for run in {job.run for job in jobs} - {self._home}:
+            own = [job for job in self._jobs if job.run == run]
+            write_record(run, replace(record, jobs=own), self._diff)
+
+    def _cancel(self) -> None:
+        if self._jobs:
+            subprocess.run(["scancel", *(job.job_id for job in self._jobs)], check=True)
+
+
+def sbatch_parameters(job: VerbJob, folder: Path, code: Path, dependency: str) -> dict[str, Any]:
+    """Return submitit's parameters of the sbatch script for `job`, with its files in `folder`.
+
+    The tasks run the snapshot `code`. After the tasks the script calls `slurm.supervise`, which
+    decides whether the job is requeued.
+    """
+    cluster = job.cluster
+    srun_args = [
+        f"--cpus-per-task={cluster.cpus_per_task}",  # since SLURM 22.05 not inherited from sbatch
+        f"--wait={cluster.exit_wait_s}",
+        "--open-mode=append",
+    ]
+    if cluster.container_image:
+        srun_args.append(f"--container-image={cluster.container_image}")
+    if cluster.container_mounts:
+        srun_args.append(f"--container-mounts={cluster.container_mounts}")
+    megabytes = round((cluster.mem_gb_per_task or 0) * 1024) * cluster.tasks_per_node
+    parameters = {
+        "job_name": job.name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "exclude": cluster.exclude,
+        "time": cluster.time_min,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.tasks_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "mem": f"{megabytes}M" if megabytes else None,
+        "signal_delay_s": cluster.signal_delay_s,
+        "stderr_to_stdout": True,
+        "dependency": dependency or None,
+        "additional_parameters": {
+            "requeue": True,
+            "kill-on-invalid-dep": "yes",
+            **cluster.sbatch,
+        },
+        "setup": [
+            # SIGTERM must not end the script before `supervise` has run.
+            "trap : TERM",
+            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            # Without it `python -m` prefers the working directory, which may be an edited checkout.
+            "export PYTHONSAFEPATH=1",
+            *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()),
+            *cluster.setup,
+        ],
+        "srun_args": srun_args,
+        "teardown": [
+            f"{shlex.quote(sys.executable)} -m slurm.supervise {shlex.quote(str(folder))} $?"
+        ],
+    }
+    return {key: value for key, value in parameters.items() if value is not None}

@@ -1,9 +1,9 @@
-"""The last line of every sbatch script: the tasks have ended, shall the job be requeued?
+"""The last line of every sbatch script: decides after the tasks whether the job is requeued.
 
     python -m slurm.supervise FOLDER EXIT_CODE
 
-Exit code 0 is the end, 2 a user's mistake. Anything else, preemption and time limit (75) or a
-crash, is requeued unless start after start saves nothing new.
+Exit code 0 means done and 2 a mistake of the user. After any other exit code, such as preemption
+and time limit (75) or a crash, the job is requeued, unless several starts in a row saved no work.
 """
 
 import json
@@ -27,12 +27,10 @@ HARDWARE_FAILURE = re.compile(
     r"|all CUDA-capable devices are busy or unavailable|no CUDA-capable device is detected"
     r"|Stale file handle"
 )
-"""What a task prints when it is its node that is broken."""
+"""Messages of a task on a node with broken hardware."""
 
 TASK_START = "Starting with JobEnvironment("
-"""What submitit writes first into a task's log, at every start."""
-
-_TAIL_BYTES = 1 << 20
+"""The first line that submitit writes into a task's log at every start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,74 +42,37 @@ class Start:
     exit_code: int
     nodes: str
     progress: str
-    """What `VerbJob.progress` said at the end."""
+    """`VerbJob.progress` at the end."""
     bad_nodes: tuple[str, ...]
 
 
-def starts_file(folder: Path, job_id: str) -> Path:
-    """Where a job's starts are written down."""
-    return folder / f"{job_id}_starts.jsonl"
-
-
-def read_starts(folder: Path, job_id: str) -> list[Start]:
-    """All ended starts of a job, oldest first."""
-    path = starts_file(folder, job_id)
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [Start(**json.loads(line)) for line in lines]
-
-
-def reason_to_stop(starts: Sequence[Start], max_stalled: int) -> str | None:
-    """Why the job must not be requeued after its last start; None: requeue it."""
-    last = starts[-1]
-    if last.exit_code == 2:
-        return "the recipe is refused, see the line that begins with `error:` above"
-    progress = ["", *(start.progress for start in starts)]
-    stalled = 0
-    while stalled < len(starts) and progress[-1 - stalled] == progress[-2 - stalled]:
-        stalled += 1
-    if stalled >= max_stalled:
-        return f"{stalled} starts in a row saved nothing new, the last with exit {last.exit_code}"
-    return None
-
-
-def find_bad_nodes(folder: Path, job_id: str) -> tuple[str, ...]:
-    """Nodes whose tasks, in their last start, reported broken hardware."""
-    found = set()
-    pattern = JobPaths(folder, job_id).stdout.name.replace("_0_log", "_*_log")
-    for log in folder.glob(pattern):
-        text = log.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
-        last_start = text.rpartition(TASK_START)[2]
-        host = re.search(r"hostname=([^,.]+)", last_start)
-        if host and HARDWARE_FAILURE.search(last_start):
-            found.add(host[1])
-    return tuple(sorted(found))
-
-
 def supervise(folder: Path, exit_code: int) -> int:
-    """Requeue the job of this batch script or say why not; returns the script's exit code."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes with the requeue, before all is done
-    job_id = _own_job_id()
+    """Requeue this script's job or print why not; return the exit code of the script."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it during the requeue
     if exit_code == 0:
         return 0
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    job_id = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     job = load_job(folder, job_id)
+    starts = read_starts(folder, job_id)
     crashed = exit_code not in (2, EXIT_PREEMPTED)
     start = Start(
         ended=time.time(),
         exit_code=exit_code,
         nodes=os.environ["SLURM_JOB_NODELIST"],
-        progress=_progress(job, read_starts(folder, job_id)),
+        progress=_progress(job, starts),
         bad_nodes=find_bad_nodes(folder, job_id) if crashed else (),
     )
-    with starts_file(folder, job_id).open("a") as file:
+    starts.append(start)
+    with _starts_file(folder, job_id).open("a") as file:
         file.write(json.dumps(asdict(start)) + "\n")
-    starts = read_starts(folder, job_id)
     reason = reason_to_stop(starts, job.cluster.max_stalled_starts)
     if reason:
-        _say(f"job {job_id} is not requeued: {reason}")
+        _print(f"job {job_id} is not requeued: {reason}")
         return exit_code
     if not _may_requeue(job_id):
         return exit_code
-    _say(f"job {job_id} ended with exit {exit_code} on {start.nodes}; requeued")
+    _print(f"job {job_id} ended with exit code {exit_code} on {start.nodes}; requeued")
     subprocess.run(["scontrol", "requeue", job_id], check=True)
     bad_nodes = sorted({node for start in starts for node in start.bad_nodes})
     if bad_nodes:
@@ -119,24 +80,55 @@ def supervise(folder: Path, exit_code: int) -> int:
     return exit_code
 
 
-def _own_job_id() -> str:
-    """As submitit names it: `123`, or `123_4` in an array."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+def _starts_file(folder: Path, job_id: str) -> Path:
+    return folder / f"{job_id}_starts.jsonl"
+
+
+def read_starts(folder: Path, job_id: str) -> list[Start]:
+    """Read all ended starts of a job, oldest first."""
+    path = _starts_file(folder, job_id)
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [Start(**json.loads(line)) for line in lines]
+
+
+def reason_to_stop(starts: Sequence[Start], max_stalled: int) -> str | None:
+    """Return why the job must not be requeued after its last start; None to requeue it."""
+    exit_code = starts[-1].exit_code
+    if exit_code == 2:
+        return "the recipe has a mistake, see the line above that begins with `error:`"
+    progress = ["", *(start.progress for start in starts)]
+    stalled = 0
+    while stalled < len(starts) and progress[-1 - stalled] == progress[-2 - stalled]:
+        stalled += 1
+    if stalled >= max_stalled:
+        return f"{stalled} starts in a row saved no new work, the last with exit code {exit_code}"
+    return None
+
+
+def find_bad_nodes(folder: Path, job_id: str) -> tuple[str, ...]:
+    """Find the nodes whose tasks reported broken hardware in their last start."""
+    found = set()
+    pattern = JobPaths(folder, job_id).stdout.name.replace("_0_log", "_*_log")
+    for log in folder.glob(pattern):
+        text = log.read_bytes()[-(1 << 20) :].decode(errors="replace")
+        last_start = text.rpartition(TASK_START)[2]
+        host = re.search(r"hostname=([^,.]+)", last_start)
+        if host and HARDWARE_FAILURE.search(last_start):
+            found.add(host[1])
+    return tuple(sorted(found))
 
 
 def _progress(job: VerbJob, starts: Sequence[Start]) -> str:
-    """What the job says; a store that does not answer counts as no progress, not as the end."""
+    """Return the job's progress; when the store does not answer, that of the last start."""
     try:
         return job.progress()
     except Exception as error:
-        _say(f"progress of {job.run} cannot be read now: {error}")
+        _print(f"the progress of {job.run} cannot be read: {error}")
         return starts[-1].progress if starts else ""
 
 
 def _may_requeue(job_id: str) -> bool:
-    """Not when the job was cancelled, or when SLURM itself is requeueing it already."""
+    """Return False when the job was cancelled or SLURM itself requeues it."""
     shown = subprocess.run(
         ["scontrol", "show", "job", "-o", job_id], check=True, capture_output=True, text=True
     ).stdout
@@ -149,12 +141,12 @@ def _exclude(job_id: str, excluded: str | None, bad_nodes: Sequence[str]) -> Non
     command = ["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}"]
     for _ in range(20):
         if subprocess.run(command, check=False).returncode == 0:
-            _say(f"job {job_id} will avoid {nodes}: its log names broken hardware there")
+            _print(f"job {job_id} will avoid {nodes}: its log reports broken hardware there")
             return
         time.sleep(0.2)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(f"ifvit: {text}\n")
     sys.stdout.flush()
 

@@ -12,13 +12,14 @@ from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.models.config import CLASS_PRESETS, PRESETS
 from ifvit.training.config import OptimConfig, TrainConfig
-from slurm.config import PipelineConfig, SweepConfig
+from slurm.config import PipelineConfig, SubmitTrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+SWEEP = CONFIGS / "train" / "coco256_paper.yaml"
 RECIPES = [
     *((EncodeConfig, path) for path in sorted(CONFIGS.glob("data/*.yaml"))),
-    *((TrainConfig, path) for path in sorted(CONFIGS.glob("train/*.yaml"))),
-    *((SweepConfig, path) for path in sorted(CONFIGS.glob("sweep/*.yaml"))),
+    *((TrainConfig, path) for path in sorted(CONFIGS.glob("train/*.yaml")) if path != SWEEP),
+    (SubmitTrainConfig, SWEEP),
     *((PipelineConfig, path) for path in sorted(CONFIGS.glob("pipeline/*.yaml"))),
 ]
 
@@ -38,7 +39,7 @@ def test_a_recipe_is_accepted_and_survives_a_round_trip(
     [
         (TrainConfig, "train/coco256_early"),
         (TrainConfig, "train/coco256_intermediate"),
-        (SweepConfig, "sweep/coco256_paper"),
+        (SubmitTrainConfig, "train/coco256_paper"),
     ],
 )
 def test_the_papers_recipes_are_its_table_3(cls: type[TrainConfig], name: str) -> None:

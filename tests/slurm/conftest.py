@@ -1,10 +1,13 @@
-"""A small dataset and a recipe for jobs."""
+"""A small dataset, a recipe, and commands that stand in for SLURM's."""
 
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from small_jobs import NUM_IMAGES, encoding, training
+from small_jobs import NUM_IMAGES, Command, encoding, training
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
@@ -35,8 +38,50 @@ def recipe(shards: str, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def command(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Function that puts a shell script in front of a command of SLURM."""
+    folder = tmp_path_factory.mktemp("bin")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def write(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    return write
+
+
+@pytest.fixture
+def queue(tmp_path: Path, command: Command) -> Path:
+    """Folder in which `sbatch` keeps scripts, 1.sh and so on; it refuses more than `room`."""
+    folder = tmp_path / "queue"
+    folder.mkdir()
+    (folder / "room").write_text("100")
+    command("srun", "")
+    command("scancel", f"echo $* >{folder}/cancelled")
+    command(
+        "sbatch",
+        f"""
+        cd {folder}
+        number=$(($(ls *.sh 2>/dev/null | wc -l) + 1))
+        [ $number -le $(cat room) ] || {{ echo 'sbatch: error: no such nodes' >&2; exit 1; }}
+        cp "$1" $number.sh
+        echo Submitted batch job $number""",
+    )
+    return folder
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Restores the signal handlers that a job replaces."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The wall time of everything that SLURM ran."""
+    """Print the wall time of the tests that ran jobs on SLURM."""
     reports = terminalreporter.getreports("passed")
     jobs = [r for r in reports if r.when == "call" and "test_jobs_on_slurm" in r.nodeid]
     if jobs:

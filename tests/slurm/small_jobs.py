@@ -1,4 +1,4 @@
-"""Recipes of jobs that take seconds, and what to wait for while they run."""
+"""Recipes of jobs that take seconds, and functions that wait for jobs and look at them."""
 
 import json
 import socket
@@ -9,10 +9,12 @@ from typing import Any
 
 from ifvit import storage
 from slurm.config import LogsConfig
-from slurm.status import JobStatus, collect, find_log
+from slurm.jobs import VerbJob
+from slurm.status import JobStatus, find_log, read_statuses
 
+Command = Callable[[str, str], None]
 PATIENCE = 600.0
-"""Seconds after which a job is taken for stuck."""
+"""Seconds after which a job counts as stuck."""
 NUM_IMAGES = 48
 BACKBONE = {
     "latent_size": 8,
@@ -60,23 +62,23 @@ def training(run: str, shards: str) -> dict[str, object]:
     }
 
 
-def wait_until(true: Callable[[], Any], what: str) -> None:
-    """Poll until `true()`; fails after PATIENCE seconds."""
+def wait_until(is_true: Callable[[], Any], what: str) -> None:
+    """Poll until `is_true()`; fail after PATIENCE seconds."""
     end = time.monotonic() + PATIENCE
-    while not true():
+    while not is_true():
         assert time.monotonic() < end, f"waited {PATIENCE:.0f} s for {what}"
         time.sleep(0.2)
 
 
 def wait_for_jobs(home: str) -> list[JobStatus]:
-    """The statuses of a run's jobs once all have ended; each must have completed."""
+    """Wait until all jobs of a run have ended; return their statuses. Each must have completed."""
 
-    def has_failed_or_all_ended() -> bool:
-        statuses = collect(home)
+    def has_ended() -> bool:
+        statuses = read_statuses(home)
         return all(s.has_ended for s in statuses) or any(s.state == "FAILED" for s in statuses)
 
-    wait_until(has_failed_or_all_ended, f"the jobs of {home}")
-    statuses = collect(home)
+    wait_until(has_ended, f"the jobs of {home}")
+    statuses = read_statuses(home)
     for status in statuses:
         if status.state != "COMPLETED":
             log = find_log(LogsConfig(run=home, job=status.job_id)).read_text()
@@ -84,14 +86,14 @@ def wait_for_jobs(home: str) -> list[JobStatus]:
     return statuses
 
 
-def losses(run: str) -> dict[int, float]:
+def read_losses(run: str) -> dict[int, float]:
     """Loss of every logged step."""
     rows = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()
     return {row["step"]: row["loss"] for row in map(json.loads, rows)}
 
 
-def task_pids(job_id: str) -> dict[int, int]:
-    """Process ids of a job's python tasks, by rank; both virtual nodes are this machine."""
+def find_tasks(job_id: str) -> dict[int, int]:
+    """Rank => process id of a job's tasks; the virtual nodes are this machine."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -100,17 +102,19 @@ def task_pids(job_id: str) -> dict[int, int]:
                 continue
             pairs = (process / "environ").read_bytes().decode().split("\0")
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
         variables = dict(pair.partition("=")[::2] for pair in pairs)
         if variables.get("SLURM_JOB_ID") == job_id and "SLURM_STEP_ID" in variables:
             found[int(variables["SLURM_PROCID"])] = int(process.name)
     return found
 
 
-def fail_on_the_first_node(marker: str) -> None:
-    """A job: says that the hardware is broken where it runs first, then writes where it runs."""
-    first, then = Path(marker, "first"), Path(marker, "then")
-    if not first.exists():
-        first.write_text(socket.gethostname())
-        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
-    then.write_text(socket.gethostname())
+class BrokenNodeJob(VerbJob):
+    """Reports broken hardware on its first node, then succeeds; writes the names of both nodes."""
+
+    def __call__(self) -> None:
+        first, then = Path(self.run, "first"), Path(self.run, "then")
+        if not first.exists():
+            first.write_text(socket.gethostname())
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        then.write_text(socket.gethostname())

@@ -1,4 +1,4 @@
-"""Jobs on a real cluster: what SLURM does to them must not show in what they compute."""
+"""Jobs on a real cluster: interruptions by SLURM must not change what the jobs compute."""
 
 import math
 import os
@@ -19,9 +19,10 @@ import yaml
 from small_jobs import (
     BACKBONE,
     PATIENCE,
+    BrokenNodeJob,
     encoding,
-    losses,
-    task_pids,
+    find_tasks,
+    read_losses,
     training,
     wait_for_jobs,
     wait_until,
@@ -29,8 +30,7 @@ from small_jobs import (
 
 from ifvit import storage
 from slurm.config import ClusterConfig, SubmitConfig
-from slurm.jobs import VerbJob
-from slurm.status import collect
+from slurm.status import read_statuses
 from slurm.submit import Submission
 
 pytestmark = pytest.mark.slurm
@@ -39,7 +39,7 @@ CLUSTER = str(ROOT / "configs" / "cluster" / "virtual.yaml")
 
 
 def submit(verb: str, recipe: dict[str, object], folder: Path, *flags: str) -> str:
-    """Call `ifvit submit VERB` on two virtual nodes; returns what it prints."""
+    """Call `ifvit submit VERB` for the two virtual nodes; return its output."""
     path = folder / f"{verb}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     cluster = ["--cluster", CLUSTER, "--cluster.folder", str(folder / "jobs")]
@@ -59,51 +59,40 @@ class Run:
     seconds: float
 
 
-class Trainer:
-    """Submits training runs to an object store and disturbs them once they have a checkpoint."""
-
-    def __init__(self, shards: str, folder: Path, store: str) -> None:
-        self._shards, self._folder, self._store = shards, folder, store
-
-    def __call__(self, name: str, disturb: Callable[[str], None]) -> Run:
-        started = time.monotonic()
-        folder = self._folder / name
-        folder.mkdir()
-        run = storage.join(self._store, name)
-        job_id = submit("train", training(run, self._shards), folder).split(":")[0]
-        wait_until(
-            lambda: storage.exists(storage.join(run, "checkpoints", "latest")), "a checkpoint"
-        )
+def train(shards: str, folder: Path, run: str, disturb: Callable[[str], None] | None) -> Run:
+    """Train on SLURM into an object store; call `disturb` with the job id at a checkpoint."""
+    started = time.monotonic()
+    folder.mkdir()
+    job_id = submit("train", training(run, shards), folder).split(":")[0]
+    latest = storage.join(run, "checkpoints", "latest")
+    wait_until(lambda: storage.exists(latest), "a checkpoint")
+    if disturb:
         disturb(job_id)
-        [status] = wait_for_jobs(run)
-        return Run(
-            losses=losses(run),
-            requeues=status.requeues,
-            log=next(folder.glob("jobs/*/*_0_log.out")).read_text(),
-            seconds=time.monotonic() - started,
-        )
-
-
-def leave_alone(job_id: str) -> None:
-    """The undisturbed run."""
+    [status] = wait_for_jobs(run)
+    return Run(
+        losses=read_losses(run),
+        requeues=status.requeues,
+        log=next(folder.glob("jobs/*/*_0_log.out")).read_text(),
+        seconds=time.monotonic() - started,
+    )
 
 
 def requeue(job_id: str) -> None:
-    """What an administrator does, or a job of higher priority."""
+    """Requeue as an administrator does, or a job of higher priority."""
     subprocess.run(["scontrol", "requeue", job_id], check=True)
 
 
 def kill_one_task(job_id: str) -> None:
-    """What the kernel does when memory is short."""
-    os.kill(task_pids(job_id)[1], signal.SIGKILL)
+    """Kill as the kernel does when memory is short."""
+    os.kill(find_tasks(job_id)[1], signal.SIGKILL)
 
 
 def run_out_of_time(job_id: str) -> None:
-    """Freeze the tasks until SLURM signals the coming end of their time, which thaws them too."""
-    for task in task_pids(job_id).values():
+    """Stop the tasks until SLURM signals that their time is almost over; it also continues them."""
+    for task in find_tasks(job_id).values():
         os.kill(task, signal.SIGSTOP)
     set_time_limit(job_id, math.ceil((seconds_run(job_id) + 45) / 60))
-    wait_until(lambda: not task_pids(job_id), "the end of the tasks")
+    wait_until(lambda: not find_tasks(job_id), "the end of the tasks")
     set_time_limit(job_id, 60)
 
 
@@ -121,22 +110,34 @@ def set_time_limit(job_id: str, minutes: int) -> None:
     subprocess.run(command, check=True)
 
 
+DISTURBANCES = {
+    "none": None,
+    "requeue": requeue,
+    "kill_one_task": kill_one_task,
+    "run_out_of_time": run_out_of_time,
+}
+
+
 @pytest.fixture(scope="module")
 def runs(
     shards: str, s3_module_bucket: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Run]]]:
-    """All runs at once: most of their time they wait for SLURM."""
-    train = Trainer(shards, tmp_path_factory.mktemp("runs"), s3_module_bucket)
-    disturbances = [leave_alone, requeue, kill_one_task, run_out_of_time]
-    with ThreadPoolExecutor(len(disturbances)) as pool:
-        yield {d.__name__: pool.submit(train, d.__name__, d) for d in disturbances}
+    """All runs at once, because they mostly wait for SLURM."""
+    folder = tmp_path_factory.mktemp("runs")
+    with ThreadPoolExecutor(len(DISTURBANCES)) as pool:
+        yield {
+            name: pool.submit(
+                train, shards, folder / name, storage.join(s3_module_bucket, name), disturb
+            )
+            for name, disturb in DISTURBANCES.items()
+        }
 
 
 @pytest.mark.s3
 def test_two_nodes_train_to_the_last_step(
     runs: dict[str, Future[Run]], record_property: Callable[[str, object], None]
 ) -> None:
-    run = runs["leave_alone"].result()
+    run = runs["none"].result()
     record_property("seconds", run.seconds)
     assert sorted(run.losses) == list(range(1, 241))
     assert run.requeues == 0
@@ -147,7 +148,7 @@ def test_two_nodes_train_to_the_last_step(
     ("disturbance", "exit_code"),
     [("requeue", None), ("kill_one_task", 137), ("run_out_of_time", 75)],
 )
-def test_a_disturbed_run_ends_as_the_undisturbed_one(
+def test_a_disturbed_run_ends_like_the_undisturbed_one(
     disturbance: str,
     exit_code: int | None,
     runs: dict[str, Future[Run]],
@@ -156,12 +157,12 @@ def test_a_disturbed_run_ends_as_the_undisturbed_one(
     run = runs[disturbance].result()
     record_property("seconds", run.seconds)
     assert run.requeues >= 1
-    assert run.losses == pytest.approx(runs["leave_alone"].result().losses, rel=1e-6)
-    if exit_code is not None:  # a job that SLURM requeues is not supervised to its end
-        assert f"ended with exit {exit_code}" in run.log
+    assert run.losses == pytest.approx(runs["none"].result().losses, rel=1e-6)
+    if exit_code is not None:  # `supervise` does not finish in a job that SLURM itself requeues
+        assert f"ended with exit code {exit_code}" in run.log
 
 
-def test_a_sweep_is_an_array_of_runs(shards: str, tmp_path: Path) -> None:
+def test_a_recipe_with_axes_is_an_array_of_runs(shards: str, tmp_path: Path) -> None:
     home = str(tmp_path / "sweep")
     axes = [
         {
@@ -171,15 +172,15 @@ def test_a_sweep_is_an_array_of_runs(shards: str, tmp_path: Path) -> None:
         {"seed1": {"seed": 1}, "seed2": {"seed": 2}},
     ]
     recipe = {**training(home, shards), "axes": axes, "max_steps": 5}
-    submit("sweep", recipe, tmp_path, "--cluster.nodes", "1")
+    submit("train", recipe, tmp_path, "--cluster.nodes", "1")
     statuses = wait_for_jobs(home)
     names = ["early-seed1", "early-seed2", "intermediate-seed1", "intermediate-seed2"]
     assert sorted(Path(status.run).name for status in statuses) == names
-    assert len({losses(f"{home}/{name}")[5] for name in names}) == 4
+    assert len({read_losses(f"{home}/{name}")[5] for name in names}) == 4
 
 
 def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> None:
-    """Of two runs one fails: it takes its evaluation with it, the pages are made without it."""
+    """One of two runs fails: its evaluation is cancelled, and the pages are made without it."""
     shards, run, failing = (str(tmp_path / name) for name in ("shards", "run", "failing"))
     page = tmp_path / "report.html"
     evaluation = {
@@ -213,15 +214,15 @@ def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> 
         "report": {"runs": [run, failing], "output": str(page)},
     }
     submit("pipeline", pipeline, tmp_path)
-    wait_until(lambda: all(job.has_ended for job in collect(run)), "the pipeline")
-    states = Counter((job.verb, job.state, Path(job.run).name) for job in collect(run))
+    wait_until(lambda: all(job.has_ended for job in read_statuses(run)), "the pipeline")
+    states = Counter((job.verb, job.state, Path(job.run).name) for job in read_statuses(run))
     assert states == {
         ("encode", "COMPLETED", "shards"): 4,
         ("train", "COMPLETED", "run"): 1,
         ("train", "FAILED", "failing"): 1,
         ("evaluate", "COMPLETED", "run"): 3,
         ("evaluate", "CANCELLED", "failing"): 3,
-        ("count", "COMPLETED", "run"): 1,
+        ("count-objects", "COMPLETED", "run"): 1,
         ("report", "COMPLETED", "run"): 1,
     }
     assert "failing/evaluation: not evaluated" in page.read_text()
@@ -231,7 +232,7 @@ def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> 
 def test_status_logs_and_cancel_of_a_waiting_job(shards: str, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     submit("train", training(run, shards), tmp_path, "--cluster.sbatch", "{begin: now+1hour}")
-    wait_until(lambda: collect(run)[0].state == "PENDING", "the job in the queue")
+    wait_until(lambda: read_statuses(run)[0].state == "PENDING", "the job in the queue")
     call = [sys.executable, "-m", "ifvit", "submit"]
     table = subprocess.run(
         [*call, "status", run], capture_output=True, text=True, check=True
@@ -240,14 +241,14 @@ def test_status_logs_and_cancel_of_a_waiting_job(shards: str, tmp_path: Path) ->
     logs = subprocess.run([*call, "logs", run], capture_output=True, text=True, check=False)
     assert (logs.returncode, logs.stderr.count("\n")) == (2, 1)
     subprocess.run([*call, "cancel", run], check=True)
-    wait_until(lambda: collect(run)[0].state.startswith("CANCELLED"), "the cancelled job")
+    wait_until(lambda: read_statuses(run)[0].state.startswith("CANCELLED"), "the cancelled job")
 
 
 def test_a_mistake_in_the_recipe_is_not_repeated(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     submit("train", training(run, str(tmp_path / "nowhere")), tmp_path, "--cluster.nodes", "1")
-    wait_until(lambda: collect(run)[0].has_ended, "the failed job")
-    [status] = collect(run)
+    wait_until(lambda: read_statuses(run)[0].has_ended, "the failed job")
+    [status] = read_statuses(run)
     assert (status.state, status.requeues) == ("FAILED", 0)
     log = next(tmp_path.glob("jobs/*/*_0_log.out")).read_text()
     assert "error: " in log
@@ -262,18 +263,13 @@ def test_a_node_whose_hardware_is_broken_is_avoided(tmp_path: Path) -> None:
         setup=(f"export PYTHONPATH=$PYTHONPATH:{Path(__file__).parent}",),
     )
     home = str(tmp_path / "run")
-    job = VerbJob(
-        verb="encode",
-        function="small_jobs:fail_on_the_first_node",
-        config=str(tmp_path),
-        run=home,
-        cluster=cluster,
-    )
+    (tmp_path / "run").mkdir()
+    job = BrokenNodeJob(verb="evaluate", config=None, run=home, cluster=cluster)
     Submission(SubmitConfig(cluster=cluster), home, "broken").add([job])
     [status] = wait_for_jobs(home)
     assert status.requeues == 1
-    first, then = (tmp_path / "first").read_text(), (tmp_path / "then").read_text()
-    assert {first, then} == {"node1", "node2"}
+    nodes = {(tmp_path / "run" / name).read_text() for name in ("first", "then")}
+    assert nodes == {"node1", "node2"}
 
 
 def test_the_batch_script_of_the_guide_trains_on_two_nodes(shards: str, tmp_path: Path) -> None:
@@ -294,4 +290,4 @@ def test_the_batch_script_of_the_guide_trains_on_two_nodes(shards: str, tmp_path
         timeout=PATIENCE,
     )
     [log] = tmp_path.glob("slurm-*.out")
-    assert sorted(losses(str(run))) == [1, 2, 3, 4, 5], log.read_text()
+    assert sorted(read_losses(str(run))) == [1, 2, 3, 4, 5], log.read_text()
