@@ -252,7 +252,7 @@ def test_a_mistake_in_the_recipe_is_not_repeated(tmp_path: Path) -> None:
     assert (status.state, status.requeues) == ("FAILED", 0)
     log = next(tmp_path.glob("jobs/*/*_0_log.out")).read_text()
     assert "error: " in log
-    assert "is not requeued: the recipe is refused" in log
+    assert "is not requeued" in log
 
 
 def test_a_node_whose_hardware_is_broken_is_avoided(tmp_path: Path) -> None:

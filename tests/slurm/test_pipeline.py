@@ -65,7 +65,7 @@ def build_pipeline(images: Path, shards: str, folder: Path) -> dict[str, object]
             "intermediate": {"backbone.num_image_blocks": 1, "backbone.num_text_blocks": 1},
         }
     ]
-    recipe = {**training(home, shards), "max_steps": 2, "checkpoint_every": 1, "axes": axes}
+    recipe = {**training(home, shards), "max_steps": 2, "checkpoint_every": 2, "axes": axes}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(recipe))
     measure = {"weights": home, "shards": shards, "reference": reference, "protocol": PROTOCOL}
     real_images = {"images": str(images / "train2014"), "image_size": 64}
