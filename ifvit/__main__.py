@@ -1,4 +1,4 @@
-"""`python -m ifvit` is `ifvit`."""
+"""Run `python -m ifvit` as the command `ifvit`."""
 
 from ifvit.cli import main
 

@@ -1,8 +1,9 @@
-"""Counter-based random numbers: each draw is a pure function of who asks for it.
+"""Counter-based random numbers: functions of (seed, step, position, stream) and nothing else.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The counter is
-(block, position, step, stream) and the key is the seed, so a draw depends neither on how many
-processes share the work, nor on the size of a micro-batch, nor on how often the job restarted.
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the counter
+(block, position, step, stream) and the seed as key. Random numbers therefore do not depend on the
+number of processes, the micro-batch size or restarts. Training, sampling and evaluation call this
+module. N is the number of positions.
 """
 
 import math
@@ -25,7 +26,7 @@ Words = TypeVar("Words", Tensor, Array)
 
 @unique
 class Stream(IntEnum):
-    """What a draw is for; two streams of the same sample are independent."""
+    """Purpose of a random number; different streams of one sample are independent."""
 
     CAPTION = 0
     DROPOUT = 1
@@ -39,20 +40,20 @@ class Stream(IntEnum):
 
 
 def philox(counter: Tensor, seed: int) -> Tensor:
-    """Ten Philox rounds: counters (N, 4) int64 holding uint32 values => (N, 4) likewise."""
+    """Ten Philox rounds: counters (N, 4) => random words (N, 4), uint32 values in int64."""
     return torch.stack(_ten_rounds(counter.unbind(dim=1), seed), dim=1)
 
 
 def uniform(seed: int, step: int, positions: Tensor, stream: Stream, count: int) -> Tensor:
-    """(N,) int64 positions => (N, count) float32 in [0, 1), 24 random bits each."""
+    """Positions (N,) int64 => (N, count) float32 uniform in [0, 1), with 24 random bits."""
     words = _words(seed, step, positions, stream, count)
     return (words >> 8).to(torch.float32) * 2.0**-24
 
 
 def uniform_array(seed: int, step: int, positions: Array, stream: Stream) -> Array:
-    """(N,) int64 positions => (N,) float32, the numbers of `uniform` with count 1.
+    """Positions (N,) int64 => (N,) float32, the numbers of `uniform` with count 1, in NumPy.
 
-    By NumPy: for the few hundred positions of a batch torch would spend its time on overhead.
+    The loader calls this for a few hundred positions, where overhead would dominate in torch.
     """
     zeros = np.zeros_like(positions)
     words = _ten_rounds((zeros, positions, zeros + step, zeros + stream), seed)
@@ -63,10 +64,10 @@ def uniform_array(seed: int, step: int, positions: Array, stream: Stream) -> Arr
 def normal(
     seed: int, step: int, positions: Tensor, stream: Stream, shape: tuple[int, ...]
 ) -> Tensor:
-    """(N,) int64 positions => (N, *shape) float32 standard normal, by Box and Muller."""
+    """Positions (N,) int64 => (N, *shape) float32 standard normal, by Box and Muller."""
     count = math.prod(shape)
     words = _words(seed, step, positions, stream, count + count % 2)
-    # +1: the logarithm's argument lies in (0, 1].
+    # The +1 moves the argument of the logarithm to (0, 1].
     radius = torch.sqrt(-2.0 * torch.log(((words[:, 0::2] >> 8) + 1).to(torch.float32) * 2.0**-24))
     angle = (words[:, 1::2] >> 8).to(torch.float32) * (2.0**-24 * 2.0 * math.pi)
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2)
@@ -76,9 +77,9 @@ def normal(
 def permutation(
     seed: int, epoch: int, count: int, stream: Stream = Stream.ORDER, start: int = 0
 ) -> Tensor:
-    """A random order of 0 ... count - 1, (count,) int64, for one epoch.
+    """Return a random order of 0 to count - 1, (count,) int64, for one epoch.
 
-    Of the things that stand at `start` ... `start + count - 1` in that epoch.
+    The items stand at positions `start` to `start + count - 1` of the epoch.
     """
     positions = torch.arange(start, start + count)
     return torch.argsort(_words(seed, epoch, positions, stream, 1)[:, 0], stable=True)
@@ -96,16 +97,16 @@ def _ten_rounds(words: Sequence[Words], seed: int) -> tuple[Words, ...]:
 
 
 def _multiply(x: Words, factor: int) -> tuple[Words, Words]:
-    """High and low 32 bits of the product of two uint32, in int64 without overflow.
+    """High and low 32 bits of the product of two uint32 values, in int64 without overflow.
 
-    By x * factor = x * (factor - 2^32) + x * 2^32, whose first product lies above -2^63.
+    x * factor = x * (factor - 2^32) + x * 2^32, and the first product is above -2^63.
     """
     product = x * (factor - (1 << 32))
     return (product >> 32) + x, product & _MASK
 
 
 def _words(seed: int, step: int, positions: Tensor, stream: Stream, count: int) -> Tensor:
-    """(N, count) random uint32 values in int64."""
+    """Random words (N, count), uint32 values in int64."""
     num_blocks = -(-count // 4)
     blocks = torch.arange(num_blocks, device=positions.device)
     counter = torch.empty(len(positions), num_blocks, 4, dtype=torch.int64, device=positions.device)

@@ -17,7 +17,7 @@ from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ifvit import storage
-from ifvit import storage as object_store
+
 from ifvit.errors import UserError
 from ifvit.storage import ContentError, StoreError
 
@@ -290,13 +290,13 @@ def test_absence_is_an_answer(tmp_path: Path, store: type[FaultyFileSystem]) -> 
 def test_the_expected_etag_is_that_of_s3(
     num_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_store, "PART_BYTES", 64)
+    monkeypatch.setattr(storage, "PART_BYTES", 64)
     data = bytes(range(num_bytes % 256)) or bytes(num_bytes)
     (tmp_path / "x").write_bytes(data)
     parts = [hashlib.md5(data[i : i + 64]).digest() for i in range(0, len(data), 64)]
     joined = f"{hashlib.md5(b''.join(parts)).hexdigest()}-{len(parts)}"
     expected = hashlib.md5(data).hexdigest() if len(data) < 128 else joined
-    assert object_store._file_etag(tmp_path / "x") == expected
+    assert storage._expected_etag(tmp_path / "x") == expected
 
 
 def test_clients_are_shared_by_threads_but_not_by_processes_or_accounts(
@@ -304,12 +304,12 @@ def test_clients_are_shared_by_threads_but_not_by_processes_or_accounts(
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "one")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    first = object_store.filesystem("s3://bucket/x")
-    assert object_store.filesystem("s3://bucket/y") is first
+    first = storage.filesystem("s3://bucket/x")
+    assert storage.filesystem("s3://bucket/y") is first
     assert not first.dircache.use_listings_cache  # other writers exist
     monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a forked child
-    assert object_store.filesystem("s3://bucket/x") is not first
+    assert storage.filesystem("s3://bucket/x") is not first
     monkeypatch.undo()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "two")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    assert object_store.filesystem("s3://bucket/x") is not first
+    assert storage.filesystem("s3://bucket/x") is not first
