@@ -17,7 +17,6 @@ from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ifvit import storage
-
 from ifvit.errors import UserError
 from ifvit.storage import ContentError, StoreError
 
