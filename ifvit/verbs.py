@@ -64,7 +64,7 @@ VERBS = {
     ),
     "train --replay": Verb(
         "ifvit.training.config:ReplayConfig",
-        "ifvit.training.guards:replay",
+        "ifvit.training.replay:replay",
         "repeat the step that ended a run",
         positional="file",
     ),

@@ -7,19 +7,19 @@ import torch
 
 from ifvit.bench.config import BenchCheckpointConfig
 from ifvit.bench.measurement import print_result
-from ifvit.distributed import ProcessGroup
 from ifvit.models.config import PRESETS
 from ifvit.models.weights import WeightsInfo, build_backbone
 from ifvit.shards import EncoderIdentity
-from ifvit.storage import file_size, join, list_names
-from ifvit.training.checkpoint import step_url
+from ifvit.storage import file_size, join, list_names, write_bytes, write_json
+from ifvit.training.checkpoint import MANIFEST, TrainState, step_url
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
 from ifvit.training.engine import Engine
+from ifvit.training.guards import StopRequest
 from ifvit.training.hooks import SaveCheckpoint
 from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
-from ifvit.training.state import TrainState
-from ifvit.training.timing import device_name
+from ifvit.training.metrics_log import MetricsLog
+from ifvit.training.profiling import device_name
 
 
 def bench_checkpoint(config: BenchCheckpointConfig) -> None:
@@ -36,10 +36,10 @@ def bench_checkpoint(config: BenchCheckpointConfig) -> None:
         run = config.run or folder
         lease = Lease.acquire(run)
         hook = _build_hook(run, config.every, training.engine, lease)
-        with lease.held(), hook.saver.open():
+        with lease.held(), hook.open():
             wall = training.time_steps(config.num_steps, hook)
             started = time.perf_counter()
-            hook.saver.wait()
+            hook.wait()
             last_save = time.perf_counter() - started
         url = step_url(run, config.num_steps)
         num_bytes = sum(file_size(join(url, name)) or 0 for name in list_names(url))
@@ -66,8 +66,6 @@ class _Training:
             EngineConfig(backend="plain", precision="bf16" if is_cuda else "fp32"),
             OptimConfig(),
             ema_decays=(0.9999,),
-            micro_batch_size=batch_size,
-            num_micro_batches=1,
         )
         side, device = shape.latent_size, self.engine.device
         self._x_t = torch.randn(batch_size, shape.latent_channels, side, side, device=device)
@@ -96,7 +94,10 @@ class _Training:
 
 
 def _build_hook(run: str, every: int, engine: Engine, lease: Lease) -> SaveCheckpoint:
-    config = TrainConfig(run=run, shards="", backbone=PRESETS["small"], checkpoint_every=every)
+    config = TrainConfig(run=run, shards=run, backbone=PRESETS["small"], checkpoint_every=every)
+    # A checkpoint holds the hash of the shards' manifest, and publishes the rows of the log.
+    write_json(join(run, MANIFEST), {})
+    write_bytes(join(run, "metrics.jsonl"), b"")
     encoder = EncoderIdentity(name="none", sha256="0" * 64)
     info = WeightsInfo(
         step=0,
@@ -106,5 +107,5 @@ def _build_hook(run: str, every: int, engine: Engine, lease: Lease) -> SaveCheck
         text_encoder=encoder,
         recipe_sha256="",
     )
-    group = ProcessGroup(engine.world)
-    return SaveCheckpoint(config, engine, group, lease, info, "", lambda: None, lambda: None)
+    metrics, stop = MetricsLog(config, engine), StopRequest(engine.world)
+    return SaveCheckpoint(config, engine, info, lease, metrics, stop)

@@ -22,7 +22,7 @@ from ifvit.bench.measurement import measure_rounds, median_ratio, print_result
 from ifvit.images import Pixels, to_model_range
 from ifvit.scenes.captions import write_captions
 from ifvit.scenes.drawings import render_sampled_scene
-from ifvit.training.timing import device_name
+from ifvit.training.profiling import device_name
 
 IMAGE_SHAPE = (640, 480)
 NOISE = 6.0

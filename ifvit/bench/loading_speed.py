@@ -42,7 +42,6 @@ from ifvit.shards import (
 )
 from ifvit.shards.format import NULL_CONTEXT, Array
 from ifvit.training.data import Batch, Batches, BatchOrder
-from ifvit.training.state import TrainState
 
 MOMENTS_SHAPE = (8, 32, 32)
 CONTEXT_SHAPE = (77, 768)
@@ -309,4 +308,4 @@ def _open_batches(
     )
     alone = World(rank=0, size=1, local_rank=0)
     batches = Batches(reader, order, config.batch_size, alone, config.num_workers)
-    return batches.from_state(TrainState(), torch.device("cpu"))
+    return batches.stream(0, 0, torch.device("cpu"))

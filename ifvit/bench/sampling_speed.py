@@ -24,7 +24,7 @@ from ifvit.models.backbone import Backbone
 from ifvit.models.config import PRESETS
 from ifvit.models.weights import build_backbone
 from ifvit.sampling.load import compile_backbone
-from ifvit.training.timing import device_name
+from ifvit.training.profiling import device_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GUIDANCE_SCALE = 2.0

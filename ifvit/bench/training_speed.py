@@ -33,13 +33,19 @@ from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.models.config import PRESETS, FusionUViTConfig
 from ifvit.models.cost import count_cost
 from ifvit.models.weights import build_backbone
+from ifvit.training.checkpoint import TrainState
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.data import Batch, Batches
-from ifvit.training.engine import EMA, Engine, build_optimizer, prepare_draws, prepare_forward
+from ifvit.training.engine import (
+    EMA,
+    Engine,
+    build_optimizer,
+    choose_normal_sampler,
+    prepare_forward,
+)
 from ifvit.training.guards import StopRequest
 from ifvit.training.loop import fit
-from ifvit.training.state import TrainState
-from ifvit.training.timing import StepProfiler, device_name, peak_flops
+from ifvit.training.profiling import device_name, peak_flops
 
 SCALING_FACTOR = 0.2301
 EARLY, INTERMEDIATE = "concat_early", "cross_attention_intermediate"
@@ -151,25 +157,21 @@ class EngineSteps:
             config.engine,
             config.optim,
             ema_decays=config.ema_decays,
-            micro_batch_size=config.micro_batch_size,
-            num_micro_batches=1,
         )
-        self._config, self._state = config, TrainState()
+        self._state = TrainState()
         self._objective = _objective(config, self.engine.device)
         self._batch = _random_batch(config, self.engine.device)
 
     def __call__(self, num_steps: int) -> None:
         """Train for `num_steps` steps."""
-        world = self.engine.world
         self._state = fit(
             self._state,
+            self._state.step + num_steps,
             cast(Batches, _SameBatch(self._batch)),
             self._objective,
             self.engine,
             [],
-            replace(self._config, max_steps=self._state.step + num_steps),
-            StopRequest(world),
-            StepProfiler("", world, enabled=False),
+            StopRequest(self.engine.world),
         )
 
     def loss(self) -> Tensor:
@@ -187,8 +189,9 @@ class _SameBatch:
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
+        self.global_batch_size = len(batch.positions)
 
-    def from_state(self, state: TrainState, device: torch.device) -> Iterator[Batch]:
+    def stream(self, step: int, samples_seen: int, device: torch.device) -> Iterator[Batch]:
         while True:
             yield self._batch
 
@@ -286,7 +289,7 @@ def _objective(config: TrainConfig, device: torch.device) -> NoisePrediction:
         schedule=NoiseSchedule(device),
         scaling_factor=SCALING_FACTOR,
         seed=config.seed,
-        sample_normal=prepare_draws(config.engine),
+        sample_normal=choose_normal_sampler(config.engine),
     )
 
 

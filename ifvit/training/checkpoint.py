@@ -1,25 +1,27 @@
-"""Checkpoints: everything needed to continue a run, complete or absent.
+"""Checkpoints: everything that continues a run, complete or absent.
 
-`checkpoints/step_00000500/` holds the parts, safetensors files of named whole tensors, and, written
-last by one request, `manifest.json` with their sizes and hashes. A folder whose manifest is missing
-or does not match is not a checkpoint; readers pass it over. Part names carry the attempt that wrote
-them, so no object is ever written twice. Nothing depends on the number of processes, the engine or
-the ZeRO stage: a part is only the share of one process at that time.
+`checkpoints/step_00000500/` holds parts, which are safetensors files of named full tensors, and
+`manifest.json` with their sizes and hashes, which is written last and in one request. A folder
+whose manifest is missing or does not match is not a checkpoint; readers skip it. The name of a part
+holds the token of the attempt that wrote it, so no object is ever written twice. Nothing depends
+on the number of processes, the engine or the ZeRO stage: a part is only the partition that one
+process wrote. `SaveCheckpoint` in `hooks` writes checkpoints, `train` resumes from them.
 """
 
+import hashlib
 import logging
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ifvit.distributed import ProcessGroup
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows
@@ -32,6 +34,7 @@ from ifvit.storage import (
     is_remote,
     join,
     list_names,
+    read_bytes,
     read_json,
     remove,
     sha256_of,
@@ -41,16 +44,68 @@ from ifvit.storage import (
 )
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
-from ifvit.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_HISTORY = 100
+"""Number of steps over which the loss is averaged; before that, no loss is counted as a spike."""
+_SPIKE = 6.0
+"""A loss this many standard deviations above its running mean is a spike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Position of a run; together with the tensors of a checkpoint it continues the run."""
+
+    step: int = 0
+    """Number of finished optimizer steps."""
+    samples_seen: int = 0
+    """Number of samples read so far; the whole state of the loader."""
+    seconds: float = 0.0
+    """Time spent in training steps, over all restarts."""
+    data_wait: float = 0.0
+    """Part of `seconds` that was spent waiting for batches."""
+    nonfinite_steps: int = 0
+    """Number of steps skipped because their gradient was not finite."""
+    loss_spikes: int = 0
+    """Number of losses far above the losses before them."""
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
+    """Exponential moving averages over about the last hundred steps."""
+
+    def advance(self, num_samples: int, seconds: float, data_wait: float) -> "TrainState":
+        """The state after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples_seen=self.samples_seen + num_samples,
+            seconds=self.seconds + seconds,
+            data_wait=self.data_wait + data_wait,
+        )
+
+    def observe(self, losses: Sequence[float]) -> "TrainState":
+        """Add the losses of the last `len(losses)` steps to the running mean and count spikes.
+
+        A spike lies more than six standard deviations above the running mean. Mean and variance
+        are West's (1979) incremental ones with exponential weights; non-finite losses are ignored.
+        """
+        mean, variance, spikes = self.loss_mean, self.loss_variance, self.loss_spikes
+        for step, loss in enumerate(losses, start=self.step - len(losses)):
+            if not math.isfinite(loss):
+                continue
+            above = loss - mean
+            if step >= _HISTORY and above > _SPIKE * variance**0.5:
+                spikes += 1
+            weight = 1 / min(step + 1, _HISTORY)
+            mean += weight * above
+            variance = (1 - weight) * (variance + weight * above**2)
+        return replace(self, loss_mean=mean, loss_variance=variance, loss_spikes=spikes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One file of a checkpoint and what must come back when it is read."""
+    """One file of a checkpoint, with the size and hash that it must have when it is read."""
 
     name: str
     bytes: int
@@ -60,22 +115,35 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A run at one step: its position, and where its named fp32 tensors are."""
+    """A run at one step: its position, and which part holds each fp32 tensor."""
 
     state: TrainState
     scalars: dict[str, float]
-    """What the engine keeps besides tensors: loss scale, counters."""
+    """State of the engine besides tensors: number of updates, loss scale."""
     backbone: dict[str, object]
     """Fields of the backbone's configuration."""
     recipe_sha256: str
-    """Hash of the recipe, as `weights.json` has it."""
+    """Hash of the recipe, as in `weights.json`."""
     shards_sha256: str
-    """Hash of the manifest of the shards that the run is trained on."""
+    """Hash of the manifest of the training shards."""
     parts: tuple[Part, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedCheckpoint:
+    """A checkpoint and the URL of its folder."""
+
+    url: str
+    checkpoint: Checkpoint
+
+
+def manifest_sha256(shards: str) -> str:
+    """Hash of the manifest of these shards, which in turn holds the hash of every shard."""
+    return hashlib.sha256(read_bytes(join(shards, MANIFEST))).hexdigest()
+
+
 def step_url(run: str, step: int) -> str:
-    """The folder of a step's checkpoint."""
+    """Folder of the checkpoint of a step."""
     return join(run, "checkpoints", step_name(step))
 
 
@@ -88,88 +156,90 @@ def write_part(folder: str, name: str, tensors: dict[str, Tensor]) -> Part:
 
 
 def commit(run: str, checkpoint: Checkpoint) -> None:
-    """Make a checkpoint of finished parts: its manifest, then `latest`, which people read."""
+    """Complete a checkpoint whose parts are written: its manifest, then `latest` for people."""
     step = checkpoint.state.step
     write_json(join(step_url(run, step), MANIFEST), asdict(checkpoint))
     write_bytes(join(run, "checkpoints", "latest"), f"{step_name(step)}\n".encode())
 
 
 def saved_steps(run: str) -> list[int]:
-    """Steps with a checkpoint folder, rising; a folder need not be complete."""
+    """Steps that have a checkpoint folder, complete or not, in rising order."""
     names = list_names(join(run, "checkpoints"))
     return sorted(int(name.removeprefix("step_")) for name in names if name.startswith("step_"))
 
 
 def is_committed(run: str, step: int) -> bool:
-    """Whether a save of this step was finished."""
+    """Whether the save of this step was completed."""
     return exists(join(step_url(run, step), MANIFEST))
 
 
-def fetch_newest(run: str, cache: Path) -> tuple[str, Checkpoint] | None:
-    """The newest complete checkpoint and its folder's URL; None when there is none.
+def fetch_newest(run: str, cache: Path) -> SavedCheckpoint | None:
+    """The newest complete checkpoint of a run, verified and fetched; None when there is none.
 
-    Every byte of it is verified, and lies in `cache` if the run is remote. Raises UserError when
-    saves were finished but all are damaged: starting over silently would throw the run away.
+    The parts of a remote run are downloaded to `cache`. Raises UserError when saves were completed
+    but all are damaged: starting over silently would throw the run away.
     """
     damage = []
     for step in reversed(saved_steps(run)):
         url = step_url(run, step)
         if not is_committed(run, step):
-            log.warning("%s: incomplete, left by an interrupted save; passed over", url)
+            log.warning("%s: skipped, because an interrupted save left it incomplete", url)
             continue
         try:
-            return url, fetch(url, cache)
+            return SavedCheckpoint(url=url, checkpoint=fetch(url, cache))
         except StoreError:
-            raise  # a store that is away says nothing about the checkpoint
+            raise  # a store that does not answer is no reason to take an older checkpoint
         except UserError as error:
-            log.warning("%s; passed over", error)
+            log.warning("%s; skipped", error)
             damage.append(error)
     if damage:
         folder = join(run, "checkpoints")
-        raise UserError(f"{damage[0]}; no other complete checkpoint; remove {folder} to start anew")
+        raise UserError(
+            f"{damage[0]}; no other complete checkpoint exists; remove {folder} to start anew"
+        )
     return None
 
 
 def fetch(url: str, cache: Path) -> Checkpoint:
-    """The checkpoint in folder `url`, its parts verified, in `cache` if it is remote.
+    """Verify the checkpoint in folder `url`; download its parts to `cache` if it is remote.
 
-    Raises UserError naming the file that is missing, damaged or no manifest.
+    Raises UserError that names the missing or damaged file.
     """
     checkpoint = _parse(url, read_json(join(url, MANIFEST)))
     for part in checkpoint.parts:
-        path = _local(url, cache) / part.name
+        path = _local_folder(url, cache) / part.name
         if path.exists() and sha256_of(path) == part.sha256:
             continue
         if not is_remote(url):
-            raise UserError(f"{path}: missing, or not what its manifest says")
+            raise UserError(f"{path}: missing, or its content is not what {MANIFEST} says")
         download(join(url, part.name), path, part.sha256)
     return checkpoint
 
 
 @contextmanager
-def open_tensors(
-    url: str, checkpoint: Checkpoint, cache: Path
-) -> Iterator[Callable[[str], Tensor]]:
-    """A function name => whole fp32 tensor over a fetched checkpoint; only what is read is loaded.
+def open_tensors(saved: SavedCheckpoint, cache: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Give a function from a name to the full fp32 tensor, which loads only what it is asked for.
 
-    It raises UserError for a name that the checkpoint does not hold.
+    The checkpoint must have been fetched. The function raises UserError for an unknown name.
     """
     with ExitStack() as files:
-        holder = {}
-        for part in checkpoint.parts:
-            file = files.enter_context(safe_open(_local(url, cache) / part.name, "pt"))
-            holder.update(dict.fromkeys(part.tensors, file))
+        file_of = {}
+        for part in saved.checkpoint.parts:
+            path = _local_folder(saved.url, cache) / part.name
+            file_of.update(dict.fromkeys(part.tensors, files.enter_context(safe_open(path, "pt"))))
 
         def read(name: str) -> Tensor:
-            if name not in holder:
-                raise UserError(f"{url}: holds no {name}; the recipe asks for another model")
-            tensor: Tensor = holder[name].get_tensor(name)
+            if name not in file_of:
+                raise UserError(
+                    f"{saved.url}: holds no {name}; use the ema_decays and backbone of that run"
+                )
+            tensor: Tensor = file_of[name].get_tensor(name)
             return tensor
 
         yield read
 
 
-def _local(url: str, cache: Path) -> Path:
+def _local_folder(url: str, cache: Path) -> Path:
     return cache if is_remote(url) else Path(url)
 
 
@@ -187,21 +257,25 @@ def _parse(url: str, stored: dict[str, object]) -> Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """The newest `last`, every step divisible by `every` (0: none), the best by `metric`."""
+    """Which checkpoints are kept: the newest `last`, every multiple of `every`, and the best."""
 
     last: int
     every: int = 0
+    """Steps divisible by this are kept; 0: none."""
     metric: str | None = None
-    """Field of MetricsRow, looked up in the run's main evaluations (`main_series`)."""
+    """Field of MetricsRow by which the best is found in the run's main series of evaluations."""
 
     def __post_init__(self) -> None:
-        """Refuse a metric that no evaluation has."""
+        """Raise UserError for a metric that no evaluation has."""
         if self.metric is not None and self.metric not in MetricsRow.__dataclass_fields__:
-            raise UserError(f"keep_best: evaluations have no number named {self.metric}")
+            raise UserError(
+                f"keep_best: evaluations have no metric named {self.metric}; "
+                "use for example frechet_distance or clip_score"
+            )
 
 
 def prune(run: str, retention: Retention) -> None:
-    """Remove the checkpoints that need not stay, and all that interrupted saves have left."""
+    """Remove the checkpoints that need not be kept, and the leftovers of interrupted saves."""
     steps = saved_steps(run)
     complete = [step for step in steps if is_committed(run, step)]
     best = _best_step(run, retention.metric, complete) if retention.metric else None
@@ -211,11 +285,14 @@ def prune(run: str, retention: Retention) -> None:
             # The manifest goes first: a half-removed checkpoint must not look complete.
             remove(join(step_url(run, step), MANIFEST))
             remove(step_url(run, step))
-    _remove_leftovers(step_url(run, complete[-1]))
+    newest = step_url(run, complete[-1])
+    parts = {part["name"] for part in read_json(join(newest, MANIFEST))["parts"]}
+    for name in set(list_names(newest)) - parts - {MANIFEST}:
+        remove(join(newest, name))  # an earlier attempt at the same step left this part
 
 
 def kept_steps(complete: list[int], retention: Retention, best: int | None) -> set[int]:
-    """Those of the rising `complete` steps that stay; never none."""
+    """Which of the rising `complete` steps are kept; at least one."""
     kept = set(complete[-retention.last :])
     if retention.every:
         kept.update(step for step in complete if step % retention.every == 0)
@@ -237,74 +314,66 @@ def _best_step(run: str, metric: str, complete: Collection[int]) -> int | None:
     return min(scores)[1] if scores else None
 
 
-def _remove_leftovers(url: str) -> None:
-    """Remove the parts that an attempt before the one that finished has left in its folder."""
-    named = {MANIFEST, *(part["name"] for part in read_json(join(url, MANIFEST))["parts"])}
-    for name in set(list_names(url)) - named:
-        remove(join(url, name))
+def resume(config: TrainConfig, engine: Engine, token: str) -> TrainState:
+    """Load the checkpoint that the run continues from => its position; collective.
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    url: str
-    checkpoint: Checkpoint
-
-
-def resume(
-    config: TrainConfig, engine: Engine, channel: ProcessGroup, shards_sha256: str, token: str
-) -> TrainState:
-    """Bring the engine to where the run goes on => its position; collective.
-
-    The main process chooses and verifies; remote parts are downloaded once per node, into a folder
-    named by `token` under TMPDIR. Raises UserError when the checkpoint belongs to other shards or
-    another model, or when `config.resume` cannot be had.
+    The main process chooses and verifies the checkpoint. Remote parts are downloaded once per
+    node, into a folder named by `token` under TMPDIR. Raises UserError when `config.resume`
+    cannot be followed, or when the checkpoint has other shards or another backbone.
     """
-    with _cache(engine, token) as cache:
-        found = channel.on_main(lambda: _choose(config.run, config.resume, cache))
-        if found is None:
+    with _node_cache(engine, token) as cache:
+        saved = engine.group.on_main(lambda: _choose_checkpoint(config, cache))
+        if saved is None:
             return TrainState()
-        checkpoint = found.checkpoint
-        if checkpoint.shards_sha256 != shards_sha256:
-            raise UserError(f"{found.url}: trained on other shards than {config.shards} holds now")
-        if restore_config(checkpoint.backbone) != config.backbone:
-            raise UserError(f"{found.url}: holds a backbone of another shape than the recipe's")
-        if engine.world.local_rank == 0 and is_remote(found.url):
-            fetch(found.url, cache)
+        if engine.world.local_rank == 0 and is_remote(saved.url):
+            fetch(saved.url, cache)
         engine.barrier()
-        with open_tensors(found.url, checkpoint, cache) as read:
+        with open_tensors(saved, cache) as read:
             engine.load_state(read)
-        engine.load_scalars(checkpoint.scalars)
-        return checkpoint.state
+        engine.load_scalars(saved.checkpoint.scalars)
+        return saved.checkpoint.state
 
 
-def _choose(run: str, wanted: str, cache: Path) -> _Found | None:
-    """What `resume: auto | never | URL` means for this run as it is now."""
-    if wanted == "never":
+def _choose_checkpoint(config: TrainConfig, cache: Path) -> SavedCheckpoint | None:
+    """Apply `resume: auto | never | URL` to the run, and check that the checkpoint fits."""
+    run = config.run
+    if config.resume == "never":
         if any(is_committed(run, step) for step in saved_steps(run)):
             raise UserError(
-                f"{run}: holds checkpoints, and resume is never; choose another run directory, "
-                "or let resume be auto"
+                f"{run}: holds checkpoints, but resume is never; choose another run directory "
+                "or set resume: auto"
             )
         return None
-    own = fetch_newest(run, cache)
-    if own is None and wanted != "auto":
-        return _choose_other(wanted, cache)
-    return None if own is None else _Found(url=own[0], checkpoint=own[1])
+    saved = fetch_newest(run, cache)
+    if saved is None and config.resume != "auto":
+        saved = _fetch_from(config.resume, cache)
+    if saved is None:
+        return None
+    if saved.checkpoint.shards_sha256 != manifest_sha256(config.shards):
+        raise UserError(
+            f"{saved.url}: trained on other shards than {config.shards} holds now; restore them "
+            "or train a new run with initial_weights"
+        )
+    if restore_config(saved.checkpoint.backbone) != config.backbone:
+        raise UserError(f"{saved.url}: has another backbone than the recipe; set it to match")
+    return saved
 
 
-def _choose_other(url: str, cache: Path) -> _Found:
-    """The newest checkpoint of run `url`, or the one that `url` itself is the folder of."""
+def _fetch_from(url: str, cache: Path) -> SavedCheckpoint:
+    """The newest checkpoint of run `url`, or the checkpoint in folder `url`."""
     if exists(join(url, MANIFEST)):
-        return _Found(url=url, checkpoint=fetch(url, cache))
-    newest = fetch_newest(url, cache)
-    if newest is None:
-        raise UserError(f"{url}: no checkpoint there; resume takes a run or its checkpoints/step_…")
-    return _Found(url=newest[0], checkpoint=newest[1])
+        return SavedCheckpoint(url=url, checkpoint=fetch(url, cache))
+    saved = fetch_newest(url, cache)
+    if saved is None:
+        raise UserError(
+            f"{url}: holds no checkpoint; set resume to a run or to its checkpoints/step_XXXXXXXX"
+        )
+    return saved
 
 
 @contextmanager
-def _cache(engine: Engine, token: str) -> Iterator[Path]:
-    """A folder that the processes of one node share; removed when all have left it."""
+def _node_cache(engine: Engine, token: str) -> Iterator[Path]:
+    """A folder that the processes of one node share; it is removed when all have left it."""
     folder = Path(tempfile.gettempdir(), f"ifvit-{token}")
     try:
         yield folder

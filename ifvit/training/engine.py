@@ -1,4 +1,8 @@
-"""One training step on this hardware, and the state that it works on."""
+"""Forward, backward, optimizer step and EMA on this hardware, and the state that they change.
+
+`train` builds an engine, the loop drives it, and checkpoints read and restore its state.
+`ifvit.training.zero` holds the engines that partition this state among processes.
+"""
 
 import copy
 import os
@@ -16,38 +20,44 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from ifvit.diffusion.objectives import NormalSampler
-from ifvit.distributed import World
+from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.rng import normal
 from ifvit.training.config import EngineConfig, OptimConfig
-from ifvit.training.timing import PhaseTimer
+from ifvit.training.profiling import StepTimer
 
 
 class EMA:
-    """Shadow = decay x shadow + (1 - decay) x parameter, once an update, starting as a copy.
+    """Exponential moving average: ema = decay * ema + (1 - decay) * parameter at every update.
 
-    fp32 throughout: at decay 0.9999 a bf16 average would round every update away.
+    It starts as a copy of the parameters and is always fp32: at decay 0.9999, bf16 would round
+    every update away.
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
         self.decay = decay
-        self.shadows = [parameter.detach().float().clone() for parameter in parameters]
+        self.tensors = [parameter.detach().float().clone() for parameter in parameters]
 
     @torch.no_grad()
     def update(self, parameters: Sequence[Tensor]) -> None:
-        """Move the average towards the parameters, all tensors in one pass."""
-        torch._foreach_lerp_(self.shadows, list(parameters), 1.0 - self.decay)
+        """Move the EMA weights towards the parameters, all tensors in one pass."""
+        torch._foreach_lerp_(self.tensors, list(parameters), 1.0 - self.decay)
+
+
+def ema_name(decay: float) -> str:
+    """`ema0.9999`: prefix of the names of this EMA's tensors in a checkpoint."""
+    return f"ema{decay}"
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state tensors, one of each for every parameter and of its shape."""
+"""The state tensors that AdamW keeps for each parameter, in the parameter's shape."""
 
 
 def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) with weight decay on everything, as U-ViT has it.
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on every parameter, as in U-ViT.
 
-    The rate starts at 0: `learning_rate` sets it before every step.
+    The learning rate is 0 until `Engine.set_learning_rate` sets it.
     """
     return torch.optim.AdamW(
         parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -55,7 +65,7 @@ def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> tor
 
 
 def create_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
-    """Give AdamW the zero state for `tensors` that it would make at its first step only."""
+    """Create AdamW's zero state for `tensors` now instead of at the first step."""
     for tensor in tensors:
         optimizer.state[tensor] = {
             "step": torch.zeros((), device=tensor.device),
@@ -64,31 +74,31 @@ def create_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) 
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
-    """Rate of the update that follows `step` finished ones: linear up from 0, flat, linear down."""
+    """Learning rate of the update after `step` steps: linear rise, constant, linear fall."""
     rise = step / config.warmup_steps if config.warmup_steps else 1.0
     fall = (max_steps - step) / config.cooldown_steps if config.cooldown_steps else 1.0
     return config.learning_rate * min(rise, fall, 1.0)
 
 
 GROWTH_INTERVAL = 2000
-"""Finite updates in a row after which the scale doubles."""
+"""Number of consecutive finite updates after which the loss scale doubles."""
 
 
 @dataclass
 class LossScale:
-    """The loss is multiplied by `value` before the backward pass (Micikevicius et al. 2018, 3.2).
+    """Factor on the loss that keeps fp16 gradients from underflow (Micikevicius et al. 2018, 3.2).
 
-    A gradient that overflows halves the scale, down to 1.
+    A gradient that overflows halves the factor, down to 1.
     """
 
     value: float = 2.0**16
     finite_updates: int = 0
-    """Finite updates since the scale last changed."""
+    """Number of finite updates since the last change of the scale."""
     overflows: int = 0
-    """Updates lost to a scale that was too large."""
+    """Number of updates that were lost because the scale was too large."""
 
     def adapt(self, finite: bool) -> bool:
-        """Adapt to the last gradient => whether a smaller scale can mend it or it needs none."""
+        """Adapt to the last gradient; False if it was not finite although the scale was 1."""
         if finite:
             self.finite_updates += 1
             if self.finite_updates == GROWTH_INTERVAL:
@@ -102,26 +112,17 @@ class LossScale:
 
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_HALF_ONLY = ("flash", "cudnn")
 
 
 def prepare_forward(
     backbone: Backbone, config: EngineConfig, device: torch.device, num_micro_batches: int = 1
 ) -> None:
-    """Change the forward pass of `backbone` in place; parameters and their names stay.
+    """Set up precision, compilation and recomputation of `backbone`, in place.
 
-    Raises UserError when this machine cannot compile, graphs cannot hold the gradients, or the
-    attention kernel cannot take the precision.
+    The parameters and their names stay the same. Raises UserError when this machine or the
+    number of micro-batches does not allow what `config` asks for.
     """
-    if device.type == "cuda" and config.precision == "fp32" and config.attention in _HALF_ONLY:
-        raise UserError(
-            f"engine.attention: {config.attention} takes 16 bits on a GPU; set engine.precision "
-            "to bf16 or engine.attention to sdpa"
-        )
-    if config.compile:
-        _require_compiler(device)
-    if config.cuda_graphs:
-        _require_graphs(device, num_micro_batches)
+    _check_forward(config, device, num_micro_batches)
     for block in backbone.blocks():
         if config.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -130,46 +131,50 @@ def prepare_forward(
             mode = "reduce-overhead" if config.cuda_graphs else None
             block.compile(dynamic=False, mode=mode)
     if config.precision in _AUTOCAST:
-        # Inside the module, where DeepSpeed leaves autocast alone: the same arithmetic everywhere.
+        # Autocast lies inside the module, so that DeepSpeed computes the same as plain PyTorch.
         autocast = torch.autocast(device.type, _AUTOCAST[config.precision])
         backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
 
 
-def prepare_draws(config: EngineConfig) -> NormalSampler:
-    """How the objective draws its noise: compiled, the rounds of the generator are one kernel."""
+def choose_normal_sampler(config: EngineConfig) -> NormalSampler:
+    """The function that samples noise for the objective; compiled, it is a single kernel."""
     return torch.compile(normal) if config.compile else normal
 
 
-def _require_graphs(device: torch.device, num_micro_batches: int) -> None:
-    if device.type != "cuda":
-        raise UserError("engine.cuda_graphs: needs a CUDA device; set it to false")
-    if num_micro_batches > 1:
-        # A replay writes to where the last one left its gradients (pytorch issue 169545).
+def _check_forward(config: EngineConfig, device: torch.device, num_micro_batches: int) -> None:
+    on_gpu = device.type == "cuda"
+    if on_gpu and config.precision == "fp32" and config.attention in ("flash", "cudnn"):
         raise UserError(
-            f"engine.cuda_graphs: cannot accumulate gradients over {num_micro_batches} "
-            "micro-batches; raise micro_batch_size or set it to false"
+            f"engine.attention: {config.attention} needs a 16-bit type on a GPU; set "
+            "engine.precision to bf16 or engine.attention to sdpa"
         )
-
-
-def _require_compiler(device: torch.device) -> None:
     compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
+    if config.compile and not on_gpu and shutil.which(compiler) is None:
         raise UserError(
             f"engine.compile: torch.compile on the CPU needs {compiler}, which is not on PATH; "
             "install it or set engine.compile to false"
         )
+    if config.cuda_graphs and not on_gpu:
+        raise UserError("engine.cuda_graphs: needs a CUDA device; set it to false")
+    if config.cuda_graphs and num_micro_batches > 1:
+        # A replay overwrites the gradients of the replay before it (pytorch issue 169545).
+        raise UserError(
+            f"engine.cuda_graphs: cannot accumulate gradients over {num_micro_batches} "
+            "micro-batches; raise micro_batch_size or set engine.cuda_graphs to false"
+        )
 
 
 class Engine:
-    """Forward, backward, update and averages of one backbone; several processes run PyTorch's DDP.
+    """Trains one backbone on one process, or on several with PyTorch's DDP.
 
-    Parameters, moments and averages are fp32 in every precision. Here each process keeps them
-    whole; `ifvit.training.zero` partitions them. `iter_state` and `load_state` speak of whole
-    tensors by name, so that a run saved under one engine continues under any other.
+    Parameters, AdamW's moments and EMA weights are fp32 in every precision. Here each process
+    holds all of them; the subclasses in `ifvit.training.zero` hold shards. `iter_state` and
+    `load_state` exchange full tensors by name, so a run that was saved by one engine continues
+    with any other and on any number of processes.
     """
 
-    _may_freeze = True
-    """Whether the host can do without looking at the gradient's norm after every step."""
+    _can_skip_on_device = True
+    """Whether the optimizer itself skips an update, without the host looking at the gradient."""
 
     def __init__(
         self,
@@ -178,41 +183,44 @@ class Engine:
         optim: OptimConfig,
         *,
         ema_decays: Sequence[float],
-        micro_batch_size: int,
-        num_micro_batches: int,
-        tolerate_nonfinite: bool = False,
+        num_micro_batches: int = 1,
+        tolerate_nonfinite: int = 0,
     ) -> None:
-        self._blank: Backbone = nn.Module.to(copy.deepcopy(backbone), "meta").eval()
-        self._blank.set_attention("sdpa")  # the recipe's kernel may not take fp32
-        self._max_grad_norm = optim.max_grad_norm
-        self._num_micro_batches = num_micro_batches
-        self._accelerator = self._connect(config, micro_batch_size)
+        self._meta_backbone: Backbone = nn.Module.to(copy.deepcopy(backbone), "meta").eval()
+        self._meta_backbone.set_attention("sdpa")  # the recipe's kernel may not accept fp32
+        self._optim, self._num_micro_batches = optim, num_micro_batches
+        self._accelerator = self._connect(config)
+        self.group = ProcessGroup(self.world)
+        """Exchanges small objects among the processes, over the CPU."""
         nn.Module.to(backbone, self.device)
         prepare_forward(backbone, config, self.device, num_micro_batches)
         optimizer = build_optimizer(backbone.parameters(), optim)
         prepared = self._accelerator.prepare(backbone, optimizer)
         self._model: nn.Module = prepared[0]
-        self._optimizer: Any = prepared[1].optimizer  # torch's AdamW or DeepSpeed's ZeRO around it
+        self._optimizer: Any = prepared[1].optimizer  # torch's AdamW, or DeepSpeed's ZeRO around it
         self._parameters = dict(backbone.named_parameters())
         self._create_moments()
-        self._averages = {decay: EMA(self._pieces(), decay) for decay in ema_decays}
+        self._emas = {decay: EMA(self._shards(), decay) for decay in ema_decays}
         self.loss_scale = LossScale() if config.precision == "fp16" else None
-        """What the loss is multiplied by; None where gradients do not need it."""
-        self.timer = PhaseTimer(self.device)
-        """Where the time goes."""
-        self._freezes = self._may_freeze and self.loss_scale is None and not tolerate_nonfinite
+        """Factor on the loss; None when the precision does not need one."""
+        self.timer = StepTimer(self.device)
+        self.tolerate_nonfinite = tolerate_nonfinite
+        """Number of skipped steps that the recipe allows for the whole run."""
+        self._freezes = (
+            self._can_skip_on_device and self.loss_scale is None and not tolerate_nonfinite
+        )
         self._frozen_steps = torch.zeros((), device=self.device)
-        self._refused = 0
+        self._skipped = 0
         self._update_applied = True
 
     @property
     def device(self) -> torch.device:
-        """Where batches must be."""
+        """The device that batches must be on."""
         return cast(torch.device, self._accelerator.device)
 
     @property
     def world(self) -> World:
-        """This process among all."""
+        """Rank of this process and number of processes."""
         accelerator = self._accelerator
         return World(
             rank=accelerator.process_index,
@@ -222,15 +230,15 @@ class Engine:
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
-        """Decays of the averages, in the recipe's order."""
-        return tuple(self._averages)
+        """Decays of the EMA weights, in the order of the recipe."""
+        return tuple(self._emas)
 
     def predict_noise(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """The backbone in the recipe's precision; shapes as in `ifvit.diffusion.objectives`."""
+        """Run the backbone in the recipe's precision; shapes as in `ifvit.diffusion.objectives`."""
         return cast(Tensor, self._model(x_t, timesteps, condition))
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around each micro-batch; gradients are exchanged at the `last` one of a step only."""
+        """Context of a micro-batch; processes exchange gradients in the `last` one of a step."""
         if last:
             return nullcontext()
         return cast(AbstractContextManager[None], self._accelerator.no_sync(self._model))
@@ -240,118 +248,123 @@ class Engine:
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         (loss * (scale / self._num_micro_batches)).backward()  # type: ignore[no-untyped-call]
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Rate of the coming update."""
+    def set_learning_rate(self, step: int, max_steps: int) -> float:
+        """Set and return the learning rate of the update that follows `step` finished ones."""
+        rate = learning_rate(step, max_steps, self._optim)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        return rate
 
     def step(self) -> Tensor:
-        """Update the parameters after the last micro-batch => global gradient norm, ().
+        """Update the parameters after the last micro-batch => norm of the global gradient, ().
 
-        A gradient that is not finite changes nothing, on any process; see `skipped_steps`.
+        When the gradient is not finite, every process skips the update; see `skipped_steps`.
         """
         parameters = list(self._parameters.values())
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         if self.loss_scale is not None:
             torch._foreach_div_(gradients, self.loss_scale.value)
         norm = nn.utils.get_total_norm(gradients)
-        if self._max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+        if self._optim.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._optim.max_grad_norm, norm)
         nonfinite = (~norm.isfinite()).float()
         if self._freezes:
             nonfinite = nonfinite.maximum(self._frozen_steps.sign())
             self._frozen_steps += nonfinite
         else:
-            self._settle(finite=not nonfinite.item())
-        # AdamW's fused kernel reads the flag on the device and leaves everything as it is.
+            self._count_update(applied=not nonfinite.item())
+        # AdamW's fused kernel reads this flag on the device and then skips the update.
         self._optimizer.found_inf = nonfinite
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 
-    def _settle(self, *, finite: bool) -> None:
-        """Count a gradient that is not finite, unless a smaller loss scale may mend it."""
-        self._update_applied = finite
-        mended = finite if self.loss_scale is None else self.loss_scale.adapt(finite)
-        if not mended:
-            self._refused += 1
+    def _count_update(self, *, applied: bool) -> None:
+        """Count a skipped update, unless a smaller loss scale may avoid it from now on."""
+        self._update_applied = applied
+        excused = applied if self.loss_scale is None else self.loss_scale.adapt(applied)
+        if not excused:
+            self._skipped += 1
 
     def skipped_steps(self, *, wait: bool) -> int:
-        """Updates refused since the last call because their gradient was not finite.
+        """Number of steps skipped since the last call because their gradient was not finite.
 
-        Where the recipe tolerates none, the first one freezes the parameters on the device. So
-        the host need not look after every step; it learns of it when it can `wait` for the device.
+        When the recipe tolerates none, the first such gradient freezes the parameters on the
+        device. Then the host need not look after every step; it learns the number when it can
+        `wait` for the device.
         """
         if self._freezes and wait:
-            self._refused = int(self._frozen_steps.item())
+            self._skipped = int(self._frozen_steps.item())
             self._frozen_steps.zero_()
-        count, self._refused = self._refused, 0
-        return count
+        num_skipped, self._skipped = self._skipped, 0
+        return num_skipped
 
     def update_ema(self) -> None:
-        """Move every average towards the parameters, unless the update was refused."""
+        """Move all EMA weights towards the parameters, unless the step was skipped."""
         if self._update_applied:
-            for average in self._averages.values():
-                average.update(self._pieces())
+            for ema in self._emas.values():
+                ema.update(self._shards())
 
     def gather_backbone(self, ema_decay: float | None) -> Backbone:
-        """A backbone with the averaged weights or, given None, the trained ones; collective.
+        """A backbone with EMA weights or, for None, with the trained weights; collective.
 
-        fp32, in eval mode. Where nothing is partitioned it shares the engine's memory: it is for
-        sampling and export before the next update, and must not be changed.
+        It is fp32 and in eval mode. Where nothing is partitioned it shares memory with the
+        engine: use it before the next update, and do not change it.
         """
-        pieces = self._pieces() if ema_decay is None else self._averages[ema_decay].shadows
-        whole: Backbone = copy.deepcopy(self._blank)
-        whole.load_state_dict(dict(self._gather_named("", pieces)), assign=True)
-        return whole
+        shards = self._shards() if ema_decay is None else self._emas[ema_decay].tensors
+        backbone: Backbone = copy.deepcopy(self._meta_backbone)
+        backbone.load_state_dict(dict(self._gather_all("", shards)), assign=True)
+        return backbone
 
     def iter_state(self) -> Iterator[tuple[str, Tensor]]:
-        """All that is learned, as whole fp32 tensors one after the other; collective.
+        """All learned state as full fp32 tensors, one after the other; collective.
 
-        `backbone.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and for each decay `ema0.9999.NAME`, in
-        the same order on every process. Copy what is to outlive the next update.
+        The names are `backbone.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and `ema0.9999.NAME` for
+        each decay, in the same order on every process. Copy a tensor to keep it beyond the next
+        update.
         """
-        yield from self._gather_named("backbone.", self._pieces())
+        yield from self._gather_all("backbone.", self._shards())
         for key in MOMENTS:
             for name, parameter in self._parameters.items():
                 yield f"{key}.{name}", self._gather_moment(parameter, key)
-        for decay, average in self._averages.items():
-            yield from self._gather_named(f"{ema_name(decay)}.", average.shadows)
+        for decay, ema in self._emas.items():
+            yield from self._gather_all(f"{ema_name(decay)}.", ema.tensors)
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
-        """Continue from `iter_state` of any engine and number of processes.
+        """Restore the state that `iter_state` of any engine gave.
 
-        `read(name)` returns a whole tensor on the CPU; only this process's piece is copied.
+        `read(name)` returns a full tensor on the CPU; this process copies only its shard.
         """
         for name, parameter in self._parameters.items():
             self._load_parameter(parameter, read(f"backbone.{name}"))
             for key in MOMENTS:
                 self._load_moment(parameter, key, read(f"{key}.{name}"))
-        for decay, average in self._averages.items():
-            named = zip(self._parameters.items(), average.shadows, strict=True)
-            for (name, parameter), shadow in named:
-                shadow.copy_(self._cut(read(f"{ema_name(decay)}.{name}"), parameter))
+        for decay, ema in self._emas.items():
+            for (name, parameter), shard in zip(self._parameters.items(), ema.tensors, strict=True):
+                shard.copy_(self._scatter(read(f"{ema_name(decay)}.{name}"), parameter))
 
     def scalars(self) -> dict[str, float]:
-        """What else a checkpoint must hold; the same on every process."""
+        """The state besides tensors: number of updates and loss scale; equal on all processes."""
         num_updates = next(iter(self._adamw.state.values()))["step"].item()
         scalars = {} if self.loss_scale is None else vars(self.loss_scale)
         return {"num_updates": num_updates, **scalars}
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
-        """Continue from `scalars()` of any engine; call it after `load_state`."""
+        """Restore `scalars()` of any engine; call it after `load_state`."""
         own = dict(scalars)
-        self._set_num_updates(own.pop("num_updates"))
+        num_updates = own.pop("num_updates")
+        for state in self._adamw.state.values():
+            state["step"].fill_(num_updates)
         if self.loss_scale is not None:
             vars(self.loss_scale).update(own)
 
     def mean(self, value: Tensor) -> Tensor:
-        """Average over processes, on all of them."""
+        """Average over all processes, returned on each of them."""
         return cast(Tensor, self._accelerator.reduce(value, reduction="mean"))
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was submitted."""
+        """Wait until the device has finished all submitted work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -359,9 +372,10 @@ class Engine:
         """Wait for all processes."""
         self._accelerator.wait_for_everyone()
 
-    # What follows is all that depends on where parameters, moments and averages are kept.
+    # The methods below depend on how the state is partitioned; `ifvit.training.zero` overrides
+    # them.
 
-    def _connect(self, config: EngineConfig, micro_batch_size: int) -> Accelerator:
+    def _connect(self, config: EngineConfig) -> Accelerator:
         return Accelerator(cpu=not torch.cuda.is_available())
 
     @property
@@ -371,36 +385,27 @@ class Engine:
     def _create_moments(self) -> None:
         create_moments(self._adamw, self._parameters.values())
 
-    def _pieces(self) -> list[Tensor]:
-        """What this process keeps of each parameter."""
+    def _shards(self) -> list[Tensor]:
+        """The shard of each parameter that this process holds."""
         return [parameter.detach() for parameter in self._parameters.values()]
 
-    def _gather(self, piece: Tensor, parameter: nn.Parameter) -> Tensor:
-        """The whole of which each process has a piece, as it has of `parameter`."""
-        return piece
+    def _gather(self, shard: Tensor, parameter: nn.Parameter) -> Tensor:
+        """The full tensor of which every process holds a shard; `parameter` gives its shape."""
+        return shard
 
-    def _cut(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
-        """This process's piece of a whole tensor of `parameter`'s shape."""
-        return whole
+    def _scatter(self, full: Tensor, parameter: nn.Parameter) -> Tensor:
+        """The shard of this process of a full tensor in the shape of `parameter`."""
+        return full
 
     def _gather_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         return cast(Tensor, self._adamw.state[parameter][key])
 
-    def _load_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        parameter.copy_(whole)
+    def _load_parameter(self, parameter: nn.Parameter, full: Tensor) -> None:
+        parameter.copy_(full)
 
-    def _load_moment(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
-        self._adamw.state[parameter][key].copy_(whole)
+    def _load_moment(self, parameter: nn.Parameter, key: str, full: Tensor) -> None:
+        self._adamw.state[parameter][key].copy_(full)
 
-    def _set_num_updates(self, count: float) -> None:
-        for state in self._adamw.state.values():
-            state["step"].fill_(count)
-
-    def _gather_named(self, prefix: str, pieces: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for (name, parameter), piece in zip(self._parameters.items(), pieces, strict=True):
-            yield f"{prefix}{name}", self._gather(piece, parameter)
-
-
-def ema_name(ema_decay: float) -> str:
-    """`ema0.9999`, which opens the names of an average's tensors."""
-    return f"ema{ema_decay}"
+    def _gather_all(self, prefix: str, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for (name, parameter), shard in zip(self._parameters.items(), shards, strict=True):
+            yield f"{prefix}{name}", self._gather(shard, parameter)

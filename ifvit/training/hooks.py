@@ -1,12 +1,13 @@
-"""What happens beside the steps: checkpoints, exported weights, pictures."""
+"""Hooks of the training loop besides the metrics log: checkpoints, exported weights, samples."""
 
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,157 +16,38 @@ from torch import Tensor
 
 from ifvit.diffusion.config import SolverConfig
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
-from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import WeightsInfo, restore_backbone, save_weights, step_name
 from ifvit.sampling.load import load_conditions, load_decoder
 from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes
-from ifvit.training.checkpoint import Checkpoint, Retention, commit, prune, step_url, write_part
+from ifvit.training.checkpoint import (
+    Checkpoint,
+    Part,
+    Retention,
+    TrainState,
+    commit,
+    manifest_sha256,
+    prune,
+    step_url,
+    write_part,
+)
 from ifvit.training.config import SampleGridConfig, TrainConfig
 from ifvit.training.engine import Engine, ema_name
+from ifvit.training.guards import StopRequest
 from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
-from ifvit.training.state import TrainState
-
-State = Iterable[tuple[str, Tensor]]
-
-
-class HostCopy:
-    """Copies of device tensors, in buffers that are made once and filled again at every save."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-
-    def update(self, name: str, tensor: Tensor) -> None:
-        """Begin to copy; the device must be synchronised before the copy is read."""
-        if name not in self.tensors:
-            # Page-locked memory is what a GPU copies to at full speed.
-            self.tensors[name] = torch.empty(
-                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
-            )
-        self.tensors[name].copy_(tensor.detach(), non_blocking=True)
-
-
-class CheckpointSaver:
-    """Writes each process's share as one part; the main process commits when all have arrived.
-
-    `finish` is called on the main process between the parts and the manifest, with the copies of
-    all tensors for which `exported(name)` holds: what it writes is there when the checkpoint is.
-    `prune` is called there after. `on_failure` is called on every process, from the thread.
-    """
-
-    def __init__(
-        self,
-        run: str,
-        attempt: str,
-        world: World,
-        channel: ProcessGroup,
-        *,
-        exported: Callable[[str], bool],
-        finish: Callable[[int, dict[str, Tensor]], None],
-        prune: Callable[[], None],
-        on_failure: Callable[[], None],
-    ) -> None:
-        self._run, self._world, self._channel = run, world, channel
-        self._part_name = f"part-{world.rank:05d}-of-{world.size:05d}-{attempt}.safetensors"
-        self._exported, self._finish, self._prune = exported, finish, prune
-        self._on_failure = on_failure
-        self._copy = HostCopy()
-        self._executor = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
-
-    def save(self, state: State, draft: Checkpoint, synchronize: Callable[[], None]) -> float:
-        """Copy the engine's state and save it in the background => seconds of waiting; collective.
-
-        `draft` lacks its parts. Waits for the save before and raises its UserError.
-        """
-        started = time.perf_counter()
-        self.wait()
-        share = self._take_share(state)
-        synchronize()
-        self._pending = self._executor.submit(self._save, draft, share)
-        self._pending.add_done_callback(lambda save: save.exception() and self._on_failure())
-        return time.perf_counter() - started
-
-    def wait(self) -> None:
-        """Return when no save is running. Raises UserError, everywhere, if the last one failed."""
-        if self._pending is not None:
-            self._pending.result()
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Around training; the last save is finished on the way out, whatever the reason.
-
-        Raises its UserError, also in place of an exit that promises that all is saved.
-        """
-        with self._executor:
-            try:
-                yield
-            except SystemExit:
-                self.wait()
-                raise
-            self.wait()
-
-    def _take_share(self, state: State) -> list[str]:
-        """Copy what this process writes; shares are equal in bytes, and the same everywhere."""
-        loads = [0] * self._world.size
-        share = []
-        for name, tensor in state:
-            owner = loads.index(min(loads))
-            loads[owner] += tensor.nbytes
-            if owner == self._world.rank:
-                share.append(name)
-            if owner == self._world.rank or (self._world.is_main and self._exported(name)):
-                self._copy.update(name, tensor)
-        return share
-
-    def _save(self, draft: Checkpoint, share: list[str]) -> None:
-        step = draft.state.step
-        part, error = None, None
-        try:
-            with self._named_errors(step):
-                tensors = {name: self._copy.tensors[name] for name in share}
-                part = write_part(step_url(self._run, step), self._part_name, tensors)
-        except UserError as raised:
-            error = raised
-        parts, errors = zip(*self._channel.gather((part, error)), strict=True)
-        for failure in filter(None, errors):
-            raise failure
-        self._channel.on_main(lambda: self._complete(replace(draft, parts=parts)))
-
-    def _complete(self, checkpoint: Checkpoint) -> None:
-        step = checkpoint.state.step
-        with self._named_errors(step):
-            exported = {n: t for n, t in self._copy.tensors.items() if self._exported(n)}
-            self._finish(step, exported)
-            commit(self._run, checkpoint)
-        try:
-            self._prune()
-        except (UserError, OSError) as error:  # a file that NFS still holds, say
-            sys.stderr.write(f"{self._run}: older checkpoints stay until the next save ({error})\n")
-
-    @contextmanager
-    def _named_errors(self, step: int) -> Iterator[None]:
-        """Make one line of what a store or a full disk may raise."""
-        try:
-            yield
-        except (UserError, OSError, SafetensorError) as error:
-            raise UserError(
-                f"{self._run}: saving step {step} failed on rank {self._world.rank} ({error}); "
-                "the checkpoints before it are whole, run the same command again to go on"
-            ) from error
-
-
-_GRID_COLUMNS = 8
+from ifvit.training.metrics_log import MetricsLog
 
 
 class SaveCheckpoint:
-    """A checkpoint and exported weights, averaged and raw, every `checkpoint_every` steps.
+    """Writes a checkpoint and exports weights, EMA and raw, every `checkpoint_every` steps.
 
-    Training waits only while the state is copied to host memory. `stall_seconds` adds that up.
-    A save that fails calls `on_failure`, and the next call raises why.
+    Training waits only while the state is copied to host memory. Then a thread on every process
+    writes this process's partition of the state as one part; when all parts are written, the main
+    process exports weights and commits the checkpoint. When a save fails, all processes stop
+    after their next step and raise the error.
     """
 
     name = "checkpoint"
@@ -175,42 +57,53 @@ class SaveCheckpoint:
         self,
         config: TrainConfig,
         engine: Engine,
-        channel: ProcessGroup,
-        lease: Lease,
         info: WeightsInfo,
-        shards_sha256: str,
-        publish_metrics: Callable[[], None],
-        on_failure: Callable[[], None],
+        lease: Lease,
+        metrics: MetricsLog,
+        stop: StopRequest,
     ) -> None:
         self.every = config.checkpoint_every
         self.stall_seconds = 0.0
-        self._config, self._engine, self._lease = config, engine, lease
-        self._info, self._shards_sha256 = info, shards_sha256
-        self._publish_metrics = publish_metrics
-        first, *others = engine.ema_decays
-        self._exports: dict[str, tuple[float | None, str]] = {
-            "raw": (None, "backbone."),
-            "ema": (first, f"{ema_name(first)}."),
-            **{f"ema_{decay}": (decay, f"{ema_name(decay)}.") for decay in others},
-        }
-        prefixes = tuple(prefix for _, prefix in self._exports.values())
-        retention = Retention(
+        """Seconds that training has waited for saves so far."""
+        self._config, self._engine, self._info = config, engine, info
+        self._lease, self._metrics, self._stop = lease, metrics, stop
+        self._shards_sha256 = manifest_sha256(config.shards)
+        self._retention = Retention(
             last=config.keep_checkpoints, every=config.keep_every, metric=config.keep_best
         )
-        self.saver = CheckpointSaver(
-            config.run,
-            lease.token,
-            engine.world,
-            channel,
-            exported=lambda name: name.startswith(prefixes),
-            finish=self._finish,
-            prune=lambda: prune(config.run, retention),
-            on_failure=on_failure,
-        )
+        world = engine.world
+        self._part_name = f"part-{world.rank:05d}-of-{world.size:05d}-{lease.token}.safetensors"
+        self._exports = _exports(engine.ema_decays)
+        self._host: dict[str, Tensor] = {}
+        """Copies of the state in host memory, allocated at the first save and reused."""
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Finish the last save when the block ends, also when it ends by SystemExit.
+
+        Raises the UserError of a failed save, even in place of an exit that promises a save.
+        """
+        with self._thread:
+            try:
+                yield
+            except SystemExit:
+                self.wait()
+                raise
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the running save. Raises UserError on every process if the last one failed."""
+        if self._pending is not None:
+            self._pending.result()
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
-        """Copy the state; the rest is done beside training. Raises what the save before met."""
-        draft = Checkpoint(
+        """Copy the state and write it in the background; collective. Raises as `wait` does."""
+        started = time.perf_counter()
+        self.wait()
+        partition = self._copy_state()
+        checkpoint = Checkpoint(
             state=state,
             scalars=self._engine.scalars(),
             backbone=dataclasses.asdict(self._config.backbone),
@@ -218,26 +111,119 @@ class SaveCheckpoint:
             shards_sha256=self._shards_sha256,
             parts=(),
         )
-        self.stall_seconds += self.saver.save(
-            self._engine.iter_state(), draft, self._engine.synchronize
-        )
+        self._engine.synchronize()
+        self._pending = self._thread.submit(self._write, checkpoint, partition)
+        self.stall_seconds += time.perf_counter() - started
 
-    def _finish(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Write what must be there when the checkpoint is; then see that the run is still ours."""
+    def _copy_state(self) -> list[str]:
+        """Copy to host memory what this process writes => the names of its partition.
+
+        Partitions have about equal sizes. The main process also copies the weights to export.
+        """
+        world = self._engine.world
+        prefixes = tuple(export.prefix for export in self._exports)
+        sizes = [0] * world.size
+        partition = []
+        for name, tensor in self._engine.iter_state():
+            owner = sizes.index(min(sizes))
+            sizes[owner] += tensor.nbytes
+            if owner == world.rank:
+                partition.append(name)
+            if owner == world.rank or (world.is_main and name.startswith(prefixes)):
+                self._copy(name, tensor)
+        return partition
+
+    def _copy(self, name: str, tensor: Tensor) -> None:
+        if name not in self._host:
+            # A GPU copies at full speed only to page-locked memory.
+            self._host[name] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+            )
+        self._host[name].copy_(tensor.detach(), non_blocking=True)
+
+    def _write(self, checkpoint: Checkpoint, partition: list[str]) -> None:
+        """Write the copied state as a checkpoint; runs in the thread of every process."""
+        try:
+            group = self._engine.group
+            part, failure = self._write_part(checkpoint.state.step, partition)
+            parts, failures = zip(*group.gather((part, failure)), strict=True)
+            for failure in filter(None, failures):
+                raise failure
+            group.on_main(partial(self._complete, replace(checkpoint, parts=parts)))
+        except BaseException:
+            self._stop.request()
+            raise
+
+    def _write_part(self, step: int, partition: list[str]) -> tuple[Part | None, UserError | None]:
+        try:
+            with self._named_errors(step):
+                tensors = {name: self._host[name] for name in partition}
+                folder = step_url(self._config.run, step)
+                return write_part(folder, self._part_name, tensors), None
+        except UserError as error:
+            return None, error  # the other processes must learn of it before it is raised
+
+    def _complete(self, checkpoint: Checkpoint) -> None:
+        """Export, commit and prune, once all parts are written; on the main process only."""
+        run, step = self._config.run, checkpoint.state.step
+        with self._named_errors(step):
+            self._export_weights(step)
+            self._metrics.publish()
+            self._lease.check()
+            commit(run, checkpoint)
+        try:
+            prune(run, self._retention)
+        except (UserError, OSError) as error:  # for example a file that NFS still holds open
+            sys.stderr.write(f"{run}: older checkpoints stay until the next save ({error})\n")
+
+    def _export_weights(self, step: int) -> None:
         folder = join(self._config.run, "weights", step_name(step))
-        for kind, (decay, prefix) in self._exports.items():
+        for export in self._exports:
             weights = {
-                n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
+                name.removeprefix(export.prefix): tensor
+                for name, tensor in self._host.items()
+                if name.startswith(export.prefix)
             }
             backbone = restore_backbone(self._config.backbone, weights)
-            info = dataclasses.replace(self._info, step=step, ema_decay=decay)
-            save_weights(join(folder, kind), backbone, info)
-        self._publish_metrics()
-        self._lease.check()
+            info = replace(self._info, step=step, ema_decay=export.ema_decay)
+            save_weights(join(folder, export.folder), backbone, info)
+
+    @contextmanager
+    def _named_errors(self, step: int) -> Iterator[None]:
+        """Turn the errors of a store or a full disk into one line."""
+        try:
+            yield
+        except (UserError, OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self._config.run}: saving step {step} failed on rank {self._engine.world.rank} "
+                f"({error}); earlier checkpoints are complete, run the same command again to "
+                "continue"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Export:
+    folder: str
+    prefix: str
+    """How the names of these tensors begin in the state."""
+    ema_decay: float | None
+    """None: the trained weights."""
+
+
+def _exports(ema_decays: tuple[float, ...]) -> list[_Export]:
+    """The trained weights as `raw`, the first EMA as `ema`, further ones as `ema_DECAY`."""
+    exports = [_Export(folder="raw", prefix="backbone.", ema_decay=None)]
+    for number, decay in enumerate(ema_decays):
+        folder = f"ema_{decay}" if number else "ema"
+        exports.append(_Export(folder=folder, prefix=f"{ema_name(decay)}.", ema_decay=decay))
+    return exports
+
+
+_GRID_COLUMNS = 8
 
 
 class SampleGrid:
-    """A picture of the same prompts from the same noise, drawn with the averaged weights."""
+    """Renders a grid of images with EMA weights, always from the same prompts and noise."""
 
     name = "samples"
     on_stop = False
@@ -254,7 +240,7 @@ class SampleGrid:
         )
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
-        """Draw on the main process; the others wait."""
+        """Generate the images on the main process while the others wait."""
         backbone = self._engine.gather_backbone(self._engine.ema_decays[0])
         if self._engine.world.is_main:
             sampler = Sampler(
@@ -271,9 +257,10 @@ class SampleGrid:
 def _grid_conditions(
     config: SampleGridConfig, reader: ShardReader, info: WeightsInfo
 ) -> tuple[Tensor, Tensor]:
-    """(N, ...) conditions and the one of no prompt.
+    """Conditions (N, ...) of the grid, and the null condition.
 
-    Of the prompts; else of the first captions or classes, two rows full.
+    They come from the prompts of the recipe, or else from the first captions or classes, which
+    fill two rows.
     """
     if config.prompts or info.text_encoder is None:
         conditions = load_conditions(info, "cpu")

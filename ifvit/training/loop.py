@@ -1,4 +1,4 @@
-"""The training loop; all that is not a step is a hook."""
+"""The training loop; logging, checkpointing and sampling are hooks. `train` calls `fit`."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -11,24 +11,22 @@ from torch import Tensor
 
 from ifvit.diffusion.objectives import Losses, NoisePrediction
 from ifvit.diffusion.schedules import NUM_TIMESTEPS
-from ifvit.training.config import TrainConfig
+from ifvit.training.checkpoint import TrainState
 from ifvit.training.data import Batch, Batches
-from ifvit.training.engine import Engine, learning_rate
-from ifvit.training.guards import Preempted, StopRequest, report_nonfinite
-from ifvit.training.state import TrainState
-from ifvit.training.timing import StepProfiler
+from ifvit.training.engine import Engine
+from ifvit.training.guards import NonfiniteGradient, Preempted, StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One finished step, the same on every process."""
+    """Numbers of one finished step, the same on every process."""
 
     loss: float
     """Mean loss of the global batch."""
     loss_by_time: tuple[float, ...]
-    """The same of each quarter of the timesteps, the cleanest first; nan where no sample is."""
+    """Mean loss of each quarter of the timesteps, the cleanest first; nan without samples."""
     grad_norm: float
-    """Norm of the whole gradient before clipping."""
+    """Norm of the global gradient before clipping."""
     learning_rate: float
 
 
@@ -37,9 +35,9 @@ class Hook(Protocol):
 
     every: int
     name: str
-    """How the time that the steps wait for it is called."""
+    """Name of this hook in the step-time breakdown."""
     on_stop: bool
-    """Whether it also happens after the last step before a signal ends the run."""
+    """Whether it also happens when a signal ends the run."""
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Look at the run after a step, without changing it."""
@@ -47,61 +45,52 @@ class Hook(Protocol):
 
 def fit(
     state: TrainState,
+    max_steps: int,
     batches: Batches,
     objective: NoisePrediction,
     engine: Engine,
     hooks: Sequence[Hook],
-    config: TrainConfig,
     stop: StopRequest,
-    profiler: StepProfiler,
 ) -> TrainState:
-    """Train to `config.max_steps`; continued from any step it repeats the unbroken run.
+    """Train from `state` to `max_steps`; a resumed run repeats the uninterrupted one.
 
-    Raises Preempted after a signal, when what must be saved is saved, and UserError when more
-    gradients are not finite than the recipe tolerates.
+    Raises Preempted after a signal, when the hooks for that case have run, and NonfiniteGradient
+    when more gradients are not finite than the engine tolerates.
     """
     losses: list[Tensor] = []
-    with closing(batches.from_state(state, engine.device)) as stream:
-        while state.step < config.max_steps:
+    with closing(batches.stream(state.step, state.samples_seen, engine.device)) as stream:
+        while state.step < max_steps:
             stop.ask()
             started = time.perf_counter()
-            rate = learning_rate(state.step, config.max_steps, config.optim)
-            engine.set_learning_rate(rate)
-            share, data_wait = _accumulate(
-                stream, batches.num_micro_batches, objective, engine, state
-            )
-            losses.append(share.total)
+            rate = engine.set_learning_rate(state.step, max_steps)
+            mine, data_wait = _accumulate(stream, batches, objective, engine, state.step)
+            losses.append(mine.total)
             with engine.timer.phase("optimizer"):
                 grad_norm = engine.step()
             with engine.timer.phase("ema"):
                 engine.update_ema()
 
             signal = stop.answer()
-            step = state.step + 1
-            due = [h for h in hooks if _is_due(h.every, step, config) or (signal and h.on_stop)]
+            due = [hook for hook in hooks if _is_due(hook, state.step + 1, max_steps, signal)]
             if due:
-                engine.synchronize()  # so that `seconds` holds the work, not its submission
+                engine.synchronize()  # so that `seconds` covers the work and not its submission
             seconds = time.perf_counter() - started
-            state = state.advance(config.global_batch_size, seconds, data_wait)
-            refused = engine.skipped_steps(wait=bool(due))
-            state = replace(state, nonfinite_steps=state.nonfinite_steps + refused)
-            if refused and state.nonfinite_steps > config.tolerate_nonfinite:
-                before = state.go_back(refused, config.global_batch_size)
-                report_nonfinite(before, batches, objective, engine, config)
+            state = state.advance(batches.global_batch_size, seconds, data_wait)
+            state = _count_skipped(state, batches, engine, wait=bool(due))
             if due:
                 means = engine.mean(torch.stack(losses)).tolist()
                 losses.clear()
                 state = state.observe(means)
                 report = StepReport(
                     loss=means[-1],
-                    loss_by_time=_mean_by_time(share, engine),
+                    loss_by_time=_mean_by_time(mine, engine),
                     grad_norm=float(grad_norm),
                     learning_rate=rate,
                 )
                 for hook in due:
                     with engine.timer.host_phase(hook.name):
                         hook(state, report)
-            profiler.step()
+            engine.timer.end_step()
             if signal:
                 raise Preempted(signal, state.step)
     return state
@@ -109,38 +98,54 @@ def fit(
 
 def _accumulate(
     stream: Iterator[Batch],
-    num_micro_batches: int,
+    batches: Batches,
     objective: NoisePrediction,
     engine: Engine,
-    state: TrainState,
+    step: int,
 ) -> tuple[Losses, float]:
-    """Gradients of this process's share of a step => its losses, and seconds of waiting."""
-    parts = []
+    """Gradients of this process's micro-batches => their losses, and seconds of data wait."""
+    per_sample, timesteps = [], []
     data_wait = 0.0
-    for remaining in reversed(range(num_micro_batches)):
+    for remaining in reversed(range(batches.num_micro_batches)):
         started = time.perf_counter()
         with engine.timer.host_phase("data"):
             batch = next(stream)
         data_wait += time.perf_counter() - started
         with engine.accumulate(last=not remaining):
             with engine.timer.phase("forward"):
-                moments, condition, positions = batch.moments, batch.condition, batch.positions
-                losses = objective(engine.predict_noise, moments, condition, state.step, positions)
+                losses = objective(
+                    engine.predict_noise, batch.moments, batch.condition, step, batch.positions
+                )
             with engine.timer.phase("backward"):
                 engine.backward(losses.total)
-        parts.append((losses.per_sample, losses.timesteps))
-    per_sample, timesteps = map(torch.cat, zip(*parts, strict=True))
-    share = Losses(total=per_sample.mean(), per_sample=per_sample, timesteps=timesteps)
-    return share, data_wait
+        per_sample.append(losses.per_sample)
+        timesteps.append(losses.timesteps)
+    all_losses = torch.cat(per_sample)
+    mine = Losses(total=all_losses.mean(), per_sample=all_losses, timesteps=torch.cat(timesteps))
+    return mine, data_wait
 
 
-def _mean_by_time(share: Losses, engine: Engine) -> tuple[float, ...]:
+def _count_skipped(
+    state: TrainState, batches: Batches, engine: Engine, *, wait: bool
+) -> TrainState:
+    """Count skipped steps. Raises NonfiniteGradient when they are more than is tolerated."""
+    num_skipped = engine.skipped_steps(wait=wait)
+    state = replace(state, nonfinite_steps=state.nonfinite_steps + num_skipped)
+    if num_skipped and state.nonfinite_steps > engine.tolerate_nonfinite:
+        raise NonfiniteGradient(
+            step=state.step - num_skipped,
+            samples_seen=state.samples_seen - num_skipped * batches.global_batch_size,
+        )
+    return state
+
+
+def _mean_by_time(mine: Losses, engine: Engine) -> tuple[float, ...]:
     """Mean losses of the global batch in each quarter of the timesteps; collective."""
-    quarters = share.timesteps * 4 // NUM_TIMESTEPS
-    both = torch.stack([share.per_sample, torch.ones_like(share.per_sample)])
+    quarters = mine.timesteps * 4 // NUM_TIMESTEPS
+    both = torch.stack([mine.per_sample, torch.ones_like(mine.per_sample)])
     sums, counts = engine.mean(both.new_zeros(2, 4).index_add(1, quarters, both))
     return tuple((sums / counts).tolist())
 
 
-def _is_due(every: int, step: int, config: TrainConfig) -> bool:
-    return step == config.max_steps or step % every == 0
+def _is_due(hook: Hook, step: int, max_steps: int, signal: int | None) -> bool:
+    return step == max_steps or step % hook.every == 0 or bool(signal and hook.on_stop)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the trackers that repeat it, the progress line and the summary."""
+"""metrics.jsonl, the trackers that repeat it, the progress line and the summary; a hook."""
 
 import json
 import math
@@ -14,20 +14,20 @@ from tqdm import tqdm
 from ifvit.errors import UserError
 from ifvit.models.cost import count_cost
 from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
+from ifvit.training.checkpoint import TrainState
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.loop import StepReport
-from ifvit.training.state import TrainState
-from ifvit.training.timing import device_name, peak_flops, peak_memory
+from ifvit.training.profiling import device_name, peak_flops, peak_memory
 
 Row = dict[str, float | str | None]
 
 
 class MetricsLog:
-    """One row every `every` steps; a resumed run drops the rows it is about to repeat.
+    """Writes one row every `log_every` steps; a resumed run drops the rows that it will repeat.
 
-    A local file grows row by row. An object cannot, so a remote one is replaced whole by
-    `publish`, before each checkpoint: a run that goes on from it has every row up to there.
+    A local file grows row by row. An object store cannot append, so `publish` replaces a remote
+    file before each checkpoint: a run that resumes from the checkpoint has every row before it.
     """
 
     name = "log"
@@ -35,15 +35,14 @@ class MetricsLog:
 
     def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self.every = config.log_every
-        self._config = config
+        self._config, self._engine = config, engine
         self._url = join(config.run, "metrics.jsonl")
         self._rows: list[str] = []
-        self._engine = engine
         self._row: Row = {}
 
     @contextmanager
     def open(self, state: TrainState) -> Iterator[None]:
-        """Around the loop: open the files at the step where training starts or goes on.
+        """Open file, trackers and progress line at the step where training starts or resumes.
 
         Raises UserError when a tracker of the recipe is not installed.
         """
@@ -68,7 +67,7 @@ class MetricsLog:
         self._summarise()
 
     def publish(self) -> None:
-        """Make the rows so far survive whatever happens to this machine, even beside training."""
+        """Make the rows so far durable; the thread that saves checkpoints calls this."""
         if is_remote(self._url):
             write_bytes(self._url, "".join(list(self._rows)).encode())
             return
@@ -77,13 +76,14 @@ class MetricsLog:
 
     def _keep_rows_until(self, step: int) -> None:
         rows = read_bytes(self._url).decode().splitlines() if exists(self._url) else []
+        # A killed process may have left half a row.
         kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
         self._rows = [f"{row}\n" for row in kept]
         write_bytes(self._url, "".join(self._rows).encode())
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
-        """Write the step's row."""
-        self._row = self._describe(state, report)
+        """Write the row of this step."""
+        self._row = self._build_row(state, report)
         self._last = state
         if not self._engine.world.is_main:
             return
@@ -97,17 +97,17 @@ class MetricsLog:
         self._bar.set_postfix(loss=f"{report.loss:.4f}", refresh=False)
         self._bar.update(state.step - self._bar.n)
 
-    def _describe(self, state: TrainState, report: StepReport) -> Row:
+    def _build_row(self, state: TrainState, report: StepReport) -> Row:
         engine, last = self._engine, self._last
         num_steps, seconds = state.step - last.step, state.seconds - last.seconds
         rate = (state.samples_seen - last.samples_seen) / seconds
         row: Row = {
             "step": state.step,
             "samples_seen": state.samples_seen,
-            "loss": _number(report.loss),
-            **{f"loss_q{n}": _number(loss) for n, loss in enumerate(report.loss_by_time)},
+            "loss": _finite(report.loss),
+            **{f"loss_q{n}": _finite(loss) for n, loss in enumerate(report.loss_by_time)},
             "learning_rate": report.learning_rate,
-            "grad_norm": _number(report.grad_norm),
+            "grad_norm": _finite(report.grad_norm),
             "loss_spikes": state.loss_spikes,
             "nonfinite_steps": state.nonfinite_steps,
             "samples_per_s": rate,
@@ -121,17 +121,20 @@ class MetricsLog:
             row |= {"loss_scale": engine.loss_scale.value, "overflows": engine.loss_scale.overflows}
         peak = peak_flops(engine.device)
         if peak is not None:
-            # Three forwards' worth of arithmetic: one forward, two for the backward.
+            # A backward pass costs two forward passes.
             flops = 3 * count_cost(self._config.backbone).flops * rate
             row["mfu"] = flops / (peak * engine.world.size)
-        row["peak_memory"] = peak_memory(engine.device)
-        return {**row, "device": device_name(engine.device)}
+        return {
+            **row,
+            "peak_memory": peak_memory(engine.device),
+            "device": device_name(engine.device),
+        }
 
     def _summarise(self) -> None:
         state, row = self._last, self._row
         if not row:
             if state.step == self._config.max_steps:
-                end = f"complete at step {state.step}; a larger max_steps goes on"
+                end = f"complete at step {state.step}; raise max_steps to continue"
                 sys.stderr.write(f"{self._config.run}: {end}\n")
             return
         facts = [
@@ -142,19 +145,19 @@ class MetricsLog:
             *([f"MFU {row['mfu']:.1%}"] if "mfu" in row else []),
             f"peak memory {peak_memory(self._engine.device) / 1e9:.2f} GB on {row['device']}",
             f"{state.loss_spikes} loss spikes",
-            f"{state.nonfinite_steps} steps without an update",
+            f"{state.nonfinite_steps} skipped steps",
         ]
         sys.stderr.write(f"{self._config.run}: {', '.join(facts)}\n")
 
 
-def _number(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     """`value`, or None where JSON has no such number."""
     return value if math.isfinite(value) else None
 
 
 def _open_trackers(config: TrainConfig, state: TrainState) -> list[GeneralTracker]:
     trackers: list[GeneralTracker] = []
-    # TensorBoard's event files only grow, so that an object store cannot hold them.
+    # TensorBoard appends to its event files, which an object store cannot do.
     if "tensorboard" in config.trackers and not is_remote(config.run):
         trackers.append(TensorBoardTracker("tensorboard", config.run, purge_step=state.step + 1))
     if "wandb" in config.trackers:
@@ -164,5 +167,7 @@ def _open_trackers(config: TrainConfig, state: TrainState) -> list[GeneralTracke
         for tracker in trackers:
             tracker.start()
     except ImportError as error:
-        raise UserError(f"trackers: {error.name} is not installed; pip install it") from None
+        raise UserError(
+            f"trackers: {error.name} is not installed; install it with pip install {error.name}"
+        ) from None
     return trackers

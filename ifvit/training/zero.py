@@ -1,7 +1,7 @@
-"""The engine on DeepSpeed's ZeRO: the only file that knows DeepSpeed.
+"""Engines on DeepSpeed's ZeRO; `train` chooses one. No other file knows DeepSpeed.
 
-What it does not document is used in the two `_create_moments`: DeepSpeed makes AdamW's state at the
-first step and only then links it to the parameters, but a resumed run has state before that.
+The two `_create_moments` use what DeepSpeed does not document: it creates AdamW's state at the
+first step and only then links it to the parameters, but a resumed run has state before that step.
 """
 
 import logging
@@ -31,29 +31,29 @@ from ifvit.training.engine import Engine, create_moments
 
 
 class ZeroEngine(Engine):
-    """Partitions the moments (ZeRO stage 1) and the gradients (stage 2); parameters stay whole."""
+    """Partitions the moments (ZeRO stage 1) and the gradients (stage 2), but not the parameters."""
 
-    _may_freeze = False
+    _can_skip_on_device = False
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around each micro-batch; tells DeepSpeed which one is the last."""
+        """Context of each micro-batch; DeepSpeed exchanges gradients in the `last` of a step."""
         self._zero.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this micro-batch's mean loss; DeepSpeed scales it."""
+        """Add the gradient of this micro-batch's mean loss; DeepSpeed applies the scale."""
         if self.loss_scale is not None:
             self._optimizer.override_loss_scale(self.loss_scale.value)
         self._zero.backward(loss)
 
     def step(self) -> Tensor:
-        """Update the parameters after the last micro-batch => global gradient norm, ().
+        """Update the parameters after the last micro-batch => norm of the global gradient, ().
 
-        DeepSpeed looks at the norm on the host and refuses the update if it is not finite.
+        DeepSpeed reads the norm on the host and skips the update if it is not finite.
         """
         self._zero.step()
         applied = self._zero.was_step_applied()
-        self._settle(finite=applied)
+        self._count_update(applied=applied)
         norm = self._zero.get_global_grad_norm() if applied else torch.inf
         return torch.as_tensor(norm, dtype=torch.float32)
 
@@ -61,37 +61,35 @@ class ZeroEngine(Engine):
     def _zero(self) -> Any:
         return self._model
 
-    def _connect(self, config: EngineConfig, micro_batch_size: int) -> Accelerator:
-        """An Accelerator on DeepSpeed, with NCCL on CUDA and gloo elsewhere."""
-        # Or they bury the progress line; DeepSpeed calls collectives by names that torch renames.
+    def _connect(self, config: EngineConfig) -> Accelerator:
+        """Build an Accelerator on DeepSpeed, with NCCL on CUDA and gloo elsewhere."""
+        # These messages would bury the progress line.
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-        if not torch.cuda.is_available():
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # DeepSpeed compiles its CPU communication with ninja, which lies beside the interpreter.
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        # Without a launcher, this process is a world of one; DeepSpeed wants that spelled out.
+        # Without a launcher, DeepSpeed still reads these variables; they describe one process.
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         for name, value in (*alone.items(), ("MASTER_PORT", str(get_free_port()))):
             os.environ.setdefault(name, value)
         return Accelerator(
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=self._settings(config, micro_batch_size)),
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(config)),
             gradient_accumulation_steps=self._num_micro_batches,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")],
         )
 
-    def _settings(self, config: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
-        """DeepSpeed's configuration, derived from the recipe and written nowhere else."""
+    def _deepspeed_config(self, config: EngineConfig) -> dict[str, Any]:
         partitioning: dict[str, Any] = {"stage": config.zero_stage}
         if config.offload_optimizer:
             pinned = torch.cuda.is_available()
             partitioning["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
         return {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "train_micro_batch_size_per_gpu": 1,  # required, but used only to report throughput
             "gradient_accumulation_steps": self._num_micro_batches,
-            "gradient_clipping": self._max_grad_norm or 0.0,
+            "gradient_clipping": self._optim.max_grad_norm or 0.0,
             "zero_optimization": partitioning,
             "zero_force_ds_cpu_optimizer": False,  # torch's AdamW everywhere, and no compilation
             "steps_per_print": sys.maxsize,
@@ -108,43 +106,43 @@ class ZeroEngine(Engine):
     def _gather_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         return cast(Tensor, safe_get_full_optimizer_state(parameter, key))
 
-    def _load_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        parameter.copy_(whole)
-        safe_set_full_fp32_param(parameter, whole)
+    def _load_parameter(self, parameter: nn.Parameter, full: Tensor) -> None:
+        parameter.copy_(full)
+        safe_set_full_fp32_param(parameter, full)
 
-    def _load_moment(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
-        safe_set_full_optimizer_state(parameter, whole, key)
+    def _load_moment(self, parameter: nn.Parameter, key: str, full: Tensor) -> None:
+        safe_set_full_optimizer_state(parameter, full, key)
 
 
 class Zero3Engine(ZeroEngine):
-    """Partitions the parameters too (ZeRO stage 3), and with them the averages."""
+    """Partitions the parameters (ZeRO stage 3) and the EMA weights too."""
 
     def _create_moments(self) -> None:
         create_moments(self._adamw, self._optimizer.fp32_partitioned_groups_flat)
 
-    def _pieces(self) -> list[Tensor]:
+    def _shards(self) -> list[Tensor]:
         return [cast(Any, parameter).ds_tensor for parameter in self._parameters.values()]
 
-    def _gather(self, piece: Tensor, parameter: nn.Parameter) -> Tensor:
-        """Pieces of equal size, the last one padded => a tensor of `parameter`'s shape."""
+    def _gather(self, shard: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Join the shards, which have equal sizes because the last one is padded."""
         shape = cast(Any, parameter).ds_shape
-        whole = piece.new_empty(self.world.size * piece.numel())
-        distributed.all_gather_into_tensor(whole, piece)
-        return whole[: shape.numel()].view(shape)
+        full = shard.new_empty(self.world.size * shard.numel())
+        distributed.all_gather_into_tensor(full, shard)
+        return full[: shape.numel()].view(shape)
 
-    def _cut(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    def _scatter(self, full: Tensor, parameter: nn.Parameter) -> Tensor:
         size = cast(Any, parameter).ds_tensor.numel()
-        piece = whole.flatten()[self.world.rank * size :][:size]
-        return nn.functional.pad(piece, (0, size - piece.numel()))
+        shard = full.flatten()[self.world.rank * size :][:size]
+        return nn.functional.pad(shard, (0, size - shard.numel()))
 
     def _gather_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         return self._gather(safe_get_local_optimizer_state(parameter, key), parameter)
 
-    def _load_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        piece, partitioned = self._cut(whole, parameter), cast(Any, parameter)
-        safe_set_local_fp32_param(parameter, piece)
-        partitioned.ds_tensor.copy_(piece)
-        partitioned.partition()  # drops the old whole of a parameter that DeepSpeed keeps gathered
+    def _load_parameter(self, parameter: nn.Parameter, full: Tensor) -> None:
+        shard, partitioned = self._scatter(full, parameter), cast(Any, parameter)
+        safe_set_local_fp32_param(parameter, shard)
+        partitioned.ds_tensor.copy_(shard)
+        partitioned.partition()  # drops the old tensor of a parameter that DeepSpeed keeps gathered
 
-    def _load_moment(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
-        safe_set_local_optimizer_state(parameter, self._cut(whole, parameter), key)
+    def _load_moment(self, parameter: nn.Parameter, key: str, full: Tensor) -> None:
+        safe_set_local_optimizer_state(parameter, self._scatter(full, parameter), key)

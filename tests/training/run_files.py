@@ -16,6 +16,7 @@ from made_shards import make_samples, write_shards
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, write_row
 from ifvit.sampling.config import SamplingConfig
+from ifvit.storage import join, read_bytes
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
 CONTEXT_SHAPE = (5, 12)
@@ -59,18 +60,17 @@ def write_evaluation(run: str, step: int, metric: str, value: float | None) -> N
 
 
 def rows(config: TrainConfig) -> dict[int, dict[str, float]]:
-    """metrics.jsonl by step; a step must stand there once."""
-    lines = Path(config.run, "metrics.jsonl").read_text().splitlines()
-    table = [json.loads(line) for line in lines]
-    by_step = {row["step"]: row for row in table}
-    assert len(by_step) == len(table)
+    """metrics.jsonl by step; no step may occur twice."""
+    lines = read_bytes(join(config.run, "metrics.jsonl")).splitlines()
+    by_step = {row["step"]: row for row in map(json.loads, lines)}
+    assert len(by_step) == len(lines)
     return by_step
 
 
-def losses(config: TrainConfig) -> list[float]:
-    """The loss of every step, from 1 on without a gap."""
+def losses(config: TrainConfig, first_step: int = 1) -> list[float]:
+    """The loss of every step from `first_step` on; no step may be missing."""
     table = rows(config)
-    assert list(table) == list(range(1, len(table) + 1))
+    assert list(table) == list(range(first_step, first_step + len(table)))
     return [row["loss"] for row in table.values()]
 
 

@@ -1,6 +1,6 @@
 """One rank of several: trains recipes one after the other.
 
-In a run called `preempted` rank 1 receives SIGUSR1 after its second step.
+In a run called `preempted`, rank 1 receives SIGUSR1 after its second step.
 """
 
 import os
@@ -29,7 +29,7 @@ def preempt_after_two_steps() -> None:
 
 
 def train_in_turn(recipes: list[TrainConfig]) -> None:
-    """Train every recipe; a run that ends early leaves `ended` with its exit code or message."""
+    """Train every recipe; each rank of a run that ends early leaves its message in `ended-RANK`."""
     for config in recipes:
         if Path(config.run).name == "preempted":
             preempt_after_two_steps()

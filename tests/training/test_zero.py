@@ -1,17 +1,15 @@
-"""One run, whatever engine computes it and however many processes share the work.
+"""A run has the same losses with every engine and any number of processes.
 
-The processes are started once: they train all recipes below one after the other.
+The processes are started once and train all recipes below one after the other.
 """
 
 import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from made_backbone import SMALL_UNET
-from made_shards import make_samples, write_shards
 from run_files import finish, losses, rows, small_recipe, start
 from train_in_turn import train_in_turn
 
@@ -23,9 +21,9 @@ from ifvit.training.train import train
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 TOLERANCE = 1e-5
-"""Relative, of the loss of each of 30 steps in fp32."""
+"""Relative difference of the loss of each of 30 steps in fp32."""
 ROUNDING = 2e-3
-"""The same with products in 16 bits, whose sums the engines round in another order."""
+"""The same in 16 bits, where the engines add in another order."""
 
 ENGINES = {
     "ddp": EngineConfig(backend="plain"),
@@ -40,14 +38,13 @@ HALF = {
     "zero3_fp16": replace(ENGINES["zero3"], precision="fp16", activation_checkpointing=True),
 }
 HOPS = ("zero1", "zero3", "zero2_offload")
-"""Engines that one run goes through, four steps on each; one process finishes it."""
-NAN_IMAGE = 7
+"""Engines that one run changes between, four steps on each; one process finishes it."""
 
 Runs = dict[str, TrainConfig]
 
 
 def build(folder: Path, shards: str, name: str, **fields: object) -> TrainConfig:
-    """30 steps of 8 samples with clipping and two averages; the backbone trains in milliseconds."""
+    """30 quick steps of 8 samples with clipping and two EMA decays."""
     values: dict[str, object] = {
         "max_steps": 30,
         "ema_decays": (0.9, 0.5),
@@ -60,8 +57,8 @@ def build(folder: Path, shards: str, name: str, **fields: object) -> TrainConfig
 def build_all(
     folder: Path, shards: str, damaged: str, labelled: str, micro_batch_size: int
 ) -> Runs:
-    """Every run of the tests below, by name; `hop` is the last one of `HOPS`."""
-    # Before any with DeepSpeed: accelerate finds no way back from there in one process.
+    """Every run of the tests below except `hop`, by name."""
+    # This run precedes those with DeepSpeed, which accelerate cannot leave within one process.
     classes = build(folder, labelled, "classes", backbone=SMALL_UNET, max_steps=3)
     runs = {"classes": classes}
     for name, engine in ENGINES.items():
@@ -80,7 +77,7 @@ def build_all(
 
 
 def build_hops(folder: Path, shards: str, micro_batch_size: int) -> list[TrainConfig]:
-    """One run as four recipes; wide enough for DeepSpeed to keep some parameters scattered."""
+    """One run as four recipes; wide enough for DeepSpeed to keep some parameters partitioned."""
     engines = [ENGINES[name] for name in HOPS] + [EngineConfig(backend="plain")]
     wide = replace(small_recipe("", "").backbone, width=160)
     return [
@@ -101,26 +98,6 @@ def build_hops(folder: Path, shards: str, micro_batch_size: int) -> list[TrainCo
 def train_all(recipes: list[TrainConfig], num_processes: int) -> None:
     """Train all recipes in one set of processes."""
     assert finish(start(train_in_turn, (recipes,), num_processes)) == [0] * num_processes
-
-
-@pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The small dataset with one NaN in one image."""
-    samples = make_samples(21, seed=1)
-    broken = samples[NAN_IMAGE].moments.copy()
-    broken[0, 0, 0] = np.nan
-    samples[NAN_IMAGE] = replace(samples[NAN_IMAGE], moments=broken)
-    folder = tmp_path_factory.mktemp("damaged")
-    write_shards(folder, samples, (12, 9))
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Images of the classes cat and dog."""
-    folder = tmp_path_factory.mktemp("labelled")
-    write_shards(folder, make_samples(21, labelled=True), (12, 9))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +129,13 @@ def alone(
 
 @pytest.fixture(scope="module")
 def reference(alone: Runs) -> TrainConfig:
-    """The undisturbed run of 30 steps."""
+    """The uninterrupted run of 30 steps."""
     train(alone["ddp"])
     return alone["ddp"]
 
 
 def assert_same_weights(one: TrainConfig, other: TrainConfig) -> None:
-    """The exported weights of both runs, trained and averaged, agree to rounding."""
+    """The exported weights of both runs, trained and EMA, agree to rounding."""
     for kind in ("raw", "ema", "ema_0.5"):
         folder = f"weights/step_{one.max_steps:08d}/{kind}"
         mine, _ = load_weights(f"{one.run}/{folder}")
@@ -214,17 +191,17 @@ def test_tolerated_steps_are_skipped_by_all_processes(pair: Runs, alone: Runs) -
 
 
 def test_a_gradient_that_is_not_finite_stops_all_processes(pair: Runs, alone: Runs) -> None:
-    with pytest.raises(UserError, match="see it again with") as error:
+    with pytest.raises(UserError, match="ifvit train --replay") as error:
         train(alone["intolerant"])
     where = re.search(
         r"step \d+, .* at positions \[\d+\] of the batch, images \[7\]", str(error.value)
     )
     assert where is not None
     endings = [Path(pair["intolerant"].run, f"ended-{rank}").read_text() for rank in (0, 1)]
-    told = [ending for ending in endings if "images [7]" in ending]
-    assert len(told) == 1
+    naming = [ending for ending in endings if "images [7]" in ending]
+    assert len(naming) == 1
     for number in re.findall(r"step \d+|positions \[\d+\]", where[0]):
-        assert number in told[0]
+        assert number in naming[0]
     assert len(list(Path(pair["intolerant"].run, "failures").iterdir())) == 1
     assert not Path(pair["intolerant"].run, "checkpoints").exists()
 

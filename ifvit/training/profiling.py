@@ -1,50 +1,54 @@
-"""Where the time of a training step goes: phases, traces, and what the device can do."""
+"""Where the time of a training step goes: phases, traces, and the peak rates of known devices.
+
+The engine owns a `StepTimer`; the loop opens the phases, and the metrics log writes them.
+"""
 
 import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.profiler import profile, record_function, schedule
 
-from ifvit.distributed import World
-from ifvit.storage import join, write_file
+from ifvit.storage import write_file
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165.2e12}
 """Dense bf16 tensor-core FLOP/s from the vendors' data sheets, by a part of the device's name."""
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's model, or `cpu`."""
+    """The model of the GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of one such device, None where unknown."""
+    """Dense bf16 FLOP/s of this device; None when it is not in `PEAK_FLOPS`."""
     name = device_name(device)
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most, on its GPU or in its whole."""
+    """Largest number of bytes that this process has held, on its GPU or else in host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class PhaseTimer:
-    """Seconds of each phase of a step, on the device's clock and without making it wait."""
+class StepTimer:
+    """Seconds of each phase of a step, measured on the device without making the host wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._profiler: profile | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around work of the device; a phase may come often in a step."""
+        """Time work that runs on the device; a phase may occur several times in a step."""
         with record_function(name):
             if not self._on_cuda:
                 with self.host_phase(name):
@@ -58,7 +62,7 @@ class PhaseTimer:
 
     @contextmanager
     def host_phase(self, name: str) -> Iterator[None]:
-        """Around what the host waits for, such as data or a checkpoint."""
+        """Time what the host waits for, such as data or a checkpoint."""
         started = time.perf_counter()
         yield
         self._seconds[name] += time.perf_counter() - started
@@ -70,38 +74,24 @@ class PhaseTimer:
         seconds, self._seconds, self._events = self._seconds, defaultdict(float), []
         return dict(seconds)
 
-
-_SKIPPED, _WARMUP, _TRACED = 5, 2, 3
-
-
-class StepProfiler:
-    """Traces three steps of each process, after a few that let caches and compilers settle."""
-
-    def __init__(self, run: str, world: World, *, enabled: bool) -> None:
-        self._url = join(run, "profile", f"rank_{world.rank}.json")
-        self._profiler = (
-            profile(
-                schedule=schedule(wait=_SKIPPED, warmup=_WARMUP, active=_TRACED, repeat=1),
-                on_trace_ready=self._write,
-            )
-            if enabled
-            else None
-        )
-
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Around training."""
-        if self._profiler is None:
+    def trace(self, url: str | None) -> Iterator[None]:
+        """Trace three steps with torch's profiler and write the trace to `url`; None: no trace."""
+        if url is None:
             yield
             return
-        with self._profiler:
+        # Caches and compilers settle during the first steps.
+        steps = schedule(wait=5, warmup=2, active=3, repeat=1)
+        with profile(schedule=steps, on_trace_ready=partial(_write_trace, url)) as self._profiler:
             yield
+        self._profiler = None
 
-    def step(self) -> None:
-        """A step has ended."""
+    def end_step(self) -> None:
+        """Tell the profiler that a step has ended."""
         if self._profiler is not None:
             self._profiler.step()
 
-    def _write(self, finished: profile) -> None:
-        with write_file(self._url) as path:
-            finished.export_chrome_trace(str(path))
+
+def _write_trace(url: str, finished: profile) -> None:
+    with write_file(url) as path:
+        finished.export_chrome_trace(str(path))

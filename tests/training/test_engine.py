@@ -1,0 +1,273 @@
+"""The engine of one process: EMA, optimizer, loss scale, and ways to compute the forward pass."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from run_files import losses, rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ifvit.diffusion.objectives import NoisePrediction
+from ifvit.diffusion.schedules import NoiseSchedule
+from ifvit.errors import UserError
+from ifvit.models.attention import load_attention
+from ifvit.models.config import PRESETS
+from ifvit.models.weights import build_backbone, load_weights
+from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
+from ifvit.training.engine import (
+    EMA,
+    GROWTH_INTERVAL,
+    Engine,
+    LossScale,
+    build_optimizer,
+    learning_rate,
+    prepare_forward,
+)
+from ifvit.training.train import train
+
+Recipe = Callable[..., TrainConfig]
+PLAIN = EngineConfig(backend="plain")
+
+
+def test_ema_is_the_closed_form_of_its_recursion() -> None:
+    values = [2.0, -1.0, 4.0, 0.5]
+    ema = EMA([torch.tensor([values[0]])], decay=0.9)
+    for value in values[1:]:
+        ema.update([torch.tensor([value])])
+    expected = 0.9**3 * 2.0 + 0.1 * (0.9**2 * -1.0 + 0.9 * 4.0 + 0.5)
+    assert ema.tensors[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_ema_keeps_the_small_moves_that_bf16_would_round_away() -> None:
+    ema = EMA([torch.ones(1)], decay=0.9999)
+    for _ in range(10):
+        ema.update([torch.full((1,), 2.0)])
+    assert ema.tensors[0].item() == pytest.approx(2 - 0.9999**10, abs=1e-6)
+    assert ema.tensors[0].bfloat16().item() == 1.0
+
+
+def test_ema_is_a_copy_without_a_graph() -> None:
+    parameter = torch.ones(3, requires_grad=True)
+    ema = EMA([parameter], decay=0.5)
+    with torch.no_grad():
+        parameter.fill_(7.0)
+    assert ema.tensors[0].tolist() == [1.0, 1.0, 1.0]
+    ema.update([parameter])
+    assert not ema.tensors[0].requires_grad
+
+
+def test_a_run_exports_the_ema_of_its_weights_also_across_a_restart(recipe: Recipe) -> None:
+    config = recipe(max_steps=6, checkpoint_every=1, ema_decays=(0.9, 0.5))
+    train(replace(config, max_steps=3))
+    train(config)
+    torch.manual_seed(config.seed)
+    first = build_backbone(config.backbone).state_dict()
+    emas = {"ema": (0.9, first), "ema_0.5": (0.5, first)}
+    for step in range(1, 7):
+        folder = f"{config.run}/weights/step_{step:08d}"
+        backbone, info = load_weights(f"{folder}/raw")
+        assert (info.step, info.ema_decay) == (step, None)
+        assert info.scaling_factor == pytest.approx(1 / 1.5)  # of the shards' standard deviation
+        weights = backbone.state_dict()
+        for kind, (decay, before) in emas.items():
+            ema = {n: decay * before[n] + (1 - decay) * weights[n] for n in weights}
+            emas[kind] = (decay, ema)
+            exported, info = load_weights(f"{folder}/{kind}")
+            assert (info.step, info.ema_decay) == (step, decay)
+            torch.testing.assert_close(dict(exported.state_dict()), ema)
+    assert not torch.allclose(emas["ema"][1]["pos_embed"], weights["pos_embed"])
+
+
+def test_the_learning_rate_falls_linearly_to_zero_over_the_cooldown() -> None:
+    optim = OptimConfig(learning_rate=1.0, warmup_steps=2, cooldown_steps=4)
+    rates = [learning_rate(step, 10, optim) for step in range(11)]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_the_first_update_is_adamws_with_decay_on_every_parameter() -> None:
+    config = OptimConfig(weight_decay=0.2, betas=(0.7, 0.6))
+    parameters = [torch.full((3,), 4.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)]
+    optimizer = build_optimizer(parameters, config)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 3.0)
+    optimizer.step()
+    for parameter, before in zip(parameters, (4.0, -2.0), strict=True):
+        # Corrected for their zero start the moments are g and g^2, and their quotient is 1.
+        expected = (1 - 0.5 * 0.2) * before - 0.5
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected))
+        moments = optimizer.state[parameter]
+        torch.testing.assert_close(moments["exp_avg"], torch.full_like(parameter, 0.3 * 3.0))
+        torch.testing.assert_close(moments["exp_avg_sq"], torch.full_like(parameter, 0.4 * 9.0))
+
+
+def test_the_gradient_is_clipped_to_the_norm_of_the_recipe(recipe: Recipe) -> None:
+    free, clipped = recipe("free"), recipe("clipped")
+    train(free)
+    train(replace(clipped, optim=replace(clipped.optim, max_grad_norm=1e-4)))
+    assert losses(clipped)[:2] == losses(free)[:2]
+    assert losses(clipped)[4:] != losses(free)[4:]
+
+
+def test_the_loss_scale_doubles_after_enough_finite_gradients_and_halves_down_to_one() -> None:
+    scale = LossScale(value=4.0)
+    assert all(scale.adapt(finite=True) for _ in range(GROWTH_INTERVAL))
+    assert (scale.value, scale.finite_updates) == (8.0, 0)
+    assert scale.adapt(finite=True)
+    assert [scale.adapt(finite=False) for _ in range(4)] == [True, True, True, False]
+    assert (scale.value, scale.overflows, scale.finite_updates) == (1.0, 3, 0)
+
+
+def start_loss_scale_at(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    start = {"value": value, "finite_updates": 0, "overflows": 0}
+    monkeypatch.setattr(LossScale, "__init__", lambda self: vars(self).update(start))
+
+
+def test_fp16_skips_steps_that_overflow_and_comes_close_to_fp32(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact, half = recipe("exact"), recipe("half", engine=EngineConfig(precision="fp16"))
+    train(exact)
+    train(half)
+    assert losses(half) == pytest.approx(losses(exact), rel=1e-2)
+    start_loss_scale_at(monkeypatch, 2.0**40)
+    overflowing = recipe("overflowing", engine=EngineConfig(precision="fp16"))
+    assert train(overflowing).nonfinite_steps == 0
+    table = rows(overflowing)
+    assert table[8]["overflows"] > 2
+    assert table[8]["loss_scale"] == 2.0**40 / 2 ** table[8]["overflows"]
+
+
+def test_a_resumed_run_in_fp16_continues_with_its_loss_scale(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_loss_scale_at(monkeypatch, 2.0**22)
+    whole, broken = (
+        recipe(name, engine=EngineConfig(precision="fp16")) for name in ("whole", "broken")
+    )
+    train(whole)
+    train(replace(broken, max_steps=6))
+    train(broken)
+    table, expected = rows(broken), rows(whole)
+    for key in ("loss", "loss_scale", "overflows"):
+        assert [row[key] for row in table.values()] == [row[key] for row in expected.values()]
+    # Some updates were skipped, so AdamW's number of updates differs from the number of steps.
+    assert 0 < table[8]["overflows"] < 5
+
+
+def test_recomputed_activations_give_the_same_losses(recipe: Recipe) -> None:
+    kept = recipe("kept")
+    recomputed = recipe("recomputed", engine=replace(PLAIN, activation_checkpointing=True))
+    train(kept)
+    train(recomputed)
+    assert losses(recomputed) == losses(kept)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses_and_ema_weights(recipe: Recipe) -> None:
+    backbone = replace(
+        recipe().backbone, depth=2, conditioning="concat", num_image_blocks=0, num_text_blocks=0
+    )
+    eager = recipe("eager", max_steps=4, backbone=backbone)
+    compiled = replace(eager, run=f"{eager.run}2", engine=replace(PLAIN, compile=True))
+    train(eager)
+    train(compiled)
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+    weights = [dict(load_weights(config.run)[0].state_dict()) for config in (compiled, eager)]
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+
+
+def test_a_gathered_backbone_accepts_fp32_whatever_kernel_the_recipe_names(recipe: Recipe) -> None:
+    config = recipe()
+    backbone = build_backbone(config.backbone)
+    backbone.set_attention("math")
+    engine = Engine(backbone, PLAIN, config.optim, ema_decays=(0.9,))
+    for decay in (None, 0.9):
+        blocks = engine.gather_backbone(decay).blocks()
+        assert {block.attn.attend for block in blocks} == {load_attention("sdpa")}
+
+
+def test_compilation_without_a_compiler_is_an_error(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"engine\.compile: .* no-such-compiler, which is not on"):
+        train(recipe(engine=replace(PLAIN, compile=True)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "device", "num_micro_batches", "message"),
+    [
+        ({"compile": True, "cuda_graphs": True}, "cpu", 1, "engine.cuda_graphs: needs a CUDA dev"),
+        ({"compile": True, "cuda_graphs": True}, "cuda", 2, "cuda_graphs: cannot .* over 2 micro"),
+        ({"attention": "flash"}, "cuda", 1, "engine.attention: flash needs a 16-bit .* to bf16 or"),
+    ],
+)
+def test_an_engine_that_this_device_cannot_run_is_an_error_before_compilation(
+    recipe: Recipe, fields: dict[str, Any], device: str, num_micro_batches: int, message: str
+) -> None:
+    backbone, config = build_backbone(recipe().backbone), replace(PLAIN, **fields)
+    with pytest.raises(UserError, match=message):
+        prepare_forward(backbone, config, torch.device(device), num_micro_batches)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cuda_graphs": True}, r"engine\.cuda_graphs: needs engine\.compile"),
+        ({"backend": "deepspeed", "zero_stage": 0}, r"engine\.zero_stage: 0 partitions nothing"),
+    ],
+)
+def test_fields_that_exclude_each_other_are_an_error(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**fields)
+
+
+class NoteWaits(TorchDispatchMode):
+    """Collects operations whose result has a value or a shape that the host must know."""
+
+    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func.name().split(".")[0] in self.WAITING:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "tolerate_nonfinite", "num_waits"),
+    [({}, 0, 0), ({"precision": "bf16"}, 0, 0), ({"precision": "fp16"}, 0, 1), ({}, 1, 1)],
+)
+def test_the_host_waits_for_the_device_only_when_it_must_look_at_the_gradient(
+    fields: dict[str, Any], tolerate_nonfinite: int, num_waits: int
+) -> None:
+    engine = Engine(
+        build_backbone(PRESETS["tiny"]),
+        replace(PLAIN, **fields),
+        OptimConfig(max_grad_norm=1.0),
+        ema_decays=(0.99,),
+        tolerate_nonfinite=tolerate_nonfinite,
+    )
+    objective = NoisePrediction(schedule=NoiseSchedule(), scaling_factor=0.2, seed=1)
+    moments, contexts = torch.randn(2, 8, 8, 8), torch.randn(2, 16, 64)
+
+    def step() -> None:
+        engine.set_learning_rate(0, 10)
+        total = objective(engine.predict_noise, moments, contexts, 3, torch.arange(2)).total
+        engine.backward(total)
+        engine.step()
+        engine.update_ema()
+
+    step()
+    with NoteWaits() as noted:
+        step()
+    assert len(noted.names) == num_waits

@@ -1,0 +1,178 @@
+"""Mistakes end a run before its first step; a signal ends it after a step, saved."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+from run_files import losses, rows
+
+from ifvit.distributed import World
+from ifvit.errors import EXIT_PREEMPTED, UserError
+from ifvit.training import guards, hooks
+from ifvit.training.checkpoint import Checkpoint, commit
+from ifvit.training.config import TrainConfig
+from ifvit.training.engine import Engine
+from ifvit.training.guards import MAY_CHANGE, SIGNALS, Preempted, StopRequest, write_recipe
+from ifvit.training.hooks import SaveCheckpoint
+from ifvit.training.train import train
+
+ALONE = World(rank=0, size=1, local_rank=0)
+Recipe = Callable[..., TrainConfig]
+
+
+def test_another_recipe_in_the_same_run_directory_is_an_error(recipe: Recipe) -> None:
+    config = recipe(max_steps=2)
+    train(config)
+    with pytest.raises(UserError, match="started with seed: 1234, the recipe now says 5"):
+        train(replace(config, seed=5))
+    slower = replace(config.optim, learning_rate=1e-5)
+    with pytest.raises(UserError, match=r"started with optim\.learning_rate: .* now says 1e-05"):
+        train(replace(config, optim=slower))
+    train(replace(config, run=f"{config.run}_slower", resume=config.run, optim=slower, max_steps=3))
+    train(replace(config, max_steps=3, micro_batch_size=4))
+
+
+def test_fields_that_would_make_another_run_may_not_change() -> None:
+    fixed = {
+        *("backbone", "optim", "seed", "global_batch_size", "caption_dropout", "random_flip"),
+        *("ema_decays", "shuffle_window", "min_snr_gamma", "scaling_factor"),
+    }
+    assert fixed <= TrainConfig.__dataclass_fields__.keys() - MAY_CHANGE
+
+
+def test_shards_that_do_not_fit_the_recipe_are_an_error(recipe: Recipe) -> None:
+    config = recipe()
+    wrong = replace(config, backbone=replace(config.backbone, latent_size=16))
+    with pytest.raises(UserError, match="latents are 4x8x8, but the backbone takes 4x16x16"):
+        train(wrong)
+    wrong = replace(config, backbone=replace(config.backbone, context_width=768))
+    with pytest.raises(UserError, match="context are 5x12, but the backbone takes 5x768"):
+        train(wrong)
+    with pytest.raises(UserError, match="encoded with vae made-up, but the recipe names scenes/va"):
+        train(recipe(vae="scenes/vae"))
+
+
+def test_a_disk_too_full_for_the_next_checkpoint_is_an_error(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", ["free"])
+    config = recipe(ema_decays=(0.9, 0.99), max_steps=1)
+    train(config)
+    files = list(Path(config.run).rglob("*.safetensors"))
+    written = sum(path.stat().st_size for path in files)
+    assert len(files) == 1 + 3
+    free = iter([written, int(0.9 * written)])
+    monkeypatch.setattr(guards.shutil, "disk_usage", lambda path: usage(free=next(free)))
+    write_recipe(config)
+    with pytest.raises(UserError, match=r"0\.0 GB free, but the next checkpoint .* free some"):
+        write_recipe(config)
+
+
+def test_a_run_directory_that_cannot_be_written_is_an_error(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: cannot be written .* choose another"):
+        write_recipe(recipe("file/run"))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, EXIT_PREEMPTED),
+        (signal.SIGUSR1, EXIT_PREEMPTED),
+        (signal.SIGUSR2, EXIT_PREEMPTED),
+        (signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_saves_and_the_same_command_continues(
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    whole, broken = recipe("whole", max_steps=6), recipe("broken", max_steps=6, log_every=3)
+    train(whole)
+    handler = signal.getsignal(number)
+    real = Engine.step
+
+    def step(engine: Engine) -> object:
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 60
+        while not received:  # another thread takes the signal, and this one must run to see it
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return real(engine)
+
+    def request(stop: StopRequest, number: int) -> None:
+        real_request(stop, number)
+        received.append(number)
+
+    received: list[int] = []
+    real_request = StopRequest.request
+    monkeypatch.setattr(StopRequest, "request", request)
+    monkeypatch.setattr(Engine, "step", step)
+    with pytest.raises(Preempted) as ending:
+        train(broken)
+    monkeypatch.undo()
+    assert ending.value.code == code
+    assert f"{number.name}: stopped after step 2;" in capsys.readouterr().err
+    assert signal.getsignal(number) is handler
+    assert Path(broken.run, "checkpoints", "step_00000002", "manifest.json").exists()
+    train(broken)
+    table = rows(broken)
+    assert [row["loss"] for row in table.values()] == [losses(whole)[step - 1] for step in table]
+
+
+def test_a_signal_during_the_last_save_does_not_end_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, calls, died = threading.Event(), count(1), []
+
+    def wait(saves: SaveCheckpoint) -> None:
+        if next(calls) == 2:  # the first call precedes the only save
+            waiting.set()
+        real_wait(saves)
+
+    def commit_after_signal(run: str, checkpoint: Checkpoint) -> None:
+        assert waiting.wait(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        commit(run, checkpoint)
+
+    real_wait = SaveCheckpoint.wait
+    monkeypatch.setattr(SaveCheckpoint, "wait", wait)
+    monkeypatch.setattr(hooks, "commit", commit_after_signal)
+    before = signal.signal(signal.SIGTERM, lambda *_: died.append(True))
+    try:
+        train(recipe(max_steps=1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not died
+
+
+def test_programs_that_training_starts_do_not_get_its_signals() -> None:
+    waits = [sys.executable, "-c", "import sys; sys.exit(len(sys.stdin.read()))"]
+    with StopRequest(ALONE).listen():
+        child = subprocess.Popen(waits, stdin=subprocess.PIPE)
+        for number in SIGNALS:
+            child.send_signal(number)
+        child.communicate(b"abc")
+    assert child.returncode == 3
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(SIGNALS)
+
+
+def test_a_request_counts_from_the_next_question_on() -> None:
+    stop = StopRequest(ALONE)
+    stop.ask()
+    stop.request()
+    assert stop.answer() is None
+    stop.ask()
+    assert stop.answer() is signal.SIGTERM

@@ -1,0 +1,85 @@
+"""A run is one sequence of losses, however it is carried out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_files import losses, rows
+
+from ifvit.diffusion.objectives import Losses, NoisePrediction
+from ifvit.rng import Stream, uniform
+from ifvit.storage import join, remove
+from ifvit.training.config import OptimConfig, TrainConfig
+from ifvit.training.train import train
+
+Recipe = Callable[..., TrainConfig]
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(recipe: Recipe) -> None:
+    whole = recipe("whole", checkpoint_every=3)
+    train(whole)
+    broken = recipe("broken", checkpoint_every=3)
+    train(replace(broken, max_steps=5))
+    train(broken)
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert [row[key] for row in rows(broken).values()] == [
+            row[key] for row in rows(whole).values()
+        ]
+    rates = [row["learning_rate"] for row in rows(whole).values()]
+    assert rates == pytest.approx([0.0, 0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01, 0.01])
+
+
+def test_rows_after_the_checkpoint_that_is_resumed_are_dropped(recipe: Recipe) -> None:
+    whole, broken = recipe("whole", max_steps=4), recipe("broken", max_steps=3, checkpoint_every=2)
+    train(whole)
+    train(broken)
+    remove(join(broken.run, "checkpoints", "step_00000003"))
+    metrics = Path(broken.run, "metrics.jsonl")
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "loss": 0.')  # cut off where the process was killed
+    train(replace(broken, max_steps=4))
+    assert losses(broken) == losses(whole)
+
+
+def test_every_step_samples_anew_and_its_loss_is_remembered(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def note(objective: NoisePrediction, *arguments: Any) -> Losses:
+        steps.append(arguments[3])
+        return real(objective, *arguments)
+
+    real = NoisePrediction.__call__
+    monkeypatch.setattr(NoisePrediction, "__call__", note)
+    config = recipe(max_steps=2)
+    train(config)
+    state = train(replace(config, max_steps=3))
+    assert steps == [0, 1, 2]
+    assert state.loss_mean == pytest.approx(sum(losses(config)) / 3)
+
+
+def test_losses_do_not_depend_on_the_micro_batch_size(recipe: Recipe) -> None:
+    whole, split = recipe(max_steps=4), recipe("split", max_steps=4, micro_batch_size=2)
+    train(whole)
+    train(split)
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
+    for row, other in zip(rows(whole).values(), rows(split).values(), strict=True):
+        times = uniform(whole.seed, int(row["step"]) - 1, torch.arange(8), Stream.TIMESTEP, 1)
+        counts = (times[:, 0] * 4).long().bincount(minlength=4).tolist()
+        assert [row[f"loss_q{n}"] is None for n in range(4)] == [not count for count in counts]
+        sampled = {f"loss_q{n}": count for n, count in enumerate(counts) if count}
+        total = sum(row[key] * count for key, count in sampled.items())
+        assert total / 8 == pytest.approx(row["loss"], rel=1e-5)
+        for key in sampled:
+            assert other[key] == pytest.approx(row[key], rel=1e-5)
+
+
+def test_the_loss_falls_on_a_small_dataset(recipe: Recipe) -> None:
+    config = recipe(max_steps=60, optim=OptimConfig(learning_rate=3e-3, warmup_steps=5))
+    train(config)
+    history = losses(config)
+    assert sum(history[-10:]) < 0.9 * sum(history[:10])

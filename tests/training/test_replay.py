@@ -1,0 +1,73 @@
+"""Gradients that are not finite stop the run, name the image, and can be computed again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from run_files import rows
+
+from ifvit.errors import UserError
+from ifvit.models.weights import load_weights
+from ifvit.training.config import ReplayConfig, TrainConfig
+from ifvit.training.replay import replay
+from ifvit.training.train import train
+
+Recipe = Callable[..., TrainConfig]
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 8])
+def test_the_first_nonfinite_step_is_named_however_seldom_the_host_looks(
+    recipe: Recipe, damaged: str, log_every: int
+) -> None:
+    config = recipe(shards=damaged, log_every=log_every, micro_batch_size=2)
+    with pytest.raises(UserError) as error:
+        train(config)
+    tolerant = recipe("tolerant", shards=damaged, tolerate_nonfinite=8)
+    train(tolerant)
+    first = min(step for step, row in rows(tolerant).items() if row["loss"] is None)
+    message = str(error.value)
+    assert f"step {first}, rank 0: loss nan, gradient norm nan at positions [" in message
+    assert "images [7]" in message
+    assert f"ifvit train --replay {config.run}/failures/step_{first:08d}-rank_0" in message
+    assert not Path(config.run, "weights").exists()
+
+
+def test_a_failed_step_can_be_computed_again(
+    recipe: Recipe, damaged: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(shards=damaged)
+    with pytest.raises(UserError):
+        train(config)
+    (file,) = Path(config.run, "failures").iterdir()
+    capsys.readouterr()
+    replay(ReplayConfig(file=str(file)))
+    then, now = capsys.readouterr().out.splitlines()
+    assert then.split()[1:] == now.split()[1:] == ["loss", "nan", "gradient", "norm", "nan"]
+
+
+def test_a_file_of_another_kind_cannot_be_replayed(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("something else")
+    with pytest.raises(UserError, match="x: not written by a failed training step"):
+        replay(ReplayConfig(file=str(tmp_path / "x")))
+
+
+def test_tolerated_steps_are_skipped_and_counted(recipe: Recipe, damaged: str) -> None:
+    config = recipe(shards=damaged, tolerate_nonfinite=8, checkpoint_every=1)
+    state = train(config)
+    table = rows(config)
+    num_nonfinite = sum(row["loss"] is None for row in table.values())
+    assert state.nonfinite_steps == table[8]["nonfinite_steps"] == num_nonfinite > 0
+    before, num_compared = None, 0
+    for step, row in table.items():
+        folder = f"{config.run}/weights/step_{step:08d}"
+        raw, ema = (load_weights(f"{folder}/{kind}")[0].norm.bias for kind in ("raw", "ema"))
+        if before is not None:
+            expected = before if row["loss"] is None else torch.lerp(before, raw, 0.1)
+            torch.testing.assert_close(ema, expected)
+            num_compared += row["loss"] is None and not torch.allclose(ema, raw)
+        before = ema
+    assert num_compared
+    few = recipe("few", shards=damaged, tolerate_nonfinite=num_nonfinite - 1)
+    with pytest.raises(UserError, match=r"images \[7\]"):
+        train(few)
