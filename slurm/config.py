@@ -77,8 +77,8 @@ class SubmitConfig:
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The cluster: a YAML file of configs/cluster or single fields."""
-    executor: Literal["slurm", "local", "debug"] = "slurm"
-    """slurm: submit and return. local: processes on this machine. debug: this process."""
+    executor: Literal["slurm", "local"] = "slurm"
+    """slurm: submit and return. local: run the jobs one after the other in this process."""
     dry_run: bool = False
     """Print the sbatch script and submit nothing."""
 

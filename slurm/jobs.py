@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,21 +61,21 @@ class VerbJob:
             # SLURM passes on the variables of the submitting shell, perhaps another job's ranks.
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         try:
-            load(VERBS[self.verb].function)(self._without_failed_runs())
+            self.run_verb()
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(2)
 
-    def _without_failed_runs(self) -> Any:
-        """Return the configuration without the runs whose last weights are missing."""
+    def run_verb(self) -> None:
+        """Run the verb without the runs whose last weights are missing."""
+        config = self.config
         failed = [run for run, url in self.last_weights.items() if not storage.list_names(url)]
-        if not failed:
-            return self.config
-        sys.stdout.write(f"left out, because training did not finish: {', '.join(failed)}\n")
-        runs = [run for run in self.config.runs if run not in failed]
-        if not runs:
-            raise UserError(f"{self.run}: no run finished its training; see ifvit submit status")
-        return replace(self.config, runs=runs)
+        if failed:
+            sys.stdout.write(f"left out, because training did not finish: {', '.join(failed)}\n")
+            config = replace(config, runs=[run for run in config.runs if run not in failed])
+            if not config.runs:
+                raise UserError(f"{self.run}: no run finished training; see ifvit submit status")
+        load(VERBS[self.verb].function)(config)
 
     def progress(self) -> str:
         """Return a text that changes whenever the job has saved more work."""
@@ -165,7 +165,6 @@ class SubmissionRecord:
     """Commit of the code; empty when the code is not in a git checkout."""
     folder: str
     """Folder with the job files and logs; its name is the name of the submission."""
-    executor: str
     jobs: list[JobRecord]
 
 
@@ -186,8 +185,10 @@ def read_records(home: str) -> list[SubmissionRecord]:
     names = [name for name in storage.list_names(folder) if name.endswith(".json")]
     if not names:
         raise UserError(f"{folder}: no jobs; give the run that was given to `ifvit submit`")
-    records = [storage.read_json(storage.join(folder, name)) for name in names]
-    return [
-        SubmissionRecord(**{**record, "jobs": [JobRecord(**job) for job in record["jobs"]]})
-        for record in records
-    ]
+    return [_parse(storage.read_json(storage.join(folder, name))) for name in names]
+
+
+def _parse(stored: dict[str, Any]) -> SubmissionRecord:
+    record = {field.name: stored[field.name] for field in fields(SubmissionRecord)}
+    record["jobs"] = [JobRecord(**job) for job in stored["jobs"]]
+    return SubmissionRecord(**record)

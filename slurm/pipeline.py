@@ -82,7 +82,7 @@ class _Pipeline:
     ) -> list[str]:
         """Add evaluations; each waits for its own run, or for all runs when it has another one."""
         runs = [recipe.run for array in self._arrays for recipe in array]
-        job_of = dict(zip(runs, trained, strict=False))  # there are no ids of jobs that ran here
+        job_of = dict(zip(runs, trained, strict=False))  # without SLURM there are no ids
         return [
             i
             for recipe in self._config.evaluate

@@ -89,9 +89,8 @@ def cancel(config: CancelConfig) -> None:
 
 def read_statuses(home: str) -> list[JobStatus]:
     """Return the state of every job that was submitted for `home`, oldest first."""
-    submissions = [record for record in read_records(home) if record.executor == "slurm"]
-    jobs = [(record, job) for record in submissions for job in record.jobs]
-    known = ask_slurm([job.job_id for _, job in jobs]) if jobs else {}
+    jobs = [(record, job) for record in read_records(home) for job in record.jobs]
+    known = ask_slurm([job.job_id for _, job in jobs])
     places = {(job.verb, job.run) for _, job in jobs}
     progress = {place: describe_progress(*place) for place in places}
     return [

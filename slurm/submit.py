@@ -150,7 +150,7 @@ class Submission:
         self._jobs: list[JobRecord] = []
         root = Path(config.cluster.folder).expanduser().absolute()
         stem = f"{self._submitted:%Y-%m-%dT%H-%M-%S}_{name}_"
-        if config.dry_run:
+        if config.dry_run or config.executor == "local":
             self._code, self._folder = root / "code", root / stem
         else:
             self._code = write_snapshot(root / "code")
@@ -163,9 +163,8 @@ class Submission:
         """Submit jobs of one verb, several of them as an array; return their ids.
 
         The jobs start after all jobs of `after` have succeeded and all jobs of `ended` have ended;
-        SLURM cancels them when a job of `after` fails. Raises UserError when there is no SLURM,
-        when a job fails that runs on this machine, or when sbatch refuses the jobs. In the last
-        case all jobs of this submission are cancelled.
+        SLURM cancels them when a job of `after` fails. Raises UserError when there is no SLURM or
+        when sbatch refuses the jobs; then all jobs of this submission are cancelled.
         """
         waits = {"afterok": after, "afterany": ended}
         dependency = ",".join(f"{how}:{':'.join(ids)}" for how, ids in waits.items() if ids)
@@ -173,8 +172,9 @@ class Submission:
         if self._config.dry_run:
             sys.stdout.write(self._script(parameters, len(jobs)) + "\n")
             return [f"<{job.name}_{number}>" for number, job in enumerate(jobs)]
-        if self._config.executor != "slurm":
-            self._run_here(jobs, parameters["setup"])
+        if self._config.executor == "local":
+            for job in jobs:
+                job.run_verb()
             return []
         executor = self._slurm_executor()
         executor.update_parameters(**parameters)
@@ -214,28 +214,6 @@ class Submission:
                 "or run here with --executor local"
             ) from None
 
-    def _run_here(self, jobs: Sequence[VerbJob], setup: Sequence[str]) -> None:
-        """Run the jobs in processes on this machine, or in this process, until they have ended."""
-        cluster = jobs[0].cluster
-        executor: submitit.Executor
-        if self._config.executor == "debug":
-            executor = submitit.DebugExecutor(self._folder)
-        else:
-            executor = submitit.LocalExecutor(self._folder, _MAX_TIMEOUTS)
-            executor.update_parameters(
-                timeout_min=cluster.time_min,
-                tasks_per_node=cluster.tasks_per_node,
-                gpus_per_node=cluster.gpus_per_node,
-                setup=setup,
-                stderr_to_stdout=True,
-            )
-        submitted = executor.submit_array(jobs)
-        self._record(jobs, submitted)
-        for job in submitted:
-            job.wait()
-            if job.exception() is not None:
-                raise UserError(f"job {job.job_id} failed; see its log {job.paths.stdout}")
-
     def _record(self, jobs: Sequence[VerbJob], submitted: Sequence[submitit.Job[None]]) -> None:
         self._jobs += [
             JobRecord(job_id=known.job_id, verb=job.verb, run=job.run)
@@ -246,7 +224,6 @@ class Submission:
             command=sys.argv,
             commit=self._commit,
             folder=str(self._folder),
-            executor=self._config.executor,
             jobs=self._jobs,
         )
         write_record(self._home, record, self._diff)

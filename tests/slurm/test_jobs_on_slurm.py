@@ -134,21 +134,12 @@ def runs(
 
 
 @pytest.mark.s3
-def test_two_nodes_train_to_the_last_step(
-    runs: dict[str, Future[Run]], record_property: Callable[[str, object], None]
-) -> None:
-    run = runs["none"].result()
-    record_property("seconds", run.seconds)
-    assert sorted(run.losses) == list(range(1, 241))
-    assert run.requeues == 0
-
-
-@pytest.mark.s3
 @pytest.mark.parametrize(
     ("disturbance", "exit_code"),
-    [("requeue", None), ("kill_one_task", 137), ("run_out_of_time", 75)],
+    # `supervise` does not finish in a job that SLURM itself requeues.
+    [("none", None), ("requeue", None), ("kill_one_task", 137), ("run_out_of_time", 75)],
 )
-def test_a_disturbed_run_ends_like_the_undisturbed_one(
+def test_two_nodes_train_to_the_same_end_after_a_disturbance(
     disturbance: str,
     exit_code: int | None,
     runs: dict[str, Future[Run]],
@@ -156,27 +147,10 @@ def test_a_disturbed_run_ends_like_the_undisturbed_one(
 ) -> None:
     run = runs[disturbance].result()
     record_property("seconds", run.seconds)
-    assert run.requeues >= 1
+    assert sorted(run.losses) == list(range(1, 241))
+    assert (run.requeues >= 1) == (disturbance != "none")
     assert run.losses == pytest.approx(runs["none"].result().losses, rel=1e-6)
-    if exit_code is not None:  # `supervise` does not finish in a job that SLURM itself requeues
-        assert f"ended with exit code {exit_code}" in run.log
-
-
-def test_a_recipe_with_axes_is_an_array_of_runs(shards: str, tmp_path: Path) -> None:
-    home = str(tmp_path / "sweep")
-    axes = [
-        {
-            "early": {"backbone.num_image_blocks": 0, "backbone.num_text_blocks": 0},
-            "intermediate": {"backbone.num_image_blocks": 1, "backbone.num_text_blocks": 1},
-        },
-        {"seed1": {"seed": 1}, "seed2": {"seed": 2}},
-    ]
-    recipe = {**training(home, shards), "axes": axes, "max_steps": 5}
-    submit("train", recipe, tmp_path, "--cluster.nodes", "1")
-    statuses = wait_for_jobs(home)
-    names = ["early-seed1", "early-seed2", "intermediate-seed1", "intermediate-seed2"]
-    assert sorted(Path(status.run).name for status in statuses) == names
-    assert len({read_losses(f"{home}/{name}")[5] for name in names}) == 4
+    assert exit_code is None or f"ended with exit code {exit_code}" in run.log
 
 
 def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> None:

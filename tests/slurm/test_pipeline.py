@@ -105,13 +105,12 @@ def test_the_folder_of_a_sweep_stands_for_its_runs(queue: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("handlers")
 def test_a_sweep_becomes_the_papers_page(
     images: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every stage runs, one after the other, in this process."""
     monkeypatch.chdir(tmp_path)  # count-objects writes its own figure into ./runs
-    submit(build_pipeline(images, shards, tmp_path), tmp_path, "--executor", "debug")
+    submit(build_pipeline(images, shards, tmp_path), tmp_path, "--executor", "local")
     page = (tmp_path / "paper" / "paper.html").read_text()
     made = {file.stem for file in (tmp_path / "paper").glob("*.png")}
     assert made == {"figure3", "figure4", "figure5", "figure8"}

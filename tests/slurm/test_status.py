@@ -1,7 +1,6 @@
 """`ifvit submit status`, `logs` and `cancel` with recorded answers of SLURM."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,24 +32,20 @@ STATES = {
 }
 
 
-def build_record(folder: Path, executor: str, jobs: list[JobRecord]) -> SubmissionRecord:
-    return SubmissionRecord(
-        submitted="2026-11-21T10:00:00+00:00",
-        command=["ifvit", "submit", "train"],
-        commit="abc",
-        folder=str(folder),
-        executor=executor,
-        jobs=jobs,
-    )
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A run with one submission: an array of four jobs, the second requeued once, and a job."""
     folder, run = tmp_path / "jobs" / "2026-11-21_train_x", tmp_path / "run"
     folder.mkdir(parents=True)
     jobs = [JobRecord(job_id=job_id, verb="train", run=str(run)) for job_id in STATES]
-    write_record(str(run), build_record(folder, "slurm", jobs), "a diff")
+    record = SubmissionRecord(
+        submitted="2026-11-21T10:00:00+00:00",
+        command=["ifvit", "submit", "train"],
+        commit="abc",
+        folder=str(folder),
+        jobs=jobs,
+    )
+    write_record(str(run), record, "a diff")
     begin = "Starting with JobEnvironment(job_id=80_1)\n"
     (folder / "80_1_0_log.out").write_text(begin + "first\n" + begin + "second\n")
     return run
@@ -101,25 +96,11 @@ def test_a_controller_that_is_down_is_one_clear_line(home: Path, command: Comman
         read_statuses(str(home))
 
 
-def test_a_run_without_jobs_on_slurm_does_not_ask_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_record(str(tmp_path), build_record(tmp_path, "local", []), "")
-    monkeypatch.setenv("PATH", "")
-    assert read_statuses(str(tmp_path)) == []
-
-
 def test_a_reader_of_a_log_may_stop_early(home: Path) -> None:
     log = next(home.parent.glob("jobs/*/80_1_0_log.out"))
     log.write_text("line\n" * 100_000)
-    program = f"ifvit submit logs {home} --lines 100000 | head -n 1"
-    read = subprocess.run(
-        ["bash", "-c", program],
-        env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    program = f"{sys.executable} -m ifvit submit logs {home} --lines 100000 | head -n 1"
+    read = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
     assert read.stderr == ""
 
 
