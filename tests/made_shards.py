@@ -1,4 +1,4 @@
-"""Small datasets of random content; real shard files, written by the encode job's own writer."""
+"""Small datasets of random content, written as real shards by the writer of the encode job."""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,20 +28,20 @@ def make_samples(
     labelled: bool = False,
     seed: int = 0,
 ) -> list[LatentSample]:
-    """Samples with one to three captions each, or with labels."""
+    """Random samples with one to three captions each, or with labels."""
     generator = np.random.default_rng(seed)
 
-    def draw(*shape: int) -> np.ndarray:
+    def sample_values(*shape: int) -> np.ndarray:
         return generator.normal(size=shape).astype(np.float16)
 
     def sample(number: int) -> LatentSample:
         captions = tuple(f"Käse {number}, caption {k}" for k in range(number % 3 + 1))
         return LatentSample(
             key=f"{number:012d}",
-            moments=draw(*moments_shape),
-            context=None if labelled else draw(len(captions), *context_shape),
+            moments=sample_values(*moments_shape),
+            context=None if labelled else sample_values(len(captions), *context_shape),
             label=number % len(CLASSES) if labelled else None,
-            flipped=draw(*moments_shape) if flipped else None,
+            flipped=sample_values(*moments_shape) if flipped else None,
             metadata=SampleMetadata(
                 image_id=number, captions=() if labelled else captions, width=9, height=8
             ),
@@ -51,7 +51,7 @@ def make_samples(
 
 
 def write_shards(folder: Path, samples: Sequence[LatentSample], sizes: Sequence[int]) -> Manifest:
-    """Cut the samples into shards of these sizes; the null context is all ones."""
+    """Write the samples as shards of these sizes; the null context is all ones."""
     starts = np.cumsum([0, *sizes])
     shards = tuple(
         write_shard(folder, f"shard-{k:05d}", samples[starts[k] : starts[k + 1]])

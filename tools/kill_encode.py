@@ -1,12 +1,11 @@
-"""Kill encode jobs at random moments until N have died; the dataset must come out the same.
+"""Kill encode jobs at random moments; the dataset must equal that of an undisturbed job.
 
     python tools/kill_encode.py --kills 100 --output /tmp/kills
     python tools/kill_encode.py --kills 100 --output s3://bucket/kills
 
-Every start is a process of its own that holds a random share of the work (all of it, or one of
-two or three tasks) and meets SIGKILL at a random moment of its life. Whenever the dataset is
-complete it is compared, file by file, with that of one undisturbed local run, and begun anew.
-Exit code 1 when a file differs. The output is emptied first.
+Every start is a process that encodes one of up to three partitions and receives SIGKILL at a random
+moment. Each complete dataset is compared file by file with the one of an undisturbed local job, and
+deleted. The exit code is 1 when a file differs. The output is deleted first.
 """
 
 import argparse
@@ -29,20 +28,20 @@ from ifvit.scenes.image_sets import render_scene_set
 
 NUM_IMAGES = 24
 UNFINISHED = 3
-"""Exit code of a start that left work to other tasks."""
+"""Exit code of a start after which shards of other tasks are missing."""
 KILLED = -9
 
 
 def main() -> None:
-    """Kill, compare, report."""
+    """Read the options and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--output", required=True, help="folder or s3:// prefix, emptied first")
+    parser.add_argument("--output", required=True, help="folder or s3:// prefix; deleted first")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # a forked child has no OpenMP threads, so it must want none
+    torch.set_num_threads(1)  # forked children have no OpenMP threads
     with tempfile.TemporaryDirectory() as folder:
-        tempfile.tempdir = folder  # what killed processes leave there goes with it
+        tempfile.tempdir = folder  # temporary files of killed processes are deleted with it
         render_scene_set(folder, "train2014", NUM_IMAGES)
         config = EncodeConfig(
             images=f"{folder}/train2014",
@@ -59,13 +58,13 @@ def main() -> None:
 
 
 def kill(config: EncodeConfig, num_kills: int, chance: random.Random) -> None:
-    """Print what happened. Raises SystemExit when a completed dataset differs."""
+    """Kill `num_kills` starts and print a summary. Raises SystemExit when a dataset differs."""
     undisturbed = replace(config, output=f"{tempfile.tempdir}/undisturbed")
     assert wait_for(run, undisturbed) == 0
     assert wait_for(storage.remove, config.output) == 0
     began = time.monotonic()
     kills = completed = starts = 0
-    life = 1.0  # seconds that a start takes when it is left alone, learned on the way
+    life = 1.0  # estimate of the seconds that an undisturbed start takes
     while kills < num_kills:
         num_tasks = chance.randint(1, 3)
         one = replace(config, num_tasks=num_tasks, task=chance.randrange(num_tasks))
@@ -84,18 +83,18 @@ def kill(config: EncodeConfig, num_kills: int, chance: random.Random) -> None:
     expect_equal(undisturbed, config)
     print(
         f"{config.output}: {starts} starts, {kills} killed, {completed + 1} datasets completed, "
-        f"each equal to the undisturbed one, file by file; {time.monotonic() - began:.0f} s"
+        f"all equal to the undisturbed one; {time.monotonic() - began:.0f} s"
     )
 
 
 def expect_equal(expected: EncodeConfig, found: EncodeConfig) -> None:
-    """Raise SystemExit if two outputs differ; compared in a process of its own, like all else."""
+    """Raise SystemExit if two outputs differ."""
     if wait_for(compare, expected.output, found.output) != 0:
         sys.exit(1)
 
 
 def wait_for(action: Callable[..., object], *args: object, delay: float | None = None) -> int:
-    """Exit code of a forked process that runs `action`; -9 if it was still alive after `delay`."""
+    """Exit code of a forked process that runs `action`; it is killed after `delay` seconds."""
     process = multiprocessing.get_context("fork").Process(target=action, args=args)
     process.start()
     process.join(delay)
@@ -106,7 +105,7 @@ def wait_for(action: Callable[..., object], *args: object, delay: float | None =
 
 
 def run(config: EncodeConfig) -> None:
-    """The encode job, quietly; what it prints is the same a hundred times."""
+    """Run the encode job without its output."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
@@ -115,18 +114,20 @@ def run(config: EncodeConfig) -> None:
 
 
 def compare(expected: str, found: str) -> None:
-    """Print every file that differs; exit code 1 if one does."""
+    """Print every file that differs, and exit with 1 if there is one."""
     first, second = hash_files(expected), hash_files(found)
     differing = sorted(
         name for name in first.keys() | second.keys() if first.get(name) != second.get(name)
     )
     for name in differing:
-        print(f"{found}/{name}: {'differs' if name in first and name in second else 'odd'}")
+        print(
+            f"{found}/{name}: {'differs' if name in first and name in second else 'is in one output only'}"
+        )
     sys.exit(1 if differing else 0)
 
 
 def hash_files(url: str) -> dict[str, str]:
-    """Every file of a dataset, those that a kill left half done too, and its hash."""
+    """Hash of every file of a dataset, unfinished files included."""
     names = [name for name in storage.list_names(url) if name != "completed"]
     names += [f"completed/{name}" for name in storage.list_names(f"{url}/completed")]
     return {name: hashlib.sha256(storage.read_bytes(f"{url}/{name}")).hexdigest() for name in names}

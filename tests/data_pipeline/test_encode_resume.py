@@ -101,7 +101,7 @@ def test_jobs_killed_at_random_moments_end_with_the_undisturbed_dataset(
     def find_markers() -> list[Path]:
         return sorted(Path(config.output).glob("completed/*.json"))
 
-    for _ in range(10):
+    for _ in range(6):
         process = context.Process(target=encode, args=(config,))
         process.start()
         num_markers = chance.randrange(10)

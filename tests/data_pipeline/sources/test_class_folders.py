@@ -1,27 +1,30 @@
 """Source `folder`: classes by name, labels instead of captions, in memory and in shards."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
+from encoded_files import finish, image_files
 from PIL import Image, ImageOps
 
 from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig
-from data_pipeline.encode import encode
 from data_pipeline.shard_tools import inspect_shards, stats, verify
 from data_pipeline.sources.class_folders import ClassFolders
 from ifvit.errors import UserError
-from ifvit.shards import Manifest, ShardReader
+from ifvit.shards import ShardReader
+
+LABELS = [0, 1, 0, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.fixture
 def labelled(config: EncodeConfig) -> EncodeConfig:
     """Seven images of zebras and two of ants, and a recipe for them without a text encoder."""
     folder = Path(config.images).parent / "classes"
-    for number, path in enumerate(sorted(Path(config.images).iterdir())[:9]):
+    for number, path in enumerate(image_files(config)[:9]):
         place = folder / ("ant" if number in (3, 5) else "zebra") / f"{number}.v1.JPEG"
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
@@ -30,33 +33,26 @@ def labelled(config: EncodeConfig) -> EncodeConfig:
     )
 
 
-def finished(config: EncodeConfig) -> Manifest:
-    manifest = encode(config)
-    assert manifest is not None
-    return manifest
-
-
 def test_images_alternate_between_sorted_classes(labelled: EncodeConfig) -> None:
+    Path(labelled.images, "ant", "notes.txt").touch()
     source = ClassFolders(labelled.images, None)
     images = [image for unit in source.units(4) for image in unit.open()]
     assert source.classes == ("ant", "zebra")
-    assert [image.label for image in images] == [0, 1, 0, 1, 1, 1, 1, 1, 1]
-    assert [image.name for image in images[:3]] == [
-        "ant/3.v1.JPEG",
-        "zebra/0.v1.JPEG",
-        "ant/5.v1.JPEG",
-    ]
+    assert [image.label for image in images] == LABELS
+    names = ["ant/3.v1.JPEG", "zebra/0.v1.JPEG", "ant/5.v1.JPEG"]
+    assert [image.name for image in images[:3]] == names
     assert "9 images in 2 classes" in source.report()
+    assert "1 files are not images" in source.report()
 
 
 def test_shards_hold_labels_and_flips(
     labelled: EncodeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = finished(labelled)
+    manifest = finish(labelled)
     assert (manifest.classes, manifest.text, manifest.num_captions) == (("ant", "zebra"), None, 0)
     assert not Path(labelled.output, "null_context.npy").exists()
     reader = ShardReader(labelled.output)
-    assert [reader.label(sample) for sample in range(9)] == [0, 1, 0, 1, 1, 1, 1, 1, 1]
+    assert [reader.label(sample) for sample in range(9)] == LABELS
     assert reader.metadata(2).image_id == "ant/5.v1.JPEG"
     verify(ShardsConfig(url=labelled.output))
     stats(ShardsConfig(url=labelled.output))
@@ -66,55 +62,39 @@ def test_shards_hold_labels_and_flips(
     assert "2; 2 to 7, mean 4.50 images per class" in out
     assert "horizontal flips" in out
     assert "zebra\n" in out
+    url = f"{labelled.output}/shard-{{00000..00002}}.tar"
+    found = list(webdataset.WebDataset(url, shardshuffle=False).decode())
+    assert [sample["cls"] for sample in found] == LABELS
+    assert found[0]["flipped.npy"].shape == found[0]["moments.npy"].shape
 
 
 def test_flipped_moments_are_those_of_the_flipped_image(labelled: EncodeConfig) -> None:
-    finished(labelled)
-    flipped = replace(labelled, images=labelled.images + "_flipped", output=labelled.output + "2")
-    shutil.copytree(labelled.images, flipped.images)
-    for path in Path(flipped.images).rglob("*.JPEG"):
-        _flip(path)
+    other = replace(labelled, images=labelled.images + "_flipped", output=labelled.output + "2")
     for path in Path(labelled.images).rglob("*.JPEG"):
-        _flip(path)
-        _flip(path)  # PNG now, like its mirror: a JPEG would lose differently
-    labelled = replace(labelled, output=labelled.output + "1")
-    finished(labelled)
-    finished(flipped)
-    left, right = ShardReader(labelled.output), ShardReader(flipped.output)
+        flipped = Path(other.images, path.relative_to(labelled.images))
+        flipped.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.open(path).convert("RGB")
+        image.save(path, format="PNG")  # lossless, unlike JPEG
+        ImageOps.mirror(image).save(flipped, format="PNG")
+    finish(labelled)
+    finish(other)
+    left, right = ShardReader(labelled.output), ShardReader(other.output)
     for sample in range(9):
         np.testing.assert_array_equal(left.moments(sample, hflip=True), right.moments(sample))
         np.testing.assert_array_equal(left.moments(sample), right.moments(sample, hflip=True))
 
 
-def _flip(path: Path) -> None:
-    with Image.open(path) as image:
-        image.load()
-        ImageOps.mirror(image).save(path, format="PNG")
-
-
-def test_webdataset_reads_labels_without_this_library(labelled: EncodeConfig) -> None:
-    finished(labelled)
-    url = f"{labelled.output}/shard-{{00000..00002}}.tar"
-    found = list(webdataset.WebDataset(url, shardshuffle=False).decode())
-    assert [sample["cls"] for sample in found] == [0, 1, 0, 1, 1, 1, 1, 1, 1]
-    assert found[0]["flipped.npy"].shape == found[0]["moments.npy"].shape
-
-
-def test_files_that_are_not_images_are_counted(labelled: EncodeConfig) -> None:
-    Path(labelled.images, "ant", "notes.txt").write_text("")
-    assert "1 files are not images" in ClassFolders(labelled.images, None).report()
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda folder: shutil.rmtree(folder), "missing or empty folder"),
+        (shutil.rmtree, "missing or empty folder"),
         (lambda folder: (folder / "bee").mkdir(), "bee: no images"),
         (lambda folder: (folder / "loose.png").touch(), "loose.png: image without a class"),
     ],
 )
-def test_a_malformed_folder_is_one_line(labelled: EncodeConfig, change: object, named: str) -> None:
-    assert callable(change)
+def test_a_malformed_folder_is_one_line(
+    labelled: EncodeConfig, change: Callable[[Path], object], named: str
+) -> None:
     change(Path(labelled.images))
     with pytest.raises(UserError, match=named) as caught:
         ClassFolders(labelled.images, None)

@@ -14,10 +14,8 @@ def read(coco: Path) -> CocoCaptions:
     return CocoCaptions(str(coco / "images"), str(coco / "captions_train2014.json"))
 
 
-def edit(coco: Path) -> dict[str, Any]:
-    content = json.loads((coco / "captions_train2014.json").read_text())
-    assert isinstance(content, dict)
-    return content
+def load(coco: Path) -> Any:
+    return json.loads((coco / "captions_train2014.json").read_text())
 
 
 def save(coco: Path, content: object) -> None:
@@ -34,7 +32,7 @@ def test_images_are_sorted_by_id_and_keep_all_captions_in_file_order(coco: Path)
 
 
 def test_the_2017_layout_is_read_the_same_way(coco: Path) -> None:
-    content = edit(coco)
+    content = load(coco)
     for image in content["images"]:
         old = coco / "images" / image["file_name"]
         image["file_name"] = image["file_name"].removeprefix("COCO_train2014_")
@@ -44,24 +42,21 @@ def test_the_2017_layout_is_read_the_same_way(coco: Path) -> None:
     assert read(coco).missing == []
 
 
-def test_source_hash_follows_captions_and_ignores_where_the_folder_is(coco: Path) -> None:
+def test_the_hash_depends_on_captions_but_not_on_the_folder(coco: Path) -> None:
     before = read(coco).sha256
-    (coco / "images").rename(coco / "moved")
-    assert CocoCaptions(str(coco / "moved"), str(coco / "captions_train2014.json")).sha256 == before
-    (coco / "moved").rename(coco / "images")
-    content = edit(coco)
+    moved = (coco / "images").rename(coco / "moved")
+    assert CocoCaptions(str(moved), str(coco / "captions_train2014.json")).sha256 == before
+    moved.rename(coco / "images")
+    content = load(coco)
     content["annotations"][0]["caption"] += "!"
     save(coco, content)
     assert read(coco).sha256 != before
 
 
-def test_an_incomplete_coco_split_is_reported_before_encoding(coco: Path) -> None:
+def test_an_incomplete_split_is_reported_before_encoding(coco: Path) -> None:
     assert "warning" not in read(coco).report()
-    save(coco, {**edit(coco), "info": {"description": "COCO 2014 Dataset"}})
+    save(coco, {**load(coco), "info": {"description": "COCO 2014 Dataset"}})
     assert "the complete split has 82,783 images, 414,113 captions" in read(coco).report()
-
-
-def test_missing_image_files_are_reported_before_encoding(coco: Path) -> None:
     (coco / "images" / "COCO_train2014_000000000017.jpg").unlink()
     assert "1 image files are missing" in read(coco).report()
 
@@ -81,7 +76,7 @@ def test_missing_image_files_are_reported_before_encoding(coco: Path) -> None:
 def test_wrong_annotations_are_one_line_that_names_the_key(
     coco: Path, change: Any, named: str
 ) -> None:
-    content = edit(coco)
+    content = load(coco)
     change(content)
     save(coco, content)
     with pytest.raises(UserError, match=f"captions_train2014.json: .*{named}") as caught:
@@ -96,17 +91,15 @@ def test_a_file_without_coco_captions_is_an_error(coco: Path, text: str) -> None
         read(coco)
 
 
-def test_a_missing_folder_or_file_is_named(coco: Path) -> None:
-    annotations = str(coco / "captions_train2014.json")
-    with pytest.raises(UserError, match="nowhere: no such folder"):
-        CocoCaptions(str(coco / "nowhere"), annotations)
-    with pytest.raises(UserError, match=r"nothing\.json: no such file"):
-        CocoCaptions(str(coco / "images"), str(coco / "nothing.json"))
-    with pytest.raises(UserError, match="is a folder"):
-        CocoCaptions(str(coco / "images"), str(coco))
-
-
-def test_a_folder_without_any_of_the_images_is_an_error(coco: Path) -> None:
-    (coco / "other").mkdir()
-    with pytest.raises(UserError, match="contains none of the 10 images"):
-        CocoCaptions(str(coco / "other"), str(coco / "captions_train2014.json"))
+@pytest.mark.parametrize(
+    ("images", "captions", "named"),
+    [
+        ("nowhere", "captions_train2014.json", "nowhere: no such folder"),
+        ("images", "nothing.json", r"nothing\.json: no such file"),
+        ("images", "", "is a folder"),
+        ("", "captions_train2014.json", "contains none of the 10 images"),
+    ],
+)
+def test_wrong_paths_are_named(coco: Path, images: str, captions: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        CocoCaptions(str(coco / images), str(coco / captions))

@@ -1,22 +1,22 @@
-"""A source that somebody else wrote, named in the recipe as `module:Class`."""
+"""A source of your own, named in the recipe as `module:Class`."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from encoded_files import finish, image_files
 
 from data_pipeline.config import EncodeConfig
-from data_pipeline.encode import encode
+from data_pipeline.sources import open_source
 from ifvit.errors import UserError
 from ifvit.shards import ShardReader
 
 MODULE = '''
 from pathlib import Path
-from data_pipeline.sources.base import ListedSource
-from data_pipeline.sources.base import CaptionedImage
+from data_pipeline.sources.base import CaptionedImage, ListedSource
 
 class Reversed(ListedSource):
-    """The images of one folder, the last one first, captioned by their names."""
+    """The images of one folder in reverse order, captioned by their names."""
 
     classes = ()
 
@@ -31,7 +31,7 @@ class Reversed(ListedSource):
         ])
 
     def report(self):
-        return f"{len(self.images)} images, last one first"
+        return f"{len(self.images)} images in reverse order"
 '''
 
 
@@ -42,13 +42,11 @@ def own(config: EncodeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return replace(config, source="own_source_of_a_test:Reversed", captions=None)
 
 
-def test_a_source_of_ones_own_is_encoded(
-    own: EncodeConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
-    encode(own)
-    assert "10 images, last one first" in capsys.readouterr().out
+def test_your_own_source_is_encoded(own: EncodeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    finish(own)
+    assert "10 images in reverse order" in capsys.readouterr().out
     reader = ShardReader(own.output)
-    names = [path.stem for path in sorted(Path(own.images).iterdir(), reverse=True)]
+    names = [path.stem for path in reversed(image_files(own))]
     assert [reader.metadata(sample).captions for sample in range(10)] == [(n,) for n in names]
 
 
@@ -60,13 +58,6 @@ def test_a_source_of_ones_own_is_encoded(
         ("own_source_of_a_test:Missing", "no attribute 'Missing'"),
     ],
 )
-def test_a_source_that_cannot_be_found_is_one_line(
-    own: EncodeConfig, source: str, named: str
-) -> None:
+def test_an_unknown_source_is_one_line(own: EncodeConfig, source: str, named: str) -> None:
     with pytest.raises(UserError, match=f"source: {source}.*{named}"):
-        encode(replace(own, source=source))
-
-
-def test_captions_without_a_text_encoder_are_refused(own: EncodeConfig) -> None:
-    with pytest.raises(UserError, match="text_encoder: not set"):
-        encode(replace(own, text_encoder=None))
+        open_source(replace(own, source=source))

@@ -10,7 +10,6 @@ from pyarrow import parquet
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from data_pipeline.sources.base import CaptionedImage
 from data_pipeline.sources.table import CaptionTable
 from ifvit.errors import UserError
 from ifvit.shards import ShardReader
@@ -44,14 +43,10 @@ def write(folder: str, suffix: str) -> str:
     return str(path)
 
 
-def listed(source: CaptionTable) -> list[CaptionedImage]:
-    return [image for unit in source.units(1) for image in unit.open()]
-
-
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_rows_of_one_path_are_its_captions(images: str, suffix: str) -> None:
     source = CaptionTable(images, write(images, suffix))
-    first, second = listed(source)
+    first, second = source.images
     assert (first.name, first.captions) == ("1.jpg", ("Käse",))
     assert (second.name, second.captions) == ("b/2.jpg", ('a "fox", red', "two\nlines"))
     assert second.read() == b"b/2.jpg"

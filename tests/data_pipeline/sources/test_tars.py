@@ -3,123 +3,116 @@
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from encoded_files import hashes
+from encoded_files import finish, hashes, image_files
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from data_pipeline.sources.tars import WebDatasetTars
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.shards import Manifest, ShardReader
+from ifvit.shards import ShardReader
 
 Members = dict[str, bytes]
 
 
-def write_tar(path: Path, members: Members) -> None:
+def write_tar(path: Path, members: Members, mode: str = "w") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, mode) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
 
 
-def sample(config: EncodeConfig, number: int) -> Members:
-    """One sample of img2dataset: image, caption twice, and what else it knows."""
-    image = sorted(Path(config.images).iterdir())[number].read_bytes()
-    metadata = json.dumps({"caption": f"photo {number}", "url": "http://…", "key": str(number)})
+def make_sample(image: Path, number: int) -> Members:
+    """One sample of img2dataset: image, caption, and metadata that contain the caption too."""
+    metadata = {"caption": f"photo {number}", "url": "http://…", "key": str(number)}
     return {
-        f"{number:09d}.jpg": image,
+        f"{number:09d}.jpg": image.read_bytes(),
         f"{number:09d}.txt": f"photo {number}".encode(),
-        f"{number:09d}.json": metadata.encode(),
+        f"{number:09d}.json": json.dumps(metadata).encode(),
     }
 
 
 @pytest.fixture
-def tars(config: EncodeConfig) -> EncodeConfig:
-    """00000.tar of three samples with statistics, 00001.tar of four without."""
+def samples(config: EncodeConfig) -> list[Members]:
+    return [make_sample(path, number) for number, path in enumerate(image_files(config)[:7])]
+
+
+@pytest.fixture
+def tars(config: EncodeConfig, samples: list[Members]) -> EncodeConfig:
+    """00000.tar with three samples and statistics, 00001.tar with four samples."""
     folder = Path(config.images).parent / "tars"
-    members = [sample(config, number) for number in range(7)]
-    for name, part in (("00000", members[:3]), ("00001", members[3:])):
-        write_tar(folder / f"{name}.tar", {k: v for one in part for k, v in one.items()})
+    for name, part in (("00000", samples[:3]), ("00001", samples[3:])):
+        write_tar(folder / f"{name}.tar", {k: v for sample in part for k, v in sample.items()})
     (folder / "00000_stats.json").write_text(json.dumps({"count": 4, "successes": 3}))
     return replace(config, source="webdataset", images=str(folder), captions=None)
 
 
-def finished(config: EncodeConfig) -> Manifest:
-    manifest = encode(config)
-    assert manifest is not None
-    return manifest
-
-
-def test_one_tar_becomes_one_shard(tars: EncodeConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = finished(tars)
+def test_one_tar_becomes_one_shard_with_the_latents_of_its_images(
+    tars: EncodeConfig, config: EncodeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = finish(tars)
     assert "2 tars, 0.00 GB; 3 samples in the 1 tars with statistics" in capsys.readouterr().out
     assert [entry.num_samples for entry in manifest.shards] == [3, 4]
     reader = ShardReader(tars.output)
     for number in range(7):
         assert reader.metadata(number).image_id == f"{number:09d}"
         assert reader.metadata(number).captions == (f"photo {number}",)
-
-
-def test_the_images_are_those_of_a_coco_source(tars: EncodeConfig, config: EncodeConfig) -> None:
-    finished(tars)
-    other = replace(config, output=config.output + "_coco", samples_per_shard=3)
-    finished(other)
-    left, right = ShardReader(tars.output), ShardReader(other.output)
-    assert [left.moments(n).tobytes() for n in range(3)] == [
-        right.moments(n).tobytes() for n in range(3)
-    ]
+    coco = replace(config, output=config.output + "_coco", samples_per_shard=3)
+    finish(coco)
+    for number in range(3):
+        expected = ShardReader(coco.output).moments(number)
+        assert reader.moments(number).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("pattern", ["", "/*.tar", "/{00000..00001}.tar", "/0000?.tar"])
 def test_tars_are_found_by_folder_and_by_pattern(tars: EncodeConfig, pattern: str) -> None:
-    source = WebDatasetTars(tars.images + pattern, None)
-    assert [unit.open()[0].name[:9] for unit in source.units(1)] == ["00000.tar", "00001.tar"]
-    assert [unit.num_images for unit in source.units(1)] == [3, None]
+    units = WebDatasetTars(tars.images + pattern, None).units(1)
+    assert [unit.open()[0].name[:9] for unit in units] == ["00000.tar", "00001.tar"]
+    assert [unit.num_images for unit in units] == [3, None]
 
 
-def test_captions_come_from_json_when_there_is_no_text(tars: EncodeConfig) -> None:
-    members = sample(tars_of(tars), 0) | sample(tars_of(tars), 1)
-    write_tar(Path(tars.images, "00000.tar"), {k: v for k, v in members.items() if "txt" not in k})
+def test_captions_come_from_json_when_there_is_no_text(
+    tars: EncodeConfig, samples: list[Members]
+) -> None:
+    members = {k: v for k, v in (samples[0] | samples[1]).items() if not k.endswith("txt")}
+    write_tar(Path(tars.images, "00000.tar"), members)
     images = WebDatasetTars(tars.images, None).units(1)[0].open()
     assert [image.captions for image in images] == [("photo 0",), ("photo 1",)]
 
 
-def tars_of(tars: EncodeConfig) -> EncodeConfig:
-    """The recipe of the images that the tars were made from."""
-    return replace(tars, images=str(Path(tars.images).parent / "images"))
-
-
-def test_a_sample_without_image_or_caption_is_a_named_failure(tars: EncodeConfig) -> None:
-    members = {"a.txt": b"no image", **sample(tars_of(tars), 0), "b.jpg": b"", "b.json": b"{}"}
-    write_tar(Path(tars.images, "00000.tar"), members)
+def test_a_sample_without_image_or_caption_is_a_named_failure(
+    tars: EncodeConfig, samples: list[Members]
+) -> None:
+    path = Path(tars.images, "00000.tar")
+    write_tar(path, {"a.txt": b"no image", **samples[0], "b.jpg": b"", "b.json": b"{}"})
     with pytest.raises(UserError, match=r"2 of 7 images .*00000.tar/a \(the tar contains no image"):
         encode(tars)
-    manifest = finished(replace(tars, tolerate=2))
+    manifest = finish(replace(tars, tolerate=2))
     assert manifest.num_samples == 5
     marker = storage.read_json(f"{tars.output}/completed/shard-00000.json")
     assert [failure["reason"] for failure in marker["failures"]] == [
         "the tar contains no image (jpg, png, webp) for this key",
         "the tar contains no caption (txt, or in json) for this key",
     ]
-    path = Path(tars.images, "00000.tar")
     path.write_bytes(b"x" * path.stat().st_size)  # an error if a rerun read the tar again
-    assert finished(replace(tars, tolerate=2)) == manifest
+    assert finish(replace(tars, tolerate=2)) == manifest
 
 
 def test_an_empty_tar_is_an_empty_shard(tars: EncodeConfig) -> None:
     write_tar(Path(tars.images, "00000.tar"), {})
-    assert [entry.num_samples for entry in finished(tars).shards] == [0, 4]
+    assert [entry.num_samples for entry in finish(tars).shards] == [0, 4]
 
 
 def test_two_tasks_write_the_same_bytes_as_one(tars: EncodeConfig) -> None:
     other = replace(tars, output=tars.output + "_shared", num_tasks=2)
-    finished(tars)
+    finish(tars)
     encode(replace(other, task=1))
     encode(replace(other, task=0))
     assert hashes(other) == hashes(tars)
@@ -138,46 +131,26 @@ def test_missing_tars_are_named(tars: EncodeConfig, pattern: str, named: str) ->
         WebDatasetTars(tars.images + pattern, None)
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:3000])
-
-
 def cut_between_members(path: Path) -> None:
     with tarfile.open(path) as tar:
         end = tar.getmembers()[3].offset
     path.write_bytes(path.read_bytes()[:end])
 
 
-def overwrite(path: Path) -> None:
-    path.write_bytes(b"<html>not found</html>" * 100)
-
-
-def repeat(path: Path) -> None:
-    with tarfile.open(path, "a") as tar:
-        info = tarfile.TarInfo("000000001.txt")
-        tar.addfile(info, io.BytesIO())
-
-
-def break_json(path: Path) -> None:
-    write_tar(path, {"x.jpg": b"", "x.json": b"{"})
-
-
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (cut, "not a complete tar"),
+        (lambda path: path.write_bytes(path.read_bytes()[:3000]), "not a complete tar"),
         (cut_between_members, "not a complete tar"),
-        (overwrite, "not a complete tar"),
-        (repeat, "contains 000000001.txt twice"),
-        (break_json, "x: malformed caption"),
-        (
-            lambda path: write_tar(path, {"a/b.jpg": b"", "a_b.jpg": b""}),
-            "differ only by / and _",
-        ),
+        (lambda path: path.write_bytes(b"<html>not found" * 100), "not a complete tar"),
+        (lambda path: write_tar(path, {"000000001.txt": b""}, "a"), "contains 000000001.txt twice"),
+        (lambda path: write_tar(path, {"x.jpg": b"", "x.json": b"{"}), "x: malformed caption"),
+        (lambda path: write_tar(path, {"a/b.jpg": b"", "a_b.jpg": b""}), "differ only by / and _"),
     ],
 )
-def test_a_malformed_tar_is_one_line(tars: EncodeConfig, damage: object, named: str) -> None:
-    assert callable(damage)
+def test_a_malformed_tar_is_one_line(
+    tars: EncodeConfig, damage: Callable[[Path], object], named: str
+) -> None:
     damage(Path(tars.images, "00000.tar"))
     with pytest.raises(UserError, match=f"00000.tar: .*{named}") as caught:
         encode(tars)
@@ -190,10 +163,7 @@ def test_captions_outside_the_tars_are_an_error(tars: EncodeConfig) -> None:
 
 
 def test_a_replaced_tar_is_another_job(tars: EncodeConfig) -> None:
-    finished(tars)
-    with tarfile.open(Path(tars.images, "00001.tar"), "a") as tar:
-        info = tarfile.TarInfo("new.txt")
-        info.size = 10240
-        tar.addfile(info, io.BytesIO(bytes(10240)))
+    finish(tars)
+    write_tar(Path(tars.images, "00001.tar"), {"new.txt": bytes(10240)}, "a")
     with pytest.raises(UserError, match="source_sha256"):
         encode(tars)
