@@ -60,7 +60,7 @@ class ShardsConfig:
     url: str
     """Folder or s3:// prefix of the dataset, which holds manifest.json."""
     num_workers: int = 4
-    """Shards that are read, and downloaded from an object store, at once."""
+    """Shards (verify) or indexes (stats) that are read at once."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_workers")

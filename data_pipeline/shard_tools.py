@@ -1,11 +1,13 @@
 """The verbs `shards inspect`, `stats`, `verify` and `merge`."""
 
+import hashlib
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +39,7 @@ from ifvit.shards.format import (
     ShardIndex,
     index_bytes,
     index_tar,
-    parse_metadata,
+    parse_index,
     remedy_for,
 )
 
@@ -88,22 +90,24 @@ def _read_all(url: str, manifest: Manifest) -> Iterator[LatentSample]:
 
 
 def stats(config: ShardsConfig) -> None:
-    """Print counts, caption lengths or class sizes, latent statistics, and bytes."""
+    """Print counts, captions per image or class sizes, latent statistics, and bytes.
+
+    Reads only the manifest and the indexes. Raises ShardError for a damaged index.
+    """
     manifest = read_manifest(config.url)
-
-    def read(entry: ShardEntry) -> tuple[ShardIndex, list[int]]:
-        with open_shard(config.url, entry) as folder:
-            index = read_index(folder, entry)
-            return index, list(_caption_lengths(folder / f"{entry.name}.tar", index))
-
     with ThreadPoolExecutor(config.num_workers) as pool:
-        found = pool.map(read, manifest.shards)
-        progress = tqdm(found, total=len(manifest.shards), desc="stats", unit="shard")
-        indexes, lengths = zip(*progress, strict=True)
+        indexes = list(pool.map(partial(_fetch_index, config.url), manifest.shards))
+    if manifest.classes:
+        labels = np.concatenate([index.label for index in indexes])
+        per_class = np.bincount(labels, minlength=len(manifest.classes))
+        shows = ("classes", f"{len(per_class):,}; {_range(per_class)} images per class")
+    else:
+        per_image = np.concatenate([index.num_captions for index in indexes])
+        shows = ("captions", f"{manifest.num_captions:,}; {_range(per_image)} per image")
     _print_rows(
         [
             ("images", f"{manifest.num_samples:,} in {len(manifest.shards):,} shards"),
-            *_condition_rows(manifest, indexes, [length for part in lengths for length in part]),
+            shows,
             *_recipe_rows(manifest),
             ("latent mean", f"{manifest.latent_mean:.5f}"),
             ("latent std", f"{manifest.latent_std:.5f}"),
@@ -113,35 +117,20 @@ def stats(config: ShardsConfig) -> None:
     )
 
 
+def _fetch_index(url: str, entry: ShardEntry) -> ShardIndex:
+    where = storage.join(url, f"{entry.name}.index.npz")
+    data = storage.read_bytes(where)
+    if hashlib.sha256(data).hexdigest() != entry.index_sha256:
+        raise ShardError(f"{where}: does not match the manifest's hash; {remedy_for(entry)}")
+    return parse_index(data, where)
+
+
+def _range(values: Array) -> str:
+    return f"{values.min()} to {values.max()}, mean {values.mean():.2f}"
+
+
 def _print_rows(rows: Rows) -> None:
     sys.stdout.writelines(f"{name:<16} {value}\n" for name, value in rows)
-
-
-def _caption_lengths(path: Path, index: ShardIndex) -> Iterator[int]:
-    """Number of words of every caption in a shard; reads only the metadata."""
-    with path.open("rb") as file:
-        for offset, length, _ in index.metadata.tolist():
-            file.seek(offset)
-            for caption in parse_metadata(file.read(length), str(path)).captions:
-                yield len(caption.split())
-
-
-def _condition_rows(
-    manifest: Manifest, indexes: tuple[ShardIndex, ...], lengths: list[int]
-) -> Rows:
-    if manifest.classes:
-        labels = np.concatenate([index.label for index in indexes])
-        counts = np.bincount(labels, minlength=len(manifest.classes))
-        return [("classes", f"{len(counts):,}; {_range(counts.tolist())} images per class")]
-    per_image = np.concatenate([index.num_captions for index in indexes]).tolist()
-    return [
-        ("captions", f"{manifest.num_captions:,}; {_range(per_image)} per image"),
-        ("words per caption", _range(lengths)),
-    ]
-
-
-def _range(values: list[int]) -> str:
-    return f"{min(values)} to {max(values)}, mean {np.mean(values):.2f}"
 
 
 def _recipe_rows(manifest: Manifest) -> Rows:

@@ -120,9 +120,8 @@ def compare(expected: str, found: str) -> None:
         name for name in first.keys() | second.keys() if first.get(name) != second.get(name)
     )
     for name in differing:
-        print(
-            f"{found}/{name}: {'differs' if name in first and name in second else 'is in one output only'}"
-        )
+        is_in_both = name in first and name in second
+        print(f"{found}/{name}: {'differs' if is_in_both else 'is in one output only'}")
     sys.exit(1 if differing else 0)
 
 
