@@ -8,7 +8,7 @@ the markers of all shards writes the manifest (`finish`).
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -29,6 +29,7 @@ from data_pipeline.completion import (
 )
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import (
+    EncodedBatch,
     Encoders,
     decode_batches,
     decode_mean,
@@ -39,7 +40,7 @@ from data_pipeline.encoders import (
 from data_pipeline.shard_io import npy_bytes, open_shard, read_samples, remove_leftovers
 from data_pipeline.sources import open_source
 from data_pipeline.sources.base import Source, Unit
-from data_pipeline.writer import ShardWriter, to_stored
+from data_pipeline.writer import to_stored, write_shards
 from ifvit import storage
 from ifvit.distributed import World
 from ifvit.errors import UserError
@@ -73,7 +74,9 @@ def encode(config: EncodeConfig) -> Manifest | None:
     todo = [unit for unit in own if unit.name not in markers]
     _unmark(config.output, todo)
     with _open_progress(todo, own, partition) as progress:
-        markers |= _encode_units(todo, config, encoders, job, progress)
+        batches = _encode_batches(todo, config, encoders, progress)
+        written = write_shards(batches, config, job)
+    markers |= {marker.shard.name: marker for marker in written}
     others = [unit.name for unit in units if unit.name not in markers]
     markers |= read_markers(config.output, others, job)
     if len(markers) < len(units):
@@ -189,17 +192,14 @@ def _open_progress(todo: list[Unit], own: Sequence[Unit], partition: Partition) 
     )
 
 
-def _encode_units(
-    todo: list[Unit], config: EncodeConfig, encoders: Encoders, job: Job, progress: "tqdm[Any]"
-) -> dict[str, CompletionMarker]:
-    with ShardWriter(config, job) as writer:
-        for batch in decode_batches(todo, config):
-            encoded = encoders.encode(batch)
-            for failure in batch.failures:
-                progress.write(f"{failure.file}: {failure.reason}", file=sys.stderr)
-            writer.put(encoded)
-            progress.update(len(batch.images))
-    return {marker.shard.name: marker for marker in writer.markers}
+def _encode_batches(
+    todo: list[Unit], config: EncodeConfig, encoders: Encoders, progress: "tqdm[Any]"
+) -> Iterator[EncodedBatch]:
+    for batch in decode_batches(todo, config):
+        for failure in batch.failures:
+            progress.write(f"{failure.file}: {failure.reason}", file=sys.stderr)
+        yield encoders.encode(batch)
+        progress.update(len(batch.images))
 
 
 def finish(

@@ -1,18 +1,16 @@
 """Background threads of the encode job: they write encoded batches as shards.
 
-`encode` hands over one batch after the other. A shard's tar is written while its batches come;
-hashing, upload and the completion marker of a shard overlap with the encoding of the next. Queues
-are short, so memory stays bounded: a slow disk or store makes the encoders wait.
+`encode` calls `write_shards` with the encoded batches. A shard's tar is written while its batches
+come; hashing, upload and the completion marker of a shard overlap with the encoding of the next.
+Queues are short, so memory stays bounded: a slow disk or store makes the encoders wait.
 """
 
 import contextlib
 import queue
 import tempfile
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from torch import Tensor
@@ -39,67 +37,60 @@ BATCHES_QUEUED = 2
 _Batches = queue.Queue[EncodedBatch | None]
 
 
-class ShardWriter:
-    """Receives the batches of all units in order; the end of the block waits for the last marker.
+def write_shards(
+    batches: Iterable[EncodedBatch], config: EncodeConfig, job: Job
+) -> list[CompletionMarker]:
+    """Write the batches of all units in order, and return the markers once all are written.
 
-    `markers` holds the completion markers that are written so far.
+    An error that ends the writing of a shard is raised at the next batch.
     """
+    shards: list[Future[CompletionMarker]] = []
+    current: _Batches | None = None  # batches of the shard that is being encoded
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        try:
+            for batch in batches:
+                if current is None:
+                    current = queue.Queue(BATCHES_QUEUED)
+                    name = batch.decoded.shard
+                    shards.append(pool.submit(_write_shard, name, current, config, job))
+                _put(current, batch, shards)
+                if batch.decoded.is_last:
+                    current = None
+        finally:
+            if current is not None:
+                _end(current)
+    return [shard.result() for shard in shards]
 
-    def __init__(self, config: EncodeConfig, job: Job) -> None:
-        self._config = config
-        self._job = job
-        self._pool = ThreadPoolExecutor(SHARDS_AT_ONCE)
-        self._running: deque[Future[CompletionMarker]] = deque()
-        self._open: _Batches | None = None
-        self.markers: list[CompletionMarker] = []
 
-    def __enter__(self) -> "ShardWriter":
-        return self
+def _put(batches: _Batches, batch: EncodedBatch, shards: list[Future[CompletionMarker]]) -> None:
+    while True:
+        for shard in shards:
+            if shard.done():
+                shard.result()  # raises the error of a shard that could not be written
+        with contextlib.suppress(queue.Full):
+            batches.put(batch, timeout=1.0)
+            return
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._open is not None:
-            with contextlib.suppress(queue.Empty):  # a failed writer no longer empties its queue
-                while True:
-                    self._open.get_nowait()
-            self._open.put(None)
-        self._pool.shutdown()
-        if kind is None:
-            self._collect()
 
-    def put(self, batch: EncodedBatch) -> None:
-        """Hand over the next batch. Raises the error that ended the writing of an earlier one."""
-        if self._open is None:
-            self._open = queue.Queue(BATCHES_QUEUED)
-            self._running.append(self._pool.submit(self._write, batch.decoded.shard, self._open))
+def _end(batches: _Batches) -> None:
+    """Make the thread give up its shard; it may have failed and read no more batches."""
+    with contextlib.suppress(queue.Empty):
         while True:
-            self._collect()
-            with contextlib.suppress(queue.Full):
-                self._open.put(batch, timeout=1.0)
-                break
-        if batch.decoded.is_last:
-            self._open = None
+            batches.get_nowait()
+    batches.put(None)
 
-    def _collect(self) -> None:
-        for future in [future for future in self._running if future.done()]:
-            self._running.remove(future)
-            self.markers.append(future.result())
 
-    def _write(self, name: str, batches: _Batches) -> CompletionMarker:
-        """Write one shard and its marker; runs in a thread."""
-        samples = _Samples(name, batches, self._config.dtype)
-        marker = CompletionMarker(
-            job=self._job,
-            shard=_write_to(self._config.output, name, samples),
-            failures=tuple(samples.failures),
-            latent_sums=samples.latent_sums,
-        )
-        write_marker(self._config.output, marker)
-        return marker
+def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -> CompletionMarker:
+    """Write one shard and its marker; runs in a thread."""
+    samples = _Samples(name, batches, config.dtype)
+    marker = CompletionMarker(
+        job=job,
+        shard=_write_to(config.output, name, samples),
+        failures=tuple(samples.failures),
+        latent_sums=samples.latent_sums,
+    )
+    write_marker(config.output, marker)
+    return marker
 
 
 def _write_to(output: str, name: str, samples: "_Samples") -> ShardEntry:
