@@ -88,7 +88,7 @@ VERBS = {
     "evaluate": Verb(
         "ifvit.evaluation.config:EvaluateConfig",
         "ifvit.evaluation.evaluate:evaluate",
-        "runs x guidance scales -> metrics",
+        "runs x guidance scales x alignment methods -> metrics or object counts",
     ),
     "evaluate --make_reference": Verb(
         "ifvit.evaluation.config:MakeReferenceConfig",
@@ -96,22 +96,10 @@ VERBS = {
         "real images -> reference statistics for evaluations",
         positional="output",
     ),
-    "compare-methods": Verb(
-        "ifvit.evaluation.config:CompareConfig",
-        "ifvit.evaluation.evaluate:compare_methods",
-        "runs x alignment methods -> one table of metrics and a grid",
-        positional="runs",
-    ),
     "analyze attention": Verb(
         "ifvit.analysis.config:AttentionConfig",
         "ifvit.analysis.attention_analysis:analyze_attention",
         "runs -> attention maps and singular values of each layer, as a figure",
-        positional="runs",
-    ),
-    "count-objects": Verb(
-        "ifvit.evaluation.config:ObjectCountConfig",
-        "ifvit.studies.object_counts:count_objects_of_runs",
-        "runs -> how often a prompt for three apples shows three",
         positional="runs",
     ),
     "cost": Verb(

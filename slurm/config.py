@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from data_pipeline.config import EncodeConfig
 from ifvit.analysis.config import AttentionConfig
-from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig, ObjectCountConfig
+from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
 from ifvit.studies.config import PaperConfig, ReportConfig
 from ifvit.training.config import TrainConfig
 
@@ -124,10 +124,8 @@ class PipelineConfig(SubmitConfig):
     """Reference statistics of real images that evaluations compare with."""
     evaluate: list[EvaluateConfig] = field(default_factory=list)
     """Evaluations; each waits for its run and for all references."""
-    count_objects: list[ObjectCountConfig] = field(default_factory=list)
-    """Counts of objects; they wait until all runs have ended and leave out the failed ones."""
     attention: list[AttentionConfig] = field(default_factory=list)
-    """Analyses of attention; they wait as counts do."""
+    """Analyses of attention; they wait until all runs have ended and leave out the failed ones."""
     report: ReportConfig | None = None
     """Page of all runs; it waits until all other jobs have ended and names missing results."""
     paper: PaperConfig | None = None

@@ -47,12 +47,8 @@ class _Pipeline:
         evaluated = self._add_evaluations(trained, encoded, referenced)
         analysed = self._add_each(
             (
-                [replace(self._job(verb, recipe), last_weights=self._last_weights())]
-                for verb, recipes in (
-                    ("count-objects", config.count_objects),
-                    ("analyze attention", config.attention),
-                )
-                for recipe in recipes
+                [replace(self._job("analyze attention", recipe), last_weights=self._last_weights())]
+                for recipe in config.attention
             ),
             encoded,
             trained,

@@ -9,9 +9,9 @@ from ifvit.evaluation.object_count import (
     CountedImage,
     ObjectCountProtocol,
     ObjectCountRow,
+    read_count_prompts,
     score_counts,
 )
-from ifvit.evaluation.object_prompts import read_count_prompts
 from ifvit.sampling.config import SamplingConfig
 
 

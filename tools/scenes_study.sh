@@ -87,8 +87,9 @@ for seed in $seeds; do
 done | in_parallel
 
 settings=("$study"/{cross,concat}_{early,intermediate})
-$ifvit count-objects "${settings[@]/%//seed1}" --prompts scenes --detector scenes \
-    --sampling.num_steps 20 --sampling.guidance_scale 1.5
+for run in "${settings[@]/%//seed1}"; do
+    $ifvit evaluate --protocol object_count_scenes --weights "$run"
+done
 $ifvit analyze attention "${settings[@]/%//seed1}" --shards "$study/shards/val2014" \
     --num_prompts 256 --trim 0 --sampling.num_steps 20 --sampling.guidance_scale 1.5
 $ifvit report paper "$study"/c*/seed? --output "$study/paper"

@@ -1,45 +1,74 @@
-"""How a checkpoint is measured; imports no torch."""
+"""Recipes of `ifvit evaluate`: what is sampled and how it is measured. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.config import MethodName, SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectCountConfig:
+    """Prompts that ask for a number of objects, and the detector that counts them."""
+
+    prompts: str | None = None
+    """`paper` (bus, sheep, person, apple, 1 to 5 of each), `scenes` (circle, square, triangle), or
+    a .jsonl or .csv file of prompt, object and count; unset: no objects are counted."""
+
+    detector: str = "facebook/detr-resnet-101"
+    """Object detector of transformers, as a local folder or hub name, or `scenes`, exact analysis
+    of the pixels of scenes."""
+
+    threshold: float | None = None
+    """Boxes with a higher score count. Unset: 0.9 for a detector of fixed classes (GenEval's), 0.3
+    for one that takes any words."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a threshold that is no score, or that nothing is compared with."""
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold {self.threshold} is not between 0 and 1")
+        if self.threshold is not None and self.detector == "scenes":
+            raise ValueError("threshold: the detector scenes gives no scores; leave it unset")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig:
-    """What is drawn for held-out captions, and by what it is measured."""
+    """What is sampled, and the metrics it is measured by."""
 
     name: str = "custom"
-    """Folder of its rows in RUN/evaluation; a label, not part of what decides the numbers."""
+    """Folder of its rows in RUN/evaluation; a label that decides no number."""
 
     num_samples: int = 30_000
-    """Images to draw and measure: for the first held-out images."""
+    """Images to generate and measure: one for each of the first held-out images, or the prompts of
+    `object_count` in turn."""
 
     caption_rule: Literal["first", "random"] = "first"
-    """Which of an image's captions is drawn; random: by seed and position."""
+    """Caption of an image that is the prompt; random: chosen by seed and position."""
 
     score_caption: Literal["same", "first"] = "same"
-    """Which one the drawn image is scored against: the same, or the first of the image."""
+    """Caption that the sample is scored against: the same, or the first of the image."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Solver, guidance and seed."""
+    """Solver, guidance, alignment method and seed."""
 
     clip: str = "openai/clip-vit-large-patch14"
     """CLIP of CLIP Score, retrieval, Fréchet distance and CMMD."""
 
     inception: str | None = None
-    """TorchScript Inception of FID and KID: a file, an s3:// URL, or `inception-2015-12-05`, which
-    is downloaded once; unset: no FID and KID."""
+    """TorchScript Inception of FID and KID: a file, or `inception-2015-12-05`, which is downloaded
+    once; unset: no FID and KID."""
 
     paper_prefix: str = "A photo depicts "
-    """Put before captions for the paper's CLIP Score; empty where the tokenizer cannot read it."""
+    """Put before captions for the paper's CLIP Score; empty if the tokenizer cannot read it."""
 
     scenes: bool = False
-    """Captions are those of `ifvit scenes`: score count, colour, kind and relation exactly."""
+    """Captions come from `ifvit scenes`: score count, colour, kind and relation exactly."""
+
+    object_count: ObjectCountConfig = field(default_factory=ObjectCountConfig)
+    """Count objects instead: its prompts replace the held-out captions and its scores all other
+    metrics."""
 
     def __post_init__(self) -> None:
-        """Refuse a number of samples that gives no covariance, and a name that is no folder's."""
+        """Raise ValueError for too few samples for a covariance, or a name that is no folder."""
         if self.num_samples < 2:
             raise ValueError(f"num_samples {self.num_samples} is less than 2")
         if not self.name or "/" in self.name:
@@ -47,127 +76,72 @@ class ProtocolConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
-    """What is measured against what."""
+class EvaluateConfig:
+    """Generate images for held-out captions and measure them; run it again to continue."""
 
-    shards: str
-    """Folder of held-out shards, whose captions are drawn."""
+    weights: str
+    """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
+
+    shards: str | None = None
+    """Folder of held-out shards, whose captions are the prompts; needed unless objects are
+    counted."""
 
     images: str | None = None
     """Folder of real images for the distances; without it and `reference`, there are none."""
 
     reference: str | None = None
-    """Instead of `images`, what `ifvit evaluate --make_reference` made of them: an .npz file."""
+    """Instead of `images`, the .npz file that `ifvit evaluate --make_reference` made of them."""
 
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
-    """A file or, by its name, one of configs/protocol; single fields go over it."""
-
-    device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
-
-    def __post_init__(self) -> None:
-        """Refuse two references."""
-        if self.images and self.reference:
-            raise ValueError("give images or reference, not both")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(MeasureConfig):
-    """Draw images for held-out captions and measure them; run it again to continue."""
-
-    weights: str
-    """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
+    """A file or, by its name, one of configs/protocol; single fields override it."""
 
     steps: Literal["all"] | list[int] | None = None
-    """Saved steps of the run that `weights` names, a row each; unset: the newest one."""
+    """Saved steps of the run that `weights` names, a row for each; unset: the newest one."""
 
     guidance_scales: list[float] | None = None
-    """Guidance scales, a row each; unset: that of the protocol."""
+    """Guidance scales, a row for each; unset: that of the protocol."""
+
+    methods: list[MethodName] = field(default_factory=list, metadata={"each": "methods"})
+    """Alignment methods, as in --methods plain date; a row for each, and a comparison with the
+    first of them on the same prompts and noise. Unset: the method of the protocol."""
 
     output: str | None = None
     """Folder for rows and samples; unset: `evaluation` in the run folder of the weights."""
 
     num_tasks: int = 1
-    """Jobs that share the drawing; with more than one, run once more without to measure."""
+    """Number of jobs that generate the images; with more than one, a last run with 1 measures."""
 
     task: int = 0
-    """Which of them this is, from 0."""
+    """Number of this job, from 0."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
 
     def __post_init__(self) -> None:
-        """Refuse a task that is none."""
-        super().__post_init__()
+        """Raise ValueError for settings that contradict each other."""
+        if self.images and self.reference:
+            raise ValueError("give images or reference, not both")
+        if not (self.shards or self.protocol.object_count.prompts):
+            raise ValueError("give shards: the held-out captions to evaluate")
         if not 0 <= self.task < self.num_tasks:
             raise ValueError(f"task {self.task} is not one of num_tasks {self.num_tasks}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MakeReferenceConfig:
-    """Keep the features of real images in a file, for `ifvit evaluate --reference FILE`."""
+    """Write the features of real images to a file, for `ifvit evaluate --reference FILE`."""
 
     output: str
     """The .npz file or s3:// URL to write."""
 
     images: str
-    """Folder of real images; all of them count."""
+    """Folder of real images, all of which are used."""
 
     image_size: int = 256
-    """Pixels to which they are cropped and resized: those of the shards they stand against."""
+    """Pixels to which they are cropped and resized: the image size of the shards."""
 
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
-    """Of a protocol its networks count: clip and inception."""
+    """Only its networks matter: clip and inception."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig(MeasureConfig):
-    """Draw the same captions from the same noise by every alignment method, and measure them."""
-
-    runs: list[str]
-    """Run or weights folders, for example of early and of intermediate fusion."""
-
-    output: str = "comparison"
-    """Folder for table.md, table.json, grid.png and every method's samples; rerun to continue."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectCountConfig:
-    """Draw prompts that ask for so many objects, count them, compare; rerun to continue."""
-
-    runs: list[str]
-    """Run or weights folders; of a run, its newest EMA weights."""
-
-    detector: str
-    """What counts: an object detector of transformers, as a local folder or hub name, or `scenes`,
-    exact analysis of the pixels of scenes."""
-
-    prompts: str = "paper"
-    """`paper` (bus, sheep, person, apple, 1 to 5 of each), `scenes` (circle, square, triangle), or
-    a .jsonl, .csv or .yaml file of prompt, object and count."""
-
-    output: str | None = None
-    """Folder or s3:// URL for figure, table, rows and images. Unset: rows and images go to
-    evaluation/object_count of each run, the figure and its table to runs/object_count."""
-
-    num_images: int = 10
-    """Images per prompt, each from its own noise."""
-
-    threshold: float | None = None
-    """Boxes with a higher score count. Unset: 0.9 for a detector of fixed classes (GenEval's), 0.3
-    for one that takes any words."""
-
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Solver, guidance and seed."""
-
-    device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
-
-    def __post_init__(self) -> None:
-        """Refuse what gives no interval, no counts, or a threshold where nothing is scored."""
-        if self.num_images < 2:
-            raise ValueError(f"num_images {self.num_images} is less than 2")
-        if self.threshold is not None and not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold {self.threshold} is not between 0 and 1")
-        if self.threshold is not None and self.detector == "scenes":
-            raise ValueError("threshold: exact analysis has no scores; leave it out")

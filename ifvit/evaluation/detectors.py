@@ -1,13 +1,13 @@
-"""How many objects of a name an image shows: by a detector of transformers, or on scenes exactly.
+"""Count the objects of a name in images, by a detector of transformers or exactly on scenes.
 
-Counting follows GenEval (Ghosh et al. 2023, arXiv 2310.11513): boxes of the class that score above
-0.9, at most 16 of them, no suppression of overlaps beyond the model's own.
+`measure` counts with these for the protocols of object counting. Counting follows GenEval (Ghosh et
+al. 2023, arXiv 2310.11513): boxes of the class that score above 0.9 count, at most 16 of them,
+and overlaps are suppressed only by the model itself.
 Shapes: B images, H, W pixels.
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ifvit.errors import UserError
-from ifvit.evaluation.object_prompts import MAX_ASKED
+from ifvit.evaluation.object_count import MAX_ASKED, CountingRule
 from ifvit.images import Pixels
 from ifvit.models.pretrained import identify, resolve_pretrained
 from ifvit.scenes.drawings import KINDS
@@ -36,29 +36,16 @@ _CLASS_THRESHOLD = 0.9
 _WORD_THRESHOLD = 0.3
 
 
-@dataclass(frozen=True, kw_only=True)
-class CountingRule:
-    """What decides a count. None where pixels are analysed exactly.
-
-    `detector_sha256` is that of the detector's weights; boxes with a score above `threshold` count.
-    """
-
-    detector: str
-    detector_sha256: str | None = None
-    threshold: float | None = None
-    max_boxes: int | None = None
-
-
 class ObjectCounter(Protocol):
     """Counts objects in images."""
 
     rule: CountingRule
 
     def check(self, objects: Iterable[str]) -> None:
-        """Raise UserError for a name that it cannot count."""
+        """Raise UserError for a name that this counter cannot count."""
 
     def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
-        """How many of `objects[b]` image b of (B, H, W, 3) shows."""
+        """Numbers of `objects[b]` in image b of (B, H, W, 3)."""
 
 
 class SceneCounter:
@@ -67,11 +54,11 @@ class SceneCounter:
     rule = CountingRule(detector=SCENES)
 
     def check(self, objects: Iterable[str]) -> None:
-        """Raise UserError for a name that is no kind of object in scenes."""
+        """Raise UserError for a name that is not a kind of object in scenes."""
         _check_names(SCENES, objects, KINDS)
 
     def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
-        """How many of `objects[b]` image b of (B, H, W, 3) shows."""
+        """Numbers of `objects[b]` in image b of (B, H, W, 3)."""
         return [
             sum(found.kind == name.lower() for found in find_objects(image))
             for image, name in zip(images, objects, strict=True)
@@ -88,12 +75,12 @@ class ClassDetector:
         self._classes = {name.lower(): index for index, name in model.config.id2label.items()}
 
     def check(self, objects: Iterable[str]) -> None:
-        """Raise UserError for a name that is none of the model's classes."""
+        """Raise UserError for a name that is not a class of the model."""
         _check_names(self.rule.detector, objects, self._classes)
 
     @torch.no_grad()
     def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
-        """How many of `objects[b]` image b of (B, H, W, 3) shows."""
+        """Numbers of `objects[b]` in image b of (B, H, W, 3)."""
         inputs = self._processor(images=list(images), return_tensors="pt").to(self._model.device)
         found = self._processor.post_process_object_detection(
             self._model(**inputs), threshold=self.rule.threshold
@@ -105,7 +92,7 @@ class ClassDetector:
 
 
 class WordDetector:
-    """A detector that is told in words what to find: OWL-ViT or OWLv2."""
+    """A detector that finds what words describe: OWL-ViT or OWLv2."""
 
     def __init__(self, model: Any, processor: Any, rule: CountingRule) -> None:
         self.rule = rule
@@ -113,7 +100,7 @@ class WordDetector:
         self._processor = processor
 
     def check(self, objects: Iterable[str]) -> None:
-        """Raise UserError for words that are more tokens than the model reads."""
+        """Raise UserError for words that have more tokens than the model reads."""
         longest = self._model.config.text_config.max_position_embeddings
         for name in objects:
             if len(self._processor.tokenizer(name).input_ids) > longest:
@@ -123,7 +110,7 @@ class WordDetector:
 
     @torch.no_grad()
     def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
-        """How many of `objects[b]` image b of (B, H, W, 3) shows."""
+        """Numbers of `objects[b]` in image b of (B, H, W, 3)."""
         inputs = self._processor(
             images=list(images), text=[[name] for name in objects], return_tensors="pt"
         ).to(self._model.device)
@@ -134,10 +121,10 @@ class WordDetector:
 
 
 def open_counter(name: str, threshold: float | None, device: str) -> ObjectCounter:
-    """`scenes`, or the detector in a local folder or hub repository `name`.
+    """Open `scenes`, or the detector in a local folder or hub repository `name`.
 
-    Its configuration decides whether it knows fixed classes or is told in words.
-    Raises UserError when there is no detector, or one that does not load.
+    The detector's configuration decides whether it knows fixed classes or reads words.
+    Raises UserError if `name` is not a detector or does not load.
     """
     if name == SCENES:
         return SceneCounter()
@@ -145,10 +132,10 @@ def open_counter(name: str, threshold: float | None, device: str) -> ObjectCount
     digest = identify(name, folder).sha256
     try:
         config = AutoConfig.from_pretrained(folder)
-        takes_words = isinstance(config, OwlViTConfig | Owlv2Config)
-        if not takes_words and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
+        reads_words = isinstance(config, OwlViTConfig | Owlv2Config)
+        if not reads_words and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
             raise ValueError(f"its model type is {config.model_type}")
-        if takes_words:
+        if reads_words:
             model = _load(AutoModelForZeroShotObjectDetection, folder, device)
             processor_class: Any = AutoProcessor
         else:
@@ -161,21 +148,21 @@ def open_counter(name: str, threshold: float | None, device: str) -> ObjectCount
         raise UserError(
             f"detector {name} does not load ({reason}); give one like DETR, YOLOS or OWL-ViT"
         ) from None
-    default = _WORD_THRESHOLD if takes_words else _CLASS_THRESHOLD
+    default = _WORD_THRESHOLD if reads_words else _CLASS_THRESHOLD
     rule = CountingRule(
         detector=name,
         detector_sha256=digest,
         threshold=default if threshold is None else threshold,
         max_boxes=MAX_ASKED,
     )
-    return (WordDetector if takes_words else ClassDetector)(model, processor, rule)
+    return (WordDetector if reads_words else ClassDetector)(model, processor, rule)
 
 
 def _load(cls: Any, folder: Path, device: str) -> Any:
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # counts tensors, within a second
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # the bar lasts less than a second
     model, loading = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     if loading["missing_keys"]:
-        # transformers would draw them at random and only warn.
+        # transformers would initialise them at random and only warn.
         raise ValueError(f"no weights for {min(loading['missing_keys'])}")
     return model.to(device).eval().requires_grad_(False)
 

@@ -1,53 +1,315 @@
-"""Images => numbers, with what all rows of one command share: networks, captions, real images."""
+"""Measurements of generated images: the metrics of held-out captions, or object counts.
 
+`evaluate` opens one measurement per command. A measurement knows the prompts, opens their
+conditions, and turns a folder of samples into a row. All processes call its methods together.
+"""
+
+import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import cached_property
+from hashlib import sha256
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from ifvit import storage
 from ifvit.distributed import ProcessGroup, choose_device, show_progress
-from ifvit.evaluation.config import MeasureConfig
+from ifvit.errors import UserError
+from ifvit.evaluation import metrics, object_count, rows, sample_set
+from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
+from ifvit.evaluation.detectors import open_counter
 from ifvit.evaluation.estimates import Estimate, estimate_share
 from ifvit.evaluation.features import (
     CLIP,
     INCEPTION,
     FeatureSet,
+    Networks,
+    choose_parts,
     collect_features,
-    kept_parts,
     load_networks,
 )
-from ifvit.evaluation.metrics import (
-    Features,
-    clip_score,
-    clip_score_paper,
-    cmmd,
-    estimate_frechet,
-    kid,
-    perceptual_distances,
-    retrieval_accuracy,
-)
-from ifvit.evaluation.references import open_reference
-from ifvit.evaluation.rows import Protocol
-from ifvit.evaluation.sample_set import Prompt, hash_prompts, read_samples
+from ifvit.evaluation.references import ImageFolder, ReferenceFile, list_images, open_reference
+from ifvit.evaluation.rows import MetricsRow
 from ifvit.images import Pixels
-from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.load import Model
+from ifvit.sampling.samples import image_name
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.score import SceneScore, score_image
-from ifvit.shards import Manifest
+from ifvit.shards import ShardReader
+
+_COUNT_BATCH_SIZE = 8
+"""Images that a detector sees at once; detectors enlarge them to about 800 pixels."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScenesAccuracy:
-    """Shares of images that are right; relation among captions that state one, scene = all."""
+class CaptionMetrics:
+    """Measures samples of held-out captions by CLIP, Inception, real images and scene analysis."""
 
-    count: Estimate
-    colour: Estimate
-    kind: Estimate
-    relation: Estimate | None
-    scene: Estimate
+    def __init__(self, config: EvaluateConfig, group: ProcessGroup) -> None:
+        """Read the prompts. Raises UserError for missing shards, images or captions."""
+        assert config.shards is not None
+        self._config = config
+        self._group = group
+        self._batch_size = config.protocol.sampling.batch_size
+        self._reader = ShardReader(config.shards)
+        self._real_images = list_images(config.images) if config.images else []
+        self.prompts = sample_set.read_prompts(self._reader, config.protocol)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """What decides the prompt of each position, for settings.json."""
+        shards = json.dumps([entry.sha256 for entry in self._reader.manifest.shards])
+        return {
+            "shards_sha256": sha256(shards.encode()).hexdigest(),
+            "caption_rule": self._config.protocol.caption_rule,
+        }
+
+    def open_conditions(self, model: Model) -> sample_set.ShardConditions:
+        """Open the conditions of the prompts. Raises UserError for shards of other encoders."""
+        return sample_set.ShardConditions(self._reader, model)
+
+    def find_row(self, url: str, model: Model, protocol: ProtocolConfig) -> MetricsRow | None:
+        """The row at `url` if it exists and measuring again would give the same one."""
+        row = self._group.on_main(lambda: rows.read_row(url) if storage.exists(url) else None)
+        if row is None or row.weights_sha256 != model.sha256:
+            return None
+        lacks_scenes = protocol.scenes and row.scene_accuracy is None
+        differs = rows.differences(row.protocol, self._describe(protocol))
+        return None if lacks_scenes or differs else row
+
+    def measure(
+        self, url: str, model: Model, protocol: ProtocolConfig, seconds: float | None
+    ) -> MetricsRow:
+        """Measure the samples of the row at `url` and write it; each took `seconds` to generate."""
+        folder = rows.samples_url(url)
+        sampled, real, description = self._embed(folder), self._real, self._describe(protocol)
+        cosines = metrics.cosines(sampled[CLIP].part, self._texts)
+
+        def compute() -> MetricsRow:
+            scores = self._score_scenes(folder) if protocol.scenes else []
+            size = self._reader.manifest.image_size
+            sample_set.write_overview(
+                folder, self.prompts, cosines.tolist(), scores, self._real_images, size
+            )
+            found = scene_accuracies(scores) if scores else {}
+            found |= self._compute_metrics(sampled, real)
+            row = MetricsRow(
+                weights=model.url,
+                weights_sha256=model.sha256,
+                step=model.info.step,
+                ema_decay=model.info.ema_decay,
+                protocol=description,
+                seconds_per_image=seconds or _read_seconds(url),
+                **found,  # type: ignore[arg-type]  # some fields are never None
+            )
+            rows.write_row(url, row)
+            return row
+
+        return self._group.on_main(compute)
+
+    @cached_property
+    def _networks(self) -> Networks:
+        """Loaded only when there is something to measure."""
+        return load_networks(self._config.protocol, choose_device(self._config.device))
+
+    @cached_property
+    def _reference(self) -> ImageFolder | ReferenceFile | None:
+        size = self._reader.manifest.image_size
+        return open_reference(self._config, size, self._networks, self._group)
+
+    @cached_property
+    def _real(self) -> Mapping[str, FeatureSet]:
+        """Features of the real images by network."""
+        if self._reference is None:
+            return {}
+        return self._reference.load_features(self._networks, self._group)
+
+    @cached_property
+    def _texts(self) -> metrics.Features:
+        """CLIP features (N, E) of the captions that the samples are scored against."""
+        return self._embed_texts("")
+
+    @cached_property
+    def _prefixed_texts(self) -> metrics.Features:
+        return self._embed_texts(self._config.protocol.paper_prefix)
+
+    def _describe(self, protocol: ProtocolConfig) -> rows.Protocol:
+        identities = self._networks.identities
+        inception, reference = identities.get(INCEPTION), self._reference
+        return rows.Protocol(
+            name=protocol.name,
+            num_samples=len(self.prompts),
+            prompts_sha256=sample_set.hash_prompts(self.prompts),
+            caption_rule=protocol.caption_rule,
+            score_caption=protocol.score_caption,
+            sampling=protocol.sampling.settings,
+            image_size=self._reader.manifest.image_size,
+            resize=self._reader.manifest.resize,
+            features=identities[CLIP].name,
+            features_sha256=identities[CLIP].sha256,
+            paper_prefix=protocol.paper_prefix,
+            inception=inception.name if inception else None,
+            inception_sha256=inception.sha256 if inception else None,
+            num_reference_images=reference.num_images if reference else None,
+            reference_sha256=reference.sha256 if reference else None,
+        )
+
+    def _embed(self, folder: str) -> dict[str, FeatureSet]:
+        """Embed the samples in `folder`, a partition on each process; CLIP keeps all of them."""
+        world, count = self._group.world, len(self.prompts)
+        partition = self.prompts[world.rank :: world.size]
+        batches = sample_set.read_samples(folder, partition, self._batch_size)
+        return collect_features(
+            self._networks.functions,
+            show_progress(batches, len(partition), "embed samples", world),
+            range(count)[world.rank :: world.size],
+            {**choose_parts(count), CLIP: np.arange(count)},
+            self._networks.device,
+            self._group,
+        )
+
+    def _embed_texts(self, prefix: str) -> metrics.Features:
+        captions = [prefix + prompt.score_text for prompt in self.prompts]
+        starts = range(0, len(captions), self._batch_size)
+        batches = (captions[start : start + self._batch_size] for start in starts)
+        shown = show_progress(batches, len(captions), "embed captions", self._group.world)
+        embed = self._networks.clip.embed_texts
+        return torch.cat([embed(batch).cpu() for batch in shown]).numpy()
+
+    def _compute_metrics(
+        self, sampled: Mapping[str, FeatureSet], real: Mapping[str, FeatureSet]
+    ) -> dict[str, Estimate | None]:
+        """Metrics of features, by field of MetricsRow."""
+        clip, captions = sampled[CLIP], [prompt.score_text for prompt in self.prompts]
+        found: dict[str, Estimate | None] = {
+            "clip_score": metrics.clip_score(clip.part, self._texts),
+            "clip_score_paper": metrics.clip_score_paper(clip.part, self._prefixed_texts),
+            "retrieval_at_16": metrics.retrieval_accuracy(clip.part, self._texts, captions),
+            "frechet_distance": None,
+        }
+        for name, field in ((CLIP, "frechet_distance"), (INCEPTION, "fid")):
+            if name in real:
+                found[field] = metrics.estimate_frechet(
+                    sampled[name].part, sampled[name].statistics, real[name].statistics
+                )
+        if CLIP in real:
+            found["cmmd"] = metrics.cmmd(clip.part, real[CLIP].part, self._networks.device)
+        if INCEPTION in real:
+            found["kid"] = metrics.kid(sampled[INCEPTION].part, real[INCEPTION].part)
+        return found
+
+    def _score_scenes(self, folder: str) -> list[SceneScore]:
+        batches = sample_set.read_samples(folder, self.prompts, self._batch_size)
+        shown = show_progress(batches, len(self.prompts), "score scenes", self._group.world)
+        captions = [prompt.text for prompt in self.prompts]
+        return score_scenes(itertools.chain.from_iterable(shown), captions)
+
+
+class ObjectCounting:
+    """Counts the objects in samples of prompts that ask for a number of them."""
+
+    def __init__(self, config: EvaluateConfig, group: ProcessGroup) -> None:
+        """Read the prompts. Raises UserError for prompts or objects that cannot be counted."""
+        counting, num_samples = config.protocol.object_count, config.protocol.num_samples
+        assert counting.prompts is not None
+        self._group = group
+        self._asked = object_count.read_count_prompts(counting.prompts)
+        self._num_images, rest = divmod(num_samples, len(self._asked))
+        if rest or self._num_images < 2:
+            raise UserError(
+                f"num_samples {num_samples}: give a multiple of the {len(self._asked)} prompts, "
+                "at least 2 for each"
+            )
+        device = choose_device(config.device)
+        self._counter = open_counter(counting.detector, counting.threshold, device)
+        self._counter.check(asked.object for asked in self._asked)
+        # Image k of prompt i has position k * len(asked) + i, so more samples keep the first ones.
+        self.prompts = [
+            sample_set.Prompt(
+                position=position,
+                image_id=position,
+                caption=0,
+                text=asked.prompt,
+                score_text=asked.prompt,
+            )
+            for position, asked in enumerate(self._asked * self._num_images)
+        ]
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """What decides the prompt of each position, for settings.json."""
+        texts = json.dumps([asked.prompt for asked in self._asked])
+        return {"prompts_sha256": sha256(texts.encode()).hexdigest()}
+
+    def open_conditions(self, model: Model) -> sample_set.EncodedConditions:
+        """Open the text encoder of the model. Raises UserError if it has changed."""
+        return sample_set.EncodedConditions(model)
+
+    def find_row(
+        self, url: str, model: Model, protocol: ProtocolConfig
+    ) -> object_count.ObjectCountRow | None:
+        """The row at `url` if it exists and counting again would give the same one."""
+        row = self._group.on_main(
+            lambda: object_count.read_object_count(url) if storage.exists(url) else None
+        )
+        if row is None or row.weights_sha256 != model.sha256:
+            return None
+        return row if row.protocol == self._describe(protocol) else None
+
+    def measure(
+        self, url: str, model: Model, protocol: ProtocolConfig, seconds: float | None
+    ) -> object_count.ObjectCountRow:
+        """Count the objects in the samples of the row at `url` and write it."""
+        counted = self._group.gather(self._count(rows.samples_url(url)))
+        images = sorted(itertools.chain.from_iterable(counted), key=lambda image: image.file)
+        row = object_count.ObjectCountRow(
+            weights=model.url,
+            weights_sha256=model.sha256,
+            step=model.info.step,
+            ema_decay=model.info.ema_decay,
+            backbone=asdict(model.backbone.config),
+            protocol=self._describe(protocol),
+            scores=object_count.score_counts(images),
+            images=tuple(images),
+        )
+
+        def write() -> None:
+            sample_set.write_overview(rows.samples_url(url), self.prompts)
+            object_count.write_object_count(url, row)
+
+        self._group.on_main(write)
+        return row
+
+    def _describe(self, protocol: ProtocolConfig) -> object_count.ObjectCountProtocol:
+        return object_count.ObjectCountProtocol(
+            prompts_sha256=object_count.hash_count_prompts(self._asked),
+            num_images=self._num_images,
+            sampling=protocol.sampling.settings,
+            rule=self._counter.rule,
+        )
+
+    def _count(self, folder: str) -> list[object_count.CountedImage]:
+        """Count in this process's partition of the images."""
+        world = self._group.world
+        prompts = self.prompts[world.rank :: world.size]
+        batches = sample_set.read_samples(folder, prompts, _COUNT_BATCH_SIZE)
+        counted: list[object_count.CountedImage] = []
+        for pixels in show_progress(batches, len(prompts), "count", world):
+            batch = prompts[len(counted) : len(counted) + len(pixels)]
+            asked = [self._asked[prompt.position % len(self._asked)] for prompt in batch]
+            counts = self._counter.count(pixels, [one.object for one in asked])
+            counted += [
+                object_count.CountedImage(
+                    file=image_name(prompt.position),
+                    prompt=one.prompt,
+                    object=one.object,
+                    asked=one.count,
+                    counted=count,
+                )
+                for prompt, one, count in zip(batch, asked, counts, strict=True)
+            ]
+        return counted
 
 
 def score_scenes(images: Iterable[Pixels], captions: Sequence[str]) -> list[SceneScore]:
@@ -58,143 +320,23 @@ def score_scenes(images: Iterable[Pixels], captions: Sequence[str]) -> list[Scen
     ]
 
 
-def scenes_accuracy(scores: Sequence[SceneScore]) -> ScenesAccuracy:
-    """The shares over all images."""
+def scene_accuracies(scores: Sequence[SceneScore]) -> dict[str, Estimate | None]:
+    """Shares of images that are right, by field of MetricsRow.
+
+    The share of right relations is over the captions that state one; None if none does. A scene is
+    right if count, colour, kind and relation are.
+    """
     relations = [score.relation for score in scores if score.relation is not None]
-    return ScenesAccuracy(
-        count=estimate_share(np.array([score.count for score in scores])),
-        colour=estimate_share(np.array([score.colour for score in scores])),
-        kind=estimate_share(np.array([score.kind for score in scores])),
-        relation=estimate_share(np.array(relations)) if relations else None,
-        scene=estimate_share(np.array([_all_right(score) for score in scores])),
-    )
-
-
-def _all_right(score: SceneScore) -> bool:
-    return score.count and score.colour and score.kind and score.relation is not False
-
-
-Numbers = dict[str, Estimate | None]
-"""By field of MetricsRow."""
-
-
-class Measurement:
-    """Measures folders of samples of the same prompts, one after the other."""
-
-    def __init__(
-        self,
-        config: MeasureConfig,
-        manifest: Manifest,
-        prompts: list[Prompt],
-        channel: ProcessGroup,
-    ) -> None:
-        self._config = config.protocol
-        self._manifest = manifest
-        self._prompts = prompts
-        self._channel = channel
-        self._networks = load_networks(config.protocol, choose_device(config.device))
-        self._reference = open_reference(config, manifest.image_size, self._networks, channel)
-
-    def protocol(self, sampling: SamplingConfig) -> Protocol:
-        """What the numbers of samples that were drawn by `sampling` mean."""
-        identities = self._networks.identities
-        inception = identities.get(INCEPTION)
-        reference = self._reference
-        return Protocol(
-            name=self._config.name,
-            num_samples=len(self._prompts),
-            prompts_sha256=hash_prompts(self._prompts),
-            caption_rule=self._config.caption_rule,
-            score_caption=self._config.score_caption,
-            sampling=sampling.settings,
-            image_size=self._manifest.image_size,
-            resize=self._manifest.resize,
-            features=identities[CLIP].name,
-            features_sha256=identities[CLIP].sha256,
-            paper_prefix=self._config.paper_prefix,
-            inception=inception.name if inception else None,
-            inception_sha256=inception.sha256 if inception else None,
-            num_reference_images=reference.num_images if reference else None,
-            reference_sha256=reference.sha256 if reference else None,
-        )
-
-    def embed(self, folder: str) -> dict[str, FeatureSet]:
-        """Features of the samples in `folder`, by network; all processes together, a share each.
-
-        CLIP's are all there, in the order of the prompts.
-        """
-        world, count = self._channel.world, len(self._prompts)
-        positions = range(count)[world.rank :: world.size]
-        share = [self._prompts[position] for position in positions]
-        batches = read_samples(folder, share, self._config.sampling.batch_size)
-        return collect_features(
-            self._networks.functions,
-            show_progress(batches, len(share), "embed samples", world),
-            positions,
-            {**kept_parts(count), CLIP: np.arange(count)},
-            self._networks.device,
-            self._channel,
-        )
-
-    def distances(self, first: str, second: str) -> NDArray[np.float64]:
-        """Perceptual distances (N,) of the samples in two folders, prompt by prompt."""
-        batch_size, networks = self._config.sampling.batch_size, self._networks
-        one, other = (read_samples(url, self._prompts, batch_size) for url in (first, second))
-        one = show_progress(one, len(self._prompts), "compare samples", self._channel.world)
-        pairs = zip(one, other, strict=True)
-        return perceptual_distances(networks.clip.embed_patches, pairs, networks.device)
-
-    @property
-    def real(self) -> Mapping[str, FeatureSet]:
-        """Features of the real images, if any; embedded once, by all processes together."""
-        return self._reference.features if self._reference else {}
-
-    def compare(self, drawn: Mapping[str, FeatureSet], real: Mapping[str, FeatureSet]) -> Numbers:
-        """All numbers that come from features of samples and real images; by one process."""
-        clip, captions = drawn[CLIP], [prompt.score_text for prompt in self._prompts]
-        numbers: Numbers = {
-            "clip_score": clip_score(clip.part, self.texts),
-            "clip_score_paper": clip_score_paper(clip.part, self._prefixed_texts),
-            "retrieval_at_16": retrieval_accuracy(clip.part, self.texts, captions),
-            "frechet_distance": None,
-        }
-        if CLIP in real:
-            numbers["frechet_distance"] = _frechet(clip, real[CLIP])
-            numbers["cmmd"] = cmmd(clip.part, real[CLIP].part, self._networks.device)
-        if INCEPTION in real:
-            numbers["fid"] = _frechet(drawn[INCEPTION], real[INCEPTION])
-            numbers["kid"] = kid(drawn[INCEPTION].part, real[INCEPTION].part)
-        return numbers
-
-    @cached_property
-    def texts(self) -> Features:
-        """CLIP features (N, E) of the captions that the samples are scored against."""
-        return self._embed_texts("")
-
-    @cached_property
-    def _prefixed_texts(self) -> Features:
-        return self._embed_texts(self._config.paper_prefix)
-
-    def _embed_texts(self, prefix: str) -> Features:
-        captions = [prefix + prompt.score_text for prompt in self._prompts]
-        size = self._config.sampling.batch_size
-        batches = (captions[start : start + size] for start in range(0, len(captions), size))
-        shown = show_progress(batches, len(captions), "embed captions", self._channel.world)
-        embed = self._networks.clip.embed_texts
-        return torch.cat([embed(batch).cpu() for batch in shown]).numpy()
-
-
-def scene_numbers(scores: list[SceneScore]) -> Numbers:
-    """The shares of scenes that are right, as fields of MetricsRow."""
-    accuracy = scenes_accuracy(scores)
+    right = [s.count and s.colour and s.kind and s.relation is not False for s in scores]
     return {
-        "count_accuracy": accuracy.count,
-        "colour_accuracy": accuracy.colour,
-        "kind_accuracy": accuracy.kind,
-        "relation_accuracy": accuracy.relation,
-        "scene_accuracy": accuracy.scene,
+        "count_accuracy": estimate_share(np.array([score.count for score in scores])),
+        "colour_accuracy": estimate_share(np.array([score.colour for score in scores])),
+        "kind_accuracy": estimate_share(np.array([score.kind for score in scores])),
+        "relation_accuracy": estimate_share(np.array(relations)) if relations else None,
+        "scene_accuracy": estimate_share(np.array(right)),
     }
 
 
-def _frechet(drawn: FeatureSet, reference: FeatureSet) -> Estimate:
-    return estimate_frechet(drawn.part, drawn.statistics, reference.statistics)
+def _read_seconds(url: str) -> float | None:
+    """Seconds per image of the row that a new one replaces."""
+    return rows.read_row(url).seconds_per_image if storage.exists(url) else None

@@ -1,6 +1,10 @@
-"""Metrics of generated images: Frechet distance, KID, CMMD, CLIP Score, retrieval, LPIPS."""
+"""Metrics of generated images: Fréchet distance, KID, CMMD, CLIP Score, retrieval.
 
-from collections.abc import Callable, Iterable, Sequence
+`measure` computes them from features. Each is an `Estimate`.
+Shapes: N, n, m images, F features, E CLIP features, B batch.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,22 +12,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
 from ifvit.evaluation.estimates import Estimate, estimate_around, estimate_mean, estimate_share
-from ifvit.images import Pixels, to_model_range
 
 Floats = NDArray[np.float64]
 Features = NDArray[np.floating]
 
-FeatureNetwork = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) in [-1, 1] => features (B, F)."""
-
 _CHUNK = 4096
-"""Samples that are held in float64 at a time."""
+"""Samples held in float64 at a time."""
 _NEGLIGIBLE = 1e-12
-"""Eigenvalues below this share of the largest are rounding: directions without any sample."""
+"""Eigenvalues below this share of the largest are rounding errors: no sample varies there."""
+
+KID_SUBSET = 1000
+"""Features in a subset."""
+KID_SUBSETS = 10
+"""Subsets at most."""
+_CMMD_SCALE = 1000.0
+_CMMD_BANDWIDTH = 10.0
+_CMMD_CHUNK = 512
+"""Rows of the CMMD kernel at a time: 512 x 30,000 float32 are 61 MB."""
+
+_PAPER_SCALE = 2.5
+NUM_CAPTIONS = 16
+"""Captions that compete for an image in retrieval, the right one included."""
+_RETRIEVAL_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +49,7 @@ class FeatureStatistics:
 
 
 class RunningStatistics:
-    """Accumulates features batch by batch in float64; holds one (F, F) matrix, no samples."""
+    """Accumulates statistics batch by batch in float64; keeps one (F, F) matrix and no samples."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -51,11 +64,11 @@ class RunningStatistics:
         self._merge(len(batch), mean, centred.T @ centred)
 
     def merge(self, other: "RunningStatistics") -> None:
-        """Add all that `other` has added."""
+        """Add the samples that were added to `other`."""
         self._merge(other._count, other._mean, other._scatter)
 
     def _merge(self, count: int, mean: Floats, scatter: Floats) -> None:
-        """The pairwise update of Chan et al. 1979 (no cancellation)."""
+        """The pairwise update of Chan et al. 1979, which avoids cancellation."""
         total = self._count + count
         if self._count == 0:
             self._mean, self._scatter = mean, scatter.copy()
@@ -68,7 +81,7 @@ class RunningStatistics:
         self._count = total
 
     def finish(self) -> FeatureStatistics:
-        """The statistics of all that was added; at least two samples."""
+        """Statistics of all added samples, of which there must be two or more."""
         assert self._count > 1, "a covariance needs two samples"
         covariance = self._scatter / (self._count - 1)
         return FeatureStatistics(num_samples=self._count, mean=self._mean, covariance=covariance)
@@ -81,31 +94,32 @@ def statistics(features: Features) -> FeatureStatistics:
     return running.finish()
 
 
-def estimate_frechet(
-    features: Features, drawn: FeatureStatistics, reference: FeatureStatistics
-) -> Estimate:
-    """Distance of `drawn` from the reference, and how far other samples would move it.
+def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), never negative (Heusel et al. 2017, eq. 6)."""
+    return _distance(first, second, _cross(first, second)[0])
 
-    `features` (n, F) are all samples behind `drawn`, or a random part of them. The reference
-    counts as fixed. The first-order change of the distance by a sample with d = x - m is
-    2 (m - m_r).d + d.(1 - A) d, where A = R (R S R)^(-1/2) R and R = S_r^(1/2).
+
+def estimate_frechet(
+    features: Features, sampled: FeatureStatistics, reference: FeatureStatistics
+) -> Estimate:
+    """Fréchet distance between samples and a fixed reference, with its uncertainty.
+
+    `features` (n, F) are all samples behind `sampled`, or a random part of them. A sample with
+    d = x - m changes the distance, to first order, by 2 (m - m_r).d + d.(1 - A) d, where
+    A = R (R S R)^(-1/2) R and R = S_r^(1/2).
     """
-    eigenvalues, rotated = _cross(reference, drawn)
+    eigenvalues, rotated = _cross(reference, sampled)
     kept = eigenvalues > _NEGLIGIBLE * eigenvalues.max()
     factor = rotated[:, kept] / eigenvalues[kept] ** 0.25  # A = factor factor^T
-    shift = drawn.mean - reference.mean
+    shift = sampled.mean - reference.mean
     influences = np.empty(len(features))
     for start in range(0, len(features), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        centred = features[rows].astype(np.float64) - drawn.mean
+        centred = features[rows].astype(np.float64) - sampled.mean
         quadratic = np.square(centred).sum(axis=1) - np.square(centred @ factor).sum(axis=1)
         influences[rows] = 2 * centred @ shift + quadratic
-    return estimate_around(_distance(reference, drawn, eigenvalues), influences, drawn.num_samples)
-
-
-def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), never negative."""
-    return _distance(first, second, _cross(first, second)[0])
+    distance = _distance(reference, sampled, eigenvalues)
+    return estimate_around(distance, influences, sampled.num_samples)
 
 
 def _distance(first: FeatureStatistics, second: FeatureStatistics, eigenvalues: Floats) -> float:
@@ -117,8 +131,8 @@ def _distance(first: FeatureStatistics, second: FeatureStatistics, eigenvalues: 
 def _cross(first: FeatureStatistics, second: FeatureStatistics) -> tuple[Floats, Floats]:
     """Eigenvalues (F,) of R S2 R, none negative, and R times its eigenvectors; R = S1^(1/2).
 
-    tr (S1 S2)^(1/2) is the sum of the square roots of these eigenvalues, which stay real where a
-    general matrix square root does not.
+    The sum of their square roots is tr (S1 S2)^(1/2). They stay real where the eigenvalues of a
+    general matrix square root do not.
     """
     values, vectors = np.linalg.eigh(first.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
@@ -126,67 +140,58 @@ def _cross(first: FeatureStatistics, second: FeatureStatistics) -> tuple[Floats,
     return np.clip(eigenvalues, 0, None), root @ basis
 
 
-KID_SUBSET = 1000
-"""Features in a subset."""
-KID_SUBSETS = 10
-"""Subsets at most; what FeatureSet keeps of Inception's features is this many."""
-CMMD_SCALE = 1000.0
-_CMMD_BANDWIDTH = 10.0
-_KERNEL_CHUNK = 512
-"""Rows of the CMMD's kernel at a time: 512 x 30,000 float32 are 61 MB."""
+def kid(sampled: Features, reference: Features) -> Estimate:
+    """Kernel Inception distance (Binkowski et al. 2018): unbiased, kernel (x.y / F + 1)^3.
 
-
-def kid(drawn: Features, reference: Features) -> Estimate:
-    """Mean over disjoint subsets of the unbiased distance; kernel (x.y / F + 1)^3.
-
-    Features (n, F) and (m, F) in random order. Fewer than two subsets' worth make one subset.
+    Features (n, F) and (m, F) in random order. The result is the mean over disjoint subsets of
+    1000 features, or one smaller subset where there are not enough features for two.
     """
-    size = min(KID_SUBSET, len(drawn), len(reference))
-    count = min(KID_SUBSETS, len(drawn) // size, len(reference) // size)
+    size = min(KID_SUBSET, len(sampled), len(reference))
+    count = min(KID_SUBSETS, len(sampled) // size, len(reference) // size)
     values, influences = [], []
     for start in range(0, count * size, size):
-        x, y = drawn[start : start + size], reference[start : start + size]
-        within, across = _others_mean(_cubic(x, x)), _cubic(x, y).mean(axis=1)
-        values.append(within.mean() - 2 * across.mean() + _others_mean(_cubic(y, y)).mean())
+        x, y = sampled[start : start + size], reference[start : start + size]
+        within, across = _mean_of_others(_cubic(x, x)), _cubic(x, y).mean(axis=1)
+        values.append(within.mean() - 2 * across.mean() + _mean_of_others(_cubic(y, y)).mean())
         influences.append(2 * (within - across))
     return estimate_around(float(np.mean(values)), np.concatenate(influences))
 
 
-def cmmd(drawn: Features, reference: Features, device: str) -> Estimate:
-    """1000 times the distance on unit CLIP features (Jayasumana et al. 2024), Gaussian kernel.
-
-    Bandwidth 10 and, as in the published code, with the pairs of a feature and itself, which keeps
-    it from being negative. Features (n, E) and (m, E). In blocks: no kernel is ever whole.
-    """
-    x, y = (torch.from_numpy(features).to(device) for features in (drawn, reference))
-    with tqdm(total=2 * len(x) + len(y), unit="row", desc="CMMD", leave=False) as bar:
-        within, across, fixed = (_gaussian_means(*pair, bar) for pair in ((x, x), (x, y), (y, y)))
-    value = within.mean() - 2 * across.mean() + fixed.mean()
-    return estimate_around(CMMD_SCALE * float(value), CMMD_SCALE * 2 * (within - across))
-
-
-def _cubic(x: Features, y: Features) -> NDArray[np.float64]:
-    """(n, F), (m, F) => (n, m)."""
+def _cubic(x: Features, y: Features) -> Floats:
+    """Kernel (n, m) of features (n, F) and (m, F)."""
     product = x.astype(np.float64) @ y.astype(np.float64).T
-    kernel: NDArray[np.float64] = (product / x.shape[1] + 1) ** 3
+    kernel: Floats = (product / x.shape[1] + 1) ** 3
     return kernel
 
 
-def _others_mean(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n, n) => (n,) means of the rows without the diagonal."""
-    means: NDArray[np.float64] = (kernel.sum(axis=1) - np.diag(kernel)) / (len(kernel) - 1)
+def _mean_of_others(kernel: Floats) -> Floats:
+    """Means (n,) of the rows of a kernel (n, n) without its diagonal."""
+    means: Floats = (kernel.sum(axis=1) - np.diag(kernel)) / (len(kernel) - 1)
     return means
 
 
-def _gaussian_means(x: Tensor, y: Tensor, bar: "tqdm[Any]") -> NDArray[np.float64]:
-    """(n, E), (m, E) => (n,) means over y of exp(-|x - y|^2 / 2 s^2) - 1.
+def cmmd(sampled: Features, reference: Features, device: str) -> Estimate:
+    """CMMD (Jayasumana et al. 2024): 1000 times the MMD of unit CLIP features, Gaussian kernel.
 
-    The -1 cancels in the distance and keeps the digits of kernels that are all nearly 1.
+    Features (n, E) and (m, E), bandwidth 10. As in the published code, the pairs of a feature with
+    itself count, so the result is never negative. The kernel is computed block by block.
+    """
+    x, y = (torch.from_numpy(features).to(device) for features in (sampled, reference))
+    with tqdm(total=2 * len(x) + len(y), unit="row", desc="CMMD", leave=False) as bar:
+        within, across, fixed = (_gaussian_means(*pair, bar) for pair in ((x, x), (x, y), (y, y)))
+    value = within.mean() - 2 * across.mean() + fixed.mean()
+    return estimate_around(_CMMD_SCALE * float(value), _CMMD_SCALE * 2 * (within - across))
+
+
+def _gaussian_means(x: Tensor, y: Tensor, bar: "tqdm[Any]") -> Floats:
+    """Means (n,) over y of exp(-|x - y|^2 / 2 s^2) - 1, for x (n, E) and y (m, E).
+
+    The -1 cancels in the distance. It keeps the digits of kernel values that are all nearly 1.
     """
     squares_x, squares_y = x.square().sum(dim=1), y.square().sum(dim=1)
     means = []
-    for start in range(0, len(x), _KERNEL_CHUNK):
-        rows = slice(start, start + _KERNEL_CHUNK)
+    for start in range(0, len(x), _CMMD_CHUNK):
+        rows = slice(start, start + _CMMD_CHUNK)
         distances = torch.addmm(squares_y[None], x[rows], y.T, alpha=-2)
         distances += squares_x[rows, None]
         kernel = distances.mul_(-0.5 / _CMMD_BANDWIDTH**2).expm1_()
@@ -195,77 +200,40 @@ def _gaussian_means(x: Tensor, y: Tensor, bar: "tqdm[Any]") -> NDArray[np.float6
     return np.concatenate(means)
 
 
-PAPER_SCALE = 2.5
-
-
 def clip_score(image_features: Features, text_features: Features) -> Estimate:
     """Mean raw cosine of image i and caption i, (N, E) each."""
-    return estimate_mean(_cosines(image_features, text_features))
+    return estimate_mean(cosines(image_features, text_features))
 
 
 def clip_score_paper(image_features: Features, prefixed_text_features: Features) -> Estimate:
-    """Mean of 2.5 max(cos, 0), captions embedded behind the prefix; the scale of the paper."""
-    cosines = _cosines(image_features, prefixed_text_features)
-    return estimate_mean(PAPER_SCALE * np.maximum(cosines, 0.0))
+    """Mean of 2.5 max(cos, 0) (Hessel et al. 2021), captions embedded after the paper's prefix."""
+    values = cosines(image_features, prefixed_text_features)
+    return estimate_mean(_PAPER_SCALE * np.maximum(values, 0.0))
 
 
-def _cosines(image_features: Features, text_features: Features) -> NDArray[np.float64]:
-    product: NDArray[np.float64] = (image_features.astype(np.float64) * text_features).sum(axis=1)
+def cosines(image_features: Features, text_features: Features) -> Floats:
+    """Raw cosines (N,) of image i and caption i, unit features (N, E) each."""
+    product: Floats = (image_features.astype(np.float64) * text_features).sum(axis=1)
     return product
-
-
-NUM_CAPTIONS = 16
-_SEED = 0
 
 
 def retrieval_accuracy(
     image_features: Features, text_features: Features, captions: Sequence[str]
 ) -> Estimate | None:
-    """Share of images (N, E) closer to their caption (N, E) than to 15 other captions.
+    """Share of images (N, E) closer to their own caption (N, E) than to 15 other captions.
 
-    The distractors are captions of other samples, all different from each other and from the
-    right one, drawn by a fixed seed so that checkpoints face the same choices. Chance is 1 / 16;
-    a tie counts as a miss. None when there are fewer than 16 different captions.
+    The 15 are captions of other samples, all different from each other and from the right one,
+    chosen by a fixed seed, so that all checkpoints face the same choices. Chance is 1 / 16; a tie
+    counts as a miss. The result is None if there are fewer than 16 different captions.
     """
     _, distinct, kind = np.unique(np.asarray(captions), return_index=True, return_inverse=True)
     if len(distinct) < NUM_CAPTIONS:
         return None
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(_RETRIEVAL_SEED)
     hits = np.empty(len(captions), dtype=np.bool_)
     for sample, image in enumerate(image_features):
-        # Numbers below len - 1, those from the right caption on moved up by one, never name it.
-        drawn = rng.choice(len(distinct) - 1, NUM_CAPTIONS - 1, replace=False)
-        distractors = distinct[drawn + (drawn >= kind[sample])]
+        # Numbers from the right caption's on move up by one, so that none is the right caption.
+        chosen = rng.choice(len(distinct) - 1, NUM_CAPTIONS - 1, replace=False)
+        distractors = distinct[chosen + (chosen >= kind[sample])]
         hits[sample] = image @ text_features[sample] > (text_features[distractors] @ image).max()
     return estimate_share(hits)
-
-
-LayerFeatures = Callable[[Tensor], Sequence[Tensor]]
-"""Images (B, 3, H, W) in [-1, 1] => features (B, tokens, channels) of each layer."""
-
-
-@torch.no_grad()
-def perceptual_distances(
-    layers_of: LayerFeatures, pairs: Iterable[tuple[Pixels, Pixels]], device: str
-) -> NDArray[np.float64]:
-    """Distances (N,) in [0, 4] of pairs of batches uint8 (B, H, W, 3), 0 for equal images.
-
-    Features are brought to unit length over channels, their squared differences summed over
-    channels and averaged over tokens and layers.
-    """
-    return np.concatenate([_distances(layers_of, *pair, device) for pair in pairs])
-
-
-def _distances(
-    layers_of: LayerFeatures, first: Pixels, second: Pixels, device: str
-) -> NDArray[np.float64]:
-    layers = [layers_of(to_model_range(pixels, device)) for pixels in (first, second)]
-    per_layer = [
-        (functional.normalize(one, dim=2) - functional.normalize(other, dim=2))
-        .square()
-        .sum(dim=2)
-        .mean(dim=1)
-        for one, other in zip(*layers, strict=True)
-    ]
-    distances: NDArray[np.float64] = torch.stack(per_layer).mean(dim=0).double().cpu().numpy()
-    return distances

@@ -1,8 +1,10 @@
-"""Object count (arXiv 2403.16530, section 4.2): does a prompt for three apples show three?
+"""Object counting (arXiv 2403.16530, section 4.2): does a prompt for three apples show three?
 
-FOLDER/step_XXXXXXXX.json is the row of one checkpoint, FOLDER/step_XXXXXXXX/ has its images.
+Prompts, rows and scores. `measure` lets a detector count; `rating` asks people to count the same
+prompts; `studies` plots the rows. Imports no torch.
 """
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,30 +12,55 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ifvit import storage
-from ifvit.distributed import choose_device
 from ifvit.errors import UserError
-from ifvit.evaluation.config import ObjectCountConfig
-from ifvit.evaluation.detectors import CountingRule, ObjectCounter
 from ifvit.evaluation.estimates import Estimate, estimate_mean, estimate_share
-from ifvit.evaluation.object_prompts import CountPrompt
-from ifvit.models.weights import find_weights, run_of, step_name
-from ifvit.sampling.generate import generate_prompts
-from ifvit.sampling.load import load_model
-from ifvit.sampling.samples import image_name, image_url, missing_images, read_images
+from ifvit.evaluation.rows import find_row_urls
+from ifvit.scenes.captions import NUMBER_WORDS, write_captions
+from ifvit.scenes.drawings import COLOURS, KINDS, MAX_COUNT, Group, Scene
 
-_IMAGES_AT_ONCE = 8
-"""Detectors enlarge images to about 800 pixels."""
+MAX_ASKED = 16
+"""GenEval counts at most 16 boxes of a class, so no prompt may ask for more."""
+
+_PAPER_OBJECTS = {
+    "bus": ("a bus", "buses"),
+    "sheep": ("a sheep", "sheep"),
+    "person": ("a person", "people"),
+    "apple": ("an apple", "apples"),
+}
+"""One object and its plural: the four kinds of plural of the paper's section 4.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountPrompt:
+    """A prompt, the object that the detector counts, and how many there should be."""
+
+    prompt: str
+    object: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountingRule:
+    """How objects are counted; None where pixels are analysed exactly.
+
+    `detector_sha256` is the hash of the detector's weights. Boxes with a score above `threshold`
+    count, up to `max_boxes`.
+    """
+
+    detector: str
+    detector_sha256: str | None = None
+    threshold: float | None = None
+    max_boxes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectCountProtocol:
-    """What was drawn and how it was counted; rows with different ones do not compare.
+    """What was sampled and how it was counted; only rows of equal protocols compare.
 
-    `prompts_sha256` is that of prompts, objects and counts in order, `sampling` is
-    `SamplingConfig.settings`.
+    `prompts_sha256` is the hash of prompts, objects and counts in order, `num_images` the number
+    of images per prompt, `sampling` the `SamplingConfig.settings`.
     """
 
     prompts_sha256: str
@@ -44,7 +71,7 @@ class ObjectCountProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class CountedImage:
-    """An image, what was asked for and how many the detector saw."""
+    """An image, how many objects its prompt asks for, and how many the detector counted."""
 
     file: str
     prompt: str
@@ -55,7 +82,7 @@ class CountedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class CountScore:
-    """Eq. 9 and 10 over the images of one object and one asked count; None: of all.
+    """Eq. 9 and 10 of the paper over the images of one object and one asked count; None: of all.
 
     `average_error` is the mean of |counted - asked|, `match_ratio` the share of images where both
     are equal.
@@ -69,10 +96,10 @@ class CountScore:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectCountRow:
-    """One checkpoint under one protocol: all scores, and every image they come from.
+    """Object counts of one checkpoint under one protocol.
 
-    `backbone` is the configuration that tells early from intermediate fusion.
-    `scores` has one for all images, one per object, one per asked count, one per pair of both.
+    `backbone` is its configuration, which tells early from intermediate fusion. `scores` holds one
+    score of all images, one per object, one per asked count and one per pair of both.
     """
 
     weights: str
@@ -92,154 +119,101 @@ class ObjectCountRow:
 
     @property
     def objects(self) -> list[str]:
-        """Their names, in the order of the prompts."""
+        """Names of the objects, in the order of the prompts."""
         return list(dict.fromkeys(image.object for image in self.images))
 
     @property
     def asked_counts(self) -> list[int]:
-        """Every count that was asked for, from the smallest."""
+        """The asked counts, from the smallest."""
         return sorted({image.asked for image in self.images})
 
 
-@dataclass(frozen=True, kw_only=True)
-class DrawnObjects:
-    """Where the images of one run lie; image k of prompt i is number k * num_prompts + i."""
+def read_count_prompts(source: str) -> list[CountPrompt]:
+    """The prompts of `paper` or `scenes`, or of a .jsonl or .csv file (local or s3://).
 
-    run: str
-    images: str
-    backbone: dict[str, Any]
-    is_complete: bool
-    """Whether other processes have drawn their share, too."""
-
-
-def object_count_folder(run: str) -> str:
-    """RUN/evaluation/object_count, of a run or of weights in one."""
-    return storage.join(run_of(find_weights(run)) or run, "evaluation", "object_count")
-
-
-def draw_objects(
-    config: ObjectCountConfig, run: str, prompts: Sequence[CountPrompt], folder: str
-) -> DrawnObjects:
-    """Draw this process's share of what `folder` lacks.
-
-    Raises UserError when it holds images of other settings, and whatever `generate` refuses.
+    Raises UserError naming the first item that is not a prompt, an object and a count of 1 to 16.
     """
-    model = load_model(run, choose_device(config.device))
-    images = storage.join(folder, step_name(model.info.step))
-    texts = [one.prompt for one in prompts]
-    generate_prompts(model, texts, config.sampling, images, config.num_images)
-    return DrawnObjects(
-        run=run,
-        images=images,
-        backbone=asdict(model.backbone.config),
-        is_complete=not missing_images(images, range(config.num_images * len(prompts))),
-    )
+    if source == "paper":
+        return _paper_prompts()
+    if source == "scenes":
+        return _scene_prompts()
+    prompts = [_check_item(source, number, item) for number, item in enumerate(_parse(source), 1)]
+    if not prompts:
+        raise UserError(f"{source}: no prompts in it; write prompt, object and count of each")
+    return prompts
 
 
-def count_objects(
-    config: ObjectCountConfig,
-    drawn: DrawnObjects,
-    prompts: Sequence[CountPrompt],
-    counter: ObjectCounter,
-) -> ObjectCountRow:
-    """Count in every image, write the row beside the images' folder and return it."""
-    counted = _count_images(drawn.images, list(prompts) * config.num_images, counter)
-    settings = storage.read_json(storage.join(drawn.images, "settings.json"))
-    listed = json.dumps([asdict(prompt) for prompt in prompts])
-    row = ObjectCountRow(
-        weights=drawn.run,
-        weights_sha256=settings["weights_sha256"],
-        step=settings["step"],
-        ema_decay=settings["ema_decay"],
-        backbone=drawn.backbone,
-        protocol=ObjectCountProtocol(
-            prompts_sha256=sha256(listed.encode()).hexdigest(),
-            num_images=config.num_images,
-            sampling=config.sampling.settings,
-            rule=counter.rule,
-        ),
-        scores=score_counts(counted),
-        images=tuple(counted),
-    )
-    write_object_count(f"{drawn.images}.json", row)
-    return row
+def hash_count_prompts(prompts: Sequence[CountPrompt]) -> str:
+    """SHA-256 of prompts, objects and counts in order."""
+    return sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+
+
+def _paper_prompts() -> list[CountPrompt]:
+    """4 objects x 5 counts. The paper gives the words only, so no sentence surrounds them."""
+    return [
+        CountPrompt(prompt=one if count == 1 else f"{word} {many}", object=name, count=count)
+        for name, (one, many) in _PAPER_OBJECTS.items()
+        for count, word in enumerate(NUMBER_WORDS, 1)
+    ]
+
+
+def _scene_prompts() -> list[CountPrompt]:
+    """3 kinds x 5 counts as captions of scenes; every kind occurs in every colour."""
+    colours = list(COLOURS)
+    groups = [
+        Group(count=count, colour=colours[(shift + count) % len(colours)], kind=kind)
+        for shift, kind in enumerate(KINDS)
+        for count in range(1, MAX_COUNT + 1)
+    ]
+    return [
+        CountPrompt(
+            prompt=write_captions(Scene(first=group))[0], object=group.kind, count=group.count
+        )
+        for group in groups
+    ]
+
+
+def _parse(source: str) -> list[Any]:
+    """The items of a file; its ending names the format."""
+    try:
+        text = storage.read_bytes(source).decode("utf-8-sig")
+        if source.endswith(".jsonl"):
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        if source.endswith(".csv"):
+            return list(csv.DictReader(text.splitlines(), strict=True))
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{source}: not readable ({error}); write prompt, object and count"
+        ) from None
+    raise UserError(f"prompts {source}: give paper, scenes or a file that ends in .jsonl or .csv")
+
+
+def _check_item(source: str, number: int, item: Any) -> CountPrompt:
+    try:
+        given = CountPrompt(**item)
+        prompt, name = given.prompt.strip(), given.object.strip()
+        count = int(str(given.count))  # a CSV file has text only
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"{source}: item {number} needs prompt, object and count only") from None
+    if len(prompt.splitlines()) != 1 or not name:
+        raise UserError(f"{source}: item {number}: prompt and object must be one line of text each")
+    if not 1 <= count <= MAX_ASKED:
+        raise UserError(f"{source}: item {number}: count {count} is not between 1 and {MAX_ASKED}")
+    return CountPrompt(prompt=prompt, object=name, count=count)
 
 
 def score_counts(images: Sequence[CountedImage]) -> tuple[CountScore, ...]:
-    """Scores of all images, per object, per asked count and per pair; two images each at least."""
-    objects = dict.fromkeys(image.object for image in images)
+    """Score all images, each object, each asked count and each pair; each needs two images."""
+    objects = list(dict.fromkeys(image.object for image in images))
     counts = sorted({image.asked for image in images})
-    pairs = sorted(
-        {(image.object, image.asked) for image in images},
-        key=lambda pair: (list(objects).index(pair[0]), pair[1]),
-    )
+    asked_pairs = {(image.object, image.asked) for image in images}
     groups: list[tuple[str | None, int | None]] = [
         (None, None),
         *((name, None) for name in objects),
         *((None, count) for count in counts),
-        *pairs,
+        *((name, count) for name in objects for count in counts if (name, count) in asked_pairs),
     ]
     return tuple(_score(images, name, count) for name, count in groups)
-
-
-def differences(first: ObjectCountProtocol, second: ObjectCountProtocol) -> list[str]:
-    """Names of what keeps the two from being compared; empty when nothing does."""
-    one, other = (
-        {**protocol["sampling"], **protocol["rule"], **protocol}
-        for protocol in (asdict(first), asdict(second))
-    )
-    names = one.keys() - {"sampling", "rule"}
-    return sorted(name for name in names if one[name] != other.get(name))
-
-
-def write_object_count(url: str, row: ObjectCountRow) -> None:
-    """Write the row as JSON."""
-    storage.write_json(url, asdict(row))
-
-
-def read_object_count(url: str) -> ObjectCountRow:
-    """Read what `write_object_count` wrote. Raises UserError when the file is something else."""
-    stored: dict[str, Any] = storage.read_json(url)
-    try:
-        protocol = stored["protocol"]
-        rule = CountingRule(**protocol["rule"])
-        parts = {
-            "protocol": ObjectCountProtocol(**{**protocol, "rule": rule}),
-            "scores": tuple(map(_read_score, stored["scores"])),
-            "images": tuple(CountedImage(**image) for image in stored["images"]),
-        }
-        return ObjectCountRow(**{**stored, **parts})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{url}: not a row of object counts ({error}); count again") from None
-
-
-def _read_score(stored: dict[str, Any]) -> CountScore:
-    estimates = {key: Estimate(**stored[key]) for key in ("average_error", "match_ratio")}
-    return CountScore(**{**stored, **estimates})
-
-
-def _count_images(
-    folder: str, prompts: Sequence[CountPrompt], counter: ObjectCounter
-) -> list[CountedImage]:
-    """Image n shows prompts[n]."""
-    counted: list[CountedImage] = []
-    with tqdm(total=len(prompts), unit="image", desc="count", leave=False) as progress:
-        for start in range(0, len(prompts), _IMAGES_AT_ONCE):
-            batch = range(start, min(start + _IMAGES_AT_ONCE, len(prompts)))
-            pixels = read_images(image_url(folder, position) for position in batch)
-            counts = counter.count(pixels, [prompts[position].object for position in batch])
-            counted += [
-                CountedImage(
-                    file=image_name(position),
-                    prompt=prompts[position].prompt,
-                    object=prompts[position].object,
-                    asked=prompts[position].count,
-                    counted=count,
-                )
-                for position, count in zip(batch, counts, strict=True)
-            ]
-            progress.update(len(batch))
-    return counted
 
 
 def _score(images: Sequence[CountedImage], name: str | None, asked: int | None) -> CountScore:
@@ -256,3 +230,56 @@ def _score(images: Sequence[CountedImage], name: str | None, asked: int | None) 
         average_error=estimate_mean(errors.astype(np.float64)),
         match_ratio=estimate_share(errors == 0),
     )
+
+
+def format_counts(row: ObjectCountRow) -> str:
+    """The scores over all images with their 95 % intervals."""
+    overall = row.scores[0]
+    estimates = {"average error": overall.average_error, "match ratio": overall.match_ratio}
+    return "\n".join(
+        f"{name:20}{one.value:10.4f}  [{one.low:.4f}, {one.high:.4f}]"
+        for name, one in estimates.items()
+    )
+
+
+def differences(first: ObjectCountProtocol, second: ObjectCountProtocol) -> list[str]:
+    """Names of the fields that make counts of two protocols incomparable; empty: comparable."""
+    one, other = (
+        {**protocol["sampling"], **protocol["rule"], **protocol}
+        for protocol in (asdict(first), asdict(second))
+    )
+    names = one.keys() - {"sampling", "rule"}
+    return sorted(name for name in names if one[name] != other.get(name))
+
+
+def write_object_count(url: str, row: ObjectCountRow) -> None:
+    """Write the row as JSON."""
+    storage.write_json(url, asdict(row))
+
+
+def read_object_count(url: str) -> ObjectCountRow:
+    """Read a row that `write_object_count` wrote. Raises UserError if the file is not one."""
+    stored: dict[str, Any] = storage.read_json(url)
+    try:
+        rule = CountingRule(**stored["protocol"]["rule"])
+        parts = {
+            "protocol": ObjectCountProtocol(**{**stored["protocol"], "rule": rule}),
+            "scores": tuple(map(_read_score, stored["scores"])),
+            "images": tuple(CountedImage(**image) for image in stored["images"]),
+        }
+        return ObjectCountRow(**{**stored, **parts})
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{url}: not a row of object counts ({error}); delete it and evaluate again"
+        ) from None
+
+
+def read_object_counts(folder: str) -> list[ObjectCountRow]:
+    """All rows of object counts below RUN/evaluation, the newest step last."""
+    urls = [url for url in find_row_urls(folder) if "scores" in storage.read_json(url)]
+    return sorted(map(read_object_count, urls), key=lambda row: row.step)
+
+
+def _read_score(stored: dict[str, Any]) -> CountScore:
+    estimates = {key: Estimate(**stored[key]) for key in ("average_error", "match_ratio")}
+    return CountScore(**{**stored, **estimates})

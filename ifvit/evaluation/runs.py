@@ -1,4 +1,7 @@
-"""A run directory as the report reads it: files only, and what is missing stays missing."""
+"""A run directory as its readers see it: studies and reports read all files of a run through here.
+
+Nothing is written, and files that are missing stay missing.
+"""
 
 import json
 from dataclasses import dataclass
@@ -18,28 +21,32 @@ FUSIONS = {
     (True, False): "image blocks only",
     (False, True): "text branch only",
 }
-"""Name of a setting by whether it has image-only blocks and a text branch."""
+"""Name of a fusion by whether the backbone has image-only blocks and a text branch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One drawn caption; `real` is the photograph's URL, `scores` what is right about it."""
+    """One sample of an evaluation.
+
+    `image` is its URL, `real` the URL of the held-out image, `clip_score` the raw cosine, `scores`
+    what is right about a scene.
+    """
 
     prompt: str
     image_id: int | str
     image: str
     real: str | None
+    clip_score: float | None
     scores: dict[str, bool | None] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one run directory holds. None and empty mean: no such file.
+    """The contents of one run directory; None or empty: there is no such file.
 
-    `curve` are the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol name, guidance
-    scale and step. `evaluations` are those of the protocol name and guidance scale that most rows
-    have (of several: the first name, the smallest scale), from the first step to the last;
-    `samples` belong to the last one. `training_grids` are (step, URL).
+    `curve` holds the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol name,
+    guidance scale and step. `evaluations` are those of the main series (see `main_series`), by
+    step; `samples` belong to the last of them. `training_grids` are (step, URL).
     """
 
     name: str
@@ -59,34 +66,37 @@ class Run:
 
     @property
     def last(self) -> MetricsRow | None:
-        """The evaluation of the latest step."""
+        """The evaluation of the last step."""
         return self.evaluations[-1] if self.evaluations else None
 
     @property
     def fusion(self) -> str | None:
-        """Which row of the paper's table the backbone is; None for one that fuses no text."""
-        shape = self.backbone
-        if not isinstance(shape, FusionUViTConfig):
+        """Name of the fusion in the paper's table; None for a backbone that fuses no text."""
+        config = self.backbone
+        if not isinstance(config, FusionUViTConfig):
             return None
-        return FUSIONS[shape.num_image_blocks > 0, shape.num_text_blocks > 0]
+        return FUSIONS[config.num_image_blocks > 0, config.num_text_blocks > 0]
 
 
 def read_runs(urls: list[str]) -> list[Run]:
-    """Read run folders. Raises UserError for one that does not exist."""
+    """Read run folders. Raises UserError if one does not exist or is named twice."""
     return [read_run(url, name) for url, name in zip(urls, short_names(urls), strict=True)]
 
 
 def read_run(url: str, name: str) -> Run:
-    """Read one run folder. Raises UserError if there is none, or if a file in it is broken."""
+    """Read one run folder. Raises UserError if it does not exist or a file in it is broken."""
     if not storage.exists(url):
         raise UserError(f"{url}: no such run; give the folder that `ifvit train` wrote")
     rows = read_rows(storage.join(url, FOLDER))
     evaluations = main_series(list(rows.values()))
-    last = next((place for place, row in rows.items() if row is evaluations[-1]), None)
+    last = next((row_url for row_url, row in rows.items() if row is evaluations[-1]), None)
+    recipe_url = storage.join(url, "config.yaml")
     return Run(
         name=name,
         url=url,
-        recipe=_read_recipe(storage.join(url, "config.yaml")),
+        recipe=yaml.safe_load(storage.read_bytes(recipe_url))
+        if storage.exists(recipe_url)
+        else None,
         backbone=_read_backbone(url),
         curve=_read_jsonl(storage.join(url, "metrics.jsonl")),
         rows=list(rows.values()),
@@ -97,7 +107,7 @@ def read_run(url: str, name: str) -> Run:
 
 
 def short_names(urls: list[str]) -> list[str]:
-    """Last parts of the URLs, with as many folders before them as it takes to differ."""
+    """Last parts of the URLs, with as many parent folders as make them different."""
     parts = [url.rstrip("/").split("/") for url in urls]
     longest = max((len(part) for part in parts), default=1)
     for count in range(1, longest + 1):
@@ -120,28 +130,33 @@ def step_files(folder: str, suffix: str) -> list[tuple[int, str]]:
     )
 
 
-def _read_recipe(url: str) -> dict[str, Any] | None:
-    if not storage.exists(url):
-        return None
-    recipe: dict[str, Any] = yaml.safe_load(storage.read_bytes(url))
-    return recipe
+def read_samples(folder: str) -> list[Sample]:
+    """The samples that samples.jsonl in the folder of an evaluation lists; empty without it."""
+    return [
+        Sample(
+            prompt=row["prompt"],
+            image_id=row["image_id"],
+            image=storage.join(folder, row["file"]),
+            real=storage.join(folder, row["real"]) if row["real"] else None,
+            clip_score=row.get("clip_score"),
+            scores=row["scores"],
+        )
+        for row in _read_jsonl(storage.join(folder, "samples.jsonl"))
+    ]
 
 
 def _read_backbone(run: str) -> BackboneConfig | None:
+    """The configuration of the newest weights, EMA weights first."""
     folder = storage.join(run, "weights")
-    steps = [name for name in storage.list_names(folder) if name.startswith("step_")]
-    candidates = [
-        storage.join(folder, step, kind, "config.json")
-        for step in reversed(steps)
-        for kind in ("ema", "raw")
-    ]
-    found = next((url for url in candidates if storage.exists(url)), None)
-    if found is None:
-        return None
-    try:
-        return restore_config(storage.read_json(found))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{found}: not the configuration of a backbone ({error})") from None
+    for step in reversed(storage.list_names(folder)):
+        for kind in ("ema", "raw"):
+            url = storage.join(folder, step, kind, "config.json")
+            if storage.exists(url):
+                try:
+                    return restore_config(storage.read_json(url))
+                except (TypeError, ValueError) as error:
+                    raise UserError(f"{url}: not a backbone's configuration ({error})") from None
+    return None
 
 
 def _read_jsonl(url: str) -> list[dict[str, Any]]:
@@ -149,21 +164,7 @@ def _read_jsonl(url: str) -> list[dict[str, Any]]:
         return []
     lines = storage.read_bytes(url).decode().splitlines()
     try:
-        # A run that is still being written may end in half a line.
+        # The last line of a run that is being written may be incomplete.
         return [json.loads(line) for line in lines if line.endswith("}")]
     except json.JSONDecodeError as error:
         raise UserError(f"{url}: not one JSON object a line ({error})") from None
-
-
-def read_samples(folder: str) -> list[Sample]:
-    """What samples.jsonl in a folder of an evaluation lists; empty without that file."""
-    return [
-        Sample(
-            prompt=row["prompt"],
-            image_id=row["image_id"],
-            image=storage.join(folder, row["file"]),
-            real=storage.join(folder, row["real"]) if row["real"] else None,
-            scores=row["scores"],
-        )
-        for row in _read_jsonl(storage.join(folder, "samples.jsonl"))
-    ]

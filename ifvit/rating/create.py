@@ -11,7 +11,7 @@ from PIL import UnidentifiedImageError
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.object_prompts import read_count_prompts
+from ifvit.evaluation.object_count import read_count_prompts
 from ifvit.images import decode_png, encode_png
 from ifvit.rating.config import CreateConfig
 from ifvit.rating.store import Store

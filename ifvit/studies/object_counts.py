@@ -1,9 +1,8 @@
 """Object counts (arXiv 2403.16530, Figure 5) of runs: read, averaged over seeds, plotted, as CSV.
 
-The report and the paper's sheet show them; `ifvit.evaluation.object_count` measures them.
+The report and the paper's sheet show them; `ifvit evaluate --protocol object_count` measures them.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,23 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ifvit import storage
-from ifvit.distributed import choose_device
 from ifvit.errors import UserError
-from ifvit.evaluation.config import ObjectCountConfig
-from ifvit.evaluation.detectors import open_counter
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.object_count import (
     CountScore,
     ObjectCountRow,
-    count_objects,
     differences,
-    draw_objects,
-    object_count_folder,
-    read_object_count,
+    read_object_counts,
 )
-from ifvit.evaluation.object_prompts import read_count_prompts
-from ifvit.evaluation.runs import Run, short_names, step_files
-from ifvit.figures import INK, house_style, to_csv, to_png
+from ifvit.evaluation.rows import FOLDER
+from ifvit.evaluation.runs import Run
+from ifvit.figures import INK, house_style, to_csv
 from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
 
 ERROR = Metric(field="average_error", title="Average error", is_percent=False, digits=3)
@@ -54,10 +47,10 @@ def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[st
     excluded = []
     first: ObjectCountRow | None = None
     for run in runs:
-        files = step_files(storage.join(run.url, "evaluation", "object_count"), ".json")
-        if not files:
+        found = read_object_counts(storage.join(run.url, FOLDER))
+        if not found:
             continue
-        row = read_object_count(files[-1][1])
+        row = found[-1]
         first = first or row
         reasons = differences(first.protocol, row.protocol)
         reasons += ["step"] if row.step != first.step else []
@@ -201,47 +194,3 @@ def _label(axes: Axes, title: str, places: list[str], x_label: str, y_label: str
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(visible=True, axis="y")
-
-
-def count_objects_of_runs(config: ObjectCountConfig) -> dict[str, ObjectCountRow]:
-    """Draw what is not drawn yet, count, write rows, object_count.png and .csv; rows by run.
-
-    Of several processes (torchrun, srun) each draws a share, and the last to finish counts; the
-    others return no rows. Raises UserError for prompts or objects that cannot be counted before
-    anything is drawn.
-    """
-    prompts = read_count_prompts(config.prompts)
-    counter = open_counter(config.detector, config.threshold, choose_device(config.device))
-    counter.check(prompt.object for prompt in prompts)
-    runs = dict(zip(short_names(config.runs), config.runs, strict=True))
-    drawn = {
-        name: draw_objects(
-            config,
-            run,
-            prompts,
-            storage.join(config.output, name) if config.output else object_count_folder(run),
-        )
-        for name, run in runs.items()
-    }
-    if not all(images.is_complete for images in drawn.values()):
-        sys.stdout.write("the last process to finish drawing counts\n")
-        return {}
-    rows = {name: count_objects(config, images, prompts, counter) for name, images in drawn.items()}
-    _write(config.output or "runs/object_count", rows)
-    return rows
-
-
-def _write(folder: str, rows: Mapping[str, ObjectCountRow]) -> None:
-    url = storage.join(folder, "object_count.png")
-    storage.write_bytes(url, to_png(figure(rows)))
-    storage.write_bytes(storage.join(folder, "object_count.csv"), table(rows))
-    width = max(map(len, rows))
-    for name, row in rows.items():
-        overall = row.scores[0]
-        numbers = _format(overall.average_error), _format(overall.match_ratio)
-        sys.stdout.write(f"{name:{width}}  average error {numbers[0]}  match ratio {numbers[1]}\n")
-    sys.stdout.write(f"{url}\n")
-
-
-def _format(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

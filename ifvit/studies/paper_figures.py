@@ -181,7 +181,7 @@ def figure_5(counts: CountsByVariant, excluded: list[str]) -> PaperFigure:
     """Plot the object counts, averaged over the runs of each variant."""
     name, title = "figure5", "Figure 5: object count"
     if not counts:
-        missing = "no run has object counts; run `ifvit count-objects RUN… --prompts paper …`"
+        missing = "no run has object counts; run `ifvit evaluate --protocol object_count …`"
         return PaperFigure(name=name, title=title, missing=missing, notes=excluded)
     rows: dict[str, ObjectCountRow] = {
         variant.title: object_counts.mean_row(found) for variant, found in counts.items()

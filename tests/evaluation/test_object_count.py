@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ifvit.evaluation.object_prompts import read_count_prompts
 from made_counts import made_row
 
 from ifvit.errors import UserError
@@ -17,7 +18,6 @@ from ifvit.evaluation.object_count import (
     score_counts,
     write_object_count,
 )
-from ifvit.evaluation.object_prompts import read_count_prompts
 from ifvit.images import encode_png
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.captions import parse_caption

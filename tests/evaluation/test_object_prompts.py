@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from ifvit.evaluation.object_prompts import CountPrompt, read_count_prompts
 
 from ifvit.errors import UserError
-from ifvit.evaluation.object_prompts import CountPrompt, read_count_prompts
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.drawings import COLOURS, KINDS
 

@@ -96,7 +96,7 @@ def test_a_job_about_several_runs_leaves_out_those_that_failed(
         ("train", "run/checkpoints/latest"),
         ("encode", "run/completed/shard-00001.json"),
         ("evaluate", "run/evaluation/small/w2/step_00000010/00001.png"),
-        ("report", "other/evaluation/object_count/step_00000010/00001.png"),
+        ("analyze attention", "other/analysis/attention/step_00000010.json"),
     ],
 )
 def test_all_saved_work_is_progress(verb: str, made: str, tmp_path: Path) -> None:

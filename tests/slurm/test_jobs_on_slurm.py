@@ -167,6 +167,12 @@ def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> 
             "sampling": {"num_steps": 2},
         },
     }
+    counting = {
+        "name": "counts",
+        "num_samples": 30,
+        "sampling": {"num_steps": 2},
+        "object_count": {"prompts": "scenes", "detector": "scenes"},
+    }
     pipeline = {
         "run": run,
         "encode": [{**encoding(images, shards), "num_tasks": 4}],
@@ -174,16 +180,10 @@ def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> 
             {**training(run, shards), "max_steps": 5},
             {**training(failing, shards), "backbone": {**BACKBONE, "context_width": 63}},
         ],
-        "evaluate": [{**evaluation, "weights": run}, {**evaluation, "weights": failing}],
-        "count_objects": [
-            {
-                "runs": [run, failing],
-                "detector": "scenes",
-                "prompts": "scenes",
-                "num_images": 2,
-                "output": str(tmp_path / "counts"),
-                "sampling": {"num_steps": 2},
-            }
+        "evaluate": [
+            {**evaluation, "weights": run},
+            {**evaluation, "weights": failing},
+            {"weights": run, "protocol": counting},
         ],
         "report": {"runs": [run, failing], "output": str(page)},
     }
@@ -194,13 +194,12 @@ def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> 
         ("encode", "COMPLETED", "shards"): 4,
         ("train", "COMPLETED", "run"): 1,
         ("train", "FAILED", "failing"): 1,
-        ("evaluate", "COMPLETED", "run"): 3,
+        ("evaluate", "COMPLETED", "run"): 4,
         ("evaluate", "CANCELLED", "failing"): 3,
-        ("count-objects", "COMPLETED", "run"): 1,
         ("report", "COMPLETED", "run"): 1,
     }
     assert "failing/evaluation: not evaluated" in page.read_text()
-    assert [path.name for path in (tmp_path / "counts").glob("*/")] == ["run"]
+    assert Path(run, "evaluation/counts/w2/step_00000005.json").is_file()
 
 
 def test_status_logs_and_cancel_of_a_waiting_job(shards: str, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ PAPER = {
     "num_steps": 50,
     "features": "openai/clip-vit-large-patch14",
 }
-COUNTS = "evaluation/object_count/step_00002000.json"
+COUNTS = "evaluation/object_count/w2/step_00002000.json"
 QUALITY = {variant: 0.2 - 0.04 * n for n, variant in enumerate(VARIANTS[:6])}
 
 EMPTY = PreferenceResults(
@@ -116,7 +116,7 @@ def test_the_page_and_its_files_are_whole_and_need_no_network(tmp_path: Path) ->
     runs = write_runs(tmp_path / "runs")
     for run, number in zip(runs, [0, 0, 1, 1], strict=False):
         write_object_count(
-            f"{run}/evaluation/object_count/step_00001200.json", made_row((number,) * 2)
+            f"{run}/evaluation/object_count/w2/step_00001200.json", made_row((number,) * 2)
         )
     page = render(runs, tmp_path / "sheet")
     files = {path.name for path in (tmp_path / "sheet").iterdir()}
