@@ -123,10 +123,10 @@ def _compare_methods(methods: Sequence[str], urls: Sequence[str]) -> None:
         grid = f"{samples_url(series[0])}_methods.png"
         storage.write_bytes(grid, encode_png(make_grid(cells, len(methods))))
         sys.stdout.write(f"{grid}\n")
-        cosines = [[one.clip_score for one in listed] for listed in samples]
+        cosines = [np.array([one.clip_score for one in listed], float) for listed in samples]
         for method, found in zip(methods[1:], cosines[1:], strict=True):
-            if None not in found:
-                gain = estimate_mean(np.subtract(found, cosines[0]))
+            if not np.isnan(found).any():  # object counts have no CLIP Score
+                gain = estimate_mean(found - cosines[0])
                 sys.stdout.write(
                     f"CLIP Score of {method} above {methods[0]}: {gain.value:+.4f}  "
                     f"[{gain.low:+.4f}, {gain.high:+.4f}]\n"

@@ -1,6 +1,7 @@
-"""Object counts from prompts to rows, on a real run whose images give way to known ones."""
+"""Object counts from prompts to rows, on a real run whose images are replaced by known ones."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,14 @@ from ifvit.evaluation.object_prompts import read_count_prompts
 from made_counts import made_row
 
 from ifvit.errors import UserError
-from ifvit.evaluation.config import ObjectCountConfig
+from ifvit.evaluation.config import EvaluateConfig, ObjectCountConfig, ProtocolConfig
+from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.object_count import (
     CountedImage,
+    CountPrompt,
+    ObjectCountRow,
     differences,
+    read_count_prompts,
     read_object_count,
     score_counts,
     write_object_count,
@@ -21,23 +26,33 @@ from ifvit.evaluation.object_count import (
 from ifvit.images import encode_png
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.captions import parse_caption
-from ifvit.scenes.drawings import Scene, render_scene
-from ifvit.studies.object_counts import count_objects_of_runs
+from ifvit.scenes.drawings import COLOURS, KINDS, Scene, render_scene
 
 PROMPTS = read_count_prompts("scenes")
+LIST = [
+    CountPrompt(prompt="two clocks, one above the other", object="clock", count=2),
+    CountPrompt(prompt="a dozen eggs", object="egg", count=12),
+]
 
 
 @pytest.fixture
-def counting(run: str, tmp_path: Path) -> ObjectCountConfig:
-    return ObjectCountConfig(
-        runs=[run],
-        detector="scenes",
-        prompts="scenes",
-        output=str(tmp_path / "counts"),
-        num_images=2,
-        sampling=SamplingConfig(num_steps=2, batch_size=30),
+def counting(run: str) -> EvaluateConfig:
+    return EvaluateConfig(
+        weights=run,
+        protocol=ProtocolConfig(
+            name="counts",
+            num_samples=30,
+            sampling=SamplingConfig(num_steps=2, batch_size=30),
+            object_count=ObjectCountConfig(prompts="scenes", detector="scenes"),
+        ),
         device="cpu",
     )
+
+
+def with_counting(config: EvaluateConfig, **changes: object) -> EvaluateConfig:
+    counting = dataclasses.replace(config.protocol.object_count, **changes)
+    protocol = dataclasses.replace(config.protocol, object_count=counting)
+    return dataclasses.replace(config, protocol=protocol)
 
 
 def images(*counts: tuple[str, int, int]) -> list[CountedImage]:
@@ -55,6 +70,65 @@ def plant_images(folder: Path) -> None:
         more = dataclasses.replace(group, count=group.count + position // len(PROMPTS))
         image = render_scene(Scene(first=more), rng).image
         (folder / f"{position:05d}.png").write_bytes(encode_png(image))
+
+
+def test_the_papers_prompts_are_four_objects_by_five_counts() -> None:
+    prompts = read_count_prompts("paper")
+    assert [(one.object, one.count) for one in prompts] == [
+        (name, count) for name in ("bus", "sheep", "person", "apple") for count in range(1, 6)
+    ]
+    texts = [one.prompt for one in prompts]
+    assert texts[0::5] == ["a bus", "a sheep", "a person", "an apple"]
+    assert texts[4::5] == ["five buses", "five sheep", "five people", "five apples"]
+
+
+def test_prompts_of_scenes_ask_for_what_their_captions_say() -> None:
+    scenes = [parse_caption(one.prompt) for one in PROMPTS]
+    assert [(one.object, one.count) for one in PROMPTS] == [
+        (scene.first.kind, scene.first.count) for scene in scenes
+    ]
+    assert not any(scene.second for scene in scenes)
+    seen = {(scene.first.kind, scene.first.colour) for scene in scenes}
+    assert seen == {(kind, colour) for kind in KINDS for colour in COLOURS}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.jsonl", "\n\n".join(json.dumps(vars(one)) for one in LIST)),
+        ("list.csv", '\ufeffcount,object,prompt\n2,clock,"two clocks, one above the other"\n'
+                     "12,egg,a dozen eggs\n"),
+    ],
+)  # fmt: skip
+def test_a_list_of_prompts_is_the_same_in_every_format(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_count_prompts(str(tmp_path / name)) == LIST
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("a.jsonl", '{"prompt": "a cat", "object": "cat"}', "item 1 needs prompt, object and"),
+        ("a.jsonl", '{"prompt": "a cat", "object": "cat", "count": 1.5}', "item 1 needs"),
+        ("a.jsonl", '{"prompt": "a", "object": 3, "count": 1}', "item 1 needs"),
+        ("a.jsonl", '{"prompt": "a", "object": "b", "count": 17}', "count 17 is not between 1"),
+        ("a.jsonl", '{"prompt": "a\\nb", "object": "b", "count": 1}', "one line of text each"),
+        ("a.jsonl", '{"prompt": "a", "object": " ", "count": 1}', "one line of text each"),
+        ("a.jsonl", "a cat", r"a\.jsonl: not readable"),
+        ("a.jsonl", "", "no prompts in it"),
+        ("a.csv", "prompt,object,count\na cat,cat,1,2\n", "item 1 needs"),
+        ("a.csv", "prompt,object,count\na cat,cat\n", "item 1 needs"),
+        ("a.txt", "a cat\n", r"that ends in \.jsonl or \.csv"),
+    ],
+)
+def test_a_mistake_in_a_list_of_prompts_is_named(
+    name: str, text: str, named: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=named):
+        read_count_prompts(str(tmp_path / name))
 
 
 def test_scores_are_equations_9_and_10_of_every_group() -> None:
@@ -77,71 +151,69 @@ def test_scores_are_equations_9_and_10_of_every_group() -> None:
     assert scores[0].match_ratio.num_samples == 6
 
 
-def test_known_images_give_known_counts_in_row_table_and_figure(
-    counting: ObjectCountConfig, tmp_path: Path
-) -> None:
-    count_objects_of_runs(counting)
-    folder = tmp_path / "counts" / "run"
-    plant_images(folder / "step_00000007")
-    (row,) = count_objects_of_runs(counting).values()  # the images are there, so none is drawn
+def test_known_images_give_known_counts_and_are_kept(counting: EvaluateConfig, run: str) -> None:
+    evaluate(counting)
+    folder = Path(run, "evaluation/counts/w2/step_00000007")
+    plant_images(folder)
+    Path(f"{folder}.json").unlink()
+    (row,) = evaluate(counting)
+    assert isinstance(row, ObjectCountRow)
     assert [(one.object, one.asked) for one in row.images[:15]] == [
         (one.object, one.count) for one in PROMPTS
     ]
     assert [one.counted - one.asked for one in row.images] == [0] * 15 + [1] * 15
     assert {one.average_error.value for one in row.scores} == {0.5}
     assert {one.match_ratio.value for one in row.scores} == {0.5}
-    assert read_object_count(str(folder / "step_00000007.json")) == row
+    assert read_object_count(f"{folder}.json") == row
+    assert (row.step, row.weights, row.backbone["num_image_blocks"]) == (7, run, 1)
+    assert row.protocol.num_images == 2
+    assert row.protocol.sampling == counting.protocol.sampling.settings
 
-    assert row.step == 7
-    assert row.backbone["num_image_blocks"] == 1
-    assert row.protocol.sampling["num_steps"] == 2
-    assert "batch_size" not in row.protocol.sampling
-    lines = (tmp_path / "counts" / "object_count.csv").read_text().splitlines()
-    assert len(lines) == 1 + 1 + 3 + 5 + 15
-    assert (tmp_path / "counts" / "object_count.png").read_bytes().startswith(b"\x89PNG")
+    (folder / "00003.png").unlink()
+    assert evaluate(counting) == [row], "the row is current, so nothing is generated"
+    assert not (folder / "00003.png").exists()
 
 
-def test_processes_share_the_drawing_and_the_last_one_counts(
-    counting: ObjectCountConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_more_samples_keep_the_first_ones_and_tasks_generate_partitions(
+    counting: EvaluateConfig, run: str
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    assert count_objects_of_runs(counting) == {}
-    folder = tmp_path / "counts" / "run" / "step_00000007"
-    assert sum(1 for _ in folder.glob("*.png")) == 15
-    assert not folder.with_suffix(".json").exists()
-    monkeypatch.setenv("RANK", "1")
-    (shared,) = count_objects_of_runs(counting).values()
-    assert len(shared.images) == 30
+    evaluate(counting)
+    folder = Path(run, "evaluation/counts/w2/step_00000007")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
+    protocol = dataclasses.replace(counting.protocol, num_samples=45)
+    more = dataclasses.replace(counting, protocol=protocol)
+    assert evaluate(dataclasses.replace(more, num_tasks=2)) == []
+    assert len(list(folder.glob("0*.png"))) == 38
+    (row,) = evaluate(more)
+    assert isinstance(row, ObjectCountRow)
+    assert (len(row.images), row.protocol.num_images) == (45, 3)
+    assert before.items() <= {p.name: p.stat().st_mtime_ns for p in folder.glob("0*.png")}.items()
 
 
-def test_rows_lie_in_the_run_and_the_figure_beside_the_runs(
-    counting: ObjectCountConfig, run: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_wrong_settings_are_refused_before_anything_is_generated(
+    counting: EvaluateConfig, run: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    weights = f"{run}/weights/step_00000007"
-    count_objects_of_runs(dataclasses.replace(counting, output=None, runs=[weights]))
-    row = read_object_count(f"{run}/evaluation/object_count/step_00000007.json")
-    assert row.weights == weights
-    assert (tmp_path / "runs" / "object_count" / "object_count.png").exists()
-
-
-def test_objects_that_cannot_be_counted_are_refused_before_anything_is_drawn(
-    counting: ObjectCountConfig, tmp_path: Path
-) -> None:
+    with pytest.raises(UserError, match="num_samples 30: give a multiple of the 20 prompts"):
+        evaluate(with_counting(counting, prompts="paper"))
+    enough = dataclasses.replace(counting.protocol, num_samples=40)
     with pytest.raises(UserError, match='detector scenes knows no "bus"'):
-        count_objects_of_runs(dataclasses.replace(counting, prompts="paper"))
-    assert not (tmp_path / "counts").exists()
+        evaluate(with_counting(dataclasses.replace(counting, protocol=enough), prompts="paper"))
+    assert not Path(run, "evaluation").exists()
+    for changes, named in (
+        ({"detector": "facebook/detr-resnet-50", "threshold": 1.0}, "threshold 1.0"),
+        ({"threshold": 0.5}, "the detector scenes gives no scores"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            with_counting(counting, **changes)
 
 
 def test_images_of_other_prompts_are_not_overwritten(
-    counting: ObjectCountConfig, tmp_path: Path
+    counting: EvaluateConfig, tmp_path: Path
 ) -> None:
-    count_objects_of_runs(counting)
+    evaluate(counting)
     (tmp_path / "mine.csv").write_text("prompt,object,count\none red circle,circle,1\n")
-    other = dataclasses.replace(counting, prompts=str(tmp_path / "mine.csv"))
     with pytest.raises(UserError, match="samples of another prompts_sha256"):
-        count_objects_of_runs(other)
+        evaluate(with_counting(counting, prompts=str(tmp_path / "mine.csv")))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +225,7 @@ def test_images_of_other_prompts_are_not_overwritten(
         (lambda row: {"rule": dataclasses.replace(row.rule, threshold=0.1)}, ["threshold"]),
     ],
 )
-def test_protocols_differ_in_what_they_say(
+def test_protocols_name_their_differences(
     change: Callable[..., dict[str, object]], named: list[str]
 ) -> None:
     protocol = made_row().protocol
@@ -167,18 +239,3 @@ def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
     Path(url).write_text('{"weights": "x", "protocol": {}}')
     with pytest.raises(UserError, match=r"row\.json: not a row of object counts"):
         read_object_count(url)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"num_images": 1}, "num_images 1"),
-        ({"threshold": 1.0}, "threshold 1.0"),
-        ({"threshold": 0.5}, "exact analysis has no scores"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(
-    changes: dict[str, float], named: str, counting: ObjectCountConfig
-) -> None:
-    with pytest.raises(ValueError, match=named):
-        dataclasses.replace(counting, **changes)

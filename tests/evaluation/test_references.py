@@ -1,4 +1,4 @@
-"""Real images give the same numbers from their folder, from their file, and to many processes."""
+"""Real images give the same numbers from their folder, from a file, and to several processes."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from ifvit.config import dump_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
 from ifvit.evaluation.evaluate import evaluate
-from ifvit.evaluation.references import make_reference
+from ifvit.evaluation.references import make_reference, read_real_image
 from ifvit.evaluation.rows import MetricsRow, estimates_of, read_row
 
 
@@ -52,7 +52,9 @@ def assert_equal(first: MetricsRow, second: MetricsRow, rel: float) -> None:
         assert dataclasses.astuple(estimate) == pytest.approx(expected, rel=rel, abs=1e-6), name
 
 
-def test_the_file_stands_for_the_folder(config: EvaluateConfig, reference: str, run: str) -> None:
+def test_a_reference_file_gives_the_numbers_of_its_folder(
+    config: EvaluateConfig, reference: str, run: str
+) -> None:
     (from_images,) = evaluate(config)
     by_file = dataclasses.replace(config, images=None, reference=reference)
     assert evaluate(by_file) == [from_images], "the row is there: the protocols are the same"
@@ -68,7 +70,7 @@ def test_the_file_stands_for_the_folder(config: EvaluateConfig, reference: str, 
 
 
 @pytest.mark.distributed
-def test_two_processes_give_what_one_gives(config: EvaluateConfig, run: str) -> None:
+def test_two_processes_measure_what_one_measures(config: EvaluateConfig, run: str) -> None:
     recipe = Path(run, "evaluate.yaml")
     recipe.write_text(dump_config(config))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -85,7 +87,7 @@ def test_two_processes_give_what_one_gives(config: EvaluateConfig, run: str) -> 
     assert_equal(together, alone, rel=1e-3)
 
 
-def test_a_file_of_something_else_is_one_line(
+def test_a_file_that_is_not_a_reference_is_one_line(
     config: EvaluateConfig, reference: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(message: str, **changes: object) -> None:
@@ -111,3 +113,9 @@ def test_a_file_of_something_else_is_one_line(
     with pytest.raises(SystemExit):
         main(words)
     assert "give images or reference, not both" in capsys.readouterr().err
+
+
+def test_a_broken_real_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    with pytest.raises(UserError, match=r"broken\.jpg"):
+        read_real_image(tmp_path / "broken.jpg", 64)

@@ -1,0 +1,152 @@
+"""Networks are loaded and called as their files require; features are collected in order."""
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_inception import NUM_FEATURES, Network, save_inception
+from PIL import Image
+from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from ifvit.distributed import ProcessGroup, World
+from ifvit.errors import UserError
+from ifvit.evaluation import features
+from ifvit.evaluation.features import ORIGINAL, FeatureSet, collect_features, load_inception
+from ifvit.evaluation.metrics import estimate_frechet, frechet_distance, statistics
+from ifvit.images import Pixels, to_model_range
+from ifvit.storage import sha256_of
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return save_inception(tmp_path)
+
+
+def sample_images(count: int, brightest: int) -> np.ndarray:
+    rng = np.random.default_rng(brightest)
+    return rng.integers(0, brightest, (count, 20, 20, 3), dtype=np.uint8)
+
+
+def test_a_network_is_identified_by_its_hash_and_gives_features(path: str) -> None:
+    found = load_inception(path)
+    assert found.identity.sha256 == sha256_of(Path(path))
+    assert found(to_model_range(sample_images(3, 255))).shape == (3, NUM_FEATURES)
+
+
+def test_images_are_resized_as_pytorch_fid_does_it(path: str) -> None:
+    pixels = sample_images(1, 255)
+    # Bilinear without antialiasing is what PIL does when it enlarges, up to its rounding.
+    enlarged = np.asarray(Image.fromarray(pixels[0]).resize((299, 299), Image.Resampling.BILINEAR))
+    expected = Network()(torch.from_numpy(enlarged.astype(np.float32)).permute(2, 0, 1)[None], True)
+    found = load_inception(path)(to_model_range(pixels))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_fid_is_that_of_torchmetrics_with_the_same_network(path: str) -> None:
+    network = load_inception(path)
+    sampled, real = sample_images(30, 255), sample_images(25, 200)
+
+    class Features(torch.nn.Module):
+        num_features = NUM_FEATURES
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return network(images / 127.5 - 1).double()
+
+    metric = FrechetInceptionDistance(feature=Features(), normalize=False)
+    for pixels, is_real in ((real, True), (sampled, False)):
+        metric.update(torch.from_numpy(pixels).permute(0, 3, 1, 2), real=is_real)
+    both = [network(to_model_range(pixels)).numpy() for pixels in (sampled, real)]
+    found = frechet_distance(*map(statistics, both))
+    assert found == pytest.approx(float(metric.compute()), rel=1e-4, abs=1e-4)
+
+
+def test_the_original_network_is_downloaded_once_and_checked(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(features, "_URL", Path(path).as_uri())
+    with pytest.raises(UserError, match=r"cannot be downloaded \(invalid hash value"):
+        load_inception(ORIGINAL)
+    monkeypatch.setattr(features, "_SHA256", sha256_of(Path(path)))
+    found = load_inception(ORIGINAL)
+    Path(path).unlink()
+    assert load_inception(ORIGINAL).identity == found.identity
+    assert found.identity.name == "inception-2015-12-05"
+
+
+def test_a_file_that_is_not_a_network_is_one_line(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.pt: no such file"):
+        load_inception("nowhere.pt")
+    (tmp_path / "text.pt").write_text("no network")
+    with pytest.raises(UserError, match=r"text\.pt: not a TorchScript file") as caught:
+        load_inception(str(tmp_path / "text.pt"))
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    kept = tmp_path / "hub" / "checkpoints" / f"{ORIGINAL}.pt"
+    kept.parent.mkdir(parents=True)
+    Path(path).rename(kept)
+    with pytest.raises(UserError, match="damaged, its sha256 is not f58cb9b6"):
+        load_inception(ORIGINAL)
+    kept.unlink()
+    monkeypatch.setattr(features, "_URL", (tmp_path / "gone.pt").as_uri())
+    with pytest.raises(UserError, match=r"cannot be downloaded .* fetch"):
+        load_inception(ORIGINAL)
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 3), dtype=np.uint8)
+
+
+def flatten(images: Tensor) -> Tensor:
+    return images.flatten(start_dim=1)
+
+
+def collect(network: object, images: Pixels, positions: list[int], part: list[int]) -> FeatureSet:
+    group = ProcessGroup(World(rank=0, size=1, local_rank=0))
+    batches = np.split(images, [3])
+    parts = {"eye": np.array(part)}
+    return collect_features({"eye": network}, batches, positions, parts, "cpu", group)["eye"]  # type: ignore[dict-item]
+
+
+def test_statistics_cover_all_images_and_the_part_keeps_its_own_order() -> None:
+    positions, part = [6, 0, 5, 1, 4, 2, 3], [4, 0, 6]
+    found = collect(flatten, IMAGES[positions], positions, part)
+    features = IMAGES.transpose(0, 3, 1, 2).reshape(7, -1) / 127.5 - 1
+    np.testing.assert_allclose(found.part, features[part], atol=1e-6)
+    np.testing.assert_allclose(found.statistics.mean, features.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(features.T), atol=1e-6)
+    assert found.statistics.num_samples == 7
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(value: float) -> None:
+    def broken(images: Tensor) -> Tensor:
+        return flatten(images).index_fill(1, torch.tensor([2]), value)
+
+    with pytest.raises(UserError, match="eye: features are not finite"):
+        collect(broken, IMAGES, list(range(7)), [0])
+
+
+def test_30_000_samples_need_no_more_memory_than_their_features() -> None:
+    count, width, batch = 30_000, 128, 500
+
+    def network(images: Tensor) -> Tensor:
+        return torch.randn(len(images), width)
+
+    group = ProcessGroup(World(rank=0, size=1, local_rank=0))
+    batches = (np.zeros((batch, 8, 8, 3), np.uint8) for _ in range(count // batch))
+    tracemalloc.start()
+    found = collect_features(
+        {"clip": network}, batches, range(count), {"clip": np.arange(count)}, "cpu", group
+    )["clip"]
+    distance = estimate_frechet(found.part, found.statistics, found.statistics)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.part.shape == (count, width)
+    assert distance.num_samples == count
+    # Twice the features, while they are put in order, and the draws of the bootstrap.
+    assert peak < 2 * count * width * 4 + 40e6
