@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ifvit.evaluation.object_prompts import read_count_prompts
 from made_counts import made_row
 
 from ifvit.errors import UserError
