@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from held_out_scenes import HeldOut, save_run
-from ifvit.models.build import build_backbone
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
@@ -21,6 +20,7 @@ from ifvit.evaluation.rows import MetricsRow, differences, read_row
 from ifvit.evaluation.runs import read_run
 from ifvit.evaluation.sample_set import ShardConditions, hash_prompts, read_prompts
 from ifvit.images import decode_png
+from ifvit.models import build_backbone
 from ifvit.models.clip import load_clip
 from ifvit.models.config import CLASS_PRESETS
 from ifvit.models.weights import WeightsInfo, save_weights
