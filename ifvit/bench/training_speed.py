@@ -8,7 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -56,57 +56,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Row = dict[str, str | int | float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Limits of the device: measured in this run, and the vendor's bf16 peak where known."""
-
-    flops_per_s: float
-    bytes_per_s: float
-    nominal_flops_per_s: float | None
-
-
 def bench_train(config: BenchTrainConfig) -> None:
     """Measure all contenders in turn, print a row for each variant and the ratios."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = NUM_COMPILATIONS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipes = {name: _recipe(shape, config, device) for name, shape in _variants(config).items()}
-    engines = {name: EngineSteps(recipe) for name, recipe in recipes.items()}
-    contenders: dict[str, Callable[[int], None]] = {
-        **engines,
-        "bare_loop": BareSteps(recipes[INTERMEDIATE], device),
-        "uvit_recipe": UViTRecipeSteps(recipes[EARLY], device),
-    }
-    precision = recipes[EARLY].engine.precision
-    matmul, copy = matmul_probe(device, DTYPES[precision]), copy_probe(device)
-    timers: dict[str, Callable[[], float]] = {
-        name: partial(seconds_on, device, partial(steps, config.steps))
-        for name, steps in contenders.items()
-    }
-    timers |= {"matmul": matmul.seconds, "copy": copy.seconds}
-    measure_rounds(timers, 2)  # first use of the device, and compilation
-    memory = {name: _measure_memory(steps) for name, steps in engines.items()}
-    seconds = measure_rounds(timers, config.rounds)
-    limits = Limits(
-        flops_per_s=matmul.best(seconds["matmul"]),
-        bytes_per_s=copy.best(seconds["copy"]),
-        nominal_flops_per_s=peak_flops(device),
-    )
-    rows = [
-        _row(name, recipe, seconds, config.steps, limits) | memory[name]
-        for name, recipe in recipes.items()
-    ]
+    rows, ratios = _measure(recipes, config, device)
     result: dict[str, object] = {
-        "intermediate_vs_early": median_ratio(seconds[EARLY], seconds[INTERMEDIATE]),
-        "engine_overhead": median_ratio(seconds[INTERMEDIATE], seconds["bare_loop"]) - 1,
-        "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[EARLY]),
-        "matmul_flops_per_s": limits.flops_per_s,
-        "copy_bytes_per_s": limits.bytes_per_s,
+        **ratios,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "preset": config.preset,
         "batch_size": config.batch_size,
-        "precision": precision,
+        "precision": recipes[EARLY].engine.precision,
         "compile": config.compile,
         "attention": config.attention,
     }
@@ -115,6 +78,44 @@ def bench_train(config: BenchTrainConfig) -> None:
         return
     _print_table(rows)
     print_result(result, as_json=False)
+
+
+def _measure(
+    recipes: Mapping[str, TrainConfig], config: BenchTrainConfig, device: torch.device
+) -> tuple[list[Row], dict[str, float]]:
+    """A row for each recipe, and the ratios and limits of the hardware."""
+    engines = {name: EngineSteps(recipe) for name, recipe in recipes.items()}
+    contenders: dict[str, Callable[[int], None]] = {
+        **engines,
+        "bare_loop": BareSteps(recipes[INTERMEDIATE], device),
+        "uvit_recipe": UViTRecipeSteps(recipes[EARLY], device),
+    }
+    dtype = DTYPES[recipes[EARLY].engine.precision]
+    matmul, copy = matmul_probe(device, dtype), copy_probe(device)
+    timers: dict[str, Callable[[], float]] = {
+        name: partial(seconds_on, device, partial(steps, config.steps))
+        for name, steps in contenders.items()
+    }
+    timers |= {"matmul": matmul.seconds, "copy": copy.seconds}
+    measure_rounds(timers, 2)  # first use of the device, and compilation
+    memory = {name: _measure_memory(steps) for name, steps in engines.items()}
+    seconds = measure_rounds(timers, config.rounds)
+    ratios = {
+        "intermediate_vs_early": median_ratio(seconds[EARLY], seconds[INTERMEDIATE]),
+        "engine_overhead": median_ratio(seconds[INTERMEDIATE], seconds["bare_loop"]) - 1,
+        "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[EARLY]),
+        "matmul_flops_per_s": matmul.best(seconds["matmul"]),
+        "copy_bytes_per_s": copy.best(seconds["copy"]),
+    }
+    peak = peak_flops(device) or ratios["matmul_flops_per_s"]
+    rows = []
+    for name, recipe in recipes.items():
+        step = statistics.median(seconds[name]) / config.steps
+        row: Row = {"setting": name, "step_seconds": step, "spread": spread(seconds[name])}
+        row |= _relate_to_hardware(recipe, step, ratios, peak) | memory[name]
+        row["vs_uvit_recipe"] = median_ratio(seconds["uvit_recipe"], seconds[name])
+        rows.append(row)
+    return rows, ratios
 
 
 def _variants(config: BenchTrainConfig) -> dict[str, FusionUViTConfig]:
@@ -313,46 +314,33 @@ def _measure_memory(steps: EngineSteps) -> Row:
     return {"state_bytes": state, "step_bytes": peak - before}
 
 
-def _row(
-    name: str,
-    recipe: TrainConfig,
-    seconds: Mapping[str, list[float]],
-    num_steps: int,
-    limits: Limits,
+def _relate_to_hardware(
+    recipe: TrainConfig, step: float, limits: Mapping[str, float], peak: float
 ) -> Row:
-    """Times of one step of a variant, and its relation to the limits of the hardware.
+    """Relate the seconds of a step to the limits of the hardware.
 
-    MFU is relative to the vendor's peak, or to the measured one where that is unknown.
-    `planned_bytes` are the bytes of state and step that `ifvit cost --plan` calculates.
+    The floor is the time of the matrix products plus that of the optimizer's memory traffic. MFU is
+    relative to `peak` FLOP/s, the vendor's or, if unknown, the measured one. `planned_bytes` are
+    the bytes of state and step that `ifvit cost --plan` calculates.
     """
-    cost, batch_size = count_cost(recipe.backbone), recipe.micro_batch_size
-    step = statistics.median(seconds[name]) / num_steps
+    shape, precision, batch_size = recipe.backbone, recipe.engine.precision, recipe.micro_batch_size
+    assert isinstance(shape, FusionUViTConfig)  # as all presets are
+    cost, num_ema = count_cost(shape), len(recipe.ema_decays)
     # A backward pass costs as much as two forward passes.
     flops, layer_flops = (3 * count * batch_size for count in (cost.flops, cost.layer_flops))
-    peak = limits.nominal_flops_per_s or limits.flops_per_s
-    updated = update_bytes(cost.params, 1, 0, len(recipe.ema_decays))
-    flops_seconds, bytes_seconds = flops / limits.flops_per_s, updated / limits.bytes_per_s
+    flops_seconds = flops / limits["matmul_flops_per_s"]
+    bytes_seconds = update_bytes(cost.params, 1, 0, num_ema) / limits["copy_bytes_per_s"]
+    activations = activation_bytes(shape, batch_size, precision, checkpointing=False)
+    states = state_bytes(cost.params, 1, 0, num_ema) + cast_bytes(cost.params, precision)
     return {
-        "setting": name,
-        "step_seconds": step,
-        "spread": spread(seconds[name]),
         "images_per_s": batch_size / step,
         "floor_flops_seconds": flops_seconds,
         "floor_bytes_seconds": bytes_seconds,
         "vs_floor": step / (flops_seconds + bytes_seconds),
         "mfu": flops / step / peak,
         "mfu_paper": layer_flops / step / peak,
-        "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[name]),
-        "planned_bytes": _planned_bytes(recipe, cost.params),
+        "planned_bytes": states + activations,
     }
-
-
-def _planned_bytes(recipe: TrainConfig, params: int) -> float:
-    shape, precision = recipe.backbone, recipe.engine.precision
-    assert isinstance(shape, FusionUViTConfig)  # as all presets are
-    activations = activation_bytes(shape, recipe.micro_batch_size, precision, checkpointing=False)
-    states = state_bytes(params, 1, 0, len(recipe.ema_decays))
-    return states + cast_bytes(params, precision) + activations
 
 
 def _print_table(rows: list[Row]) -> None:

@@ -19,8 +19,3 @@ def test_the_result_is_one_json_object(
     assert result["vs_models_alone"] > 0
     assert (result["vae"], result["image_size"], result["num_images"]) == ("scenes/vae", 64, 4)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_one_image_is_too_few_for_two_shards() -> None:
-    with pytest.raises(ValueError, match="num_images"):
-        BenchEncodeConfig(num_images=1)
