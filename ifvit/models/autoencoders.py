@@ -1,4 +1,4 @@
-"""The frozen VAE: pixels <=> latents (B batch, C latent channels, H, W image, h, w latent)."""
+"""The frozen VAE: pixels <=> latents (B batch, C latent channels, H, W image, h, w latents)."""
 
 from typing import Any
 
@@ -12,26 +12,28 @@ from ifvit.shards import EncoderIdentity
 
 
 class Autoencoder:
-    """A KL autoencoder (Rombach et al. 2022) that is only ever evaluated."""
+    """A frozen KL autoencoder (Rombach et al. 2022)."""
 
     def __init__(self, vae: AutoencoderKL, identity: EncoderIdentity) -> None:
         self.vae: Any = vae  # diffusers' types do not hold
         self.identity = identity
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a square image.
+        """Return (C, h, w) of the latents of a square image.
 
-        Raises UserError when the VAE's downsampling does not divide `image_size`.
+        Raises UserError if the VAE's downsampling factor does not divide `image_size`.
         """
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if image_size % factor:
-            raise UserError(f"image_size {image_size} is not a multiple of the VAE's {factor}")
+            raise UserError(
+                f"image_size must be a multiple of {factor}, the VAE's factor: {image_size}"
+            )
         side = image_size // factor
         return (self.vae.config.latent_channels, side, side)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] => moments (B, 2C, h, w): mean and logvar, unscaled."""
+        """Images (B, 3, H, W) in [-1, 1] => unscaled moments (B, 2C, h, w), mean then logvar."""
         posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist
         moments: Tensor = posterior.parameters.float()
         return moments
@@ -41,7 +43,7 @@ class Autoencoder:
         return self.decode_unclamped(latents).clamp(-1.0, 1.0)
 
     def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """As `decode`, but values may leave [-1, 1], so that every pixel keeps its gradient."""
+        """Decode without clamping to [-1, 1], so that every pixel keeps its gradient."""
         decoded = self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
         images: Tensor = decoded.float()
         return images
@@ -50,13 +52,13 @@ class Autoencoder:
 def load_autoencoder(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """Open `stabilityai/sd-vae-ft-ema`, a local folder or `scenes/vae`; all by the same code."""
+    """Load the VAE `name`: a hub name, a local folder, or scenes/vae (see resolve_pretrained)."""
     folder = resolve_pretrained(name)
     identity = identify(name, folder)
     vae: Any = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
         folder, torch_dtype=dtype, use_safetensors=True
     )
     vae.requires_grad_(False)
-    # Where a gradient is asked for at all, the decoder's activations are most of the memory.
+    # DATE differentiates through the decoder, whose activations are then most of the memory.
     vae.enable_gradient_checkpointing()
     return Autoencoder(vae.to(device).eval(), identity)

@@ -1,9 +1,10 @@
 """The interface of all backbones, which training and sampling use."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -54,9 +55,18 @@ def _map_tensors(function: Callable[..., Tensor], *encoded: EncodedCondition) ->
 class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their config_name differs
     """Predicts the noise (or velocity) in latents, given a timestep and a caption or a class."""
 
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.register_to_config(**asdict(config))  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **unused: Any) -> Self:  # type: ignore[override]
+        """Build the network that a config.json describes; diffusers' from_pretrained calls this."""
+        return cls(restore_config(config))
+
     @cached_property
     def config(self) -> BackboneConfig:  # type: ignore[override]
-        """The constructor's arguments as a dataclass, in place of diffusers' dictionary."""
+        """The configuration as a dataclass, in place of diffusers' dictionary."""
         return restore_config(self._internal_dict)  # type: ignore[has-type]
 
     @abstractmethod

@@ -19,7 +19,7 @@ from ifvit.shards import EncoderIdentity
 from ifvit.storage import read_json
 
 Normalisation = tuple[Tensor, Tensor]
-"""Mean and standard deviation of the images CLIP was trained on, each (1, 3, 1, 1), of [0, 1]."""
+"""Mean and standard deviation of CLIP's training images in [0, 1], each (1, 3, 1, 1)."""
 
 
 class TextEncoder:
@@ -37,7 +37,7 @@ class TextEncoder:
         return (config.max_position_embeddings, config.hidden_size)
 
     def encode(self, captions: list[str]) -> Tensor:
-        """B captions => context (B, M, D), after CLIP's final layer norm; long ones are cut."""
+        """B captions => context (B, M, D), after CLIP's final layer norm."""
         return encode_captions(self.model, self.tokenizer, captions)
 
     def null_context(self) -> Tensor:
@@ -57,30 +57,29 @@ class ClipScorer:
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self.image_size: int = model.config.vision_config.image_size
         self._normalisation = normalisation
+        self.image_size: int = model.config.vision_config.image_size
         self.identity = identity
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] => (B, E), unit length; differentiable."""
-        vision = self._model.vision_model(pixel_values=self._pixels(images)).pooler_output
+        vision = self._model.vision_model(pixel_values=self.preprocess(images)).pooler_output
         return functional.normalize(self._model.visual_projection(vision).float(), dim=1)
 
     def embed_patches(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) in [-1, 1] => patches (B, P, C) after each layer of the tower."""
-        pixels = self._pixels(images)
+        pixels = self.preprocess(images)
         states = self._model.vision_model(pixel_values=pixels, output_hidden_states=True)
-        # The first of hidden_states is the embedding before any layer, the first token no patch.
+        # The first hidden state is before any layer; the first token is the class token.
         return [state[:, 1:].float() for state in states.hidden_states[1:]]
 
-    def _pixels(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] => what the image tower was trained on."""
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] => resized, normalised input of the image tower."""
         pixels = images / 2 + 0.5
         if pixels.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
-            pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(
-                0, 1
-            )
+            pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+            pixels = pixels.clamp(0, 1)
         mean, std = (statistic.to(pixels) for statistic in self._normalisation)
         return ((pixels - mean) / std).to(self._model.device, self._model.dtype)
 
@@ -95,7 +94,7 @@ class ClipScorer:
 
 @torch.no_grad()
 def encode_captions(model: Any, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """The last hidden states (B, M, D) of CLIP's text tower `model` for B captions, float32."""
+    """B captions => the last hidden state (B, M, D) of CLIP's text tower `model`, float32."""
     tokens = _tokenize(tokenizer, captions, model.config.max_position_embeddings)
     hidden: Tensor = model(input_ids=tokens.to(model.device)).last_hidden_state
     return hidden.float()
@@ -104,14 +103,14 @@ def encode_captions(model: Any, tokenizer: CLIPTokenizer, captions: list[str]) -
 def load_text_encoder(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextEncoder:
-    """Open the text tower of `openai/clip-vit-large-patch14`, a local folder or `scenes/clip`."""
+    """Load CLIP's text tower `name`: a hub name, a local folder, or scenes/clip."""
     folder = resolve_pretrained(name)
     model = _load(CLIPTextModel, folder, device, dtype)
     return TextEncoder(model, CLIPTokenizer.from_pretrained(folder), identify(name, folder))
 
 
 def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScorer:
-    """Open a whole CLIP model with its tokenizer and image normalisation for scoring."""
+    """Load a whole CLIP model with its tokenizer and image normalisation for scoring."""
     folder = resolve_pretrained(name)
     model = _load(CLIPModel, folder, device, dtype)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -119,7 +118,7 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 
 
 def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, int]]]:
-    """Caption => (first character, last + 1) of each of its `length` tokens of this CLIP.
+    """Return a function: caption => (first character, last + 1) of each of its `length` tokens.
 
     Start, end and padding tokens span no characters.
     """
@@ -140,14 +139,14 @@ def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, 
 
 
 def _load(cls: Any, folder: Path, device: str, dtype: torch.dtype) -> Any:
-    """A frozen model; `Any`, because transformers' types do not hold."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # counts tensors, within a second
+    """Load a frozen model; `Any`, because transformers' types do not hold."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # it counts tensors and takes a second
     model = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     return model.to(device).eval().requires_grad_(False)
 
 
 def _read_normalisation(folder: Path) -> Normalisation:
-    # Two keys of a JSON file: the class that reads it for transformers wants torchvision.
+    # Read by hand, because transformers' image processor needs torchvision.
     path = str(folder / "preprocessor_config.json")
     stored = read_json(path)
     try:
@@ -158,7 +157,7 @@ def _read_normalisation(folder: Path) -> Normalisation:
 
 
 def _tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> Tensor:
-    """(B, length) token ids, padded to full length and cut with the end token kept."""
+    """Token ids (B, length), padded; a long caption is truncated and keeps its end token."""
     batch = tokenizer(
         captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )

@@ -17,6 +17,7 @@ from ifvit.models.config import (
     BackboneConfig,
     Conditioning,
     CostConfig,
+    FusionUViTConfig,
 )
 
 
@@ -92,21 +93,21 @@ class CostRow:
 
 def cost(config: CostConfig) -> None:
     """Write the table, or with `config.json` a list of objects, to standard output."""
-    rows = [*cost_rows(), *class_rows()]
+    rows = list(cost_rows())
     text = json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
     sys.stdout.write((text if config.json else _format_table(rows)) + "\n")
 
 
 def cost_rows() -> Iterator[CostRow]:
-    """Yield four rows per caption preset and conditioning.
+    """Yield four rows per caption preset and conditioning, then one per class-conditional preset.
 
-    They are early fusion, intermediate fusion, the text branch alone, and image-only blocks alone.
-    Intermediate fusion has the preset's own number of image blocks: 4 at the paper's depth of 12,
-    the same third of the depth elsewhere.
+    The four are early fusion, intermediate fusion, the text branch alone, and image-only blocks
+    alone. Intermediate fusion has the preset's own number of image blocks: 4 at the paper's depth
+    of 12, the same third of the depth elsewhere.
     """
+    conditionings: tuple[Conditioning, ...] = ("concat", "cross_attention", "adaln")
     for preset, base in PRESETS.items():
         image, text = base.num_image_blocks, base.num_text_blocks
-        conditionings: tuple[Conditioning, ...] = ("concat", "cross_attention", "adaln")
         for conditioning in conditionings:
             for num_image, num_text in ((0, 0), (image, text), (0, text), (image, 0)):
                 config = dataclasses.replace(
@@ -115,27 +116,19 @@ def cost_rows() -> Iterator[CostRow]:
                     num_image_blocks=num_image,
                     num_text_blocks=num_text,
                 )
-                yield _row(preset, conditioning, num_image, num_text, count_cost(config))
+                yield _count_row(preset, config)
+    for preset, class_config in CLASS_PRESETS.items():
+        yield _count_row(preset, class_config)
 
 
-def class_rows() -> Iterator[CostRow]:
-    """Yield one row per class-conditional preset."""
-    for preset, config in CLASS_PRESETS.items():
-        yield _row(preset, "classes", None, None, count_cost(config))
-
-
-def _row(
-    preset: str,
-    conditioning: Conditioning | Literal["classes"],
-    num_image_blocks: int | None,
-    num_text_blocks: int | None,
-    counted: Cost,
-) -> CostRow:
+def _count_row(preset: str, config: BackboneConfig) -> CostRow:
+    counted = count_cost(config)
+    fusion = config if isinstance(config, FusionUViTConfig) else None
     return CostRow(
         preset=preset,
-        conditioning=conditioning,
-        num_image_blocks=num_image_blocks,
-        num_text_blocks=num_text_blocks,
+        conditioning=fusion.conditioning if fusion else "classes",
+        num_image_blocks=fusion.num_image_blocks if fusion else None,
+        num_text_blocks=fusion.num_text_blocks if fusion else None,
         params=counted.params,
         gflops_paper=counted.layer_flops / 1e9,
         gflops=counted.flops / 1e9,

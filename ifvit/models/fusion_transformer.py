@@ -8,13 +8,12 @@ condition tokens, D width.
 from collections.abc import Mapping
 
 import torch
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipelines look for it here
 from torch import Tensor, nn
 
 from ifvit.models.attention import Backend, Bias, load_attention
 from ifvit.models.backbone import Backbone, EncodedCondition, check_shape
-from ifvit.models.config import Conditioning, FusionUViTConfig, TokenTransformerConfig
+from ifvit.models.config import FusionUViTConfig, TokenTransformerConfig
 from ifvit.models.layers import (
     Attention,
     Block,
@@ -131,39 +130,21 @@ class FusionUViT(PatchTransformer):
 
     config: FusionUViTConfig
 
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(  # noqa: PLR0913  diffusers writes config.json from these arguments
-        self,
-        *,
-        latent_size: int,
-        latent_channels: int = 4,
-        patch_size: int,
-        width: int,
-        num_heads: int,
-        mlp_ratio: int = 4,
-        init_std: float = 0.02,
-        modulation: bool = False,
-        architecture: str = "fusion_uvit",
-        depth: int,
-        context_length: int,
-        context_width: int,
-        conditioning: Conditioning,
-        num_image_blocks: int,
-        num_text_blocks: int,
-        timestep_offset: int = 0,
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, config: FusionUViTConfig) -> None:
+        super().__init__(config)
         self._create_embedding()
-        self.context_embed = nn.Linear(context_width, width)
+        width = config.width
+        self.context_embed = nn.Linear(config.context_width, width)
         self.text_blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_ratio, has_skip=False) for _ in range(num_text_blocks)
+            Block(width, config.num_heads, config.mlp_ratio, has_skip=False)
+            for _ in range(config.num_text_blocks)
         )
-        if self.config.is_modulated:
+        if config.is_modulated:
             self.time_embed = self._create_time_embed()
             self.pooled_embed = nn.Linear(width, width)
-        self.in_blocks = self._create_blocks(depth // 2)
+        self.in_blocks = self._create_blocks(config.depth // 2)
         self.mid_block = self._create_block()
-        self.out_blocks = self._create_blocks(depth // 2, has_skip=True)
+        self.out_blocks = self._create_blocks(config.depth // 2, has_skip=True)
         self._create_head()
         self._initialise()
 
@@ -260,37 +241,18 @@ class TokenTransformer(PatchTransformer):
 
     config: TokenTransformerConfig
 
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(  # noqa: PLR0913  diffusers writes config.json from these arguments
-        self,
-        *,
-        latent_size: int,
-        latent_channels: int = 4,
-        num_classes: int | None = None,
-        context_length: int | None = None,
-        context_width: int | None = None,
-        patch_size: int,
-        width: int,
-        num_heads: int,
-        mlp_ratio: int = 4,
-        init_std: float = 0.02,
-        modulation: bool = False,
-        architecture: str = "token_transformer",
-        depth: int,
-        long_skip: bool = False,
-        conditioning: str = "tokens",
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, config: TokenTransformerConfig) -> None:
+        super().__init__(config)
         self._create_embedding()
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes + 1, width)
-        elif context_width is not None:
-            self.context_embed = nn.Linear(context_width, width)
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_classes + 1, config.width)
+        elif config.context_width is not None:
+            self.context_embed = nn.Linear(config.context_width, config.width)
         self.time_embed = self._create_time_embed()
-        if self.config.is_modulated:
-            self.pooled_embed = nn.Linear(width, width)
-        num_skips = depth // 2 if long_skip else 0
-        self.in_blocks = self._create_blocks(depth - num_skips)
+        if config.is_modulated:
+            self.pooled_embed = nn.Linear(config.width, config.width)
+        num_skips = config.depth // 2 if config.long_skip else 0
+        self.in_blocks = self._create_blocks(config.depth - num_skips)
         self.out_blocks = self._create_blocks(num_skips, has_skip=True)
         self._create_head()
         self._initialise()

@@ -1,7 +1,8 @@
-"""ImageReward (Xu et al. 2023): how much people would like an image for its prompt, about N(0, 1).
+"""ImageReward (Xu et al. 2023): predicts how much people like an image for its prompt.
 
-The released `ImageReward.pt` is read into transformers' BLIP, so that neither its own package nor
-torchvision is needed. Shapes: B batch, H, W image, D width of the text tower.
+The rewards are about N(0, 1). DATE raises them while sampling. The released `ImageReward.pt` is
+loaded into transformers' BLIP, which needs neither ImageReward's own package nor torchvision.
+Shapes: B batch, H, W image, D width of the text tower.
 """
 
 import re
@@ -29,8 +30,9 @@ _TOKENIZER = "bert-base-uncased"
 _MAX_TOKENS = 35
 _HEAD_WIDTH = 64
 _MEAN, _STANDARD_DEVIATION = 0.16717362830052426, 1.0333394966054072
-"""Of the raw rewards over its authors' prompts."""
+"""Mean and deviation of the raw rewards over the prompts of ImageReward's authors."""
 
+_VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
 _VISION_NAMES = {
     r"cls_token": "embeddings.class_embedding",
     r"pos_embed": "embeddings.position_embedding",
@@ -41,11 +43,11 @@ _VISION_NAMES = {
     r"blocks\.(\d+)\.mlp": r"encoder.layers.\1.mlp",
     r"norm(?=\.)": "post_layernorm",
 }
-"""Patterns of names in BLIP's own vision tower => names in transformers; the text tower's agree."""
+"""Name patterns of BLIP's own vision tower => names in transformers; the text tower's agree."""
 
 
 class ImageReward(nn.Module):
-    """BLIP's text tower reads the prompt and, by cross-attention, the image; an MLP scores it."""
+    """BLIP's text tower reads the prompt and cross-attends to the image; an MLP gives the score."""
 
     def __init__(self, vision: BlipVisionModel, text: BlipTextModel, tokenizer: Any) -> None:
         super().__init__()
@@ -55,14 +57,15 @@ class ImageReward(nn.Module):
         # Five linear layers without a nonlinearity; Dropout only keeps the released names.
         widths = (text.config.hidden_size, 1024, 128, 64, 16, 1)
         linear = [nn.Linear(before, after) for before, after in pairwise(widths)]
-        dropouts = [nn.Dropout(share) for share in (0.2, 0.2, 0.1)]
+        dropouts = [nn.Dropout(rate) for rate in (0.2, 0.2, 0.1)]
         paired = [layer for pair in zip(linear, dropouts, strict=False) for layer in pair]
         self.mlp = nn.Sequential(*paired, *linear[3:])
 
     def score_of(self, prompts: list[str]) -> Callable[[Tensor], Tensor]:
-        """B prompts => a function of images (B, 3, H, W) in [-1, 1] to rewards (B,).
+        """Return a function: images (B, 3, H, W) in [-1, 1] of the B prompts => rewards (B,).
 
-        Differentiable in the images; they are resized without a clamp, so no gradient is lost.
+        It is differentiable in the images. Images are resized but not clamped, which would stop
+        gradients.
         """
         tokens = self.tokenizer(
             prompts,
@@ -79,14 +82,14 @@ class ImageReward(nn.Module):
         def score(images: Tensor) -> Tensor:
             resized = functional.interpolate(images, (side, side), mode="bilinear")
             pixels = (resized / 2 + 0.5 - mean) / standard_deviation
-            seen = self.vision(pixel_values=pixels).last_hidden_state
-            read = self.text(
+            image_tokens = self.vision(pixel_values=pixels).last_hidden_state
+            text_tokens = self.text(
                 input_ids=tokens.input_ids,
                 attention_mask=tokens.attention_mask,
-                encoder_hidden_states=seen,
+                encoder_hidden_states=image_tokens,
                 is_decoder=False,
             ).last_hidden_state
-            reward: Tensor = (self.mlp(read[:, 0]).squeeze(1) - _MEAN) / _STANDARD_DEVIATION
+            reward: Tensor = (self.mlp(text_tokens[:, 0]).squeeze(1) - _MEAN) / _STANDARD_DEVIATION
             return reward
 
         return score
@@ -96,23 +99,29 @@ def load_image_reward(name: str, device: str = "cpu") -> ImageReward:
     """Load a folder or hub repository that holds ImageReward.pt and med_config.json.
 
     BERT's tokenizer is read from the same folder if its vocab.txt is there, else from the hub.
-    Raises UserError when the files cannot be had or are something else.
+    Raises UserError if the files are missing, unreadable or of another model.
     """
     folder = Path(name)
     if not folder.is_dir():
         folder = download_pretrained(name, files=(_WEIGHTS, _TEXT_CONFIG))
     stored = _read_weights(folder / _WEIGHTS)
     try:
-        vision = {
-            key: value for key, value in stored.items() if key.startswith("blip.visual_encoder.")
-        }
+        text_config = read_json(str(folder / _TEXT_CONFIG))
+        text_config["encoder_hidden_size"] = stored[f"{_VISION}cls_token"].shape[-1]
+        text_config.pop("model_type", None)
         model = ImageReward(
-            BlipVisionModel(_vision_config(vision)),
-            BlipTextModel(_text_config(folder, vision), add_pooling_layer=False),
+            BlipVisionModel(_vision_config(stored)),
+            BlipTextModel(BlipTextConfig(**text_config), add_pooling_layer=False),
             _load_tokenizer(folder),
         )
-        names = {_rename(key): value for key, value in stored.items() if _is_scored(key)}
-        model.load_state_dict(names)
+        # The file also holds BLIP's contrastive heads and queues, which no score needs.
+        model.load_state_dict(
+            {
+                _rename(key): value
+                for key, value in stored.items()
+                if key.startswith((_VISION, _TEXT, _HEAD)) and not key.endswith("position_ids")
+            }
+        )
     except (KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{folder / _WEIGHTS}: not the weights of ImageReward ({reason})") from None
@@ -124,31 +133,24 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: cannot be read ({reason}); fetch it again") from None
+        raise UserError(f"{path}: cannot be read ({reason}); download it again") from None
     return stored
 
 
 def _vision_config(stored: dict[str, Tensor]) -> BlipVisionConfig:
-    """Read the shape off the weights; heads are 64 wide in all of BLIP's vision towers."""
-    patches = stored["blip.visual_encoder.patch_embed.proj.weight"]
-    width, _, patch_size, _ = patches.shape
-    positions = stored["blip.visual_encoder.pos_embed"].shape[1] - 1
+    """Infer the vision tower from the weights; heads are 64 wide in all of BLIP's towers."""
+    width, _, patch_size, _ = stored[f"{_VISION}patch_embed.proj.weight"].shape
+    positions = stored[f"{_VISION}pos_embed"].shape[1] - 1
+    layers = [key for key in stored if key.startswith(_VISION) and key.endswith("attn.qkv.weight")]
     return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=sum(key.endswith("attn.qkv.weight") for key in stored),
+        num_hidden_layers=len(layers),
         num_attention_heads=width // _HEAD_WIDTH,
         image_size=patch_size * round(positions**0.5),
         patch_size=patch_size,
         layer_norm_eps=1e-6,
     )
-
-
-def _text_config(folder: Path, vision: dict[str, Tensor]) -> BlipTextConfig:
-    stored = read_json(str(folder / _TEXT_CONFIG))
-    stored["encoder_hidden_size"] = vision["blip.visual_encoder.cls_token"].shape[-1]
-    stored.pop("model_type", None)
-    return BlipTextConfig(**stored)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -157,18 +159,13 @@ def _load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(_TOKENIZER)
 
 
-def _is_scored(key: str) -> bool:
-    """Whether a tensor takes part; the file also holds BLIP's contrastive heads and queues."""
-    parts = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
-    return key.startswith(parts) and not key.endswith("position_ids")
-
-
 def _rename(key: str) -> str:
-    if key.startswith("mlp.layers."):
+    """Name in `ImageReward` of the released tensor `key`. Raises KeyError for an unknown name."""
+    if key.startswith(_HEAD):
         return key.replace("mlp.layers.", "mlp.")
-    if key.startswith("blip.text_encoder."):
-        return key.replace("blip.text_encoder.", "text.")
-    rest = key.removeprefix("blip.visual_encoder.")
+    if key.startswith(_TEXT):
+        return key.replace(_TEXT, "text.")
+    rest = key.removeprefix(_VISION)
     for pattern, name in _VISION_NAMES.items():
         renamed, found = re.subn(f"^{pattern}", name, rest)
         if found:

@@ -1,4 +1,4 @@
-"""Where frozen encoders come from: a local folder, a hub name, or the ones shipped for scenes."""
+"""Folders of frozen pretrained models: local, from the Hugging Face hub, or shipped for scenes."""
 
 import hashlib
 from pathlib import Path
@@ -17,27 +17,28 @@ _SHIPPED_PREFIX = "scenes/"
 
 
 def resolve_pretrained(name: str) -> Path:
-    """Folder with `config.json` and safetensors weights for `name`.
+    """Return the folder with `config.json` and safetensors weights of the model `name`.
 
     `name` is a local folder, `scenes/vae` or `scenes/clip` (shipped with the package), or a hub
     repository `org/name`, with a folder inside it as `org/name/subfolder`.
-    Raises UserError when none of these leads to a `config.json`.
+    Raises UserError if there is no such folder or it has no `config.json`.
     """
     folder = Path(name)
     if name.startswith(_SHIPPED_PREFIX) and not folder.exists():
         folder = _SHIPPED / name.removeprefix(_SHIPPED_PREFIX)
     elif not folder.exists():
-        folder = _download(name)
+        organisation, _, rest = name.partition("/")
+        repository, _, subfolder = rest.partition("/")
+        folder = download_pretrained(f"{organisation}/{repository}", subfolder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: no config.json in {folder}; expected a Hugging Face model folder")
     return folder
 
 
 def identify(name: str, folder: Path) -> EncoderIdentity:
-    """Name and hash of the weights, so that shards can say which encoder made them.
+    """Return name and hash of the weights, which manifests and weights.json store.
 
-    Only safetensors are read: a pickle from the internet could run code. Raises UserError when
-    the folder has none.
+    Raises UserError if the folder has no safetensors: a pickle could run code when it is loaded.
     """
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -49,14 +50,14 @@ def identify(name: str, folder: Path) -> EncoderIdentity:
 
 
 def upload_pretrained(folder: Path, repository: str) -> None:
-    """Make `folder` the content of a hub repository. Raises UserError when the hub refuses."""
+    """Upload `folder` to a hub repository. Raises UserError if the hub does not accept it."""
     hub = HfApi()
     try:
         hub.create_repo(repository, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{repository}: the hub refused the upload ({reason})") from None
+        raise UserError(f"{repository}: the upload to the hub failed ({reason})") from None
 
 
 def download_pretrained(
@@ -65,10 +66,10 @@ def download_pretrained(
     files: tuple[str, ...] = ("*.json", "*.safetensors", "*merges.txt"),
     **options: Any,
 ) -> Path:
-    """Local copy of a hub repository, or of one folder in it; of `files` only.
+    """Download `files` of a hub repository, or of one folder in it; return the local folder.
 
     `options` are those of huggingface_hub's snapshot_download: revision, token, cache_dir, ...
-    Raises UserError when it cannot be fetched.
+    Raises UserError if the download fails.
     """
     prefix = f"{folder}/" if folder else ""
     patterns = [f"{prefix}{pattern}" for pattern in files]
@@ -78,11 +79,5 @@ def download_pretrained(
         reason = str(error).strip().splitlines()[0]
         name = f"{repository}/{folder}".rstrip("/")
         raise UserError(
-            f"{name}: neither a local folder nor a hub name that could be fetched ({reason})"
+            f"{name}: not a local folder, and the download from the hub failed ({reason})"
         ) from None
-
-
-def _download(name: str) -> Path:
-    organisation, _, rest = name.partition("/")
-    repository, _, folder = rest.partition("/")
-    return download_pretrained(f"{organisation}/{repository}", folder)

@@ -1,4 +1,8 @@
-"""Weights published by U-ViT and by the authors of the fusion paper, and the verb `import`."""
+"""Load the published weights of U-ViT and of the fusion paper's authors; the verb `import`.
+
+The authors' code base is a fork of U-ViT: the same tensors, with other block names, another order
+of positions and, under cross-attention, queries apart from keys and values.
+"""
 
 import io
 import math
@@ -43,7 +47,7 @@ _KNOWN = re.compile(
 _CLIP_TOKENS = 77
 _HEAD_WIDTH = 64
 _HUGE_WIDTH, _HUGE_HEADS = 1152, 16
-"""U-ViT's one size whose heads are not 64 channels wide."""
+"""U-ViT-H, the one size whose heads are not 64 channels wide."""
 _FORK_QUERIES = 257
 
 
@@ -53,30 +57,30 @@ def from_published_state_dict(
     num_heads: int | None = None,
     context_length: int | None = None,
 ) -> FusionUViT:
-    """The backbone, in eval mode, that U-ViT's or its fork's weights describe.
+    """Build the backbone, in eval mode, that weights of U-ViT or its fork describe.
 
-    Called as model(latents, timesteps, context) with timesteps 0 ... 999; the offset of one that
-    both code bases feed their network is inside. Shapes show neither the number of heads nor how
-    many positions are text: unless given, heads are 64 wide, as in all published text-to-image
-    weights, and context has 77 tokens, or as few as leave a square of image tokens.
-    Raises UserError that lists the first unexpected and missing keys for any other weights.
+    Call it as model(latents, timesteps, context) with timesteps 0 ... 999; it adds the 1 from which
+    both code bases count. Shapes show neither the number of heads nor how many positions are text.
+    Unless given, heads are 64 channels wide, as in all published text-to-image weights, and the
+    context has 77 tokens, or as few as leave a square of image tokens.
+    Raises UserError that lists unexpected and missing keys for any other weights.
     """
     config = _infer_config(state_dict, num_heads, context_length)
     with torch.device("meta"):
         wanted = build_backbone(config).state_dict()
-    names = {key: _reference_names(key, config, state_dict) for key in wanted}
+    names = {key: _published_names(key, config, state_dict) for key in wanted}
     expected = {name for parts in names.values() for name in parts}
     unexpected = [key for key in state_dict if key not in expected]
     missing = [name for name in sorted(expected) if name not in state_dict]
     if unexpected or missing:
-        raise _refusal(unexpected, missing)
+        raise _foreign_keys(unexpected, missing)
 
     converted = {key: torch.cat([state_dict[name] for name in names[key]]) for key in wanted}
     for key, tensor in wanted.items():
         if converted[key].shape != tensor.shape:
             raise UserError(
-                f"reference weights: {' + '.join(names[key])} has shape "
-                f"{tuple(converted[key].shape)}, the other tensors call for {tuple(tensor.shape)}"
+                f"published weights: {' + '.join(names[key])} has shape "
+                f"{tuple(converted[key].shape)}; the other tensors imply {tuple(tensor.shape)}"
             )
     if _is_fork(state_dict):
         sizes = [config.num_image_tokens, 1, config.context_length]
@@ -91,18 +95,18 @@ def _infer_config(
 ) -> FusionUViTConfig:
     missing = [key for key in _RANKS if key not in state_dict]
     if missing:
-        raise _refusal([key for key in state_dict if not _KNOWN.match(key)], missing)
+        raise _foreign_keys([key for key in state_dict if not _KNOWN.match(key)], missing)
     for key, rank in _RANKS.items():
         if state_dict[key].ndim != rank:
             raise UserError(
-                f"reference weights: {key} has {state_dict[key].ndim} dimensions, not {rank}"
+                f"published weights: {key} has {state_dict[key].ndim} dimensions, not {rank}"
             )
 
     num_positions, width = state_dict["pos_embed"].shape[1:]
     _, channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     if context_length is None:
         context_length = _guess_context_length(num_positions)
-    stacks = ("in_blocks",) if not _is_fork(state_dict) else ("image_blocks", "joint_blocks")
+    stacks = ("image_blocks", "joint_blocks") if _is_fork(state_dict) else ("in_blocks",)
     return FusionUViTConfig(
         latent_size=math.isqrt(max(num_positions - 1 - context_length, 0)) * patch_size,
         latent_channels=channels,
@@ -136,7 +140,7 @@ def _guess_context_length(num_positions: int) -> int:
     tokens = num_positions - 1
     if tokens > _CLIP_TOKENS and math.isqrt(tokens - _CLIP_TOKENS) ** 2 == tokens - _CLIP_TOKENS:
         return _CLIP_TOKENS
-    # A wrong guess cannot pass unseen: the model refuses latents and context of other shapes.
+    # A wrong guess is noticed: the backbone rejects latents and context of other shapes.
     return tokens - math.isqrt(max(tokens - 1, 0)) ** 2
 
 
@@ -145,36 +149,37 @@ def _guess_num_heads(width: int) -> int:
         return _HUGE_HEADS
     if width % _HEAD_WIDTH:
         raise UserError(
-            f"reference weights of width {width}: shapes do not show num_heads; give it"
+            f"published weights of width {width}: shapes do not show num_heads; pass num_heads"
         )
     return width // _HEAD_WIDTH
 
 
-def _reference_names(
+def _published_names(
     key: str, config: FusionUViTConfig, state_dict: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
-    """Where our tensor `key` is in the reference; several tensors are stacked in order."""
-    if _is_fork(state_dict):
-        key = _fork_name(key, config)
+    """Names of the published tensors that, concatenated in this order, are our tensor `key`."""
+    stack, is_block, rest = key.partition("_blocks.")
+    if is_block and _is_fork(state_dict):
+        number, _, tensor = rest.partition(".")
+        key = f"{_fork_block(stack, int(number), config)}.{tensor}"
     if _splits_queries(state_dict) and key.endswith(".attn.qkv.weight"):
         return key.replace(".qkv.", ".q."), key.replace(".qkv.", ".kv.")
     return (key,)
 
 
-def _fork_name(key: str, config: FusionUViTConfig) -> str:
-    stack, _, rest = key.partition("_blocks.")
-    if not rest:
-        return key
-    number, _, tensor = rest.partition(".")
-    index, outer = int(number), config.num_image_blocks
-    fused = config.depth // 2 - outer
+def _fork_block(stack: str, index: int, config: FusionUViTConfig) -> str:
+    """The fork's name of our block `{stack}_blocks.{index}`."""
+    num_image = config.num_image_blocks
+    num_fused = config.depth // 2 - num_image
     if stack == "text":
-        role, place = "caption", index
-    elif stack == "in":
-        role, place = ("image", index) if index < outer else ("joint", index - outer)
-    else:
-        role, place = ("joint_skip", index) if index < fused else ("image_skip", index - fused)
-    return f"{role}_blocks.{place}.{tensor}"
+        return f"caption_blocks.{index}"
+    if stack == "in" and index < num_image:
+        return f"image_blocks.{index}"
+    if stack == "in":
+        return f"joint_blocks.{index - num_image}"
+    if index < num_fused:
+        return f"joint_skip_blocks.{index}"
+    return f"image_skip_blocks.{index - num_fused}"
 
 
 def _warn_of_fixed_queries(config: FusionUViTConfig) -> None:
@@ -187,21 +192,19 @@ def _warn_of_fixed_queries(config: FusionUViTConfig) -> None:
         )
 
 
-def _refusal(unexpected: list[str], missing: list[str]) -> UserError:
+def _foreign_keys(unexpected: list[str], missing: list[str]) -> UserError:
     def first(keys: list[str]) -> str:
         return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
-    found = [f"unexpected {first(unexpected)}"] if unexpected else []
-    lacking = [f"missing {first(missing)}"] if missing else []
-    return UserError(
-        "not weights of U-ViT or of its fusion fork; keys: " + "; ".join(found + lacking)
-    )
+    reasons = [f"unexpected {first(unexpected)}"] if unexpected else []
+    reasons += [f"missing {first(missing)}"] if missing else []
+    return UserError("not weights of U-ViT or of its fusion fork; keys: " + "; ".join(reasons))
 
 
 def import_weights(config: ImportConfig) -> None:
-    """Write `RUN/weights/step_…/ema` (or `raw`).
+    """Write published weights to `RUN/weights/step_N/ema` (or `raw`).
 
-    Raises UserError for a file that is not the state dict of such a backbone, or holds code.
+    Raises UserError for a file that does not hold the state dict of such a backbone alone.
     """
     tensors = _read(config.file)
     text_encoder = load_text_encoder(config.text_encoder)
@@ -221,10 +224,10 @@ def import_weights(config: ImportConfig) -> None:
     kind = "raw" if config.ema_decay is None else "ema"
     folder = storage.join(config.run, "weights", step_name(config.step), kind)
     save_weights(folder, backbone, info)
-    shape = backbone.config
+    found = backbone.config
     sys.stdout.write(
-        f"{folder}: {shape.conditioning}, {shape.num_image_blocks} image-only blocks a side, "
-        f"{shape.num_text_blocks} text blocks, {backbone.num_parameters():,} parameters\n"
+        f"{folder}: {found.conditioning}, {found.num_image_blocks} image-only blocks on each side, "
+        f"{found.num_text_blocks} text blocks, {backbone.num_parameters():,} parameters\n"
     )
 
 
@@ -236,8 +239,8 @@ def _read(url: str) -> Mapping[str, Tensor]:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, SafetensorError):
         raise UserError(
-            f"{url}: not tensors alone, as torch.save and safetensors write them; is it whole? "
-            "A pickle that holds code is not loaded"
+            f"{url}: cannot be read as tensors; expected a complete file of torch.save or "
+            "safetensors without pickled code"
         ) from None
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
         raise UserError(f"{url}: not a state dict; save nnet_ema.state_dict() by itself")

@@ -9,7 +9,6 @@ Shapes: B batch, C latent channels, S latent size, M condition tokens, D their w
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipelines look for it here
 from torch import Tensor, nn
 
@@ -24,36 +23,22 @@ class UNet(Backbone):
 
     config: UNetConfig
 
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(  # noqa: PLR0913  diffusers writes config.json from these arguments
-        self,
-        *,
-        latent_size: int,
-        latent_channels: int = 4,
-        num_classes: int | None = None,
-        context_length: int | None = None,
-        context_width: int | None = None,
-        architecture: str = "unet",
-        channels: tuple[int, ...],
-        num_attention_levels: int,
-        blocks_per_level: int = 2,
-        head_width: int = 64,
-        class_width: int = 512,
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        if num_classes is not None:
-            self.class_embed = nn.Embedding(num_classes + 1, class_width)
-        num_plain = len(self.config.channels) - num_attention_levels
-        down = ["DownBlock2D"] * num_plain + ["CrossAttnDownBlock2D"] * num_attention_levels
-        up = ["CrossAttnUpBlock2D"] * num_attention_levels + ["UpBlock2D"] * num_plain
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        if config.num_classes is not None:
+            self.class_embed = nn.Embedding(config.num_classes + 1, config.class_width)
+        num_attention = config.num_attention_levels
+        num_plain = len(config.channels) - num_attention
+        down = ["DownBlock2D"] * num_plain + ["CrossAttnDownBlock2D"] * num_attention
+        up = ["CrossAttnUpBlock2D"] * num_attention + ["UpBlock2D"] * num_plain
         self.unet: Any = UNet2DConditionModel(  # type: ignore[no-untyped-call]
-            sample_size=latent_size,
-            in_channels=latent_channels,
-            out_channels=latent_channels,
-            block_out_channels=channels,
-            layers_per_block=blocks_per_level,
-            attention_head_dim=tuple(count // head_width for count in channels),
-            cross_attention_dim=context_width or class_width,
+            sample_size=config.latent_size,
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            block_out_channels=config.channels,
+            layers_per_block=config.blocks_per_level,
+            attention_head_dim=tuple(count // config.head_width for count in config.channels),
+            cross_attention_dim=config.context_width or config.class_width,
             down_block_types=tuple(down),
             up_block_types=tuple(up),
         )

@@ -7,10 +7,10 @@ is written last and thus marks a complete folder.
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -36,7 +36,7 @@ from ifvit.storage import (
 
 Kind = Literal["ema", "raw"]
 
-_BACKBONES: dict[str, type[Backbone]] = {
+_BACKBONES: dict[str, Callable[[Any], Backbone]] = {
     "fusion_uvit": FusionUViT,
     "token_transformer": TokenTransformer,
     "unet": UNet,
@@ -69,7 +69,7 @@ class WeightsInfo:
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """Build a backbone with fresh weights, drawn from torch's global generator."""
-    return _BACKBONES[config.architecture](**dataclasses.asdict(config))
+    return _BACKBONES[config.architecture](config)
 
 
 def restore_backbone(config: BackboneConfig, state_dict: Mapping[str, Tensor]) -> Backbone:

@@ -61,7 +61,7 @@ def build_backbone(conditioning: Conditioning, setting: str = "intermediate") ->
         num_text_blocks=num_blocks,
         init_std=0.3,
     )
-    return FusionUViT(**dataclasses.asdict(config)).eval()
+    return FusionUViT(config).eval()
 
 
 def build_config(batch_size: int = NUM_PROMPTS, trim: int = 1) -> AttentionConfig:

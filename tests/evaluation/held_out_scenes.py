@@ -1,6 +1,5 @@
 """Held-out scenes, and a run folder whose backbone is untrained but real."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +44,6 @@ def save_run(
         text_encoder=manifest.text.encoder,
         recipe_sha256="0" * 64,
     )
-    backbone = FusionUViT(**dataclasses.asdict(shape))
+    backbone = FusionUViT(shape)
     save_weights(str(folder / "weights" / f"step_{step:08d}" / "ema"), backbone, info)
     return str(folder)

@@ -24,7 +24,7 @@ def test_larger_images_are_resized_bicubic_and_normalised_as_clip_was_trained() 
     folder = resolve_pretrained("scenes/clip")
     stored = json.loads((folder / "preprocessor_config.json").read_text())
     expected = (resized - stored["image_mean"]) / stored["image_std"]
-    found = scorer._pixels(to_model_range(pixels[None]))[0].permute(1, 2, 0)
+    found = scorer.preprocess(to_model_range(pixels[None]))[0].permute(1, 2, 0)
     two_roundings = 1.2 / 255 / min(stored["image_std"])
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=two_roundings)
 
@@ -32,7 +32,7 @@ def test_larger_images_are_resized_bicubic_and_normalised_as_clip_was_trained() 
 def test_what_bicubic_weights_overshoot_is_cut() -> None:
     scorer = load_clip("scenes/clip")
     stripes = (torch.arange(100) // 10 % 2 * 2.0 - 1).expand(1, 3, 100, 100)
-    pixels = scorer._pixels(stripes)
+    pixels = scorer.preprocess(stripes)
     assert (pixels.amin().item(), pixels.amax().item()) == (-1, 1)  # mean and deviation are 0.5
 
 

@@ -58,9 +58,9 @@ class Code:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps(Code(), protocol=2), "not tensors alone"),
-        (b"not a file of tensors", "not tensors alone"),
-        (b"", "not tensors alone"),
+        (pickle.dumps(Code(), protocol=2), "cannot be read as tensors"),
+        (b"not a file of tensors", "cannot be read as tensors"),
+        (b"", "cannot be read as tensors"),
         ({"nnet": {}, "step": 3}, "not a state dict; save nnet_ema"),
         ({"encoder.weight": torch.zeros(1)}, "not weights of U-ViT or of its fusion fork"),
     ],

@@ -36,7 +36,7 @@ CONFIG = SamplingConfig(num_steps=4, guidance_scale=3.0, seed=7)
 def build_backbone(conditioning: Conditioning = "cross_attention") -> FusionUViT:
     torch.manual_seed(0)
     config = small_shape(latent_size=4, conditioning=conditioning)
-    backbone = FusionUViT(**dataclasses.asdict(config)).eval()
+    backbone = FusionUViT(config).eval()
     for module in backbone.modules():
         if isinstance(module, Modulation):  # fresh ones let nothing of the condition through
             torch.nn.init.normal_(module.linear.weight, std=0.3)

@@ -31,5 +31,5 @@ def save_untrained(folder: Path, vae: EncoderIdentity | None = None) -> str:
         recipe_sha256="0" * 64,
     )
     torch.manual_seed(0)
-    save_weights(str(folder), FusionUViT(**dataclasses.asdict(shape)), info)
+    save_weights(str(folder), FusionUViT(shape), info)
     return str(folder)

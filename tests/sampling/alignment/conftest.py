@@ -1,7 +1,5 @@
 """A small untrained backbone of either conditioning, with its contexts."""
 
-import dataclasses
-
 import pytest
 import torch
 from made_backbone import small_shape
@@ -13,4 +11,4 @@ from ifvit.models.fusion_transformer import FusionUViT
 def backbone(request: pytest.FixtureRequest) -> FusionUViT:
     torch.manual_seed(0)
     config = small_shape(latent_channels=2, conditioning=request.param, init_std=0.2)
-    return FusionUViT(**dataclasses.asdict(config)).eval()
+    return FusionUViT(config).eval()

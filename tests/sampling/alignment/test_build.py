@@ -111,7 +111,7 @@ def test_regulation_knows_the_map_of_the_backbone_and_what_becomes_of_the_mass(
     sampler: Sampler,
 ) -> None:
     shape = small_shape(latent_channels=2, patch_size=4)  # a map of 2 x 2
-    coarse = dataclasses.replace(sampler, backbone=FusionUViT(**dataclasses.asdict(shape)))
+    coarse = dataclasses.replace(sampler, backbone=FusionUViT(shape))
     query, key = torch.randn(2, 2, 11, 2, 16, generator=torch.Generator().manual_seed(0))
     sums = {}
     for mass in ("preserve", "free"):
@@ -206,7 +206,7 @@ def test_settings_that_fit_neither_backbone_nor_prompt_are_refused(
 
 def test_regulation_without_attention_to_text_is_refused(sampler: Sampler) -> None:
     shape = small_shape(latent_channels=2, conditioning="adaln")
-    modulated = dataclasses.replace(sampler, backbone=FusionUViT(**dataclasses.asdict(shape)))
+    modulated = dataclasses.replace(sampler, backbone=FusionUViT(shape))
     with pytest.raises(UserError, match="with conditioning adaln no attention goes to text"):
         build(modulated, method="regulate")
 
