@@ -27,7 +27,8 @@ from ifvit.errors import UserError
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-FileSystem = fsspec.AbstractFileSystem
+FileSystem = Any
+"""An fsspec file system; fsspec has no types."""
 
 PART_BYTES = 64 << 20
 """Part size of multipart uploads; a file of less than two parts is sent in one request."""

@@ -1,4 +1,4 @@
-"""The table of verbs: for each, its configuration class, its function and one line of help.
+"""The table of verbs: the configuration class and the function of each.
 
 `cli` runs the verbs of this table; the package slurm submits the same functions as jobs.
 """
@@ -10,207 +10,97 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb; `config` and `function` are `module:name`, imported only when the verb runs."""
+    """One verb; `config` and `function` are `module:name`, imported only when they are needed."""
 
     config: str
     function: str
-    help: str
     positional: str | None = None
     """Fields that take the words before the first flag: one list field, or names with spaces."""
 
+    @property
+    def help(self) -> str:
+        """First sentence of the docstring of the configuration class."""
+        return " ".join(load(self.config).__doc__.split()).split(". ")[0].rstrip(".")
+
 
 VERBS = {
-    "demo": Verb(
-        "ifvit.demo:DemoConfig", "ifvit.demo:demo", "run every stage on this machine, at small size"
-    ),
-    "scenes": Verb(
-        "ifvit.scenes.config:ScenesConfig",
-        "ifvit.scenes.image_sets:render_scenes",
-        "render a set of captioned or labelled scenes",
-    ),
-    "encode": Verb(
-        "data_pipeline.config:EncodeConfig",
-        "data_pipeline.encode:encode",
-        "captioned images -> shards",
-    ),
+    "demo": Verb("ifvit.demo:DemoConfig", "ifvit.demo:demo"),
+    "scenes": Verb("ifvit.scenes.config:ScenesConfig", "ifvit.scenes.image_sets:render_scenes"),
+    "encode": Verb("data_pipeline.config:EncodeConfig", "data_pipeline.encode:encode"),
     "shards inspect": Verb(
-        "data_pipeline.config:InspectConfig",
-        "data_pipeline.shard_tools:inspect_shards",
-        "show the first samples of a dataset as a table and as pictures",
-        positional="url",
+        "data_pipeline.config:InspectConfig", "data_pipeline.shard_tools:inspect_shards", "url"
     ),
     "shards verify": Verb(
-        "data_pipeline.config:ShardsConfig",
-        "data_pipeline.shard_tools:verify",
-        "check every byte of a dataset",
-        positional="url",
+        "data_pipeline.config:ShardsConfig", "data_pipeline.shard_tools:verify", "url"
     ),
     "shards stats": Verb(
-        "data_pipeline.config:ShardsConfig",
-        "data_pipeline.shard_tools:stats",
-        "print latent statistics, caption lengths and sizes of a dataset",
-        positional="url",
+        "data_pipeline.config:ShardsConfig", "data_pipeline.shard_tools:stats", "url"
     ),
     "shards merge": Verb(
-        "data_pipeline.config:MergeConfig",
-        "data_pipeline.shard_tools:merge",
-        "several datasets of the same encoders -> one dataset",
-        positional="urls",
+        "data_pipeline.config:MergeConfig", "data_pipeline.shard_tools:merge", "urls"
     ),
-    "train": Verb(
-        "ifvit.training.config:TrainConfig",
-        "ifvit.training.train:train",
-        "shards -> a trained backbone; run again to resume",
-    ),
+    "train": Verb("ifvit.training.config:TrainConfig", "ifvit.training.train:train"),
     "train --replay": Verb(
-        "ifvit.training.config:ReplayConfig",
-        "ifvit.training.replay:replay",
-        "repeat the step that ended a run",
-        positional="file",
+        "ifvit.training.config:ReplayConfig", "ifvit.training.replay:replay", "file"
     ),
     "import": Verb(
         "ifvit.models.config:ImportConfig",
         "ifvit.models.published_weights:import_weights",
-        "published weights of U-ViT or its fusion fork -> a run",
-        positional="file run",
+        "file run",
     ),
-    "generate": Verb(
-        "ifvit.sampling.config:GenerateConfig",
-        "ifvit.sampling.generate:generate",
-        "prompts or classes -> images",
-    ),
+    "generate": Verb("ifvit.sampling.config:GenerateConfig", "ifvit.sampling.generate:generate"),
     "export": Verb(
-        "ifvit.sampling.config:ExportConfig",
-        "ifvit.sampling.export:export",
-        "trained weights -> a diffusers pipeline",
-        positional="weights output",
+        "ifvit.sampling.config:ExportConfig", "ifvit.sampling.export:export", "weights output"
     ),
     "evaluate": Verb(
-        "ifvit.evaluation.config:EvaluateConfig",
-        "ifvit.evaluation.evaluate:evaluate",
-        "runs x guidance scales x alignment methods -> metrics or object counts",
+        "ifvit.evaluation.config:EvaluateConfig", "ifvit.evaluation.evaluate:evaluate"
     ),
     "evaluate --make_reference": Verb(
         "ifvit.evaluation.config:MakeReferenceConfig",
         "ifvit.evaluation.references:make_reference",
-        "real images -> reference statistics for evaluations",
-        positional="output",
+        "output",
     ),
     "analyze attention": Verb(
         "ifvit.analysis.config:AttentionConfig",
         "ifvit.analysis.attention_analysis:analyze_attention",
-        "runs -> attention maps and singular values of each layer, as a figure",
-        positional="runs",
+        "runs",
     ),
-    "cost": Verb(
-        "ifvit.models.config:CostConfig",
-        "ifvit.models.cost:cost",
-        "parameters and GFLOPs of every preset",
-    ),
-    "cost --plan": Verb(
-        "ifvit.analysis.config:PlanConfig",
-        "ifvit.analysis.plan:plan",
-        "estimate memory, time and traffic of training on many GPUs",
-    ),
+    "cost": Verb("ifvit.models.config:CostConfig", "ifvit.models.cost:cost"),
+    "cost --plan": Verb("ifvit.analysis.config:PlanConfig", "ifvit.analysis.plan:plan"),
     "bench checkpoint": Verb(
-        "ifvit.bench.config:BenchCheckpointConfig",
-        "ifvit.bench.checkpoint_speed:bench_checkpoint",
-        "time that checkpoints cost the training loop",
+        "ifvit.bench.config:BenchCheckpointConfig", "ifvit.bench.checkpoint_speed:bench_checkpoint"
     ),
     "bench encode": Verb(
-        "ifvit.bench.config:BenchEncodeConfig",
-        "ifvit.bench.encoding_speed:bench_encode",
-        "images/s of the encode job, relative to its models alone",
+        "ifvit.bench.config:BenchEncodeConfig", "ifvit.bench.encoding_speed:bench_encode"
     ),
     "bench generate": Verb(
-        "ifvit.bench.config:BenchGenerateConfig",
-        "ifvit.bench.sampling_speed:bench_generate",
-        "images/s of guided sampling, relative to the model without sharing and caches",
+        "ifvit.bench.config:BenchGenerateConfig", "ifvit.bench.sampling_speed:bench_generate"
     ),
     "bench loader": Verb(
-        "ifvit.bench.config:BenchLoaderConfig",
-        "ifvit.bench.loading_speed:bench_loader",
-        "samples/s of the loader, relative to other readers of the same samples",
+        "ifvit.bench.config:BenchLoaderConfig", "ifvit.bench.loading_speed:bench_loader"
     ),
     "bench train": Verb(
-        "ifvit.bench.config:BenchTrainConfig",
-        "ifvit.bench.training_speed:bench_train",
-        "time of a training step, relative to a bare loop, U-ViT's recipe and the hardware",
+        "ifvit.bench.config:BenchTrainConfig", "ifvit.bench.training_speed:bench_train"
     ),
-    "report": Verb(
-        "ifvit.studies.config:ReportConfig",
-        "ifvit.studies.report:report",
-        "runs -> one HTML page",
-        positional="runs",
-    ),
-    "rate create": Verb(
-        "ifvit.rating.config:CreateConfig",
-        "ifvit.rating.create:create",
-        "generated images -> a study for human raters; run again to see links and add raters",
-        positional="study",
-    ),
-    "rate serve": Verb(
-        "ifvit.rating.config:ServeConfig",
-        "ifvit.rating.server:serve",
-        "serve the web pages of raters and of the admin",
-        positional="study",
-    ),
+    "report": Verb("ifvit.studies.config:ReportConfig", "ifvit.studies.report:report", "runs"),
+    "rate create": Verb("ifvit.rating.config:CreateConfig", "ifvit.rating.create:create", "study"),
+    "rate serve": Verb("ifvit.rating.config:ServeConfig", "ifvit.rating.server:serve", "study"),
     "rate report": Verb(
-        "ifvit.rating.config:RateReportConfig",
-        "ifvit.rating.pages:report",
-        "answers -> one HTML page and its numbers",
-        positional="study",
+        "ifvit.rating.config:RateReportConfig", "ifvit.rating.pages:report", "study"
     ),
     "rate export": Verb(
-        "ifvit.rating.config:RateExportConfig",
-        "ifvit.rating.results:export",
-        "answers -> CSV or JSON lines",
-        positional="study",
+        "ifvit.rating.config:RateExportConfig", "ifvit.rating.results:export", "study"
     ),
     "report paper": Verb(
-        "ifvit.studies.config:PaperConfig",
-        "ifvit.studies.paper:report_paper",
-        "runs -> the paper's tables and figures, the paper's numbers beside ours",
-        positional="runs",
+        "ifvit.studies.config:PaperConfig", "ifvit.studies.paper:report_paper", "runs"
     ),
-    "submit train": Verb(
-        "slurm.config:SubmitTrainConfig",
-        "slurm.submit:submit_train",
-        "run ifvit train, or a grid of runs, as SLURM jobs that survive preemption",
-    ),
-    "submit encode": Verb(
-        "slurm.config:SubmitEncodeConfig",
-        "slurm.submit:submit_encode",
-        "run ifvit encode as an array of jobs",
-    ),
-    "submit evaluate": Verb(
-        "slurm.config:SubmitEvaluateConfig",
-        "slurm.submit:submit_evaluate",
-        "run ifvit evaluate, generating images in an array of jobs",
-    ),
-    "submit pipeline": Verb(
-        "slurm.config:PipelineConfig",
-        "slurm.pipeline:submit_pipeline",
-        "run all stages as jobs that wait for each other",
-    ),
-    "submit status": Verb(
-        "slurm.config:StatusConfig",
-        "slurm.status:status",
-        "print state, step, speed and remaining time of a run's jobs",
-        positional="run",
-    ),
-    "submit logs": Verb(
-        "slurm.config:LogsConfig",
-        "slurm.status:logs",
-        "print the log of a run's newest job",
-        positional="run",
-    ),
-    "submit cancel": Verb(
-        "slurm.config:CancelConfig",
-        "slurm.status:cancel",
-        "cancel the jobs of a run",
-        positional="run",
-    ),
+    "submit train": Verb("slurm.config:SubmitTrainConfig", "slurm.submit:submit_train"),
+    "submit encode": Verb("slurm.config:SubmitEncodeConfig", "slurm.submit:submit_encode"),
+    "submit evaluate": Verb("slurm.config:SubmitEvaluateConfig", "slurm.submit:submit_evaluate"),
+    "submit pipeline": Verb("slurm.config:PipelineConfig", "slurm.pipeline:submit_pipeline"),
+    "submit status": Verb("slurm.config:StatusConfig", "slurm.status:status", "run"),
+    "submit logs": Verb("slurm.config:LogsConfig", "slurm.status:logs", "run"),
+    "submit cancel": Verb("slurm.config:CancelConfig", "slurm.status:cancel", "run"),
 }
 
 

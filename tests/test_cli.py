@@ -55,7 +55,7 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["encode", "--config", "none.yaml"], "none.yaml'"),
         (["shards", "verify", "nowhere"], "nowhere/manifest.json: no such file"),
         (["generate", "--weights", "nowhere", "--prompt", "x"], "nowhere: no weights there"),
-        (["generate", "--weights", "nowhere"], "give either prompt"),
+        (["generate", "--weights", "nowhere"], "give one of prompt"),
         (["export", "nowhere", "there"], "nowhere: no weights there"),
         (["export", "nowhere"], "arguments are required: output"),
     ],

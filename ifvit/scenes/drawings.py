@@ -104,12 +104,6 @@ class PlacedObject:
         radius = width / 2
         return [(self.x + radius * math.cos(a), self.y + radius * math.sin(a)) for a in angles]
 
-    @property
-    def area(self) -> float:
-        """Area of the outline in square pixels (shoelace formula)."""
-        x, y = np.array(self.outline).T
-        return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedScene:

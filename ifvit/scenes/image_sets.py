@@ -19,8 +19,6 @@ from ifvit.scenes.drawings import (
     KINDS,
     MAX_COUNT,
     Group,
-    PlacedObject,
-    RenderedScene,
     Scene,
     encode_jpeg,
     render_sampled_scene,
@@ -42,31 +40,29 @@ def render_scenes(config: ScenesConfig) -> None:
 
 
 def render_scene_set(folder: str | Path, split: str, num_images: int, seed: int = 0) -> None:
-    """Write `folder/SPLIT/COCO_SPLIT_ID.jpg`, and captions and instances in `annotations/`.
+    """Write `folder/SPLIT/COCO_SPLIT_ID.jpg` and `annotations/captions_SPLIT.json`.
 
     Equal arguments give equal bytes. A finished set is left alone; an interrupted set or one with
     other arguments is rendered again from its first image. The captions file, written last, marks
     the set as finished. Raises UserError for an unknown split and for a folder with other images.
     """
     ids, info = _image_ids(split, num_images), _describe(split, num_images, seed)
-    captions, instances = (
-        Path(folder, "annotations", f"{name}_{split}.json") for name in ("captions", "instances")
-    )
-    if not _start_set(folder, info, (captions, instances)):
+    captions = Path(folder, "annotations", f"captions_{split}.json")
+    if not _start_set(folder, info, captions):
         return
-    rendered = {}
+    texts = []
     for image_id in tqdm(ids, desc=f"render {split}"):
-        rendered[image_id] = render_sampled_scene(seed, image_id)
+        rendered = render_sampled_scene(seed, image_id)
         path = Path(folder, split, _file_name(split, image_id))
-        path.write_bytes(encode_jpeg(rendered[image_id].image))
-    shared = {"info": info, "licenses": [_LICENSE]}
-    shared["images"] = [_image_record(split, image_id) for image_id in ids]
-    categories = [
-        {"supercategory": "shape", "id": i, "name": kind} for i, kind in enumerate(KINDS, start=1)
+        path.write_bytes(encode_jpeg(rendered.image))
+        texts += [(image_id, text) for text in write_captions(rendered.scene)]
+    records = [
+        {"image_id": image_id, "id": number, "caption": text}
+        for number, (image_id, text) in enumerate(texts, start=10 * ids[0])  # unlike other splits
     ]
-    objects = shared | {"annotations": _instance_records(rendered), "categories": categories}
-    write_json(str(instances), objects)
-    write_json(str(captions), shared | {"annotations": _caption_records(rendered)})
+    content = {"info": info, "licenses": [_LICENSE]}
+    content["images"] = [_image_record(split, image_id) for image_id in ids]
+    write_json(str(captions), content | {"annotations": records})
 
 
 def render_class_set(folder: str | Path, split: str, num_images: int, seed: int = 0) -> None:
@@ -78,7 +74,7 @@ def render_class_set(folder: str | Path, split: str, num_images: int, seed: int 
     ids = _image_ids(split, num_images)
     info = _describe(split, num_images, seed) | {"classes": True}
     finished = Path(folder, "annotations", f"classes_{split}.json")
-    if not _start_set(folder, info, (finished,)):
+    if not _start_set(folder, info, finished):
         return
     names, scenes = zip(*class_scenes().items(), strict=True)
     for name in names:
@@ -108,20 +104,20 @@ def _image_ids(split: str, num_images: int) -> range:
     return range(first, first + num_images)
 
 
-def _start_set(folder: str | Path, info: dict[str, Any], results: tuple[Path, ...]) -> bool:
+def _start_set(folder: str | Path, info: dict[str, Any], result: Path) -> bool:
     """Empty the folder of the set => True; False when the set is finished already.
 
-    `annotations/scenes_SPLIT.json` with `info`, written first, marks the folder as ours. The first
-    of `results` is written last. Raises UserError for a folder with images of another origin.
+    `annotations/scenes_SPLIT.json` with `info`, written first, marks the folder as ours, and
+    `result` is written last. Raises UserError for a folder with images of another origin.
     """
     split = info["split"]
     images, mark = Path(folder, split), Path(folder, "annotations", f"scenes_{split}.json")
     is_ours = mark.exists()
-    if not is_ours and (any(result.exists() for result in results) or any(images.glob("*"))):
+    if not is_ours and (result.exists() or any(images.glob("*"))):
         raise UserError(f"{images}: holds images of another origin; choose another folder")
-    if results[0].exists() and is_ours and read_json(str(mark)) == info:
+    if result.exists() and is_ours and read_json(str(mark)) == info:
         return False
-    for stale in (*results, *images.rglob("*.jpg")):
+    for stale in (result, *images.rglob("*.jpg")):
         stale.unlink(missing_ok=True)
     write_json(str(mark), info)
     images.mkdir(parents=True, exist_ok=True)
@@ -157,36 +153,4 @@ def _image_record(split: str, image_id: int) -> dict[str, Any]:
         "date_captured": "2024-01-01 00:00:00",
         "flickr_url": "",
         "id": image_id,
-    }
-
-
-def _caption_records(rendered: dict[int, RenderedScene]) -> list[dict[str, Any]]:
-    pairs = [(i, text) for i, one in rendered.items() for text in write_captions(one.scene)]
-    numbered = enumerate(pairs, start=_first_annotation_id(rendered))
-    return [{"image_id": i, "id": n, "caption": text} for n, (i, text) in numbered]
-
-
-def _instance_records(rendered: dict[int, RenderedScene]) -> list[dict[str, Any]]:
-    pairs = [(i, placed) for i, one in rendered.items() for placed in one.objects]
-    numbered = enumerate(pairs, start=_first_annotation_id(rendered))
-    return [_instance_record(n, i, placed) for n, (i, placed) in numbered]
-
-
-def _first_annotation_id(rendered: dict[int, RenderedScene]) -> int:
-    """Ten ids for each image id, so that no two splits share an annotation id."""
-    return 10 * min(rendered)
-
-
-def _instance_record(annotation_id: int, image_id: int, placed: PlacedObject) -> dict[str, Any]:
-    width, height = placed.extent
-    box = (placed.x - width / 2, placed.y - height / 2, width, height)
-    return {
-        "segmentation": [[round(value, 2) for corner in placed.outline for value in corner]],
-        "area": round(placed.area, 2),
-        "iscrowd": 0,
-        "image_id": image_id,
-        "bbox": [round(value, 2) for value in box],
-        "category_id": KINDS.index(placed.kind) + 1,
-        "id": annotation_id,
-        "colour": placed.colour,
     }

@@ -46,7 +46,7 @@ def call(
     """Function that calls a job with its verb's function replaced, as the last task of a node."""
 
     def call(function: Callable[[Any], None], job: VerbJob, num_tasks: int) -> None:
-        verb = Verb(config="", function=f"{__name__}:{function.__name__}", help="")
+        verb = Verb(config="", function=f"{__name__}:{function.__name__}")
         monkeypatch.setitem(VERBS, job.verb, verb)
         last = str(num_tasks - 1)
         monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
