@@ -70,21 +70,21 @@ def report_paper(config: PaperConfig) -> None:
         table_further(sheet),
         table_2(sheet, {"baseline": baseline, "best": best}),
     ]
-    figures = [
-        figure_3(curves),
-        figure_4(sheet, baseline, best),
-        figure_5(counts, counts_excluded),
-        figure_6(preference),
-        figure_7(sheet),
-        figure_8(sheet),
-    ]
+    figures = {
+        "figure3": figure_3(curves),
+        "figure4": figure_4(sheet, baseline, best),
+        "figure5": figure_5(counts, counts_excluded),
+        "figure6": figure_6(preference),
+        "figure7": figure_7(sheet),
+        "figure8": figure_8(sheet),
+    }
     for table in tables:
         if table:
             _write(config, f"{table.name}.csv", to_csv(table.records))
-    for figure in figures:
+    for name, figure in figures.items():
         if figure.png and figure.csv:
-            _write(config, f"{figure.name}.png", figure.png)
-            _write(config, f"{figure.name}.csv", figure.csv)
+            _write(config, f"{name}.png", figure.png)
+            _write(config, f"{name}.csv", figure.csv)
     excluded = [f"{run.name} is left out: it has no weights" for run in found if run not in runs]
     changed = [line.title for line in recipe_differences(runs)]
     page = render_page(
@@ -94,7 +94,8 @@ def report_paper(config: PaperConfig) -> None:
         claims=metric_claims(sheet)
         + count_claims(counts)
         + (preference_claims(preference) if preference else []),
-        figures=[(f, inline_image(f.png) if f.png and not f.panels else None) for f in figures],
+        figures=figures,
+        inline_image=inline_image,
         excluded=excluded + list(dict.fromkeys(sheet.excluded + curves.excluded)),
         differences=[name for name in changed if not name.startswith(_MAY_DIFFER)],
     )

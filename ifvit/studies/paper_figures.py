@@ -5,8 +5,8 @@
 
 import random
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
@@ -17,15 +17,13 @@ from ifvit import storage
 from ifvit.analysis.attention_analysis import attention_figure
 from ifvit.analysis.attention_maps import AttentionSummary, read_attention
 from ifvit.evaluation.detectors import SCENES
-from ifvit.evaluation.estimates import Estimate
-from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
 from ifvit.evaluation.runs import Run, Sample, read_samples, step_files
 from ifvit.figures import house_style, to_csv, to_png, to_svg
 from ifvit.images import Pixels
 from ifvit.sampling.samples import read_images
 from ifvit.studies import object_counts
-from ifvit.studies.comparisons import COUNT, PAPER_CLIP_SCORE, RELATION, RETRIEVAL, Metric, SeedMean
+from ifvit.studies.comparisons import COUNT, PAPER_CLIP_SCORE, RELATION, RETRIEVAL, SeedMean
 from ifvit.studies.paper_claims import CountsByVariant, quality_metric
 from ifvit.studies.variants import PAPER_VARIANTS, VARIANTS, Sheet, Variant, series_of
 
@@ -64,27 +62,15 @@ _HALVES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperFigure:
-    """A figure: panels (title, SVG) or a PNG on the page, PNG and CSV as files; or `missing`."""
+class Point:
+    """A mean of one variant or model, with its standard error.
+
+    `colour` is an index of VARIANT_COLOURS; `values` are the numbers of the single runs.
+    """
 
     name: str
-    title: str
-    text: str = ""
-    """What the figure shows, below its title."""
-    notes: list[str] = field(default_factory=list)
-    missing: str | None = None
-    """What the figure needs and how to make it."""
-    panels: list[tuple[str, str]] = field(default_factory=list)
-    legend: list[dict[str, object]] = field(default_factory=list)
-    """Name and colour of each trace of the panels."""
-    png: bytes | None = None
-    csv: bytes | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A mean with its standard error; `values` are those of the single runs."""
-
+    colour: int
+    is_early: bool
     x: float
     y: float
     error: float
@@ -94,188 +80,172 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trace:
-    """The points of one variant or model; `colour` is an index of VARIANT_COLOURS."""
-
-    name: str
-    colour: int
-    is_early: bool
-    points: list[Point]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Panel:
     """A pair of axes; if `places` are given, x is the index of a place."""
 
     title: str
     x_label: str
     y_label: str
-    traces: list[Trace]
+    points: list[Point]
     places: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class PaperFigure:
+    """A figure as PNG and CSV, both None if the runs lack what it shows.
+
+    `facts` are what its text on the page names, `notes` are sentences about runs left out.
+    """
+
+    png: bytes | None = None
+    csv: bytes | None = None
+    panels: list[Panel] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def svgs(self) -> list[tuple[str, str]]:
+        """Title and SVG of each panel, for the page."""
+        return [(panel.title, _panel_svg(panel)) for panel in self.panels]
+
+    @property
+    def legend(self) -> list[dict[str, object]]:
+        """Name and colour of the variants or models in the panels."""
+        colours = {point.name: point.colour for panel in self.panels for point in panel.points}
+        return [{"name": name, "colour": colour} for name, colour in colours.items()]
+
+
 def figure_3(sheet: Sheet) -> PaperFigure:
-    """Plot metrics over training steps, and quality over CLIP Score as guidance grows."""
-    series = series_of(sheet.reference.protocol) if sheet.reference else ""
-    return _panel_figure(
-        "figure3",
-        "Figure 3: during training, and under guidance",
-        figure_3_panels(sheet),
-        text=f"Evaluations {series}: means over a variant's runs with standard errors. Guidance w "
-        "counts as in eps_uncond + w (eps_cond - eps_uncond); the paper prints w - 1.",
-        missing="no run was evaluated at two steps or two guidance scales; run "
-        "`ifvit evaluate --weights RUN --steps all --guidance_scales [1.5,3] …`",
-    )
+    """Plot metrics over training steps, and quality over CLIP Score as guidance grows.
 
-
-def figure_3_panels(sheet: Sheet) -> list[Panel]:
-    """Return the panels of Figure 3 in which any variant has two points.
-
-    Evaluations of scenes have panels that the paper does not have.
+    Panels in which no variant has two points are left out. Evaluations of scenes have panels that
+    the paper does not have.
     """
     variants = [variant for variant in PAPER_VARIANTS if variant in sheet.variants]
     quality = quality_metric(sheet)
     panels = []
     for metric in (quality, PAPER_CLIP_SCORE, RETRIEVAL, COUNT, RELATION):
-        traces = []
-        for variant in variants:
-            means = sheet.over_steps(variant, metric)
-            traces.append(_trace(variant, [_point(step, mean) for step, mean in means.items()]))
+        points = [
+            _point(variant, step, mean)
+            for variant in variants
+            for step, mean in sheet.over_steps(variant, metric).items()
+        ]
         title = f"{metric.title} during training"
-        panels.append(Panel(title=title, x_label="step", y_label=metric.heading, traces=traces))
+        panels.append(Panel(title=title, x_label="step", y_label=metric.heading, points=points))
+    points = []
+    for variant in variants:
+        scores = sheet.over_guidance(variant, PAPER_CLIP_SCORE)
+        for scale, mean in sheet.over_guidance(variant, quality).items():
+            point = _point(variant, scores[scale].value, mean)
+            points.append(replace(point, x_error=scores[scale].error, label=f"w={scale:g}"))
     guidance = Panel(
         title=f"{quality.title} over {PAPER_CLIP_SCORE.title}",
         x_label=PAPER_CLIP_SCORE.heading,
         y_label=quality.heading,
-        traces=[_trace(variant, _over_guidance(sheet, variant, quality)) for variant in variants],
+        points=points,
     )
     panels.insert(2, guidance)
-    return [panel for panel in panels if any(len(trace.points) > 1 for trace in panel.traces)]
+    shown = [p for p in panels if len(p.points) > len({point.name for point in p.points})]
+    series = series_of(sheet.reference.protocol) if sheet.reference else ""
+    return _panel_figure(shown, series=series)
 
 
 def figure_4(sheet: Sheet, baseline: Variant, best: Variant) -> PaperFigure:
     """Show images of two variants for random captions that both have; never chosen by eye."""
-    name, title = "figure4", "Figure 4: the same captions and noise"
     runs = [_first_compared(sheet, variant) for variant in (baseline, best)]
     scale = _scale_of_pairs(sheet, runs)
     top, bottom = (_samples(sheet, run, scale) for run in runs)
     if baseline == best or not top or not bottom:
-        missing = "no samples of two variants; run `ifvit evaluate --weights RUN …` for both"
-        return PaperFigure(name=name, title=title, missing=missing)
+        return PaperFigure()
     common = sorted(set(top) & set(bottom))
     chosen = random.Random(_PAIRS_SEED).sample(common, min(_NUM_PAIRS, len(common)))
     pairs = [(top[key], bottom[key]) for key in chosen]
     above, below = (list(read_images(s.image for s in line)) for line in zip(*pairs, strict=True))
     records = [{"caption": a.prompt, "top": a.image, "bottom": b.image} for a, b in pairs]
     return PaperFigure(
-        name=name,
-        title=title,
-        text=f"Top: {baseline.title}, bottom: {best.title}, the first compared run of each, at "
-        f"guidance w = {scale:g}; {len(pairs)} captions drawn at random with a fixed seed.",
-        png=plot_pairs([a.prompt for a, _ in pairs], above, below),
+        png=_plot_pairs([a.prompt for a, _ in pairs], above, below),
         csv=to_csv(records),
+        facts={
+            "top": baseline.title,
+            "bottom": best.title,
+            "scale": f"{scale:g}",
+            "num_pairs": len(pairs),
+        },
     )
 
 
 def figure_5(counts: CountsByVariant, excluded: list[str]) -> PaperFigure:
     """Plot the object counts, averaged over the runs of each variant."""
-    name, title = "figure5", "Figure 5: object count"
     if not counts:
-        missing = "no run has object counts; run `ifvit evaluate --protocol object_count …`"
-        return PaperFigure(name=name, title=title, missing=missing, notes=excluded)
-    rows: dict[str, ObjectCountRow] = {
-        variant.title: object_counts.mean_row(found) for variant, found in counts.items()
-    }
+        return PaperFigure(notes=excluded)
+    rows = {variant.title: object_counts.mean_row(found) for variant, found in counts.items()}
     (detector,) = {row.protocol.rule.detector for row in rows.values()}
-    how = "exact analysis of the scenes" if detector == SCENES else detector
     return PaperFigure(
-        name=name,
-        title=title,
-        text=f"Counted by {how}, where the paper asked people. Bars of several runs are "
-        "their mean with its 95 % interval over runs, bars of one run have one over images.",
-        notes=excluded,
         png=to_png(object_counts.figure(rows)),
         csv=object_counts.table(rows),
+        facts={"how": "exact analysis of the scenes" if detector == SCENES else detector},
+        notes=excluded,
     )
 
 
 def figure_6(found: "PreferenceResults | None") -> PaperFigure:
-    """Plot the preference scores of a rating study."""
-    return _panel_figure(
-        "figure6",
-        "Figure 6: human preference",
-        [figure_6_panel(found.score)] if found else [],
-        text=f"{found.num_rankings if found else 0} rankings by people; the order on the page was "
-        "random. Standard errors from resampling raters and items.",
-        missing="no study with rankings; run `ifvit rate create STUDY …`, let people rate, give "
-        "--study",
-    )
-
-
-def figure_6_panel(score: Mapping[str, Estimate]) -> Panel:
-    """Return scores by model name; a model named by a variant's slug has the variant's colour."""
+    """Plot preference scores; a model named by a variant's slug has the variant's colour."""
+    if found is None:
+        return PaperFigure()
     known = {variant.slug: variant for variant in VARIANTS}
-    traces = [
-        Trace(
+    points = [
+        Point(
             name=name,
             colour=VARIANTS.index(known[name]) if name in known else place,
             is_early=name in known and known[name].is_early,
-            points=[Point(x=place, y=found.value, error=found.standard_error)],
+            x=place,
+            y=score.value,
+            error=score.standard_error,
         )
-        for place, (name, found) in enumerate(score.items())
+        for place, (name, score) in enumerate(found.score.items())
     ]
-    places = tuple(textwrap.fill(name.replace("_", " "), _PLACE_WIDTH) for name in score)
-    title = f"Preference score, from 1 (last) to {len(score)} (first)"
-    return Panel(title=title, x_label="", y_label="score", traces=traces, places=places)
+    panel = Panel(
+        title=f"Preference score, from 1 (last) to {len(points)} (first)",
+        x_label="",
+        y_label="score",
+        points=points,
+        places=tuple(textwrap.fill(p.name.replace("_", " "), _PLACE_WIDTH) for p in points),
+    )
+    return _panel_figure([panel], num_rankings=found.num_rankings)
 
 
 def figure_7(sheet: Sheet) -> PaperFigure:
-    """Plot each half of intermediate fusion between early and intermediate fusion."""
-    return _panel_figure(
-        "figure7",
-        "Figure 7: each half of intermediate fusion alone",
-        figure_7_panels(sheet),
-        text="Image blocks: text is fused in the middle blocks only. Text branch: text goes "
-        "through blocks of its own first. Small points are single runs.",
-        missing="no run has one half of intermediate fusion; train with "
-        "`--backbone.num_image_blocks N --backbone.num_text_blocks 0` and with `0` and `1`",
-    )
+    """Plot early fusion, each half of intermediate fusion, and both halves.
 
-
-def figure_7_panels(sheet: Sheet) -> list[Panel]:
-    """Return the panels of Figure 7 for each conditioning of which one half was trained."""
+    There are panels for each conditioning of which one half was trained.
+    """
     halves = (v for v in sheet.variants if v.image_blocks != v.text_blocks)
     panels = []
     for conditioning in dict.fromkeys(variant.conditioning for variant in halves):
+        variants = [Variant(conditioning, *blocks) for blocks in _HALVES]
         for metric in (quality_metric(sheet), PAPER_CLIP_SCORE, RETRIEVAL, COUNT, RELATION):
-            variants = [Variant(conditioning, *blocks) for blocks in _HALVES]
-            traces = [
-                _trace(variant, [_point(place, mean)])
-                for place, variant in enumerate(variants)
-                if (mean := sheet.mean(variant, metric))
-            ]
-            if traces:
-                panel = Panel(
-                    title=f"{metric.title}, {variants[0].path}",
-                    x_label="",
-                    y_label=metric.heading,
-                    traces=traces,
-                    places=tuple(_HALVES.values()),
-                )
-                panels.append(panel)
-    return panels
+            panel = Panel(
+                title=f"{metric.title}, {variants[0].path}",
+                x_label="",
+                y_label=metric.heading,
+                points=[
+                    _point(variant, place, mean)
+                    for place, variant in enumerate(variants)
+                    if (mean := sheet.mean(variant, metric))
+                ],
+                places=tuple(_HALVES.values()),
+            )
+            panels += [panel] if panel.points else []
+    return _panel_figure(panels)
 
 
 def figure_8(sheet: Sheet) -> PaperFigure:
     """Show the newest attention analysis of each variant's first analysed run."""
-    name, title = "figure8", "Figure 8: where attention goes"
-    found = {v: summary for v, runs in sheet.variants.items() if (summary := _attention(runs))}
+    found = {v.title: s for v, runs in sheet.variants.items() if (s := _attention(runs))}
     if not found:
-        missing = "no run has an analysis; run `ifvit analyze attention RUN… --shards HELD_OUT`"
-        return PaperFigure(name=name, title=title, missing=missing)
+        return PaperFigure()
     protocol = next(iter(found.values())).protocol
-    alike = {v.title: summary for v, summary in found.items() if summary.protocol == protocol}
-    others = [v.title for v in found if v.title not in alike]
+    alike = {name: summary for name, summary in found.items() if summary.protocol == protocol}
     records: list[dict[str, object]] = [
         {
             "variant": variant,
@@ -287,39 +257,24 @@ def figure_8(sheet: Sheet) -> PaperFigure:
         for variant, summary in alike.items()
         for layer in summary.layers
     ]
-    return PaperFigure(
-        name=name,
-        title=title,
-        text="The first analysed run of each variant: image-to-image maps, text-to-image maps, "
-        "singular values of the latter, layer by layer.",
-        notes=[f"{variant} was analysed otherwise and is left out." for variant in others],
-        png=to_png(attention_figure(alike)),
-        csv=to_csv(records),
-    )
-
-
-def _trace(variant: Variant, points: list[Point]) -> Trace:
-    colour = VARIANTS.index(variant)
-    return Trace(name=variant.title, colour=colour, is_early=variant.is_early, points=points)
-
-
-def _point(x: float, mean: SeedMean) -> Point:
-    return Point(x=x, y=mean.value, error=mean.error, values=mean.values)
-
-
-def _over_guidance(sheet: Sheet, variant: Variant, quality: Metric) -> list[Point]:
-    scores = sheet.over_guidance(variant, PAPER_CLIP_SCORE)
-    return [
-        Point(
-            x=scores[scale].value,
-            y=mean.value,
-            error=mean.error,
-            x_error=scores[scale].error,
-            values=mean.values,
-            label=f"w={scale:g}",
-        )
-        for scale, mean in sheet.over_guidance(variant, quality).items()
+    notes = [
+        f"{name} was analysed with another protocol and is left out."
+        for name in found
+        if name not in alike
     ]
+    return PaperFigure(png=to_png(attention_figure(alike)), csv=to_csv(records), notes=notes)
+
+
+def _point(variant: Variant, x: float, mean: SeedMean) -> Point:
+    return Point(
+        name=variant.title,
+        colour=VARIANTS.index(variant),
+        is_early=variant.is_early,
+        x=x,
+        y=mean.value,
+        error=mean.error,
+        values=mean.values,
+    )
 
 
 def _first_compared(sheet: Sheet, variant: Variant) -> Run | None:
@@ -353,28 +308,13 @@ def _attention(runs: Sequence[Run]) -> AttentionSummary | None:
     return None
 
 
-def _panel_figure(
-    name: str, title: str, panels: list[Panel], *, text: str, missing: str
-) -> PaperFigure:
+def _panel_figure(panels: list[Panel], **facts: object) -> PaperFigure:
     if not panels:
-        return PaperFigure(name=name, title=title, missing=missing)
-    colours = {trace.name: trace.colour for panel in panels for trace in panel.traces}
-    return PaperFigure(
-        name=name,
-        title=title,
-        text=text,
-        panels=[(panel.title, _panel_svg(panel)) for panel in panels],
-        legend=[{"name": trace, "colour": colour} for trace, colour in colours.items()],
-        png=plot_panels(panels),
-        csv=to_csv(_panel_records(panels)),
-    )
-
-
-def _panel_records(panels: Sequence[Panel]) -> list[dict[str, object]]:
-    return [
+        return PaperFigure()
+    records: list[dict[str, object]] = [
         {
             "panel": panel.title,
-            "name": trace.name,
+            "name": point.name,
             "x": panel.places[round(point.x)].replace("\n", " ") if panel.places else point.x,
             "x_error": point.x_error,
             "y": point.y,
@@ -383,12 +323,12 @@ def _panel_records(panels: Sequence[Panel]) -> list[dict[str, object]]:
             "label": point.label,
         }
         for panel in panels
-        for trace in panel.traces
-        for point in trace.points
+        for point in panel.points
     ]
+    return PaperFigure(png=_plot_panels(panels), csv=to_csv(records), panels=panels, facts=facts)
 
 
-def plot_panels(panels: Sequence[Panel]) -> bytes:
+def _plot_panels(panels: Sequence[Panel]) -> bytes:
     """Return a PNG of all panels, three in a row, with one legend."""
     num_columns = min(_COLUMNS, len(panels))
     num_lines = -(-len(panels) // num_columns)
@@ -396,15 +336,13 @@ def plot_panels(panels: Sequence[Panel]) -> bytes:
     with house_style():
         figure = Figure(figsize=size, layout="constrained")
         grid = list(figure.subplots(num_lines, num_columns, squeeze=False).flat)
+        handles = {}
         for axes, panel in zip(grid, panels, strict=False):
             _plot_panel(axes, panel)
+            for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles[name] = handle
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        handles = {
-            name: handle
-            for axes in grid
-            for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles))
         )
@@ -422,8 +360,32 @@ def _panel_svg(panel: Panel) -> str:
 
 
 def _plot_panel(axes: Axes, panel: Panel) -> None:
-    for trace in panel.traces:
-        _plot_trace(axes, trace, connected=not panel.places)
+    """Plot means with standard errors, early fusion dashed and hollow, single runs as dots."""
+    for name in dict.fromkeys(point.name for point in panel.points):
+        points = [point for point in panel.points if point.name == name]
+        colour = VARIANT_COLOURS[points[0].colour][0]
+        axes.errorbar(
+            [point.x for point in points],
+            [point.y for point in points],
+            [point.error for point in points],
+            [point.x_error or 0.0 for point in points],
+            color=colour,
+            linestyle="" if panel.places else "--" if points[0].is_early else "-",
+            linewidth=1.8,
+            elinewidth=1.0,
+            capsize=2,
+            marker="o",
+            markersize=5,
+            markerfacecolor="none" if points[0].is_early else colour,
+            label=name,
+        )
+        for point in points if panel.places else ():
+            x = [point.x + 0.14] * len(point.values)
+            axes.plot(x, point.values, ".", color=colour, alpha=0.55)
+        for point in (points[0], points[-1]):
+            if point.label:
+                place = (point.x, point.y)
+                axes.annotate(point.label, place, (4, 4), textcoords="offset points", fontsize=8)
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
@@ -435,37 +397,7 @@ def _plot_panel(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _plot_trace(axes: Axes, trace: Trace, *, connected: bool) -> None:
-    """Plot means with standard errors, early fusion dashed and hollow, single runs small."""
-    if not trace.points:
-        return
-    colour = VARIANT_COLOURS[trace.colour][0]
-    axes.errorbar(
-        [point.x for point in trace.points],
-        [point.y for point in trace.points],
-        [point.error for point in trace.points],
-        [point.x_error or 0.0 for point in trace.points],
-        color=colour,
-        linestyle="" if not connected else "--" if trace.is_early else "-",
-        linewidth=1.8,
-        elinewidth=1.0,
-        capsize=2,
-        marker="o",
-        markersize=5,
-        markerfacecolor="none" if trace.is_early else colour,
-        label=trace.name,
-    )
-    if not connected:
-        for point in trace.points:
-            x = [point.x + 0.14] * len(point.values)
-            axes.plot(x, point.values, ".", color=colour, alpha=0.55)
-    for point in (trace.points[0], trace.points[-1]):
-        if point.label:
-            place = (point.x, point.y)
-            axes.annotate(point.label, place, (4, 4), textcoords="offset points", fontsize=8)
-
-
-def plot_pairs(captions: Sequence[str], top: Sequence[Pixels], bottom: Sequence[Pixels]) -> bytes:
+def _plot_pairs(captions: Sequence[str], top: Sequence[Pixels], bottom: Sequence[Pixels]) -> bytes:
     """Return a PNG with two images (H, W, 3) per caption, one above the other, six in a row."""
     num_columns = min(6, len(captions))
     num_lines = -(-len(captions) // num_columns)
