@@ -225,17 +225,6 @@ def compare_runs(baseline: Run, other: Run) -> RunComparison | None:
     return RunComparison(baseline=baseline.name, other=other.name, comparisons=comparisons)
 
 
-def best_run(metric: Metric, runs: Sequence[Run]) -> str | None:
-    """Return the name of the clearly best run among those that compare with the first one."""
-    excluded = mismatches(runs)
-    means = {
-        run.name: mean_over_seeds([estimate])
-        for run in runs
-        if run.name not in excluded and (estimate := metric.of(run.last))
-    }
-    return find_best(metric, means)
-
-
 def mismatches(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return, by run name, why a run does not compare with the first run that was evaluated.
 

@@ -8,9 +8,9 @@ import io
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -22,6 +22,7 @@ from PIL import Image
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import MetricsRow, describe_field, describe_value
 from ifvit.evaluation.runs import Run, Sample, read_runs
 from ifvit.figures import RUN_COLOURS, house_style, to_png, to_svg
@@ -29,7 +30,7 @@ from ifvit.models.config import FusionUViTConfig
 from ifvit.studies import object_counts
 from ifvit.studies.comparisons import (
     METRICS,
-    best_run,
+    Metric,
     compare_runs,
     find_best,
     mean_over_seeds,
@@ -40,6 +41,7 @@ from ifvit.studies.config import ReportConfig
 MISSING = "—"
 """Text of a cell without a value."""
 
+_NUM_COLOURS = len(RUN_COLOURS)
 _MAX_WIDTH = 1100
 _SMALL = 128
 _NUM_CAPTIONS = 24
@@ -59,13 +61,13 @@ def report(config: ReportConfig) -> None:
     page = render_page(
         "report.html",
         title=config.title,
-        runs=[{"name": run.name, "colour": _colour(n)} for n, run in enumerate(runs)],
+        runs=[{"name": run.name, "colour": n % _NUM_COLOURS} for n, run in enumerate(runs)],
         settings=settings_lines(runs),
         metrics=metric_lines(runs),
         comparisons=[found for other in runs[1:] if (found := compare_runs(runs[0], other))],
         protocol=protocol_lines(runs),
         mismatches=mismatches(runs),
-        methods=method_lines(runs),
+        methods=method_table(runs),
         counts=inline_image(to_png(object_counts.figure(counts))) if counts else None,
         counts_excluded=counts_excluded,
         history=evaluation_history(runs),
@@ -99,11 +101,6 @@ def inline_image(data: bytes) -> str:
             picture.save(buffer, "WEBP", quality=90)
             return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def _colour(number: int) -> int:
-    """Return the number of the CSS colour of run `number`."""
-    return number % len(RUN_COLOURS)
 
 
 # Tables
@@ -164,89 +161,74 @@ def metric_lines(runs: Sequence[Run]) -> list[Line]:
 
     A note marks the numbers of runs that do not compare with the first one.
     """
+    excluded = {number for number, run in enumerate(runs) if run.name in mismatches(runs)}
     lines = []
-    marks = dict.fromkeys(mismatches(runs), ", not compared")
     for metric in METRICS:
         estimates = [metric.of(run.last) for run in runs]
-        if not any(estimates):
-            continue
-        best = best_run(metric, runs)
-        cells = [
-            Cell(
-                text=metric.show(estimate.value),
-                note=f"± {metric.show(estimate.standard_error)}{marks.get(run.name, '')}",
-                is_best=run.name == best,
-            )
-            if estimate
-            else Cell()
-            for run, estimate in zip(runs, estimates, strict=True)
-        ]
-        hint = " (lower is better)" if metric.lower_is_better else ""
-        lines.append(Line(title=f"{metric.title}{hint}", cells=cells))
+        if any(estimates):
+            hint = " (lower is better)" if metric.lower_is_better else ""
+            cells = _metric_cells(metric, estimates, excluded)
+            lines.append(Line(title=f"{metric.title}{hint}", cells=cells))
     return lines
 
 
-def method_lines(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Return the alignment methods of each run whose evaluations differ in the method alone.
+def method_table(runs: Sequence[Run]) -> tuple[list[str], list[Line]]:
+    """Return heads and lines of the evaluations of a run that differ in the alignment method alone.
 
-    The result has `heads` and `lines`; None if no run was evaluated by two methods under one
-    protocol. A value that is clearly the best of its run is marked.
+    There are no lines if no run was evaluated by two methods under one protocol. A value that is
+    clearly the best of its run's methods is marked.
     """
-    groups = [group for run in runs for group in _by_method(run).items()]
-    rows = [row for _, group in groups for row in group]
-    if not rows:
-        return None
-    metrics = [metric for metric in METRICS if any(metric.of(row) for row in rows)]
+    groups = [(run.name, rows) for run in runs for rows in _rows_by_method(run)]
+    metrics = [m for m in METRICS if any(m.of(row) for _, rows in groups for row in rows)]
     lines = []
-    for (name, _), group in groups:
-        means = {
-            metric: {
-                index: mean_over_seeds([estimate])
-                for index, row in enumerate(group)
-                if (estimate := metric.of(row))
-            }
-            for metric in metrics
-        }
-        best = {metric: find_best(metric, means[metric]) for metric in metrics}
-        base = group[0].seconds_per_image
-        for index, row in enumerate(group):
-            cells = [_seconds_cell(row.seconds_per_image, base)]
-            for metric in metrics:
-                mean = means[metric].get(index)
-                cells.append(
-                    Cell(
-                        text=metric.show(mean.value),
-                        note=f"± {metric.show(mean.error)}",
-                        is_best=best[metric] == index,
-                    )
-                    if mean
-                    else Cell()
-                )
+    for name, rows in groups:
+        columns = [_seconds_cells([row.seconds_per_image for row in rows])]
+        columns += [_metric_cells(metric, [metric.of(row) for row in rows]) for metric in metrics]
+        for row, *cells in zip(rows, *columns, strict=True):
             title = f"{name}, {row.protocol.sampling['method']}, step {row.step:,}"
             lines.append(Line(title=title, cells=cells))
-    return {"heads": ["Seconds per image", *(m.heading for m in metrics)], "lines": lines}
+    return ["Seconds per image", *(metric.heading for metric in metrics)], lines
 
 
-def _by_method(run: Run) -> dict[tuple[str, str], list[MetricsRow]]:
-    """Return the run's rows that share step and protocol but for the method, plain first."""
-    groups: dict[tuple[str, str], list[MetricsRow]] = {}
-    ignored = {"name", "method", "date", "regulation"}
+def _rows_by_method(run: Run) -> list[list[MetricsRow]]:
+    """Return groups of rows that share step and protocol except for the method, plain first."""
+    groups: dict[str, list[MetricsRow]] = {}
     for row in sorted(run.rows, key=lambda row: row.protocol.sampling["method"] != "plain"):
+        ignored = {"name", "method", "date", "regulation"}
         facts = {name: v for name, v in row.protocol.facts.items() if name not in ignored}
-        key = json.dumps([row.step, facts], sort_keys=True)
-        groups.setdefault((run.name, key), []).append(row)
-    return {
-        key: rows
-        for key, rows in groups.items()
+        groups.setdefault(json.dumps([row.step, facts], sort_keys=True), []).append(row)
+    return [
+        rows
+        for rows in groups.values()
         if len({row.protocol.sampling["method"] for row in rows}) > 1
-    }
+    ]
 
 
-def _seconds_cell(seconds: float | None, base: float | None) -> Cell:
-    if seconds is None:
-        return Cell()
-    note = f"{seconds / base - 1:+.0%}" if base and seconds != base else ""
-    return Cell(text=f"{seconds:.3f}", note=note)
+def _metric_cells(
+    metric: Metric, estimates: Sequence[Estimate | None], excluded: Collection[int] = ()
+) -> list[Cell]:
+    """Return a cell per estimate; the clearly best one is marked, unless it is excluded."""
+    compared = {n: e for n, e in enumerate(estimates) if e and n not in excluded}
+    best = find_best(metric, {n: mean_over_seeds([e]) for n, e in compared.items()})
+    cells = []
+    for number, estimate in enumerate(estimates):
+        if estimate is None:
+            cells.append(Cell())
+            continue
+        mark = ", not compared" if number in excluded else ""
+        note = f"± {metric.show(estimate.standard_error)}{mark}"
+        cells.append(Cell(text=metric.show(estimate.value), note=note, is_best=number == best))
+    return cells
+
+
+def _seconds_cells(seconds: Sequence[float | None]) -> list[Cell]:
+    """Return a cell per time, with the percentage above the first one."""
+    base = seconds[0]
+    notes = [f"{s / base - 1:+.0%}" if s and base and s != base else "" for s in seconds]
+    return [
+        Cell(text=f"{s:.3f}", note=note) if s else Cell()
+        for s, note in zip(seconds, notes, strict=True)
+    ]
 
 
 def protocol_lines(runs: Sequence[Run]) -> list[Line]:
@@ -306,23 +288,22 @@ def _flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # Training curves
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Curve:
+class _Curve(NamedTuple):
     """One quantity of metrics.jsonl over another."""
 
     title: str
     x: str
     x_label: str
     y: str
-    is_log: bool = False
+    is_log: bool
     """Use a logarithmic axis if the values span more than a factor of 5."""
 
 
 _CURVES = (
-    _Curve(title="Loss over steps", x="step", x_label="step", y="loss", is_log=True),
-    _Curve(title="Loss over time", x="seconds", x_label="training seconds", y="loss", is_log=True),
-    _Curve(title="Gradient norm", x="step", x_label="step", y="grad_norm", is_log=True),
-    _Curve(title="Samples per second", x="step", x_label="step", y="samples_per_s"),
+    _Curve("Loss over steps", "step", "step", "loss", is_log=True),
+    _Curve("Loss over time", "seconds", "training seconds", "loss", is_log=True),
+    _Curve("Gradient norm", "step", "step", "grad_norm", is_log=True),
+    _Curve("Samples per second", "step", "step", "samples_per_s", is_log=False),
 )
 
 
@@ -337,7 +318,7 @@ def plot_curve(curve: _Curve, runs: Sequence[Run]) -> str | None:
             if not points:
                 continue
             x, y = np.array(points, dtype=np.float64).T
-            colour = RUN_COLOURS[_colour(number)]
+            colour = RUN_COLOURS[number % _NUM_COLOURS]
             axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.9)
             axes.plot(x, smooth(y, max(1, len(y) // 25)), color=colour, linewidth=2.0)
         if not axes.lines:
@@ -389,7 +370,7 @@ def _caption_rows(runs: Sequence[Run]) -> list[tuple[str, list[_Picture]]]:
         if has_real:
             real = next((sample.real for sample in found if sample and sample.real), None)
             pictures.append(_Picture(colour="muted", uri=_inline_if_there(real), marks={}))
-        pictures += [_picture(f"run{_colour(n)}", sample) for n, sample in enumerate(found)]
+        pictures += [_picture(f"run{n % _NUM_COLOURS}", sample) for n, sample in enumerate(found)]
         rows.append((key[1], pictures))
     return rows
 
