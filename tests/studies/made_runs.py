@@ -1,4 +1,4 @@
-"""Run folders as training and evaluation leave them, without either."""
+"""Run folders with the files that training and evaluation write, made without them."""
 
 import dataclasses
 import json
@@ -16,12 +16,13 @@ from ifvit.sampling.config import SamplingConfig
 PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
 
 
-def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsRow:
-    def estimate(value: float) -> Estimate:
-        return Estimate(
-            value=value, standard_error=0.02, num_samples=500, low=value - 0.04, high=value + 0.04
-        )
+def estimate(value: float, error: float = 0.02) -> Estimate:
+    low, high = value - 2 * error, value + 2 * error
+    return Estimate(value=value, standard_error=error, num_samples=500, low=low, high=high)
 
+
+def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsRow:
+    """A row of metrics; `changes` are fields of the protocol or settings of sampling."""
     sampling = SamplingConfig(num_steps=25).settings
     changes |= {"sampling": sampling | {k: changes.pop(k) for k in sampling.keys() & changes}}
     protocol = Protocol(
@@ -64,7 +65,7 @@ def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
 
 
 def write_training(folder: Path, shape: BackboneConfig, seed: int = 1) -> None:
-    """What `ifvit train` leaves; the weights are their configuration alone."""
+    """The files of `ifvit train`; of the weights only the configuration."""
     curve = [
         {"step": step, "samples_seen": 64 * step, "loss": 1 / step, "grad_norm": 1.0,
          "learning_rate": 2e-4, "samples_per_s": 400.0, "data_wait": 0.01, "seconds": step / 8,
@@ -84,7 +85,7 @@ def write_training(folder: Path, shape: BackboneConfig, seed: int = 1) -> None:
 
 
 def write_evaluation(folder: Path, row: MetricsRow) -> None:
-    """The row and its samples, which are noise."""
+    """The row and its samples, which are pictures of noise."""
     protocol = row.protocol
     url = row_url(str(folder / FOLDER), protocol.name, protocol.guidance_scale, row.step)
     pixels, evaluation = noise(row.step), Path(samples_url(url))

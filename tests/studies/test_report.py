@@ -1,4 +1,4 @@
-"""The report of run folders made of real files; what is missing must show as missing."""
+"""The report of made run folders: what both runs have, and what is named missing."""
 
 import dataclasses
 import re
@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_runs import build_row, write_run
+from made_counts import made_row
+from made_runs import build_row, write_evaluation, write_run
 
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import Estimate
-from ifvit.evaluation.runs import read_run, read_runs
-from ifvit.studies.comparisons import RETRIEVAL, best_run, compare_runs
+from ifvit.evaluation.object_count import write_object_count
+from ifvit.evaluation.rows import MetricsRow
+from ifvit.evaluation.runs import read_runs
+from ifvit.sampling.config import SamplingConfig
+from ifvit.studies.comparisons import compare_runs
 from ifvit.studies.config import ReportConfig
-from ifvit.studies.report import metric_lines, report, smooth
+from ifvit.studies.report import method_table, metric_lines, report, smooth
 
 
 @pytest.fixture
@@ -39,10 +42,9 @@ def test_the_page_shows_both_runs_and_needs_no_network(runs: list[str], tmp_path
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert page.count("data:image/png;base64") == 3 * 2 + 1 + 2
-
-
-def test_the_page_is_the_same_every_time(runs: list[str], tmp_path: Path) -> None:
-    assert render(runs, tmp_path / "one.html") == render(runs, tmp_path / "two.html")
+    assert "Alignment methods" not in page
+    assert "Object count" not in page
+    assert page == render(runs, tmp_path / "again.html"), "the page is reproducible"
 
 
 def test_what_a_run_lacks_is_named_and_never_invented(tmp_path: Path) -> None:
@@ -58,42 +60,19 @@ def test_a_run_that_does_not_exist_is_a_user_error(tmp_path: Path) -> None:
         render([str(tmp_path / "nowhere")], tmp_path / "report.html")
 
 
-def test_a_difference_within_the_noise_is_called_that(tmp_path: Path) -> None:
-    early = read_run(write_run(tmp_path / "early", build_row(0.60), 0), "early")
-    close = read_run(write_run(tmp_path / "close", build_row(0.63), 3), "close")
-    far = read_run(write_run(tmp_path / "far", build_row(0.40), 3), "far")
-    within, beyond = compare_runs(early, close), compare_runs(early, far)
-    assert within is not None
-    assert beyond is not None
-    assert within.comparisons[0].outcome == "same"
-    assert "smaller than the noise of 5.5 points" in within.comparisons[0].sentence
-    assert "no difference beyond the noise in Retrieval" in within.summary
-    assert beyond.comparisons[0].outcome == "worse"
-    assert "by 20.0 points" in beyond.comparisons[0].sentence
-    assert best_run(RETRIEVAL, [early, close]) is None
-    assert best_run(RETRIEVAL, [far, close]) == "close"
-
-
-def test_a_smaller_frechet_distance_is_better(tmp_path: Path) -> None:
-    good = dataclasses.replace(
-        build_row(0.5),
-        frechet_distance=Estimate(
-            value=0.01, standard_error=0.001, num_samples=500, low=0.008, high=0.012
-        ),
-    )
-    runs = read_runs(
-        [
-            write_run(tmp_path / "a", build_row(0.5), 0),
-            write_run(tmp_path / "b", good, 3),
-        ]
-    )
-    comparison = compare_runs(*runs)
+def test_runs_are_compared_metric_by_metric(runs: list[str]) -> None:
+    comparison = compare_runs(*read_runs(runs))
     assert comparison is not None
-    outcomes = {comparison.metric: comparison.outcome for comparison in comparison.comparisons}
-    assert outcomes["Fréchet distance on CLIP features"] == "better"
+    outcomes = {found.metric: found.outcome for found in comparison.comparisons}
+    assert outcomes["Retrieval among 16 captions"] == "better"
+    assert outcomes["Count right"] == "same"
+    assert comparison.summary.startswith(
+        "intermediate against early: clearly better in Retrieval among 16 captions; "
+        "no difference beyond the noise in "
+    )
 
 
-def test_evaluations_done_differently_are_marked_and_not_compared(tmp_path: Path) -> None:
+def test_runs_evaluated_in_different_ways_are_marked_and_not_compared(tmp_path: Path) -> None:
     urls = [
         write_run(tmp_path / "a", build_row(0.5), 0),
         write_run(tmp_path / "b", build_row(0.9, guidance_scale=4.0), 3),
@@ -104,10 +83,35 @@ def test_evaluations_done_differently_are_marked_and_not_compared(tmp_path: Path
     assert "first run: guidance scale 4.0 against 2.0." in page
     assert "b against a" not in page
     assert "c against a" in page
-    runs = read_runs(urls)
-    assert best_run(RETRIEVAL, runs) == "c"
-    notes = [cell.note for cell in metric_lines(runs)[0].cells]
-    assert ["not compared" in note for note in notes] == [False, True, False]
+    cells = metric_lines(read_runs(urls))[0].cells
+    assert ["not compared" in cell.note for cell in cells] == [False, True, False]
+    assert [cell.is_best for cell in cells] == [False, False, True]
+
+
+def with_method(row: MetricsRow, method: str, seconds: float) -> MetricsRow:
+    sampling = SamplingConfig(num_steps=25, method=method).settings  # type: ignore[arg-type]
+    protocol = dataclasses.replace(row.protocol, name=f"scenes_{method}", sampling=sampling)
+    return dataclasses.replace(row, protocol=protocol, seconds_per_image=seconds)
+
+
+def test_alignment_methods_of_one_run_are_shown_side_by_side(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", with_method(build_row(0.4), "plain", 0.5), 0)
+    write_evaluation(Path(run), with_method(build_row(0.6), "date", 0.75))
+    write_evaluation(Path(run), with_method(build_row(0.4, step=600), "regulate", 0.5))
+    heads, lines = method_table(read_runs([run]))
+    assert [line.title for line in lines] == ["run, plain, step 1,200", "run, date, step 1,200"]
+    plain, date = (dict(zip(heads, line.cells, strict=True)) for line in lines)
+    assert [cells["Seconds per image"].note for cells in (plain, date)] == ["", "+50%"]
+    retrieval = "Retrieval among 16 captions ↑"
+    assert [cells[retrieval].text for cells in (plain, date)] == ["40.0 %", "60.0 %"]
+    assert [cells[retrieval].is_best for cells in (plain, date)] == [False, True]
+    assert "Alignment methods" in render([run], tmp_path / "report.html")
+
+
+def test_object_counts_of_runs_are_shown_side_by_side(runs: list[str], tmp_path: Path) -> None:
+    for run in runs:
+        write_object_count(f"{run}/evaluation/object_count/w2/step_00001200.json", made_row((0, 1)))
+    assert 'alt="object counts of all runs"' in render(runs, tmp_path / "report.html")
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
