@@ -1,8 +1,8 @@
 """Completion markers of the encode job: one small file per finished shard.
 
 A marker is written after its shard. It says which job made the shard, which images were left out,
-and how the latents are distributed. The markers in `OUTPUT/completed` are the whole state of a job,
-however many processes work on it and however they end. `encode` reads and removes markers, the
+and how the latents are distributed. The markers in `OUTPUT/completed` are the complete state of a
+job, however many processes work on it and however they end. `encode` reads and removes markers, the
 threads of `writer` write them.
 """
 

@@ -1,4 +1,4 @@
-"""Reading and writing of one shard as a whole, with webdataset.
+"""Reading and writing of complete shards with webdataset.
 
 `writer` writes the shards of an encode job. `encode` and the `shards` verbs read them from front to
 back; random access for training is in `ifvit.shards.reader`.
@@ -26,7 +26,7 @@ BUFFER_BYTES = 8 << 20
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> ShardEntry:
-    """Write `NAME.tar` and `NAME.index.npz` into `folder`, each whole or not at all.
+    """Write `NAME.tar` and `NAME.index.npz` into `folder`, each completely or not at all.
 
     Samples are written as they come, so a shard never has to fit into memory. Equal samples give
     equal bytes: owner and time of the members are constants.

@@ -154,7 +154,7 @@ class _Samples:
             return self._repeated
         rows = dict(zip(batch.captions, self._store(batch.contexts), strict=True))
         for caption in batch.decoded.repeated.intersection(rows):
-            self._repeated[caption] = rows[caption].copy()  # a view would keep the whole batch
+            self._repeated[caption] = rows[caption].copy()  # a view would keep the batch in memory
         return self._repeated | rows
 
     def _store(self, values: Tensor) -> Array:

@@ -42,7 +42,7 @@ class BenchLoaderConfig:
 class BenchEncodeConfig:
     """Compare the whole encode job, from files to manifest, with its two models alone.
 
-    The images are drawn and saved as JPEGs of 640 x 480 pixels, with five captions each.
+    The images are rendered scenes, saved as JPEGs of 640 x 480 pixels, with five captions each.
     """
 
     vae: str = "scenes/vae"

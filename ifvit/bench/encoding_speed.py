@@ -26,13 +26,13 @@ from ifvit.training.profiling import device_name
 
 IMAGE_SHAPE = (640, 480)
 NOISE = 6.0
-"""Standard deviation of the noise that makes a drawn JPEG as large as a photo's, about 100 kB."""
+"""Standard deviation of the noise that makes JPEGs of scenes as large as photos, about 100 kB."""
 
 
 def bench_encode(config: BenchEncodeConfig) -> None:
-    """Draw images, measure the job and its models in turn, print the ratio, clean up."""
+    """Render images, measure the job and its models in turn, print the ratio, clean up."""
     with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as name, one_thread():
-        recipe = _draw_images(Path(name), config)
+        recipe = _render_images(Path(name), config)
         encoders = load_encoders(recipe, has_classes=False)
         batches = _prepare_batches(recipe, encoders)
         _time_models(batches[:1], encoders)  # first use of the device
@@ -54,17 +54,17 @@ def bench_encode(config: BenchEncodeConfig) -> None:
     print_result(result, config.json)
 
 
-def _draw_images(folder: Path, config: BenchEncodeConfig) -> EncodeConfig:
+def _render_images(folder: Path, config: BenchEncodeConfig) -> EncodeConfig:
     """Write noisy enlarged scenes in COCO's layout and return the recipe that encodes them."""
     images, annotations = [], []
     for number in range(config.num_images):
-        drawn = render_sampled_scene(0, number)
-        smooth = np.asarray(Image.fromarray(drawn.image).resize(IMAGE_SHAPE))
+        rendered = render_sampled_scene(0, number)
+        smooth = np.asarray(Image.fromarray(rendered.image).resize(IMAGE_SHAPE))
         noisy = smooth + np.random.default_rng(number).normal(0, NOISE, smooth.shape)
         picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         picture.save(folder / f"{number:06d}.jpg", quality=90)
         images.append({"id": number, "file_name": f"{number:06d}.jpg"})
-        annotations += [{"image_id": number, "caption": c} for c in write_captions(drawn.scene)]
+        annotations += [{"image_id": number, "caption": c} for c in write_captions(rendered.scene)]
     captions = str(folder / "captions.json")
     storage.write_json(captions, {"images": images, "annotations": annotations})
     return EncodeConfig(
