@@ -1,60 +1,33 @@
-"""The verb `generate` with the shipped encoders and an untrained backbone."""
+"""The verb `generate` with the shipped encoders and untrained backbones."""
 
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from made_backbone import SMALL_TOKENS, SMALL_UNET
 from untrained import save_untrained
 
 from ifvit.config import read_config
+from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.images import decode_png
-from ifvit.sampling.config import DateConfig, GenerateConfig
+from ifvit.models.config import BackboneConfig
+from ifvit.models.weights import build_backbone, load_weights, save_weights
+from ifvit.sampling.config import DateConfig, ExportConfig, GenerateConfig, SamplingConfig
+from ifvit.sampling.export import export
 from ifvit.sampling.generate import generate
+from ifvit.sampling.load import load_conditions
+from ifvit.sampling.pipeline import FusionPipeline
 from ifvit.shards import EncoderIdentity
 
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_untrained(tmp_path_factory.mktemp("weights"))
-
-
-def test_flags_of_the_command_line_are_flat(weights: str, tmp_path: Path) -> None:
-    flags = f"--weights {weights} --prompt x --guidance_scale 3 --seed 1 --num_steps 50".split()
-    flags += ["--solver", "ddim", "--output", str(tmp_path)]
-    config = read_config(GenerateConfig, flags, prog="ifvit generate")
-    assert (config.guidance_scale, config.seed, config.solver) == (3.0, 1, "ddim")
-
-
-def test_prompts_become_files_rows_and_a_grid(weights: str, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("\ufefftwo red circles\r\n\r\na blue square\n")
-    config = GenerateConfig(
-        weights=weights,
-        prompts=str(tmp_path / "prompts.txt"),
-        output=str(tmp_path / "out"),
-        num_images=2,
-        num_steps=2,
-        device="cpu",
-    )
-    files = generate(config)
-    rows = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == ["two red circles", "a blue square"] * 2
-    assert [str(tmp_path / "out" / row["file"]) for row in rows] == files
-    assert rows[0]["num_steps"] == 2
-    assert len(rows[0]["weights_sha256"]) == 64
-    assert decode_png(Path(files[0]).read_bytes()).shape == (64, 64, 3)
-    assert decode_png((tmp_path / "out/grid.png").read_bytes()).shape == (130, 130, 3)
-
-    once = dataclasses.replace(config, num_images=1, output=str(tmp_path / "once"), batch_size=1)
-    for first, again in zip(files, generate(once), strict=False):
-        difference = decode_png(Path(first).read_bytes()).astype(int)
-        difference -= decode_png(Path(again).read_bytes())
-        assert abs(difference).max() <= 1  # a rounding in another batch
+CAPTIONS = "two red circles\na blue square\na green triangle\n"
 
 
 def build_config(weights: str, folder: Path, **changes: object) -> GenerateConfig:
-    (folder / "prompts.txt").write_text("two red circles\na blue square\na green triangle\n")
+    """Two steps for three captions in a file, images in FOLDER/out."""
+    (folder / "prompts.txt").write_text(CAPTIONS)
     given = {
         "weights": weights,
         "prompts": str(folder / "prompts.txt"),
@@ -65,59 +38,97 @@ def build_config(weights: str, folder: Path, **changes: object) -> GenerateConfi
     return GenerateConfig(**{**given, **changes})
 
 
-def test_images_of_other_prompts_are_not_mixed_in(weights: str, tmp_path: Path) -> None:
-    config = build_config(weights, tmp_path)
-    generate(config)
-    (tmp_path / "prompts.txt").write_text("two red circles\na blue square\na green circle\n")
-    with pytest.raises(UserError, match="holds samples of another prompts_sha256"):
-        generate(config)
+def read_rows(folder: Path) -> list[dict[str, object]]:
+    lines = (folder / "out/samples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def test_images_that_are_there_are_not_drawn_again(weights: str, tmp_path: Path) -> None:
+def assert_same_picture(one: bytes, other: bytes) -> None:
+    """Allow one unit per pixel: another batch size may round a value differently."""
+    assert abs(decode_png(one).astype(int) - decode_png(other)).max() <= 1
+
+
+def test_prompts_become_files_rows_and_a_grid(weights: str, tmp_path: Path) -> None:
+    config = build_config(weights, tmp_path, num_images=2)
+    (tmp_path / "prompts.txt").write_text("\ufefftwo red circles\r\n\r\na blue square\n")
+    files = generate(config)
+    rows = read_rows(tmp_path)
+    assert [row["prompt"] for row in rows] == ["two red circles", "a blue square"] * 2
+    assert [f"{tmp_path}/out/{row['file']}" for row in rows] == files
+    assert rows[0]["num_steps"] == 2
+    assert len(str(rows[0]["weights_sha256"])) == 64
+    assert decode_png(Path(files[0]).read_bytes()).shape == (64, 64, 3)
+    assert decode_png((tmp_path / "out/grid.png").read_bytes()).shape == (130, 130, 3)
+
+    once = dataclasses.replace(config, num_images=1, output=str(tmp_path / "once"), batch_size=1)
+    for first, again in zip(files, generate(once), strict=False):
+        assert_same_picture(Path(first).read_bytes(), Path(again).read_bytes())
+
+
+def test_existing_images_are_kept_and_missing_ones_generated(weights: str, tmp_path: Path) -> None:
     urls = [Path(url) for url in generate(build_config(weights, tmp_path))]
     urls[0].write_bytes(urls[2].read_bytes())
-    drawn = urls[1].read_bytes()
+    before = urls[1].read_bytes()
     urls[1].unlink()
     more = generate(build_config(weights, tmp_path, num_images=2))
     assert urls[0].read_bytes() == urls[2].read_bytes()
-    difference = decode_png(urls[1].read_bytes()).astype(int) - decode_png(drawn)
-    assert abs(difference).max() <= 1
-    assert len((tmp_path / "out/samples.jsonl").read_text().splitlines()) == len(more) == 6
+    assert_same_picture(urls[1].read_bytes(), before)
+    assert len(read_rows(tmp_path)) == len(more) == 6
 
 
-def test_processes_draw_a_share_each_and_the_last_one_lists_them(
+def test_each_process_generates_its_partition_and_the_last_one_lists_all(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = build_config(weights, tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    drawn = []
+    found = []
     for rank in ("1", "0"):
         assert not (tmp_path / "out/samples.jsonl").exists()
         monkeypatch.setenv("RANK", rank)
         generate(config)
-        drawn.append(sorted(path.name for path in (tmp_path / "out").glob("0*.png")))
-    assert drawn == [["00001.png"], ["00000.png", "00001.png", "00002.png"]]
-    assert len((tmp_path / "out/samples.jsonl").read_text().splitlines()) == 3
+        found.append(sorted(path.name for path in (tmp_path / "out").glob("0*.png")))
+    assert found == [["00001.png"], ["00000.png", "00001.png", "00002.png"]]
+    assert len(read_rows(tmp_path)) == 3
+
+
+def test_each_process_of_a_node_uses_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in {"RANK": "6", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert choose_device("auto") == "cuda:1"
+
+
+def test_images_of_other_settings_or_prompts_are_not_mixed(weights: str, tmp_path: Path) -> None:
+    generate(build_config(weights, tmp_path))
+    with pytest.raises(UserError, match="holds samples of another seed"):
+        generate(build_config(weights, tmp_path, seed=1))
+    config = build_config(weights, tmp_path)
+    (tmp_path / "prompts.txt").write_text(CAPTIONS.replace("green", "red"))
+    with pytest.raises(UserError, match="holds samples of another prompts_sha256"):
+        generate(config)
+    # Neither the batch size nor the settings of an unused method change an image.
+    generate(build_config(weights, tmp_path, batch_size=1, date=DateConfig(radius=9.0)))
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
-    [({"seed": 1}, "seed"), ({"prompts": None, "prompt": "x"}, "prompts_sha256")],
+    ("method", "used"),
+    [
+        ("plain", set()),
+        ("date", {"date"}),
+        ("regulate", {"regulation"}),
+        ("both", {"date", "regulation"}),
+    ],
 )
-def test_images_of_other_settings_are_not_mixed_in(
-    weights: str, tmp_path: Path, change: dict[str, object], named: str
-) -> None:
-    generate(build_config(weights, tmp_path))
-    with pytest.raises(UserError, match=f"holds samples of another {named}"):
-        generate(build_config(weights, tmp_path, **change))
-    generate(build_config(weights, tmp_path, batch_size=1))
-
-
-def test_settings_of_methods_that_do_not_act_tell_no_images_apart(
-    weights: str, tmp_path: Path
-) -> None:
-    generate(build_config(weights, tmp_path))
-    generate(build_config(weights, tmp_path, date=DateConfig(radius=9.0)))
+def test_stored_settings_are_those_that_decide_an_image(method: str, used: set[str]) -> None:
+    config = SamplingConfig(
+        seed=3, batch_size=7, method=method, date=DateConfig(evaluations=(0, 4))
+    )
+    assert config.settings.keys() & {"date", "regulation"} == used
+    assert config.settings["seed"] == 3
+    assert "batch_size" not in config.settings
+    assert json.loads(json.dumps(config.settings)) == config.settings
+    assert GenerateConfig(**vars(config), weights="run", prompt="x").settings == config.settings
 
 
 def test_another_encoder_than_that_of_the_training_is_refused(tmp_path: Path) -> None:
@@ -128,15 +139,124 @@ def test_another_encoder_than_that_of_the_training_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, {"prompt": "x", "prompts": "y"}, {"prompt": "x", "num_images": 0}]
+    ("wrong", "named"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "x", "prompts": "y"}, "prompt"),
+        ({"prompt": "x", "num_images": 0}, "num_images 0"),
+        ({"prompt": "x", "batch_size": 0}, "batch_size 0"),
+    ],
 )
-def test_a_config_without_one_clear_order_is_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"prompt|num_images"):
+def test_impossible_configs_are_refused(wrong: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         GenerateConfig(weights="run", **wrong)
 
 
-def test_an_empty_prompts_file_is_a_user_error(weights: str, tmp_path: Path) -> None:
+def test_a_file_without_prompts_is_a_user_error(weights: str, tmp_path: Path) -> None:
+    config = build_config(weights, tmp_path)
     (tmp_path / "prompts.txt").write_text("\n \n")
-    config = GenerateConfig(weights=weights, prompts=str(tmp_path / "prompts.txt"))
     with pytest.raises(UserError, match="no prompts"):
         generate(config)
+
+
+# Backbones trained on classes.
+
+NAMES = ("bird", "cat", "dog")
+TOKENS = dataclasses.replace(SMALL_TOKENS, num_classes=3, init_std=0.2)
+UNET = dataclasses.replace(SMALL_UNET, num_classes=3)
+
+
+def save(folder: Path, captioned: str, backbone: BackboneConfig) -> str:
+    """Save an untrained backbone with the encoders of the weights `captioned`."""
+    _, info = load_weights(captioned)
+    if backbone.num_classes:
+        info = dataclasses.replace(info, text_encoder=None, classes=NAMES)
+    torch.manual_seed(0)
+    save_weights(str(folder), build_backbone(backbone), info)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=[TOKENS, UNET], ids=lambda config: config.architecture)
+def classes(
+    request: pytest.FixtureRequest, weights: str, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    return save(tmp_path_factory.mktemp("classes"), weights, request.param)
+
+
+def read_flags(weights: str, folder: Path, *words: str) -> GenerateConfig:
+    given = ["--weights", weights, "--output", str(folder / "out"), "--num_steps", "2"]
+    return read_config(GenerateConfig, [*given, *words], prog="ifvit generate")
+
+
+def test_the_number_after_the_last_class_means_no_class(classes: str) -> None:
+    conditions = load_conditions(load_weights(classes)[1], "cpu")
+    assert conditions.null.item() == len(NAMES)
+    assert conditions.encode(["dog", "0"]).tolist() == [2, 0]
+
+
+def test_classes_are_given_by_name_or_number_as_flags_or_in_a_file(
+    classes: str, tmp_path: Path
+) -> None:
+    urls = generate(read_flags(classes, tmp_path, "--class", "dog", "0", "--class", "bird"))
+    assert [row["prompt"] for row in read_rows(tmp_path)] == ["dog", "0", "bird"]
+    (tmp_path / "classes.txt").write_text("2\nbird\n0\n")
+    file = str(tmp_path / "classes.txt")
+    again = generate(read_flags(classes, tmp_path / "again", "--prompts", file))
+    for one, other in zip(urls, again, strict=True):
+        assert Path(one).read_bytes() == Path(other).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--class", "catt"], "class catt: .* such as cat, or a number below 3"),
+        (["--class", "3"], "class 3: .* such as bird, cat, dog"),
+        (["--prompt", "a cat"], "trained on classes; give --class, not --prompt, .* --class bird"),
+        (["--class", "cat", "--method", "date"], "need weights trained on captions"),
+        (["--class", "cat", "--method", "regulate"], "need weights trained on captions"),
+    ],
+)
+def test_captions_and_methods_are_refused_for_classes(
+    classes: str, tmp_path: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(read_flags(classes, tmp_path, *words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_are_refused_for_captions(weights: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="trained on captions; give --prompt"):
+        generate(read_flags(weights, tmp_path, "--class", "cat"))
+
+
+def test_date_works_without_fusion_blocks_and_regulation_is_refused(
+    weights: str, tmp_path: Path
+) -> None:
+    shape = load_weights(weights)[0].config.context_shape
+    assert shape is not None
+    captions = dataclasses.replace(
+        TOKENS, num_classes=None, context_length=shape[0], context_width=shape[1]
+    )
+    other = save(tmp_path / "weights", weights, captions)
+    words = ["--prompt", "a red circle", "--method"]
+    assert generate(read_flags(other, tmp_path, *words, "date"))
+    with pytest.raises(UserError, match=r"not those of a TokenTransformer"):
+        generate(read_flags(other, tmp_path / "again", *words, "regulate"))
+
+
+def test_an_exported_pipeline_takes_class_names_and_numbers(classes: str, tmp_path: Path) -> None:
+    export(ExportConfig(weights=classes, output=str(tmp_path)))
+    pipeline = FusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "latents": torch.randn(2, 4, 8, 8),
+        "guidance_scale": 3.0,
+    }
+    by_name = pipeline(["dog", "0"], **options).images
+    numbers = {"prompt_embeds": torch.tensor([2, 0]), "negative_prompt_embeds": torch.tensor([3])}
+    assert torch.equal(by_name, pipeline(**numbers, **options).images)
+    card = (tmp_path / "README.md").read_text()
+    assert "| classes | bird, cat, dog |" in card
+    assert 'pipeline("bird", guidance_scale=2.0)' in card

@@ -1,6 +1,7 @@
-"""The exported pipeline, as a user of diffusers meets it."""
+"""The exported pipeline, used as any diffusers pipeline."""
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from untrained import save_untrained
 
 from ifvit.diffusion.guidance import Change, FunctionEvaluation
 from ifvit.models import pretrained
+from ifvit.models.clip import encode_captions
 from ifvit.rng import Stream, normal
 from ifvit.sampling.config import ExportConfig, GenerateConfig, SamplingConfig
 from ifvit.sampling.export import export
@@ -24,11 +25,6 @@ from ifvit.sampling.samples import read_images
 
 PROMPTS = ["two red circles", "a blue square"]
 STEPS = {"num_inference_steps": 3, "output_type": "np"}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_untrained(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,7 @@ def pipeline(components: dict[str, Any]) -> FusionPipeline:
     return pipeline
 
 
-def test_a_pipeline_samples_by_default_as_generate_does() -> None:
+def test_the_defaults_are_those_of_generate() -> None:
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(FusionPipeline.__call__).parameters.items()
@@ -65,12 +61,14 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draw(pipeline: FusionPipeline, prompt: Any = "a blue square", **options: Any) -> np.ndarray:
+def generate_arrays(
+    pipeline: FusionPipeline, prompt: Any = "a blue square", **options: Any
+) -> np.ndarray:
     given = {"generator": torch.Generator().manual_seed(0)} | STEPS | options
     return pipeline(prompt, **given).images
 
 
-def test_a_fresh_process_draws_the_same_image(pipeline: FusionPipeline, folder: str) -> None:
+def test_a_fresh_process_generates_the_same_image(pipeline: FusionPipeline, folder: str) -> None:
     program = (
         "import sys, torch\n"
         "from ifvit.sampling.pipeline import FusionPipeline\n"
@@ -79,13 +77,13 @@ def test_a_fresh_process_draws_the_same_image(pipeline: FusionPipeline, folder: 
         "image = pipeline('a blue square', num_inference_steps=3, generator=generator).images[0]\n"
         "image.save(sys.argv[2])\n"
     )
-    file = Path(folder, "drawn.png")
+    file = Path(folder, "generated.png")
     subprocess.run([sys.executable, "-c", program, folder, file], check=True, capture_output=True)
-    drawn = read_images([str(file)])[0].astype(int)
-    assert np.abs(drawn - (draw(pipeline)[0] * 255).round()).max() <= 1
+    found = read_images([str(file)])[0].astype(int)
+    assert np.abs(found - (generate_arrays(pipeline)[0] * 255).round()).max() <= 1
 
 
-def test_the_pipeline_draws_what_generate_draws(
+def test_the_pipeline_generates_the_images_of_generate(
     pipeline: FusionPipeline, weights: str, tmp_path: Path
 ) -> None:
     config = GenerateConfig(
@@ -95,45 +93,47 @@ def test_the_pipeline_draws_what_generate_draws(
     generated = read_images(generate(config)).astype(int)
     shape = (pipeline.backbone.config.latent_channels, 8, 8)
     noise = normal(5, 0, torch.arange(2), Stream.SAMPLING, shape)
-    drawn = draw(pipeline, [PROMPTS[0]] * 2, latents=noise, guidance_scale=3.0)
-    assert np.abs(generated - (drawn * 255).round()).max() <= 1
+    found = generate_arrays(pipeline, [PROMPTS[0]] * 2, latents=noise, guidance_scale=3.0)
+    assert np.abs(generated - (found * 255).round()).max() <= 1
 
 
 def test_each_image_has_its_generator(pipeline: FusionPipeline) -> None:
-    together = draw(pipeline, num_images_per_prompt=2, generator=generators(3, 4))
-    alone = draw(pipeline, generator=generators(4))
+    together = generate_arrays(pipeline, num_images_per_prompt=2, generator=generators(3, 4))
+    alone = generate_arrays(pipeline, generator=generators(4))
     np.testing.assert_allclose(together[1:], alone, atol=1e-4)
     assert np.abs(together[0] - together[1]).max() > 0.01
     with pytest.raises(ValueError, match="2 generators for 1 images"):
-        draw(pipeline, generator=generators(3, 4))
+        generate_arrays(pipeline, generator=generators(3, 4))
 
 
-def test_images_of_one_prompt_stand_in_a_row(pipeline: FusionPipeline) -> None:
+def test_images_are_ordered_by_prompt(pipeline: FusionPipeline) -> None:
     noise = torch.randn(1, 4, 8, 8).expand(4, -1, -1, -1)
-    images = draw(pipeline, PROMPTS, num_images_per_prompt=2, latents=noise)
+    images = generate_arrays(pipeline, PROMPTS, num_images_per_prompt=2, latents=noise)
     np.testing.assert_allclose(images[0], images[1], atol=1e-4)
     np.testing.assert_allclose(images[2], images[3], atol=1e-4)
     assert np.abs(images[1] - images[2]).max() > 1e-3
 
 
-def test_embeddings_stand_for_prompts(pipeline: FusionPipeline) -> None:
-    contexts = {
-        text: pipeline._embed(text, None, "prompt") for text in ("a blue square", "stripes")
-    }
-    plain = draw(pipeline)
-    given = draw(pipeline, None, prompt_embeds=contexts["a blue square"])
+def embed(pipeline: FusionPipeline, text: str) -> Tensor:
+    return encode_captions(pipeline.text_encoder, pipeline.tokenizer, [text])
+
+
+def test_embeddings_replace_prompts(pipeline: FusionPipeline) -> None:
+    contexts = {text: embed(pipeline, text) for text in ("a blue square", "stripes")}
+    plain = generate_arrays(pipeline)
+    given = generate_arrays(pipeline, None, prompt_embeds=contexts["a blue square"])
     np.testing.assert_array_equal(given, plain)
-    np.testing.assert_array_equal(draw(pipeline, negative_prompt=""), plain)
-    negative = draw(pipeline, negative_prompt="stripes")
+    np.testing.assert_array_equal(generate_arrays(pipeline, negative_prompt=""), plain)
+    negative = generate_arrays(pipeline, negative_prompt="stripes")
     assert np.abs(negative - plain).max() > 1e-3
-    embedded = draw(pipeline, negative_prompt_embeds=contexts["stripes"])
+    embedded = generate_arrays(pipeline, negative_prompt_embeds=contexts["stripes"])
     np.testing.assert_array_equal(embedded, negative)
 
 
-def test_negative_prompts_may_differ_from_prompt_to_prompt(pipeline: FusionPipeline) -> None:
+def test_each_prompt_may_have_its_own_negative_prompt(pipeline: FusionPipeline) -> None:
     noise = torch.randn(2, 4, 8, 8)
-    both = draw(pipeline, PROMPTS, negative_prompt=["stripes", ""], latents=noise)
-    second = draw(pipeline, PROMPTS[1], latents=noise[1:])
+    both = generate_arrays(pipeline, PROMPTS, negative_prompt=["stripes", ""], latents=noise)
+    second = generate_arrays(pipeline, PROMPTS[1], latents=noise[1:])
     np.testing.assert_allclose(both[1:], second, atol=1e-4)
 
 
@@ -169,16 +169,16 @@ def test_a_callback_sees_every_step_and_may_change_the_latents(pipeline: FusionP
 
 
 def test_a_callback_may_change_the_prompt(pipeline: FusionPipeline) -> None:
-    other = pipeline._embed("a blue square", None, "prompt")
+    other = embed(pipeline, "a blue square")
 
     def switch(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"prompt_embeds": other}
 
-    switched = draw(pipeline, "two red circles", callback_on_step_end=switch)
-    assert np.abs(switched - draw(pipeline, "two red circles")).max() > 1e-4
+    switched = generate_arrays(pipeline, "two red circles", callback_on_step_end=switch)
+    assert np.abs(switched - generate_arrays(pipeline, "two red circles")).max() > 1e-4
 
 
-def test_a_callback_can_end_the_drawing(pipeline: FusionPipeline) -> None:
+def test_a_callback_can_interrupt_the_steps(pipeline: FusionPipeline) -> None:
     steps = []
 
     def stop(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -194,26 +194,22 @@ def test_a_callback_can_end_the_drawing(pipeline: FusionPipeline) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "DDIMScheduler",
-        "DDPMScheduler",
-        "PNDMScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "UniPCMultistepScheduler",
+        "DDIM", "DDPM", "PNDM", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
+        "HeunDiscrete", "UniPCMultistep",
     ],
-)
-def test_schedulers_of_diffusers_work_and_obey_the_generator(
+)  # fmt: skip
+def test_schedulers_of_diffusers_work_and_use_the_generator(
     pipeline: FusionPipeline, name: str
 ) -> None:
-    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
-    first, again = (draw(pipeline, num_inference_steps=5) for _ in range(2))
+    pipeline.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(
+        pipeline.scheduler.config
+    )
+    first, again = (generate_arrays(pipeline, num_inference_steps=5) for _ in range(2))
     assert np.isfinite(first).all()
     np.testing.assert_array_equal(first, again)
 
 
-def test_an_alignment_method_takes_part(pipeline: FusionPipeline) -> None:
+def test_an_alignment_method_is_called_at_every_step(pipeline: FusionPipeline) -> None:
     indices = []
 
     class Watch:
@@ -221,18 +217,18 @@ def test_an_alignment_method_takes_part(pipeline: FusionPipeline) -> None:
             indices.append(evaluation.index)
             return Change()
 
-    watched = draw(pipeline, method=Watch())
+    watched = generate_arrays(pipeline, method=Watch())
     assert indices == [0, 1, 2]
-    np.testing.assert_array_equal(watched, draw(pipeline))
+    np.testing.assert_array_equal(watched, generate_arrays(pipeline))
 
 
-def test_half_precision_weights_draw_nearly_the_same(pipeline: FusionPipeline, folder: str) -> None:
+def test_half_precision_changes_images_little(pipeline: FusionPipeline, folder: str) -> None:
     half = FusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     assert half.backbone.dtype == torch.bfloat16
-    assert np.abs(draw(half) - draw(pipeline)).mean() < 0.02
+    assert np.abs(generate_arrays(half) - generate_arrays(pipeline)).mean() < 0.02
 
 
-def test_a_hub_name_loads_the_revision_that_was_asked_for(
+def test_a_hub_name_loads_the_requested_revision(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -242,12 +238,34 @@ def test_a_hub_name_loads_the_revision_that_was_asked_for(
         return folder
 
     monkeypatch.setattr(pretrained, "snapshot_download", snapshot)
-    assert draw(FusionPipeline.from_pretrained("team/model", revision="v2")).shape == (1, 64, 64, 3)
+    assert generate_arrays(FusionPipeline.from_pretrained("team/model", revision="v2")).shape == (
+        1,
+        64,
+        64,
+        3,
+    )
     assert asked == [("team/model", "v2")]
+
+
+def test_the_documented_custom_backbone_works(pipeline: FusionPipeline) -> None:
+    pages = (Path(__file__).parents[2] / "docs").glob("*.md")
+    blocks = [
+        code
+        for page in pages
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    (code,) = (code for code in blocks if "class UNetBackbone" in code)
+    names: dict[str, Any] = {"__name__": "docs"}
+    exec(code, names)
+    custom = FusionPipeline(**pipeline.components | {"backbone": names["UNetBackbone"]()})
+    custom.set_progress_bar_config(disable=True)
+    images = generate_arrays(custom, PROMPTS)
+    assert images.shape == (2, 64, 64, 3)
+    assert np.isfinite(images).all()
 
 
 @pytest.mark.s3
 def test_export_and_load_go_through_an_object_store(weights: str, s3_bucket: str) -> None:
     export(ExportConfig(weights=weights, output=s3_bucket))
     pipeline = FusionPipeline.from_pretrained(s3_bucket)
-    assert draw(pipeline).shape == (1, 64, 64, 3)
+    assert generate_arrays(pipeline).shape == (1, 64, 64, 3)

@@ -1,4 +1,4 @@
-"""Images on their way to files."""
+"""Images are written at their positions, while the next batch is generated."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +20,12 @@ def test_images_come_back_at_their_positions(tmp_path: Path) -> None:
     assert missing_images(str(tmp_path), range(9)) == [3, 5, 6, 8]
 
 
-def test_a_write_that_fails_ends_the_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    batches_drawn = 0
+def test_a_failed_write_stops_the_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    generated: list[Pixels] = []
 
-    def draw() -> Iterator[Pixels]:
-        nonlocal batches_drawn
+    def generate() -> Iterator[Pixels]:
         for image in IMAGES:
-            batches_drawn += 1
+            generated.append(image)
             yield image[None]
 
     def fail(url: str, data: bytes) -> None:
@@ -34,5 +33,5 @@ def test_a_write_that_fails_ends_the_drawing(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(storage, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_images("nowhere", range(5), draw())
-    assert batches_drawn == 2
+        write_images("nowhere", range(5), generate())
+    assert len(generated) == 2

@@ -1,0 +1,195 @@
+"""Classifier-free guidance with real backbones, and the changes that alignment methods make."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from captioned_backbone import CONTEXTS, NULL, build_backbone
+from made_backbone import SMALL_TOKENS, SMALL_UNET
+from torch import Tensor
+
+from ifvit.diffusion.config import Guidance, SolverConfig
+from ifvit.diffusion.guidance import (
+    AlignmentMethod,
+    Change,
+    FunctionEvaluation,
+    GuidedNoisePredictor,
+)
+from ifvit.diffusion.schedules import NoiseSchedule
+from ifvit.diffusion.solvers import solve
+from ifvit.models.config import BackboneConfig, Conditioning
+from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.weights import build_backbone as build
+
+X_T = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+TIMESTEPS = torch.full((5,), 400)
+CONDITIONINGS = pytest.mark.parametrize("conditioning", ["concat", "cross_attention", "adaln"])
+
+
+def build_predictor(
+    backbone: FusionUViT, scale: float, method: AlignmentMethod | None = None, high: float = 999
+) -> GuidedNoisePredictor:
+    null = backbone.encode_condition(NULL[None])
+    return GuidedNoisePredictor(backbone, CONTEXTS, null, Guidance(scale, high=high), method)
+
+
+@pytest.mark.parametrize("scale", [3.0, 0.5])
+@CONDITIONINGS
+def test_guidance_is_its_equation(conditioning: Conditioning, scale: float) -> None:
+    backbone = build_backbone(conditioning)
+    with torch.no_grad():
+        guided = build_predictor(backbone, scale)(X_T, TIMESTEPS)
+        conditional = backbone(X_T, TIMESTEPS, CONTEXTS)
+        unconditional = backbone(X_T, TIMESTEPS, NULL.expand_as(CONTEXTS))
+    expected = unconditional + scale * (conditional - unconditional)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [SMALL_TOKENS, SMALL_UNET], ids=lambda config: type(config))
+def test_class_guidance_steers_away_from_the_null_class(config: BackboneConfig) -> None:
+    torch.manual_seed(0)
+    backbone = build(replace(config, num_classes=3)).eval()
+    latents, timesteps, numbers = torch.randn(2, 4, 8, 8), torch.tensor([500, 500]), [0, 2]
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        null = backbone.encode_condition(torch.tensor([3]))
+        predictor = GuidedNoisePredictor(backbone, torch.tensor(numbers), null, Guidance(3.0))
+        guided = predictor(latents, timesteps)
+        conditional = backbone(latents, timesteps, torch.tensor(numbers))
+        unconditional = backbone(latents, timesteps, torch.tensor([3, 3]))
+    expected = unconditional + 3 * (conditional - unconditional)
+    torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(conditional, unconditional, atol=1e-4)
+
+
+def test_noise_of_half_precision_is_guided_in_float32() -> None:
+    backbone = build_backbone().to(torch.bfloat16)
+    with torch.no_grad():
+        guided = build_predictor(backbone, 3.0)(X_T, TIMESTEPS)
+        both = backbone(X_T, TIMESTEPS, torch.cat([CONTEXTS, NULL.expand_as(CONTEXTS)]))
+    conditional, unconditional = both.float().chunk(2)
+    torch.testing.assert_close(guided, unconditional + 3.0 * (conditional - unconditional))
+
+
+def test_blocks_before_the_text_run_once_for_both_halves() -> None:
+    backbone = build_backbone()
+    rows: list[int] = []
+    for block in (*backbone.in_blocks, backbone.mid_block):
+        block.attn.qkv.register_forward_hook(lambda *call: rows.append(len(call[2])))
+    predictor = build_predictor(backbone, 3.0)
+    rows.clear()
+    predictor(X_T, TIMESTEPS)
+    # The queries of the first fused block still do not depend on text.
+    assert rows == [5, 5, 10]
+
+
+def test_the_unconditional_half_runs_only_where_guidance_applies() -> None:
+    backbone = build_backbone()
+    rows: list[int] = []
+    backbone.mid_block.register_forward_hook(lambda *call: rows.append(len(call[2])))
+    null = backbone.encode_condition(NULL[None])
+    predictor = GuidedNoisePredictor(backbone, CONTEXTS, null, Guidance(2.0, low=100, high=800))
+    for t in (999, 801, 800, 100, 99, 0):
+        predictor(X_T, torch.full((5,), t))
+    build_predictor(backbone, 1.0)(X_T, TIMESTEPS)
+    assert rows == [5, 5, 10, 10, 5, 5, 5]
+
+
+def test_guidance_applies_everywhere_by_default_and_else_in_its_interval() -> None:
+    for guidance in (SolverConfig().guidance, Guidance(2.0)):
+        assert guidance.applies_at(0)
+        assert guidance.applies_at(999)
+    narrow = SolverConfig(guidance_low=5.0, guidance_high=7.0).guidance
+    assert [t for t in range(10) if narrow.applies_at(t)] == [5, 6, 7]
+    SolverConfig(guidance_low=5.0, guidance_high=5.0)
+    with pytest.raises(ValueError, match=r"guidance_low 6\.0 is above guidance_high 5\.0"):
+        SolverConfig(guidance_low=6.0, guidance_high=5.0)
+
+
+def sample_on_meta(guidance: Guidance, conditioning: Conditioning = "concat") -> Tensor:
+    """Four steps on the meta device, which has no values: reading a value from it raises."""
+    with torch.device("meta"):
+        backbone = build_backbone(conditioning)
+        contexts, noise = torch.empty(2, 6, 16), torch.empty(2, 4, 4, 4)
+    with torch.no_grad():
+        null = backbone.encode_condition(contexts[:1])
+        predictor = GuidedNoisePredictor(backbone, contexts, null, guidance)
+    return solve(predictor, noise, "dpm_solver_pp", num_steps=4)
+
+
+@CONDITIONINGS
+def test_guided_steps_never_wait_for_the_device(conditioning: Conditioning) -> None:
+    assert sample_on_meta(Guidance(2.0), conditioning).is_meta
+
+
+def test_only_an_interval_of_guidance_reads_the_timestep() -> None:
+    assert sample_on_meta(Guidance(1.0, low=100.0)).is_meta
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta"):
+        sample_on_meta(Guidance(2.0, low=100.0))
+
+
+class Recorder:
+    """A method that records the evaluations and returns the given changes."""
+
+    def __init__(self, *changes: Change) -> None:
+        self.changes = list(changes)
+        self.seen: list[FunctionEvaluation] = []
+
+    def before(self, evaluation: FunctionEvaluation) -> Change:
+        self.seen.append(evaluation)
+        return self.changes.pop(0)
+
+
+def test_a_method_that_changes_nothing_leaves_the_noise_unchanged() -> None:
+    backbone = build_backbone()
+    plain = build_predictor(backbone, 3.0)(X_T, TIMESTEPS)
+    assert torch.equal(plain, build_predictor(backbone, 3.0, Recorder(Change()))(X_T, TIMESTEPS))
+
+
+@pytest.mark.parametrize("high", [999.0, 399.0])
+@CONDITIONINGS
+def test_a_method_gets_clean_latents_with_a_gradient_to_the_context(
+    conditioning: Conditioning, high: float
+) -> None:
+    method = Recorder(Change())
+    noise = build_predictor(build_backbone(conditioning), 3.0, method, high)(X_T, TIMESTEPS)
+    context = CONTEXTS.clone().requires_grad_()
+    clean = method.seen[0].predict_clean(context)
+    noised = NoiseSchedule().add_noise(clean, noise, TIMESTEPS)
+    torch.testing.assert_close(noised, X_T, rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(clean[2].sum(), context)
+    assert [bool(row.any()) for row in gradient] == [False, False, True, False, False]
+
+
+def test_a_changed_context_stays_until_the_next_change() -> None:
+    backbone, method = build_backbone(), Recorder(Change(context=CONTEXTS.flip(0)), Change())
+    predictor = build_predictor(backbone, 1.0, method)
+    first, second = predictor(X_T, TIMESTEPS), predictor(X_T, TIMESTEPS)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, backbone(X_T, TIMESTEPS, CONTEXTS.flip(0)))
+    assert [seen.index for seen in method.seen] == [0, 1]
+    assert torch.equal(method.seen[1].context, CONTEXTS.flip(0))
+
+
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
+def test_biases_change_the_conditional_half_only(conditioning: Conditioning) -> None:
+    backbone = build_backbone(conditioning)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hide_text(query: Tensor, key: Tensor) -> Tensor:
+        """Remove all attention of image and time tokens to text."""
+        seen.append((query, key))
+        addend = torch.zeros(len(query), 2, query.shape[1], key.shape[1])
+        addend[:, :, :5, 5:] = -torch.inf
+        return addend
+
+    change = Change(biases=dict.fromkeys(range(3), hide_text))
+    one = build_predictor(backbone, 1.0, Recorder(change))(X_T, TIMESTEPS)
+    guided = build_predictor(backbone, 3.0, Recorder(change))(X_T, TIMESTEPS)
+    unconditional = backbone(X_T, TIMESTEPS, NULL.expand_as(CONTEXTS))
+    torch.testing.assert_close(guided, unconditional + 3.0 * (one - unconditional))
+    torch.testing.assert_close(seen[3:], seen[:3])
+    # Without text all captions give the same noise, so the bias reached every fused block.
+    hidden = build_predictor(backbone, 1.0, Recorder(change))(X_T[:1].expand_as(X_T), TIMESTEPS)
+    torch.testing.assert_close(hidden, hidden[:1].expand_as(hidden))
