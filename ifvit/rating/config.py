@@ -58,11 +58,16 @@ class CreateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """Serve a study to its raters until interrupted. Every answer is saved before the next page."""
+class RateReportConfig:
+    """Write STUDY/report.html and STUDY/results.json from the answers so far."""
 
     study: str
     """Folder that `ifvit rate create` made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(RateReportConfig):
+    """Serve a study to its raters until interrupted. Every answer is saved before the next page."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 accepts other machines."""
@@ -72,19 +77,8 @@ class ServeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RateReportConfig:
-    """Write STUDY/report.html and STUDY/results.json from the answers so far."""
-
-    study: str
-    """Folder that `ifvit rate create` made."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RateExportConfig:
+class RateExportConfig(RateReportConfig):
     """Write every current answer as a table with one row per image shown."""
-
-    study: str
-    """Folder that `ifvit rate create` made."""
 
     output: str
     """FILE.csv or FILE.jsonl."""

@@ -180,10 +180,7 @@ class _Site:
         place = self._place(request, visit)
         if visit.next is not None and place > visit.next:
             raise HTTPException(409, "An earlier question has no answer yet.")
-        try:
-            self._store.add(read_answer(form, visit.tasks[place], visit.rater))
-        except FormError as error:
-            raise HTTPException(400, f"This is not an answer: {error}.") from None
+        self._store.add(read_answer(form, visit.tasks[place], visit.rater))
         return RedirectResponse(f"/r/{visit.code}", status_code=303)
 
     def image(self, request: Request) -> Response:
@@ -254,34 +251,30 @@ async def _read_fields(request: Request) -> dict[str, str]:
     return dict(fields)
 
 
-class FormError(ValueError):
-    """A form that the page does not send; the message is shown to the sender."""
-
-
 def read_answer(form: Mapping[str, str], task: Task, rater: int) -> Answer:
     """Convert a form with one field, `skip_reason`, `count` or `ranking`, into an answer.
 
     `ranking` lists places on the page from best to worst, counted from 0: "2,0,1".
-    Raises FormError for any other form.
+    Raises HTTPException with 400 for any other form.
     """
     kind = task.item.kind
     value: int | tuple[str, ...] | None = None
     if set(form) == {"skip_reason"}:
         reasons = SKIP_REASONS[kind] + ((CANNOT_TELL,) if kind == "counting" else ())
         if form["skip_reason"] not in reasons:
-            raise FormError("unknown reason")
+            raise HTTPException(400, "This is not an answer: unknown reason.")
     elif kind == "preference" and set(form) == {"ranking"}:
         places = form["ranking"].split(",")
         if sorted(places) != [str(place) for place in range(len(task.shown))]:
-            raise FormError("ranking must name every image once")
+            raise HTTPException(400, "This is not an answer: rank every image once.")
         value = tuple(task.shown[int(place)] for place in places)
     elif kind == "counting" and set(form) == {"count"}:
         text = form["count"]
         if not (text.isascii() and text.isdigit() and len(text) <= len(str(_MAX_COUNT))):
-            raise FormError(f"count must be a number from 0 to {_MAX_COUNT}")
+            raise HTTPException(400, f"This is not an answer: count from 0 to {_MAX_COUNT}.")
         value = int(text)
     else:
-        raise FormError("unknown fields")
+        raise HTTPException(400, "This is not an answer: unknown fields.")
     return Answer(
         rater=rater,
         item=task.item.number,

@@ -1,16 +1,17 @@
 """The server over HTTP: permissions, forms, many raters at once, and sudden death."""
 
+import http.client
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 
 import pytest
 from live_server import LiveServer, serving
 from made_study import add, make_study
+from starlette.exceptions import HTTPException
 
 from ifvit.rating.results import read_results
-from ifvit.rating.server import FormError, read_answer
+from ifvit.rating.server import read_answer
 from ifvit.rating.store import Rater, Store
 from ifvit.rating.study import Item, Kind, Study, Task
 
@@ -93,7 +94,7 @@ def test_a_form_of_the_page_becomes_an_answer(
     ],
 )
 def test_any_other_form_is_refused(kind: Kind, form: dict[str, str]) -> None:
-    with pytest.raises(FormError):
+    with pytest.raises(HTTPException):
         read_answer(form, build_task(kind), rater=4)
 
 
@@ -258,7 +259,7 @@ def test_saved_answers_survive_kill_9(tmp_path_factory: pytest.TempPathFactory) 
             path = f"/r/{rater.code}/{number}"
             try:
                 status, _, _ = server.request(path, build_form(task, rater.id))
-            except (OSError, HTTPException):
+            except (OSError, http.client.HTTPException):
                 return False
             assert status == 303
             saved.append(rater.id)
