@@ -1,7 +1,4 @@
-"""The verb `generate`: prompts and trained weights => PNG files, samples.jsonl and a grid.
-
-Object counting calls `generate_prompts` with its own prompts.
-"""
+"""The verb `generate`: prompts and trained weights => PNG files, samples.jsonl and a grid."""
 
 import json
 import math
@@ -18,10 +15,9 @@ from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.alignment import build_method
-from ifvit.sampling.config import GenerateConfig, SamplingConfig
+from ifvit.sampling.config import GenerateConfig
 from ifvit.sampling.load import (
     Conditions,
-    Model,
     load_conditions,
     load_model,
     load_sampler,
@@ -44,23 +40,14 @@ _MAX_GRID = 64
 def generate(config: GenerateConfig) -> list[str]:
     """Generate `num_images` images per prompt; return the URLs of the PNG files in order.
 
-    Raises UserError for missing prompts, weights or encoders, and as `generate_prompts`.
-    """
-    model = load_model(config.weights, choose_device(config.device), compile=config.compile)
-    prompts = _read_prompts(config, model.info)
-    return generate_prompts(model, prompts, config, config.output, config.num_images)
-
-
-def generate_prompts(
-    model: Model, prompts: list[str], config: SamplingConfig, output: str, num_images: int
-) -> list[str]:
-    """Generate `num_images` images per prompt in `output`; return their URLs in order.
-
     Image k of prompt i has position k * num_prompts + i, so the first images stay when more images
     of the same prompts are requested. Existing images are kept. Several processes (torchrun, srun)
     generate a partition each; the last one to finish writes samples.jsonl and the grid.
-    Raises UserError if `output` holds images of other settings.
+    Raises UserError for missing prompts, weights or encoders, and if the folder holds images of
+    other settings.
     """
+    model = load_model(config.weights, choose_device(config.device), compile=config.compile)
+    prompts = _read_prompts(config, model.info)
     conditions = load_conditions(model.info, str(model.backbone.device))
     sampler = load_sampler(model, conditions.null)
     method = build_method(config, sampler, model.info)
@@ -70,16 +57,16 @@ def generate_prompts(
         "ema_decay": model.info.ema_decay,
     }
     digest = sha256(json.dumps(prompts).encode()).hexdigest()
-    claim_folder(output, settings | {"prompts_sha256": digest})
+    claim_folder(config.output, settings | {"prompts_sha256": digest})
 
     world = World.from_environment()
-    positions = range(len(prompts) * num_images)
-    partition = missing_images(output, positions[world.rank :: world.size])
-    batches = _read_batches(prompts, conditions, partition, config.batch_size)
-    write_images(output, partition, generate_images(sampler, batches, config, method))
+    positions = range(len(prompts) * config.num_images)
+    partition = missing_images(config.output, positions[world.rank :: world.size])
+    batches = _encode_batches(prompts, conditions, partition, config.batch_size)
+    write_images(config.output, partition, generate_images(sampler, batches, config, method))
 
-    urls = [image_url(output, position) for position in positions]
-    if num_missing := len(missing_images(output, positions)):
+    urls = [image_url(config.output, position) for position in positions]
+    if num_missing := len(missing_images(config.output, positions)):
         sys.stdout.write(f"{num_missing} of {len(urls)} images are left to the other processes\n")
         return urls
     rows = (
@@ -87,21 +74,21 @@ def generate_prompts(
             "file": image_name(position),
             "prompt": prompts[position % len(prompts)],
             "position": position,
-            "weights": model.url,
+            "weights": config.weights,
             **settings,
         }
         for position in positions
     )
-    write_jsonl(storage.join(output, "samples.jsonl"), rows)
+    write_jsonl(storage.join(config.output, "samples.jsonl"), rows)
     if len(urls) > 1:
         shown = read_images(urls[:_MAX_GRID])
         grid = make_grid(shown, math.ceil(math.sqrt(len(shown))))
-        storage.write_bytes(storage.join(output, "grid.png"), encode_png(grid))
-    sys.stdout.write(f"{len(urls)} images in {output}\n")
+        storage.write_bytes(storage.join(config.output, "grid.png"), encode_png(grid))
+    sys.stdout.write(f"{len(urls)} images in {config.output}\n")
     return urls
 
 
-def _read_batches(
+def _encode_batches(
     prompts: list[str], conditions: Conditions, positions: list[int], batch_size: int
 ) -> Iterator[ConditionBatch]:
     """Encode the prompts of `positions`, one batch at a time."""
@@ -114,11 +101,7 @@ def _read_batches(
 
 
 def _read_prompts(config: GenerateConfig, info: WeightsInfo) -> list[str]:
-    """Return the prompts or classes of the command.
-
-    Raises UserError for captions when the weights need classes, for classes when they need
-    captions, for an unknown class and for an unusable file.
-    """
+    """Return the prompts or classes. Raises UserError if they do not fit the weights."""
     if config.classes and info.text_encoder:
         raise UserError(f"{config.weights}: trained on captions; give --prompt, not --class")
     if config.prompt is not None and info.text_encoder is None:
