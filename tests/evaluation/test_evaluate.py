@@ -20,10 +20,9 @@ from ifvit.evaluation.rows import MetricsRow, differences, read_row
 from ifvit.evaluation.runs import read_run
 from ifvit.evaluation.sample_set import ShardConditions, hash_prompts, read_prompts
 from ifvit.images import decode_png
-from ifvit.models import build_backbone
 from ifvit.models.clip import load_clip
 from ifvit.models.config import CLASS_PRESETS
-from ifvit.models.weights import WeightsInfo, save_weights
+from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
 from ifvit.sampling.config import RegulationConfig, SamplingConfig
 from ifvit.sampling.load import load_model
 from ifvit.scenes.image_sets import class_scenes, render_class_set
