@@ -9,7 +9,7 @@ Shapes: B images, H, W pixels.
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import (
@@ -34,18 +34,6 @@ from ifvit.scenes.score import find_objects
 SCENES = "scenes"
 _CLASS_THRESHOLD = 0.9
 _WORD_THRESHOLD = 0.3
-
-
-class ObjectCounter(Protocol):
-    """Counts objects in images."""
-
-    rule: CountingRule
-
-    def check(self, objects: Iterable[str]) -> None:
-        """Raise UserError for a name that this counter cannot count."""
-
-    def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
-        """Numbers of `objects[b]` in image b of (B, H, W, 3)."""
 
 
 class SceneCounter:
@@ -118,6 +106,9 @@ class WordDetector:
             self._model(**inputs), threshold=self.rule.threshold
         )
         return [min(len(boxes["scores"]), MAX_ASKED) for boxes in found]
+
+
+ObjectCounter = SceneCounter | ClassDetector | WordDetector
 
 
 def open_counter(name: str, threshold: float | None, device: str) -> ObjectCounter:

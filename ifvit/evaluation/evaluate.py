@@ -15,8 +15,8 @@ from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.evaluation.estimates import estimate_mean
 from ifvit.evaluation.measure import CaptionMetrics, ObjectCounting
-from ifvit.evaluation.object_count import ObjectCountRow, format_counts
-from ifvit.evaluation.rows import FOLDER, MetricsRow, format_row, row_url, samples_url
+from ifvit.evaluation.object_count import ObjectCountRow
+from ifvit.evaluation.rows import FOLDER, MetricsRow, estimates_of, row_url, samples_url
 from ifvit.evaluation.runs import read_samples
 from ifvit.evaluation.sample_set import generate_missing
 from ifvit.images import encode_png, make_grid
@@ -106,7 +106,15 @@ def _rows_folder(weights: str) -> str:
 
 
 def _format(row: MetricsRow | ObjectCountRow) -> str:
-    return format_row(row) if isinstance(row, MetricsRow) else format_counts(row)
+    """The metrics of a row, or its scores over all images, with their intervals."""
+    if isinstance(row, MetricsRow):
+        found = estimates_of(row)
+    else:
+        found = {name: getattr(row.scores[0], name) for name in ("average_error", "match_ratio")}
+    return "\n".join(
+        f"{name:20}{one.value:10.4f}  [{one.low:.4f}, {one.high:.4f}]"
+        for name, one in found.items()
+    )
 
 
 def _compare_methods(methods: Sequence[str], urls: Sequence[str]) -> None:

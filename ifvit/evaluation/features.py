@@ -6,6 +6,7 @@ Shapes: N, n images, F features, B batch, H, W image.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,6 @@ _NUM_KEPT = {CLIP: 30_000, INCEPTION: KID_SUBSET * KID_SUBSETS}
 _SEED = 0
 
 Positions = NDArray[np.int64]
-FeatureNetwork = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) in [-1, 1] => features (B, F)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,50 +54,36 @@ class FeatureSet:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureNetwork:
+    """A frozen network; `embed` turns images (B, 3, H, W) in [-1, 1] into features (B, F)."""
+
+    embed: Callable[[Tensor], Tensor]
+    identity: EncoderIdentity
+
+
+@dataclass(frozen=True, kw_only=True)
 class Networks:
-    """CLIP and, if the protocol names one for FID and KID, Inception; on one device."""
+    """The networks of a protocol by name, on one device; `clip` also embeds texts."""
 
     clip: ClipScorer
-    functions: Mapping[str, FeatureNetwork]
-    """Feature network by name."""
-    identities: Mapping[str, EncoderIdentity]
-    """Identity by the same name."""
+    features: Mapping[str, FeatureNetwork]
     device: str
 
 
 def load_networks(protocol: ProtocolConfig, device: str) -> Networks:
-    """Load the networks of a protocol. Raises UserError for one that does not load."""
+    """Load CLIP and, if the protocol names it, Inception. Raises UserError if one does not load."""
     clip = load_clip(protocol.clip, device)
-    functions: dict[str, FeatureNetwork] = {CLIP: clip.embed_images}
-    identities = {CLIP: clip.identity}
+    features = {CLIP: FeatureNetwork(embed=clip.embed_images, identity=clip.identity)}
     if protocol.inception:
-        inception = load_inception(protocol.inception, device)
-        functions[INCEPTION], identities[INCEPTION] = inception, inception.identity
-    return Networks(clip=clip, functions=functions, identities=identities, device=device)
+        features[INCEPTION] = load_inception(protocol.inception, device)
+    return Networks(clip=clip, features=features, device=device)
 
 
-class Inception:
-    """Images => features of the last pooling layer, (B, 2048) for the original network."""
-
-    def __init__(self, network: torch.jit.ScriptModule, identity: EncoderIdentity) -> None:
-        self._network = network
-        self.identity = identity
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] => (B, F).
-
-        Images are resized to 299 x 299 as pytorch-fid does it: bilinear, without antialiasing,
-        before any rounding. The network itself takes values in [0, 255].
-        """
-        resized = functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
-        features: Tensor = self._network((resized + 1.0) * 127.5, return_features=True)
-        return features
-
-
-def load_inception(name: str, device: str = "cpu") -> Inception:
+def load_inception(name: str, device: str = "cpu") -> FeatureNetwork:
     """Load a TorchScript file, or `inception-2015-12-05`, which is downloaded once and checked.
 
-    Raises UserError if the file is missing, damaged or not TorchScript, or cannot be downloaded.
+    Its features are those of the last pooling layer, (B, 2048) for the original network. Raises
+    UserError if the file is missing, damaged or not TorchScript, or cannot be downloaded.
     """
     path = _download() if name == ORIGINAL else Path(name)
     if not path.is_file():
@@ -111,7 +96,19 @@ def load_inception(name: str, device: str = "cpu") -> Inception:
     digest = storage.sha256_of(path)
     if name == ORIGINAL and digest != _SHA256:
         raise UserError(f"{path}: damaged, its sha256 is not {_SHA256}; delete it")
-    return Inception(network, EncoderIdentity(name=name, sha256=digest))
+    identity = EncoderIdentity(name=name, sha256=digest)
+    return FeatureNetwork(embed=partial(_embed_by_inception, network), identity=identity)
+
+
+def _embed_by_inception(network: torch.jit.ScriptModule, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] => (B, F); the network itself takes values in [0, 255].
+
+    Images are resized to 299 x 299 as pytorch-fid does it: bilinear, without antialiasing,
+    before any rounding.
+    """
+    resized = functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
+    features: Tensor = network((resized + 1.0) * 127.5, return_features=True)
+    return features
 
 
 def _download() -> Path:
@@ -135,11 +132,10 @@ def choose_parts(total: int) -> dict[str, Positions]:
 
 @torch.no_grad()
 def collect_features(
-    networks: Mapping[str, FeatureNetwork],
+    networks: Networks,
     batches: Iterable[Pixels],
     positions: Sequence[int],
     parts: Mapping[str, Positions],
-    device: str,
     group: ProcessGroup,
 ) -> dict[str, FeatureSet]:
     """Embed the images of all processes by every network; all processes get the result.
@@ -148,21 +144,21 @@ def collect_features(
     images. The features at the positions `parts[name]` are kept, in that order. Raises UserError
     for features that are not finite, which would make every metric meaningless.
     """
-    running = {name: RunningStatistics() for name in networks}
-    kept: dict[str, list[tuple[Positions, Features]]] = {name: [] for name in networks}
+    running = {name: RunningStatistics() for name in networks.features}
+    kept: dict[str, list[tuple[Positions, Features]]] = {name: [] for name in running}
     start = 0
     for pixels in batches:
-        images = to_model_range(pixels, device)
+        images = to_model_range(pixels, networks.device)
         batch = np.array(positions[start : start + len(pixels)])
         start += len(pixels)
-        for name, network in networks.items():
-            features = network(images).float().cpu().numpy()
+        for name, network in networks.features.items():
+            features = network.embed(images).float().cpu().numpy()
             if not np.isfinite(features).all():
                 raise UserError(f"{name}: features are not finite; its weights are damaged")
             running[name].add(features)
             is_kept = np.isin(batch, parts[name])
             kept[name].append((batch[is_kept], features[is_kept]))
-    return {name: _gather(running[name], kept[name], parts[name], group) for name in networks}
+    return {name: _gather(running[name], kept[name], parts[name], group) for name in running}
 
 
 def _gather(

@@ -30,7 +30,13 @@ from ifvit.evaluation.features import (
     collect_features,
     load_networks,
 )
-from ifvit.evaluation.references import ImageFolder, ReferenceFile, list_images, open_reference
+from ifvit.evaluation.references import (
+    Reference,
+    embed_real_images,
+    hash_images,
+    list_images,
+    read_reference,
+)
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.images import Pixels
 from ifvit.sampling.load import Model
@@ -59,9 +65,8 @@ class CaptionMetrics:
     @property
     def sources(self) -> dict[str, str]:
         """What decides the prompt of each position, for settings.json."""
-        shards = json.dumps([entry.sha256 for entry in self._reader.manifest.shards])
         return {
-            "shards_sha256": sha256(shards.encode()).hexdigest(),
+            "shards_sha256": _hash([entry.sha256 for entry in self._reader.manifest.shards]),
             "caption_rule": self._config.protocol.caption_rule,
         }
 
@@ -70,12 +75,16 @@ class CaptionMetrics:
         return sample_set.ShardConditions(self._reader, model)
 
     def find_row(self, url: str, model: Model, protocol: ProtocolConfig) -> MetricsRow | None:
-        """The row at `url` if it exists and measuring again would give the same one."""
+        """The row at `url` if it exists and measuring again would give the same one.
+
+        Raises UserError for a network or a reference that does not load, before any image is made.
+        """
+        wanted = self._describe(protocol)
         row = self._group.on_main(lambda: rows.read_row(url) if storage.exists(url) else None)
         if row is None or row.weights_sha256 != model.sha256:
             return None
         lacks_scenes = protocol.scenes and row.scene_accuracy is None
-        differs = rows.differences(row.protocol, self._describe(protocol))
+        differs = rows.differences(row.protocol, wanted)
         return None if lacks_scenes or differs else row
 
     def measure(
@@ -114,16 +123,25 @@ class CaptionMetrics:
         return load_networks(self._config.protocol, choose_device(self._config.device))
 
     @cached_property
-    def _reference(self) -> ImageFolder | ReferenceFile | None:
-        size = self._reader.manifest.image_size
-        return open_reference(self._config, size, self._networks, self._group)
+    def _reference(self) -> Reference | None:
+        """The real images that the recipe names, if any."""
+        manifest, paths = self._reader.manifest, self._real_images
+        if self._config.reference:
+            return read_reference(self._config.reference, manifest.image_size, self._networks)
+        if paths:
+            digest = hash_images(paths, manifest.image_size, self._group)
+            return Reference(num_images=len(paths), sha256=digest, features=None)
+        return None
 
     @cached_property
     def _real(self) -> Mapping[str, FeatureSet]:
         """Features of the real images by network."""
         if self._reference is None:
             return {}
-        return self._reference.load_features(self._networks, self._group)
+        if self._reference.features is not None:
+            return self._reference.features
+        size, paths = self._reader.manifest.image_size, self._real_images
+        return embed_real_images(paths, size, self._batch_size, self._networks, self._group)
 
     @cached_property
     def _texts(self) -> metrics.Features:
@@ -135,8 +153,9 @@ class CaptionMetrics:
         return self._embed_texts(self._config.protocol.paper_prefix)
 
     def _describe(self, protocol: ProtocolConfig) -> rows.Protocol:
-        identities = self._networks.identities
-        inception, reference = identities.get(INCEPTION), self._reference
+        networks, reference = self._networks.features, self._reference
+        clip = networks[CLIP].identity
+        inception = networks[INCEPTION].identity if INCEPTION in networks else None
         return rows.Protocol(
             name=protocol.name,
             num_samples=len(self.prompts),
@@ -146,8 +165,8 @@ class CaptionMetrics:
             sampling=protocol.sampling.settings,
             image_size=self._reader.manifest.image_size,
             resize=self._reader.manifest.resize,
-            features=identities[CLIP].name,
-            features_sha256=identities[CLIP].sha256,
+            features=clip.name,
+            features_sha256=clip.sha256,
             paper_prefix=protocol.paper_prefix,
             inception=inception.name if inception else None,
             inception_sha256=inception.sha256 if inception else None,
@@ -161,11 +180,10 @@ class CaptionMetrics:
         partition = self.prompts[world.rank :: world.size]
         batches = sample_set.read_samples(folder, partition, self._batch_size)
         return collect_features(
-            self._networks.functions,
+            self._networks,
             show_progress(batches, len(partition), "embed samples", world),
             range(count)[world.rank :: world.size],
             {**choose_parts(count), CLIP: np.arange(count)},
-            self._networks.device,
             self._group,
         )
 
@@ -239,8 +257,7 @@ class ObjectCounting:
     @property
     def sources(self) -> dict[str, str]:
         """What decides the prompt of each position, for settings.json."""
-        texts = json.dumps([asked.prompt for asked in self._asked])
-        return {"prompts_sha256": sha256(texts.encode()).hexdigest()}
+        return {"prompts_sha256": _hash([asked.prompt for asked in self._asked])}
 
     def open_conditions(self, model: Model) -> sample_set.EncodedConditions:
         """Open the text encoder of the model. Raises UserError if it has changed."""
@@ -283,7 +300,7 @@ class ObjectCounting:
 
     def _describe(self, protocol: ProtocolConfig) -> object_count.ObjectCountProtocol:
         return object_count.ObjectCountProtocol(
-            prompts_sha256=object_count.hash_count_prompts(self._asked),
+            prompts_sha256=_hash([asdict(asked) for asked in self._asked]),
             num_images=self._num_images,
             sampling=protocol.sampling.settings,
             rule=self._counter.rule,
@@ -335,6 +352,10 @@ def scene_accuracies(scores: Sequence[SceneScore]) -> dict[str, Estimate | None]
         "relation_accuracy": estimate_share(np.array(relations)) if relations else None,
         "scene_accuracy": estimate_share(np.array(right)),
     }
+
+
+def _hash(value: object) -> str:
+    return sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _read_seconds(url: str) -> float | None:

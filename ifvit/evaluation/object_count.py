@@ -8,7 +8,6 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -143,11 +142,6 @@ def read_count_prompts(source: str) -> list[CountPrompt]:
     return prompts
 
 
-def hash_count_prompts(prompts: Sequence[CountPrompt]) -> str:
-    """SHA-256 of prompts, objects and counts in order."""
-    return sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
-
-
 def _paper_prompts() -> list[CountPrompt]:
     """4 objects x 5 counts. The paper gives the words only, so no sentence surrounds them."""
     return [
@@ -229,16 +223,6 @@ def _score(images: Sequence[CountedImage], name: str | None, asked: int | None) 
         asked=asked,
         average_error=estimate_mean(errors.astype(np.float64)),
         match_ratio=estimate_share(errors == 0),
-    )
-
-
-def format_counts(row: ObjectCountRow) -> str:
-    """The scores over all images with their 95 % intervals."""
-    overall = row.scores[0]
-    estimates = {"average error": overall.average_error, "match ratio": overall.match_ratio}
-    return "\n".join(
-        f"{name:20}{one.value:10.4f}  [{one.low:.4f}, {one.high:.4f}]"
-        for name, one in estimates.items()
     )
 
 

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import UnidentifiedImageError
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from ifvit import storage
 from ifvit.distributed import ProcessGroup, choose_device, open_process_group, show_progress
 from ifvit.errors import UserError
-from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
+from ifvit.evaluation.config import MakeReferenceConfig
 from ifvit.evaluation.features import (
     FeatureSet,
     Networks,
@@ -35,63 +34,16 @@ from ifvit.images import IMAGE_SUFFIXES, Pixels, read_square
 from ifvit.shards.format import RESIZE
 
 _NUM_READERS = 8
-_REMEDY = "make another with ifvit evaluate --make_reference"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolder:
-    """Real images in a folder; `sha256` is their `hash_images`."""
+class Reference:
+    """Real images that samples are compared with; `sha256` is their `hash_images`."""
 
-    paths: Sequence[Path]
-    image_size: int
-    batch_size: int
-    sha256: str
-
-    @property
-    def num_images(self) -> int:
-        """Number of real images."""
-        return len(self.paths)
-
-    def load_features(self, networks: Networks, group: ProcessGroup) -> dict[str, FeatureSet]:
-        """Embed the images, a partition on each process; all processes call this together."""
-        world = group.world
-        positions = range(len(self.paths))[world.rank :: world.size]
-        paths = [self.paths[position] for position in positions]
-        batches = show_progress(
-            read_batches(paths, self.image_size, self.batch_size),
-            len(paths),
-            "embed real images",
-            world,
-        )
-        parts = choose_parts(len(self.paths))
-        return collect_features(
-            networks.functions, batches, positions, parts, networks.device, group
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceFile:
-    """Features of real images in an .npz file that `make_reference` wrote."""
-
-    url: str
-    arrays: Mapping[str, Any]
     num_images: int
     sha256: str
-
-    def load_features(self, networks: Networks, group: ProcessGroup) -> dict[str, FeatureSet]:
-        """Read the features. Raises UserError for a damaged file."""
-        try:
-            return {name: self._read(name) for name in networks.identities}
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{self.url}: damaged ({error}); {_REMEDY}") from None
-
-    def _read(self, name: str) -> FeatureSet:
-        statistics = FeatureStatistics(
-            num_samples=self.num_images,
-            mean=self.arrays[f"{name}.mean"],
-            covariance=self.arrays[f"{name}.covariance"],
-        )
-        return FeatureSet(statistics=statistics, part=self.arrays[f"{name}.part"])
+    features: Mapping[str, FeatureSet] | None
+    """Features by network, as stored in a file; None: the images are not embedded yet."""
 
 
 def make_reference(config: MakeReferenceConfig) -> None:
@@ -100,76 +52,75 @@ def make_reference(config: MakeReferenceConfig) -> None:
     Raises UserError for a folder without images or with one that cannot be read.
     """
     networks = load_networks(config.protocol, choose_device(config.device))
+    paths, size = list_images(config.images), config.image_size
     with open_process_group() as group:
-        folder = _open_folder(
-            config.images, config.image_size, config.protocol.sampling.batch_size, group
-        )
-        features = folder.load_features(networks, group)
-        if group.world.is_main:
-            _write(config.output, folder, features, networks)
-            sys.stdout.write(
-                f"{config.output}: {folder.num_images} images, sha256 {folder.sha256}\n"
-            )
-
-
-def open_reference(
-    config: EvaluateConfig, image_size: int, networks: Networks, group: ProcessGroup
-) -> ImageFolder | ReferenceFile | None:
-    """The real images that the recipe names, if any; all processes call this together.
-
-    Raises UserError for a file of other images or networks, and a folder without images.
-    """
-    if config.reference:
-        return _open_file(config.reference, image_size, networks)
-    if config.images:
-        return _open_folder(config.images, image_size, config.protocol.sampling.batch_size, group)
-    return None
-
-
-def _open_folder(folder: str, image_size: int, batch_size: int, group: ProcessGroup) -> ImageFolder:
-    paths = list_images(folder)
-    digest = hash_images(paths, image_size, RESIZE, group)
-    return ImageFolder(paths=paths, image_size=image_size, batch_size=batch_size, sha256=digest)
-
-
-def _write(
-    url: str, folder: ImageFolder, features: Mapping[str, FeatureSet], networks: Networks
-) -> None:
-    arrays: dict[str, object] = {
-        "num_images": folder.num_images,
-        "images_sha256": folder.sha256,
-        "image_size": folder.image_size,
-        "resize": RESIZE,
-    }
-    for name, found in features.items():
-        arrays |= {
-            f"{name}.mean": found.statistics.mean,
-            f"{name}.covariance": found.statistics.covariance,
-            f"{name}.part": found.part,
-            f"{name}.encoder": networks.identities[name].name,
-            f"{name}.sha256": networks.identities[name].sha256,
+        digest = hash_images(paths, size, group)
+        batch_size = config.protocol.sampling.batch_size
+        features = embed_real_images(paths, size, batch_size, networks, group)
+        if not group.world.is_main:
+            return
+        arrays: dict[str, object] = {
+            "num_images": len(paths),
+            "images_sha256": digest,
+            "image_size": size,
+            "resize": RESIZE,
         }
-    with storage.write_file(url) as path, path.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # numbers and strings become arrays
+        for name, found in features.items():
+            arrays |= {
+                f"{name}.mean": found.statistics.mean,
+                f"{name}.covariance": found.statistics.covariance,
+                f"{name}.part": found.part,
+                f"{name}.encoder": networks.features[name].identity.name,
+                f"{name}.sha256": networks.features[name].identity.sha256,
+            }
+        with storage.write_file(config.output) as path, path.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # numbers, strings become arrays
+        sys.stdout.write(f"{config.output}: {len(paths)} images, sha256 {digest}\n")
 
 
-def _open_file(url: str, image_size: int, networks: Networks) -> ReferenceFile:
+def read_reference(url: str, image_size: int, networks: Networks) -> Reference:
+    """Read a file that `make_reference` wrote.
+
+    Raises UserError for a file of other images or networks, or one that is damaged.
+    """
+    remedy = "make another with ifvit evaluate --make_reference"
     try:
         arrays = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
         found_size, num_images = int(arrays["image_size"]), int(arrays["num_images"])
+        if found_size != image_size:
+            raise UserError(
+                f"{url}: its images have {found_size} pixels, those of the shards {image_size}; "
+                f"{remedy}"
+            )
+        for name, network in networks.features.items():
+            if str(arrays.get(f"{name}.sha256")) != network.identity.sha256:
+                raise UserError(f"{url}: no features by {name} {network.identity.name}; {remedy}")
+        features = {
+            name: FeatureSet(
+                statistics=FeatureStatistics(
+                    num_samples=num_images,
+                    mean=arrays[f"{name}.mean"],
+                    covariance=arrays[f"{name}.covariance"],
+                ),
+                part=arrays[f"{name}.part"],
+            )
+            for name in networks.features
+        }
         digest = str(arrays["images_sha256"])
-        encoders = {name: str(arrays.get(f"{name}.sha256")) for name in networks.identities}
     except (KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{url}: not a reference file ({error}); {_REMEDY}") from None
-    if found_size != image_size:
-        raise UserError(
-            f"{url}: its images have {found_size} pixels, those of the shards {image_size}; "
-            f"{_REMEDY}"
-        )
-    for name, identity in networks.identities.items():
-        if encoders[name] != identity.sha256:
-            raise UserError(f"{url}: no features by {name} {identity.name}; {_REMEDY}")
-    return ReferenceFile(url=url, arrays=arrays, num_images=num_images, sha256=digest)
+        raise UserError(f"{url}: damaged or not a reference file ({error}); {remedy}") from None
+    return Reference(num_images=num_images, sha256=digest, features=features)
+
+
+def embed_real_images(
+    paths: Sequence[Path], image_size: int, batch_size: int, networks: Networks, group: ProcessGroup
+) -> dict[str, FeatureSet]:
+    """Embed real images, a partition on each process; all processes call this together."""
+    world = group.world
+    positions = range(len(paths))[world.rank :: world.size]
+    batches = read_batches(paths[world.rank :: world.size], image_size, batch_size)
+    shown = show_progress(batches, len(positions), "embed real images", world)
+    return collect_features(networks, shown, positions, choose_parts(len(paths)), group)
 
 
 def list_images(folder: str) -> list[Path]:
@@ -211,7 +162,7 @@ def read_batches(paths: Sequence[Path], image_size: int, batch_size: int) -> Ite
             yield np.stack(list(pool.map(read_real_image, batch, repeat(image_size))))
 
 
-def hash_images(paths: Sequence[Path], image_size: int, resize: str, group: ProcessGroup) -> str:
+def hash_images(paths: Sequence[Path], image_size: int, group: ProcessGroup) -> str:
     """SHA-256 of the contents of the files, in order, and of how they become pixels.
 
     The features are not hashed, because their last bits differ between machines. Each process
@@ -226,7 +177,7 @@ def hash_images(paths: Sequence[Path], image_size: int, resize: str, group: Proc
         disable=not world.is_main,
     )
     digests = group.gather([storage.sha256_of(path) for path in partition])
-    total = hashlib.sha256(f"{resize} {image_size}".encode())
+    total = hashlib.sha256(f"{RESIZE} {image_size}".encode())
     for position in range(len(paths)):
         total.update(digests[position % world.size][position // world.size].encode())
     return total.hexdigest()

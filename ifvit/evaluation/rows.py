@@ -122,14 +122,6 @@ def estimates_of(row: MetricsRow) -> dict[str, Estimate]:
     return {name: value for name, value in values.items() if isinstance(value, Estimate)}
 
 
-def format_row(row: MetricsRow) -> str:
-    """The measured metrics, one on each line, with their 95 % intervals."""
-    return "\n".join(
-        f"{name:20}{estimate.value:10.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]"
-        for name, estimate in estimates_of(row).items()
-    )
-
-
 def write_row(url: str, row: MetricsRow) -> None:
     """Write the row as JSON."""
     storage.write_json(url, asdict(row))

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -71,35 +70,30 @@ def read_prompts(reader: ShardReader, protocol: ProtocolConfig) -> list[Prompt]:
         raise UserError(
             f"{reader.url}: has {len(reader)} images, but num_samples is {count}; lower it"
         )
-    if reader.manifest.classes:
-        return [_name_class(reader, position) for position in range(count)]
-    positions = np.arange(count)
+    positions, classes = np.arange(count), reader.manifest.classes
     chosen = np.zeros(count, np.int64)
-    if protocol.caption_rule == "random":
+    if protocol.caption_rule == "random" and not classes:
         draws = uniform_array(protocol.sampling.seed, 0, positions, Stream.CAPTION)
         chosen = (draws * reader.caption_counts(positions)).astype(np.int64)
     prompts = []
     for position, caption in enumerate(chosen.tolist()):
         entry = reader.metadata(position)
-        scored = caption if protocol.score_caption == "same" else 0
+        if classes:  # two_red_circles => "two red circles"
+            caption = reader.label(position)
+            text = score_text = classes[caption].replace("_", " ")
+        else:
+            text = entry.captions[caption]
+            score_text = text if protocol.score_caption == "same" else entry.captions[0]
         prompts.append(
             Prompt(
                 position=position,
                 image_id=entry.image_id,
                 caption=caption,
-                text=entry.captions[caption],
-                score_text=entry.captions[scored],
+                text=text,
+                score_text=score_text,
             )
         )
     return prompts
-
-
-def _name_class(reader: ShardReader, position: int) -> Prompt:
-    """The class `two_red_circles` as the caption "two red circles"."""
-    label = reader.label(position)
-    text = reader.manifest.classes[label].replace("_", " ")
-    image_id = reader.metadata(position).image_id
-    return Prompt(position=position, image_id=image_id, caption=label, text=text, score_text=text)
 
 
 def hash_prompts(prompts: Sequence[Prompt]) -> str:
@@ -108,18 +102,8 @@ def hash_prompts(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-class Conditions(Protocol):
-    """Turns prompts into the conditions that a backbone takes."""
-
-    null: Tensor
-    """Condition of no prompt, (M, D) or ()."""
-
-    def read(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Contexts (B, M, D) of captions, or class numbers (B,)."""
-
-
 class ShardConditions:
-    """Conditions that the shards of the held-out images store."""
+    """Conditions of prompts that the shards store; `null`, (M, D) or (), is that of no prompt."""
 
     def __init__(self, reader: ShardReader, model: Model) -> None:
         """Raises UserError unless the shards hold what the model was trained on, in its shape."""
@@ -139,7 +123,7 @@ class ShardConditions:
 
 
 class EncodedConditions:
-    """Conditions that the text encoder of the training makes of any text."""
+    """Conditions of any text, by the text encoder of the training; `null` is that of no prompt."""
 
     def __init__(self, model: Model) -> None:
         """Raises UserError for a text encoder that does not load or has changed."""
@@ -177,7 +161,7 @@ def _describe_classes(classes: tuple[str, ...]) -> str:
 def generate_missing(
     folder: str,
     model: Model,
-    conditions: Conditions,
+    conditions: ShardConditions | EncodedConditions,
     prompts: Sequence[Prompt],
     config: SamplingConfig,
     sources: dict[str, str],
@@ -203,7 +187,7 @@ def generate_missing(
 
 
 def _read_batches(
-    conditions: Conditions, prompts: Sequence[Prompt], batch_size: int
+    conditions: ShardConditions | EncodedConditions, prompts: Sequence[Prompt], batch_size: int
 ) -> Iterator[ConditionBatch]:
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]

@@ -1,6 +1,7 @@
 """Networks are loaded and called as their files require; features are collected in order."""
 
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,17 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.evaluation import features
-from ifvit.evaluation.features import ORIGINAL, FeatureSet, collect_features, load_inception
+from ifvit.evaluation.features import (
+    ORIGINAL,
+    FeatureNetwork,
+    FeatureSet,
+    Networks,
+    collect_features,
+    load_inception,
+)
 from ifvit.evaluation.metrics import estimate_frechet, frechet_distance, statistics
 from ifvit.images import Pixels, to_model_range
+from ifvit.shards import EncoderIdentity
 from ifvit.storage import sha256_of
 
 
@@ -33,7 +42,7 @@ def sample_images(count: int, brightest: int) -> np.ndarray:
 def test_a_network_is_identified_by_its_hash_and_gives_features(path: str) -> None:
     found = load_inception(path)
     assert found.identity.sha256 == sha256_of(Path(path))
-    assert found(to_model_range(sample_images(3, 255))).shape == (3, NUM_FEATURES)
+    assert found.embed(to_model_range(sample_images(3, 255))).shape == (3, NUM_FEATURES)
 
 
 def test_images_are_resized_as_pytorch_fid_does_it(path: str) -> None:
@@ -41,7 +50,7 @@ def test_images_are_resized_as_pytorch_fid_does_it(path: str) -> None:
     # Bilinear without antialiasing is what PIL does when it enlarges, up to its rounding.
     enlarged = np.asarray(Image.fromarray(pixels[0]).resize((299, 299), Image.Resampling.BILINEAR))
     expected = Network()(torch.from_numpy(enlarged.astype(np.float32)).permute(2, 0, 1)[None], True)
-    found = load_inception(path)(to_model_range(pixels))
+    found = load_inception(path).embed(to_model_range(pixels))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
 
 
@@ -53,12 +62,12 @@ def test_fid_is_that_of_torchmetrics_with_the_same_network(path: str) -> None:
         num_features = NUM_FEATURES
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return network(images / 127.5 - 1).double()
+            return network.embed(images / 127.5 - 1).double()
 
     metric = FrechetInceptionDistance(feature=Features(), normalize=False)
     for pixels, is_real in ((real, True), (sampled, False)):
         metric.update(torch.from_numpy(pixels).permute(0, 3, 1, 2), real=is_real)
-    both = [network(to_model_range(pixels)).numpy() for pixels in (sampled, real)]
+    both = [network.embed(to_model_range(pixels)).numpy() for pixels in (sampled, real)]
     found = frechet_distance(*map(statistics, both))
     assert found == pytest.approx(float(metric.compute()), rel=1e-4, abs=1e-4)
 
@@ -101,15 +110,23 @@ def test_a_file_that_is_not_a_network_is_one_line(
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 3), dtype=np.uint8)
 
 
+def networks_of(name: str, embed: Callable[[Tensor], Tensor]) -> Networks:
+    identity = EncoderIdentity(name=name, sha256="0" * 64)
+    network = FeatureNetwork(embed=embed, identity=identity)
+    return Networks(clip=None, features={name: network}, device="cpu")  # type: ignore[arg-type]
+
+
 def flatten(images: Tensor) -> Tensor:
     return images.flatten(start_dim=1)
 
 
-def collect(network: object, images: Pixels, positions: list[int], part: list[int]) -> FeatureSet:
+def collect(
+    network: Callable[[Tensor], Tensor], images: Pixels, positions: list[int], part: list[int]
+) -> FeatureSet:
     group = ProcessGroup(World(rank=0, size=1, local_rank=0))
     batches = np.split(images, [3])
     parts = {"eye": np.array(part)}
-    return collect_features({"eye": network}, batches, positions, parts, "cpu", group)["eye"]  # type: ignore[dict-item]
+    return collect_features(networks_of("eye", network), batches, positions, parts, group)["eye"]
 
 
 def test_statistics_cover_all_images_and_the_part_keeps_its_own_order() -> None:
@@ -141,7 +158,7 @@ def test_30_000_samples_need_no_more_memory_than_their_features() -> None:
     batches = (np.zeros((batch, 8, 8, 3), np.uint8) for _ in range(count // batch))
     tracemalloc.start()
     found = collect_features(
-        {"clip": network}, batches, range(count), {"clip": np.arange(count)}, "cpu", group
+        networks_of("clip", network), batches, range(count), {"clip": np.arange(count)}, group
     )["clip"]
     distance = estimate_frechet(found.part, found.statistics, found.statistics)
     _, peak = tracemalloc.get_traced_memory()

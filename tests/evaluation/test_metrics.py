@@ -41,19 +41,6 @@ def test_distance_is_that_of_the_general_square_root() -> None:
     assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-6)
 
 
-def test_distance_and_kid_are_those_of_torch_fidelity() -> None:
-    reason = "torch-fidelity, which needs torchvision, is not installed"
-    fid = pytest.importorskip("torch_fidelity.metric_fid", reason=reason, exc_type=ImportError)
-    kid_metric = pytest.importorskip("torch_fidelity.metric_kid", exc_type=ImportError)
-    both = [torch.from_numpy(features) for features in (FIRST[:300], SECOND)]
-    expected = fid.fid_statistics_to_metric(*map(fid.fid_features_to_statistics, both), False)
-    found = frechet_distance(*(statistics(features.numpy()) for features in both))
-    assert found == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
-    expected = kid_metric.kid_features_to_metric(*both, kid_subsets=1, kid_subset_size=300)
-    found = kid(*(features.numpy() for features in both)).value
-    assert found == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
-
-
 def test_distance_survives_fewer_samples_than_features() -> None:
     few, many = statistics(FIRST[:5]), statistics(SECOND)
     assert frechet_distance(few, few) == pytest.approx(0.0, abs=1e-6)

@@ -100,8 +100,8 @@ def test_a_file_that_is_not_a_reference_is_one_line(
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
     damaged = bytearray(Path(reference).read_bytes())
     refuse("no such file", reference=str(tmp_path / "gone.npz"))
-    refuse(r"text\.npz: not a reference", reference=str(tmp_path / "text.npz"))
-    refuse(r"other\.npz: not a reference", reference=str(tmp_path / "other.npz"))
+    refuse(r"text\.npz: .*not a reference", reference=str(tmp_path / "text.npz"))
+    refuse(r"other\.npz: .*not a reference", reference=str(tmp_path / "other.npz"))
     (tmp_path / "new").mkdir()
     other = dataclasses.replace(config.protocol, inception=save_inception(tmp_path / "new", 1))
     refuse("no features by inception", protocol=other)
@@ -109,6 +109,7 @@ def test_a_file_that_is_not_a_reference_is_one_line(
     damaged[place] ^= 0xFF
     Path(reference).write_bytes(damaged)
     refuse(r"reference\.npz: damaged")
+    assert not Path(config.weights, "evaluation").exists(), "refused before any image is made"
     words = ["evaluate", "--weights", "w", "--shards", "s", "--images", "i", "--reference", "r"]
     with pytest.raises(SystemExit):
         main(words)
