@@ -112,10 +112,10 @@ class BenchGenerateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainConfig:
-    """Compare training steps: the paper's four variants with each other, with U-ViT's recipe, with
-    a bare loop, and with the limits of the hardware.
+    """Compare training steps of the paper's four variants with U-ViT's recipe and a bare loop.
 
-    One process, plain PyTorch, random data in memory.
+    Steps are also related to the limits of the hardware. One process, plain PyTorch, random data in
+    memory.
     """
 
     preset: Preset = "small"
