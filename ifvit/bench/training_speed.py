@@ -6,7 +6,7 @@ U-ViT's recipe.
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -44,7 +44,7 @@ from ifvit.training.engine import (
     prepare_forward,
 )
 from ifvit.training.guards import StopRequest
-from ifvit.training.loop import fit
+from ifvit.training.loop import Hook, fit
 from ifvit.training.profiling import device_name, peak_flops
 
 SCALING_FACTOR = 0.2301
@@ -148,7 +148,7 @@ def _recipe(shape: FusionUViTConfig, config: BenchTrainConfig, device: torch.dev
 
 
 class EngineSteps:
-    """The loop of `ifvit train`, without reading data and without hooks."""
+    """The loop of `ifvit train`, without reading data."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.backbone = build_backbone(config.backbone)
@@ -159,19 +159,19 @@ class EngineSteps:
             config.optim,
             ema_decays=config.ema_decays,
         )
-        self._state = TrainState()
+        self.state = TrainState()
         self._objective = _objective(config, self.engine.device)
         self._batch = _random_batch(config, self.engine.device)
 
-    def __call__(self, num_steps: int) -> None:
+    def __call__(self, num_steps: int, hooks: Sequence[Hook] = ()) -> None:
         """Train for `num_steps` steps."""
-        self._state = fit(
-            self._state,
-            self._state.step + num_steps,
+        self.state = fit(
+            self.state,
+            self.state.step + num_steps,
             cast(Batches, _SameBatch(self._batch)),
             self._objective,
             self.engine,
-            [],
+            hooks,
             StopRequest(self.engine.world),
         )
 
