@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a fresh clone with nothing but Python >= 3.11.
+# `make demo` and `make test` work on a fresh clone; they need only Python >= 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM = false
@@ -16,7 +16,7 @@ setup: .venv/.complete
 demo: setup
 	$(BIN)/ifvit demo
 
-# Two files of tests at a time, each on one thread; those that wait for SLURM keep none from working.
+# Two test files at a time, each on one thread; tests that wait for SLURM leave the other one running.
 test: export OMP_NUM_THREADS = 1
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

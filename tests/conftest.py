@@ -1,7 +1,7 @@
-"""What a test needs from outside: a real S3 server, a real SLURM cluster, a real browser.
+"""Real servers for tests: S3, SLURM and a browser.
 
-Where one is missing the test skips and names the command that starts it.
-IFVIT_TEST_REQUIRE=s3,slurm,browser turns that skip into a failure: CI cannot pass by skipping.
+A test without its server is skipped and names the command that starts the server.
+IFVIT_TEST_REQUIRE=s3,slurm,browser turns the skip into a failure, for CI.
 """
 
 import os
@@ -20,7 +20,7 @@ from faulty_proxy import FaultyProxy
 
 
 def s3_answers() -> bool:
-    """Whether an S3 server is there, by whatever HTTP status."""
+    """Whether an S3 server answers, with any HTTP status."""
     try:
         urllib.request.urlopen(os.environ.get("AWS_ENDPOINT_URL", "http://127.0.0.1:1"), timeout=10)
     except urllib.error.HTTPError:
@@ -36,7 +36,7 @@ def browser_is_there() -> bool:
 
 
 def slurm_answers() -> bool:
-    """Whether SLURM's controller is there."""
+    """Whether the SLURM controller answers."""
     if shutil.which("sinfo") is None:
         return False
     return subprocess.run(["sinfo"], capture_output=True, timeout=60, check=False).returncode == 0
@@ -50,7 +50,7 @@ SERVERS: dict[str, tuple[Callable[[], bool], str]] = {
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip, or fail where it is required, a test whose server is not there."""
+    """Skip a test whose server is missing, or fail it if the server is required."""
     required = os.environ.get("IFVIT_TEST_REQUIRE", "").split(",")
     for name, (answers, remedy) in SERVERS.items():
         if item.get_closest_marker(name) and not answers():
@@ -61,21 +61,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def s3_bucket() -> Iterator[str]:
-    """`s3://bucket/prefix` of this test alone, emptied afterwards; for tests marked `s3`."""
+    """`s3://bucket/prefix` for one test, emptied afterwards; for tests marked `s3`."""
     with s3_prefix() as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def s3_module_bucket() -> Iterator[str]:
-    """The same for all tests of a module."""
+    """`s3://bucket/prefix` for all tests of a module."""
     with s3_prefix() as url:
         yield url
 
 
 @contextmanager
 def s3_prefix() -> Iterator[str]:
-    """A prefix that nobody else uses, emptied afterwards."""
+    """Yield an unused prefix, and empty it afterwards."""
     url = f"s3://ifvit-tests/{uuid.uuid4().hex}"
     files = fsspec.filesystem("s3", use_listings_cache=False)
     files.makedirs("s3://ifvit-tests", exist_ok=True)
@@ -87,7 +87,7 @@ def s3_prefix() -> Iterator[str]:
 
 @pytest.fixture
 def faulty_s3(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    """A healthy proxy before the S3 server, which this process and its children now talk to."""
+    """Healthy proxy in front of the S3 server, for this process and its children."""
     s3 = fsspec.get_filesystem_class("s3")
     with FaultyProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 endpoint that misbehaves as a test tells it to.
+"""An HTTP proxy in front of an S3 endpoint that causes the faults that a test plans.
 
     with FaultyProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:  # or the fixture `faulty_s3`
         proxy.plan(Fault("status", method="PUT", key="*/manifest.json", status=503, times=2))
@@ -6,8 +6,8 @@
         assert proxy.hits == ["PUT /bucket/run/manifest.json"] * 2
         proxy.plan()  # healthy again
 
-Clients must sign for the proxy's address, so they are pointed at `proxy.endpoint` by
-AWS_ENDPOINT_URL; the fixture does this, for this process and those it starts.
+Clients must sign for the address of the proxy, so AWS_ENDPOINT_URL must be `proxy.endpoint`. The
+fixture sets it for this process and its children.
 """
 
 import asyncio
@@ -30,22 +30,23 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with the matching requests number `first` to `first + times - 1`.
+    """A fault of the matching requests number `first` to `first + times - 1`.
 
-    status: answered with `status`, never forwarded. delay: nothing but the delay. hang: no answer
-    until the client or the proxy gives up. drop: connection closed, never forwarded. lose_answer:
-    forwarded and done, but the connection closes instead of an answer. reset, truncate: half the
-    body, then a reset or an orderly close, under the full Content-Length. shorten: half the body
-    under a Content-Length that agrees. flip: the middle byte of the body is inverted.
+    status: the proxy answers with `status` and forwards nothing. delay: the answer is late. hang:
+    there is no answer until client or proxy gives up. drop: the connection closes, nothing is
+    forwarded. lose_answer: the request is forwarded, but the connection closes instead of an
+    answer. reset, truncate: half of the body arrives under the full Content-Length, then a reset or
+    an orderly close. shorten: half of the body arrives under a matching Content-Length. flip: the
+    middle byte of the body is inverted.
     """
 
     kind: Kind
     method: str = "*"
     key: str = "*"
-    """Pattern, as a shell's, of `/bucket/key` without the query."""
+    """Shell pattern of `/bucket/key` without the query."""
     first: int = 1
     times: int | None = 1
-    """None: every one from `first` on."""
+    """None: all requests from `first` on."""
     status: int = 503
     delay: float = 0.0
     """Seconds before the fault."""
@@ -57,7 +58,7 @@ class _Planned:
     seen: int = 0
 
     def strikes(self, method: str, path: str) -> bool:
-        """Count a matching request and say whether the fault is due."""
+        """Count a matching request => whether the fault is due."""
         if not (fnmatchcase(method, self.fault.method) and fnmatchcase(path, self.fault.key)):
             return False
         self.seen += 1
@@ -67,19 +68,19 @@ class _Planned:
 
 @dataclass
 class FaultyProxy:
-    """A context manager; the proxy runs in its own thread. See the module."""
+    """Context manager that runs the proxy in a thread; the module docstring shows its use."""
 
     target: str
     requests: list[str] = field(default_factory=list)
-    """Every request so far, as `PUT /bucket/key`."""
+    """All requests so far, as `PUT /bucket/key`."""
     hits: list[str] = field(default_factory=list)
-    """Those that met a fault."""
+    """The requests that met a fault."""
     before: Callable[[str], None] | None = None
-    """Called in the proxy's thread before a request is forwarded, with the same words."""
+    """Called in the thread of the proxy with `PUT /bucket/key` before a request is forwarded."""
     endpoint: str = ""
 
     def plan(self, *faults: Fault) -> None:
-        """Replace the plan; the counting of matches starts anew."""
+        """Replace the plan and count matches from zero."""
         self._plan = [_Planned(fault) for fault in faults]
 
     def __enter__(self) -> "FaultyProxy":
@@ -135,7 +136,7 @@ class FaultyProxy:
                 return await self._forward(request, kind)
 
     async def _forward(self, request: web.BaseRequest, kind: Kind) -> web.StreamResponse:
-        """Pass the request on, Host included because it is signed, and the answer back."""
+        """Forward the request, with Host because it is signed, and return the answer."""
         url = URL(self.target + request.raw_path, encoded=True)
         headers = {k: v for k, v in request.headers.items() if k not in _HOP_BY_HOP}
         skip = ["User-Agent", "Content-Type", "Accept", "Accept-Encoding"]
@@ -172,7 +173,7 @@ _HOP_BY_HOP = {"Connection", "Keep-Alive", "Transfer-Encoding", "Expect"}
 
 
 def _hang_up(request: web.BaseRequest, *, reset: bool = False) -> web.Response:
-    """Close the connection under the request; the answer that aiohttp wants is never sent."""
+    """Close the connection of the request; the returned answer is never sent."""
     transport = request.transport
     if transport is not None:
         if reset:

@@ -1,4 +1,4 @@
-"""The shapes of small backbones, for tests that need any."""
+"""Configurations of small backbones."""
 
 from dataclasses import replace
 

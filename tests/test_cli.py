@@ -1,4 +1,4 @@
-"""The command line: quick help, one line for a mistake, exit code 2."""
+"""Help imports no torch; a mistake of the user is one line and exit code 2."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def test_help_of_every_verb_imports_no_torch() -> None:
 
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a mistake prints."""
+    """Run a verb that must fail => the only line that it prints."""
     with pytest.raises(SystemExit) as end:
         main(argv)
     assert end.value.code == 2

@@ -1,4 +1,4 @@
-"""The whole path, a hundred times smaller than `make demo`."""
+"""The demo runs all stages; here a hundred times smaller than `make demo`."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from ifvit.demo import DemoConfig, demo
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
-    """A demo of 48 training scenes, two steps and 24 measured pictures."""
+    """A demo with 48 training scenes, 24 generated images and few steps."""
     monkeypatch.setattr(demo_module, "NUM_TRAIN", 48)
     monkeypatch.setattr(demo_module, "NUM_HELD_OUT", 24)
     monkeypatch.setattr(demo_module, "NUM_SAMPLES", 24)
@@ -25,7 +25,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
 
 
 def written(folder: str) -> dict[str, int]:
-    """Files of the stages that must not be repeated, with their time of writing."""
+    """Files of finished stages, with their time of writing."""
     patterns = ("images/*/*", "shards/*/*.tar", "*/checkpoints/*/*", "*/evaluation/*/*/*/0*.png")
     paths = [path for pattern in patterns for path in Path(folder).glob(pattern)]
     return {str(path): path.stat().st_mtime_ns for path in paths}
@@ -54,7 +54,7 @@ def test_demo_goes_the_whole_way_and_repeats_nothing(
 
     before = written(config.folder)
     assert len(before) > 48 + 24
-    # What repeats nothing needs no processes that would import torch for seconds.
+    # A second demo repeats nothing; without worker processes, which import torch, it is faster.
     here = nullcontext(SimpleNamespace(map=map))
     monkeypatch.setattr(demo_module, "_worker_processes", lambda: here)
     demo(config)
@@ -71,7 +71,7 @@ def test_a_killed_demo_takes_its_workers_along() -> None:
         "print(_worker_processes().submit(os.getpid).result(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    # Ends when nobody, no worker either, holds standard output any more.
+    # Ends when no process, no worker either, holds standard output open.
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, stdout=subprocess.PIPE, timeout=200, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Which process this is, by every launcher's variables."""
+"""`World` understands the variables of every launcher."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The proxy does what its faults promise, and nothing when healthy."""
+"""The proxy causes the planned faults, and none when healthy."""
 
 import os
 import urllib.error

@@ -1,4 +1,4 @@
-"""Image files become the pixels that U-ViT's preparation makes of them."""
+"""Image files become the same pixels as in U-ViT's preparation."""
 
 from pathlib import Path
 
@@ -18,22 +18,22 @@ from ifvit.images import (
 )
 
 
-def draw(width: int, height: int) -> Image.Image:
+def sample_image(width: int, height: int) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize(("width", "height"), [(10, 7), (7, 10), (9, 6), (5, 5)])
 def test_crop_equals_the_reference_with_floor_division(width: int, height: int) -> None:
-    pixels = np.asarray(draw(width, height))
+    pixels = np.asarray(sample_image(width, height))
     side = min(width, height)
     top, left = (height - side) // 2, (width - side) // 2
     expected = pixels[top : top + side, left : left + side]
-    np.testing.assert_array_equal(np.asarray(center_crop(draw(width, height))), expected)
+    np.testing.assert_array_equal(np.asarray(center_crop(sample_image(width, height))), expected)
 
 
 def test_resize_is_lanczos_and_leaves_equal_sizes_alone() -> None:
-    image = draw(16, 16)
+    image = sample_image(16, 16)
     assert resize(image, 16) is image
     expected = image.resize((8, 8), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(np.asarray(resize(image, 8)), np.asarray(expected))
@@ -42,7 +42,7 @@ def test_resize_is_lanczos_and_leaves_equal_sizes_alone() -> None:
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
 def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("image.jpg" if mode in {"L", "CMYK"} else "image.png")
-    draw(12, 9).convert(mode).save(path)
+    sample_image(12, 9).convert(mode).save(path)
     decoded = read_square(path, 4)
     assert decoded.pixels.shape == (4, 4, 3)
     assert (decoded.width, decoded.height) == (12, 9)
@@ -67,7 +67,7 @@ def test_pixels_map_to_minus_one_and_one_exactly() -> None:
 
 def test_a_truncated_jpeg_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
-    draw(64, 64).save(path)
+    sample_image(64, 64).save(path)
     path.write_bytes(path.read_bytes()[:-400])
     with pytest.raises(OSError, match="truncated"):
         read_square(path, 8)

@@ -1,4 +1,4 @@
-"""Counter-based draws: the published generator, independent of how they are asked for."""
+"""Random numbers follow the published generator and depend on nothing but their arguments."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_normal_numbers_are_box_and_mullers_of_the_published_words() -> None:
     assert drawn.tolist() == pytest.approx([radius * math.cos(angle), radius * math.sin(angle)])
 
 
-def test_numpy_draws_what_torch_draws() -> None:
+def test_numpy_and_torch_give_equal_numbers() -> None:
     positions = torch.tensor([0, 1, 7, 2**31, 2**32 - 1])
     for seed in (0, 1234, 2**40 + 7):
         by_torch = uniform(seed, 10**6, positions, Stream.FLIP, 1)[:, 0]

@@ -1,4 +1,4 @@
-"""Every shipped recipe is one that its verb accepts."""
+"""Shipped recipes are accepted by their verbs, found by name, and mistakes in recipes are named."""
 
 import dataclasses
 import re
@@ -57,7 +57,7 @@ def test_the_papers_recipes_are_its_table_3(cls: type[TrainConfig], name: str) -
     )
     assert (config.seed, config.max_steps, config.global_batch_size) == (1234, 1_000_000, 256)
     assert (config.scaling_factor, config.caption_dropout) == (0.23010, 0.1)
-    # What the paper takes over from U-ViT without saying so.
+    # The paper takes these values from U-ViT without stating them.
     assert (config.ema_decays, config.min_snr_gamma, config.random_flip) == ((0.9999,), None, False)
 
 
@@ -98,12 +98,14 @@ def test_a_recipe_is_found_by_the_name_of_its_verb() -> None:
         read_config(TrainConfig, ["--recipe", "early"], prog="ifvit train")
 
 
-def test_a_name_that_is_not_shipped_is_one_line_with_those_that_are() -> None:
+def test_an_unknown_recipe_name_is_one_line_with_the_shipped_names() -> None:
     with pytest.raises(UserError, match=r"--protocol coco: no such file; shipped names are coco2"):
         read_config(EvaluateConfig, ["--protocol=coco"], prog="test")
 
 
-def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_file_takes_precedence_over_a_shipped_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("scenes").write_text("name: mine\n")
     words = ["--weights", "w", "--shards", "s", "--protocol", "scenes"]
@@ -119,7 +121,7 @@ def test_a_backbone_is_found_by_name_and_by_path(name: str) -> None:
         assert (config.optim.learning_rate, config.optim.betas) == (2e-4, (0, 0.5))
 
 
-def test_a_backbone_of_another_architecture_takes_the_place_of_the_recipes() -> None:
+def test_a_backbone_of_another_architecture_replaces_that_of_the_recipe() -> None:
     early, classes = (
         str(CONFIGS / "train" / f"{name}.yaml") for name in ("coco256_early", "scenes_classes")
     )
@@ -170,18 +172,12 @@ def test_a_mistake_in_a_recipe_is_one_line_that_names_it(case: str, tmp_path: Pa
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "page", [*CONFIGS.parent.glob("*.md"), *CONFIGS.parent.glob("docs/*.md")], ids=lambda p: p.name
-)
-def test_a_recipe_that_a_page_names_is_shipped(page: Path) -> None:
-    for name in re.findall(r"configs/[\w/]+\.yaml", page.read_text()):
+PAGES = [*CONFIGS.parent.glob("*.md"), *CONFIGS.parent.glob("docs/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    for name in re.findall(
+        r"(?:configs|tests|tools|docs)/[\w/]+\.(?:yaml|py|sh|md)", page.read_text()
+    ):
         assert (CONFIGS.parent / name).is_file(), name
-
-
-def test_the_tests_that_the_page_on_other_code_bases_names_are_there() -> None:
-    tests = {str(path.relative_to(CONFIGS.parent)) for path in Path(__file__).parent.rglob("*.py")}
-    page = (CONFIGS.parent / "docs" / "peers.md").read_text()
-    named = re.findall(r"`(?:tests/)?((?:\w+/)?test_\w+\.py)`", page)
-    assert len(named) > 20
-    for name in named:
-        assert f"tests/{name}" in tests, name

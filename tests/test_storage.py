@@ -1,4 +1,4 @@
-"""Files by URL: whole or not at all, checked on arrival, and patient with a store that fails."""
+"""Files are written whole or not at all, checked on arrival, and retried when a store fails."""
 
 import errno
 import hashlib
@@ -22,7 +22,7 @@ from ifvit.storage import ContentError, StoreError
 
 
 class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
-    """Objects in memory behind a store that misbehaves as planned."""
+    """Object store in memory that fails as planned."""
 
     protocol = "faulty"
     faults: dict[str, list[Any]] = {}  # noqa: RUF012
@@ -109,14 +109,14 @@ def test_a_file_is_on_disk_before_it_has_its_name_and_then_its_name_is(
 
     monkeypatch.setattr(os, "fsync", sync)
     WRITES[kind](str(path), source)
-    # What is created for a moment's talk need not outlive the machine.
+    # A lease need not outlive a crash of the machine.
     assert synced == [(b"content", False), ("name", True)][: 1 if kind == "create" else 2]
     assert path.read_bytes() == b"content"
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
 @pytest.mark.parametrize("root", ["local", "faulty://bucket"])
-def test_what_an_error_interrupts_is_not_written(
+def test_an_interrupted_write_leaves_nothing(
     root: str, tmp_path: Path, store: type[FaultyFileSystem]
 ) -> None:
     def write_half(url: str) -> None:
@@ -131,7 +131,7 @@ def test_what_an_error_interrupts_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fails_does_not_pass_for_an_absent_file(
+def test_a_failing_disk_does_not_look_like_an_absent_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -153,7 +153,7 @@ def test_create_succeeds_once(root: str, tmp_path: Path, store: type[FaultyFileS
 
 
 def precondition_failed() -> OSError:
-    """What s3fs makes of the answer 412 of Ceph."""
+    """Build the exception that s3fs raises for the answer 412 of Ceph."""
     cause = Exception()
     cause.response = {"ResponseMetadata": {"HTTPStatusCode": 412}}  # type: ignore[attr-defined]
     error = OSError(errno.EINVAL, None)
@@ -162,10 +162,12 @@ def precondition_failed() -> OSError:
 
 
 @pytest.mark.parametrize("there", [b"mine", b"theirs"])
-def test_who_is_told_that_a_file_exists_looks_whose_it_is(
+def test_a_creator_that_finds_the_file_compares_its_content(
     there: bytes, store: type[FaultyFileSystem]
 ) -> None:
-    storage.write_bytes("faulty://bucket/lease", there)  # perhaps by our own try that went unheard
+    storage.write_bytes(
+        "faulty://bucket/lease", there
+    )  # perhaps by a try of this process whose answer was lost
     for refusal in (None, precondition_failed()):
         store.calls.clear()
         store.faults = {"pipe_file": [OSError(5, "503"), refusal]}
@@ -203,22 +205,19 @@ def test_an_upload_that_arrives_changed_is_repeated(
     assert storage.read_bytes("faulty://bucket/x") == b"content"
 
 
-def test_a_full_sized_corrupt_download_is_repeated(
-    tmp_path: Path, store: type[FaultyFileSystem]
+@pytest.mark.parametrize(
+    ("faults", "sha256"),
+    [
+        (["holes", OSError(5, "reset")], hashlib.sha256(b"content").hexdigest()),
+        (["truncate"], None),
+    ],
+)
+def test_a_corrupt_download_is_repeated(
+    faults: list[Any], sha256: str | None, tmp_path: Path, store: type[FaultyFileSystem]
 ) -> None:
     storage.write_bytes("faulty://bucket/x", b"content")
-    store.faults = {"get_file": ["holes", OSError(5, "reset")]}
-    path = tmp_path / "x"
-    storage.download("faulty://bucket/x", path, hashlib.sha256(b"content").hexdigest())
-    assert path.read_bytes() == b"content"
-
-
-def test_a_download_cut_short_is_repeated_even_without_a_hash(
-    tmp_path: Path, store: type[FaultyFileSystem]
-) -> None:
-    storage.write_bytes("faulty://bucket/x", b"content")
-    store.faults = {"get_file": ["truncate"]}
-    storage.download("faulty://bucket/x", tmp_path / "x")
+    store.faults = {"get_file": faults}
+    storage.download("faulty://bucket/x", tmp_path / "x", sha256)
     assert (tmp_path / "x").read_bytes() == b"content"
 
 
@@ -245,13 +244,22 @@ def test_damage_at_rest_is_named_and_nothing_published(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_patience_ends_with_one_clear_line(
-    monkeypatch: pytest.MonkeyPatch, store: type[FaultyFileSystem]
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        (ConnectionError("refused"), r"x: the store fails \(refused\)"),
+        (FileNotFoundError("NoSuchBucket"), "x: no such bucket; create it first"),
+        (PermissionError("SignatureDoesNotMatch"), r"refuses access .*AWS_ACCESS_KEY_ID"),
+    ],
+)
+def test_a_failing_store_is_one_clear_line(
+    fault: Exception, named: str, monkeypatch: pytest.MonkeyPatch, store: type[FaultyFileSystem]
 ) -> None:
     monkeypatch.setenv("IFVIT_STORE_PATIENCE", "0")
-    store.faults = {"pipe_file": [ConnectionError("refused")]}
-    with pytest.raises(StoreError, match=r"faulty://bucket/x: the store fails \(refused\)"):
+    store.faults = {"pipe_file": [fault]}
+    with pytest.raises(StoreError, match=named):
         storage.write_bytes("faulty://bucket/x", b"content")
+    assert store.calls == ["pipe_file"]
 
 
 def test_pauses_grow_but_not_for_ever(
@@ -265,20 +273,7 @@ def test_pauses_grow_but_not_for_ever(
     assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 15.0, 15.0]
 
 
-def test_a_bucket_that_is_not_there_is_named(store: type[FaultyFileSystem]) -> None:
-    store.faults = {"pipe_file": [FileNotFoundError("NoSuchBucket")]}
-    with pytest.raises(StoreError, match="faulty://bucket/x: no such bucket; create it first"):
-        storage.write_bytes("faulty://bucket/x", b"content")
-
-
-def test_a_refusal_is_not_repeated(store: type[FaultyFileSystem]) -> None:
-    store.faults = {"pipe_file": [PermissionError("SignatureDoesNotMatch"), None]}
-    with pytest.raises(StoreError, match=r"refuses access .*AWS_ACCESS_KEY_ID"):
-        storage.write_bytes("faulty://bucket/x", b"content")
-    assert store.calls == ["pipe_file"]
-
-
-def test_absence_is_an_answer(tmp_path: Path, store: type[FaultyFileSystem]) -> None:
+def test_an_absent_file_is_a_user_error(tmp_path: Path, store: type[FaultyFileSystem]) -> None:
     with pytest.raises(UserError, match="no such file"):
         storage.read_bytes("faulty://bucket/x")
     with pytest.raises(UserError, match="no such file"):

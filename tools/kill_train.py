@@ -1,12 +1,12 @@
-"""Kill a training run at random moments and compare it with one that was left alone.
+"""Kill a training run at random moments and compare it with an undisturbed run.
 
     python tools/kill_train.py s3://bucket/kill --kills 50
     python tools/kill_train.py /tmp/kill --kills 5 --worlds 1 2 --steps 60
 
-Every rank gets SIGKILL at once, while starting, stepping, saving or uploading; the next start has
-another number of processes. After each kill the newest complete checkpoint is read in full: its
-step must never fall. At the end every logged loss and all final tensors are compared. Prints one
-JSON object; exit code 1 if anything differs by more than the tolerance.
+All ranks receive SIGKILL at once, while they start, step, save or upload; the next start has
+another number of processes. After each kill the newest complete checkpoint is read in full, and its
+step must not decrease. At the end all logged losses and all final tensors are compared. Prints one
+JSON object; the exit code is 1 when a difference exceeds the tolerance.
 """
 
 import argparse
@@ -30,40 +30,40 @@ from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, T
 
 FORKS = multiprocessing.get_context("forkserver")
 TOLERANCE = 1e-4
-"""Largest relative difference; the order of sums changes with the number of processes."""
+"""Largest relative difference of losses; the number of processes changes the order of sums."""
 
 
 def main() -> None:
-    """Run the two trainings and print what came out."""
+    """Run both trainings and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="local folder or s3:// URL for the disturbed run")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--window", type=float, default=6.0, help="longest life in seconds")
+    parser.add_argument("--window", type=float, default=6.0, help="longest wait in seconds")
     parser.add_argument("--minutes", type=float, default=60.0, help="no more kills after this")
-    parser.add_argument("--shards", help="dataset; unset: a few scenes are drawn and encoded")
+    parser.add_argument("--shards", help="dataset; default: 64 encoded scenes")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     FORKS.set_forkserver_preload(["ifvit.training.train"])
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill-train-") as local:
-        shards = arguments.shards or draw_shards(local)
+        shards = arguments.shards or encode_scenes(local)
         calm = recipe(join(local, "calm"), shards, arguments.steps, arguments.every)
         finish(start(calm, 1, Path(local)))
-        hunted = replace(calm, run=join(arguments.folder, "hunted"))
+        killed = replace(calm, run=join(arguments.folder, "hunted"))
         deadline = started + 60 * arguments.minutes
-        report = hunt(hunted, arguments, random.Random(arguments.seed), deadline, Path(local))
-        report |= compare(calm.run, hunted.run, Path(local))
+        report = kill(killed, arguments, random.Random(arguments.seed), deadline, Path(local))
+        report |= compare(calm.run, killed.run, Path(local))
     report["minutes"] = (time.monotonic() - started) / 60
     print(json.dumps(report, indent=2))
     sys.exit(report["max_loss_difference"] > TOLERANCE or report["max_tensor_difference"] > 0.01)
 
 
-def draw_shards(folder: str) -> str:
-    """64 scenes as shards."""
+def encode_scenes(folder: str) -> str:
+    """Render 64 scenes and encode them => folder of the shards."""
     from data_pipeline.config import EncodeConfig
     from data_pipeline.encode import encode
     from ifvit.scenes.image_sets import render_scene_set
@@ -77,7 +77,7 @@ def draw_shards(folder: str) -> str:
 
 
 def recipe(run: str, shards: str, steps: int, every: int) -> TrainConfig:
-    """A tiny model."""
+    """Recipe of a tiny model for these shards."""
     reader = ShardReader(shards)
     channels, side, _ = reader.manifest.moments_shape
     length, width = reader.text.context_shape
@@ -111,7 +111,7 @@ def recipe(run: str, shards: str, steps: int, every: int) -> TrainConfig:
 
 
 def start(config: TrainConfig, num_ranks: int, folder: Path) -> list[BaseProcess]:
-    """One process per rank, forked from one that has imported everything and done nothing."""
+    """Start one process for each rank, forked from a server that has imported the code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -127,7 +127,7 @@ def start(config: TrainConfig, num_ranks: int, folder: Path) -> list[BaseProcess
 
 
 def run_rank(config: TrainConfig, environment: dict[str, str], log: str) -> None:
-    """Train as one rank, its standard error in a file."""
+    """Train as one rank and write standard error to the file `log`."""
     from ifvit.training.train import train
 
     os.environ.update(environment)
@@ -137,35 +137,35 @@ def run_rank(config: TrainConfig, environment: dict[str, str], log: str) -> None
 
 
 def finish(processes: list[BaseProcess]) -> None:
-    """Wait for a clean end."""
+    """Wait for all ranks. Raises SystemExit when one fails."""
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit(f"training ended with {[process.exitcode for process in processes]}")
 
 
-def hunt(
+def kill(
     config: TrainConfig,
     arguments: argparse.Namespace,
-    draw: random.Random,
+    chance: random.Random,
     deadline: float,
     folder: Path,
 ) -> dict[str, object]:
-    """Start and kill until the kills or the time are used up, then let the run finish."""
+    """Start and kill the run until no kills or time are left, then let it finish."""
     moments: dict[str, int] = {}
     newest, worlds = 0, []
     for _ in range(arguments.kills):
         if time.monotonic() > deadline:
             break
-        worlds.append(draw.choice([n for n in arguments.worlds if n not in worlds[-1:]] or [1]))
+        worlds.append(chance.choice([n for n in arguments.worlds if n not in worlds[-1:]] or [1]))
         processes = start(config, worlds[-1], folder)
-        is_early = draw.random() < 0.1
+        is_early = chance.random() < 0.1
         wait_for_steps(
-            folder / "rank0.log", processes[0], 4.0 * draw.random() if is_early else None
+            folder / "rank0.log", processes[0], 4.0 * chance.random() if is_early else None
         )
-        time.sleep(draw.uniform(0.0, arguments.window))
+        time.sleep(chance.uniform(0.0, arguments.window))
         ended = [process.exitcode for process in processes]
-        for process in draw.sample(processes, len(processes)):
+        for process in chance.sample(processes, len(processes)):
             process.kill()
         for process in processes:
             process.join()
@@ -187,7 +187,7 @@ def hunt(
 
 
 def wait_for_steps(log: Path, process: BaseProcess, limit: float | None) -> None:
-    """Return when the progress line is there, the process has ended, or after `limit` seconds."""
+    """Return when the log shows progress, when the process has ended, or after `limit` seconds."""
     started = time.monotonic()
     while (
         process.is_alive() and "step/s" not in log.read_text() and "s/step" not in log.read_text()
@@ -198,7 +198,7 @@ def wait_for_steps(log: Path, process: BaseProcess, limit: float | None) -> None
 
 
 def moment_of_death(run: str) -> str:
-    """What the store tells of the last moment: no manifest for the last folder means a save."""
+    """Stage in which the run died, derived from the files that it left."""
     steps = saved_steps(run)
     if not steps:
         return "before the first save"
@@ -215,14 +215,14 @@ def moment_of_death(run: str) -> str:
 
 
 def newest_step(run: str, folder: Path) -> int:
-    """Step of the newest checkpoint, all of it read and verified."""
+    """Step of the newest checkpoint, after reading and verifying all of it."""
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         found = fetch_newest(run, Path(cache))
     return found.checkpoint.state.step if found else 0
 
 
 def compare(calm: str, hunted: str, folder: Path) -> dict[str, object]:
-    """Largest differences: of losses, and of tensors against the largest value in each."""
+    """Largest relative difference of losses, and of tensors relative to their largest value."""
     losses = []
     for run in (calm, hunted):
         rows = [json.loads(line) for line in read_bytes(join(run, "metrics.jsonl")).splitlines()]

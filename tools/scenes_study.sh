@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All that docs/results.md reports: draws the sets, trains every setting with three seeds, measures
-# them, writes the sheet. Run again, it continues; about two hours on two slow cores.
+# Everything that docs/results.md reports: renders the sets, trains every variant with three seeds,
+# evaluates them and writes the page. Run again to continue; about two hours on two slow cores.
 #   tools/scenes_study.sh [FOLDER] [PROCESSES]       default: runs/study, one process for each core
 set -euo pipefail
 cd "$(dirname "$0")/.."
 study=${1:-runs/study} processes=${2:-$(nproc)}
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # steps of so small models gain by no second thread
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # a second thread does not speed up steps of so small models
 ifvit=.venv/bin/ifvit
 
 in_parallel() { # each line of standard input is one command's arguments
@@ -22,7 +22,7 @@ declare -A fusion=(
     [cross_image_blocks]="cross_attention 1 0" [cross_text_branch]="cross_attention 0 1"
     [adaln_early]="adaln 0 0" [adaln_intermediate]="adaln 1 1"
 )
-declare -A equal_compute=( # steps that cost what 2,000 of cross_early do (ifvit cost --json)
+declare -A equal_compute=( # steps with the cost of 2,000 steps of cross_early (ifvit cost --json)
     [cross_intermediate]=1865 [concat_early]=1186 [concat_intermediate]=1282
 )
 declare -A architecture=(

@@ -1,10 +1,10 @@
-"""Train the small frozen encoders that ship with the scenes.
+"""Train the small frozen encoders for scenes that ship with ifvit.
 
     OMP_WAIT_POLICY=PASSIVE python tools/train_scene_encoders.py --seed 0
 
-An f8 KL autoencoder (Rombach et al. 2022) and a CLIP (Radford et al. 2021) of the classes that
-real weights use, written in Hugging Face folder layout with a record of how they were made.
-About twelve minutes on two slow cores that do nothing else.
+Writes a KL autoencoder (Rombach et al. 2022) and a CLIP (Radford et al. 2021), of the same classes
+as published weights, in the Hugging Face folder layout, and `provenance.json` with recipe and
+quality. Takes about twelve minutes on two slow, otherwise idle cores.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from ifvit.scenes.score import score_image
 ENCODERS = Path(__file__).parents[1] / "ifvit" / "scenes" / "encoders"
 TRAIN_SEED_OFFSET = 1_000_000
 TEST_SEED_OFFSET = 2_000_000
-LATENT_NOISE = 0.1  # of the latents' deviation; CLIP shall judge imperfect latents too
+LATENT_NOISE = 0.1  # relative to the latents' std; CLIP must judge imperfect latents too
 NUM_CHOICES = 16
 
 
@@ -41,7 +41,7 @@ NUM_CHOICES = 16
 def retrieval_accuracy(
     clip: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, scenes: SceneSet
 ) -> float:
-    """Share of images whose caption scores best among 16, 15 of them of other scenes."""
+    """Share of images whose own caption is nearest among 16, 15 of them of other scenes."""
     generator = torch.Generator().manual_seed(0)
     texts = clip_training.embed_texts(clip, clip_training.tokenize(tokenizer, scenes)[:, 0])
     similarity = clip_training.embed_images(clip, normalise(images)) @ texts.T
@@ -63,7 +63,7 @@ def score(images: Tensor, scenes: SceneSet) -> dict[str, float]:
 
 
 def parse_options() -> argparse.Namespace:
-    """Command-line options."""
+    """Read the command-line options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,7 +80,7 @@ def parse_options() -> argparse.Namespace:
 def measure(
     vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, test: SceneSet
 ) -> dict[str, Any]:
-    """What both reach on scenes that training never saw."""
+    """Measure both encoders on scenes outside the training set."""
     decoded = vae_training.reconstruct(vae, test.images)
     error = functional.mse_loss(normalise(decoded), normalise(test.images)).item()
     return {
@@ -93,7 +93,7 @@ def measure(
 
 
 def main() -> None:
-    """Draw, train, measure, write."""
+    """Render scenes, train both encoders, measure them and write the record."""
     options = parse_options()
     torch.set_num_threads(options.num_threads)
     train = SceneSet(TRAIN_SEED_OFFSET + options.seed, options.num_images)

@@ -1,4 +1,4 @@
-"""Shards of an object store: fetched once, checked on arrival, shared, and bounded."""
+"""Shards of an object store are fetched once, checked on arrival, shared, and bounded."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def copy_to(url: str, folder: Path) -> str:
 
 @pytest.fixture
 def remote(local: Path) -> Iterator[str]:
-    """The same dataset in an object store that lives in memory."""
+    """The same dataset in an object store in memory."""
     url = copy_to(f"memory://{uuid.uuid4().hex}", local)
     yield url
     storage.remove(url)
@@ -51,7 +51,7 @@ def remote(local: Path) -> Iterator[str]:
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that are fetched from now on."""
+    """Names of the files that are downloaded during the test."""
     names: list[str] = []
     download = storage.download
 
@@ -65,7 +65,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def open_reader(remote: str, tmp_path: Path) -> Callable[..., ShardReader]:
-    """Opens the remote dataset with a cache that holds so many shards."""
+    """Function that opens the remote dataset with a cache for `num_shards` shards."""
 
     def open_it(num_shards: float = 2 * NUM_SHARDS) -> ShardReader:
         size = storage.file_size(f"{remote}/shard-00000.tar")
@@ -104,7 +104,7 @@ def test_processes_that_want_a_shard_at_once_fetch_it_once(
     assert downloads == ["shard-00000.tar"]
 
 
-def test_the_cache_stays_within_its_bound_and_forgets_what_was_used_longest_ago(
+def test_the_cache_stays_within_its_bound_and_evicts_the_least_recently_used(
     open_reader: Callable[..., ShardReader],
     samples: list[LatentSample],
     downloads: list[str],
@@ -138,7 +138,7 @@ def test_an_open_file_outlives_its_eviction(
     np.testing.assert_array_equal(reader.moments(1), samples[1].moments)
 
 
-def test_what_a_killed_process_left_is_removed(
+def test_leftovers_of_a_killed_process_are_removed(
     open_reader: Callable[..., ShardReader], tmp_path: Path
 ) -> None:
     reader = open_reader()
@@ -200,7 +200,7 @@ def test_a_disk_that_cannot_hold_the_cache_is_refused(
         open_reader()
 
 
-def test_a_store_that_is_away_is_not_taken_for_damage(
+def test_an_unreachable_store_is_not_reported_as_damage(
     open_reader: Callable[..., ShardReader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:

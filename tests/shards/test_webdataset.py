@@ -1,4 +1,4 @@
-"""Shards are plain WebDataset tars: its own decoder reads all of them, without our code."""
+"""Shards are plain WebDataset tars, which webdataset decodes without our code."""
 
 from pathlib import Path
 

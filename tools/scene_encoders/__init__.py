@@ -1,1 +1,1 @@
-"""Training of the scenes' frozen encoders; run by tools/train_scene_encoders.py."""
+"""Training of the frozen encoders for scenes; tools/train_scene_encoders.py runs it."""

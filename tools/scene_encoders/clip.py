@@ -1,4 +1,4 @@
-"""The scenes' CLIP (Radford et al. 2021): a tokenizer made from the captions, two small towers."""
+"""CLIP for scenes (Radford et al. 2021): a tokenizer for the captions, and two small towers."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ LOSS = "symmetric cross-entropy; captions of equal scenes count as right"
 
 
 def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """CLIP's byte-level BPE, merged until every word of the captions is one token."""
+    """Build CLIP's byte-level BPE, merged until every word of the captions is one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -33,7 +33,7 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A text tower of width 64 and a vision tower of width 96 on 8 x 8 patches."""
+    """Build a text tower of width 64 and a vision tower of width 96 on 8 x 8 patches."""
     shared = {"hidden_act": "gelu", "projection_dim": 64, "num_attention_heads": 4}
     special = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -80,7 +80,7 @@ def tokenize(tokenizer: CLIPTokenizer, scenes: SceneSet) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 => [-1, 1], moved by up to 2 px (the empty margin), with noise; every other blurred."""
+    """uint8 => [-1, 1], shifted by up to 2 px (the empty margin), half blurred, with noise."""
     dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
     pixels = normalise(images).roll((dy, dx), dims=(2, 3))
     pixels[::2] = functional.avg_pool2d(
@@ -97,9 +97,9 @@ def train_clip(
     num_steps: int,
     generator: torch.Generator,
 ) -> CLIPModel:
-    """Contrast images with captions; all captions of the same scene are right answers.
+    """Train by contrasting images with captions; all captions of equal scenes count as right.
 
-    Half of each batch is as drawn, half as the VAE decodes it (`decoded`, of the first scenes).
+    Half of each batch are rendered images, half are decoded by the VAE (`decoded`, first scenes).
     """
     clip = build_clip(tokenizer)
     tokens = tokenize(tokenizer, scenes)
@@ -130,7 +130,7 @@ def train_clip(
 
 
 def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Weights, tokenizer and image normalisation in Hugging Face folder layout."""
+    """Save weights, tokenizer and image normalisation in the Hugging Face folder layout."""
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = {"height": 64, "width": 64}

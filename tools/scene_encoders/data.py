@@ -1,4 +1,4 @@
-"""What both trainings share: drawn scenes, pixels as numbers, the optimizer."""
+"""Shared by both trainings: rendered scenes, pixels in [-1, 1], and the optimizer."""
 
 import math
 
@@ -12,15 +12,17 @@ from ifvit.scenes.drawings import render_sampled_scene
 
 
 class SceneSet:
-    """Scenes 0 .. count-1 of the series `seed`: images (N, 3, 64, 64) uint8, five captions each.
+    """Scenes 0 to count - 1 of the series `seed`: images (N, 3, 64, 64) uint8, five captions each.
 
     `content` (N,) is equal for images that show the same scene.
     """
 
     def __init__(self, seed: int, count: int) -> None:
-        drawn = [render_sampled_scene(seed, i) for i in tqdm(range(count), "draw", mininterval=2)]
-        self.scenes = [one.scene for one in drawn]
-        self.images = torch.from_numpy(np.stack([one.image for one in drawn])).permute(0, 3, 1, 2)
+        progress = tqdm(range(count), "render", mininterval=2)
+        rendered = [render_sampled_scene(seed, number) for number in progress]
+        self.scenes = [one.scene for one in rendered]
+        images = np.stack([one.image for one in rendered])
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
         self.captions = [write_captions(scene) for scene in self.scenes]
         numbers = {scene: number for number, scene in enumerate(dict.fromkeys(self.scenes))}
         self.content = torch.tensor([numbers[scene] for scene in self.scenes])
@@ -34,7 +36,7 @@ def normalise(images: Tensor) -> Tensor:
 def build_optimizer(
     model: torch.nn.Module, lr: float, num_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with a hundred steps of warm-up, then cosine decay to zero."""
+    """Build AdamW with 100 warm-up steps, then cosine decay to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
 
     def factor(step: int) -> float:
@@ -44,5 +46,5 @@ def build_optimizer(
 
 
 def psnr(squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], 10 log10(4 / MSE)."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]: 10 log10(4 / MSE)."""
     return 10 * math.log10(4 / squared_error)

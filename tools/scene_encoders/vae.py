@@ -1,4 +1,4 @@
-"""The scenes' autoencoder: f8, four latent channels (Rombach et al. 2022)."""
+"""Autoencoder for scenes: 8 times smaller, four latent channels (Rombach et al. 2022)."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -9,8 +9,8 @@ from tqdm import tqdm
 from scene_encoders.data import build_optimizer, normalise, psnr
 
 BATCH_SIZE = 16
-# Without the last term nearly all variance falls into one or two channels, and a diffusion model
-# learns what the others hold (colours, mostly) last of all.
+# Without the whiteness term one or two channels hold nearly all variance, and a diffusion model
+# learns the content of the other channels, mostly colours, very late.
 KL_WEIGHT = 1e-4
 L1_WEIGHT = 0.1
 WHITENESS_WEIGHT = 0.02
@@ -21,7 +21,7 @@ LOSS = (
 
 
 def build_vae() -> AutoencoderKL:
-    """64 x 64 x 3 <=> 8 x 8 x 4."""
+    """Build an autoencoder between 64 x 64 x 3 images and 8 x 8 x 4 latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -34,7 +34,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def train_vae(images: Tensor, num_steps: int, generator: torch.Generator) -> AutoencoderKL:
-    """Fit LOSS."""
+    """Train an autoencoder with LOSS."""
     vae = build_vae()
     optimizer, scheduler = build_optimizer(vae, 2e-3, num_steps)
     progress = tqdm(range(num_steps), desc="train VAE", mininterval=2)
@@ -60,7 +60,7 @@ def train_vae(images: Tensor, num_steps: int, generator: torch.Generator) -> Aut
 
 
 def whiteness_error(latents: Tensor) -> Tensor:
-    """How far channels of latents (B, C, H, W) are from mean 0 and covariance I, mean squares."""
+    """Mean squared distance of the channels of latents (B, C, H, W) from mean 0, covariance I."""
     channels = latents.transpose(0, 1).flatten(1)
     off_identity = torch.cov(channels) - torch.eye(len(channels))
     return off_identity.square().mean() + channels.mean(dim=1).square().mean()
@@ -68,7 +68,7 @@ def whiteness_error(latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: Tensor, noise: float = 0.0) -> Tensor:
-    """uint8 images => decoded posterior means, plus `noise` times their deviation, uint8."""
+    """Encode and decode uint8 images; noise of `noise` times the latents' std is added between."""
     parts = []
     for batch in tqdm(images.split(64), "reconstruct", mininterval=2):
         latents = vae.encode(normalise(batch)).latent_dist.mode()
