@@ -22,26 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows
 from ifvit.models.config import restore_config
 from ifvit.models.weights import step_name
-from ifvit.storage import (
-    StoreError,
-    download,
-    exists,
-    is_remote,
-    join,
-    list_names,
-    read_bytes,
-    read_json,
-    remove,
-    sha256_of,
-    write_bytes,
-    write_file,
-    write_json,
-)
+from ifvit.storage import StoreError, is_remote, join, list_names, read_json
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 
@@ -139,7 +126,7 @@ class SavedCheckpoint:
 
 def manifest_sha256(shards: str) -> str:
     """Hash of the manifest of these shards, which in turn holds the hash of every shard."""
-    return hashlib.sha256(read_bytes(join(shards, MANIFEST))).hexdigest()
+    return hashlib.sha256(storage.read_bytes(join(shards, MANIFEST))).hexdigest()
 
 
 def step_url(run: str, step: int) -> str:
@@ -149,17 +136,17 @@ def step_url(run: str, step: int) -> str:
 
 def write_part(folder: str, name: str, tensors: dict[str, Tensor]) -> Part:
     """Write host tensors as one file, whole or not at all."""
-    with write_file(join(folder, name)) as path:
+    with storage.write_file(join(folder, name)) as path:
         save_file(tensors, path)
-        size, digest = path.stat().st_size, sha256_of(path)
+        size, digest = path.stat().st_size, storage.sha256_of(path)
     return Part(name=name, bytes=size, sha256=digest, tensors=tuple(tensors))
 
 
 def commit(run: str, checkpoint: Checkpoint) -> None:
     """Complete a checkpoint whose parts are written: its manifest, then `latest` for people."""
     step = checkpoint.state.step
-    write_json(join(step_url(run, step), MANIFEST), asdict(checkpoint))
-    write_bytes(join(run, "checkpoints", "latest"), f"{step_name(step)}\n".encode())
+    storage.write_json(join(step_url(run, step), MANIFEST), asdict(checkpoint))
+    storage.write_bytes(join(run, "checkpoints", "latest"), f"{step_name(step)}\n".encode())
 
 
 def saved_steps(run: str) -> list[int]:
@@ -170,7 +157,7 @@ def saved_steps(run: str) -> list[int]:
 
 def is_committed(run: str, step: int) -> bool:
     """Whether the save of this step was completed."""
-    return exists(join(step_url(run, step), MANIFEST))
+    return storage.exists(join(step_url(run, step), MANIFEST))
 
 
 def fetch_newest(run: str, cache: Path) -> SavedCheckpoint | None:
@@ -208,11 +195,11 @@ def fetch(url: str, cache: Path) -> Checkpoint:
     checkpoint = _parse(url, read_json(join(url, MANIFEST)))
     for part in checkpoint.parts:
         path = _local_folder(url, cache) / part.name
-        if path.exists() and sha256_of(path) == part.sha256:
+        if path.exists() and storage.sha256_of(path) == part.sha256:
             continue
         if not is_remote(url):
             raise UserError(f"{path}: missing, or its content is not what {MANIFEST} says")
-        download(join(url, part.name), path, part.sha256)
+        storage.download(join(url, part.name), path, part.sha256)
     return checkpoint
 
 
@@ -255,47 +242,37 @@ def _parse(url: str, stored: dict[str, object]) -> Checkpoint:
         raise UserError(f"{join(url, MANIFEST)}: not a checkpoint's manifest ({error})") from None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Retention:
-    """Which checkpoints are kept: the newest `last`, every multiple of `every`, and the best."""
-
-    last: int
-    every: int = 0
-    """Steps divisible by this are kept; 0: none."""
-    metric: str | None = None
-    """Field of MetricsRow by which the best is found in the run's main series of evaluations."""
-
-    def __post_init__(self) -> None:
-        """Raise UserError for a metric that no evaluation has."""
-        if self.metric is not None and self.metric not in MetricsRow.__dataclass_fields__:
-            raise UserError(
-                f"keep_best: evaluations have no metric named {self.metric}; "
-                "use for example frechet_distance or clip_score"
-            )
+def check_retention(config: TrainConfig) -> None:
+    """Raise UserError when no evaluation has the metric `keep_best`."""
+    if config.keep_best is not None and config.keep_best not in MetricsRow.__dataclass_fields__:
+        raise UserError(
+            f"keep_best: evaluations have no metric named {config.keep_best}; "
+            "use for example frechet_distance or clip_score"
+        )
 
 
-def prune(run: str, retention: Retention) -> None:
+def prune(config: TrainConfig) -> None:
     """Remove the checkpoints that need not be kept, and the leftovers of interrupted saves."""
-    steps = saved_steps(run)
+    run, steps = config.run, saved_steps(config.run)
     complete = [step for step in steps if is_committed(run, step)]
-    best = _best_step(run, retention.metric, complete) if retention.metric else None
-    kept = kept_steps(complete, retention, best)
+    best = _best_step(run, config.keep_best, complete) if config.keep_best else None
+    kept = kept_steps(complete, config, best)
     for step in steps:
         if step not in kept:
             # The manifest goes first: a half-removed checkpoint must not look complete.
-            remove(join(step_url(run, step), MANIFEST))
-            remove(step_url(run, step))
+            storage.remove(join(step_url(run, step), MANIFEST))
+            storage.remove(step_url(run, step))
     newest = step_url(run, complete[-1])
     parts = {part["name"] for part in read_json(join(newest, MANIFEST))["parts"]}
     for name in set(list_names(newest)) - parts - {MANIFEST}:
-        remove(join(newest, name))  # an earlier attempt at the same step left this part
+        storage.remove(join(newest, name))  # an earlier attempt at the same step left this part
 
 
-def kept_steps(complete: list[int], retention: Retention, best: int | None) -> set[int]:
+def kept_steps(complete: list[int], config: TrainConfig, best: int | None) -> set[int]:
     """Which of the rising `complete` steps are kept; at least one."""
-    kept = set(complete[-retention.last :])
-    if retention.every:
-        kept.update(step for step in complete if step % retention.every == 0)
+    kept = set(complete[-config.keep_checkpoints :])
+    if config.keep_every:
+        kept.update(step for step in complete if step % config.keep_every == 0)
     if best is not None:
         kept.add(best)
     return kept
@@ -361,7 +338,7 @@ def _choose_checkpoint(config: TrainConfig, cache: Path) -> SavedCheckpoint | No
 
 def _fetch_from(url: str, cache: Path) -> SavedCheckpoint:
     """The newest checkpoint of run `url`, or the checkpoint in folder `url`."""
-    if exists(join(url, MANIFEST)):
+    if storage.exists(join(url, MANIFEST)):
         return SavedCheckpoint(url=url, checkpoint=fetch(url, cache))
     saved = fetch_newest(url, cache)
     if saved is None:

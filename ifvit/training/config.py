@@ -1,4 +1,4 @@
-"""What a training recipe may say; free of torch, so that `--help` is quick."""
+"""Fields of a training recipe; free of torch, so that `--help` is quick."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,10 +9,10 @@ from ifvit.shards.config import CacheConfig
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW; the learning rate rises from 0, stays, and may fall to 0 at the end."""
+    """AdamW, whose learning rate rises from 0, stays constant, and may fall to 0 at the end."""
 
     learning_rate: float = 2e-4
-    """Learning rate after warm-up."""
+    """Learning rate after the warm-up."""
     weight_decay: float = 0.03
     """Decoupled weight decay, on every parameter as in U-ViT."""
     betas: tuple[float, float] = (0.9, 0.9)
@@ -20,40 +20,41 @@ class OptimConfig:
     warmup_steps: int = 5000
     """Steps over which the learning rate rises; the first update has rate 0."""
     cooldown_steps: int = 0
-    """Steps before max_steps over which the rate falls to 0; 0 as the paper: it stays."""
+    """Last steps over which the learning rate falls to 0; 0: it stays constant, as in the paper."""
     max_grad_norm: float | None = None
-    """Clip the global gradient norm to this; unset: no clipping."""
+    """Clip the norm of the global gradient to this value; unset: no clipping."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "warmup_steps", "cooldown_steps"):
             if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} must not be negative")
+                raise ValueError(f"optim.{name} must be at least 0")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError("optim.max_grad_norm must be positive, or null for no clipping")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the step runs on this hardware; never changes what is learned beyond rounding."""
+    """How a step runs on this hardware; it changes results only by rounding."""
 
     backend: Literal["auto", "plain", "deepspeed"] = "auto"
-    """auto: DeepSpeed with several processes or with offload, otherwise plain PyTorch."""
+    """auto: DeepSpeed for several processes or for offload, otherwise plain PyTorch."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What processes partition: 1 the moments, 2 gradients too, 3 parameters and averages too.
-    0: nothing, which is PyTorch's DDP."""
+    """What is partitioned among processes: 1 the moments, 2 also the gradients, 3 also the
+    parameters and EMA weights, 0 nothing (PyTorch's DDP)."""
     offload_optimizer: bool = False
-    """DeepSpeed keeps the moments in host memory and updates there."""
+    """Keep the moments in host memory and update there; needs DeepSpeed."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of matrix products; parameters, moments and averages stay fp32. fp16 scales the loss."""
+    """Type of matrix products; parameters, moments and EMA weights are fp32. fp16 scales the
+    loss."""
     activation_checkpointing: bool = False
-    """Compute each block again in the backward pass instead of keeping what it computed."""
+    """Recompute each block in the backward pass instead of keeping its activations."""
     compile: bool = False
-    """Compile the blocks and the draws of the objective with torch.compile."""
+    """Compile the blocks and the noise sampling with torch.compile."""
     cuda_graphs: bool = False
-    """Record the compiled blocks as CUDA graphs, which spares their launches; for small batches."""
+    """Record the compiled blocks as CUDA graphs, which saves kernel launches in small batches."""
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
-    """auto: xformers where it is installed with CUDA, otherwise sdpa, which lets torch choose;
-    flash, cudnn and efficient are torch's kernels, each alone."""
+    """Attention kernel. auto: xformers where it is installed with CUDA, otherwise sdpa, which lets
+    torch choose among its kernels flash, cudnn, efficient and math."""
 
     def __post_init__(self) -> None:
         if self.backend == "deepspeed" and self.zero_stage == 0:
@@ -64,12 +65,12 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGridConfig:
-    """The pictures drawn while training, always from the same prompts and noise."""
+    """Images that are generated during training, always from the same prompts and noise."""
 
     every: int = 5000
-    """Steps between grids; 0 draws none."""
+    """Steps between grids; 0: no grids."""
     prompts: tuple[str, ...] = ()
-    """Captions to draw; empty: the first captions of the training set."""
+    """Captions or class names; empty: the first captions or classes of the training set."""
     num_steps: int = 25
     """Solver steps."""
     guidance_scale: float = 2.0
@@ -83,11 +84,11 @@ class TrainConfig:
     run: str
     """Run directory: config, metrics, checkpoints, weights, samples."""
     shards: str
-    """Folder of the training shards, local or s3://..., the one that holds manifest.json."""
+    """Folder of the training shards, local or s3://; the one that holds manifest.json."""
     vae: str | None = None
-    """The VAE that the shards must come from; unset: whichever made them."""
+    """The VAE that the shards must come from; unset: any."""
     text_encoder: str | None = None
-    """The text encoder that the shards must come from; unset: whichever made them."""
+    """The text encoder that the shards must come from; unset: any."""
     backbone: BackboneConfig
     """The network: a preset (`--backbone small`), a YAML file, or single fields."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -95,53 +96,52 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Precision, attention kernels, DeepSpeed."""
     sample_grid: SampleGridConfig = field(default_factory=SampleGridConfig)
-    """Pictures while training."""
+    """Images generated during training."""
     max_steps: int = 1_000_000
     """Optimizer steps of the whole run."""
     global_batch_size: int = 256
     """Samples per optimizer step, over all processes."""
     micro_batch_size: int = 256
-    """Samples per forward pass and process; smaller ones accumulate gradients."""
+    """Samples per forward pass and process; smaller values accumulate gradients."""
     caption_dropout: float = 0.1
-    """Share of samples trained without their caption or class, for guidance."""
+    """Fraction of samples trained without their caption or class, for guidance."""
     min_snr_gamma: float | None = None
-    """Weigh samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: all alike, as the paper."""
+    """Weight samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: equally, as the paper."""
     scaling_factor: float | None = None
-    """Latents are multiplied by this; unset: 1 / standard deviation, from the manifest."""
+    """Factor on the latents; unset: 1 / their standard deviation, from the manifest."""
     ema_decays: tuple[float, ...] = (0.9999,)
-    """Decays per step of the averaged weights, one average each; the first one is the default."""
+    """Decays per step, one for each set of EMA weights; the first one is the default."""
     random_flip: bool = False
-    """Train half of all visits on the mirrored image; the shards must hold those (flip: true)."""
+    """Read the flipped image in half of all visits; encode the shards with flip: true."""
     shuffle_window: int | None = None
-    """Shards whose samples are shuffled together; the shards come in random order. Unset: the
-    whole set at once. Must be set for s3:// shards: two windows have to fit into the cache."""
+    """Number of shards whose samples are shuffled together; the shards come in random order.
+    Unset: the whole dataset. s3:// shards need it, and two windows must fit into the cache."""
     cache: CacheConfig = field(default_factory=CacheConfig)
-    """Where s3:// shards are kept on this machine."""
+    """Where this machine keeps s3:// shards."""
     seed: int = 1234
-    """Everything random follows from it."""
+    """Seed of all random numbers."""
     tolerate_nonfinite: int = 0
-    """Steps of the run that may pass without an update, because their gradient is not finite."""
+    """Number of steps of the run that may be skipped because their gradient is not finite."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Where else the numbers of metrics.jsonl go; tensorboard needs a local run directory."""
+    """Where else the metrics go; tensorboard needs a local run directory."""
     profile: bool = False
     """Trace a few steps with torch's profiler into profile/ of the run."""
     checkpoint_every: int = 5000
     """Steps between checkpoints and exported weights."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept; exported weights are all kept."""
+    """Number of newest checkpoints to keep; exported weights are never removed."""
     keep_every: int = 0
-    """Checkpoints of steps divisible by this are kept for ever; 0: none."""
+    """Also keep the checkpoints of steps divisible by this number; 0: none."""
     keep_best: str | None = None
-    """Also keep the checkpoint that is best by this number of its evaluation, as
+    """Also keep the checkpoint whose evaluation has the best value of this metric, such as
     frechet_distance or clip_score; unset: none."""
     resume: str = "auto"
-    """auto: go on at the run's newest checkpoint. never: refuse if it has one. A run or a
-    checkpoint by URL: start from there, then go on as auto."""
+    """auto: continue from the run's newest checkpoint. never: fail if there is one. URL of a run
+    or a checkpoint: start from there, then continue as auto."""
     initial_weights: str | None = None
-    """Weights that step 0 starts from, whatever shards and optimizer they are of: a run, or a
-    folder in its weights/; unset: random ones."""
+    """Run, or folder in its weights/, whose weights step 0 starts from; unset: random weights."""
     num_workers: int = 2
     """Threads that read batches ahead."""
 
@@ -151,9 +151,9 @@ class TrainConfig:
         if not self.ema_decays or not all(0.0 <= decay < 1.0 for decay in self.ema_decays):
             raise ValueError("ema_decays must name at least one decay, each in [0, 1)")
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError("min_snr_gamma must be positive, or null for plain MSE")
+            raise ValueError("min_snr_gamma must be positive, or null for equal weights")
         if self.shuffle_window is not None and self.shuffle_window < 1:
-            raise ValueError("shuffle_window must be at least 1, or null for the whole set")
+            raise ValueError("shuffle_window must be at least 1, or null for the whole dataset")
         counts = ("max_steps", "global_batch_size", "micro_batch_size", "num_workers")
         for name in (*counts, "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
@@ -162,7 +162,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """Compute a failed training step again; a run leaves its file in failures/."""
+    """Compute a failed training step again; a failed run leaves its file in failures/."""
 
     file: str
-    """The file that the error message named."""
+    """The file that the error message names."""

@@ -6,7 +6,7 @@ size, M context tokens, D context width.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,19 +70,24 @@ class BatchOrder:
     def sample_indices(self, samples_seen: int, positions: Array) -> Array:
         """(B,) positions => (B,) sample numbers in the dataset; epochs follow without a gap."""
         offsets = samples_seen + positions
-        numbers = self._block_numbers(offsets)
+        blocks = self._block_numbers(offsets)
         indices = np.empty_like(offsets)
-        for number in np.unique(numbers).tolist():
-            chosen = numbers == number
-            block = _block(self, number)
-            indices[chosen] = block.samples[offsets[chosen] - block.start]
+        for block in np.unique(blocks).tolist():
+            epoch, index = divmod(block, self._num_blocks)
+            start = epoch * self.num_samples + _epoch(self, epoch).starts[index]
+            chosen = blocks == block
+            indices[chosen] = _block_samples(self, epoch, index)[offsets[chosen] - start]
         return indices
 
     def upcoming_shards(self, samples_seen: int) -> list[int]:
         """Shards of the next global batch and of the block that follows it, in order of use."""
         ends = np.array([samples_seen, samples_seen + self.global_batch_size - 1])
         first, last = self._block_numbers(ends).tolist()
-        return [shard for number in range(first, last + 2) for shard in self._shards_of(number)]
+        shards = []
+        for block in range(first, last + 2):
+            epoch, index = divmod(block, self._num_blocks)
+            shards += _epoch(self, epoch).shards[index * self._window :][: self._window]
+        return shards
 
     def caption_indices(self, step: int, positions: Array, num_captions: Array) -> Array:
         """(B,) caption numbers, uniform over the captions of each image; -1 where dropped."""
@@ -109,11 +114,6 @@ class BatchOrder:
             numbers[chosen] += np.searchsorted(starts, within[chosen], side="right") - 1
         return numbers
 
-    def _shards_of(self, number: int) -> list[int]:
-        epoch, index = divmod(number, self._num_blocks)
-        shards: list[int] = _epoch(self, epoch).shards[index * self._window :][: self._window]
-        return shards
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
@@ -121,14 +121,6 @@ class _Epoch:
     """Shard numbers in order of use."""
     starts: Array
     """(number of blocks + 1,) offset of each block within the epoch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Block:
-    start: int
-    """Offset of the block in the endless sequence of samples."""
-    samples: Array
-    """Sample numbers in order of use."""
 
 
 @lru_cache(maxsize=3)
@@ -143,24 +135,14 @@ def _epoch(order: BatchOrder, epoch: int) -> _Epoch:
 
 
 @lru_cache(maxsize=3)
-def _block(order: BatchOrder, number: int) -> _Block:
-    epoch, index = divmod(number, order._num_blocks)
-    ends = np.cumsum(order.shard_sizes)
-    members = np.concatenate(
-        [np.arange(ends[s] - order.shard_sizes[s], ends[s]) for s in order._shards_of(number)]
-    )
+def _block_samples(order: BatchOrder, epoch: int, index: int) -> Array:
+    """Sample numbers of a block in order of use."""
+    window, ends = order._window, np.cumsum(order.shard_sizes)
+    shards = _epoch(order, epoch).shards[index * window :][:window]
+    members = np.concatenate([np.arange(ends[s] - order.shard_sizes[s], ends[s]) for s in shards])
     start = int(_epoch(order, epoch).starts[index])
-    shuffled = permutation(order.seed, epoch, len(members), start=start).numpy()
-    return _Block(start=epoch * order.num_samples + start, samples=members[shuffled])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a micro-batch lies: its step, samples seen before that step, and first position."""
-
-    step: int
-    samples_seen: int
-    first: int
+    samples: Array = members[permutation(order.seed, epoch, len(members), start=start).numpy()]
+    return samples
 
 
 class Batches:
@@ -195,43 +177,39 @@ class Batches:
 
         For a GPU, the reading threads also copy each batch, on a CUDA stream of its own.
         """
-        copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        pending: deque[tuple[_Place, Future[_Arriving]]] = deque()
+        copier = _GpuCopier(device) if device.type == "cuda" else None
+        pending: deque[tuple[int, Future[Batch]]] = deque()
         with (
             ThreadPoolExecutor(self._num_threads) as pool,
             ShardPrefetcher(self._reader, self._order) as prefetcher,
         ):
             prefetcher.move_to(samples_seen)
-            for place in self._places(step, samples_seen):
-                pending.append((place, pool.submit(self._read, place, copies)))
+            for micro_batch in count():
+                ahead, micro_step = divmod(micro_batch, self.num_micro_batches)
+                seen = samples_seen + ahead * self.global_batch_size
+                read = pool.submit(self._read, step + ahead, seen, micro_step, copier)
+                pending.append((seen, read))
                 if len(pending) > 2 * self._num_threads:
-                    oldest, read = pending.popleft()
-                    prefetcher.move_to(oldest.samples_seen)
-                    yield read.result().wait()
+                    seen, read = pending.popleft()
+                    prefetcher.move_to(seen)
+                    yield read.result()
 
     def image_ids(self, samples_seen: int, positions: Tensor) -> list[int | str]:
         """Image ids at these positions of the global batch that starts at `samples_seen`."""
         samples = self._order.sample_indices(samples_seen, positions.numpy()).tolist()
         return [self._reader.metadata(sample).image_id for sample in samples]
 
-    def _places(self, first_step: int, samples_seen: int) -> Iterator[_Place]:
-        for step in count(first_step):
-            for micro_step in range(self.num_micro_batches):
-                partition = micro_step * self._world.size + self._world.rank
-                yield _Place(
-                    step=step,
-                    samples_seen=samples_seen + (step - first_step) * self.global_batch_size,
-                    first=partition * self._micro_batch_size,
-                )
-
-    def _read(self, place: _Place, copies: torch.cuda.Stream | None) -> "_Arriving":
+    def _read(
+        self, step: int, samples_seen: int, micro_step: int, copier: "_GpuCopier | None"
+    ) -> Batch:
         reader, order, size = self._reader, self._order, self._micro_batch_size
-        positions = np.arange(place.first, place.first + size)
-        samples = order.sample_indices(place.samples_seen, positions)
-        captions = order.caption_indices(place.step, positions, reader.caption_counts(samples))
-        pinned = copies is not None  # only page-locked memory is copied beside the computation
+        first = (micro_step * self._world.size + self._world.rank) * size
+        positions = np.arange(first, first + size)
+        samples = order.sample_indices(samples_seen, positions)
+        captions = order.caption_indices(step, positions, reader.caption_counts(samples))
+        pinned = copier is not None  # only page-locked memory is copied beside the computation
         moments = _empty((size, *reader.manifest.moments_shape), reader.dtype, pinned)
-        reader.read_moments(samples, moments.numpy(), order.hflip(place.step, positions))
+        reader.read_moments(samples, moments.numpy(), order.hflip(step, positions))
         if reader.manifest.classes:
             condition = _empty((size,), np.dtype(np.int64), pinned)
             reader.read_labels(samples, captions < 0, condition.numpy())
@@ -239,38 +217,31 @@ class Batches:
             condition = _empty((size, *reader.text.context_shape), reader.dtype, pinned)
             reader.read_contexts(samples, captions, condition.numpy())
         batch = Batch(moments=moments, condition=condition, positions=torch.from_numpy(positions))
-        return _Arriving(batch) if copies is None else _Arriving.copy(batch, copies)
+        return batch if copier is None else copier.copy(batch)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], pinned: bool) -> Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=pinned)
 
 
-@dataclass(frozen=True)
-class _Arriving:
-    """A batch that may still be on its way to the GPU."""
+class _GpuCopier:
+    """Copies batches to a GPU on a CUDA stream of its own, beside the computation."""
 
-    batch: Batch
-    copied: torch.cuda.Event | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._compute = torch.cuda.current_stream(device)
 
-    @classmethod
-    def copy(cls, batch: Batch, copies: torch.cuda.Stream) -> "_Arriving":
-        """Start to copy a batch from pinned memory."""
-        with torch.cuda.stream(copies):
+    def copy(self, batch: Batch) -> Batch:
+        """Copy a batch from pinned memory; only the calling thread waits for the copy."""
+        with torch.cuda.stream(self._copies):
             tensors = {
-                name: tensor.to(copies.device, non_blocking=True)
+                name: tensor.to(self._copies.device, non_blocking=True)
                 for name, tensor in vars(batch).items()
             }
-            return cls(Batch(**tensors), copies.record_event())
-
-    def wait(self) -> Batch:
-        """Make the device's computation wait for the copy; the host does not wait."""
-        if self.copied is not None:
-            compute = torch.cuda.current_stream(self.batch.moments.device)
-            compute.wait_event(self.copied)
-            for tensor in vars(self.batch).values():
-                tensor.record_stream(compute)  # its memory is reused only after the computation
-        return self.batch
+        self._copies.synchronize()
+        for tensor in tensors.values():
+            tensor.record_stream(self._compute)  # its memory is reused only after the computation
+        return Batch(**tensors)
 
 
 class ShardPrefetcher:

@@ -45,9 +45,9 @@ class EMA:
         torch._foreach_lerp_(self.tensors, list(parameters), 1.0 - self.decay)
 
 
-def ema_name(decay: float) -> str:
-    """`ema0.9999`: prefix of the names of this EMA's tensors in a checkpoint."""
-    return f"ema{decay}"
+def weights_prefix(ema_decay: float | None) -> str:
+    """How the names of weights begin in the state: `backbone.` for None, else `ema0.9999.`."""
+    return "backbone." if ema_decay is None else f"ema{ema_decay}."
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -190,16 +190,20 @@ class Engine:
         self._meta_backbone.set_attention("sdpa")  # the recipe's kernel may not accept fp32
         self._optim, self._num_micro_batches = optim, num_micro_batches
         self._accelerator = self._connect(config)
+        self.device = cast(torch.device, self._accelerator.device)
+        """The device that batches must be on."""
+        self.world = World.from_environment()
         self.group = ProcessGroup(self.world)
         """Exchanges small objects among the processes, over the CPU."""
         nn.Module.to(backbone, self.device)
         prepare_forward(backbone, config, self.device, num_micro_batches)
         optimizer = build_optimizer(backbone.parameters(), optim)
         prepared = self._accelerator.prepare(backbone, optimizer)
-        self._model: nn.Module = prepared[0]
+        self._model: Any = prepared[0]
         self._optimizer: Any = prepared[1].optimizer  # torch's AdamW, or DeepSpeed's ZeRO around it
         self._parameters = dict(backbone.named_parameters())
         self._create_moments()
+        self.ema_decays = tuple(ema_decays)
         self._emas = {decay: EMA(self._shards(), decay) for decay in ema_decays}
         self.loss_scale = LossScale() if config.precision == "fp16" else None
         """Factor on the loss; None when the precision does not need one."""
@@ -212,26 +216,6 @@ class Engine:
         self._frozen_steps = torch.zeros((), device=self.device)
         self._skipped = 0
         self._update_applied = True
-
-    @property
-    def device(self) -> torch.device:
-        """The device that batches must be on."""
-        return cast(torch.device, self._accelerator.device)
-
-    @property
-    def world(self) -> World:
-        """Rank of this process and number of processes."""
-        accelerator = self._accelerator
-        return World(
-            rank=accelerator.process_index,
-            size=accelerator.num_processes,
-            local_rank=accelerator.local_process_index,
-        )
-
-    @property
-    def ema_decays(self) -> tuple[float, ...]:
-        """Decays of the EMA weights, in the order of the recipe."""
-        return tuple(self._emas)
 
     def predict_noise(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Run the backbone in the recipe's precision; shapes as in `ifvit.diffusion.objectives`."""
@@ -323,12 +307,12 @@ class Engine:
         each decay, in the same order on every process. Copy a tensor to keep it beyond the next
         update.
         """
-        yield from self._gather_all("backbone.", self._shards())
+        yield from self._gather_all(weights_prefix(None), self._shards())
         for key in MOMENTS:
             for name, parameter in self._parameters.items():
                 yield f"{key}.{name}", self._gather_moment(parameter, key)
         for decay, ema in self._emas.items():
-            yield from self._gather_all(f"{ema_name(decay)}.", ema.tensors)
+            yield from self._gather_all(weights_prefix(decay), ema.tensors)
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
@@ -337,12 +321,12 @@ class Engine:
         `read(name)` returns a full tensor on the CPU; this process copies only its shard.
         """
         for name, parameter in self._parameters.items():
-            self._load_parameter(parameter, read(f"backbone.{name}"))
+            self._load_parameter(parameter, read(weights_prefix(None) + name))
             for key in MOMENTS:
                 self._load_moment(parameter, key, read(f"{key}.{name}"))
         for decay, ema in self._emas.items():
             for (name, parameter), shard in zip(self._parameters.items(), ema.tensors, strict=True):
-                shard.copy_(self._scatter(read(f"{ema_name(decay)}.{name}"), parameter))
+                shard.copy_(self._scatter(read(weights_prefix(decay) + name), parameter))
 
     def scalars(self) -> dict[str, float]:
         """The state besides tensors: number of updates and loss scale; equal on all processes."""

@@ -25,8 +25,8 @@ from ifvit.storage import join, write_bytes
 from ifvit.training.checkpoint import (
     Checkpoint,
     Part,
-    Retention,
     TrainState,
+    check_retention,
     commit,
     manifest_sha256,
     prune,
@@ -34,7 +34,7 @@ from ifvit.training.checkpoint import (
     write_part,
 )
 from ifvit.training.config import SampleGridConfig, TrainConfig
-from ifvit.training.engine import Engine, ema_name
+from ifvit.training.engine import Engine, weights_prefix
 from ifvit.training.guards import StopRequest
 from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
@@ -68,12 +68,12 @@ class SaveCheckpoint:
         self._config, self._engine, self._info = config, engine, info
         self._lease, self._metrics, self._stop = lease, metrics, stop
         self._shards_sha256 = manifest_sha256(config.shards)
-        self._retention = Retention(
-            last=config.keep_checkpoints, every=config.keep_every, metric=config.keep_best
-        )
+        check_retention(config)
         world = engine.world
         self._part_name = f"part-{world.rank:05d}-of-{world.size:05d}-{lease.token}.safetensors"
-        self._exports = _exports(engine.ema_decays)
+        first, *others = engine.ema_decays
+        self._exports = {"raw": None, "ema": first, **{f"ema_{decay}": decay for decay in others}}
+        """Name of each folder of exported weights => EMA decay, None for the trained weights."""
         self._host: dict[str, Tensor] = {}
         """Copies of the state in host memory, allocated at the first save and reused."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -121,7 +121,7 @@ class SaveCheckpoint:
         Partitions have about equal sizes. The main process also copies the weights to export.
         """
         world = self._engine.world
-        prefixes = tuple(export.prefix for export in self._exports)
+        exported = tuple(map(weights_prefix, self._exports.values()))
         sizes = [0] * world.size
         partition = []
         for name, tensor in self._engine.iter_state():
@@ -129,7 +129,7 @@ class SaveCheckpoint:
             sizes[owner] += tensor.nbytes
             if owner == world.rank:
                 partition.append(name)
-            if owner == world.rank or (world.is_main and name.startswith(prefixes)):
+            if owner == world.rank or (world.is_main and name.startswith(exported)):
                 self._copy(name, tensor)
         return partition
 
@@ -172,21 +172,22 @@ class SaveCheckpoint:
             self._lease.check()
             commit(run, checkpoint)
         try:
-            prune(run, self._retention)
+            prune(self._config)
         except (UserError, OSError) as error:  # for example a file that NFS still holds open
             sys.stderr.write(f"{run}: older checkpoints stay until the next save ({error})\n")
 
     def _export_weights(self, step: int) -> None:
         folder = join(self._config.run, "weights", step_name(step))
-        for export in self._exports:
+        for name, decay in self._exports.items():
+            prefix = weights_prefix(decay)
             weights = {
-                name.removeprefix(export.prefix): tensor
-                for name, tensor in self._host.items()
-                if name.startswith(export.prefix)
+                key.removeprefix(prefix): tensor
+                for key, tensor in self._host.items()
+                if key.startswith(prefix)
             }
             backbone = restore_backbone(self._config.backbone, weights)
-            info = replace(self._info, step=step, ema_decay=export.ema_decay)
-            save_weights(join(folder, export.folder), backbone, info)
+            info = replace(self._info, step=step, ema_decay=decay)
+            save_weights(join(folder, name), backbone, info)
 
     @contextmanager
     def _named_errors(self, step: int) -> Iterator[None]:
@@ -199,24 +200,6 @@ class SaveCheckpoint:
                 f"({error}); earlier checkpoints are complete, run the same command again to "
                 "continue"
             ) from error
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Export:
-    folder: str
-    prefix: str
-    """How the names of these tensors begin in the state."""
-    ema_decay: float | None
-    """None: the trained weights."""
-
-
-def _exports(ema_decays: tuple[float, ...]) -> list[_Export]:
-    """The trained weights as `raw`, the first EMA as `ema`, further ones as `ema_DECAY`."""
-    exports = [_Export(folder="raw", prefix="backbone.", ema_decay=None)]
-    for number, decay in enumerate(ema_decays):
-        folder = f"ema_{decay}" if number else "ema"
-        exports.append(_Export(folder=folder, prefix=f"{ema_name(decay)}.", ema_decay=decay))
-    return exports
 
 
 _GRID_COLUMNS = 8

@@ -1,9 +1,11 @@
-"""One job per run directory: a lease in generations, judged by observation and not by clocks.
+"""A lease: one job per run directory, without comparing the clocks of different machines.
 
-`RUN/lease/000007.json` says who holds the run. It is created, never replaced, so of several takers
-one wins. The holder counts up in `000007.beat`; whoever wants the run watches that file on its
-own clock and takes generation 8 once it has stood still. A holder that was only asleep finds the
-newer generation before it commits anything. Clocks of different machines are never compared.
+`train` holds a lease while it trains; `SaveCheckpoint` checks it before each commit.
+
+`RUN/lease/000007.json` names the job that holds the run. The file is created and never replaced,
+so only one of several jobs gets it. The holder counts up in `000007.beat`. Another job watches
+this file, measuring time with its own clock, and takes generation 8 when the count has not changed
+for long enough. A holder that only slept finds the newer generation before it commits anything.
 """
 
 import itertools
@@ -26,9 +28,9 @@ from ifvit.storage import create, exists, join, list_names, read_json, remove, w
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
-"""Time between two signs of life."""
+"""Time between two beats of the holder."""
 SILENT_BEATS = 6
-"""A holder that has missed so many is taken for dead."""
+"""A holder that has missed this many beats is considered dead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +38,17 @@ class Holder:
     """The process that a lease names."""
 
     token: str
-    """Random; no two attempts at a run share it."""
+    """Random and different for every attempt at a run."""
     host: str
     pid: int
     process: str | None
-    """Boot, pid namespace, pid and start time; None where /proc does not tell."""
+    """Boot id, pid namespace, pid and start time; None where /proc does not exist."""
     job: str | None
     """SLURM job id."""
     restarts: int
     """How often SLURM has requeued that job."""
     since: str
-    """When it took the run, by its own clock; for people only."""
+    """When it took the run by its own clock; only shown to people."""
     beat_seconds: float
 
     def __str__(self) -> str:
@@ -55,7 +57,7 @@ class Holder:
 
 
 class Lease:
-    """The right to write a run directory, held by this process since `acquire`."""
+    """The right to write a run directory, which this process has held since `acquire`."""
 
     def __init__(self, run: str, generation: int, holder: Holder) -> None:
         self.token = holder.token
@@ -63,27 +65,33 @@ class Lease:
 
     @classmethod
     def acquire(cls, run: str, beat_seconds: float = BEAT_SECONDS) -> "Lease":
-        """Take the run, at once if it is free, or after watching its holder be silent.
+        """Take a free run at once, or a held run after its holder has been silent.
 
-        Raises UserError that names the holder when it is alive, or when nothing can be written.
+        Raises UserError that names the holder when it is alive, or when the run directory cannot
+        be written.
         """
         holder = _this_process(beat_seconds)
         try:
-            generation = _take_next(run, holder)
+            while True:
+                newest = _newest(run)
+                if newest:
+                    _wait_for_end(run, newest, holder)
+                if create(_url(run, newest + 1, "json"), json.dumps(asdict(holder)).encode()):
+                    break
         except OSError as error:
             raise UserError(
                 f"{run}: cannot be written ({error}); choose another run directory"
             ) from None
-        # The generation before stays: others may be about to read it.
+        # The previous generation stays, because others may be about to read it.
         for old in _generations(run):
-            if old < generation - 1:
+            if old < newest:
                 remove(_url(run, old, "json"))
                 remove(_url(run, old, "beat"))
-        return cls(run, generation, holder)
+        return cls(run, newest + 1, holder)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Show life inside; give the run free after, also after an error."""
+        """Write beats inside; release the run at the end, also after an error."""
         stop = Event()
         beating = Thread(target=self._beat, args=(stop,), name="lease", daemon=True)
         beating.start()
@@ -95,13 +103,12 @@ class Lease:
             self._write_beat({"released": True})
 
     def check(self) -> None:
-        """Raise UserError when another job has taken the run since."""
+        """Raise UserError when another job has taken the run."""
         newest = _newest(self._run)
         if newest != self._generation:
-            taker = _read_holder(self._run, newest)
             raise UserError(
-                f"{self._run}: taken over by {taker}, for this process had shown no sign of life; "
-                "it stops here and leaves the run alone"
+                f"{self._run}: taken over by {_read_holder(self._run, newest)}, because this "
+                "process gave no sign of life; it stops and leaves the run to that job"
             )
 
     def _beat(self, stop: Event) -> None:
@@ -111,33 +118,23 @@ class Lease:
                 return
 
     def _write_beat(self, beat: dict[str, int]) -> None:
-        # A store that is away must not end training; the lease then lapses, or the store returns.
+        # A store that does not answer must not end training: it may return before the lease ends.
         try:
             write_json(_url(self._run, self._generation, "beat"), beat)
         except (UserError, OSError) as error:
             log.warning("%s; the lease of %s is not renewed for now", error, self._run)
 
 
-def _take_next(run: str, holder: Holder) -> int:
-    """The generation that `holder` gets, when the one before has ended."""
-    while True:
-        newest = _newest(run)
-        if newest:
-            _await_end(run, newest, holder)
-        if create(_url(run, newest + 1, "json"), json.dumps(asdict(holder)).encode()):
-            return newest + 1
-
-
-def _await_end(run: str, generation: int, taker: Holder) -> None:
-    """Return when the holder of `generation` is gone; raise UserError when it is alive."""
+def _wait_for_end(run: str, generation: int, taker: Holder) -> None:
+    """Return when the holder of `generation` is gone. Raises UserError when it is alive."""
     holder = _read_holder(run, generation)
     beat = _read_beat(run, generation)
-    if _is_requeued(holder, taker) or _has_died_here(holder):
+    if _was_requeued(holder, taker) or _died_on_this_machine(holder, taker):
         return
     silent = 0
     while silent < SILENT_BEATS and "released" not in beat:
         if silent == 0:
-            log.warning("%s: held by %s; watching whether it lives", run, holder)
+            log.warning("%s: held by %s; waiting to see whether it is alive", run, holder)
         time.sleep(holder.beat_seconds)
         started = time.monotonic()
         before, beat = beat, _read_beat(run, generation)
@@ -146,21 +143,20 @@ def _await_end(run: str, generation: int, taker: Holder) -> None:
                 f"{run}: in use by {holder}; wait for it, stop it, or choose another run directory "
                 f"(a dead job's lease ends after {SILENT_BEATS * holder.beat_seconds:.0f} s)"
             )
-        # A store that was away for us was perhaps away for the holder: start counting again.
+        # If the store did not answer us, it may not have answered the holder: count anew.
         silent = silent + 1 if time.monotonic() - started < holder.beat_seconds else 0
 
 
-def _is_requeued(holder: Holder, taker: Holder) -> bool:
-    """Whether SLURM has ended `holder` itself, to start the same job again as `taker`."""
+def _was_requeued(holder: Holder, taker: Holder) -> bool:
+    """Whether SLURM has ended `holder` and started the same job again as `taker`."""
     return holder.job is not None and holder.job == taker.job and holder.restarts < taker.restarts
 
 
-def _has_died_here(holder: Holder) -> bool:
-    mine = _process(os.getpid())
-    if mine is None or holder.process is None:
+def _died_on_this_machine(holder: Holder, taker: Holder) -> bool:
+    if taker.process is None or holder.process is None:
         return False
-    is_this_machine = mine.split()[:2] == holder.process.split()[:2]
-    return is_this_machine and _process(holder.pid) != holder.process
+    same_machine = taker.process.split()[:2] == holder.process.split()[:2]
+    return same_machine and process_identity(holder.pid) != holder.process
 
 
 def _this_process(beat_seconds: float) -> Holder:
@@ -168,7 +164,7 @@ def _this_process(beat_seconds: float) -> Holder:
         token=secrets.token_hex(4),
         host=socket.gethostname(),
         pid=os.getpid(),
-        process=_process(os.getpid()),
+        process=process_identity(os.getpid()),
         job=os.environ.get("SLURM_JOB_ID"),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         since=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -176,8 +172,8 @@ def _this_process(beat_seconds: float) -> Holder:
     )
 
 
-def _process(pid: int) -> str | None:
-    """`BOOT NAMESPACE PID START`, which no two processes share; None for one that is not alive."""
+def process_identity(pid: int) -> str | None:
+    """`BOOT NAMESPACE PID START`, unique among all processes; None if it is not alive."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = Path("/proc/self/ns/pid").readlink()
@@ -189,7 +185,7 @@ def _process(pid: int) -> str | None:
 
 def _generations(run: str) -> list[int]:
     names = list_names(join(run, "lease"))
-    return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
+    return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
 
 
 def _newest(run: str) -> int:

@@ -37,29 +37,25 @@ class ZeroEngine(Engine):
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """Context of each micro-batch; DeepSpeed exchanges gradients in the `last` of a step."""
-        self._zero.set_gradient_accumulation_boundary(last)
+        self._model.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this micro-batch's mean loss; DeepSpeed applies the scale."""
         if self.loss_scale is not None:
             self._optimizer.override_loss_scale(self.loss_scale.value)
-        self._zero.backward(loss)
+        self._model.backward(loss)
 
     def step(self) -> Tensor:
         """Update the parameters after the last micro-batch => norm of the global gradient, ().
 
         DeepSpeed reads the norm on the host and skips the update if it is not finite.
         """
-        self._zero.step()
-        applied = self._zero.was_step_applied()
+        self._model.step()
+        applied = self._model.was_step_applied()
         self._count_update(applied=applied)
-        norm = self._zero.get_global_grad_norm() if applied else torch.inf
+        norm = self._model.get_global_grad_norm() if applied else torch.inf
         return torch.as_tensor(norm, dtype=torch.float32)
-
-    @property
-    def _zero(self) -> Any:
-        return self._model
 
     def _connect(self, config: EngineConfig) -> Accelerator:
         """Build an Accelerator on DeepSpeed, with NCCL on CUDA and gloo elsewhere."""

@@ -19,7 +19,6 @@ from ifvit.evaluation.runs import read_run
 from ifvit.models.weights import load_weights
 from ifvit.storage import join, list_names, read_json, remove
 from ifvit.training.checkpoint import (
-    Retention,
     TrainState,
     fetch_newest,
     kept_steps,
@@ -83,19 +82,20 @@ def test_a_tensor_that_is_missing_is_named(two_checkpoints: TrainConfig, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("retention", "best", "kept"),
+    ("keep_checkpoints", "keep_every", "best", "kept"),
     [
-        (Retention(last=1), None, {70}),
-        (Retention(last=3), None, {50, 60, 70}),
-        (Retention(last=99), None, {10, 20, 30, 40, 50, 60, 70}),
-        (Retention(last=1, every=30), None, {30, 60, 70}),
-        (Retention(last=2, every=40), 10, {10, 40, 60, 70}),
+        (1, 0, None, {70}),
+        (3, 0, None, {50, 60, 70}),
+        (99, 0, None, {10, 20, 30, 40, 50, 60, 70}),
+        (1, 30, None, {30, 60, 70}),
+        (2, 40, 10, {10, 40, 60, 70}),
     ],
 )
 def test_the_newest_every_mth_and_the_best_checkpoints_are_kept(
-    retention: Retention, best: int | None, kept: set[int]
+    recipe: Recipe, keep_checkpoints: int, keep_every: int, best: int | None, kept: set[int]
 ) -> None:
-    assert kept_steps([10, 20, 30, 40, 50, 60, 70], retention, best) == kept
+    config = recipe(keep_checkpoints=keep_checkpoints, keep_every=keep_every)
+    assert kept_steps([10, 20, 30, 40, 50, 60, 70], config, best) == kept
 
 
 def test_a_run_keeps_the_checkpoints_that_its_recipe_asks_for(recipe: Recipe) -> None:

@@ -26,7 +26,7 @@ from ifvit.images import decode_png, make_grid
 from ifvit.models.weights import WeightsInfo, load_weights
 from ifvit.shards import EncoderIdentity, ShardReader
 from ifvit.storage import join, list_names
-from ifvit.training import checkpoint, hooks
+from ifvit.training import hooks
 from ifvit.training.checkpoint import (
     Part,
     TrainState,
@@ -302,7 +302,7 @@ def test_old_checkpoints_that_cannot_be_removed_stay_until_the_next_save(
     one = ranks(run, keep_checkpoints=1)
     save(one, 1)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "remove", refuse)
+        patched.setattr(storage, "remove", refuse)
         save(one, 2)
     assert "older checkpoints stay until the next save" in capsys.readouterr().err
     assert saved_steps(run) == [1, 2]

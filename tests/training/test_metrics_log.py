@@ -11,8 +11,8 @@ import pytest
 import torch
 from run_files import losses, rows
 
+from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.training import checkpoint
 from ifvit.training.config import TrainConfig
 from ifvit.training.profiling import StepTimer
 from ifvit.training.train import train
@@ -95,8 +95,8 @@ def test_rows_are_on_disk_before_the_checkpoint_that_follows_them(
         assert rows_on_disk == [2]
         real(url, value)
 
-    real = checkpoint.write_json
-    monkeypatch.setattr(checkpoint, "write_json", write_json)
+    real = storage.write_json
+    monkeypatch.setattr(storage, "write_json", write_json)
     monkeypatch.setattr(os, "fsync", sync)
     train(recipe(max_steps=2))
     assert rows_on_disk == [2]
