@@ -9,33 +9,11 @@ from ifvit.errors import UserError
 from ifvit.evaluation.rows import describe_field, describe_value
 from ifvit.evaluation.runs import read_runs
 from ifvit.figures import to_csv
+from ifvit.studies import paper_claims, paper_figures, paper_tables
 from ifvit.studies.config import PaperConfig
 from ifvit.studies.object_counts import read_counts
-from ifvit.studies.paper_claims import (
-    count_claims,
-    metric_claims,
-    preference_claims,
-    quality_metric,
-)
-from ifvit.studies.paper_figures import (
-    VARIANT_COLOURS,
-    figure_3,
-    figure_4,
-    figure_5,
-    figure_6,
-    figure_7,
-    figure_8,
-)
-from ifvit.studies.paper_tables import devices, table_1, table_2, table_further
 from ifvit.studies.report import inline_image, recipe_differences, render_page
-from ifvit.studies.variants import (
-    PAPER_VARIANTS,
-    VARIANTS,
-    Sheet,
-    Variant,
-    make_sheet,
-    series_of,
-)
+from ifvit.studies.variants import PAPER_VARIANTS, VARIANTS, Sheet, Variant, make_sheet, series_of
 
 if TYPE_CHECKING:
     from ifvit.rating.results import PreferenceResults
@@ -58,48 +36,41 @@ def report_paper(config: PaperConfig) -> None:
     curves = make_sheet(runs) if config.series else sheet
     baseline = _choose_baseline(sheet, config.baseline)
     best = _choose_best(sheet, baseline)
-    count_rows, counts_excluded = read_counts(sheet.runs)
-    counts = {
-        variant: [count_rows[run.name] for run in members if run.name in count_rows]
-        for variant, members in sheet.variants.items()
-    }
-    counts = {variant: rows for variant, rows in counts.items() if rows}
+    counts, counts_excluded = read_counts(sheet.runs)
+    counts_by_variant = sheet.group(counts)
     preference = _read_preference(config.study) if config.study else None
-    tables = [
-        table_1(sheet),
-        table_further(sheet),
-        table_2(sheet, {"baseline": baseline, "best": best}),
-    ]
-    figures = {
-        "figure3": figure_3(curves),
-        "figure4": figure_4(sheet, baseline, best),
-        "figure5": figure_5(counts, counts_excluded),
-        "figure6": figure_6(preference),
-        "figure7": figure_7(sheet),
-        "figure8": figure_8(sheet),
+    claims = paper_claims.metric_claims(sheet) + paper_claims.count_claims(counts_by_variant)
+    claims += paper_claims.preference_claims(preference) if preference else []
+    tables = {
+        "table1": paper_tables.table_1(sheet),
+        "table1_further": paper_tables.table_further(sheet),
+        "table2": paper_tables.table_2(sheet, {"baseline": baseline, "best": best}),
     }
-    for table in tables:
-        if table:
-            _write(config, f"{table.name}.csv", to_csv(table.records))
-    for name, figure in figures.items():
-        if figure.png and figure.csv:
-            _write(config, f"{name}.png", figure.png)
-            _write(config, f"{name}.csv", figure.csv)
-    excluded = [f"{run.name} is left out: it has no weights" for run in found if run not in runs]
+    figures = {
+        "figure3": paper_figures.figure_3(curves),
+        "figure4": paper_figures.figure_4(sheet, baseline, best),
+        "figure5": paper_figures.figure_5(counts_by_variant, counts_excluded),
+        "figure6": paper_figures.figure_6(preference),
+        "figure7": paper_figures.figure_7(sheet),
+        "figure8": paper_figures.figure_8(sheet),
+    }
+    files = {f"{name}.csv": to_csv(table.records) for name, table in tables.items() if table}
+    files |= {f"{name}.png": figure.png for name, figure in figures.items() if figure.png}
+    files |= {f"{name}.csv": figure.csv for name, figure in figures.items() if figure.csv}
     changed = [line.title for line in recipe_differences(runs)]
-    page = render_page(
+    files["paper.html"] = render_page(
         "paper.html",
         **_describe(sheet),
-        tables={table.name: table for table in tables if table},
-        claims=metric_claims(sheet)
-        + count_claims(counts)
-        + (preference_claims(preference) if preference else []),
+        tables=tables,
+        claims=claims,
         figures=figures,
         inline_image=inline_image,
-        excluded=excluded + list(dict.fromkeys(sheet.excluded + curves.excluded)),
+        no_weights=[run.name for run in found if run not in runs],
+        excluded=list(dict.fromkeys(sheet.excluded + curves.excluded)),
         differences=[name for name in changed if not name.startswith(_MAY_DIFFER)],
     )
-    _write(config, "paper.html", page)
+    for name, data in files.items():
+        storage.write_bytes(storage.join(config.output, name), data)
     sys.stdout.write(f"{storage.join(config.output, 'paper.html')}\n")
 
 
@@ -123,7 +94,7 @@ def _choose_baseline(sheet: Sheet, pattern: str | None) -> Variant:
 def _choose_best(sheet: Sheet, baseline: Variant) -> Variant:
     """Return the paper's variant of best quality, the baseline aside; the last if unmeasured."""
     others = [v for v in PAPER_VARIANTS if v in sheet.variants and v != baseline]
-    metric = quality_metric(sheet)
+    metric = paper_claims.quality_metric(sheet)
     measured = {v: mean.value for v in others if (mean := sheet.mean(v, metric))}
     if measured:
         return min(measured, key=lambda variant: measured[variant])
@@ -135,7 +106,7 @@ def _describe(sheet: Sheet) -> dict[str, Any]:
     protocol = sheet.reference.protocol.facts if sheet.reference else {}
     return {
         "title": "Intermediate fusion: the paper's tables and figures from our runs",
-        "colours": VARIANT_COLOURS,
+        "colours": paper_figures.VARIANT_COLOURS,
         "variants": [
             {
                 "name": variant.title,
@@ -146,13 +117,9 @@ def _describe(sheet: Sheet) -> dict[str, Any]:
         ],
         "num_runs": len(sheet.runs),
         "missing_variants": [v.title for v in PAPER_VARIANTS if v not in sheet.variants],
-        "devices": devices(sheet),
+        "devices": paper_tables.devices(sheet),
         "reference": sheet.reference,
         "series": series_of(sheet.reference.protocol) if sheet.reference else None,
-        "quality": quality_metric(sheet).title,
+        "quality": paper_claims.quality_metric(sheet).title,
         "protocol": [(describe_field(k), describe_value(k, v)) for k, v in protocol.items()],
     }
-
-
-def _write(config: PaperConfig, name: str, data: bytes) -> None:
-    storage.write_bytes(storage.join(config.output, name), data)

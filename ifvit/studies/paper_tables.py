@@ -65,7 +65,6 @@ _GPU, _BATCH_SIZE = "4090", 256
 class Table:
     """A table for the page, and the same numbers with all their digits for a CSV file."""
 
-    name: str
     heads: list[str]
     lines: list[Line]
     records: list[dict[str, object]]
@@ -119,7 +118,7 @@ def table_1(sheet: Sheet) -> Table:
             differs=backbone,
         ),
     ]
-    return _make_table("table1", sheet, PAPER_VARIANTS, columns)
+    return _make_table(sheet, PAPER_VARIANTS, columns)
 
 
 def table_further(sheet: Sheet) -> Table | None:
@@ -127,7 +126,7 @@ def table_further(sheet: Sheet) -> Table | None:
     in_table_1 = (FID, FRECHET, PAPER_CLIP_SCORE, CLIP_SCORE)
     metrics = [metric for metric in METRICS if metric not in in_table_1 and sheet.has(metric)]
     columns = [_metric_column(sheet, metric) for metric in metrics]
-    return _make_table("table1_further", sheet, list(sheet.variants), columns) if columns else None
+    return _make_table(sheet, list(sheet.variants), columns) if columns else None
 
 
 def table_2(sheet: Sheet, ours: Mapping[str, Variant]) -> Table:
@@ -150,7 +149,6 @@ def table_2(sheet: Sheet, ours: Mapping[str, Variant]) -> Table:
     keys = ("model", "fusion", "path", "fid", "clip_score_printed", "clip_score_raw", "gflops")
     reasons = differs_in_backbone(sheet), differs_in_clip_score(sheet)
     return Table(
-        name="table2",
         heads=["Model", "Fusion", "Path", "FID ↓", "CLIP Score ↑", "Raw cosine ↑", "GFLOPs ↓"],
         lines=[Line(title=str(row[0]), cells=list(map(_plain_cell, row[1:]))) for row in rows],
         records=[dict(zip(keys, row, strict=True)) for row in rows],
@@ -260,9 +258,7 @@ def _metric_column(
     )
 
 
-def _make_table(
-    name: str, sheet: Sheet, variants: Sequence[Variant], columns: Sequence[_Column]
-) -> Table:
+def _make_table(sheet: Sheet, variants: Sequence[Variant], columns: Sequence[_Column]) -> Table:
     best = {column.key: _find_best(column, variants) for column in columns}
     lines, records = [], []
     for variant in variants:
@@ -281,7 +277,6 @@ def _make_table(
         if column.differs:
             reasons.setdefault(column.differs, []).append(column.title.rstrip(" ↑↓"))
     return Table(
-        name=name,
         heads=["Variant", "Runs", *(column.title for column in columns)],
         lines=lines,
         records=records,

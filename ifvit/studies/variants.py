@@ -4,8 +4,9 @@ The paper's sheet builds its tables, figures and claims from a `Sheet`.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import MetricsRow, Protocol, differences
@@ -13,7 +14,9 @@ from ifvit.evaluation.runs import FUSIONS, Run
 from ifvit.models.config import Conditioning, FusionUViTConfig
 from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
 
-PAPER_SCALE = 2.0
+_Found = TypeVar("_Found")
+
+_PAPER_SCALE = 2.0
 """Guidance scale w of the paper's table: "a CFG scale of 1", for the paper prints w - 1."""
 
 
@@ -118,6 +121,14 @@ class Sheet:
         """The runs of all variants."""
         return [run for members in self.variants.values() for run in members]
 
+    def group(self, found: Mapping[str, _Found]) -> dict[Variant, list[_Found]]:
+        """Return what was found by run name, grouped by variant; variants without any are out."""
+        grouped = {
+            variant: [found[run.name] for run in members if run.name in found]
+            for variant, members in self.variants.items()
+        }
+        return {variant: members for variant, members in grouped.items() if members}
+
     def has(self, metric: Metric) -> bool:
         """Return whether the metric was measured for any variant."""
         return any(self.mean(variant, metric) for variant in self.variants)
@@ -203,7 +214,7 @@ def series_of(protocol: Protocol) -> str:
 def _main_series(rows: Sequence[MetricsRow]) -> str:
     counts = Counter(series_of(row.protocol) for row in rows)
     scales = {series_of(row.protocol): row.protocol.guidance_scale for row in rows}
-    return min(counts, key=lambda name: (-counts[name], abs(scales[name] - PAPER_SCALE), name))
+    return min(counts, key=lambda name: (-counts[name], abs(scales[name] - _PAPER_SCALE), name))
 
 
 def _rows_of_series(run: Run, series: str) -> list[MetricsRow]:

@@ -353,7 +353,7 @@ def test_counts_are_means_over_seeds_of_rows_with_one_protocol(tmp_path: Path) -
         write_object_count(f"{run}/{COUNTS}", made_row(errors))
     sheet = sheet_of(runs)
     rows, _ = read_counts(sheet.runs)
-    counts = {v: [rows[run.name] for run in members] for v, members in sheet.variants.items()}
+    counts = sheet.group(rows)
     score = mean_row(counts[VARIANTS[0]]).score("bus", 2)
     assert score is not None
     assert score.average_error.value == 1.5
