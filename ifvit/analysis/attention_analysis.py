@@ -101,6 +101,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
     if shape.conditioning == "adaln":
         raise UserError(f"{run}: conditioning adaln has no attention to text; leave this run out")
     digest = weights_sha256(backbone)
+    backbone.to(device)
     prompts = _open_prompts(config, info, device)
     protocol = AttentionProtocol(
         num_prompts=len(prompts.texts),
@@ -121,7 +122,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
         num_image_blocks=shape.num_image_blocks,
         num_text_blocks=shape.num_text_blocks,
         protocol=protocol,
-        layers=record_layers(backbone.to(device), prompts, config),
+        layers=record_layers(backbone, prompts, config),
     )
     write_attention(url, summary)
     sys.stdout.write(f"{url}\n")

@@ -1,4 +1,4 @@
-"""Settings of the verbs that report on runs; imports no torch."""
+"""Configurations of the verbs `report` and `report paper`; imports no torch."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ class ReportConfig:
     """Write one self-contained HTML page about one or more runs, side by side."""
 
     runs: list[str]
-    """Run folders; the first is the baseline that the others are compared with."""
+    """Run folders; the others are compared with the first one, the baseline."""
 
     output: str = "report.html"
-    """The page; opens without a network."""
+    """HTML file to write; it opens without a network."""
 
     title: str = "ifvit report"
     """Heading of the page."""
@@ -19,26 +19,27 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PaperConfig:
-    """Write the tables and figures of arXiv 2403.16530 from runs, with the paper's beside ours.
+    """Write the tables and figures of arXiv 2403.16530 from runs, beside the paper's numbers.
 
-    Runs are grouped into the paper's settings by their backbones; several seeds of a setting give
+    Runs are grouped into the paper's variants by their backbones. Several seeds of a variant give
     its mean and standard error.
     """
 
     runs: list[str]
-    """Run folders, any number of each setting."""
+    """Run folders, any number per variant."""
 
     output: str = "paper"
-    """Folder for paper.html, which opens without a network, and PNG and CSV of its parts."""
+    """Folder for paper.html, which opens without a network, and for its figures and tables as PNG
+    and CSV."""
 
     study: str | None = None
-    """Folder of human ratings (`ifvit rate`), for Figure 6."""
+    """Folder of human ratings (`ifvit rate`) for Figure 6."""
 
     baseline: str | None = None
-    """Pattern of the setting that Figure 4 and Table 2 start from, for example cross*early; unset:
-    the first of the paper's order, concat_early, that was trained."""
+    """Pattern of the variant that Figure 4 and Table 2 compare with, for example cross*early.
+    Unset: the first variant in the paper's order that was trained, usually concat_early."""
 
     series: str | None = None
-    """Evaluations to show, NAME/wSCALE as their folders in RUN/evaluation; unset: those of most
-    rows, of several that whose guidance scale is nearest to 2, the paper's. The latter always are
-    those of Figure 3, which needs many."""
+    """Evaluations to show, NAME/wSCALE, a folder in RUN/evaluation. Unset: the series with most
+    rows; of several, the one whose guidance scale is nearest to 2, the paper's. Figure 3 always
+    uses the latter."""

@@ -1,4 +1,4 @@
-"""What is recorded of a backbone's attention while it samples, against sums made by hand."""
+"""Attention recorded while a backbone samples, against sums made by hand."""
 
 import dataclasses
 import math
@@ -45,13 +45,13 @@ PROMPTS = Prompts(
     contexts=CONTEXTS,
     null_context=NULL,
 )
-SETTINGS = pytest.mark.parametrize("setting", ["early", "intermediate"])
+FUSIONS = pytest.mark.parametrize("fusion", ["early", "intermediate"])
 CONDITIONINGS = pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
 
 
-def build_backbone(conditioning: Conditioning, setting: str = "intermediate") -> FusionUViT:
+def build_backbone(conditioning: Conditioning, fusion: str = "intermediate") -> FusionUViT:
     torch.manual_seed(0)
-    num_blocks = int(setting == "intermediate")
+    num_blocks = int(fusion == "intermediate")
     config = small_shape(
         latent_size=2 * SIDE,
         latent_channels=2,
@@ -69,7 +69,7 @@ def build_config(batch_size: int = NUM_PROMPTS, trim: int = 1) -> AttentionConfi
     return AttentionConfig(runs=["run"], prompts="prompts.txt", trim=trim, sampling=sampling)
 
 
-def draw(backbone: FusionUViT) -> Tensor:
+def sample(backbone: FusionUViT) -> Tensor:
     null_text = backbone.encode_condition(NULL[None])
     batch = ConditionBatch(positions=torch.arange(NUM_PROMPTS), condition=CONTEXTS)
     return sample_latents(backbone, batch, null_text, SAMPLING)
@@ -86,17 +86,17 @@ def record_all_at_once(backbone: FusionUViT) -> list[np.ndarray]:
         calls[layer].append(weights / weights.sum(axis=-1, keepdims=True))
 
     with watch_attention(backbone, keep):
-        draw(backbone)
+        sample(backbone)
     return [np.stack(layer, axis=1) for layer in calls]
 
 
 @CONDITIONINGS
-@SETTINGS
-@pytest.mark.parametrize("batch_size", [1, 2, NUM_PROMPTS])
+@FUSIONS
+@pytest.mark.parametrize("batch_size", [2, NUM_PROMPTS])
 def test_streamed_means_are_those_of_everything_at_once(
-    conditioning: Conditioning, setting: str, batch_size: int
+    conditioning: Conditioning, fusion: str, batch_size: int
 ) -> None:
-    backbone = build_backbone(conditioning, setting)
+    backbone = build_backbone(conditioning, fusion)
     layers = record_layers(backbone, PROMPTS, build_config(batch_size))
     inside = np.array([5, 6, 9, 10])
     for layer, weights in zip(layers, record_all_at_once(backbone), strict=True):
@@ -123,18 +123,18 @@ def test_streamed_means_are_those_of_everything_at_once(
 
 
 @CONDITIONINGS
-@SETTINGS
+@FUSIONS
 def test_attention_is_shared_out_among_time_image_and_text(
-    conditioning: Conditioning, setting: str
+    conditioning: Conditioning, fusion: str
 ) -> None:
-    layers = record_layers(build_backbone(conditioning, setting), PROMPTS, build_config(trim=0))
+    layers = record_layers(build_backbone(conditioning, fusion), PROMPTS, build_config(trim=0))
     names = ["in 0", "in 1", "mid", "out 0", "out 1"]
     assert [layer.name for layer in layers] == names
     for layer in layers:
         shares = (layer.time_share, layer.image_share, layer.text_share)
         assert sum(share.value for share in shares) == pytest.approx(1, abs=1e-6)
         assert layer.image_map.sum(axis=1).mean() == pytest.approx(layer.image_share.value)
-        fused = setting == "early" or layer.name not in ("in 0", "out 1")
+        fused = fusion == "early" or layer.name not in ("in 0", "out 1")
         assert (layer.text is not None) == fused
         assert (layer.text_share.value > 0) == fused
         if layer.text:
@@ -144,13 +144,13 @@ def test_attention_is_shared_out_among_time_image_and_text(
 @CONDITIONINGS
 def test_watching_leaves_the_images_as_they_were(conditioning: Conditioning) -> None:
     backbone = build_backbone(conditioning)
-    before = draw(backbone)
+    before = sample(backbone)
     rows = PromptRows(NUM_PROMPTS, inner_tokens(SIDE, 0))
     with watch_attention(backbone, rows):
-        watched = draw(backbone)
+        watched = sample(backbone)
     recorded = [mean.copy() for mean in rows.means()]
     assert torch.equal(before, watched)
-    assert torch.equal(before, draw(backbone))
+    assert torch.equal(before, sample(backbone))
     for mean, again in zip(recorded, rows.means(), strict=True):
         np.testing.assert_array_equal(mean, again)
 
@@ -267,8 +267,8 @@ def test_memory_does_not_grow_with_the_number_of_prompts() -> None:
     assert peak(12) < 1.05 * peak(3)
 
 
-def summarise(setting: str) -> AttentionSummary:
-    backbone = build_backbone("cross_attention", setting)
+def summarise(fusion: str) -> AttentionSummary:
+    backbone = build_backbone("cross_attention", fusion)
     return AttentionSummary(
         weights="run",
         weights_sha256="0" * 64,
@@ -294,9 +294,9 @@ def without_maps(layer: LayerAttention) -> dict[str, object]:
     return stored
 
 
-@SETTINGS
-def test_a_summary_comes_back_from_its_files(setting: str, tmp_path: Path) -> None:
-    summary = summarise(setting)
+@FUSIONS
+def test_a_summary_comes_back_from_its_files(fusion: str, tmp_path: Path) -> None:
+    summary = summarise(fusion)
     url = str(tmp_path / "run" / "step_00000005.json")
     write_attention(url, summary)
     found = read_attention(url)
@@ -323,7 +323,7 @@ def test_maps_of_another_analysis_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_figure_shows_every_map_and_says_where_there_is_no_text() -> None:
-    summaries = {setting: summarise(setting) for setting in ("early", "intermediate")}
+    summaries = {fusion: summarise(fusion) for fusion in ("early", "intermediate")}
     figure = attention_figure(summaries)
     assert len(figure.subfigs) == 2
     for part, summary in zip(figure.subfigs, summaries.values(), strict=True):
