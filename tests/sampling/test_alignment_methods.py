@@ -189,9 +189,6 @@ def test_regulation_changes_captions_with_targets_only_and_then_ends(backbone: F
     assert changed[2] < 1e-4
     assert [len(change.biases) for _, change in recorder.seen] == [2, 2, 2, 0, 0, 0]
     assert torch.equal(sample(backbone, regulation(num_evaluations=0)), plain)
-
-
-def test_sampling_with_methods_leaves_no_graph(backbone: FusionUViT) -> None:
     assert not sample(backbone, Together([date(every=2), regulation()])).requires_grad
 
 
