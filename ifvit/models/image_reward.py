@@ -6,7 +6,7 @@ Shapes: B batch, H, W image, D width of the text tower.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -61,14 +61,14 @@ class ImageReward(nn.Module):
         paired = [layer for pair in zip(linear, dropouts, strict=False) for layer in pair]
         self.mlp = nn.Sequential(*paired, *linear[3:])
 
-    def score_of(self, prompts: list[str]) -> Callable[[Tensor], Tensor]:
-        """Return a function: images (B, 3, H, W) in [-1, 1] of the B prompts => rewards (B,).
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the rewards (B,) of images (B, 3, H, W) in [-1, 1] for their B prompts.
 
-        It is differentiable in the images. Images are resized but not clamped, which would stop
-        gradients.
+        The rewards are differentiable in the images. Images are resized but not clamped, which
+        would stop gradients.
         """
         tokens = self.tokenizer(
-            prompts,
+            list(prompts),
             padding="max_length",
             truncation=True,
             max_length=_MAX_TOKENS,
@@ -78,21 +78,17 @@ class ImageReward(nn.Module):
         mean, standard_deviation = torch.tensor(
             [OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=self.text.device
         ).view(2, 1, 3, 1, 1)
-
-        def score(images: Tensor) -> Tensor:
-            resized = functional.interpolate(images, (side, side), mode="bilinear")
-            pixels = (resized / 2 + 0.5 - mean) / standard_deviation
-            image_tokens = self.vision(pixel_values=pixels).last_hidden_state
-            text_tokens = self.text(
-                input_ids=tokens.input_ids,
-                attention_mask=tokens.attention_mask,
-                encoder_hidden_states=image_tokens,
-                is_decoder=False,
-            ).last_hidden_state
-            reward: Tensor = (self.mlp(text_tokens[:, 0]).squeeze(1) - _MEAN) / _STANDARD_DEVIATION
-            return reward
-
-        return score
+        resized = functional.interpolate(images, (side, side), mode="bilinear")
+        pixels = (resized / 2 + 0.5 - mean) / standard_deviation
+        image_tokens = self.vision(pixel_values=pixels).last_hidden_state
+        text_tokens = self.text(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=image_tokens,
+            is_decoder=False,
+        ).last_hidden_state
+        reward: Tensor = (self.mlp(text_tokens[:, 0]).squeeze(1) - _MEAN) / _STANDARD_DEVIATION
+        return reward
 
 
 def load_image_reward(name: str, device: str = "cpu") -> ImageReward:

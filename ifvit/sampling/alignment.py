@@ -165,13 +165,8 @@ def _load_objective(config: DateConfig, info: WeightsInfo, device: str) -> Objec
         scorer = load_clip(config.clip or require_text_encoder(info).name, device)
         terms.append((config.clip_weight, clip_score_of(scorer)))
     if config.image_reward_weight:
-        model = load_image_reward(config.image_reward, device)
-        terms.append(
-            (
-                config.image_reward_weight,
-                lambda images, prompts: model.score_of(list(prompts))(images),
-            )
-        )
+        reward = load_image_reward(config.image_reward, device).score
+        terms.append((config.image_reward_weight, reward))
     return weighted_sum(terms)
 
 

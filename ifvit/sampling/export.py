@@ -3,13 +3,14 @@
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from ifvit import storage
 from ifvit.diffusion.solvers import SOLVERS
-from ifvit.models.config import BackboneConfig, FusionUViTConfig
+from ifvit.models.config import BackboneConfig
 from ifvit.models.pretrained import upload_pretrained
 from ifvit.models.weights import WeightsInfo, find_weights, load_weights, run_of, step_name
 from ifvit.sampling.config import ExportConfig
@@ -75,7 +76,24 @@ def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneCon
     Recipe, data and metrics come from the run that the weights in `folder` belong to. Metrics of
     weights with another `sha256` are left out.
     """
-    card = _format_use(info, config) + _format_weights(info, sha256, config)
+    if info.text_encoder:
+        task, subject, prompt = "text-to-image", "Text-to-image", "two red circles above a square"
+        condition = {"text encoder": f"{info.text_encoder.name}, {info.text_encoder.sha256}"}
+    else:
+        # diffusers has no name for class-conditional generation.
+        task, subject = "unconditional-image-generation", f"Images of {len(info.classes)} classes"
+        prompt, condition = info.classes[0], {"classes": ", ".join(info.classes)}
+    title = f"{subject} by a {config.architecture}"
+    facts = {
+        "weights": f"EMA, decay {info.ema_decay}" if info.ema_decay else "raw",
+        "optimizer steps": info.step,
+        **condition,
+        "VAE": f"{info.vae.name}, {info.vae.sha256}",
+        "scaling factor of the latents": info.scaling_factor,
+        "sha256 of the backbone": sha256,
+        "sha256 of the recipe": info.recipe_sha256,
+    } | asdict(config)
+    card = _HEAD.format(task=task, title=title, prompt=prompt) + _format_table(facts)
     run = run_of(folder)
     recipe_url = storage.join(run, "config.yaml") if run else ""
     if run is None or not storage.exists(recipe_url):
@@ -87,47 +105,6 @@ def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneCon
         + f"\n## Metrics\n{_format_metrics(run, info.step, sha256)}"
         + f"\n## Recipe\n```yaml\n{recipe}```\n"
     )
-
-
-def _format_use(info: WeightsInfo, config: BackboneConfig) -> str:
-    if info.text_encoder is None:
-        return _HEAD.format(
-            # diffusers has no name for class-conditional generation.
-            task="unconditional-image-generation",
-            title=f"Images of {len(info.classes)} classes by a {config.architecture}",
-            prompt=info.classes[0],
-        )
-    return _HEAD.format(
-        task="text-to-image",
-        title=f"Text-to-image by a {config.architecture}",
-        prompt="two red circles above a blue square",
-    )
-
-
-def _format_weights(info: WeightsInfo, sha256: str, config: BackboneConfig) -> str:
-    kind = f"exponential moving average, decay {info.ema_decay}" if info.ema_decay else "raw"
-    facts: dict[str, object] = {
-        "weights": kind,
-        "optimizer steps": info.step,
-        "architecture": config.architecture,
-    }
-    if isinstance(config, FusionUViTConfig):
-        facts["conditioning"] = (
-            f"{config.conditioning}, {config.num_image_blocks} image-only blocks a side, "
-            f"{config.num_text_blocks} text blocks"
-        )
-    if info.text_encoder:
-        encoder = f"{info.text_encoder.name}, sha256 {info.text_encoder.sha256}"
-        facts["text encoder"] = encoder
-    else:
-        facts["classes"] = ", ".join(info.classes)
-    facts |= {
-        "scaling factor of the latents": info.scaling_factor,
-        "VAE": f"{info.vae.name}, sha256 {info.vae.sha256}",
-        "sha256 of the backbone": sha256,
-        "sha256 of the recipe": info.recipe_sha256,
-    }
-    return _format_table(facts)
 
 
 def _format_data(shards: str) -> str:

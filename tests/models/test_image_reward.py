@@ -31,27 +31,27 @@ def model(folder: Path) -> ImageReward:
 
 
 def test_rewards_equal_those_of_the_released_package(model: ImageReward) -> None:
-    rewards = model.score_of(PROMPTS)(images())
+    rewards = model.score(images(), PROMPTS)
     torch.testing.assert_close(rewards, torch.tensor(GOLDEN), rtol=1e-4, atol=1e-5)
 
 
 def test_images_of_another_size_are_resized_and_get_a_gradient(model: ImageReward) -> None:
     # Also beyond white, where nothing is cut.
     large = (2 * torch.nn.functional.interpolate(images(), (64, 64))).requires_grad_()
-    model.score_of(PROMPTS)(large).sum().backward()
+    model.score(large, PROMPTS).sum().backward()
     assert large.grad is not None
     assert (large.grad.abs().sum(dim=1) > 0).all()
 
 
 def test_prompts_do_not_see_each_other(model: ImageReward) -> None:
-    alone = [model.score_of([prompt])(images()[i : i + 1]) for i, prompt in enumerate(PROMPTS)]
-    torch.testing.assert_close(model.score_of(PROMPTS)(images()), torch.cat(alone))
+    alone = [model.score(images()[i : i + 1], [prompt]) for i, prompt in enumerate(PROMPTS)]
+    torch.testing.assert_close(model.score(images(), PROMPTS), torch.cat(alone))
 
 
 def test_a_prompt_is_read_up_to_35_tokens(model: ImageReward) -> None:
     def reward(num_words: int) -> Tensor:
         prompt = " ".join((["red", "blue", "bus"] * 20)[:num_words])
-        return model.score_of([prompt])(images()[:1])
+        return model.score(images()[:1], [prompt])
 
     assert torch.equal(reward(60), reward(33))  # besides them its first and last token
     assert not torch.equal(reward(33), reward(32))

@@ -359,9 +359,9 @@ def test_date_adds_image_reward_to_the_clip_score(sampler: Sampler, tmp_path: Pa
     assert not torch.allclose(summed, reward)
     moved = summed - evaluation(0).context
     torch.testing.assert_close(scaled - evaluation(0).context, moved, rtol=1e-3, atol=1e-4)
-    score = load_image_reward(both.image_reward).score_of(PROMPTS)
+    score = load_image_reward(both.image_reward).score
     before, now = (
-        score(sampler.decode(evaluation(0).predict_clean(context)))
+        score(sampler.decode(evaluation(0).predict_clean(context)), PROMPTS)
         for context in (evaluation(0).context, after)
     )
     assert (now > before).all()
