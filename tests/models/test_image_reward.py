@@ -1,4 +1,4 @@
-"""ImageReward read from its released format, against its own package's arithmetic."""
+"""ImageReward loaded from its released format, against rewards of its own package."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ifvit.models.image_reward import ImageReward, load_image_reward
 
 PROMPTS = ["two red bus", "a blue sheep"]
 GOLDEN = [5.874577045440674, 6.060009956359863]
-"""What image-reward 1.5 answers for `released_weights()`, PROMPTS and `images()`."""
+"""Rewards by image-reward 1.5 for `released_weights()`, PROMPTS and `images()`."""
 
 
 def images() -> Tensor:
@@ -36,7 +36,7 @@ def test_rewards_equal_those_of_the_released_package(model: ImageReward) -> None
 
 
 def test_images_of_another_size_are_resized_and_get_a_gradient(model: ImageReward) -> None:
-    # Also beyond white, where nothing is cut.
+    # Also for values beyond white: nothing is clamped.
     large = (2 * torch.nn.functional.interpolate(images(), (64, 64))).requires_grad_()
     model.score(large, PROMPTS).sum().backward()
     assert large.grad is not None
@@ -53,12 +53,12 @@ def test_a_prompt_is_read_up_to_35_tokens(model: ImageReward) -> None:
         prompt = " ".join((["red", "blue", "bus"] * 20)[:num_words])
         return model.score(images()[:1], [prompt])
 
-    assert torch.equal(reward(60), reward(33))  # besides them its first and last token
+    assert torch.equal(reward(60), reward(33))  # and the start and end token
     assert not torch.equal(reward(33), reward(32))
 
 
 class Payload:
-    """What runs when a pickle that holds it is read without care."""
+    """Touches a file when a pickle that holds it is loaded without weights_only."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -67,11 +67,14 @@ class Payload:
         return Path.touch, (self.file,)
 
 
-def test_a_file_that_would_run_code_is_refused(folder: Path) -> None:
+def test_a_file_that_would_run_code_or_is_broken_is_one_clear_error(folder: Path) -> None:
     torch.save({"x": Payload(folder / "has_run")}, folder / "ImageReward.pt")
     with pytest.raises(UserError, match=r"ImageReward.pt: cannot be read"):
         load_image_reward(str(folder))
     assert not (folder / "has_run").exists()
+    (folder / "ImageReward.pt").write_bytes(b"not a zip file")
+    with pytest.raises(UserError, match=r"ImageReward.pt: cannot be read"):
+        load_image_reward(str(folder))
 
 
 def test_missing_tensor_is_named(folder: Path) -> None:
@@ -79,10 +82,4 @@ def test_missing_tensor_is_named(folder: Path) -> None:
     del weights["mlp.layers.7.bias"]
     torch.save(weights, folder / "ImageReward.pt")
     with pytest.raises(UserError, match=r"ImageReward.pt: not the weights of ImageReward .*mlp.7"):
-        load_image_reward(str(folder))
-
-
-def test_broken_file_is_refused(folder: Path) -> None:
-    (folder / "ImageReward.pt").write_bytes(b"not a zip file")
-    with pytest.raises(UserError, match=r"ImageReward.pt: cannot be read"):
         load_image_reward(str(folder))

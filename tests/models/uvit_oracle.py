@@ -1,4 +1,4 @@
-"""A U-shaped ViT in float64 numpy, head by head and block by block, to hold ours against."""
+"""A U-shaped ViT in float64 numpy, head by head and block by block, independent of ours."""
 
 import math
 from collections.abc import Mapping
@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ifvit.models.config import TokenTransformerConfig
+
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What one code base calls its blocks, in order of use, and how it sorts its positions."""
+    """The block names of one code base, in order of use, and the order of its positions."""
 
     conditioning: str
     positions: tuple[str, str, str]
@@ -28,7 +30,7 @@ class Layout:
 def uvit_layout(
     conditioning: str, depth: int, num_image: int, num_text: int, is_modulated: bool = False
 ) -> Layout:
-    """Our names; with `concat`, 0, 0 those of U-ViT."""
+    """Our block names; with `concat`, 0, 0 they are those of U-ViT."""
     half = depth // 2
     return Layout(
         conditioning=conditioning,
@@ -43,7 +45,7 @@ def uvit_layout(
 
 
 def fork_layout(conditioning: str, depth: int, num_image: int, num_text: int) -> Layout:
-    """The names of the paper's authors."""
+    """The block names of the paper's authors."""
     num_joint = depth // 2 - num_image
     return Layout(
         conditioning=conditioning,
@@ -66,7 +68,7 @@ def random_weights(
     context: tuple[int, int],
     seed: int = 0,
 ) -> dict[str, Array]:
-    """Weights large enough for every term to matter, by the names of `layout`."""
+    """Weights by the names of `layout`, large enough for every term to matter."""
     rng = np.random.default_rng(seed)
     values = 4 * patch**2
     shapes: dict[str, tuple[int, ...]] = {
@@ -113,13 +115,14 @@ def random_weights(
 
 
 class Oracle:
-    """One sample at a time: latents (4, S, S), one timestep as fed to the sinusoid, context."""
+    """Predicts the noise of one sample at a time."""
 
     def __init__(self, weights: Mapping[str, Array], layout: Layout, num_heads: int) -> None:
         self.weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
         self.layout, self.num_heads = layout, num_heads
 
     def predict(self, latents: Array, timestep: float, context: Array) -> Array:
+        """Latents (4, S, S), the timestep of the sinusoid, context (M, D) => noise (4, S, S)."""
         layout, positions = self.layout, self._positions(latents, context)
         image = self._patches(latents) + positions["image"]
         tokens = np.vstack([image, self._time(timestep) + positions["time"]])
@@ -128,7 +131,7 @@ class Oracle:
         skips = []
         time = self._embed_time(timestep)
         for block in layout.image_in:
-            tokens = self._block(block, tokens, signal=time)
+            tokens = self._block(block, tokens, vector=time)
             skips.append(tokens)
         for block in layout.text:
             text = self._block(block, text)
@@ -137,14 +140,14 @@ class Oracle:
         if layout.conditioning == "concat":
             tokens = np.vstack([tokens, text])
         for block in layout.fused_in:
-            tokens = self._block(block, tokens, text=seen, signal=both)
+            tokens = self._block(block, tokens, text=seen, vector=both)
             skips.append(tokens)
-        tokens = self._block("mid_block", tokens, text=seen, signal=both)
+        tokens = self._block("mid_block", tokens, text=seen, vector=both)
         for block in layout.fused_out:
-            tokens = self._block(block, tokens, text=seen, skip=skips.pop(), signal=both)
+            tokens = self._block(block, tokens, text=seen, skip=skips.pop(), vector=both)
         tokens = tokens[:num_own]
         for block in layout.image_out:
-            tokens = self._block(block, tokens, skip=skips.pop(), signal=time)
+            tokens = self._block(block, tokens, skip=skips.pop(), vector=time)
         last = time if layout.image_out else both
         return self._read(tokens[: len(image)], latents.shape[1], last)
 
@@ -173,7 +176,7 @@ class Oracle:
         return np.concatenate([np.cos(angles), np.sin(angles)])[None]
 
     def _embed_time(self, timestep: float) -> Array | None:
-        """The signal (1, D) of image-only blocks; None where nothing is modulated."""
+        """The conditioning vector (1, D) of image-only blocks; None without modulation."""
         if not self.layout.is_modulated:
             return None
         return self._linear(
@@ -185,8 +188,8 @@ class Oracle:
             return None
         return time + self._linear("pooled_embed", text.mean(axis=0, keepdims=True))
 
-    def _vectors(self, name: str, signal: Array, count: int) -> list[Array]:
-        return np.split(self._linear(f"{name}modulation.linear", _silu(signal)), count, axis=1)
+    def _vectors(self, name: str, vector: Array, count: int) -> list[Array]:
+        return np.split(self._linear(f"{name}modulation.linear", _silu(vector)), count, axis=1)
 
     def _linear(self, name: str, tokens: Array) -> Array:
         bias = self.weights.get(f"{name}.bias", 0.0)
@@ -205,13 +208,13 @@ class Oracle:
         *,
         text: Array | None = None,
         skip: Array | None = None,
-        signal: Array | None = None,
+        vector: Array | None = None,
     ) -> Array:
         if skip is not None:
             tokens = self._linear(f"{name}.skip_linear", np.hstack([tokens, skip]))
         zero = np.zeros(())
         shift1, scale1, gate1, shift2, scale2, gate2 = (
-            [zero, zero, 1 + zero] * 2 if signal is None else self._vectors(f"{name}.", signal, 6)
+            [zero, zero, 1 + zero] * 2 if vector is None else self._vectors(f"{name}.", vector, 6)
         )
         queried = self._norm(f"{name}.norm1", tokens) * (1 + scale1) + shift1
         keyed = queried
@@ -235,10 +238,10 @@ class Oracle:
             heads.append(odds / odds.sum(axis=1, keepdims=True) @ (keyed @ to_value[rows].T))
         return np.hstack(heads)
 
-    def _read(self, tokens: Array, size: int, signal: Array | None) -> Array:
+    def _read(self, tokens: Array, size: int, vector: Array | None) -> Array:
         normed = self._norm("norm", tokens)
-        if signal is not None:
-            shift, scale = self._vectors("head_", signal, 2)
+        if vector is not None:
+            shift, scale = self._vectors("head_", vector, 2)
             normed = normed * (1 + scale) + shift
         values = self._linear("decoder_pred", normed)
         kernel, bias = (self.weights[f"final_layer.{name}"] for name in ("weight", "bias"))
@@ -256,6 +259,44 @@ class Oracle:
                 window = padded[:, y : y + 3, x : x + 3]
                 noise[:, y, x] = np.einsum("ocij,cij->o", kernel, window) + bias
         return noise
+
+
+class TokenOracle(Oracle):
+    """A token transformer, seen as early fusion by concat.
+
+    The class embedding is a text of one token. Without long skips, the U has no way out.
+    """
+
+    def __init__(self, weights: Mapping[str, Array], config: TokenTransformerConfig) -> None:
+        num_skips = config.depth // 2 if config.long_skip else 0
+        middle = config.depth - num_skips - 1
+        layout = Layout(
+            conditioning="adaln" if config.conditioning == "adaln" else "concat",
+            positions=("text", "time", "image"),
+            fused_in=[f"in_blocks.{i}" for i in range(middle)],
+            fused_out=[f"out_blocks.{i}" for i in range(num_skips)],
+            is_modulated=config.is_modulated,
+        )
+        renamed = {
+            name.replace(f"in_blocks.{middle}.", "mid_block."): w for name, w in weights.items()
+        }
+        if "label_emb.weight" in weights:
+            identity = np.eye(config.width)
+            renamed |= {"context_embed.weight": identity, "context_embed.bias": identity[0] * 0}
+        if config.conditioning == "adaln":  # its condition is not in the sequence
+            nowhere = np.zeros((1, config.context_length or 1, config.width))
+            renamed |= {"pos_embed": np.hstack([nowhere, weights["pos_embed"]])}
+        super().__init__(renamed, layout, config.num_heads)
+
+    def _embed_time(self, timestep: float) -> Array | None:
+        return self._time(timestep) if self.layout.is_modulated else None
+
+    def _add_pooled(self, time: Array | None, text: Array) -> Array | None:
+        return super()._add_pooled(time, text - self.weights["pos_embed"][0, : len(text)])
+
+    def _time(self, timestep: float) -> Array:
+        hidden = self._linear("time_embed.0", super()._time(timestep)[None])
+        return self._linear("time_embed.2", _silu(hidden))[0]
 
 
 def _silu(values: Array) -> Array:
