@@ -20,7 +20,7 @@ from ifvit.errors import UserError
 from ifvit.evaluation import metrics, object_count, rows, sample_set
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.evaluation.detectors import open_counter
-from ifvit.evaluation.estimates import Estimate, estimate_share
+from ifvit.evaluation.estimates import Estimate, estimate_mean, estimate_share
 from ifvit.evaluation.features import (
     CLIP,
     INCEPTION,
@@ -50,7 +50,10 @@ _COUNT_BATCH_SIZE = 8
 
 
 class CaptionMetrics:
-    """Measures samples of held-out captions by CLIP, Inception, real images and scene analysis."""
+    """Measures samples of held-out captions by CLIP, Inception, real images and scene analysis.
+
+    `prompts` are those of all samples; `sources`, what decides them, goes to settings.json.
+    """
 
     def __init__(self, config: EvaluateConfig, group: ProcessGroup) -> None:
         """Read the prompts. Raises UserError for missing shards, images or captions."""
@@ -61,13 +64,9 @@ class CaptionMetrics:
         self._reader = ShardReader(config.shards)
         self._real_images = list_images(config.images) if config.images else []
         self.prompts = sample_set.read_prompts(self._reader, config.protocol)
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """What decides the prompt of each position, for settings.json."""
-        return {
+        self.sources = {
             "shards_sha256": _hash([entry.sha256 for entry in self._reader.manifest.shards]),
-            "caption_rule": self._config.protocol.caption_rule,
+            "caption_rule": config.protocol.caption_rule,
         }
 
     def open_conditions(self, model: Model) -> sample_set.ShardConditions:
@@ -201,7 +200,7 @@ class CaptionMetrics:
         """Metrics of features, by field of MetricsRow."""
         clip, captions = sampled[CLIP], [prompt.score_text for prompt in self.prompts]
         found: dict[str, Estimate | None] = {
-            "clip_score": metrics.clip_score(clip.part, self._texts),
+            "clip_score": estimate_mean(metrics.cosines(clip.part, self._texts)),
             "clip_score_paper": metrics.clip_score_paper(clip.part, self._prefixed_texts),
             "retrieval_at_16": metrics.retrieval_accuracy(clip.part, self._texts, captions),
             "frechet_distance": None,
@@ -225,7 +224,10 @@ class CaptionMetrics:
 
 
 class ObjectCounting:
-    """Counts the objects in samples of prompts that ask for a number of them."""
+    """Counts the objects in samples of prompts that ask for a number of them.
+
+    `prompts` and `sources` are as in `CaptionMetrics`.
+    """
 
     def __init__(self, config: EvaluateConfig, group: ProcessGroup) -> None:
         """Read the prompts. Raises UserError for prompts or objects that cannot be counted."""
@@ -242,6 +244,7 @@ class ObjectCounting:
         device = choose_device(config.device)
         self._counter = open_counter(counting.detector, counting.threshold, device)
         self._counter.check(asked.object for asked in self._asked)
+        self.sources = {"prompts_sha256": _hash([asked.prompt for asked in self._asked])}
         # Image k of prompt i has position k * len(asked) + i, so more samples keep the first ones.
         self.prompts = [
             sample_set.Prompt(
@@ -253,11 +256,6 @@ class ObjectCounting:
             )
             for position, asked in enumerate(self._asked * self._num_images)
         ]
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """What decides the prompt of each position, for settings.json."""
-        return {"prompts_sha256": _hash([asked.prompt for asked in self._asked])}
 
     def open_conditions(self, model: Model) -> sample_set.EncodedConditions:
         """Open the text encoder of the model. Raises UserError if it has changed."""

@@ -87,23 +87,12 @@ class RunningStatistics:
         return FeatureStatistics(num_samples=self._count, mean=self._mean, covariance=covariance)
 
 
-def statistics(features: Features) -> FeatureStatistics:
-    """Statistics of features (N, F) that fit into memory."""
-    running = RunningStatistics()
-    running.add(features)
-    return running.finish()
-
-
-def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), never negative (Heusel et al. 2017, eq. 6)."""
-    return _distance(first, second, _cross(first, second)[0])
-
-
 def estimate_frechet(
     features: Features, sampled: FeatureStatistics, reference: FeatureStatistics
 ) -> Estimate:
-    """Fréchet distance between samples and a fixed reference, with its uncertainty.
+    """Fréchet distance between samples and a fixed reference (Heusel et al. 2017, eq. 6).
 
+    |m - m_r|^2 + tr(S + S_r - 2 (S S_r)^(1/2)), never negative, with its uncertainty.
     `features` (n, F) are all samples behind `sampled`, or a random part of them. A sample with
     d = x - m changes the distance, to first order, by 2 (m - m_r).d + d.(1 - A) d, where
     A = R (R S R)^(-1/2) R and R = S_r^(1/2).
@@ -118,14 +107,9 @@ def estimate_frechet(
         centred = features[rows].astype(np.float64) - sampled.mean
         quadratic = np.square(centred).sum(axis=1) - np.square(centred @ factor).sum(axis=1)
         influences[rows] = 2 * centred @ shift + quadratic
-    distance = _distance(reference, sampled, eigenvalues)
-    return estimate_around(distance, influences, sampled.num_samples)
-
-
-def _distance(first: FeatureStatistics, second: FeatureStatistics, eigenvalues: Floats) -> float:
-    shift = first.mean - second.mean
-    trace = np.trace(first.covariance) + np.trace(second.covariance)
-    return max(0.0, float(shift @ shift + trace - 2 * np.sqrt(eigenvalues).sum()))
+    trace = np.trace(sampled.covariance) + np.trace(reference.covariance)
+    distance = float(shift @ shift + trace - 2 * np.sqrt(eigenvalues).sum())
+    return estimate_around(max(0.0, distance), influences, sampled.num_samples)
 
 
 def _cross(first: FeatureStatistics, second: FeatureStatistics) -> tuple[Floats, Floats]:
@@ -198,11 +182,6 @@ def _gaussian_means(x: Tensor, y: Tensor, bar: "tqdm[Any]") -> Floats:
         means.append(kernel.mean(dim=1, dtype=torch.float64).cpu().numpy())
         bar.update(len(kernel))
     return np.concatenate(means)
-
-
-def clip_score(image_features: Features, text_features: Features) -> Estimate:
-    """Mean raw cosine of image i and caption i, (N, E) each."""
-    return estimate_mean(cosines(image_features, text_features))
 
 
 def clip_score_paper(image_features: Features, prefixed_text_features: Features) -> Estimate:

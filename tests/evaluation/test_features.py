@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from made_inception import NUM_FEATURES, Network, save_inception
+from made_statistics import frechet_distance, statistics
 from PIL import Image
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -23,7 +24,7 @@ from ifvit.evaluation.features import (
     collect_features,
     load_inception,
 )
-from ifvit.evaluation.metrics import estimate_frechet, frechet_distance, statistics
+from ifvit.evaluation.metrics import estimate_frechet
 from ifvit.images import Pixels, to_model_range
 from ifvit.shards import EncoderIdentity
 from ifvit.storage import sha256_of

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from held_out_scenes import HeldOut
+from made_statistics import frechet_distance, statistics
 from transformers import CLIPModel, CLIPTokenizer
 
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.measure import scene_accuracies, score_scenes
-from ifvit.evaluation.metrics import frechet_distance, retrieval_accuracy, statistics
+from ifvit.evaluation.metrics import retrieval_accuracy
 from ifvit.evaluation.references import list_images, read_batches
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.images import decode_png, to_model_range
