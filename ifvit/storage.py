@@ -79,9 +79,7 @@ def exists(url: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise UserError(
-            f"{url}: cannot be looked up ({error.strerror}); repair the disk first"
-        ) from None
+        raise UserError(f"{url}: cannot be looked up ({error.strerror}); check the disk") from None
     return True
 
 
@@ -342,18 +340,13 @@ def _send(url: str, action: Callable[[FileSystem], Result]) -> Result:
 
 
 def _create_object(url: str, data: bytes) -> bool:
-    def is_ours(files: FileSystem) -> bool:
-        return bool(files.cat_file(url) == data)  # an earlier try may have lost its answer only
-
     def put(files: FileSystem) -> bool:
         try:
             files.pipe_file(url, data, mode="create", **_timeout(url, len(data)))
-        except FileExistsError:
-            return is_ours(files)
         except OSError as error:
-            if not _is_precondition_failed(error):
+            if not (isinstance(error, FileExistsError) or _is_precondition_failed(error)):
                 raise
-            return is_ours(files)
+            return bool(files.cat_file(url) == data)  # a try of ours may have lost its answer
         return True
 
     return _send(url, put)

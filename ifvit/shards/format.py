@@ -229,6 +229,10 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def captions(self, row: int) -> range:
+        """Rows of `context` with the captions of sample number `row`."""
+        return range(int(self.first_caption[row]), int(self.first_caption[row + 1]))
+
     @property
     def num_captions(self) -> Array:
         """(N,) number of captions of each sample."""

@@ -1,24 +1,23 @@
 """Random access to a dataset of shards: whole batches for training, single samples for the rest.
 
-A read goes from `ShardReader.read_moments` to offsets of the index and to `read_checked`: for each
-row one `preadv` into the memory of the batch and one XXH3 checksum.
+A read looks up offset and checksum of each sample in the index of its shard, reads the bytes by one
+`preadv` into the memory of the batch, and compares their XXH3 checksum.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from ifvit import storage
-from ifvit.shards.cache import OpenFile, ShardFiles, open_files, read_null_context, require_text
+from ifvit.shards.cache import open_files, read_null_context, require_text
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import (
     ABSENT,
     MANIFEST,
     Array,
     SampleMetadata,
-    ShardEntry,
     ShardError,
     ShardIndex,
     TextEncoding,
@@ -26,54 +25,6 @@ from ifvit.shards.format import (
     parse_metadata,
     read_manifest,
 )
-
-
-class IndexTables:
-    """The arrays of `ShardIndex`, joined over the N samples and T captions of a dataset.
-
-    The rows of a shard stay zero until `fill`. The system allocates such memory only when it is
-    written, so a dataset that is read in part costs what is used.
-    """
-
-    def __init__(self, entries: Sequence[ShardEntry]) -> None:
-        self.starts = _bounds([entry.num_samples for entry in entries])
-        self._caption_starts = _bounds([entry.num_captions for entry in entries])
-        num_samples, num_captions = int(self.starts[-1]), int(self._caption_starts[-1])
-        self.filled = np.zeros(len(entries), dtype=np.bool_)
-        self.moments = np.zeros((num_samples, 2), dtype=np.int64)
-        self.flipped = np.zeros((num_samples, 2), dtype=np.int64)
-        self.metadata = np.zeros((num_samples, 3), dtype=np.int64)
-        self.label = np.zeros(num_samples, dtype=np.int64)
-        self.context = np.zeros((num_captions, 2), dtype=np.int64)
-        self.first_caption = np.zeros(num_samples + 1, dtype=np.int64)
-        self._keys: list[Array | None] = [None] * len(entries)
-
-    def fill(self, shard: int, index: ShardIndex) -> None:
-        """Enter the index of one shard; two threads that do it at once write the same values."""
-        start, end = self.starts[shard : shard + 2]
-        first, last = self._caption_starts[shard : shard + 2]
-        for name in ("moments", "flipped", "metadata", "label"):
-            getattr(self, name)[start:end] = getattr(index, name)
-        self.context[first:last] = index.context
-        self.first_caption[start : end + 1] = first + index.first_caption
-        self._keys[shard] = index.keys
-        self.filled[shard] = True  # last, because other threads read the rows from then on
-
-    def shards_of(self, samples: Array) -> Array:
-        """(B,) sample numbers => (B,) shard numbers."""
-        shards: Array = np.searchsorted(self.starts, samples, side="right") - 1
-        return shards
-
-    def key(self, sample: int) -> str:
-        """Key of the sample in its tar."""
-        shard = int(self.shards_of(np.array(sample)))
-        keys = self._keys[shard]
-        assert keys is not None, shard
-        return str(keys[sample - self.starts[shard]].decode())
-
-
-def _bounds(counts: list[int]) -> Array:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 class ShardReader:
@@ -88,19 +39,18 @@ class ShardReader:
     def __init__(self, url: str, cache: CacheConfig | None = None) -> None:
         self.url = url
         self.manifest = read_manifest(url)
-        self._cache = cache or CacheConfig()
-        entries = self.manifest.shards
-        self._tables = IndexTables(entries)
-        if self._tables.starts[-1] != self.manifest.num_samples:
-            raise ShardError(f"{url}/{MANIFEST}: num_samples is not the sum over its shards")
         self.dtype = np.dtype(self.manifest.dtype)
+        self.shard_sizes: Array = np.array([entry.num_samples for entry in self.manifest.shards])
+        self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
+        if self._starts[-1] != self.manifest.num_samples:
+            raise ShardError(f"{url}/{MANIFEST}: num_samples is not the sum over its shards")
+        self._cache = cache or CacheConfig()
         self._files = open_files(url, self.manifest, self._cache)
+        self._indexes: list[ShardIndex | None] = [None] * len(self.manifest.shards)
         if not self.is_remote:
-            for shard, entry in enumerate(entries):
-                self._tables.fill(shard, self._files.read_index(entry))
-        # A bound method would hold `self` in a cycle and keep files open until the cycle is found.
-        open_shard = partial(_open_shard, self._files, self._tables, entries)
-        self._open: Callable[[int], OpenFile] = lru_cache(self._files.max_open)(open_shard)
+            self._indexes = [self._files.read_index(entry) for entry in self.manifest.shards]
+        # Not a method of `self`, which would be a cycle that keeps files open.
+        self._open = lru_cache(self._files.max_open)(self._files.open_tar)
         self._null_context = read_null_context(url, self.manifest) if self.manifest.text else None
 
     def __len__(self) -> int:
@@ -108,11 +58,6 @@ class ShardReader:
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[str, CacheConfig]]:
         return ShardReader, (self.url, self._cache)  # a worker process opens the dataset again
-
-    @property
-    def shard_sizes(self) -> Array:
-        """(S,) number of samples in each shard."""
-        return np.diff(self._tables.starts)
 
     @property
     def is_remote(self) -> bool:
@@ -137,13 +82,13 @@ class ShardReader:
 
     def fetch(self, shard: int) -> None:
         """Download a shard into the cache, unless it is there, and open it."""
-        self._open(shard)
+        self._index(shard)
+        self._open(self.manifest.shards[shard])
 
     def caption_counts(self, samples: Array) -> Array:
         """(B,) sample numbers => (B,) number of captions of each."""
-        samples, first = self._checked(samples), self._tables.first_caption
-        counts: Array = first[samples + 1] - first[samples]
-        return counts
+        captions = [index.captions(row) for _, row, index in self._locate(samples)]
+        return np.array([len(numbers) for numbers in captions], dtype=np.int64)
 
     def read_moments(self, samples: Array, out: Array, hflip: Array | None = None) -> None:
         """Fill `out` (B, 2C, H, W) with the VAE posteriors: mean above logvar, unscaled.
@@ -151,14 +96,16 @@ class ShardReader:
         `hflip` (B,) is true where the moments of the horizontally flipped image are wanted.
         Raises ShardError for damaged bytes and for a dataset without flipped moments.
         """
-        places = self._tables.moments[self._checked(samples)]
-        if hflip is not None:
-            if not self.manifest.flipped:
-                raise ShardError(
-                    f"{self.url}: holds no horizontally flipped images; encode with flip: true"
-                )
-            places[hflip] = self._tables.flipped[samples[hflip]]
-        self._read("moments", samples, places, np.arange(len(out)), out)
+        if hflip is None:
+            hflip = np.zeros(len(samples), dtype=np.bool_)
+        elif not self.manifest.flipped:
+            raise ShardError(
+                f"{self.url}: holds no horizontally flipped images; encode with flip: true"
+            )
+        memory = _bytes_of(out)
+        for n, (shard, row, index) in enumerate(self._locate(samples)):
+            place = (index.flipped if hflip[n] else index.moments)[row]
+            self._read(shard, row, "moments", place, memory[n])
 
     def read_contexts(self, samples: Array, captions: Array, out: Array) -> None:
         """Fill `out` (B, M, D) with the embedding of one caption of each sample.
@@ -166,14 +113,14 @@ class ShardReader:
         Caption number -1 gives the null context. Raises ShardError for damaged bytes.
         """
         out[captions < 0] = self.null_context
-        rows = np.flatnonzero(captions >= 0)
-        chosen = self._checked(samples[rows])
-        places = self._tables.context[self._tables.first_caption[chosen] + captions[rows]]
-        self._read("context", chosen, places, rows, out)
+        memory, rows = _bytes_of(out), np.flatnonzero(captions >= 0)
+        for n, (shard, row, index) in zip(rows, self._locate(samples[rows]), strict=True):
+            place = index.context[index.captions(row)[captions[n]]]
+            self._read(shard, row, "context", place, memory[n])
 
     def read_labels(self, samples: Array, dropped: Array, out: Array) -> None:
         """Fill `out` (B,) with class numbers, and with the number of classes where `dropped`."""
-        labels = self._tables.label[self._checked(samples)]
+        labels = [index.label[row] for _, row, index in self._locate(samples)]
         out[:] = np.where(dropped, len(self.manifest.classes), labels)
 
     def num_captions(self, sample: int) -> int:
@@ -197,62 +144,60 @@ class ShardReader:
 
     def label(self, sample: int) -> int:
         """Class number in `manifest.classes`. Raises ShardError for a dataset with captions."""
-        label = int(self._tables.label[self._checked(np.array([sample]))].item())
+        ((_, row, index),) = self._locate(np.array([sample]))
+        label = int(index.label[row])
         if label == ABSENT:
             raise ShardError(f"{self.url}: holds captions, not class labels")
         return label
 
     def metadata(self, sample: int) -> SampleMetadata:
         """Image id, captions and original size of the sample. Raises ShardError for damage."""
-        samples = self._checked(np.array([sample]))
-        place = self._tables.metadata[samples]
-        out = np.empty((1, int(place[0, 1])), np.uint8)
-        self._read("json", samples, place[:, [0, 2]], np.array([0]), out)
-        entry = self.manifest.shards[int(self._tables.shards_of(samples)[0])]
-        return parse_metadata(out.tobytes(), f"{entry.name} sample {sample}")
+        ((shard, row, index),) = self._locate(np.array([sample]))
+        offset, length, expected = index.metadata[row]
+        out = np.empty(length, np.uint8)
+        self._read(shard, row, "json", (offset, expected), out)
+        return parse_metadata(out.tobytes(), f"{self.manifest.shards[shard].name} sample {sample}")
 
-    def _checked(self, samples: Array) -> Array:
-        """Return `samples` (B,) once their indexes are in the tables.
+    def _locate(self, samples: Array) -> Iterator[tuple[int, int, ShardIndex]]:
+        """Yield shard number, row in the shard, and index of the shard for each sample.
 
         Raises IndexError for a number outside the dataset.
         """
         outside = samples[(samples < 0) | (samples >= len(self))]
         if len(outside):
             raise IndexError(f"{self.url} has {len(self)} samples, asked for number {outside[0]}")
-        shards = self._tables.shards_of(samples)
-        for shard in np.unique(shards[~self._tables.filled[shards]]).tolist():
-            self.fetch(shard)
-        return samples
+        shards = np.searchsorted(self._starts, samples, side="right") - 1
+        rows = samples - self._starts[shards]
+        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
+            yield shard, row, self._index(shard)
 
-    def _read(self, field: str, samples: Array, places: Array, rows: Array, out: Array) -> None:
-        """Read one array of each sample into `out[rows]`; `places` (B, 2) offset and checksum."""
-        row_bytes = out[:1].nbytes
-        memory = out.reshape(-1, copy=False).view(np.uint8).data
-        shards = self._tables.shards_of(samples)
-        columns = (samples.tolist(), shards.tolist(), rows.tolist(), places.tolist())
-        for sample, shard, row, (offset, expected) in zip(*columns, strict=True):
-            file = self._open(shard)
-            target = memory[row * row_bytes : (row + 1) * row_bytes]
-            if not read_checked(file.descriptor, offset, expected, target):
-                member = f"{self._tables.key(sample)}.{field}"
-                raise self._files.damaged(self.manifest.shards[shard], member)
+    def _index(self, shard: int) -> ShardIndex:
+        """Index of a shard; two threads that read it at once store equal objects."""
+        index = self._indexes[shard]
+        if index is None:
+            index = self._indexes[shard] = self._files.read_index(self.manifest.shards[shard])
+        return index
+
+    def _read(
+        self, shard: int, row: int, field: str, place: Sequence[int] | Array, out: Array
+    ) -> None:
+        """Read one array into `out`, contiguous bytes; `place` is its offset and checksum.
+
+        A second try follows a first failure: a signal may cut a read short on a network file
+        system.
+        """
+        offset, expected = int(place[0]), int(place[1])
+        entry, memory = self.manifest.shards[shard], out.data
+        file = self._open(entry)
+        for _ in range(2):
+            # No memory map: a process that reads a mapped file dies (SIGBUS) if it was truncated.
+            num_bytes = os.preadv(file.descriptor, [memory], offset)
+            if num_bytes == len(memory) and checksum(memory) == expected:
+                return
+        key = self._index(shard).keys[row].decode()
+        raise self._files.damaged(entry, f"{key}.{field}")
 
 
-def read_checked(descriptor: int, offset: int, expected: int, out: memoryview) -> bool:
-    """Fill `out` with the file's bytes from `offset` => whether their checksum is `expected`.
-
-    A second try follows a first failure: a signal may cut a read short on a network file system.
-    """
-    for _ in range(2):
-        # No memory map: a process that reads a mapped file dies (SIGBUS) when it was truncated.
-        if os.preadv(descriptor, [out], offset) == len(out) and checksum(out) == expected:
-            return True
-    return False
-
-
-def _open_shard(
-    files: ShardFiles, tables: IndexTables, entries: tuple[ShardEntry, ...], shard: int
-) -> OpenFile:
-    if not tables.filled[shard]:
-        tables.fill(shard, files.read_index(entries[shard]))
-    return files.open_tar(entries[shard])
+def _bytes_of(out: Array) -> Array:
+    """(B, ...) contiguous array => its memory as bytes (B, size). Raises ValueError for gaps."""
+    return out.reshape(len(out), -1, copy=False).view(np.uint8)
