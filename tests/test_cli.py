@@ -16,7 +16,7 @@ HELP = """
 import contextlib, io, sys
 from ifvit.cli import main
 from ifvit.verbs import VERBS
-for verb in VERBS:
+for verb in ("", *VERBS):
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -25,7 +25,7 @@ for verb in VERBS:
         assert end.code == 0, verb
     assert f"usage: ifvit {verb}" in printed.getvalue(), verb
     assert "--config" in printed.getvalue(), verb
-    assert not {"torch", "starlette"} & set(sys.modules), verb
+    assert not {"torch", "starlette", "matplotlib", "scipy"} & set(sys.modules), verb
 """
 
 
