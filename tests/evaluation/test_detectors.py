@@ -46,13 +46,15 @@ def test_a_threshold_of_0_counts_every_box_as_its_likeliest_class(tmp_path: Path
 
 
 @pytest.mark.parametrize(("shift", "expected"), [(10.0, 16), (-10.0, 0)])
-def test_a_detector_that_takes_words_needs_no_classes(
+def test_a_detector_that_reads_words_needs_no_classes(
     shift: float, expected: int, tmp_path: Path
 ) -> None:
     counter = open_counter(save_owlvit(tmp_path, shift), None, "cpu")
     counter.check(["red circle"])
     assert counter.rule.threshold == 0.3
     assert counter.count(IMAGES, ["red circle", "square", "circle"]) == [expected] * 3
+    with pytest.raises(UserError, match='reads 16 tokens; shorten the object "red red'):
+        counter.check(["red " * 20])
 
 
 def class_logits(*boxes: tuple[int, float]) -> torch.Tensor:
@@ -76,19 +78,15 @@ def class_detector(logits: torch.Tensor, threshold: float) -> ClassDetector:
     return ClassDetector(model, YolosImageProcessorPil(), rule)
 
 
-def test_boxes_of_the_class_above_the_threshold_are_counted_overlapping_or_not() -> None:
+def test_at_most_16_boxes_of_the_class_above_the_threshold_are_counted() -> None:
     logits = class_logits(
         (0, 0.95), (0, 0.99), (0, 0.91), (0, 0.89), (1, 0.95), (1, 0.5), (NOTHING, 0.99)
     )
     strict, lax = class_detector(logits, 0.9), class_detector(logits, 0.4)
     assert [strict.count(IMAGES[:1], [name]) for name in CLASSES] == [[3], [1], [0]]
     assert [lax.count(IMAGES[:1], [name]) for name in CLASSES] == [[4], [2], [0]]
-
-
-def test_no_more_than_16_boxes_of_a_class_are_counted() -> None:
-    logits = class_logits(*[(0, 0.95)] * 19, *[(1, 0.95)] * 15)
-    detector = class_detector(logits, 0.9)
-    assert [detector.count(IMAGES[:1], [name]) for name in CLASSES] == [[16], [15], [0]]
+    full = class_detector(class_logits(*[(0, 0.95)] * 19, *[(1, 0.95)] * 15), 0.9)
+    assert [full.count(IMAGES[:1], [name]) for name in CLASSES] == [[16], [15], [0]]
 
 
 def test_words_are_counted_by_their_own_scores() -> None:
@@ -113,10 +111,10 @@ def test_words_are_counted_by_their_own_scores() -> None:
 
 def test_scenes_are_counted_exactly() -> None:
     counter = open_counter("scenes", None, "cpu")
-    for drawn in (render_sampled_scene(seed=5, image_id=number) for number in range(20)):
+    for rendered in (render_sampled_scene(seed=5, image_id=number) for number in range(20)):
         for kind in ("circle", "square", "triangle"):
-            wanted = sum(group.count for group in drawn.scene.groups if group.kind == kind)
-            assert counter.count(drawn.image[None], [kind]) == [wanted]
+            wanted = sum(group.count for group in rendered.scene.groups if group.kind == kind)
+            assert counter.count(rendered.image[None], [kind]) == [wanted]
 
 
 def test_colours_do_not_matter_to_a_count_of_scenes() -> None:
@@ -141,13 +139,7 @@ def test_an_unknown_object_is_told_the_names_near_it(tmp_path: Path) -> None:
         open_counter("scenes", None, "cpu").check(["apple"])
 
 
-def test_words_that_the_model_cannot_read_are_refused(tmp_path: Path) -> None:
-    counter = open_counter(save_owlvit(tmp_path, 0.0), None, "cpu")
-    with pytest.raises(UserError, match='reads 16 tokens; shorten the object "red red'):
-        counter.check(["red " * 20])
-
-
-def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_not_a_detector_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"scenes/clip does not load .its model type is clip.;"):
         open_counter("scenes/clip", None, "cpu")
     YolosModel(YolosConfig(**TRANSFORMER, image_size=[64, 64])).save_pretrained(tmp_path)
