@@ -30,7 +30,6 @@ Floats = NDArray[np.float64]
 
 NUM_SINGULAR_VALUES = 10
 _DIGEST = "maps_sha256"
-_MAX_LOGITS = 2**23
 
 Watch = Callable[[int, Tensor, Tensor], None]
 """Receives the number of the block in order of use, queries (B, Q, H, E), keys (B, K, H, E)."""
@@ -238,9 +237,9 @@ class PromptRows:
             yield rows.cpu().double().numpy() / self._num_calls
 
 
-def attention_rows(query: Tensor, key: Tensor) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, max_logits: int = 2**23) -> Tensor:
     """Return the attention (B, Q, K) in float32, mean over heads; chunks bound the memory."""
-    at_once = max(1, _MAX_LOGITS // (query.shape[1] * query.shape[2] * key.shape[1]))
+    at_once = max(1, max_logits // (query.shape[1] * query.shape[2] * key.shape[1]))
     chunks = zip(torch.split(query, at_once), torch.split(key, at_once), strict=True)
     return torch.cat([logits_of(q, k).softmax(dim=-1).mean(dim=1) for q, k in chunks])
 

@@ -1,1 +1,1 @@
-"""Runs => a report: comparisons with their uncertainty, figures, and the paper's tables."""
+"""Reports of runs: comparisons with their noise, figures, and the paper's tables."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from ifvit.evaluation.rows import describe_field
 from ifvit.evaluation.runs import Run
 from ifvit.models.config import PRESETS
-from ifvit.models.cost import Cost
+from ifvit.models.cost import count_cost
 from ifvit.studies.comparisons import (
     CLIP_SCORE,
     FID,
@@ -88,18 +88,18 @@ class _Column:
 def table_1(sheet: Sheet) -> Table:
     """Return the four variants' numbers, the paper's, and the difference where both compare."""
     backbone = differs_in_backbone(sheet)
+    clip_score = differs_in_protocol(sheet, _CLIP_PROTOCOL, with_clip=True)
+    backbones = {variant: backbone_of(runs[0]) for variant, runs in sheet.variants.items()}
     gflops = {variant: gflops_of(runs[0]) for variant, runs in sheet.variants.items()}
     digits = 2 if min(gflops.values()) >= 1 else 4
     columns = [
-        _metric_column(sheet, FID, "FID ↓", backbone or differs_in_fid(sheet)),
+        _metric_column(sheet, FID, "FID ↓", backbone or differs_in_protocol(sheet, _FID_PROTOCOL)),
         *([_metric_column(sheet, FRECHET)] if sheet.has(FRECHET) else []),
-        _metric_column(
-            sheet, PAPER_CLIP_SCORE, "CLIP Score ↑", backbone or differs_in_clip_score(sheet)
-        ),
+        _metric_column(sheet, PAPER_CLIP_SCORE, "CLIP Score ↑", backbone or clip_score),
         _Column(
             key="mparams",
             title="Parameters, M",
-            values={v: _cost(runs[0]).params / 1e6 for v, runs in sheet.variants.items()},
+            values={variant: count_cost(b).params / 1e6 for variant, b in backbones.items()},
             show="{:.2f}".format,
             differs=backbone,
         ),
@@ -147,7 +147,8 @@ def table_2(sheet: Sheet, ours: Mapping[str, Variant]) -> Table:
         head = (f"ours, {name}", variant.fusion, variant.path)
         rows.append((*head, fid and fid.value, *found, gflops_of(sheet.variants[variant][0])))
     keys = ("model", "fusion", "path", "fid", "clip_score_printed", "clip_score_raw", "gflops")
-    reasons = differs_in_backbone(sheet), differs_in_clip_score(sheet)
+    clip_score = differs_in_protocol(sheet, _CLIP_PROTOCOL, with_clip=True)
+    reasons = differs_in_backbone(sheet), clip_score
     return Table(
         heads=["Model", "Fusion", "Path", "FID ↓", "CLIP Score ↑", "Raw cosine ↑", "GFLOPs ↓"],
         lines=[Line(title=str(row[0]), cells=list(map(_plain_cell, row[1:]))) for row in rows],
@@ -177,21 +178,13 @@ def differs_in_backbone(sheet: Sheet) -> str | None:
     return None
 
 
-def differs_in_fid(sheet: Sheet) -> str | None:
-    """Return how the protocol of FID differs from the paper's; None if it does not."""
-    return _differs_in_protocol(sheet, _FID_PROTOCOL)
+def differs_in_protocol(
+    sheet: Sheet, paper: Mapping[str, object], *, with_clip: bool = False
+) -> str | None:
+    """Return how the protocol differs from the paper's in these fields; None if it does not.
 
-
-def differs_in_clip_score(sheet: Sheet) -> str | None:
-    """Return how the protocol of the CLIP Score differs from the paper's; None if it does not."""
-    reason = _differs_in_protocol(sheet, _CLIP_PROTOCOL)
-    if reason or sheet.reference is None:
-        return reason
-    features = sheet.reference.protocol.features
-    return None if features.endswith(_CLIP) else f"scored by {features}, not by {_CLIP}"
-
-
-def _differs_in_protocol(sheet: Sheet, paper: Mapping[str, object]) -> str | None:
+    `with_clip` compares the CLIP model, too.
+    """
     if sheet.reference is None:
         return "nothing was evaluated"
     ours = sheet.reference.protocol.facts
@@ -200,6 +193,8 @@ def _differs_in_protocol(sheet: Sheet, paper: Mapping[str, object]) -> str | Non
         for name, value in paper.items()
         if ours[name] != value
     ]
+    if with_clip and not found and not ours["features"].endswith(_CLIP):
+        return f"scored by {ours['features']}, not by {_CLIP}"
     return "; ".join(found) or None
 
 
@@ -221,7 +216,7 @@ def devices(sheet: Sheet) -> list[str]:
 
 def gflops_of(run: Run) -> float:
     """Return the GFLOPs of a forward pass, by the paper's convention without attention."""
-    return _cost(run).layer_flops / 1e9
+    return count_cost(backbone_of(run)).layer_flops / 1e9
 
 
 def iterations_per_s(runs: Sequence[Run]) -> float | None:
@@ -232,11 +227,6 @@ def iterations_per_s(runs: Sequence[Run]) -> float | None:
         if rates and (size := _batch_size(run)):
             speeds.append(statistics.median(rates) / size)
     return statistics.mean(speeds) if speeds else None
-
-
-def _cost(run: Run) -> Cost:
-    assert run.cost is not None  # a run without a backbone belongs to no variant
-    return run.cost
 
 
 def _batch_size(run: Run) -> int | None:

@@ -1,4 +1,4 @@
-"""The verb: weights and prompts in, files, a figure and a table out."""
+"""`ifvit analyze attention`: weights and prompts => files, a figure and a table."""
 
 import csv
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_two_runs_are_set_side_by_side(
         assert figure.width > 500
 
 
-def test_without_an_output_each_run_keeps_its_own(shards: str, tmp_path: Path) -> None:
+def test_without_an_output_files_go_to_each_run(shards: str, tmp_path: Path) -> None:
     runs = [save_run(tmp_path / name, 0) for name in ("one", "two")]
     flags = ["--shards", shards, "--num_prompts", "2", "--sampling.num_steps", "2"]
     main(["analyze", "attention", *runs, *flags])
@@ -105,7 +105,7 @@ def test_without_an_output_each_run_keeps_its_own(shards: str, tmp_path: Path) -
         assert names == ["attention.csv", "attention.png", f"{stem}.json", f"{stem}.npz"]
 
 
-def test_only_what_has_not_been_analysed_so_is_analysed(
+def test_an_analysis_is_repeated_only_if_weights_protocol_or_files_differ(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [save_run(tmp_path / name, blocks) for blocks, name in enumerate(("one", "two"))]
@@ -174,24 +174,19 @@ def test_a_mistake_is_one_line(
     assert named in lines[0]
 
 
-def test_captions_of_another_encoder_are_refused(
+def test_runs_that_do_not_fit_the_prompts_are_refused(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = EncoderIdentity(name="other", sha256="2" * 64)
-    run = save_run(tmp_path / "run", 0, other)
-    with pytest.raises(SystemExit):
-        main(["analyze", "attention", run, "--shards", shards, "--num_prompts", "2"])
-    assert "text encoder made-up has sha256 111111111111" in capsys.readouterr().err
-
-
-def test_backbones_of_other_architectures_are_refused(
-    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shape = TokenTransformerConfig(
+    classes = TokenTransformerConfig(
         latent_size=8, patch_size=2, width=16, depth=2, num_heads=2, num_classes=3
     )
-    run = save(tmp_path / "classes", shape, None)
-    with pytest.raises(SystemExit):
-        main(["analyze", "attention", run, "--shards", shards, "--num_prompts", "2"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "weights of a TokenTransformer" in line
+    runs = {
+        save_run(tmp_path / "other", 0, other): "text encoder made-up has sha256 111111111111",
+        save(tmp_path / "classes", classes, None): "weights of a TokenTransformer",
+    }
+    for run, named in runs.items():
+        with pytest.raises(SystemExit):
+            main(["analyze", "attention", run, "--shards", shards, "--num_prompts", "2"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert named in line

@@ -11,7 +11,6 @@ import torch
 from made_backbone import small_shape
 from torch import Tensor
 
-from ifvit.analysis import attention_maps
 from ifvit.analysis.attention_analysis import Prompts, attention_figure, record_layers
 from ifvit.analysis.attention_maps import (
     AttentionProtocol,
@@ -93,7 +92,7 @@ def record_all_at_once(backbone: FusionUViT) -> list[np.ndarray]:
 @CONDITIONINGS
 @FUSIONS
 @pytest.mark.parametrize("batch_size", [2, NUM_PROMPTS])
-def test_streamed_means_are_those_of_everything_at_once(
+def test_means_by_batch_equal_means_over_all_prompts(
     conditioning: Conditioning, fusion: str, batch_size: int
 ) -> None:
     backbone = build_backbone(conditioning, fusion)
@@ -124,7 +123,7 @@ def test_streamed_means_are_those_of_everything_at_once(
 
 @CONDITIONINGS
 @FUSIONS
-def test_attention_is_shared_out_among_time_image_and_text(
+def test_attention_shares_of_time_image_and_text_sum_to_one(
     conditioning: Conditioning, fusion: str
 ) -> None:
     layers = record_layers(build_backbone(conditioning, fusion), PROMPTS, build_config(trim=0))
@@ -142,7 +141,7 @@ def test_attention_is_shared_out_among_time_image_and_text(
 
 
 @CONDITIONINGS
-def test_watching_leaves_the_images_as_they_were(conditioning: Conditioning) -> None:
+def test_recording_does_not_change_the_images(conditioning: Conditioning) -> None:
     backbone = build_backbone(conditioning)
     before = sample(backbone)
     rows = PromptRows(NUM_PROMPTS, inner_tokens(SIDE, 0))
@@ -186,13 +185,10 @@ def test_layers_are_numbered_in_order_of_use() -> None:
     assert events[0] == "text_blocks.0.attn"
 
 
-def test_prompts_in_turn_give_the_rows_of_prompts_together(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_chunks_of_prompts_give_the_same_rows() -> None:
     query, key = torch.randn(5, 4, 2, 8), torch.randn(5, 9, 2, 8)
     together = attention_rows(query, key)
-    monkeypatch.setattr(attention_maps, "_MAX_LOGITS", 1)
-    torch.testing.assert_close(attention_rows(query, key), together)
+    torch.testing.assert_close(attention_rows(query, key, max_logits=1), together)
     torch.testing.assert_close(together.sum(dim=2), torch.ones(5, 4))
 
 
@@ -295,7 +291,7 @@ def without_maps(layer: LayerAttention) -> dict[str, object]:
 
 
 @FUSIONS
-def test_a_summary_comes_back_from_its_files(fusion: str, tmp_path: Path) -> None:
+def test_a_summary_survives_writing_and_reading(fusion: str, tmp_path: Path) -> None:
     summary = summarise(fusion)
     url = str(tmp_path / "run" / "step_00000005.json")
     write_attention(url, summary)

@@ -46,7 +46,7 @@ def test_states_are_what_the_engine_keeps(gpus: int, stage: int, expected: float
     assert state_bytes(BILLION, gpus, stage, num_ema=1) == expected
 
 
-def test_stage_3_halves_with_twice_the_gpus_but_for_what_is_gathered() -> None:
+def test_stage_3_halves_partitioned_state_with_twice_the_gpus() -> None:
     few, many, most = (state_bytes(BILLION, n, 3, num_ema=2) for n in (64, 128, 10**9))
     assert few - many == pytest.approx((4 * 7 * BILLION / 64) / 2)
     assert most == pytest.approx(6e9, rel=1e-6)
@@ -78,7 +78,7 @@ def test_activations_are_those_counted_by_hand() -> None:
     assert activation_bytes(concat(), 1, "bf16", checkpointing=True) == again
 
 
-def test_checkpoints_of_cross_attention_keep_what_the_text_gives_to_every_block() -> None:
+def test_checkpointing_keeps_keys_and_values_of_text_for_every_block() -> None:
     # The inputs of three blocks of 17 tokens; keys, values and normed text of 3; and one block,
     # with keys and values of all 20.
     kept = 3 * 17 * 4 + 3 * (3 * 3 * 2) + 17 * (36 + 4) + (2 * 20 + 3) * 2
@@ -103,11 +103,11 @@ def test_activations_are_those_that_the_model_keeps(conditioning: str, outer: in
     assert predicted == pytest.approx(kept, rel=0.01)
 
 
-def test_autocast_holds_the_parameters_once_more() -> None:
+def test_autocast_keeps_a_16_bit_copy_of_the_parameters() -> None:
     assert (cast_bytes(BILLION, "bf16"), cast_bytes(BILLION, "fp32")) == (2e9, 0)
 
 
-def test_collectives_take_the_time_of_their_slowest_wires() -> None:
+def test_collectives_take_the_time_of_nvlink_and_network() -> None:
     in_node = 8e9 * 7 / 8 / 450e9
     assert collective_seconds(8e9, 1, HARDWARE) == 0
     assert collective_seconds(8e9, 8, HARDWARE) == pytest.approx(in_node)
@@ -116,7 +116,7 @@ def test_collectives_take_the_time_of_their_slowest_wires() -> None:
     assert collective_seconds(8e9, 16, HARDWARE) == pytest.approx(in_node + 0.01)
 
 
-def test_updates_read_and_write_every_value_that_a_process_owns() -> None:
+def test_updates_read_and_write_the_state_of_a_process() -> None:
     assert update_bytes(BILLION, 8, 0, num_ema=1) == 40e9
     assert update_bytes(BILLION, 8, 2, num_ema=1) == 32e9 / 8 + 8e9
     assert update_bytes(BILLION, 8, 3, num_ema=1) == 40e9 / 8
@@ -151,7 +151,7 @@ def test_one_gpu_takes_the_sum_of_its_parts() -> None:
 
 
 @pytest.mark.parametrize(("memory", "stage", "passes"), [(141e9, 0, 2), (1e9, 3, 3)])
-def test_two_nodes_also_wait_for_each_other(memory: float, stage: int, passes: int) -> None:
+def test_two_nodes_communicate_over_the_network(memory: float, stage: int, passes: int) -> None:
     shape = PRESETS["small"]
     hardware = HardwareConfig(memory_bytes=memory)
     config = PlanConfig(batch_per_gpu=8, activation_checkpointing=False, hardware=hardware)
@@ -193,7 +193,7 @@ def test_smaller_nodes_are_more_nodes() -> None:
     assert row.save_seconds == pytest.approx((16 / 2 + 8) * row.params / 2e9)
 
 
-def test_a_reserve_of_the_memory_is_left() -> None:
+def test_a_fraction_of_the_memory_is_left_free() -> None:
     def row(memory: float) -> PlanRow:
         hardware = HardwareConfig(memory_bytes=memory)
         return plan_row("small", PRESETS["small"], 8, PlanConfig(hardware=hardware))
@@ -238,11 +238,11 @@ def test_json_and_table_hold_every_row(capsys: pytest.CaptureFixture[str]) -> No
         ({"gpus": ()}, "must be at least 1"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(fields: dict[str, object], message: str) -> None:
+def test_impossible_plans_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PlanConfig(), **fields)
 
 
-def test_hardware_that_does_nothing_is_refused() -> None:
+def test_hardware_values_must_be_positive() -> None:
     with pytest.raises(ValueError, match=r"hardware\.efficiency must be positive"):
         HardwareConfig(efficiency=0.0)
