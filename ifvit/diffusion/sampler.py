@@ -71,20 +71,16 @@ def generate_images(
     """
     backbone = sampler.backbone
     null = backbone.encode_condition(sampler.null_condition[None].to(backbone.device))
-    latents = (
-        sample_latents(
-            backbone, batch, null, config, build_method(batch.prompts) if build_method else None
-        )
-        for batch in batches
-    )
     # A thread decodes each batch while the next one is sampled. On a GPU, this hides the time to
     # copy the images to the host and to round them.
     with ThreadPoolExecutor(1) as thread:
         pending: Future[Pixels] | None = None
-        for one in latents:
+        for batch in batches:
+            method = build_method(batch.prompts) if build_method else None
+            latents = sample_latents(backbone, batch, null, config, method)
             if pending:
                 yield pending.result()
-            pending = thread.submit(_decode, sampler, one)
+            pending = thread.submit(_decode, sampler, latents)
         if pending:
             yield pending.result()
 

@@ -1,8 +1,7 @@
 """Solvers of the probability-flow ODE: noise => latents, deterministic given the noise.
 
-The sampler calls `solve`, and the diffusers pipeline calls `step_solver`. All solvers are
-diffusers' schedulers, set to Stable Diffusion's noise schedule and to steps uniform in time.
-B is the batch.
+The sampler calls `solve`. All solvers are diffusers' schedulers, set to Stable Diffusion's noise
+schedule and to steps uniform in time. B is the batch.
 """
 
 from collections.abc import Callable
@@ -75,17 +74,6 @@ def solve(
     scheduler.set_begin_index(0)
     x_t: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        x_t = step_solver(scheduler, predict_noise, x_t, t)
+        predicted = predict_noise(scheduler.scale_model_input(x_t, t), t.expand(len(x_t)))
+        x_t = scheduler.step(predicted, t, x_t).prev_sample
     return x_t
-
-
-def step_solver(
-    scheduler: Any, predict_noise: NoisePredictor, x_t: Tensor, t: Tensor, **options: Any
-) -> Tensor:
-    """Advance x_t (B, …), scaled as `scheduler` expects, to its next time.
-
-    `options` are passed to the scheduler's `step`.
-    """
-    predicted = predict_noise(scheduler.scale_model_input(x_t, t), t.expand(len(x_t)))
-    stepped: Tensor = scheduler.step(predicted, t, x_t, **options).prev_sample
-    return stepped

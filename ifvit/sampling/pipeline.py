@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ifvit import storage
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import AlignmentMethod, GuidedNoisePredictor
-from ifvit.diffusion.solvers import step_solver
 from ifvit.models.backbone import Backbone
 from ifvit.models.clip import encode_captions
 from ifvit.models.pretrained import download_pretrained
@@ -149,7 +148,9 @@ class FusionPipeline(DiffusionPipeline):
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
                 break
-            latents = step_solver(self.scheduler, predictor, latents, t, **options)
+            scaled = self.scheduler.scale_model_input(latents, t)
+            predicted = predictor(scaled, t.expand(len(scaled)))
+            latents = self.scheduler.step(predicted, t, latents, **options).prev_sample
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "prompt_embeds": context}
                 shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
