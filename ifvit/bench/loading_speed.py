@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -246,33 +246,21 @@ class _NpyFiles(Dataset[tuple[Array, Array]]):
 
 
 def copy_memory(content: Content, config: BenchLoaderConfig) -> Stream:
-    """Copy random rows from memory into batches with as many threads as the loader has.
-
-    Batches are assembled in memory that is allocated once, as the loader's are.
-    """
+    """Copy random rows from memory into new batches with as many threads as the loader has."""
     generator = np.random.default_rng(0)
     contexts = content.contexts.reshape(-1, *CONTEXT_SHAPE)
 
-    def empty(*shape: int) -> Array:
-        return torch.empty((config.batch_size, *shape), dtype=torch.float16).numpy()
+    def copy(samples: Array, captions: Array) -> tuple[Array, Array]:
+        return content.moments[samples], contexts[samples * NUM_CAPTIONS + captions]
 
-    def copy(batch: tuple[Array, Array], samples: Array, captions: Array) -> None:
-        rows = samples * NUM_CAPTIONS + captions
-        # Any mode but "clip" copies twice.
-        np.take(content.moments, samples, axis=0, out=batch[0], mode="clip")
-        np.take(contexts, rows, axis=0, out=batch[1], mode="clip")
-
-    num_ahead = 2 * config.num_workers
-    memory = [(empty(*MOMENTS_SHAPE), empty(*CONTEXT_SHAPE)) for _ in range(num_ahead + 1)]
     with ThreadPoolExecutor(config.num_workers) as pool:
-        pending: deque[Future[None]] = deque()
-        for number in count():
+        pending: deque[Future[tuple[Array, Array]]] = deque()
+        while True:
             samples = generator.integers(config.num_images, size=config.batch_size)
             captions = generator.integers(NUM_CAPTIONS, size=config.batch_size)
-            pending.append(pool.submit(copy, memory[number % len(memory)], samples, captions))
-            if len(pending) > num_ahead:
-                pending.popleft().result()
-                yield config.batch_size
+            pending.append(pool.submit(copy, samples, captions))
+            if len(pending) > 2 * config.num_workers:
+                yield len(pending.popleft().result()[0])
 
 
 def seconds_of_epoch(url: str, parent: Path, config: BenchLoaderConfig) -> float:
