@@ -28,7 +28,7 @@ from data_pipeline.encoders import EncodedBatch
 from data_pipeline.shard_io import write_shard
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.shards import LatentSample, SampleMetadata, ShardEntry
+from ifvit.shards import LatentSample, SampleMetadata
 from ifvit.shards.format import Array
 
 SHARDS_AT_ONCE = 2
@@ -81,27 +81,23 @@ def _end(batches: _Batches) -> None:
 
 
 def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -> CompletionMarker:
-    """Write one shard and its marker; runs in a thread."""
+    """Write one shard and then its marker; runs in a thread."""
     samples = _Samples(name, batches, config.dtype)
+    if storage.is_remote(config.output):
+        with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
+            entry = write_shard(Path(folder), name, samples)
+            for file in (f"{name}.index.npz", f"{name}.tar"):
+                storage.upload(Path(folder, file), storage.join(config.output, file))
+    else:
+        entry = write_shard(Path(config.output), name, samples)
     marker = CompletionMarker(
         job=job,
-        shard=_write_to(config.output, name, samples),
+        shard=entry,
         failures=tuple(samples.failures),
         latent_sums=samples.latent_sums,
     )
     write_marker(config.output, marker)
     return marker
-
-
-def _write_to(output: str, name: str, samples: "_Samples") -> ShardEntry:
-    """Write a shard to a folder, or to an object store through a temporary folder."""
-    if not storage.is_remote(output):
-        return write_shard(Path(output), name, samples)
-    with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
-        entry = write_shard(Path(folder), name, samples)
-        for file in (f"{name}.index.npz", f"{name}.tar"):
-            storage.upload(Path(folder, file), storage.join(output, file))
-    return entry
 
 
 class _Samples:

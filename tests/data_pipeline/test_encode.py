@@ -142,7 +142,7 @@ def test_impossible_recipes_are_errors(config: EncodeConfig) -> None:
             replace(config, **{key: 0})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="tolerate is -1"):
         replace(config, tolerate=-1)
-    with pytest.raises(UserError, match="image_size 30"):
+    with pytest.raises(UserError, match="image_size"):
         encode(replace(config, image_size=30))
     with pytest.raises(UserError, match="text_encoder: not set"):
         encode(replace(config, text_encoder=None))
