@@ -47,7 +47,7 @@ def test_a_kernel_without_its_cuda_device_is_one_clear_error(backend, monkeypatc
 
 @pytest.fixture
 def hollow_xformers(monkeypatch):
-    """As a wheel of another PyTorch or CUDA: it can be imported and has no operators."""
+    """Stands for a wheel of another PyTorch or CUDA: it can be imported but has no operators."""
 
     class Operators:
         @staticmethod
@@ -67,7 +67,7 @@ def test_an_operator_that_xformers_lacks_is_one_clear_error():
 
 
 @pytest.mark.usefixtures("hollow_xformers")
-def test_auto_does_without_an_xformers_that_lacks_its_operators(monkeypatch):
+def test_auto_falls_back_from_an_xformers_that_lacks_its_operators(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: torch.empty(size))
     assert load_attention("auto") is load_attention("sdpa")
 
@@ -78,6 +78,6 @@ def test_inputs_that_a_kernel_cannot_take_are_one_clear_error(monkeypatch):
         load_attention("cudnn")(*random_heads(17, 17, 5, 32))
 
 
-def test_an_unknown_backend_is_refused():
+def test_an_unknown_backend_is_one_clear_error():
     with pytest.raises(UserError, match=r"one of auto, sdpa, .*, math: fast"):
         load_attention("fast")

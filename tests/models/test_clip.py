@@ -1,4 +1,4 @@
-"""CLIP's own preparation of images and captions, which its scores depend on."""
+"""Preprocessing of images and captions for CLIP, and the features of transformers."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from ifvit.models.pretrained import resolve_pretrained
 
 def test_larger_images_are_resized_bicubic_and_normalised_as_clip_was_trained() -> None:
     scorer = load_clip("scenes/clip")
-    # Not up to 255: PIL also clips between its two passes.
+    # Below 255, because PIL also clips between its two passes.
     pixels = np.random.default_rng(0).integers(80, 176, (100, 100, 3), dtype=np.uint8)
     size = (scorer.image_size, scorer.image_size)
     resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)) / 255
@@ -29,7 +29,7 @@ def test_larger_images_are_resized_bicubic_and_normalised_as_clip_was_trained() 
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=two_roundings)
 
 
-def test_what_bicubic_weights_overshoot_is_cut() -> None:
+def test_pixels_are_clamped_where_bicubic_weights_overshoot() -> None:
     scorer = load_clip("scenes/clip")
     stripes = (torch.arange(100) // 10 % 2 * 2.0 - 1).expand(1, 3, 100, 100)
     pixels = scorer.preprocess(stripes)
@@ -81,7 +81,7 @@ def test_encoders_are_frozen() -> None:
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_caption_that_is_too_long_is_cut_before_its_end_token() -> None:
+def test_a_caption_that_is_too_long_is_truncated_and_keeps_its_end_token() -> None:
     encoder = load_text_encoder("scenes/clip")
     length = encoder.context_shape[0]
     as_long_as_fits = encoder.encode(["red " * (length - 2)])

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_backbone import CAPTIONS, CONCAT, CROSS, TOKENS, inputs, loud_backbone
+from test_backbone import CONCAT, CROSS, TOKENS, inputs, loud_backbone
 from test_backbone import CONFIGS as BACKBONES
 from uvit_oracle import Oracle, TokenOracle, random_weights, uvit_layout
 
-from ifvit.models.config import CLASS_PRESETS, FusionUViTConfig, TokenTransformerConfig
+from ifvit.models.config import FusionUViTConfig, TokenTransformerConfig
 from ifvit.models.layers import timestep_embedding
 from ifvit.models.weights import build_backbone, restore_backbone
 
@@ -159,8 +159,3 @@ def test_the_null_class_is_a_class_of_its_own():
     with torch.no_grad():
         predicted = [backbone(latents, timesteps, torch.tensor([k, k])) for k in range(4)]
     assert len({tuple(one.flatten().tolist()) for one in predicted}) == 4
-
-
-def test_caption_tokens_take_the_place_of_the_class_token():
-    assert CAPTIONS.num_tokens == TOKENS.num_tokens + 4
-    assert CLASS_PRESETS["token_base"].num_tokens == 1 + 1 + 256

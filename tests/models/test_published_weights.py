@@ -145,16 +145,6 @@ def without(*keys):
         ),
         (lambda: published(UVIT, width=16), "num_heads"),
     ],
-    ids=[
-        "foreign",
-        "empty",
-        "class-conditional",
-        "one too many, one too few",
-        "one too many",
-        "another shape",
-        "another rank",
-        "unknown heads",
-    ],
 )
 def test_other_weights_are_one_clear_error(make, message):
     with pytest.raises(UserError, match=message):
@@ -195,7 +185,6 @@ class Code:
         ({"nnet": {}, "step": 3}, "not a state dict; save nnet_ema"),
         ({"encoder.weight": torch.zeros(1)}, "not weights of U-ViT or of its fusion fork"),
     ],
-    ids=["code", "text", "nothing", "no tensors", "another network"],
 )
 def test_other_files_are_one_clear_error(
     content: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
