@@ -101,7 +101,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
     if shape.conditioning == "adaln":
         raise UserError(f"{run}: conditioning adaln has no attention to text; leave this run out")
     digest = weights_sha256(backbone)
-    backbone.to(device)
+    backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides it
     prompts = _open_prompts(config, info, device)
     protocol = AttentionProtocol(
         num_prompts=len(prompts.texts),
