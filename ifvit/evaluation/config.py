@@ -122,7 +122,7 @@ class EvaluateConfig:
         if self.images and self.reference:
             raise ValueError("give images or reference, not both")
         if not (self.shards or self.protocol.object_count.prompts):
-            raise ValueError("give shards: the held-out captions to evaluate")
+            raise ValueError("shards is not set; give the folder of held-out shards")
         if not 0 <= self.task < self.num_tasks:
             raise ValueError(f"task {self.task} is not one of num_tasks {self.num_tasks}")
 

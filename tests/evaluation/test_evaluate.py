@@ -223,7 +223,7 @@ def test_settings_that_contradict_each_other_are_refused(config: EvaluateConfig)
     with pytest.raises(UserError, match="24 images, but num_samples is 25"):
         evaluate(with_protocol(config, num_samples=25))
     for changes, named in (
-        ({"shards": None}, "give shards"),
+        ({"shards": None}, "shards is not set"),
         ({"task": 1}, "task 1 is not one of num_tasks 1"),
         ({"reference": "r.npz"}, "images or reference"),
     ):
