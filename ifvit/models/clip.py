@@ -66,13 +66,6 @@ class ClipScorer:
         vision = self._model.vision_model(pixel_values=self.preprocess(images)).pooler_output
         return functional.normalize(self._model.visual_projection(vision).float(), dim=1)
 
-    def embed_patches(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] => patches (B, P, C) after each layer of the tower."""
-        pixels = self.preprocess(images)
-        states = self._model.vision_model(pixel_values=pixels, output_hidden_states=True)
-        # The first hidden state is before any layer; the first token is the class token.
-        return [state[:, 1:].float() for state in states.hidden_states[1:]]
-
     def preprocess(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] => resized, normalised input of the image tower."""
         pixels = images / 2 + 0.5
