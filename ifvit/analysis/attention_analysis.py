@@ -40,13 +40,13 @@ from ifvit.errors import UserError
 from ifvit.evaluation.runs import short_names
 from ifvit.figures import INK, RUN_COLOURS, house_style, to_csv, to_png
 from ifvit.models.fusion_transformer import FusionUViT
-from ifvit.models.weights import WeightsInfo, find_weights, load_weights, run_of, step_name
+from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.sampling.generate import read_prompt_file
 from ifvit.sampling.load import (
     check_identity,
+    load_model,
     load_trained_text_encoder,
     require_text_encoder,
-    weights_sha256,
 )
 from ifvit.shards import ShardReader
 
@@ -91,7 +91,8 @@ def analyze_attention(config: AttentionConfig) -> dict[str, AttentionSummary]:
 def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSummary:
     """Record the attention of the run's newest weights, or read the file of an earlier analysis."""
     device = choose_device(config.device)
-    backbone, info = load_weights(run)
+    model = load_model(run, device)
+    backbone, info = model.backbone, model.info
     if not isinstance(backbone, FusionUViT):
         raise UserError(
             f"{run}: weights of a {type(backbone).__name__}; attention to text is analysed only "
@@ -100,8 +101,6 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
     shape = backbone.config
     if shape.conditioning == "adaln":
         raise UserError(f"{run}: conditioning adaln has no attention to text; leave this run out")
-    digest = weights_sha256(backbone)
-    backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides it
     prompts = _open_prompts(config, info, device)
     protocol = AttentionProtocol(
         num_prompts=len(prompts.texts),
@@ -111,12 +110,12 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
     )
     url = storage.join(folder, f"{step_name(info.step)}.json")
     before = _read_if_complete(url)
-    if before and (before.weights_sha256, before.protocol) == (digest, protocol):
+    if before and (before.weights_sha256, before.protocol) == (model.sha256, protocol):
         sys.stdout.write(f"{url} exists\n")
         return before
     summary = AttentionSummary(
         weights=run,
-        weights_sha256=digest,
+        weights_sha256=model.sha256,
         step=info.step,
         conditioning=shape.conditioning,
         num_image_blocks=shape.num_image_blocks,

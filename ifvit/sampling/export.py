@@ -12,9 +12,9 @@ from ifvit import storage
 from ifvit.diffusion.solvers import SOLVERS
 from ifvit.models.config import BackboneConfig
 from ifvit.models.pretrained import upload_pretrained
-from ifvit.models.weights import WeightsInfo, find_weights, load_weights, run_of, step_name
+from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.sampling.config import ExportConfig
-from ifvit.sampling.load import load_trained_autoencoder, load_trained_text_encoder, weights_sha256
+from ifvit.sampling.load import load_model, load_trained_autoencoder, load_trained_text_encoder
 from ifvit.sampling.pipeline import FusionPipeline
 from ifvit.shards import ShardError, read_manifest
 
@@ -43,12 +43,13 @@ def export(config: ExportConfig) -> None:
     hub refuses the upload.
     """
     weights = find_weights(config.weights, prefer=config.kind)
-    backbone, info = load_weights(weights)
+    model = load_model(weights, "cpu")
+    info = model.info
     text_encoder = load_trained_text_encoder(info, "cpu") if info.text_encoder else None
     vae = load_trained_autoencoder(info, "cpu").vae
     vae.register_to_config(scaling_factor=info.scaling_factor)  # that of the training, not SD's
     pipeline = FusionPipeline(
-        backbone=backbone,
+        backbone=model.backbone,
         vae=vae,
         text_encoder=text_encoder.model if text_encoder else None,
         tokenizer=text_encoder.tokenizer if text_encoder else None,
@@ -58,7 +59,7 @@ def export(config: ExportConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
         folder = Path(temporary)
         pipeline.save_pretrained(folder)
-        card = format_card(weights, info, weights_sha256(backbone), backbone.config)
+        card = format_card(weights, info, model.sha256, model.backbone.config)
         (folder / "README.md").write_text(card)
         # The index is uploaded last, so that a folder that can be loaded is complete.
         paths = [path for path in folder.rglob("*") if path.is_file() and path.name != _INDEX]
