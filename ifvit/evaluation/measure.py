@@ -92,9 +92,9 @@ class CaptionMetrics:
         """Measure the samples of the row at `url` and write it; each took `seconds` to generate."""
         folder = rows.samples_url(url)
         sampled, real, description = self._embed(folder), self._real, self._describe(protocol)
-        cosines = metrics.cosines(sampled[CLIP].part, self._texts)
 
         def compute() -> MetricsRow:
+            cosines = metrics.cosines(sampled[CLIP].part, self._texts)
             scores = self._score_scenes(folder) if protocol.scenes else []
             size = self._reader.manifest.image_size
             sample_set.write_overview(
