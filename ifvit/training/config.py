@@ -50,8 +50,6 @@ class EngineConfig:
     """Recompute each block in the backward pass instead of keeping its activations."""
     compile: bool = False
     """Compile the blocks and the noise sampling with torch.compile."""
-    cuda_graphs: bool = False
-    """Record the compiled blocks as CUDA graphs, which saves kernel launches in small batches."""
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
     """Attention kernel. auto: xformers where it is installed with CUDA, otherwise sdpa, which lets
     torch choose among its kernels flash, cudnn, efficient and math."""
@@ -59,8 +57,6 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.backend == "deepspeed" and self.zero_stage == 0:
             raise ValueError("engine.zero_stage: 0 partitions nothing; set engine.backend: plain")
-        if self.cuda_graphs and not self.compile:
-            raise ValueError("engine.cuda_graphs: needs engine.compile: true")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,34 +114,12 @@ class LossScale:
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def prepare_forward(
-    backbone: Backbone, config: EngineConfig, device: torch.device, num_micro_batches: int = 1
-) -> None:
+def prepare_forward(backbone: Backbone, config: EngineConfig, device: torch.device) -> None:
     """Set up precision, compilation and recomputation of `backbone`, in place.
 
-    The parameters and their names stay the same. Raises UserError when this machine or the
-    number of micro-batches does not allow what `config` asks for.
+    The parameters and their names stay the same. Raises UserError when this machine does not
+    allow what `config` asks for.
     """
-    _check_forward(config, device, num_micro_batches)
-    for block in backbone.blocks():
-        if config.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if config.compile:
-            # Static: the blocks see two or three shapes, and kernels made for each are faster.
-            mode = "reduce-overhead" if config.cuda_graphs else None
-            block.compile(dynamic=False, mode=mode)
-    if config.precision in _AUTOCAST:
-        # Autocast lies inside the module, so that DeepSpeed computes the same as plain PyTorch.
-        autocast = torch.autocast(device.type, _AUTOCAST[config.precision])
-        backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
-
-
-def choose_normal_sampler(config: EngineConfig) -> NormalSampler:
-    """The function that samples noise for the objective; compiled, it is a single kernel."""
-    return torch.compile(normal) if config.compile else normal
-
-
-def _check_forward(config: EngineConfig, device: torch.device, num_micro_batches: int) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu and config.precision == "fp32" and config.attention in ("flash", "cudnn"):
         raise UserError(
@@ -154,14 +132,21 @@ def _check_forward(config: EngineConfig, device: torch.device, num_micro_batches
             f"engine.compile: torch.compile on the CPU needs {compiler}, which is not on PATH; "
             "install it or set engine.compile to false"
         )
-    if config.cuda_graphs and not on_gpu:
-        raise UserError("engine.cuda_graphs: needs a CUDA device; set it to false")
-    if config.cuda_graphs and num_micro_batches > 1:
-        # A replay overwrites the gradients of the replay before it (pytorch issue 169545).
-        raise UserError(
-            f"engine.cuda_graphs: cannot accumulate gradients over {num_micro_batches} "
-            "micro-batches; raise micro_batch_size or set engine.cuda_graphs to false"
-        )
+    for block in backbone.blocks():
+        if config.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if config.compile:
+            # Static: the blocks see two or three shapes, and kernels made for each are faster.
+            block.compile(dynamic=False)
+    if config.precision in _AUTOCAST:
+        # Autocast lies inside the module, so that DeepSpeed computes the same as plain PyTorch.
+        autocast = torch.autocast(device.type, _AUTOCAST[config.precision])
+        backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
+
+
+def choose_normal_sampler(config: EngineConfig) -> NormalSampler:
+    """The function that samples noise for the objective; compiled, it is a single kernel."""
+    return torch.compile(normal) if config.compile else normal
 
 
 class Engine:
@@ -196,7 +181,7 @@ class Engine:
         self.group = ProcessGroup(self.world)
         """Exchanges small objects among the processes, over the CPU."""
         nn.Module.to(backbone, self.device)
-        prepare_forward(backbone, config, self.device, num_micro_batches)
+        prepare_forward(backbone, config, self.device)
         optimizer = build_optimizer(backbone.parameters(), optim)
         prepared = self._accelerator.prepare(backbone, optimizer)
         self._model: Any = prepared[0]

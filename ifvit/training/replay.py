@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -43,12 +44,12 @@ class Outcome:
     @property
     def is_finite(self) -> bool:
         """Whether both numbers are finite."""
-        return bool(torch.tensor([self.loss, self.grad_norm]).isfinite().all())
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What computes a micro-batch of one step again, without an optimizer."""
+    """Computes micro-batches of one step again, without an optimizer."""
 
     backbone: Backbone
     objective: NoisePrediction
@@ -65,10 +66,8 @@ class Replay:
 
     def culprits(self, batch: Batch) -> Tensor:
         """Positions of the samples that alone are not finite, or of all samples if none is."""
-        alone = [
-            Batch(**{name: getattr(batch, name)[i : i + 1] for name in _TENSORS})
-            for i in range(len(batch.positions))
-        ]
+        rows = zip(*(getattr(batch, name).split(1) for name in _TENSORS), strict=True)
+        alone = [Batch(**dict(zip(_TENSORS, row, strict=True))) for row in rows]
         guilty = [sample for sample in alone if not self.differentiate(sample).is_finite]
         return torch.cat([sample.positions for sample in guilty or alone]).cpu()
 
@@ -90,17 +89,14 @@ def report_nonfinite(
     backbone = engine.gather_backbone(None)
     prepare_forward(backbone, EngineConfig(precision=config.engine.precision), engine.device)
     again = Replay(backbone=backbone, objective=objective, step=failure.step)
-    found = None
     with closing(batches.stream(failure.step, failure.samples_seen, engine.device)) as stream:
         for batch in islice(stream, batches.num_micro_batches):
             outcome = again.differentiate(batch)
             if not outcome.is_finite:
-                found = batch, outcome
                 break
-    if found is None:
+    if outcome.is_finite:
         message += "the gradient is not finite, but no micro-batch of this process causes it"
     else:
-        batch, outcome = found
         name = f"{step_name(failure.step + 1)}-rank_{engine.world.rank}.safetensors"
         path = join(config.run, "failures", name)
         _write_failure(path, batch, outcome, again, config)
