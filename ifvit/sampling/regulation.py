@@ -26,7 +26,6 @@ from ifvit.sampling.config import Mass
 Span = tuple[int, int]
 """First character and last character + 1."""
 
-_NUM_ITERATIONS = 20
 _STEP_SIZE = 100.0
 _QUANTILE, _HIGH = 0.9, 0.9
 _MASS_PER_TARGET = 0.2
@@ -168,8 +167,10 @@ class BlockBias:
         return addend
 
 
-def optimise_bias(relative: Tensor, present: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Take 20 steps of gradient descent on W in S = sum_k W_k G_k; keep the best S per sample.
+def optimise_bias(
+    relative: Tensor, present: Tensor, basis: Tensor, num_steps: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Take steps of gradient descent on W in S = sum_k W_k G_k; keep the best S per sample.
 
     `relative` (B, H, T, N), `present` (B, T), `basis` (N, K) => S* (B, H, T, N), zero for absent
     targets, and its loss (B,), a mean over heads. W starts at zero, where the authors draw it from
@@ -179,7 +180,7 @@ def optimise_bias(relative: Tensor, present: Tensor, basis: Tensor) -> tuple[Ten
     weights = relative.new_zeros(*relative.shape[:3], basis.shape[1])
     best_bias = torch.zeros_like(relative)
     best_loss = relative.new_full((len(relative),), torch.inf)
-    for _ in range(_NUM_ITERATIONS):
+    for _ in range(num_steps):
         bias = weights @ basis.T
         attention = target_attention(relative + bias)
         loss, by_attention, by_weights = regulation_loss(attention, weights, present)

@@ -9,7 +9,6 @@ from torch import Tensor
 from ifvit.errors import UserError
 from ifvit.models.attention import logits_of
 from ifvit.models.clip import load_token_spans
-from ifvit.sampling import regulation
 from ifvit.sampling.config import Mass
 from ifvit.sampling.regulation import (
     BlockBias,
@@ -174,13 +173,10 @@ def descend(relative: Tensor, num_steps: int) -> list[tuple[float, Tensor]]:
 
 
 @pytest.mark.parametrize("num_steps", [2, 20])
-def test_the_best_of_the_authors_steps_is_kept(
-    num_steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_of_the_authors_steps_is_kept(num_steps: int) -> None:
     # With these logits the last of the 20 steps is the best.
     relative, present = relative_logits(2 * LOGITS.double(), TARGETS)[:1], TARGETS.present[:1]
-    monkeypatch.setattr(regulation, "_NUM_ITERATIONS", num_steps)
-    bias, loss = optimise_bias(relative, present, BASIS.double())
+    bias, loss = optimise_bias(relative, present, BASIS.double(), num_steps)
     least, best = min(descend(relative, num_steps), key=lambda one: one[0])
     assert loss.item() == pytest.approx(least, rel=1e-4)
     torch.testing.assert_close(bias[0], best, rtol=1e-3, atol=1e-3)
