@@ -4,6 +4,7 @@
 `check_shard_files` and `read_index`.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -11,7 +12,6 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +39,6 @@ _NUM_TRIES = 3
 """Reads of a small object before it counts as damaged at rest, not in transfer."""
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
-class _CachedFile:
-    """A file in the cache; files sort by the time of their last use, in nanoseconds."""
-
-    used: int
-    num_bytes: int
-    path: Path
-
-
 class FileCache:
     """Folder of downloaded files, named by sha256; the least recently used files are evicted.
 
@@ -64,7 +55,8 @@ class FileCache:
 
     def check_space(self, num_bytes: int) -> None:
         """Raise UserError unless the disk can hold `num_bytes`, or the whole cache if smaller."""
-        room = shutil.disk_usage(self.folder).free + sum(file.num_bytes for file in self._files())
+        cached = sum(stat.st_size for _, stat in self._files())
+        room = shutil.disk_usage(self.folder).free + cached
         if room < min(num_bytes, self.num_bytes):
             raise UserError(
                 f"{self.folder}: room for {room / 1e9:.1f} GB only; lower cache.gigabytes or set "
@@ -99,27 +91,20 @@ class FileCache:
         storage.download(url, path, path.name)
 
     def _make_room(self, num_bytes: int) -> None:
-        files = sorted(self._files())
-        excess = sum(file.num_bytes for file in files) + num_bytes - self.num_bytes
-        for file in files:
+        files = sorted(self._files(), key=lambda file: file[1].st_mtime_ns)
+        excess = sum(stat.st_size for _, stat in files) + num_bytes - self.num_bytes
+        for path, stat in files:
             if excess <= 0:
                 return
-            if not file.path.name.startswith("."):  # another process is downloading that one
-                file.path.unlink(missing_ok=True)
-                excess -= file.num_bytes
+            if not path.name.startswith("."):  # another process is downloading that one
+                path.unlink(missing_ok=True)
+                excess -= stat.st_size
 
-    def _files(self) -> Iterator[_CachedFile]:
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    continue
-                try:
-                    stat = entry.stat()
-                except FileNotFoundError:  # renamed or evicted by another process
-                    continue
-                yield _CachedFile(
-                    used=stat.st_mtime_ns, num_bytes=stat.st_size, path=Path(entry.path)
-                )
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # renamed or evicted by another process
+                if path.is_file():
+                    yield path, path.stat()
 
 
 class OpenFile:
@@ -139,10 +124,6 @@ class ShardFiles(ABC):
 
     def __init__(self, url: str) -> None:
         self.url = url
-
-    def read_index(self, entry: ShardEntry) -> ShardIndex:
-        """Read the index of one shard and check its hash."""
-        return read_index(self.url, entry)
 
     @abstractmethod
     def open_tar(self, entry: ShardEntry) -> OpenFile:

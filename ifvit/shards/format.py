@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -247,12 +247,46 @@ def checksum(data: bytes | memoryview) -> int:
 
 def index_tar(path: Path) -> ShardIndex:
     """Build the index of a tar by reading it once."""
-    samples: dict[str, _Members] = {}
+    members: dict[str, dict[str, list[tuple[int, ...]]]] = {}
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             key, _, suffix = member.name.partition(".")
-            samples.setdefault(key, _Members()).add(suffix, member, file)
-    return _collect(samples)
+            file.seek(member.offset_data)
+            places = _places(suffix, member.offset_data, file.read(member.size))
+            members.setdefault(key, {})[suffix] = places
+    samples = list(members.values())
+    captions = [sample.get("context.npy", []) for sample in samples]
+    absent = [(ABSENT, 0)]
+    return ShardIndex(
+        keys=np.array([key.encode() for key in members], dtype=np.bytes_),
+        moments=_table([sample.get("moments.npy", absent)[0] for sample in samples], 2),
+        flipped=_table([sample.get("flipped.npy", absent)[0] for sample in samples], 2),
+        metadata=_table([sample.get("json", [(ABSENT, 0, 0)])[0] for sample in samples], 3),
+        label=np.array([sample.get("cls", absent)[0][0] for sample in samples], dtype=np.int64),
+        context=_table([place for places in captions for place in places], 2),
+        first_caption=np.cumsum([0, *map(len, captions)], dtype=np.int64),
+    )
+
+
+def _places(suffix: str, offset: int, data: bytes) -> list[tuple[int, ...]]:
+    """Entries of the index for one member of a tar, whose content starts at `offset`."""
+    if suffix == "cls":
+        return [(int(data),)]
+    if suffix == "json":
+        return [(offset, len(data), checksum(data))]
+    buffer = io.BytesIO(data)
+    version = np.lib.format.read_magic(buffer)
+    assert version == (1, 0), version
+    shape, _, _ = np.lib.format.read_array_header_1_0(buffer)
+    header, view = buffer.tell(), memoryview(data)
+    num_rows = shape[0] if suffix == "context.npy" else 1
+    size = (len(data) - header) // max(num_rows, 1)
+    starts = [header + row * size for row in range(num_rows)]
+    return [(offset + start, checksum(view[start : start + size])) for start in starts]
+
+
+def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Array:
+    return np.array(rows, dtype=np.int64).reshape(-1, columns)
 
 
 def index_bytes(index: ShardIndex) -> bytes:
@@ -268,60 +302,3 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
         if set(arrays) != set(ShardIndex.__annotations__):
             raise ShardError(f"{where}: not an index of this format; encode again")
         return ShardIndex(**arrays)
-
-
-class _Members:
-    """Members of one sample, collected while the tar is read."""
-
-    def __init__(self) -> None:
-        self.arrays = {"moments": (ABSENT, 0), "flipped": (ABSENT, 0)}
-        self.metadata = (ABSENT, 0, 0)
-        self.label = ABSENT
-        self.context: list[tuple[int, int]] = []
-
-    def add(self, suffix: str, member: tarfile.TarInfo, file: IO[bytes]) -> None:
-        file.seek(member.offset_data)
-        data = file.read(member.size)
-        if suffix == "json":
-            self.metadata = (member.offset_data, member.size, checksum(data))
-        elif suffix == "cls":
-            self.label = int(data)
-        else:
-            header, rows = _split_npy(data)
-            start = member.offset_data + header
-            if suffix == "context.npy":
-                size = len(rows[0]) if len(rows) else 0
-                self.context = [(start + i * size, checksum(row)) for i, row in enumerate(rows)]
-            else:
-                payload = memoryview(data)[header:]
-                self.arrays[suffix.removesuffix(".npy")] = (start, checksum(payload))
-
-
-def _split_npy(data: bytes) -> tuple[int, list[memoryview]]:
-    """Content of an .npy file => length of its header, and views of its rows."""
-    buffer = io.BytesIO(data)
-    version = np.lib.format.read_magic(buffer)
-    assert version == (1, 0), version
-    shape, _, _ = np.lib.format.read_array_header_1_0(buffer)
-    header = buffer.tell()
-    size = (len(data) - header) // max(shape[0], 1)
-    view = memoryview(data)
-    return header, [view[header + i * size : header + (i + 1) * size] for i in range(shape[0])]
-
-
-def _collect(members: dict[str, _Members]) -> ShardIndex:
-    samples = list(members.values())
-    counts = [len(sample.context) for sample in samples]
-    return ShardIndex(
-        keys=np.array([key.encode() for key in members], dtype=np.bytes_),
-        moments=_table([sample.arrays["moments"] for sample in samples], 2),
-        flipped=_table([sample.arrays["flipped"] for sample in samples], 2),
-        metadata=_table([sample.metadata for sample in samples], 3),
-        label=np.array([sample.label for sample in samples], dtype=np.int64),
-        context=_table([place for sample in samples for place in sample.context], 2),
-        first_caption=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
-    )
-
-
-def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Array:
-    return np.array(rows, dtype=np.int64).reshape(-1, columns)

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from ifvit import storage
-from ifvit.shards.cache import open_files, read_null_context, require_text
+from ifvit.shards.cache import open_files, read_index, read_null_context, require_text
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import (
     ABSENT,
@@ -48,7 +48,7 @@ class ShardReader:
         self._files = open_files(url, self.manifest, self._cache)
         self._indexes: list[ShardIndex | None] = [None] * len(self.manifest.shards)
         if not self.is_remote:
-            self._indexes = [self._files.read_index(entry) for entry in self.manifest.shards]
+            self._indexes = [read_index(url, entry) for entry in self.manifest.shards]
         # Not a method of `self`, which would be a cycle that keeps files open.
         self._open = lru_cache(self._files.max_open)(self._files.open_tar)
         self._null_context = read_null_context(url, self.manifest) if self.manifest.text else None
@@ -175,7 +175,7 @@ class ShardReader:
         """Index of a shard; two threads that read it at once store equal objects."""
         index = self._indexes[shard]
         if index is None:
-            index = self._indexes[shard] = self._files.read_index(self.manifest.shards[shard])
+            index = self._indexes[shard] = read_index(self.url, self.manifest.shards[shard])
         return index
 
     def _read(

@@ -175,7 +175,6 @@ def test_reader_travels_to_a_worker_without_its_data(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("sample", "caption", "named"),
     [(-1, 0, "-1"), (7, 0, "7"), (1, 2, "has 2 captions, asked .* 2")],
-    [(-1, 0, "-1"), (7, 0, "7"), (1, 2, "has 2 captions, asked .* 2")],
 )
 def test_a_number_out_of_range_is_an_index_error(
     sample: int, caption: int, named: str, dataset: Path
