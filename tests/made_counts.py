@@ -1,4 +1,4 @@
-"""A row of object counts without any images behind it."""
+"""A row of object counts without image files."""
 
 from dataclasses import asdict
 
@@ -16,7 +16,7 @@ from ifvit.sampling.config import SamplingConfig
 
 
 def made_row(errors: tuple[int, ...] = (0, 1), **shape: object) -> ObjectCountRow:
-    """The paper's prompts, an image of each for every error, which has so many objects more."""
+    """Row with one image of each of the paper's prompts for each error, the excess of objects."""
     images = [
         CountedImage(
             file=f"{number:05d}.png",

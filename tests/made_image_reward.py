@@ -1,4 +1,4 @@
-"""A small ImageReward in its released format, with weights that anybody can draw again."""
+"""A small ImageReward in its released format, with reproducible weights."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ TEXT_CONFIG = {
 
 
 def released_weights() -> dict[str, Tensor]:
-    """Tensors under the names of ImageReward.pt, small, drawn in the order of the names."""
+    """Small tensors under the names of ImageReward.pt, sampled in the order of the names."""
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, 64),
         "pos_embed": (1, 5, 64),
@@ -61,14 +61,14 @@ def released_weights() -> dict[str, Tensor]:
     for index, (before, after) in widths.items():
         shapes |= _linear(f"mlp.layers.{index}", before, after)
     generator = torch.Generator().manual_seed(0)
-    drawn = {
+    sampled = {
         name: torch.randn(shape, generator=generator) * 1.5 / shape[-1] ** 0.5
         for name, shape in sorted(shapes.items())
     }
-    # What the file holds besides: buffers and the heads of BLIP's pretraining.
-    drawn[f"{text}embeddings.position_ids"] = torch.arange(64)[None]
-    drawn["blip.vision_proj.weight"] = torch.zeros(256, 64)
-    return drawn
+    # The file also holds buffers and the heads of BLIP's pretraining.
+    sampled[f"{text}embeddings.position_ids"] = torch.arange(64)[None]
+    sampled["blip.vision_proj.weight"] = torch.zeros(256, 64)
+    return sampled
 
 
 def write_image_reward(folder: Path) -> str:

@@ -34,11 +34,11 @@ def words(text: str) -> list[int]:
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
 def test_philox_gives_the_published_answers(counter: str, key: str, result: str) -> None:
     low, high = words(key)
-    drawn = philox(torch.tensor([words(counter)]), low | high << 32)
-    assert drawn[0].tolist() == words(result)
+    sampled = philox(torch.tensor([words(counter)]), low | high << 32)
+    assert sampled[0].tolist() == words(result)
 
 
-def test_a_draw_depends_on_its_position_and_not_on_its_neighbours() -> None:
+def test_a_random_number_depends_on_its_position_and_not_on_its_neighbours() -> None:
     together = normal(5, 17, torch.arange(10), Stream.NOISE, (3, 2))
     alone = [normal(5, 17, torch.tensor([i]), Stream.NOISE, (3, 2)) for i in (9, 0, 4)]
     assert torch.equal(torch.cat(alone), together[[9, 0, 4]])
@@ -49,8 +49,8 @@ def test_normal_numbers_are_box_and_mullers_of_the_published_words() -> None:
     first, second, *_ = philox(torch.tensor([[0, 3, 17, Stream.NOISE]]), 5)[0].tolist()
     radius = math.sqrt(-2 * math.log(((first >> 8) + 1) / 2**24))
     angle = 2 * math.pi * (second >> 8) / 2**24
-    drawn = normal(5, 17, torch.tensor([3]), Stream.NOISE, (2,))[0]
-    assert drawn.tolist() == pytest.approx([radius * math.cos(angle), radius * math.sin(angle)])
+    sampled = normal(5, 17, torch.tensor([3]), Stream.NOISE, (2,))[0]
+    assert sampled.tolist() == pytest.approx([radius * math.cos(angle), radius * math.sin(angle)])
 
 
 def test_numpy_and_torch_give_equal_numbers() -> None:
@@ -63,14 +63,14 @@ def test_numpy_and_torch_give_equal_numbers() -> None:
 
 
 @pytest.mark.parametrize("change", ["seed", "step", "position", "stream"])
-def test_every_part_of_the_counter_changes_the_draw(change: str) -> None:
+def test_every_part_of_the_counter_changes_the_number(change: str) -> None:
     arguments = {"seed": 1, "step": 2, "position": 3, "stream": Stream.NOISE}
     other = {**arguments, change: Stream.CAPTION if change == "stream" else 9}
 
-    def draw(seed: int, step: int, position: int, stream: Stream) -> torch.Tensor:
+    def sample(seed: int, step: int, position: int, stream: Stream) -> torch.Tensor:
         return uniform(seed, step, torch.tensor([position]), stream, 8)
 
-    assert not torch.equal(draw(**arguments), draw(**other))  # type: ignore[arg-type]
+    assert not torch.equal(sample(**arguments), sample(**other))  # type: ignore[arg-type]
 
 
 def test_moments_are_those_of_the_distribution() -> None:

@@ -45,8 +45,8 @@ def test_a_recipe_is_accepted_and_survives_a_round_trip(
 def test_the_papers_recipes_are_its_table_3(cls: type[TrainConfig], name: str) -> None:
     config = read_config(cls, ["--config", str(CONFIGS / f"{name}.yaml")], prog="test")
     fusion = ("conditioning", "num_image_blocks", "num_text_blocks")
-    setting = {field: getattr(config.backbone, field) for field in fusion}
-    assert config.backbone == dataclasses.replace(PRESETS["small"], **setting)
+    variant = {field: getattr(config.backbone, field) for field in fusion}
+    assert config.backbone == dataclasses.replace(PRESETS["small"], **variant)
     assert config.optim == OptimConfig(
         learning_rate=2e-4,
         weight_decay=0.03,
@@ -73,7 +73,7 @@ def test_the_papers_protocols_draw_30_000_random_captions_at_its_scale_of_1(name
         "openai/clip-vit-large-patch14",
         "A photo depicts ",
     )
-    # The paper's script scores an image against the first caption, whichever was drawn.
+    # The paper's script scores an image against the first caption, whichever was sampled.
     assert (protocol.score_caption == "first") == (name == "paper_compat")
 
 

@@ -86,11 +86,11 @@ for seed in $seeds; do
     done
 done | in_parallel
 
-settings=("$study"/{cross,concat}_{early,intermediate})
-for run in "${settings[@]/%//seed1}"; do
+variants=("$study"/{cross,concat}_{early,intermediate})
+for run in "${variants[@]/%//seed1}"; do
     $ifvit evaluate --protocol object_count_scenes --weights "$run"
 done
-$ifvit analyze attention "${settings[@]/%//seed1}" --shards "$study/shards/val2014" \
+$ifvit analyze attention "${variants[@]/%//seed1}" --shards "$study/shards/val2014" \
     --num_prompts 256 --trim 0 --sampling.num_steps 20 --sampling.guidance_scale 1.5
 $ifvit report paper "$study"/c*/seed? --output "$study/paper"
 $ifvit report "$study"/{adaln,cross}_{early,intermediate}/seed? --output "$study/adaln.html"
