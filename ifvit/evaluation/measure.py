@@ -247,13 +247,7 @@ class ObjectCounting:
         self.sources = {"prompts_sha256": _hash([asked.prompt for asked in self._asked])}
         # Image k of prompt i has position k * len(asked) + i, so more samples keep the first ones.
         self.prompts = [
-            sample_set.Prompt(
-                position=position,
-                image_id=position,
-                caption=0,
-                text=asked.prompt,
-                score_text=asked.prompt,
-            )
+            sample_set.Prompt(position=position, image_id=position, text=asked.prompt)
             for position, asked in enumerate(self._asked * self._num_images)
         ]
 

@@ -169,14 +169,9 @@ def hash_images(paths: Sequence[Path], image_size: int, group: ProcessGroup) -> 
     hashes a partition of the files.
     """
     world = group.world
-    partition = tqdm(
-        paths[world.rank :: world.size],
-        unit="image",
-        desc="hash real images",
-        leave=False,
-        disable=not world.is_main,
-    )
-    digests = group.gather([storage.sha256_of(path) for path in partition])
+    hidden, partition = not world.is_main, paths[world.rank :: world.size]
+    shown = tqdm(partition, "hash real images", unit="image", leave=False, disable=hidden)
+    digests = group.gather([storage.sha256_of(path) for path in shown])
     total = hashlib.sha256(f"{RESIZE} {image_size}".encode())
     for position in range(len(paths)):
         total.update(digests[position % world.size][position // world.size].encode())

@@ -54,10 +54,10 @@ class Prompt:
 
     position: int
     image_id: int | str
-    caption: int
-    """Number of the caption among those of its image; for labelled images, the class number."""
     text: str
-    score_text: str
+    score_text: str = ""
+    caption: int = 0
+    """Number of the caption among those of its image; for labelled images, the class number."""
 
 
 def read_prompts(reader: ShardReader, protocol: ProtocolConfig) -> list[Prompt]:
@@ -84,15 +84,8 @@ def read_prompts(reader: ShardReader, protocol: ProtocolConfig) -> list[Prompt]:
         else:
             text = entry.captions[caption]
             score_text = text if protocol.score_caption == "same" else entry.captions[0]
-        prompts.append(
-            Prompt(
-                position=position,
-                image_id=entry.image_id,
-                caption=caption,
-                text=text,
-                score_text=score_text,
-            )
-        )
+        texts = {"text": text, "score_text": score_text}
+        prompts.append(Prompt(position=position, image_id=entry.image_id, caption=caption, **texts))
     return prompts
 
 
