@@ -5,7 +5,6 @@ Modules that import torch are imported inside functions, because `ifvit demo --h
 """
 
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -206,12 +205,11 @@ def _evaluation(run: str, shards: str, images: str) -> EvaluateConfig:
 
 
 def _announce(number: str, what: str) -> None:
-    sys.stdout.write(f"\n[{number}] {what}\n")
-    sys.stdout.flush()
+    print(f"\n[{number}] {what}", flush=True)
 
 
 def _finish(folder: str, summary: dict[str, Summary], seconds: float) -> None:
-    sys.stdout.write(f"\nDone in {seconds / 60:.1f} minutes: {Path(folder, 'report.html')}\n")
+    print(f"\nDone in {seconds / 60:.1f} minutes: {Path(folder, 'report.html')}")
     for name, row in summary.items():
         numbers = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if v is not None)
-        sys.stdout.write(f"{name:>12}  {numbers}\n")
+        print(f"{name:>12}  {numbers}")

@@ -16,12 +16,12 @@ from ifvit.demo import DemoConfig, demo
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
-    """A demo with 48 training scenes, 24 generated images and few steps."""
+    """A demo with 48 training scenes, one training step and 24 generated images."""
     monkeypatch.setattr(demo_module, "NUM_TRAIN", 48)
     monkeypatch.setattr(demo_module, "NUM_HELD_OUT", 24)
     monkeypatch.setattr(demo_module, "NUM_SAMPLES", 24)
     monkeypatch.setattr(demo_module, "STEPS_PER_MINUTE", 1)
-    return DemoConfig(folder=str(tmp_path / "demo"), minutes=4)
+    return DemoConfig(folder=str(tmp_path / "demo"), minutes=1)
 
 
 def written(folder: str) -> dict[str, int]:
