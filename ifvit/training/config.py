@@ -102,7 +102,7 @@ class TrainConfig:
     caption_dropout: float = 0.1
     """Fraction of samples trained without their caption or class, for guidance."""
     min_snr_gamma: float | None = None
-    """Weight samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: equally, as the paper."""
+    """Weight samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: all equally."""
     scaling_factor: float | None = None
     """Factor on the latents; unset: 1 / their standard deviation, from the manifest."""
     ema_decays: tuple[float, ...] = (0.9999,)

@@ -139,7 +139,7 @@ def _require_encoder(key: str, name: str | None, encoder: EncoderIdentity, shard
         )
 
 
-class NonfiniteGradient(Exception):  # noqa: N818  # as Preempted, it says what has happened
+class NonfiniteGradient(Exception):  # noqa: N818  # named after the event, like Preempted
     """The step after `step` has a gradient that is not finite, and the recipe tolerates no more."""
 
     def __init__(self, step: int, samples_seen: int) -> None:

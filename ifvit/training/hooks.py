@@ -99,7 +99,10 @@ class SaveCheckpoint:
             self._pending.result()
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
-        """Copy the state and write it in the background; collective. Raises as `wait` does."""
+        """Copy the state and start to write it; collective.
+
+        Raises UserError when the previous save failed.
+        """
         started = time.perf_counter()
         self.wait()
         partition = self._copy_state()

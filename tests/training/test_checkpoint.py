@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from run_files import losses, write_evaluation
+from run_files import losses
 
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
@@ -96,14 +96,6 @@ def test_the_newest_every_mth_and_the_best_checkpoints_are_kept(
 ) -> None:
     config = recipe(keep_checkpoints=keep_checkpoints, keep_every=keep_every)
     assert kept_steps([10, 20, 30, 40, 50, 60, 70], config, best) == kept
-
-
-def test_a_run_keeps_the_checkpoints_that_its_recipe_asks_for(recipe: Recipe) -> None:
-    config = recipe(checkpoint_every=1, keep_checkpoints=2, keep_every=3, keep_best="fid")
-    write_evaluation(config.run, 2, "fid", 1.0)
-    train(config)
-    kept = ["latest", *(f"step_0000000{step}" for step in (2, 3, 6, 7, 8))]
-    assert list_names(join(config.run, "checkpoints")) == kept
 
 
 def test_a_spike_stands_out_of_the_losses_before_it() -> None:
