@@ -1,17 +1,16 @@
 """Completion markers of the encode job: one small file per finished shard.
 
-A marker is written after its shard. It says which job made the shard, which images were left out,
-and how the latents are distributed. The markers in `OUTPUT/completed` are the complete state of a
-job, however many processes work on it and however they end. `encode` reads and removes markers, the
-threads of `writer` write them.
+A marker is written after its shard. It holds the job that made the shard, the images that were left
+out, and sums over the latents. The markers in `OUTPUT/completed` are the whole state of a job: any
+number of processes may work on the job and be killed at any time. `encode` reads and removes
+markers, the threads of `writer` write them.
 """
 
 import hashlib
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -28,10 +27,10 @@ REQUESTS_AT_ONCE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that decides the numbers of a dataset; one output folder holds one job's shards.
+    """Everything that decides the numbers of a dataset; an output folder holds shards of one job.
 
-    Batch size, device and the version of torch are not part of it, because they change only how
-    results are rounded. A rerun after running out of memory may use smaller batches.
+    Batch size, device and torch version are missing because they only change how results are
+    rounded. After running out of memory you can therefore continue with smaller batches.
     """
 
     source_sha256: str
@@ -55,14 +54,14 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSums:
-    """Sums of z and z^2 over `count` elements of latents z = mean + std * noise."""
+    """Sums of z and z^2 over `count` elements of the latents z = mean + std * noise."""
 
     count: int = 0
     first: float = 0.0
     second: float = 0.0
 
     def __add__(self, other: "LatentSums") -> "LatentSums":
-        """Sums over the elements of both."""
+        """Add the sums over two sets of elements."""
         return LatentSums(
             count=self.count + other.count,
             first=self.first + other.first,
@@ -121,9 +120,9 @@ def read_marker(output: str, name: str) -> CompletionMarker:
 
 
 def read_markers(output: str, names: Iterable[str], job: Job) -> dict[str, CompletionMarker]:
-    """Read the markers of these shards by name, without those that are missing or damaged.
+    """Read the markers of these shards by name; missing and damaged markers are left out.
 
-    Damaged markers cause a warning. Raises UserError when a marker belongs to another job.
+    A damaged marker causes a warning. Raises UserError when a marker belongs to another job.
     """
 
     def read(name: str) -> CompletionMarker | None:
@@ -134,7 +133,7 @@ def read_markers(output: str, names: Iterable[str], job: Job) -> dict[str, Compl
         except ShardError as error:
             tqdm.write(f"warning: {error}; {name} counts as not encoded", file=sys.stderr)
             return None
-        except UserError:  # its task has deleted it since it was listed
+        except UserError:  # another task deleted the marker after it was listed
             return None
         _check_same_job(output, marker.job, job)
         return marker
@@ -157,11 +156,11 @@ def list_marked(output: str) -> set[str]:
 
 
 def _check_same_job(output: str, existing: Job, job: Job) -> None:
+    before, now = asdict(existing), asdict(job)
     differences = [
-        f"{field.name} is {_abbreviate(getattr(existing, field.name))} there, "
-        f"{_abbreviate(getattr(job, field.name))} now"
-        for field in fields(Job)
-        if getattr(existing, field.name) != getattr(job, field.name)
+        f"{name} is {str(before[name])[:12]} there, {str(now[name])[:12]} now"
+        for name in now
+        if before[name] != now[name]
     ]
     if differences:
         raise UserError(
@@ -170,12 +169,8 @@ def _check_same_job(output: str, existing: Job, job: Job) -> None:
         )
 
 
-def _abbreviate(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
-
-
 def is_intact(output: str, entry: ShardEntry) -> bool:
-    """Whether the shard's tar has its size and its index has its hash."""
+    """Whether the size of the tar and the hash of the index are those of the manifest entry."""
     index = storage.join(output, f"{entry.name}.index.npz")
     return (
         storage.file_size(storage.join(output, f"{entry.name}.tar")) == entry.num_bytes

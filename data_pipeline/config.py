@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ifvit.errors import UserError
+from ifvit.errors import UserError, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,9 +13,9 @@ class EncodeConfig:
     source: str = "coco"
     """Kind of image set: coco, folder, webdataset, table, or your own package.module:Class."""
     images: str
-    """Folder or s3:// prefix of the images. For webdataset: of the tars, or a pattern of tars."""
+    """Folder or s3:// prefix of the images; for webdataset a folder or a pattern of tars."""
     captions: str | None = None
-    """COCO's captions_*.json, or the CSV, JSONL or Parquet file of a table."""
+    """Captions: the captions_*.json of COCO, or the CSV, JSONL or Parquet file of a table."""
     output: str
     """Folder or s3:// prefix of the shards; the manifest is written last."""
     vae: str
@@ -25,10 +25,10 @@ class EncodeConfig:
     image_size: int = 256
     """Side of the square images in pixels; they are centre-cropped and resized with LANCZOS."""
     samples_per_shard: int = 1000
-    """Images per shard. A job that is killed loses at most its unfinished shards."""
+    """Images per shard. A killed job loses only the shards that it was writing."""
     batch_size: int = 32
-    """Images that the encoders process at once. A rerun may use another number, because it changes
-    only how results are rounded."""
+    """Images that the encoders process at once. A rerun may use another batch size, because the
+    batch size only changes how results are rounded."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format in the shards."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -40,15 +40,15 @@ class EncodeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the encoders; auto uses a GPU if there is one."""
     num_workers: int = 4
-    """Threads that read and resize images ahead of the encoders."""
+    """Threads that read and resize images; each prepares one batch ahead of the encoders."""
     num_tasks: int | None = None
     """Number of tasks that share the work. Default: the length of the SLURM array, or 1."""
     task: int | None = None
     """Number of this task, from 0. Default: the position in the SLURM array."""
 
     def __post_init__(self) -> None:
-        keys = ("image_size", "samples_per_shard", "batch_size", "num_workers", "num_tasks")
-        _require_positive(self, *keys)
+        require_positive(self, "image_size", "samples_per_shard", "batch_size")
+        require_positive(self, "num_workers", "num_tasks")
         if self.tolerate < 0:
             raise UserError(f"tolerate is {self.tolerate}; it must be at least 0")
 
@@ -63,12 +63,12 @@ class ShardsConfig:
     """Shards (verify) or indexes (stats) that are read at once."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "num_workers")
+        require_positive(self, "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Merge datasets that were encoded alike into one dataset."""
+    """Merge datasets that were encoded with the same encoders and settings into one dataset."""
 
     urls: list[str]
     """Folders or s3:// prefixes of the datasets, in the order of their shards."""
@@ -90,11 +90,4 @@ class InspectConfig:
     """Autoencoder for the PNG file. Default: the one that the manifest names."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "num_samples")
-
-
-def _require_positive(config: object, *keys: str) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise UserError(f"{key} is {value}; it must be at least 1")
+        require_positive(self, "num_samples")

@@ -1,8 +1,8 @@
 """The verb `encode`: captioned or labelled images => shards of VAE moments and embeddings.
 
-Any number of processes work on one job without communication. Each takes the shards of its
-partition, and completion markers in the output say which shards are finished. A process that finds
-the markers of all shards writes the manifest (`finish`).
+Any number of processes work on one job without communication. Each encodes the shards of its
+partition and writes a completion marker for each finished shard. A process that finds the markers
+of all shards writes the manifest (`finish`).
 """
 
 import hashlib
@@ -59,8 +59,9 @@ MAX_ROUND_TRIPS = 8
 def encode(config: EncodeConfig) -> Manifest | None:
     """Encode the unfinished shards of this process's partition, then finish the job if possible.
 
-    Returns None while shards of other partitions are missing. Raises UserError at the end, without
-    a manifest, when more images than `config.tolerate` cannot be read; all others are encoded then.
+    Returns None while shards of other partitions are missing. Raises UserError when more images
+    than `config.tolerate` are unreadable; all other images are encoded before, but there is no
+    manifest.
     """
     partition = find_partition(config, World.from_environment())
     source = open_source(config)
@@ -100,34 +101,29 @@ class Partition:
     size: int
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Every `size`-th item from `number` on, so that all partitions take about as long."""
+        """Return every `size`-th item from `number` on; all partitions take about as long."""
         return items[self.number :: self.size]
 
 
 def find_partition(config: EncodeConfig, world: World) -> Partition:
-    """Find this process's partition among the tasks and the processes of each task.
+    """Find the partition of this process; every process of every task has one.
 
-    The tasks are those of the recipe or of the SLURM array. Raises UserError when there are several
-    tasks and the number of this one is unknown or too large.
+    The recipe or the SLURM array defines the tasks. Raises UserError when there are several tasks
+    and the number of this task is unknown or too large.
     """
-    array = _slurm_array()
-    num_tasks = config.num_tasks or (array.size if array else 1)
-    task = config.task if config.task is not None else (array.number if array else None)
-    if task is None:
-        if num_tasks > 1:
-            raise UserError(f"num_tasks is {num_tasks}, but task is not set; set it, from 0")
-        task = 0
+    task, num_tasks = config.task, config.num_tasks
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        names = ("ID", "MIN", "STEP", "COUNT")
+        number, first, step, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in names)
+        task = (number - first) // step if task is None else task
+        num_tasks = num_tasks or count
+    num_tasks = num_tasks or 1
+    if task is None and num_tasks > 1:
+        raise UserError(f"num_tasks is {num_tasks}, but task is not set; set it, from 0")
+    task = task or 0
     if not 0 <= task < num_tasks:
         raise UserError(f"task is {task} of {num_tasks}; it must be 0 to {num_tasks - 1}")
     return Partition(number=task * world.size + world.rank, size=num_tasks * world.size)
-
-
-def _slurm_array() -> Partition | None:
-    if "SLURM_ARRAY_TASK_ID" not in os.environ:
-        return None
-    names = ("ID", "MIN", "STEP", "COUNT")
-    task, first, step, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in names)
-    return Partition(number=(task - first) // step, size=count)
 
 
 def _describe_job(config: EncodeConfig, source: Source, encoders: Encoders) -> Job:
@@ -144,10 +140,10 @@ def _describe_job(config: EncodeConfig, source: Source, encoders: Encoders) -> J
 
 
 def find_finished(output: str, units: Iterable[Unit], job: Job) -> dict[str, CompletionMarker]:
-    """Markers, by name, of the units that need not be encoded.
+    """Read the markers, by name, of the units that are finished.
 
     A unit is encoded again when its marker is missing or damaged, when its shard is incomplete, or
-    when an image that it left out has become readable. Raises UserError when a marker belongs to
+    when an image that was left out can be read now. Raises UserError when a marker belongs to
     another job.
     """
     by_name = {unit.name: unit for unit in units}
@@ -171,7 +167,7 @@ def _became_readable(unit: Unit, marker: CompletionMarker) -> bool:
 
 
 def _unmark(output: str, todo: list[Unit]) -> None:
-    """Delete the completion markers of shards that will be replaced, then the manifest."""
+    """Delete the completion markers of the shards to encode, and then the manifest."""
     for name in list_marked(output).intersection(unit.name for unit in todo):
         storage.remove(marker_url(output, name))
     if todo:
@@ -207,8 +203,8 @@ def finish(
 ) -> Manifest:
     """Write the null context and, last, the manifest.
 
-    Several processes may do so at once, because all write equal bytes. Raises UserError when more
-    images were left out than the recipe tolerates.
+    Several processes may do this at the same time, because all write equal bytes. Raises UserError
+    when more images were left out than the recipe tolerates.
     """
     _check_failures(config, markers)
     is_new = not storage.exists(storage.join(config.output, MANIFEST))
@@ -272,9 +268,9 @@ def _write_null_context(config: EncodeConfig, encoders: Encoders) -> TextEncodin
 def report_round_trip(
     config: EncodeConfig, source: Source, manifest: Manifest, vae: Autoencoder
 ) -> None:
-    """Print the PSNR of decoded posterior means for the first images of the first shard.
+    """Decode the stored moments of a few images and print their PSNR to the original images.
 
-    The number of images is one per hundred, at least one and at most 8.
+    The images are the first of the first shard: one per hundred of the dataset, from 1 to 8.
     """
     num_images = min(MAX_ROUND_TRIPS, 1 + manifest.num_samples // 100)
     entry = next(entry for entry in manifest.shards if entry.num_samples)

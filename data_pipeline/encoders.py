@@ -3,10 +3,11 @@
 import contextlib
 import io
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +25,15 @@ from ifvit.models.clip import TextEncoder, load_text_encoder
 from ifvit.shards import LatentSample
 from ifvit.storage import StoreError
 
-BATCHES_AHEAD = 4
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedBatch:
-    """B images of one shard; a result holds the pixels or the reason why they cannot be read.
+    """Some images of one shard, each with its pixels or with the reason why it is unreadable.
 
     `repeated` are the captions that occur more than once in the shard.
     """
@@ -39,7 +42,7 @@ class DecodedBatch:
     repeated: frozenset[str]
     is_last: bool
     images: Sequence[CaptionedImage]
-    results: Sequence[DecodedImage | Failure]
+    results: Sequence[DecodedImage | Failure] = ()
 
     @property
     def readable(self) -> list[tuple[CaptionedImage, DecodedImage]]:
@@ -55,58 +58,62 @@ class DecodedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedBatch:
-    """Moments (B, 2C, h, w) of the B readable images of a batch, and of their flips if asked.
+    """Moments (B, 2C, h, w) of the B readable images of a batch and, if asked, of their flips.
 
-    `captions` are the T captions that did not occur earlier in the shard, `contexts` (T, M, D) are
-    their embeddings. Tensors stay on the device, so that the encoders need not wait for it.
+    `contexts` (T, M, D) embeds the T captions of these images, image after image. Fields are None
+    where there is nothing to encode. Tensors stay on the device, so the encoders need not wait for
+    the copy to the CPU.
     """
 
     decoded: DecodedBatch
     moments: Tensor | None
     flipped: Tensor | None
-    captions: Sequence[str]
     contexts: Tensor | None
+
+
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int, num_ahead: int
+) -> Iterator[Result]:
+    """Yield `function(item)` for every item in order; threads compute up to `num_ahead` ahead."""
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > num_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def decode_batches(units: Sequence[Unit], config: EncodeConfig) -> Iterator[DecodedBatch]:
     """Decode all images of all units in order; a unit without images gives one empty batch."""
-    pending: deque[tuple[DecodedBatch, Iterator[DecodedImage | Failure]]] = deque()
-    with ThreadPoolExecutor(config.num_workers) as pool:
-        for unit, images in _open_units(units):
-            counts = Counter(caption for image in images for caption in image.captions)
-            repeated = frozenset(caption for caption, count in counts.items() if count > 1)
-            for start in range(0, max(len(images), 1), config.batch_size):
-                end = start + config.batch_size
-                batch = DecodedBatch(
-                    shard=unit.name,
-                    repeated=repeated,
-                    is_last=end >= len(images),
-                    images=images[start:end],
-                    results=(),
-                )
-                results = pool.map(read_or_fail, batch.images, repeat(config.image_size))
-                pending.append((batch, results))
-                if len(pending) > BATCHES_AHEAD:
-                    batch, results = pending.popleft()
-                    yield replace(batch, results=list(results))
-        for batch, results in pending:
-            yield replace(batch, results=list(results))
+    decode = partial(_decode, image_size=config.image_size)
+    batches = _divide(units, config.batch_size)
+    return map_ahead(decode, batches, config.num_workers, config.num_workers)
 
 
-def _open_units(units: Sequence[Unit]) -> Iterator[tuple[Unit, Sequence[CaptionedImage]]]:
-    """Open each unit while the previous one is in use, because opening may be a download."""
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(units[0].open) if units else None
-        for number, unit in enumerate(units):
-            assert following is not None
-            images = following.result()
-            if number + 1 < len(units):
-                following = pool.submit(units[number + 1].open)
-            yield unit, images
+def _divide(units: Sequence[Unit], batch_size: int) -> Iterator[DecodedBatch]:
+    """Divide the images of each unit into batches that are not decoded yet."""
+    # The next unit is opened while the current one is decoded: opening may be a download.
+    opened = map_ahead(lambda unit: unit.open(), units, num_threads=1, num_ahead=1)
+    for unit, images in zip(units, opened, strict=True):
+        counts = Counter(caption for image in images for caption in image.captions)
+        repeated = frozenset(caption for caption, count in counts.items() if count > 1)
+        for start in range(0, max(len(images), 1), batch_size):
+            yield DecodedBatch(
+                shard=unit.name,
+                repeated=repeated,
+                is_last=start + batch_size >= len(images),
+                images=images[start : start + batch_size],
+            )
+
+
+def _decode(batch: DecodedBatch, image_size: int) -> DecodedBatch:
+    return replace(batch, results=[read_or_fail(image, image_size) for image in batch.images])
 
 
 def read_or_fail(image: CaptionedImage, image_size: int) -> DecodedImage | Failure:
-    """Read an image as a square, or return the reason why that fails.
+    """Read an image as a square, or return the reason why it is unreadable.
 
     Raises StoreError when the object store fails, which is not the fault of the image.
     """
@@ -134,29 +141,28 @@ class Encoders:
         self.text = text
         self.device = device
         self._flip = flip
-        self._encoded: set[str] = set()  # repeated captions of the shard that are encoded already
+        self._kept: dict[str, Tensor] = {}  # contexts of this shard's repeated captions
 
     def encode(self, batch: DecodedBatch) -> EncodedBatch:
-        """Encode the readable images, and the captions that are new in the shard."""
-        readable = batch.readable
-        moments = flipped = None
-        if readable:
-            stacked = np.stack([found.pixels for _, found in readable])
+        """Encode the readable images and their captions, equal captions of a shard only once."""
+        moments = flipped = contexts = None
+        if batch.readable:
+            stacked = np.stack([found.pixels for _, found in batch.readable])
             pixels = to_model_range(stacked, self.device)
             moments = self.vae.encode(pixels)
             flipped = self.vae.encode(pixels.flip(-1)) if self._flip else None
-        distinct = dict.fromkeys(caption for image, _ in readable for caption in image.captions)
-        captions = [caption for caption in distinct if caption not in self._encoded]
-        self._encoded |= batch.repeated.intersection(captions)
+            contexts = self._encode_captions(batch, self.text) if self.text else None
         if batch.is_last:
-            self._encoded.clear()
-        return EncodedBatch(
-            decoded=batch,
-            moments=moments,
-            flipped=flipped,
-            captions=captions,
-            contexts=self.text.encode(captions) if self.text and captions else None,
-        )
+            self._kept = {}
+        return EncodedBatch(decoded=batch, moments=moments, flipped=flipped, contexts=contexts)
+
+    def _encode_captions(self, batch: DecodedBatch, encoder: TextEncoder) -> Tensor:
+        captions = [caption for image, _ in batch.readable for caption in image.captions]
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        contexts = self._kept | dict(zip(new, encoder.encode(new) if new else (), strict=True))
+        for caption in batch.repeated.intersection(new):
+            self._kept[caption] = contexts[caption].clone()  # a view would keep the whole batch
+        return torch.stack([contexts[caption] for caption in captions])
 
 
 def load_encoders(config: EncodeConfig, *, has_classes: bool) -> Encoders:
@@ -190,8 +196,9 @@ def decode_mean(vae: Autoencoder, sample: LatentSample) -> Pixels:
 def one_thread() -> Iterator[None]:
     """Let torch compute on one CPU thread inside the block.
 
-    Sums are rounded differently with another number of threads, and launchers set that number by
-    the processes per node, so shards would depend on it. Use more processes for more CPU cores.
+    The number of threads changes how sums are rounded, and launchers set it by the number of
+    processes per node, so the bytes of shards would depend on it. To use more CPU cores, start more
+    processes.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

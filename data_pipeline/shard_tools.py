@@ -1,6 +1,5 @@
 """The verbs `shards inspect`, `stats`, `verify` and `merge`."""
 
-import hashlib
 import sys
 import tempfile
 from collections import Counter
@@ -36,10 +35,8 @@ from ifvit.shards.format import (
     MANIFEST,
     NULL_CONTEXT,
     Array,
-    ShardIndex,
     index_bytes,
     index_tar,
-    parse_index,
     remedy_for,
 )
 
@@ -96,7 +93,7 @@ def stats(config: ShardsConfig) -> None:
     """
     manifest = read_manifest(config.url)
     with ThreadPoolExecutor(config.num_workers) as pool:
-        indexes = list(pool.map(partial(_fetch_index, config.url), manifest.shards))
+        indexes = list(pool.map(partial(read_index, config.url), manifest.shards))
     if manifest.classes:
         labels = np.concatenate([index.label for index in indexes])
         per_class = np.bincount(labels, minlength=len(manifest.classes))
@@ -115,14 +112,6 @@ def stats(config: ShardsConfig) -> None:
             ("bytes", f"{sum(entry.num_bytes for entry in manifest.shards):,}"),
         ]
     )
-
-
-def _fetch_index(url: str, entry: ShardEntry) -> ShardIndex:
-    where = storage.join(url, f"{entry.name}.index.npz")
-    data = storage.read_bytes(where)
-    if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-        raise ShardError(f"{where}: does not match the manifest's hash; {remedy_for(entry)}")
-    return parse_index(data, where)
 
 
 def _range(values: Array) -> str:
@@ -152,23 +141,11 @@ def verify(config: ShardsConfig) -> None:
     """Print every problem of the dataset on one line. Raises UserError with their number."""
     manifest = read_manifest(config.url)
     problems = _manifest_problems(config.url, manifest)
-    num_bytes = sum(entry.num_bytes for entry in manifest.shards)
-
-    def check(entry: ShardEntry) -> list[str]:
-        with open_shard(config.url, entry) as folder:
-            found = [
-                problem.replace(str(folder), config.url)
-                for problem in _shard_problems(folder, entry, manifest)
-            ]
-        progress.update(entry.num_bytes)
-        return found
-
-    with (
-        tqdm(total=num_bytes, desc="verify", unit="B", unit_scale=True) as progress,
-        ThreadPoolExecutor(config.num_workers) as pool,
-    ):
-        for found in pool.map(check, manifest.shards):
-            problems += found
+    check = partial(_verify_shard, config.url, manifest)
+    with ThreadPoolExecutor(config.num_workers) as pool:
+        found = pool.map(check, manifest.shards)
+        for of_shard in tqdm(found, desc="verify", total=len(manifest.shards), unit="shard"):
+            problems += of_shard
     if problems:
         sys.stdout.writelines(f"{problem}\n" for problem in problems)
         raise UserError(f"{config.url}: {len(problems)} problems, listed above")
@@ -195,6 +172,12 @@ def _manifest_problems(url: str, manifest: Manifest) -> list[str]:
     return problems
 
 
+def _verify_shard(url: str, manifest: Manifest, entry: ShardEntry) -> list[str]:
+    with open_shard(url, entry) as folder:
+        problems = list(_shard_problems(folder, entry, manifest))
+    return [problem.replace(str(folder), url) for problem in problems]
+
+
 def _shard_problems(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:
     index = None
     try:
@@ -209,10 +192,10 @@ def _shard_problems(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iter
         return
     if storage.sha256_of(path) != entry.sha256:
         yield f"{path}: content does not match the manifest's sha256; {remedy_for(entry)}"
-        return  # a list of what is wrong in a damaged tar would not help
+        return  # further problems of a damaged tar would only be consequences
     if index is not None and index_bytes(index) != index_bytes(index_tar(path)):
         yield f"{path}: index does not point to the members; {remedy_for(entry)}"
-    # Problems below are errors of the program that wrote the tar, because its hash is right.
+    # The hash is right, so the program that wrote the tar is to blame for the problems below.
     num_samples = num_captions = 0
     for sample in read_samples(path):
         num_samples += 1
@@ -244,10 +227,10 @@ def _sample_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
 def _array_problems(
     array: Array | None, shape: tuple[int, ...] | None, dtype: str
 ) -> Iterator[str]:
-    """Differences of an array from its shape and dtype; `shape` None means no array."""
+    """Compare an array with its shape and dtype; `shape` None means that there is no array."""
     if array is None or shape is None:
         if (array is None) != (shape is None):
-            yield f"is {'missing' if array is None else 'present'}, unlike the manifest says"
+            yield f"is {'missing' if array is None else 'present'}, contrary to the manifest"
         return
     if array.shape != shape or array.dtype != dtype:
         yield f"is {array.dtype} {array.shape}, not {dtype} {shape}"
@@ -256,7 +239,7 @@ def _array_problems(
 
 
 def merge(config: MergeConfig) -> None:
-    """Copy all shards, each checked by its hash, and write the combined manifest last.
+    """Copy all shards, check the hash of each, and write the combined manifest last.
 
     Raises UserError for fewer than two datasets, for datasets that were encoded differently, for a
     shard that occurs twice, and when the output already contains a dataset.
@@ -303,18 +286,18 @@ def _check_alike(urls: list[str], manifests: list[Manifest]) -> None:
 
 
 def _encoding(manifest: Manifest) -> dict[str, object]:
-    """Properties that datasets must share to be merged."""
+    """Return the properties that datasets must share to be merged."""
     same = ("classes", "image_size", "resize", "flipped", "dtype", "moments_shape")
     text = manifest.text
     return {key: getattr(manifest, key) for key in same} | {
         "vae": manifest.vae.sha256,
         "text_encoder": text and text.encoder.sha256,
-        "null_context": text and text.null_context_sha256,  # differs with precision alone
+        "null_context": text and text.null_context_sha256,  # also shows another precision
     }
 
 
 def check_unique(entries: list[tuple[str, ShardEntry]]) -> None:
-    """Raise UserError if a shard with images occurs twice, because its images would count twice."""
+    """Raise UserError if a shard that contains images occurs twice."""
     counts = Counter(entry.sha256 for _, entry in entries if entry.num_samples)
     twice = [f"{url}/{entry.name}.tar" for url, entry in entries if counts[entry.sha256] > 1]
     if twice:
@@ -322,7 +305,7 @@ def check_unique(entries: list[tuple[str, ShardEntry]]) -> None:
 
 
 def _copy(source: str, target: str, sha256: str) -> None:
-    """Copy through a local file whose hash is checked, so that damaged shards are not copied."""
+    """Copy a file through a local file and check its hash there; damaged files are not copied."""
     with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
         local = Path(folder, Path(source).name)
         storage.download(source, local, sha256)
@@ -330,7 +313,7 @@ def _copy(source: str, target: str, sha256: str) -> None:
 
 
 def _combine(manifests: list[Manifest], shards: list[ShardEntry]) -> Manifest:
-    """The manifest of all shards, with the statistics of all latents together."""
+    """Build the manifest of all shards, with the statistics of all their latents."""
     sums = LatentSums()
     for manifest in manifests:
         count, mean, std = manifest.num_samples, manifest.latent_mean, manifest.latent_std

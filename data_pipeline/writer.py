@@ -1,8 +1,9 @@
 """Background threads of the encode job: they write encoded batches as shards.
 
-`encode` calls `write_shards` with the encoded batches. A shard's tar is written while its batches
-come; hashing, upload and the completion marker of a shard overlap with the encoding of the next.
-Queues are short, so memory stays bounded: a slow disk or store makes the encoders wait.
+`encode` calls `write_shards` with the encoded batches. A thread writes a shard's tar while the
+encoders work on the next batches; hashing, upload and the completion marker of a shard overlap with
+the encoding of the next shard. Queues are short, so memory stays bounded: the encoders wait for a
+slow disk or store.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ SHARDS_AT_ONCE = 2
 BATCHES_QUEUED = 2
 
 _Batches = queue.Queue[EncodedBatch | None]
+"""Batches of one shard on their way to its thread; None tells the thread to give up."""
 
 
 def write_shards(
@@ -45,7 +47,7 @@ def write_shards(
     An error that ends the writing of a shard is raised at the next batch.
     """
     shards: list[Future[CompletionMarker]] = []
-    current: _Batches | None = None  # batches of the shard that is being encoded
+    current: _Batches | None = None  # queue of the shard that is being encoded
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         try:
             for batch in batches:
@@ -58,7 +60,7 @@ def write_shards(
                     current = None
         finally:
             if current is not None:
-                _end(current)
+                _give_up(current)
     return [shard.result() for shard in shards]
 
 
@@ -72,8 +74,8 @@ def _put(batches: _Batches, batch: EncodedBatch, shards: list[Future[CompletionM
             return
 
 
-def _end(batches: _Batches) -> None:
-    """Make the thread give up its shard; it may have failed and read no more batches."""
+def _give_up(batches: _Batches) -> None:
+    """Make the thread give up its shard. It may have failed already and left the queue full."""
     with contextlib.suppress(queue.Empty):
         while True:
             batches.get_nowait()
@@ -101,15 +103,15 @@ def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -
 
 
 class _Samples:
-    """Iterates over the samples of one shard; then `failures` and `latent_sums` are complete."""
+    """Iterates once over the samples of one shard.
+
+    `failures` and `latent_sums` are complete after the last sample.
+    """
 
     def __init__(self, name: str, batches: _Batches, dtype: str) -> None:
         self.failures: list[Failure] = []
         self.latent_sums = LatentSums()
-        self._name = name
-        self._batches = batches
-        self._dtype = dtype
-        self._repeated: dict[str, Array] = {}
+        self._name, self._batches, self._dtype = name, batches, dtype
 
     def __iter__(self) -> Iterator[LatentSample]:
         is_last = False
@@ -118,23 +120,24 @@ class _Samples:
             if batch is None:
                 raise InterruptedError(f"{self._name}: the encoders stopped before its last image")
             self.failures += batch.decoded.failures
-            if batch.moments is not None:
-                yield from self._convert(batch, self._store(batch.moments))
+            yield from self._convert(batch)
             is_last = batch.decoded.is_last
 
-    def _convert(self, batch: EncodedBatch, moments: Array) -> Iterator[LatentSample]:
-        self.latent_sums += sum_latents(moments)
+    def _convert(self, batch: EncodedBatch) -> Iterator[LatentSample]:
+        if batch.moments is None:
+            return
+        moments = self._store(batch.moments)
         flipped = None if batch.flipped is None else self._store(batch.flipped)
-        contexts = self._contexts(batch)
+        contexts = None if batch.contexts is None else self._store(batch.contexts)
+        self.latent_sums += sum_latents(moments)
+        end = 0
         for row, (image, decoded) in enumerate(batch.decoded.readable):
-            context = None
-            if image.label is None:
-                context = np.stack([contexts[caption] for caption in image.captions])
+            start, end = end, end + len(image.captions)
             yield LatentSample(
                 key=image.key,
                 moments=moments[row],
                 flipped=None if flipped is None else flipped[row],
-                context=context,
+                context=None if contexts is None else contexts[start:end],
                 label=image.label,
                 metadata=SampleMetadata(
                     image_id=image.image_id,
@@ -143,15 +146,6 @@ class _Samples:
                     height=decoded.height,
                 ),
             )
-
-    def _contexts(self, batch: EncodedBatch) -> dict[str, Array]:
-        """Embeddings (M, D) by caption: of the batch, and those kept from earlier batches."""
-        if batch.contexts is None:
-            return self._repeated
-        rows = dict(zip(batch.captions, self._store(batch.contexts), strict=True))
-        for caption in batch.decoded.repeated.intersection(rows):
-            self._repeated[caption] = rows[caption].copy()  # a view would keep the batch in memory
-        return self._repeated | rows
 
     def _store(self, values: Tensor) -> Array:
         return to_stored(values, self._dtype, self._name)

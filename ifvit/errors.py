@@ -1,4 +1,4 @@
-"""How a process ends that cannot finish: the user's mistakes, and preemption."""
+"""How a process ends that cannot finish: mistakes of the user, and preemption."""
 
 EXIT_PREEMPTED = 75
 """Exit code after a stop signal, once all work is saved: run the same command again to continue.
@@ -12,3 +12,11 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raise UserError for the first of these fields whose value is below 1; None is accepted."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")

@@ -11,15 +11,17 @@ from functools import cached_property, partial
 from typing import Protocol
 
 from ifvit import storage
+from ifvit.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedImage:
     """One image with all its captions, or with the number of its class.
 
-    `key` is unique in its unit and contains no dot and no slash. `name` is for messages. `read`
-    returns the content of the image file; an error that it raises, except StoreError, is recorded
-    as the reason why the image is left out.
+    `key` is unique in its unit and contains no dot and no slash. Messages show `name`. `read`
+    returns the content of the image file; when it raises an error other than StoreError, the image
+    is left out and the error is recorded as the reason. Raises UserError for an image with neither
+    captions nor label.
     """
 
     key: str
@@ -29,13 +31,17 @@ class CaptionedImage:
     captions: tuple[str, ...] = ()
     label: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.captions and self.label is None:
+            raise UserError(f"{self.name}: no caption and no label; give every image one of them")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
     """The images of one output shard, which `open` returns in order.
 
-    `num_images` is None if it is unknown before `open`. `is_listed` says that `open` costs nothing,
-    so that every start may check images that failed before.
+    `num_images` is None if it is unknown before `open`. `is_listed` says that `open` costs nothing;
+    then every start of the job checks whether images that failed before can be read now.
     """
 
     name: str
@@ -45,9 +51,9 @@ class Unit:
 
 
 class Source(Protocol):
-    """All images of one dataset, with the same images in the same order in every process.
+    """All images of one dataset; every process sees the same images in the same order.
 
-    Its constructor takes the fields `images` and `captions` of the recipe; the latter may be None.
+    The constructor takes the fields `images` and `captions` of the recipe; `captions` may be None.
     It raises UserError, in one line, for missing or malformed input.
     """
 
@@ -67,7 +73,7 @@ class Source(Protocol):
 
 
 class ListedSource:
-    """Base class of sources that list all their images; `images` is in its final order."""
+    """Base class of sources that list all their images, in the order in which they are encoded."""
 
     def __init__(self, images: Sequence[CaptionedImage]) -> None:
         self.images = images
@@ -99,7 +105,7 @@ class ListedSource:
 def numbered_image(
     number: int, folder: str, path: str, captions: tuple[str, ...] = (), label: int | None = None
 ) -> CaptionedImage:
-    """An image whose id is its path in a folder or under an `s3://` prefix."""
+    """Build an image whose id is its path below `folder`, which may be an `s3://` prefix."""
     return CaptionedImage(
         key=f"{number:012d}",
         image_id=path,

@@ -14,28 +14,28 @@ from PIL import Image
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from data_pipeline.encoders import Encoders, decode_batches, load_encoders, one_thread
+from data_pipeline.encoders import DecodedBatch, Encoders, decode_batches, load_encoders, one_thread
 from data_pipeline.sources import open_source
 from ifvit import storage
 from ifvit.bench.config import BenchEncodeConfig
-from ifvit.bench.measurement import measure_rounds, median_ratio, print_result
-from ifvit.images import Pixels, to_model_range
+from ifvit.bench.measurement import measure_rounds, median_ratio, print_result, seconds_on
 from ifvit.scenes.captions import write_captions
 from ifvit.scenes.drawings import render_sampled_scene
 from ifvit.training.profiling import device_name
 
 IMAGE_SHAPE = (640, 480)
 NOISE = 6.0
-"""Standard deviation of the noise that makes JPEGs of scenes as large as photos, about 100 kB."""
+"""Standard deviation of the noise that makes a JPEG of a scene as large as a photo, 100 kB."""
 
 
 def bench_encode(config: BenchEncodeConfig) -> None:
-    """Render images, measure the job and its models in turn, print the ratio, clean up."""
+    """Render images, measure the job and its models in turn, and print their ratio."""
     with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as name, one_thread():
         recipe = _render_images(Path(name), config)
         encoders = load_encoders(recipe, has_classes=False)
-        batches = _prepare_batches(recipe, encoders)
-        _time_models(batches[:1], encoders)  # first use of the device
+        units = open_source(recipe).units(recipe.samples_per_shard)
+        batches = list(decode_batches(units, recipe))
+        _time_models(batches, encoders)  # first use of the device
         contenders = {
             "job": partial(_time_job, recipe),
             "models": partial(_time_models, batches, encoders),
@@ -80,17 +80,8 @@ def _render_images(folder: Path, config: BenchEncodeConfig) -> EncodeConfig:
     )
 
 
-def _prepare_batches(recipe: EncodeConfig, encoders: Encoders) -> list[tuple[Pixels, list[str]]]:
-    """Pixels (B, H, W, 3) and captions of the batches that the job gives to its models."""
-    units = open_source(recipe).units(recipe.samples_per_shard)
-    return [
-        (np.stack([image.pixels for _, image in encoded.decoded.readable]), list(encoded.captions))
-        for encoded in map(encoders.encode, decode_batches(units, recipe))
-    ]
-
-
 def _time_job(recipe: EncodeConfig) -> float:
-    """Seconds from opening the source to the manifest, including the loading of the models."""
+    """Return the seconds from opening the source to the manifest, loading of models included."""
     started = time.perf_counter()
     encode(recipe)
     seconds = time.perf_counter() - started
@@ -98,13 +89,11 @@ def _time_job(recipe: EncodeConfig) -> float:
     return seconds
 
 
-def _time_models(batches: list[tuple[Pixels, list[str]]], encoders: Encoders) -> float:
-    """Seconds that the models alone take for the same batches."""
-    assert encoders.text is not None
-    started = time.perf_counter()
-    for pixels, captions in batches:
-        moments = encoders.vae.encode(to_model_range(pixels, encoders.device))
-        if captions:
-            encoders.text.encode(captions)
-    moments.cpu()  # waits until the device has finished
-    return time.perf_counter() - started
+def _time_models(batches: list[DecodedBatch], encoders: Encoders) -> float:
+    """Return the seconds that the models alone take for the same batches."""
+
+    def encode_all() -> None:
+        for batch in batches:
+            encoders.encode(batch)
+
+    return seconds_on(torch.device(encoders.device), encode_all)

@@ -63,7 +63,7 @@ def test_a_failing_store_does_not_count_as_a_broken_image() -> None:
     def fail() -> bytes:
         raise StoreError("unreachable")
 
-    image = CaptionedImage(key="0", image_id=0, name="x.jpg", read=fail)
+    image = CaptionedImage(key="0", image_id=0, name="x.jpg", read=fail, label=0)
     with pytest.raises(StoreError, match="unreachable"):
         read_or_fail(image, image_size=8)
 
