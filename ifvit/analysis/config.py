@@ -46,7 +46,7 @@ class HardwareConfig:
 class PlanConfig:
     """Plan training on many GPUs: memory, step time, communication, checkpoints, loading.
 
-    docs/performance.md has the formulas and their assumptions.
+    docs/log.md has the formulas and their assumptions.
     """
 
     presets: tuple[PlanPreset, ...] = ("1b", "8b")
