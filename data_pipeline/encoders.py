@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,7 +73,7 @@ class EncodedBatch:
 
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], num_threads: int, num_ahead: int
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Yield `function(item)` for every item in order; threads compute up to `num_ahead` ahead."""
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:

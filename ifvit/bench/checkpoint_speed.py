@@ -1,4 +1,4 @@
-"""The verb `bench checkpoint`: how long saves stop the loop, and how much they slow it down."""
+"""The verb `bench checkpoint`: how long saves stop the training loop, and how they slow it down."""
 
 import tempfile
 from functools import partial
@@ -24,11 +24,11 @@ from ifvit.training.profiling import device_name
 
 
 def bench_checkpoint(config: BenchCheckpointConfig) -> None:
-    """Train the small preset on noise, first without saves and then with saves, print the cost.
+    """Train the small preset on noise, first without and then with saves, and print the cost.
 
-    `stall_share` is the fraction of wall time in which the loop stands still. `slowdown` is the
-    relative growth of the other steps, because the background threads share the machine.
-    `last_save_seconds` is the time that the end of a run waits for its last save.
+    `stall_share` is the fraction of wall time in which the loop waits for a save. `slowdown` is the
+    relative increase of the remaining time, because the saving threads share the machine.
+    `last_save_seconds` is the time that the end of a run waits for the last save.
     """
     with tempfile.TemporaryDirectory() as folder:
         recipe = _recipe(config.run or folder, config)
@@ -72,7 +72,7 @@ def _recipe(run: str, config: BenchCheckpointConfig) -> TrainConfig:
 
 
 def _build_hook(recipe: TrainConfig, engine: Engine, lease: Lease) -> SaveCheckpoint:
-    # A checkpoint holds the hash of the shards' manifest, and publishes the rows of the log.
+    # Saving a checkpoint reads the manifest of the shards and uploads the metrics log.
     write_json(join(recipe.run, MANIFEST), {})
     write_bytes(join(recipe.run, "metrics.jsonl"), b"")
     encoder = EncoderIdentity(name="none", sha256="0" * 64)

@@ -3,30 +3,43 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ifvit.errors import UserError, require_positive
+
 Preset = Literal["tiny", "small", "mid", "large", "huge"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchLoaderConfig:
+class BenchConfig:
+    """Base of all benchmarks: every whole number in a flag must be positive."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError naming the first flag whose number is below 1."""
+        require_positive(self, *(name for name, value in vars(self).items() if type(value) is int))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLoaderConfig(BenchConfig):
     """Compare the training loader with webdataset, with one file per array, and with a bare copy.
 
-    The made-up samples have the paper's shapes. They are written to a temporary folder ($TMPDIR).
+    The samples are random numbers in the shapes of the paper. They are written to a temporary
+    folder ($TMPDIR). The JSON object holds samples_per_s, vs_webdataset, vs_npy and vs_copy; with
+    `store` samples_per_s and vs_download.
     """
 
     num_samples: int | None = None
-    """Images with five captions each; an image takes 0.6 MB, twice on disk and once in memory.
+    """Images with five captions each. An image takes 0.6 MB, twice on disk and once in memory.
     Default: 4000, or 800 with `store`."""
     batch_size: int = 256
     """Samples per batch."""
     num_workers: int = 2
-    """Threads of the loader and of the copy, processes of the other two."""
+    """Threads of the loader and of the copy; processes of webdataset and of one file per array."""
     rounds: int = 5
     """Interleaved repetitions; the medians are compared."""
     store: str | None = None
-    """s3://bucket/prefix: compare reading an epoch from there with downloading it instead."""
-    json: bool = False
-    """Print one JSON object with samples_per_s, vs_webdataset, vs_npy and vs_copy; with `store`
-    samples_per_s and vs_download."""
+    """s3://bucket/prefix: compare reading an epoch from there with downloading its shards."""
 
     @property
     def num_images(self) -> int:
@@ -34,15 +47,20 @@ class BenchLoaderConfig:
         return self.num_samples or (4000 if self.store is None else 800)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_images < 2 * self.batch_size:
-            raise ValueError("num_samples must be at least two batches of batch_size")
+            raise UserError(
+                f"num_samples is {self.num_images}; it must be at least two batches "
+                f"of batch_size {self.batch_size}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchEncodeConfig:
-    """Compare the whole encode job, from files to manifest, with its two models alone.
+class BenchEncodeConfig(BenchConfig):
+    """Compare the whole encode job, from image files to the manifest, with its two models alone.
 
-    The images are rendered scenes, saved as JPEGs of 640 x 480 pixels, with five captions each.
+    The images are rendered scenes, saved as JPEGs of 640 x 480 pixels, with five captions each. The
+    JSON object holds images_per_s, vs_models_alone and the conditions.
     """
 
     vae: str = "scenes/vae"
@@ -59,13 +77,14 @@ class BenchEncodeConfig:
     """Number format in which the models compute."""
     rounds: int = 3
     """Interleaved repetitions; the medians are compared."""
-    json: bool = False
-    """Print one JSON object with images_per_s, vs_models_alone, and the conditions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchCheckpointConfig:
-    """Measure how much the checkpoints of the 48M-parameter preset slow training down."""
+class BenchCheckpointConfig(BenchConfig):
+    """Measure how much the checkpoints of the 48M-parameter preset slow training down.
+
+    The JSON object holds stall_share, slowdown, seconds and size of a save, and the conditions.
+    """
 
     run: str | None = None
     """Folder or s3://bucket/prefix to save to. Default: a temporary folder."""
@@ -75,28 +94,28 @@ class BenchCheckpointConfig:
     """Steps measured without saves, and again with saves; a multiple of `every`."""
     batch_size: int = 4
     """Samples per step; use the paper's 256 on a GPU."""
-    json: bool = False
-    """Print one JSON object."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.num_steps % self.every:
-            raise ValueError(f"num_steps {self.num_steps} must be a multiple of every {self.every}")
+        super().__post_init__()
+        if self.num_steps % self.every:
+            raise UserError(f"num_steps {self.num_steps} must be a multiple of every {self.every}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchGenerateConfig:
+class BenchGenerateConfig(BenchConfig):
     """Compare guided sampling with plain guidance, which runs the whole backbone twice per step.
 
-    Plain guidance computes the text branch and the text's keys and values again in every step. On a
-    GPU sampling is also compared with U-ViT (early fusion by concatenation) under eager fp16
-    autocast. The decoder is left out everywhere, and the backbone is untrained.
+    Plain guidance computes the text branch and the keys and values of the text again in every step.
+    On a GPU, sampling is also compared with U-ViT (early fusion by concatenation) under eager fp16
+    autocast. The backbone is untrained, and no latents are decoded. The JSON object holds
+    images_per_s, vs_no_cache, vs_eager_fp16 (null without a GPU) and the conditions.
     """
 
     preset: Preset = "small"
-    """Size of the backbone with intermediate fusion by cross-attention; 32 x 32 latents (256 x 256
-    pixels) from small on."""
+    """Size of the backbone with intermediate fusion by cross-attention. All sizes from small on
+    have 32 x 32 latents (256 x 256 pixels)."""
     num_steps: int = 50
-    """Function evaluations (NFE) per image; one is measured and multiplied."""
+    """Function evaluations (NFE) per image; one is measured and multiplied by this number."""
     batch_size: int = 4
     """Images generated together."""
     rounds: int = 11
@@ -105,25 +124,23 @@ class BenchGenerateConfig:
     """Number format of the weights."""
     compile: bool = False
     """Compile the backbone, on a GPU with CUDA graphs; the peers stay eager."""
-    json: bool = False
-    """Print one JSON object with images_per_s, vs_no_cache, vs_eager_fp16 (null without a GPU), and
-    the conditions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchTrainConfig:
+class BenchTrainConfig(BenchConfig):
     """Compare training steps of the paper's four variants with U-ViT's recipe and a bare loop.
 
-    Steps are also related to the limits of the hardware. One process, plain PyTorch, random data in
-    memory.
+    Steps are also compared with the limits of the hardware. One process trains with plain PyTorch
+    on random data in memory. The JSON object holds rows, intermediate_vs_early, engine_overhead,
+    vs_uvit_recipe and the conditions.
     """
 
     preset: Preset = "small"
-    """Size of the backbones; 32 x 32 latents (256 x 256 pixels) from small on."""
+    """Size of the backbones. All sizes from small on have 32 x 32 latents (256 x 256 pixels)."""
     batch_size: int = 4
     """Samples per step; use the paper's 256 on a GPU."""
     steps: int = 1
-    """Steps per measurement; use more where a step takes milliseconds."""
+    """Steps per measurement; use more when a step takes only milliseconds."""
     rounds: int = 7
     """Interleaved repetitions; the medians are compared."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
@@ -133,6 +150,3 @@ class BenchTrainConfig:
     """Compile the blocks; U-ViT's recipe stays eager."""
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
     """Attention backend, as engine.attention of a training recipe; U-ViT's recipe uses sdpa."""
-    json: bool = False
-    """Print one JSON object with rows, intermediate_vs_early, engine_overhead, vs_uvit_recipe, and
-    the conditions."""

@@ -1,8 +1,8 @@
 """The verb `bench loader`: samples per second of the training loader and of three peers.
 
-The peers read the same made-up samples: webdataset's own pipeline, torch's DataLoader over U-ViT's
-one-file-per-array layout, and a bare copy of rows that are in memory. With `--store` the loader
-reads an epoch from an object store and is compared with downloading the shards.
+All read the same random samples. The peers are the pipeline of webdataset, torch's DataLoader over
+the layout of U-ViT (one file per array), and a bare copy of rows in memory. With `--store` the
+loader reads an epoch from an object store and is compared with downloading the shards.
 """
 
 import hashlib
@@ -11,13 +11,11 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from webdataset import WebDataset, WebLoader
 
+from data_pipeline.encoders import map_ahead
 from data_pipeline.shard_io import npy_bytes, write_shard
 from ifvit import storage
 from ifvit.bench.config import BenchLoaderConfig
@@ -47,8 +46,10 @@ MOMENTS_SHAPE = (8, 32, 32)
 CONTEXT_SHAPE = (77, 768)
 NUM_CAPTIONS = 5
 NUM_SHARDS = 16
-SHUFFLE_BUFFER = 1000  # samples that webdataset shuffles
-SHUFFLE_WINDOW = 4  # shards that the loader shuffles when it reads from a store
+SHUFFLE_BUFFER = 1000
+"""Samples that webdataset shuffles."""
+SHUFFLE_WINDOW = 4
+"""Shards that the loader shuffles when it reads from a store."""
 WARM_UP_BATCHES = 2
 SECONDS = 3.0
 """Length of one measurement."""
@@ -58,14 +59,14 @@ Stream = Generator[int]
 
 
 def bench_loader(config: BenchLoaderConfig) -> None:
-    """Write made-up samples to a temporary folder, measure, print the ratios, clean up."""
+    """Write random samples to a temporary folder, measure all readers, print the ratios."""
     with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as folder:
         compare = compare_with_peers if config.store is None else compare_with_download
         print_result(compare(Path(folder), config), config.json)
 
 
 def compare_with_peers(folder: Path, config: BenchLoaderConfig) -> dict[str, float]:
-    """Samples per second of the loader, and its speed divided by that of each peer."""
+    """Measure the samples per second of the loader, and its speed relative to each peer."""
     content = make_content(config.num_images)
     write_shards(folder / "shards", content)
     write_files(folder / "files", content)
@@ -83,7 +84,7 @@ def compare_with_peers(folder: Path, config: BenchLoaderConfig) -> dict[str, flo
 
 
 def compare_with_download(folder: Path, config: BenchLoaderConfig) -> dict[str, float]:
-    """Samples per second of an epoch from an empty cache, and its speed relative to downloads."""
+    """Measure the samples per second of an epoch with an empty cache, and relative to downloads."""
     assert config.store is not None
     shards, url = folder / "shards", storage.join(config.store, f"bench-{uuid.uuid4().hex}")
     write_shards(shards, make_content(config.num_images))
@@ -105,21 +106,21 @@ def compare_with_download(folder: Path, config: BenchLoaderConfig) -> dict[str, 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """Arrays of N made-up images: `moments` (N, 8, 32, 32), `contexts` (N, 5, 77, 768), float16."""
+    """Arrays of N images: `moments` (N, 8, 32, 32) and `contexts` (N, 5, 77, 768), float16."""
 
     moments: Array
     contexts: Array
 
 
 def make_content(num_samples: int) -> Content:
-    """Random values in [0, 1)."""
+    """Sample random values in [0, 1)."""
     generator = np.random.default_rng(0)
 
     def sample_values(*shape: int) -> Array:
         # torch aligns memory to cache lines, from which copies are faster than from NumPy's.
         values: Array = torch.empty((num_samples, *shape), dtype=torch.float16).numpy()
         for row in values:
-            # Bit patterns below the one of 1.0, because drawing real numbers takes minutes.
+            # Integers below the bit pattern of 1.0 are much faster to sample than real numbers.
             row[...] = generator.integers(0, 0x3C00, shape, np.uint16).view(np.float16)
         return values
 
@@ -168,7 +169,7 @@ def _sample(content: Content, number: int) -> LatentSample:
 
 
 def write_files(folder: Path, content: Content) -> None:
-    """Write U-ViT's layout: N.npy holds the moments of image N, N_K.npy its K-th embedding."""
+    """Write the layout of U-ViT: N.npy holds the moments of image N, N_K.npy its K-th context."""
     folder.mkdir()
     for n, (moments, contexts) in enumerate(zip(content.moments, content.contexts, strict=True)):
         np.save(folder / f"{n}.npy", moments)
@@ -177,7 +178,7 @@ def write_files(folder: Path, content: Content) -> None:
 
 
 def samples_per_second(start: Callable[[], Stream]) -> float:
-    """Rate of a stream after its start-up: starting workers and the first batches do not count."""
+    """Measure the rate of a stream, without the start of its workers and the first batches."""
     with closing(start()) as stream:
         for _ in islice(stream, WARM_UP_BATCHES):
             pass
@@ -231,7 +232,7 @@ def read_files(folder: Path, config: BenchLoaderConfig) -> Stream:
 
 
 class _NpyFiles(Dataset[tuple[Array, Array]]):
-    """N.npy and a random one of its N_K.npy."""
+    """Dataset of N.npy and a randomly chosen N_K.npy."""
 
     def __init__(self, folder: Path, num_samples: int) -> None:
         self._folder, self._num_samples = folder, num_samples
@@ -250,21 +251,17 @@ def copy_memory(content: Content, config: BenchLoaderConfig) -> Stream:
     generator = np.random.default_rng(0)
     contexts = content.contexts.reshape(-1, *CONTEXT_SHAPE)
 
-    def copy(samples: Array, captions: Array) -> tuple[Array, Array]:
-        return content.moments[samples], contexts[samples * NUM_CAPTIONS + captions]
+    def copy(captions: Array) -> tuple[Array, Array]:
+        return content.moments[captions // NUM_CAPTIONS], contexts[captions]
 
-    with ThreadPoolExecutor(config.num_workers) as pool:
-        pending: deque[Future[tuple[Array, Array]]] = deque()
-        while True:
-            samples = generator.integers(config.num_images, size=config.batch_size)
-            captions = generator.integers(NUM_CAPTIONS, size=config.batch_size)
-            pending.append(pool.submit(copy, samples, captions))
-            if len(pending) > 2 * config.num_workers:
-                yield len(pending.popleft().result()[0])
+    rows = (generator.integers(len(contexts), size=config.batch_size) for _ in count())
+    with closing(map_ahead(copy, rows, config.num_workers, 2 * config.num_workers)) as batches:
+        for moments, _ in batches:
+            yield len(moments)
 
 
 def seconds_of_epoch(url: str, parent: Path, config: BenchLoaderConfig) -> float:
-    """Time for the loader to read an epoch from a store into an empty cache."""
+    """Measure how long the loader takes to read an epoch from a store with an empty cache."""
     with tempfile.TemporaryDirectory(dir=parent) as cache:
         began = time.perf_counter()
         reader = ShardReader(url, CacheConfig(folder=cache))
@@ -275,7 +272,7 @@ def seconds_of_epoch(url: str, parent: Path, config: BenchLoaderConfig) -> float
 
 
 def seconds_of_downloads(url: str, parent: Path) -> float:
-    """Time to download the same shards one by one."""
+    """Measure how long downloading the same shards one by one takes."""
     names = [name for name in storage.list_names(url) if name.endswith(".tar")]
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         began = time.perf_counter()

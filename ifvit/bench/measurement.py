@@ -1,4 +1,4 @@
-"""Measuring for all benchmarks: interleaved rounds, ratios, and the limits of the hardware."""
+"""Timing for all benchmarks: interleaved rounds, ratios, and the limits of the hardware."""
 
 import json
 import statistics
@@ -19,7 +19,7 @@ def measure_rounds(
 ) -> dict[str, list[float]]:
     """Call all contenders in turn, `rounds` times, and return the results of each contender.
 
-    The order is interleaved so that a slow phase of the machine affects all contenders alike.
+    A slow phase of the machine then affects all contenders alike.
     """
     results: dict[str, list[float]] = {name: [] for name in contenders}
     for name in tqdm([*contenders] * rounds, desc="measure", leave=False):
@@ -28,12 +28,12 @@ def measure_rounds(
 
 
 def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """Median over rounds of the ratio within a round; a slow phase of the machine cancels out."""
+    """Return the median over rounds of the ratio within a round; slow phases cancel out."""
     return statistics.median(a / b for a, b in zip(values, others, strict=True))
 
 
 def spread(values: Sequence[float]) -> float:
-    """Interquartile range divided by the median."""
+    """Return the interquartile range divided by the median."""
     if len(values) == 1:
         return 0.0
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -41,7 +41,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds that `work` takes on `device`; on a GPU they include the work that is queued."""
+    """Return the seconds that `work` takes on `device`, including the work it queues on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -52,7 +52,7 @@ def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def print_result(result: Mapping[str, object], as_json: bool) -> None:
-    """Print one JSON object on one line, or one line per value."""
+    """Print the values as one JSON object, or as one line each."""
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
@@ -63,18 +63,18 @@ def print_result(result: Mapping[str, object], as_json: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Work of known size: FLOPs of a matrix product, or bytes that a copy reads and writes."""
+    """Work whose `amount` is known: FLOPs of a matrix product, or bytes of a copy in and out."""
 
     amount: int
     seconds: Callable[[], float]
 
     def best(self, seconds: list[float]) -> float:
-        """FLOP/s or bytes/s of the fastest round."""
+        """Return the FLOP/s or bytes/s of the fastest round."""
         return self.amount / min(seconds)
 
 
 def matmul_probe(device: torch.device, dtype: torch.dtype) -> Probe:
-    """Product of two square matrices that are large enough to reach the peak of the device."""
+    """Multiply two square matrices that are large enough to reach the peak of the device."""
     side = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     work = partial(torch.mm, a, b, out=torch.empty_like(a))
@@ -82,7 +82,7 @@ def matmul_probe(device: torch.device, dtype: torch.dtype) -> Probe:
 
 
 def copy_probe(device: torch.device) -> Probe:
-    """Copy of a tensor that is larger than the caches."""
+    """Copy a tensor that is larger than the caches."""
     count = 2**29 if device.type == "cuda" else 2**26
     source = torch.zeros(count, device=device)
     work = partial(torch.empty_like(source).copy_, source)
@@ -90,7 +90,7 @@ def copy_probe(device: torch.device) -> Probe:
 
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that `forward` keeps for its backward pass, without `parameters` themselves."""
+    """Return the bytes that `forward` keeps for its backward pass, without the parameters."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

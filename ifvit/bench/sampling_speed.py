@@ -1,4 +1,4 @@
-"""The verb `bench generate`: images per second of guided sampling, and the gain from sharing."""
+"""The verb `bench generate`: images per second of guided sampling, compared with plain guidance."""
 
 import statistics
 import sys
@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from ifvit.bench.config import BenchGenerateConfig
-from ifvit.bench.measurement import (
-    measure_rounds,
-    median_ratio,
-    print_result,
-    seconds_on,
-)
+from ifvit.bench.measurement import measure_rounds, median_ratio, print_result, seconds_on
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.diffusion.solvers import NoisePredictor
@@ -32,7 +27,7 @@ GUIDANCE_SCALE = 2.0
 
 @torch.no_grad()
 def bench_generate(config: BenchGenerateConfig) -> None:
-    """Measure guided sampling and its peers in turn, print the ratios."""
+    """Measure guided sampling and its peers in turn, and print the ratios."""
     torch.manual_seed(0)
     device = torch.device(choose_device("auto"))
     shape = PRESETS[config.preset]
@@ -75,12 +70,12 @@ def bench_generate(config: BenchGenerateConfig) -> None:
 
 
 def guide_plainly(backbone: Backbone, context: Tensor, null_context: Tensor) -> NoisePredictor:
-    """Guidance as in U-ViT's code: two passes through the whole model, from the text tokens on."""
+    """Guide as in U-ViT's code: two passes through the whole backbone, text branch included."""
     null_contexts = null_context.expand_as(context)
 
     def predict_noise(x_t: Tensor, timesteps: Tensor) -> Tensor:
         x_t = x_t.to(backbone.dtype)
-        # `forward` is not compiled, even if the module's call is.
+        # `forward` stays eager even if the call of the module is compiled.
         conditional = backbone.forward(x_t, timesteps, context).float()
         unconditional = backbone.forward(x_t, timesteps, null_contexts).float()
         return unconditional + GUIDANCE_SCALE * (conditional - unconditional)
@@ -89,7 +84,7 @@ def guide_plainly(backbone: Backbone, context: Tensor, null_context: Tensor) -> 
 
 
 def guide_like_uvit(backbone: Backbone, context: Tensor, null_context: Tensor) -> NoisePredictor:
-    """Plain guidance under fp16 autocast of fp32 weights, as U-ViT samples."""
+    """Guide as U-ViT samples: two passes with fp32 weights under fp16 autocast."""
     autocast = torch.autocast(backbone.device.type, torch.float16)
     predict_noise: NoisePredictor = autocast(guide_plainly(backbone, context, null_context))
     return predict_noise
@@ -98,7 +93,7 @@ def guide_like_uvit(backbone: Backbone, context: Tensor, null_context: Tensor) -
 def _time(
     build: Callable[[], NoisePredictor], backbone: Backbone, config: BenchGenerateConfig
 ) -> float:
-    """Seconds per image: the setup, and `num_steps` times the measured function evaluation."""
+    """Return the seconds per image: the setup and `num_steps` measured function evaluations."""
     shape = backbone.config
     size = (config.batch_size, shape.latent_channels, shape.latent_size, shape.latent_size)
     x_t = torch.randn(size, device=backbone.device)

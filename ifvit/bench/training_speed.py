@@ -1,4 +1,4 @@
-"""The verb `bench train`: cost of a training step, relative to its peers and to the hardware.
+"""The verb `bench train`: time of a training step, relative to its peers and to the hardware.
 
 The contenders are the training loop with each of the paper's four variants, a bare loop, and
 U-ViT's recipe.
@@ -50,14 +50,14 @@ from ifvit.training.profiling import device_name, peak_flops
 SCALING_FACTOR = 0.2301
 EARLY, INTERMEDIATE = "concat_early", "cross_attention_intermediate"
 NUM_COMPILATIONS = 32
-"""torch gives up after 8 compilations of one function; the variants together need more."""
+"""By default, torch compiles one function 8 times at most; the four variants need more."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Row = dict[str, str | int | float]
 
 
 def bench_train(config: BenchTrainConfig) -> None:
-    """Measure all contenders in turn, print a row for each variant and the ratios."""
+    """Measure all contenders in turn, and print a row for each variant and the ratios."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = NUM_COMPILATIONS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +83,7 @@ def bench_train(config: BenchTrainConfig) -> None:
 def _measure(
     recipes: Mapping[str, TrainConfig], config: BenchTrainConfig, device: torch.device
 ) -> tuple[list[Row], dict[str, float]]:
-    """A row for each recipe, and the ratios and limits of the hardware."""
+    """Measure a row for each recipe, the ratios, and the limits of the hardware."""
     engines = {name: EngineSteps(recipe) for name, recipe in recipes.items()}
     contenders: dict[str, Callable[[int], None]] = {
         **engines,
@@ -107,6 +107,7 @@ def _measure(
         "matmul_flops_per_s": matmul.best(seconds["matmul"]),
         "copy_bytes_per_s": copy.best(seconds["copy"]),
     }
+    # Without a peak from the vendor, MFU is relative to the measured matrix product.
     peak = peak_flops(device) or ratios["matmul_flops_per_s"]
     rows = []
     for name, recipe in recipes.items():
@@ -148,7 +149,7 @@ def _recipe(shape: FusionUViTConfig, config: BenchTrainConfig, device: torch.dev
 
 
 class EngineSteps:
-    """The loop of `ifvit train`, without reading data."""
+    """The loop of `ifvit train` on one batch in memory."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.backbone = build_backbone(config.backbone)
@@ -176,7 +177,7 @@ class EngineSteps:
         )
 
     def loss(self) -> Tensor:
-        """The loss of one step with its graph."""
+        """Compute the loss of one step, with its graph."""
         batch = self._batch
         return self._objective(
             self.engine.predict_noise, batch.moments, batch.condition, 0, batch.positions
@@ -184,7 +185,7 @@ class EngineSteps:
 
 
 class _SameBatch:
-    """The part of `Batches` that the loop needs; yields one batch without end."""
+    """Stands in for `Batches` in the loop and yields one batch without end."""
 
     num_micro_batches = 1
 
@@ -274,7 +275,7 @@ class UViTRecipeSteps:
 
 
 def _random_batch(config: TrainConfig, device: torch.device) -> Batch:
-    """Random moments and contexts with the recipe's shapes, float16 as in shards."""
+    """Sample moments and contexts in the shapes of the recipe, in float16 as in shards."""
     shape, size = config.backbone, config.micro_batch_size
     moments = (size, 2 * shape.latent_channels, shape.latent_size, shape.latent_size)
     assert shape.context_shape is not None  # the presets take captions
@@ -295,10 +296,10 @@ def _objective(config: TrainConfig, device: torch.device) -> NoisePrediction:
 
 
 def _measure_memory(steps: EngineSteps) -> Row:
-    """`state_bytes` held between steps, and `step_bytes` that a step adds at its peak.
+    """Measure `state_bytes` held between steps, and `step_bytes` that a step adds at its peak.
 
-    The GPU's allocator measures the latter. On a CPU they are the gradients and the tensors that
-    the forward pass keeps for the backward pass.
+    On a GPU the allocator measures `step_bytes`. On a CPU they are the bytes of the gradients and
+    of the tensors that the forward pass keeps for the backward pass.
     """
     engine = steps.engine
     parameters = list(steps.backbone.parameters())
@@ -317,11 +318,11 @@ def _measure_memory(steps: EngineSteps) -> Row:
 def _relate_to_hardware(
     recipe: TrainConfig, step: float, limits: Mapping[str, float], peak: float
 ) -> Row:
-    """Relate the seconds of a step to the limits of the hardware.
+    """Compare the seconds of a step with the limits of the hardware.
 
-    The floor is the time of the matrix products plus that of the optimizer's memory traffic. MFU is
-    relative to `peak` FLOP/s, the vendor's or, if unknown, the measured one. `planned_bytes` are
-    the bytes of state and step that `ifvit cost --plan` calculates.
+    The floor is the time of the matrix products plus the time of the optimizer's memory traffic.
+    MFU (model FLOPs utilization) is relative to `peak` FLOP/s. `planned_bytes` are the bytes of
+    state and step that `ifvit cost --plan` calculates.
     """
     shape, precision, batch_size = recipe.backbone, recipe.engine.precision, recipe.micro_batch_size
     assert isinstance(shape, FusionUViTConfig)  # as all presets are
