@@ -1,6 +1,6 @@
-"""The verb `analyze attention`: runs and prompts => maps and singular values by layer, a figure.
+"""The verb `analyze attention`: runs and prompts => attention maps and singular values by layer.
 
-The paper's sheet shows the same figure from the files that the verb wrote.
+`report paper` shows the same figure, from the files that this verb wrote.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ _NUM_OF_SHARDS = 64
 _CELL = 1.25
 _ROWS = ("image to image", "text to image", "singular values\n(dots: per prompt)")
 _SMALLEST = 1e-4
-"""The axis of singular values ends at this fraction of the largest one."""
+"""The axis of singular values begins at this fraction of the largest singular value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +67,11 @@ class Prompts:
 
 
 def analyze_attention(config: AttentionConfig) -> dict[str, AttentionSummary]:
-    """Analyse each run, write its files, the figure and the table; return summaries by run name.
+    """Analyse each run, write its files, the figure and the table; return run name => summary.
 
-    A run is not analysed again if its weights and the protocol are those of the existing file.
-    Raises UserError for runs without attention to text, for fewer than two prompts and for a trim
-    that leaves nothing.
+    A run whose file has the same weights and protocol is not analysed again. Raises UserError for
+    a run without attention to text, for fewer than two prompts, and for a trim that leaves no
+    token.
     """
     summaries: dict[str, AttentionSummary] = {}
     folders: dict[str, dict[str, AttentionSummary]] = {}
@@ -83,13 +83,15 @@ def analyze_attention(config: AttentionConfig) -> dict[str, AttentionSummary]:
         summaries[name] = summary = analyze_run(config, run, folder)
         folders.setdefault(config.output or folder, {})[name] = summary
     for folder, shown in folders.items():
-        write_overview(folder, shown)
+        figure = to_png(attention_figure(shown))
+        storage.write_bytes(storage.join(folder, "attention.png"), figure)
+        storage.write_bytes(storage.join(folder, "attention.csv"), to_csv(table_rows(shown)))
     sys.stdout.write(format_table(table_rows(summaries)))
     return summaries
 
 
 def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSummary:
-    """Record the attention of the run's newest weights, or read the file of an earlier analysis."""
+    """Record the attention of the run's newest weights, or read the file of an equal analysis."""
     device = choose_device(config.device)
     model = load_model(run, device)
     backbone, info = model.backbone, model.info
@@ -132,7 +134,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
 def record_layers(
     backbone: FusionUViT, prompts: Prompts, config: AttentionConfig
 ) -> tuple[LayerAttention, ...]:
-    """Sample images for the prompts, batch by batch, and average their attention by layer."""
+    """Generate images for the prompts, batch by batch, and average the attention of each layer."""
     shape = backbone.config
     inside = inner_tokens(shape.latent_size // shape.patch_size, config.trim)
     names = layer_names(shape.depth)
@@ -152,7 +154,7 @@ def record_layers(
 
 
 def _read_if_complete(url: str) -> AttentionSummary | None:
-    """Return None without a file, and if an analysis was killed while it wrote its files."""
+    """Read an analysis; return None if there is none, or if it was killed while it wrote."""
     try:
         return read_attention(url)
     except UserError:
@@ -160,7 +162,7 @@ def _read_if_complete(url: str) -> AttentionSummary | None:
 
 
 def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Prompts:
-    """Read the text file, or the first caption of each of the first images of the shards."""
+    """Read the prompts file, or the first captions of the first images in the shards."""
     if config.shards is None:
         assert config.prompts is not None
         texts = read_prompt_file(config.prompts)[: config.num_prompts]
@@ -192,15 +194,8 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
     )
 
 
-def write_overview(folder: str, summaries: dict[str, AttentionSummary]) -> None:
-    """Write FOLDER/attention.png and FOLDER/attention.csv."""
-    figure = to_png(attention_figure(summaries))
-    storage.write_bytes(storage.join(folder, "attention.png"), figure)
-    storage.write_bytes(storage.join(folder, "attention.csv"), to_csv(table_rows(summaries)))
-
-
 def table_rows(summaries: Mapping[str, AttentionSummary]) -> list[dict[str, Any]]:
-    """Return a row per run and layer; ranks are None for a layer without text."""
+    """Return a row per run and layer; the ranks of a layer without text are None."""
     return [
         {
             "run": name,
@@ -217,7 +212,7 @@ def table_rows(summaries: Mapping[str, AttentionSummary]) -> list[dict[str, Any]
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Return lines of text: rank of the mean map, mean and standard error of the prompts' own."""
+    """Return a text table; `rank` is of the mean map, `rank per prompt` is a mean over prompts."""
     width = max(len(row["run"]) for row in rows)
     lines = [f"{'run':{width}}  layer   {'text share':15}   rank  rank per prompt"]
     for row in rows:
@@ -233,11 +228,11 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 def attention_figure(summaries: dict[str, AttentionSummary]) -> Figure:
     """Return a figure with a column per layer and three rows per run.
 
-    The rows are image-to-image maps (row: the image token that attends, column: the token that is
-    attended to), text-to-image maps (row: text token, column: the image token that attends to it),
-    and singular values. All maps of one kind share one colour scale, the square root of attention
-    up to the 99.5th percentile, and all singular values share one logarithmic axis, so that layers
-    and runs compare.
+    The first row has image-to-image maps: the image token in row i attends to the one in column j.
+    The second has text-to-image maps: the image token in column j attends to the text token in row
+    i. The third has singular values. All maps of one kind share a colour scale, the square root of
+    attention up to the 99.5th percentile, and all singular values share a logarithmic axis, so that
+    layers and runs can be compared.
     """
     layers = [layer for summary in summaries.values() for layer in summary.layers]
     texts = [layer.text for layer in layers if layer.text]
@@ -291,7 +286,7 @@ def _plot_run(
 
 
 def _scale(maps: Iterable[Floats]) -> Normalize:
-    """Return the scale from 0 to the 99.5th percentile of all maps together."""
+    """Return the colour scale from 0 to the 99.5th percentile of all maps together."""
     top = np.quantile(np.concatenate([one.ravel() for one in maps]), 0.995)
     return PowerNorm(0.5, 0, float(top))
 
@@ -302,7 +297,7 @@ def _plot_map(cell: Axes, values: Floats, scale: Normalize) -> None:
 
 
 def _plot_singular_values(cell: Axes, text: TextAttention) -> None:
-    """Plot those of the mean map as a line, the prompts' own as dots with standard errors."""
+    """Plot the mean map's values as a line, means over the prompts' maps as dots with errors."""
     orders = np.arange(1, 1 + len(text.singular_values))
     means = [mean.value for mean in text.prompt_singular_values]
     errors = [mean.standard_error for mean in text.prompt_singular_values]

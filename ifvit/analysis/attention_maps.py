@@ -1,6 +1,6 @@
-"""Attention of image tokens while sampling: recorded, averaged by layer, written to files.
+"""Records the attention of image tokens during sampling, averages it by layer, and stores it.
 
-`analyze attention` records and writes the maps; the paper's sheet reads them.
+`analyze attention` records and writes the maps; `report paper` reads them.
 
 Shape letters: B prompts of a batch, H heads, E channels of a head, Q queries, K keys, P image
 tokens inside the trimmed border, M text tokens.
@@ -32,12 +32,12 @@ NUM_SINGULAR_VALUES = 10
 _DIGEST = "maps_sha256"
 
 Watch = Callable[[int, Tensor, Tensor], None]
-"""Receives the number of the block in order of use, queries (B, Q, H, E), keys (B, K, H, E)."""
+"""Called with the index of the block in order of use, queries (B, Q, H, E), keys (B, K, H, E)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMean:
-    """A mean over prompts; a prompt's number is a mean over NFE, image queries and heads."""
+    """A mean over prompts of numbers that are means over NFE, image queries and heads."""
 
     value: float
     standard_error: float
@@ -45,7 +45,7 @@ class PromptMean:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionProtocol:
-    """How images were sampled and attention recorded; other protocols do not compare."""
+    """How images were sampled and attention was recorded; only equal protocols can be compared."""
 
     num_prompts: int
     prompts_sha256: str
@@ -73,7 +73,7 @@ class TextAttention:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAttention:
-    """Where the attention of image tokens goes in one block; the three shares sum to 1."""
+    """What the image tokens attend to in one block; the three shares sum to 1."""
 
     name: str
     """`in 0` …, `mid`, `out 0` …, in order of use."""
@@ -81,7 +81,7 @@ class LayerAttention:
     """(P, P): mean attention of image token (row) to image token (column)."""
     time_share: PromptMean
     image_share: PromptMean
-    """Share of all image keys, with those in the trimmed border."""
+    """Attention to all image tokens, including those in the trimmed border."""
     text_share: PromptMean
     text: TextAttention | None
     """None for a block without text."""
@@ -128,7 +128,7 @@ def write_attention(url: str, summary: AttentionSummary) -> None:
 
 
 def read_attention(url: str) -> AttentionSummary:
-    """Read what `write_attention` wrote to `url`.
+    """Read the summary that `write_attention` wrote to `url`.
 
     Raises UserError if there is no such file, or if it is not an analysis of attention.
     """
@@ -157,28 +157,28 @@ def _read_layer(
     stored: dict[str, Any], image_map: Floats, text_map: Floats | None
 ) -> LayerAttention:
     shares = ("time_share", "image_share", "text_share")
-    text = stored["text"]
+    numbers = stored["text"]
+    text = None
+    if text_map is not None:
+        singular_values = tuple(PromptMean(**v) for v in numbers["prompt_singular_values"])
+        text = TextAttention(
+            map=text_map,
+            singular_values=tuple(numbers["singular_values"]),
+            effective_rank=numbers["effective_rank"],
+            prompt_singular_values=singular_values,
+            prompt_effective_rank=PromptMean(**numbers["prompt_effective_rank"]),
+        )
     return LayerAttention(
         name=stored["name"],
         image_map=image_map.astype(np.float64),
         **{share: PromptMean(**stored[share]) for share in shares},
-        text=None
-        if text_map is None
-        else TextAttention(
-            map=text_map,
-            singular_values=tuple(text["singular_values"]),
-            effective_rank=text["effective_rank"],
-            prompt_singular_values=tuple(
-                PromptMean(**value) for value in text["prompt_singular_values"]
-            ),
-            prompt_effective_rank=PromptMean(**text["prompt_effective_rank"]),
-        ),
+        text=text,
     )
 
 
 @contextmanager
 def watch_attention(backbone: FusionUViT, watch: Watch) -> Iterator[None]:
-    """Call `watch` with queries and keys at each call of a block outside the text branch."""
+    """Call `watch` whenever a block outside the text branch computes attention."""
     layers = [block.attn for block in (*backbone.in_blocks, backbone.mid_block)]
     layers += [block.attn for block in backbone.out_blocks]
     plain = [layer.attend for layer in layers]
@@ -212,17 +212,17 @@ def inner_tokens(side: int, trim: int) -> Tensor:
 
 
 class PromptRows:
-    """Attention rows of the prompts of one batch, summed over function evaluations; a `Watch`."""
+    """A `Watch` that sums the attention of one batch of prompts over function evaluations."""
 
     def __init__(self, num_prompts: int, inside: Tensor) -> None:
-        """Record the queries of the image tokens `inside` (P,)."""
+        """Record the attention of the image tokens with the indices `inside` (P,)."""
         self._num_prompts = num_prompts
         self._queries = 1 + inside
         self._sums: list[Tensor] = []
         self._num_calls = 0
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
-        """Add one function evaluation; under guidance the first rows are the conditional ones."""
+        """Add one function evaluation; under guidance its first rows are the conditional ones."""
         query = query[: self._num_prompts, self._queries.to(query.device)]
         rows = attention_rows(query, key[: self._num_prompts])
         if layer == len(self._sums):
@@ -238,17 +238,17 @@ class PromptRows:
 
 
 def attention_rows(query: Tensor, key: Tensor, max_logits: int = 2**23) -> Tensor:
-    """Return the attention (B, Q, K) in float32, mean over heads; chunks bound the memory."""
+    """Return the mean attention over heads (B, Q, K) in float32; chunks of B bound the memory."""
     at_once = max(1, max_logits // (query.shape[1] * query.shape[2] * key.shape[1]))
     chunks = zip(torch.split(query, at_once), torch.split(key, at_once), strict=True)
     return torch.cat([logits_of(q, k).softmax(dim=-1).mean(dim=1) for q, k in chunks])
 
 
 class LayerSums:
-    """Sums of one layer's maps over prompts, and at most 14 numbers per prompt."""
+    """Accumulates the maps of one layer over prompts, and at most 14 numbers per prompt."""
 
     def __init__(self, name: str, num_image_tokens: int, inside: Tensor) -> None:
-        """Add rows that belong to the image tokens `inside` (P,)."""
+        """Expect rows of the image tokens with the indices `inside` (P,)."""
         self._name = name
         self._num_image_tokens = num_image_tokens
         self._inside = inside.numpy()
@@ -288,13 +288,13 @@ class LayerSums:
 
 
 def layer_names(depth: int) -> list[str]:
-    """Return the names of the blocks in order of use, as the backbone's parameters have them."""
+    """Return the names of the blocks in order of use, like those of the backbone's parameters."""
     half = range(depth // 2)
     return [*(f"in {n}" for n in half), "mid", *(f"out {n}" for n in half)]
 
 
 def _text_attention(text_map: Floats, spectrum: list[PromptMean]) -> TextAttention:
-    """`spectrum`: effective rank and singular values of the prompts' own maps."""
+    """`spectrum` is the effective rank, then the singular values, as means over prompts."""
     values = np.linalg.svd(text_map, compute_uv=False)
     return TextAttention(
         map=text_map,

@@ -10,23 +10,23 @@ PlanPreset = Literal["small", "mid", "large", "huge", "1b", "8b"]
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
-    """A kind of GPU and its connections.
+    """Speed, memory and connections of a GPU.
 
-    The defaults are data-sheet values of an H200 in nodes with NVLink and one 400 Gb/s adapter per
-    GPU.
+    The defaults are data-sheet values of an H200 in nodes with NVLink and one 400 Gb/s network
+    adapter per GPU.
     """
 
     flops_per_s: float = 989e12
     """Dense bf16 FLOP/s of a GPU."""
     efficiency: float = 0.5
-    """Fraction of flops_per_s that forward and backward pass reach on one GPU. The default is an
-    assumption; replace it by the MFU of `ifvit bench train`."""
+    """Fraction of flops_per_s that the forward and backward pass reach on one GPU. The default is
+    an assumption; replace it by the MFU that `ifvit bench train` measures."""
     memory_bytes: float = 141e9
     """Memory of a GPU."""
     bytes_per_s: float = 4.8e12
     """Memory bandwidth of a GPU."""
     gpus_per_node: int = 8
-    """GPUs joined by NVLink."""
+    """Number of GPUs that are connected by NVLink."""
     node_bytes_per_s: float = 450e9
     """NVLink bandwidth of a GPU, one way."""
     network_bytes_per_s: float = 50e9
@@ -52,13 +52,13 @@ class PlanConfig:
     presets: tuple[PlanPreset, ...] = ("1b", "8b")
     """Backbones: intermediate fusion by cross-attention, 32 x 32 latents."""
     width: int | None = None
-    """With depth, plan a backbone of this width instead; 64 channels per head."""
+    """Plan a backbone of this width and `depth` instead; it has 64 channels per head."""
     depth: int | None = None
-    """Number of blocks without the middle one; a third of them on each side see no text."""
+    """Number of blocks except the middle one; a third on each side are image-only blocks."""
     gpus: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    """Numbers of GPUs: whole nodes, or less than one node."""
+    """Numbers of GPUs; each must be less than one node, or whole nodes."""
     batch_per_gpu: int = 32
-    """Samples that a GPU trains on at a time."""
+    """Samples per GPU in one forward pass."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """engine.precision of the training recipe."""
     activation_checkpointing: bool = True
@@ -85,8 +85,7 @@ class PlanConfig:
 class AttentionConfig:
     """Average the attention of image tokens while sampling, by layer (arXiv 2403.16530, Figure 8).
 
-    Records the conditional half of guidance under the plain method. Writes maps, singular values,
-    a figure and a table.
+    Records the conditional half of guidance. Writes maps, singular values, a figure and a table.
     """
 
     runs: list[str]
@@ -96,16 +95,16 @@ class AttentionConfig:
     """Text file with one prompt per line."""
 
     shards: str | None = None
-    """Held-out shards instead of prompts: the first caption of each of the first images."""
+    """Held-out shards; the prompts are the first captions of their first images."""
 
     num_prompts: int | None = None
-    """Use the first so many prompts. Unset: all of the file, 64 of the shards."""
+    """Number of prompts. Unset: all prompts of the file, 64 prompts of the shards."""
 
     output: str | None = None
     """Folder for all files. Unset: analysis/attention in each run's folder."""
 
     trim: int = 1
-    """Patches to leave out at each edge of the latent grid, where padding attracts attention."""
+    """Patches left out at each edge of the latent grid, because padding attracts attention."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Solver, guidance and seed."""

@@ -14,11 +14,11 @@ from ifvit.models.config import PRESETS, FusionUViTConfig
 from ifvit.models.cost import count_cost
 
 VALUE = 4
-"""Bytes of a parameter, gradient, moment or EMA weight: the engine keeps all of them in fp32."""
+"""Bytes of a parameter, gradient, moment or EMA weight; the engine keeps all of them in fp32."""
 BUCKET_VALUES = 500_000_000
-"""Gradients that DeepSpeed collects before it reduces them (its default)."""
+"""Number of gradients that DeepSpeed collects before it reduces them (its default)."""
 LIVE_VALUES = 1_000_000_000
-"""Parameters that ZeRO stage 3 keeps gathered at most (DeepSpeed's default)."""
+"""Largest number of parameters that ZeRO stage 3 keeps gathered (DeepSpeed's default)."""
 RESERVE = 0.08
 """Fraction of a GPU's memory left to CUDA, NCCL and fragmentation."""
 
@@ -27,9 +27,10 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One backbone on `gpus` GPUs. Pairs are the best and the worst case.
+    """The plan for one backbone on `gpus` GPUs.
 
-    In the best case communication overlaps with computation, in the worst case it does not.
+    Pairs hold the best case, in which communication overlaps with computation, and the worst case,
+    in which it does not.
     """
 
     name: str
@@ -40,7 +41,7 @@ class PlanRow:
     memory_by_stage: tuple[float, ...]
     """Bytes per GPU under ZeRO stage 0, 1, 2, 3."""
     zero_stage: int
-    """The lowest stage that fits, 3 if none fits; the fields below are for this stage."""
+    """The lowest stage that fits, or 3 if none fits; the fields below assume this stage."""
     fits: bool
     network_bytes: float
     """Bytes per step through the network adapter of a GPU, one way."""
@@ -50,13 +51,13 @@ class PlanRow:
     step_seconds: tuple[float, float]
     mfu: tuple[float, float]
     checkpoint_bytes: float
-    """Parameters, moments and EMA weights, of all GPUs together."""
+    """Bytes of parameters, moments and EMA weights of all GPUs together."""
     stall_seconds: float
     """Time for which a checkpoint stops training."""
     save_seconds: float
     """Time until checkpoint and exported weights are stored, while training continues."""
     loader_bytes_per_s: float
-    """Bytes that each node reads in the best case."""
+    """Bytes that each node reads per second in the best case."""
 
 
 def plan(config: PlanConfig) -> None:
@@ -86,7 +87,7 @@ def plan_row(name: str, shape: FusionUViTConfig, gpus: int, config: PlanConfig) 
     available = (1 - RESERVE) * hardware.memory_bytes
     stage = next((stage for stage in range(4) if memory[stage] <= available), 3)
 
-    # Gradients are summed and results are spread; stage 3 gathers the parameters twice.
+    # Gradients are scattered once. Stages 0 to 2 gather results once, stage 3 parameters twice.
     size, num_collectives = VALUE * params, 3 if stage == 3 else 2
     flops = 3 * cost.flops * batch
     recomputed = 4 / 3 if checkpointing else 1
@@ -141,16 +142,16 @@ def activation_bytes(
 ) -> int:
     """Return the bytes that the forward pass keeps for the backward pass, attention fused.
 
-    With checkpointing these are the input of every block and the activations of one block.
+    With checkpointing, it keeps the input of every block and all activations of one block.
     """
     width, value = shape.width, 4 if precision == "fp32" else 2
     image, text = 1 + shape.num_image_tokens, shape.context_length
     crosses = shape.conditioning == "cross_attention"
     fused = image if crosses else image + text
-    # Residual stream before either norm in fp32; then the results of both norms, queries, keys
-    # and values, the result of attention, and the hidden layer before and after GELU.
+    # fp32: the residual stream before each of the two norms. In `value` bytes: the outputs of both
+    # norms, queries, keys, values, the output of attention, the hidden layer before and after GELU.
     per_token = 8 + (6 + 2 * shape.mlp_ratio) * value
-    # Keys and values of image and text side by side, and the normed text that gives them.
+    # Keys and values of image and text, and the normalised text that they are computed from.
     per_fused = (2 * (image + text) + text) * value if crosses else 0
     inputs = 4 * (
         2 * shape.num_image_blocks * image
@@ -176,9 +177,9 @@ def update_bytes(params: int, gpus: int, stage: int, num_ema: int) -> float:
 
 
 def network_bytes(size: float, gpus: int, hardware: HardwareConfig) -> float:
-    """Return the bytes through a GPU's adapter, one way, when `size` bytes are gathered once.
+    """Return the bytes through a GPU's network adapter, one way, to gather `size` bytes once.
 
-    NVLink combines the node's GPUs first, so each adapter carries one GPU's part.
+    NVLink combines the GPUs of a node first, so each adapter carries the partition of one GPU.
     """
     in_node = min(gpus, hardware.gpus_per_node)
     nodes = gpus / in_node
@@ -186,7 +187,7 @@ def network_bytes(size: float, gpus: int, hardware: HardwareConfig) -> float:
 
 
 def collective_seconds(size: float, gpus: int, hardware: HardwareConfig) -> float:
-    """Return the time to gather or scatter `size` bytes once, from bandwidths alone."""
+    """Return the time to gather or scatter `size` bytes once; latency is ignored."""
     in_node = min(gpus, hardware.gpus_per_node)
     by_node = size * (in_node - 1) / in_node / hardware.node_bytes_per_s
     return by_node + network_bytes(size, gpus, hardware) / hardware.network_bytes_per_s
@@ -197,7 +198,7 @@ def stall_seconds(
 ) -> float:
     """Return the time for which a checkpoint stops training.
 
-    Partitioned state is gathered, then each GPU copies its part of all state to its host.
+    Partitioned state is gathered, then each GPU copies its partition of all state to its host.
     """
     full = VALUE * params
     gathered = {0: 0, 1: 2, 2: 2, 3: 3 + num_ema}[stage] * full
@@ -219,8 +220,8 @@ def _shapes(config: PlanConfig) -> dict[str, FusionUViTConfig]:
 
 
 def _shape(width: int, depth: int) -> FusionUViTConfig:
-    """Return a backbone like the presets: 64 channels per head, a third of the blocks per side
-    without text."""
+    """Return a backbone like the presets, with 64 channels per head and a third of the blocks on
+    each side image-only."""
     return replace(
         PRESETS["small"],
         width=width,
@@ -231,11 +232,9 @@ def _shape(width: int, depth: int) -> FusionUViTConfig:
 
 
 def _format_table(rows: list[PlanRow]) -> str:
-    lines = []
-    previous = None
-    for row in rows:
-        if row.name != previous:
-            previous = row.name
+    lines: list[str] = []
+    for index, row in enumerate(rows):
+        if index == 0 or row.name != rows[index - 1].name:
             lines += [
                 "",
                 f"{row.name}: {row.params / 1e9:.2f}B parameters, checkpoints of "

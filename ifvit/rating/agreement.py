@@ -1,4 +1,4 @@
-"""Statistics over the answers of several raters, for `results`: intervals, order bias, agreement.
+"""Statistics of several raters' answers: intervals, order bias and agreement. `results` calls it.
 
 Shapes: R raters, I items, C columns (models or pairs of models); NaN marks a missing answer.
 """
@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 _NUM_RESAMPLES = 1000
 _CHUNK = 100
-"""Resamples that are computed at a time, to bound the memory."""
+"""Number of resamples that are computed at once; it bounds the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,10 @@ class OrderBias:
 def estimate_columns(values: Floats, is_share: bool = False) -> list[Estimate | None]:
     """Estimate the mean of each column of (R, I, C) over all its answers; None without answers.
 
-    Standard errors and 95 % intervals come from resampling raters and items, both with
-    replacement ("pigeonhole bootstrap", Owen 2007, arXiv 0712.1111), because another study would
-    have other raters and other prompts. A share whose answers are all equal gets Wilson's interval
-    over the items instead, because its bootstrap interval has no width.
+    Standard errors and 95 % intervals come from resampling both raters and items with replacement
+    ("pigeonhole bootstrap", Owen 2007, arXiv 0712.1111), because another study would have other
+    raters and other prompts. A share of which all answers are equal gets Wilson's interval over
+    the items, because its bootstrap interval has no width.
     """
     present = ~np.isnan(values)
     means = _resample_means(np.where(present, values, 0.0), present.astype(np.float64))
@@ -65,7 +65,7 @@ def estimate_columns(values: Floats, is_share: bool = False) -> list[Estimate | 
 
 
 def _resample_means(filled: Floats, present: Floats) -> Floats:
-    """Column means (_NUM_RESAMPLES, C) of resamples; NaN where a resample has no answer."""
+    """Return column means (_NUM_RESAMPLES, C) of resamples; NaN for a resample without answers."""
     num_raters, num_items, _ = filled.shape
     rng = np.random.default_rng(0)
     chunks = []
@@ -87,7 +87,7 @@ def _resample_means(filled: Floats, present: Floats) -> Floats:
 def order_bias(ranks: Floats) -> OrderBias:
     """Test the ranks (N, places) of N answers, one column per place on the page.
 
-    The order on the page is random for every answer, so without an effect of the place each row is
+    The order on the page is random for every answer. If the place has no effect, each row is thus
     a random permutation, whatever the raters think of the models.
     """
     # scipy.stats.friedmanchisquare computes the same statistic, but needs at least three places.
@@ -104,9 +104,9 @@ def order_bias(ranks: Floats) -> OrderBias:
 
 
 def agreement(values: Floats, level: Literal["ordinal", "interval"]) -> float | None:
-    """Krippendorff's alpha of (raters, units): 1 is perfect agreement, 0 is chance.
+    """Return Krippendorff's alpha of (raters, units): 1 is perfect agreement, 0 is chance.
 
-    None where alpha is not defined: no unit has two raters, or all answers are equal.
+    Alpha is undefined, and None is returned, if no unit has two raters or all answers are equal.
     """
     paired = values[:, (~np.isnan(values)).sum(axis=0) > 1]
     if len(np.unique(paired[~np.isnan(paired)])) < 2:

@@ -1,4 +1,4 @@
-"""Settings of the `rate` verbs. Imports neither torch nor the web framework."""
+"""Configurations of the `rate` verbs. Imports neither torch nor the web framework."""
 
 from dataclasses import dataclass, field
 
@@ -9,10 +9,10 @@ MAX_MODELS = 6
 class CreateConfig:
     """Make a study from generated images and print its raters' links.
 
-    Each model is a name and a folder with samples.jsonl, as `ifvit generate` and `ifvit evaluate`
-    write it: --preference.early FOLDER --preference.intermediate FOLDER. A question shows images
-    of the same prompt, the same position and the same noise. Run it again with STUDY alone to see
-    the links and each rater's progress, and with a larger --raters to add raters.
+    Each model is a name and a folder of samples that `ifvit generate` or `ifvit evaluate` wrote:
+    --preference.early FOLDER --preference.intermediate FOLDER. All images of a question have the
+    same prompt, position and noise. Run the verb again with STUDY alone to see the links and each
+    rater's progress, or with a larger --raters to add raters.
     """
 
     study: str
@@ -22,26 +22,26 @@ class CreateConfig:
     """Models to rank, 2 to 6: name and folder of samples."""
 
     counting: dict[str, str] = field(default_factory=dict)
-    """Models whose objects are counted: name and folder of samples."""
+    """Models in whose images objects are counted: name and folder of samples."""
 
     counting_prompts: str = "paper"
-    """The list of prompts that `counting` was generated from: `paper`, `scenes`, or a .jsonl, .csv
-    or .yaml file of prompt, object and count."""
+    """Prompts that the images of `counting` were generated from: `paper`, `scenes`, or a .jsonl or
+    .csv file of prompt, object and count."""
 
     num_preference: int | None = None
-    """Number of prompts to rank, chosen at random; unset: every prompt that all models have."""
+    """Number of random prompts to rank; unset: every prompt that all models have."""
 
     num_counting: int | None = None
-    """Number of prompts to count on, chosen at random, with one image of each model; unset: all."""
+    """Number of random prompts to count on, with one image of each model; unset: all."""
 
     raters: int | None = None
-    """Number of raters in total; unset: 5 in a new study. An existing study keeps its raters."""
+    """Total number of raters; unset: 5 in a new study, no further raters in an existing one."""
 
     repeat_share: float = 0.1
-    """Share of the questions that each rater sees twice, to measure consistency; at most 0.5."""
+    """Fraction of the questions that each rater sees twice, to measure consistency; at most 0.5."""
 
     seed: int = 0
-    """Seed of the choice of prompts and of every random order."""
+    """Seed of the random prompts and of every random order."""
 
     url: str = "http://127.0.0.1:8000"
     """Address at which raters reach `ifvit rate serve`."""
@@ -67,18 +67,18 @@ class RateReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(RateReportConfig):
-    """Serve a study to its raters until interrupted. Every answer is saved before the next page."""
+    """Serve a study to its raters until interrupted. Each answer is saved before the next page."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 accepts other machines."""
 
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0: any free port."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateExportConfig(RateReportConfig):
-    """Write every current answer as a table with one row per image shown."""
+    """Write all current answers as a table with one row per shown image."""
 
     output: str
     """FILE.csv or FILE.jsonl."""

@@ -1,4 +1,4 @@
-"""The verb `rate create`: generated images => a study with its raters' links and progress."""
+"""The verb `rate create`: generated images => a study, and the links of its raters."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from ifvit.rating.study import (
 
 @dataclass(frozen=True, order=True)
 class _Sample:
-    """What an image depends on besides the model; seed is -1 when no settings.json names one."""
+    """Everything except the model that determines an image; seed is -1 without a settings.json."""
 
     position: int
     prompt: str
@@ -41,10 +41,10 @@ _Samples = dict[_Sample, str]
 
 
 def create(config: CreateConfig) -> None:
-    """Make the study unless it exists, add missing raters, and print every link and its progress.
+    """Make the study unless it exists, add missing raters, and print all links with progress.
 
-    Raises UserError when the folder holds a study of other models, when a folder holds no samples,
-    or when the models have no prompt in common.
+    Raises UserError when the folder holds a study with other settings, when a folder of samples is
+    missing, or when the models have no prompt in common.
     """
     if storage.is_remote(config.study):
         raise UserError(f"study {config.study}: SQLite needs a local folder; name one")
@@ -83,7 +83,7 @@ def _check_same(study: Study, config: CreateConfig) -> None:
 
 
 def _build_study(config: CreateConfig) -> Study:
-    """Choose the questions and copy their images; study.json is not written yet."""
+    """Select the questions and copy their images; the caller writes study.json."""
     models = _name_models(config)
     if not models:
         raise UserError(
@@ -102,7 +102,7 @@ def _build_study(config: CreateConfig) -> Study:
 
 
 def _name_models(config: CreateConfig) -> tuple[Model, ...]:
-    """List the models in their given order, with blind names in a random order."""
+    """List the models in the given order, with blind names M1, M2, … in a random order."""
     names = list({**config.preference, **config.counting})
     blind = {name: f"M{number}" for number, name in enumerate(shuffled(names, config.seed), 1)}
     return tuple(
@@ -117,7 +117,7 @@ def _name_models(config: CreateConfig) -> tuple[Model, ...]:
 
 
 def _preference_items(config: CreateConfig, blind: Mapping[str, str], images: str) -> list[Item]:
-    """Make one item per chosen prompt, with every model's image of it."""
+    """Make one question per prompt; it shows the images of all models."""
     samples = {name: _read_samples(folder) for name, folder in config.preference.items()}
     return [
         Item(
@@ -132,7 +132,7 @@ def _preference_items(config: CreateConfig, blind: Mapping[str, str], images: st
 
 
 def _counting_items(config: CreateConfig, blind: Mapping[str, str], images: str) -> list[Item]:
-    """Make one item per chosen prompt and model."""
+    """Make one question per prompt and model; it shows one image."""
     samples = {name: _read_samples(folder) for name, folder in config.counting.items()}
     asked = {prompt.prompt: prompt for prompt in read_count_prompts(config.counting_prompts)}
     chosen = _choose("counting", samples, config.num_counting, config.seed)
@@ -160,7 +160,7 @@ def _counting_items(config: CreateConfig, blind: Mapping[str, str], images: str)
 def _choose(
     kind: Kind, samples: Mapping[str, _Samples], number: int | None, seed: int
 ) -> list[_Sample]:
-    """Choose `number` random samples, or all, from those that every model has."""
+    """Select `number` random samples (None: all) of those that every model has."""
     if not samples:
         return []
     generated = set.union(*map(set, samples.values()))
@@ -178,7 +178,7 @@ def _choose(
 
 
 def _read_samples(folder: str) -> _Samples:
-    """Read samples.jsonl. Raises UserError when it is missing or is not a list of samples."""
+    """Read FOLDER/samples.jsonl. Raises UserError when it is missing or not a list of samples."""
     url = storage.join(folder, "samples.jsonl")
     if not storage.exists(url):
         raise UserError(f"{url}: no such file; give a folder of generated images that has one")
@@ -197,7 +197,7 @@ def _read_samples(folder: str) -> _Samples:
 def _copy(url: str, folder: str) -> str:
     """Copy an image under a name that does not reveal its model, and return the name.
 
-    The image is encoded again, because PNG files may carry text about their origin.
+    The image is encoded again, because a PNG file may contain text about its origin.
     """
     try:
         data = encode_png(decode_png(storage.read_bytes(url)))

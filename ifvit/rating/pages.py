@@ -1,11 +1,11 @@
-"""HTML pages of a study and its results in sentences; also the verb `rate report`.
+"""HTML pages of a study, and its results in sentences; also the verb `rate report`.
 
-`server` renders its pages here; the templates are in the folder `pages`.
+`server` renders its pages with `render`; the templates are in the folder `pages`.
 """
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -22,11 +22,11 @@ from ifvit.rating.results import (
     WinRate,
     read_results,
 )
-from ifvit.rating.study import read_study
+from ifvit.rating.study import Kind, read_study
 
 
 def report(config: RateReportConfig) -> None:
-    """Write results.json and report.html, a single file that needs no network.
+    """Write results.json and report.html, a single page that needs no network.
 
     Raises UserError when there is no study.
     """
@@ -57,21 +57,13 @@ def _environment() -> Environment:
     return environment
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sentences:
-    """What the page says about each kind of question; empty without answers."""
-
-    preference: list[str]
-    counting: list[str]
-
-
-def describe(results: StudyResults) -> Sentences:
-    """State the results of a study in sentences."""
+def describe(results: StudyResults) -> dict[Kind, list[str]]:
+    """Return sentences about the results of each kind of question; empty lists without answers."""
     preference, counting = results.preference, results.counting
-    return Sentences(
-        preference=list(_describe_preference(preference)) if preference else [],
-        counting=list(_describe_counting(counting)) if counting else [],
-    )
+    return {
+        "preference": list(_describe_preference(preference)) if preference else [],
+        "counting": list(_describe_counting(counting)) if counting else [],
+    }
 
 
 def _describe_preference(results: PreferenceResults) -> Iterator[str]:
@@ -117,7 +109,7 @@ def _describe_counting(results: CountingResults) -> Iterator[str]:
 
 
 def _describe_alpha(alpha: float | None) -> str:
-    """Name the level of agreement by the thresholds of Krippendorff 2004."""
+    """Describe the agreement by the thresholds of Krippendorff 2004."""
     if alpha is None:
         return "Agreement between raters is not defined yet: too few answers, or all are equal."
     level = "reliable" if alpha >= 0.8 else "tentative" if alpha >= 0.667 else "low"
@@ -136,5 +128,5 @@ def _describe_replies(replies: Replies, things: str, alike: str) -> Iterator[str
 
 
 def _percent(share: float) -> str:
-    """A share in per cent, with a no-break space."""
+    """Format a fraction as a percentage with a no-break space."""
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"

@@ -1,6 +1,6 @@
-"""The results of a study, computed from its answers; also the verb `rate export`.
+"""Computes the results of a study from its answers; also the verb `rate export`.
 
-The report, the admin's page and `ifvit report paper` read `StudyResults`.
+`rate report`, the admin's page and `report paper` show `StudyResults`.
 """
 
 import csv
@@ -21,7 +21,7 @@ from ifvit.evaluation.estimates import Estimate
 from ifvit.rating.agreement import Floats, OrderBias, agreement, estimate_columns, order_bias
 from ifvit.rating.config import RateExportConfig
 from ifvit.rating.store import Answer, Store
-from ifvit.rating.study import CANNOT_TELL, Item, Study, read_study
+from ifvit.rating.study import CANNOT_TELL, KINDS, Item, Kind, Study, read_study
 from ifvit.sampling.samples import write_jsonl
 
 _Unit = TypeVar("_Unit", bound=Hashable)
@@ -29,16 +29,16 @@ _Unit = TypeVar("_Unit", bound=Hashable)
 
 @dataclass(frozen=True, kw_only=True)
 class Replies:
-    """Skips and repeats among the answers to one kind of question, repeated questions included."""
+    """Skips and repeats among all answers to one kind of question, repeated questions included."""
 
     num_shown: int
     skips: dict[str, int]
     """Number of skips by reason."""
     num_repeats: int
-    """Questions that a rater answered twice."""
+    """Number of questions that a rater answered twice."""
     consistency: float | None
-    """Mean over these of 1 for equal counts and 0 otherwise, or of the share of image pairs that
-    both rankings put in the same order; None without repeats."""
+    """Mean over the repeats: of 1 for equal counts and 0 for different ones, or of the share of
+    image pairs that both rankings put in the same order. None without repeats."""
 
     @property
     def num_skipped(self) -> int:
@@ -57,22 +57,22 @@ class WinRate:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceResults:
-    """Rankings by model name. Repeated questions count with their first answer."""
+    """Results of the rankings by model name; of a repeated question the first answer counts."""
 
     num_rankings: int
     mean_rank: dict[str, Estimate]
     score: dict[str, Estimate]
-    """The paper's: the number of models for rank 1, down to 1 for the last rank."""
+    """The paper's score: the number of models for rank 1, down to 1 for the last rank."""
     win_rates: list[WinRate]
     alpha: float | None
-    """Krippendorff's alpha for ordinal data, over the rank of every image."""
+    """Krippendorff's alpha for ordinal data, over the ranks of all images."""
     order_bias: OrderBias
     replies: Replies
 
 
 @dataclass(frozen=True, kw_only=True)
 class CountGroup:
-    """Counts by model name on the prompts for `object` and `count`; None stands for any."""
+    """Accuracy by model name on the prompts that ask for `count` `object`s; None stands for any."""
 
     object: str | None
     count: int | None
@@ -84,21 +84,21 @@ class CountGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class CountingResults:
-    """Counts by model name. Repeated questions count with their first answer."""
+    """Results of the counts by model name; of a repeated question the first answer counts."""
 
     num_counts: int
     groups: list[CountGroup]
-    """All prompts together first, then by object, by count, and by both."""
+    """First all prompts together, then by object, by count, and by both."""
     cannot_tell: dict[str, Estimate]
-    """Share of the images in which raters could not count."""
+    """Share of the images in which the raters could not count the objects."""
     alpha: float | None
-    """Krippendorff's alpha for interval data, over the images."""
+    """Krippendorff's alpha for interval data, over the counts in all images."""
     replies: Replies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How many of the tasks a rater has answered, and when last (UTC)."""
+    """Number of tasks that a rater has answered, and the time of the last answer (UTC)."""
 
     rater: int
     done: int
@@ -129,6 +129,9 @@ def read_results(folder: str) -> StudyResults:
 def summarise(study: Study, store: Store) -> StudyResults:
     """Summarise the answers that `store` holds now."""
     answers = store.answers()
+    of_kind: dict[Kind, list[Answer]] = {kind: [] for kind in KINDS}
+    for answer in answers:
+        of_kind[study.items[answer.item].kind].append(answer)
     done = Counter(answer.rater for answer in answers)
     last = {answer.rater: answer.answered_at for answer in answers}
     total = len(study.tasks(rater=0))
@@ -138,12 +141,8 @@ def summarise(study: Study, store: Store) -> StudyResults:
             Progress(rater=rater.id, done=done[rater.id], total=total, last=last.get(rater.id))
             for rater in store.raters()
         ],
-        preference=_summarise_preference(
-            study, [a for a in answers if study.items[a.item].kind == "preference"]
-        ),
-        counting=_summarise_counting(
-            study, [a for a in answers if study.items[a.item].kind == "counting"]
-        ),
+        preference=_summarise_preference(study, of_kind["preference"]),
+        counting=_summarise_counting(study, of_kind["counting"]),
     )
 
 
@@ -176,7 +175,7 @@ def _summarise_preference(study: Study, answers: Sequence[Answer]) -> Preference
 
 
 def _ranks(answer: Answer, order: Sequence[str]) -> list[float]:
-    """Ranks of the blind names in `order`; 1 is best."""
+    """Return the ranks of the models `order`, which are blind names; 1 is best."""
     assert isinstance(answer.value, tuple)
     return [1.0 + answer.value.index(name) for name in order]
 
@@ -231,10 +230,10 @@ def _count_group(
 def _tabulate_by_model(
     study: Study, names: Sequence[str], values: Mapping[tuple[int, int], float]
 ) -> tuple[list[Item], Floats]:
-    """Arrange values by (rater, item) as (R, U, M), and return one item of each of the U prompts.
+    """Return one item per unit, and values (R, U, M) of R raters, U units and M models.
 
-    The images of all M models for one prompt and noise form one unit, so that the bootstrap
-    resamples them together.
+    The images of all models for one prompt and noise form a unit, so that the bootstrap resamples
+    them together. `values` maps (rater, item) to a number; NaN marks a missing one.
     """
     rows: dict[tuple[int, tuple[int, str]], list[float]] = {}
     items: dict[tuple[int, str], Item] = {}
@@ -249,7 +248,7 @@ def _tabulate_by_model(
 
 
 def _tabulate(rows: Mapping[tuple[int, _Unit], Sequence[float]]) -> Floats:
-    """Arrange rows of C numbers by (rater, unit) as (R, U, C), NaN where there is no row."""
+    """Convert (rater, unit) => C numbers to an array (R, U, C); NaN marks a missing row."""
     raters = list(dict.fromkeys(rater for rater, _ in rows))
     units = list(dict.fromkeys(unit for _, unit in rows))
     missing = [np.nan] * len(next(iter(rows.values())))
@@ -257,7 +256,7 @@ def _tabulate(rows: Mapping[tuple[int, _Unit], Sequence[float]]) -> Floats:
 
 
 def _by_name(names: Sequence[str], estimates: Sequence[Estimate | None]) -> dict[str, Estimate]:
-    """Model name => estimate, without models that have none."""
+    """Return model name => estimate, without the models that have none."""
     return {name: found for name, found in zip(names, estimates, strict=True) if found}
 
 
@@ -277,7 +276,7 @@ def _summarise_replies(answers: Sequence[Answer]) -> Replies:
 
 
 def _similarity(one: int | tuple[str, ...], other: int | tuple[str, ...]) -> float:
-    """Share of the pairs that both rankings put in the same order; 0 or 1 for counts."""
+    """Return the share of pairs that both rankings put in the same order; for counts 0 or 1."""
     if isinstance(one, int) or isinstance(other, int):
         return float(one == other)
     first, second = set(combinations(one, 2)), set(combinations(other, 2))
@@ -304,7 +303,7 @@ def export(config: RateExportConfig) -> None:
 
 
 def _export_rows(study: Study, answer: Answer) -> Iterator[dict[str, Any]]:
-    """Yield one row per image shown; `place` on the page and `rank` count from 1."""
+    """Yield one row per shown image; `place` (on the page) and `rank` count from 1."""
     item = study.items[answer.item]
     ranking = answer.value if isinstance(answer.value, tuple) else None
     for place, blind in enumerate(answer.shown, 1):

@@ -1,4 +1,4 @@
-"""The verb `rate serve`: the raters' pages and the admin's page over HTTP."""
+"""The verb `rate serve`: serves the raters' pages and the admin's page over HTTP."""
 
 import secrets
 import socket
@@ -33,7 +33,7 @@ _HEADERS = {
         "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
         "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
-    # A rater's secret code is part of the address; other sites and search engines must not see it.
+    # A rater's address contains a secret code; other sites and search engines must not see it.
     "Referrer-Policy": "same-origin",
     "X-Robots-Tag": "noindex",
     "X-Content-Type-Options": "nosniff",
@@ -44,7 +44,7 @@ _UNKNOWN = "This link is not known here. Please check it, or ask for another one
 
 
 def serve(config: ServeConfig) -> None:
-    """Answer requests until interrupted. Raises UserError without a study or a free port."""
+    """Serve requests until interrupted. Raises UserError without a study or a free port."""
     study = read_study(config.study)
     store = Store(study.folder)
     listener = _listen(config)
@@ -70,7 +70,7 @@ def _listen(config: ServeConfig) -> socket.socket:
             f"{config.host}:{config.port}: cannot listen there ({error.strerror}); "
             "give another --host or --port"
         ) from None
-    listener.listen()  # from now on visitors wait instead of failing
+    listener.listen()  # requests wait from now on until the server has started
     return listener
 
 
@@ -132,12 +132,12 @@ class _Site:
         """Number of written answers and the results at that time."""
 
     def front(self, request: Request) -> Response:
-        """Answer the address without a code."""
+        """Ask visitors without a code to open their link."""
         text = "Please open the link that you were given: it contains your personal code."
         return HTMLResponse(render("message.html", title="Image ratings", text=text))
 
     def start(self, request: Request) -> Response:
-        """Show the welcome or the thanks, or redirect to the first question without an answer."""
+        """Show the first or the last page, or redirect to the first question without an answer."""
         visit = self._visit(request)
         if visit.next is None or not visit.answers:
             name = "done.html" if visit.next is None else "welcome.html"
@@ -146,7 +146,7 @@ class _Site:
         return RedirectResponse(f"/r/{visit.code}/{visit.next + 1}", status_code=303)
 
     def question(self, request: Request) -> Response:
-        """Show one question, counted from 1, with its earlier answer."""
+        """Show a question, counted from 1, with the earlier answer if there is one."""
         visit = self._visit(request)
         place = self._place(request, visit)
         if visit.next is not None and place > visit.next:
@@ -169,7 +169,7 @@ class _Site:
         return HTMLResponse(page)
 
     async def answer(self, request: Request) -> Response:
-        """Record the answer to one question; the response is sent after the commit."""
+        """Store the answer to a question; the response is sent after the commit."""
         if _is_foreign(request):
             raise HTTPException(403, "This form comes from another site.")
         form = await _read_fields(request)
@@ -184,7 +184,7 @@ class _Site:
         return RedirectResponse(f"/r/{visit.code}", status_code=303)
 
     def image(self, request: Request) -> Response:
-        """Send an image of the study to a rater."""
+        """Send an image of the study to a rater; no other file is sent."""
         self._rater(request)
         name = request.path_params["name"]
         if name not in self._images:
@@ -228,7 +228,7 @@ class _Site:
 
 
 def _is_foreign(request: Request) -> bool:
-    """Whether the browser says that the form belongs to another site's page."""
+    """Return whether the browser reports that the form is on a page of another site."""
     origin, host = request.headers.get("origin"), request.headers.get("host")
     if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
         return True
@@ -247,7 +247,7 @@ async def _read_fields(request: Request) -> dict[str, str]:
     except ValueError:
         raise HTTPException(400, "This is not a form.") from None
     if len(dict(fields)) < len(fields):
-        raise HTTPException(400, "This form has a field twice.")
+        raise HTTPException(400, "A field of this form occurs twice.")
     return dict(fields)
 
 
@@ -286,7 +286,7 @@ def read_answer(form: Mapping[str, str], task: Task, rater: int) -> Answer:
 
 
 def _form_value(task: Task, answer: Answer | None) -> str:
-    """Return the form field that would give this answer."""
+    """Return the value of the form field that produces this answer."""
     if answer is None or answer.value is None:
         return ""
     if isinstance(answer.value, int):

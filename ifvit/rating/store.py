@@ -1,7 +1,7 @@
-"""Raters and their answers, in an SQLite file of the study.
+"""Raters and their answers in an SQLite file of the study.
 
 `create` adds raters, `server` adds answers, `results` reads them. Answers are never changed or
-deleted, and each is on disk before the rater sees the next question.
+deleted, and each answer is on disk before the rater sees the next question.
 """
 
 import json
@@ -38,7 +38,7 @@ CREATE VIEW current_answer AS SELECT * FROM answer AS this WHERE NOT EXISTS (
 
 @dataclass(frozen=True, kw_only=True)
 class Rater:
-    """A person; `code` is the secret in the person's link."""
+    """A person who rates; `code` is the secret in the rater's link."""
 
     id: int
     code: str
@@ -62,8 +62,8 @@ class Answer:
 class Store:
     """The file study.sqlite of a study. Several threads may share one object.
 
-    Every statement is a transaction of its own and is synced to disk, so a process that is killed
-    loses nothing that a method has returned from.
+    Every statement is its own transaction and is synced to disk: what a method has written when it
+    returns survives a kill of the process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,7 +77,7 @@ class Store:
 
     @classmethod
     def create(cls, folder: Path) -> "Store":
-        """Make a store without raters; an older file, from an interrupted `create`, is deleted."""
+        """Make a store without raters; delete the file of an interrupted `rate create` first."""
         for leftover in folder.glob(f"{_FILE}*"):
             leftover.unlink()
         store = cls(folder)
@@ -87,7 +87,7 @@ class Store:
         return store
 
     def close(self) -> None:
-        """Close the file and merge its journal into it."""
+        """Merge the journal into the file and close it."""
         self._connection.close()
 
     def add_raters(self, number: int) -> None:
@@ -110,7 +110,7 @@ class Store:
         return str(self._connection.execute("SELECT token FROM admin").fetchall()[0][0])
 
     def add(self, answer: Answer) -> None:
-        """Record an answer; it replaces an earlier answer to the same task in `answers`."""
+        """Store an answer; `answers` returns it in place of earlier answers to the same task."""
         value = None if answer.value is None else json.dumps(answer.value)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         shown = json.dumps(answer.shown)
@@ -121,7 +121,7 @@ class Store:
         )
 
     def num_written(self) -> int:
-        """Count all recorded answers, including those replaced since."""
+        """Count all stored answers, including those that were replaced."""
         rows = self._connection.execute("SELECT count(*) FROM answer").fetchall()
         return int(rows[0][0])
 

@@ -1,4 +1,4 @@
-"""The content of a rating study: its models, its questions, and the order each rater sees.
+"""The content of a rating study: models, questions, and their order for each rater.
 
 `create` writes it, `server` and `results` read it. Imports no torch.
 """
@@ -14,10 +14,10 @@ from ifvit.errors import UserError
 
 Kind = Literal["preference", "counting"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""Kinds of questions, in the order in which a rater sees them."""
+"""Kinds of questions in the order in which a rater sees them."""
 
 CANNOT_TELL = "cannot tell"
-"""Skip reason of a counting question that has its own button on the page."""
+"""Reason to skip a counting question; it has its own button on the page."""
 SKIP_REASONS: dict[Kind, tuple[str, ...]] = {
     "preference": ("too close to call", "text is unclear", "images do not load", "other"),
     "counting": ("object is unclear", "image does not load", "other"),
@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model and the folders of its images. Raters' pages and image files use only `blind`."""
+    """A model and the folders of its images. Raters see only the name `blind`."""
 
     blind: str
     name: str
@@ -58,7 +58,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """An item as one rater sees it."""
+    """An item as it is shown to one rater."""
 
     item: Item
     repetition: int
@@ -84,14 +84,14 @@ class Study:
 
     @property
     def image_files(self) -> frozenset[str]:
-        """Names of all image files; the server sends no other file of the study."""
+        """Names of all image files."""
         return frozenset(name for item in self.items for name in item.images.values())
 
     def tasks(self, rater: int) -> list[Task]:
         """List all tasks of a rater in order. They depend only on the seed and the rater's id.
 
-        The items of each kind come in a random order. The repeated items are sampled from the
-        first half of that order, and each comes again half the order later.
+        The items of each kind are in a random order. The repeated items are sampled from the first
+        half of that order; each repeat follows half the order later.
         """
         return [task for kind in KINDS for task in self._tasks_of_kind(kind, rater)]
 
@@ -116,8 +116,8 @@ class Study:
 def shuffled(values: Iterable[_T], *key: object) -> list[_T]:
     """Return the values in a pseudorandom order that depends only on the values and `key`.
 
-    The order is that of SHA-256 hashes. `ifvit.rng` would import torch, which the web server
-    does not need.
+    The values are sorted by SHA-256 hashes, because `ifvit.rng` imports torch, which the web
+    server does not need.
     """
     return sorted(values, key=lambda value: hashlib.sha256(repr((*key, value)).encode()).digest())
 
@@ -144,5 +144,5 @@ def read_study(folder: str) -> Study:
 
 
 def study_exists(folder: str) -> bool:
-    """Whether `folder` holds a complete study; study.json is written last."""
+    """Return whether `folder` holds a complete study; study.json is written last."""
     return storage.exists(storage.join(folder, _FILE))

@@ -1,7 +1,7 @@
-"""Means over seeds, the noise of a difference, and comparisons in plain sentences.
+"""Metrics, their means over seeds, and comparisons of two means as sentences.
 
-The report compares runs with these; the paper's sheet compares variants, each with one or more
-seeds. `noise_between` is the one rule that decides what is called a difference.
+`report` compares runs, `report paper` compares variants of one or more seeds. For both,
+`noise_between` decides which differences are called a difference.
 """
 
 import math
@@ -22,7 +22,7 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A field of MetricsRow, or of another record of estimates, and how the field is shown."""
+    """A field of MetricsRow or CountScore that holds an estimate, and how the field is shown."""
 
     field: str
     title: str
@@ -46,7 +46,7 @@ class Metric:
         return estimate
 
     def show(self, value: float) -> str:
-        """Format the value with the digits that make sense for this metric."""
+        """Return the value as a percentage, or with `digits` decimal places."""
         return f"{100 * value:.1f} %" if self.is_percent else f"{value:.{self.digits}f}"
 
 
@@ -80,11 +80,11 @@ METRICS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SeedMean:
-    """The mean of a number over runs that differ in their seed alone.
+    """The mean of a metric over k runs that differ only in their seed.
 
-    `seed_error` is the standard error s / sqrt(k) over k runs, None for one run. `sample_error` is
-    the mean standard error of one run over its samples. All runs generate images for the same
-    captions, so `seed_error` contains the noise of training but not that of other captions.
+    `seed_error` is the standard error s / sqrt(k) over the runs, None for one run. `sample_error`
+    is the mean over the runs of the standard error over samples. All runs generate images for the
+    same captions, so `seed_error` contains the noise of training but not that of other captions.
     """
 
     values: tuple[float, ...]
@@ -129,10 +129,10 @@ def mean_over_seeds(estimates: Sequence[Estimate]) -> SeedMean:
 def noise_between(first: SeedMean, second: SeedMean) -> float:
     """Return half the 95 % interval of the difference of two means.
 
-    A larger difference is called a difference; one of this size or less is called noise. The
-    interval is Welch's over seeds, its degrees of freedom rounded down. It is the normal one over
-    samples if either mean has one run, which leaves out what another seed would change, or if no
-    run differs from another run with the same mean.
+    A difference of at most this size is called noise. The interval is Welch's interval over seeds,
+    with the degrees of freedom rounded down. If either mean has one run, or if the runs of both
+    means agree exactly, it is the normal interval over samples, which leaves out the noise of
+    other training seeds.
     """
     errors = first.seed_error, second.seed_error
     if None in errors or not any(errors):
@@ -145,7 +145,7 @@ def noise_between(first: SeedMean, second: SeedMean) -> float:
 
 
 def _quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t distribution; without degrees of freedom, of the normal."""
+    """Return the 97.5 % quantile of Student's t distribution; 0 stands for the normal one."""
     return float(stats.t.ppf(0.975, freedom) if freedom else stats.norm.ppf(0.975))
 
 
@@ -164,23 +164,26 @@ def compare(metric: Metric, first: SeedMean, second: SeedMean) -> Comparison:
     values = f"{metric.show(second.value)} against {metric.show(first.value)}"
     size = metric.show(abs(difference)).replace(" %", " points")
     margin = metric.show(noise).replace(" %", " points")
-    if abs(difference) <= noise:
-        text = f"{values}: the difference of {size} is smaller than the noise of {margin}."
-        return Comparison(metric=metric.title, outcome="same", sentence=text)
     outcome: Outcome = "better" if (difference < 0) == metric.lower_is_better else "worse"
-    text = f"{values}: {outcome} by {size}, the noise is {margin}."
-    return Comparison(metric=metric.title, outcome=outcome, sentence=text)
+    found = f"{outcome} by {size}, the noise is {margin}."
+    if abs(difference) <= noise:
+        outcome = "same"
+        found = f"the difference of {size} is smaller than the noise of {margin}."
+    return Comparison(metric=metric.title, outcome=outcome, sentence=f"{values}: {found}")
 
 
 def find_best(metric: Metric, means: Mapping[_Key, SeedMean]) -> _Key | None:
-    """Return the key whose mean is better than all others by more than the noise, if any."""
+    """Return the key whose mean is better than every other by more than the noise, else None."""
     if len(means) < 2:
         return None
     choose = min if metric.lower_is_better else max
     best = choose(means, key=lambda key: means[key].value)
     first = means[best]
-    others = [mean for key, mean in means.items() if key != best]
-    is_clear = all(abs(first.value - o.value) > noise_between(first, o) for o in others)
+    is_clear = all(
+        abs(first.value - mean.value) > noise_between(first, mean)
+        for key, mean in means.items()
+        if key != best
+    )
     return best if is_clear else None
 
 
@@ -194,7 +197,7 @@ class RunComparison:
 
     @property
     def summary(self) -> str:
-        """One sentence that names the metrics that differ and those that do not."""
+        """One sentence that names the metrics that are better, worse, or within the noise."""
         phrases = {
             "better": "clearly better in",
             "worse": "clearly worse in",
@@ -226,9 +229,9 @@ def compare_runs(baseline: Run, other: Run) -> RunComparison | None:
 
 
 def mismatches(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return, by run name, why a run does not compare with the first run that was evaluated.
+    """Return run name => how the run's protocol differs from that of the first evaluated run.
 
-    Each reason is in words, the run's own value first. Runs that compare are left out.
+    Each difference is in words, the run's own value first. Runs without a difference are left out.
     """
     protocols = {run.name: row.protocol for run in runs if (row := run.last)}
     baseline = next(iter(protocols.values()), None)

@@ -1,6 +1,6 @@
-"""Object counts (arXiv 2403.16530, Figure 5) of runs: read, averaged over seeds, plotted, as CSV.
+"""Reads the object counts of runs (arXiv 2403.16530, Figure 5), averages, plots and tabulates them.
 
-The report and the paper's sheet show them; `ifvit evaluate --protocol object_count` measures them.
+`report` and `report paper` show them; `ifvit evaluate --protocol object_count` measures them.
 """
 
 from collections import Counter
@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ifvit import storage
-from ifvit.errors import UserError
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.object_count import (
     CountScore,
@@ -27,7 +26,7 @@ from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
 ERROR = Metric(field="average_error", title="Average error", is_percent=False, digits=3)
 MATCH = Metric(field="match_ratio", title="Match ratio")
 
-# Light for early fusion, dark for intermediate fusion, between them for one half of it.
+# By conditioning: early fusion, half an intermediate fusion, intermediate fusion.
 _COLOURS = {
     "concat": ("#a6cbe8", "#5c9bcb", "#1f5f99"),
     "cross_attention": ("#f7c59f", "#e58e4d", "#b3541e"),
@@ -39,9 +38,10 @@ _COLUMNS = 3
 
 
 def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[str]]:
-    """Return the newest row of each run, by run name, and why rows are left out.
+    """Return run name => newest row, and sentences about runs that are left out.
 
-    Rows compare if they have the protocol and the step of the first row.
+    A run is left out if the protocol or step of its row differs from that of the first row, so
+    all returned rows can be plotted together.
     """
     rows: dict[str, ObjectCountRow] = {}
     excluded = []
@@ -69,7 +69,7 @@ def mean_score(
 
 
 def mean_row(rows: Sequence[ObjectCountRow]) -> ObjectCountRow:
-    """Return the first row with the means over all rows; their intervals are Student's."""
+    """Return the first row with scores that are means over all rows, with Student's intervals."""
     if len(rows) == 1:
         return rows[0]
     scores = []
@@ -81,11 +81,7 @@ def mean_row(rows: Sequence[ObjectCountRow]) -> ObjectCountRow:
 
 
 def figure(rows_by_run: Mapping[str, ObjectCountRow]) -> Figure:
-    """Return bars of all runs side by side, by object and asked count, and over all counts.
-
-    Raises UserError for rows that do not compare.
-    """
-    _require_one_protocol(rows_by_run)
+    """Plot bars of all runs side by side, by object and asked count, and over all counts."""
     rows = list(rows_by_run.values())
     objects, counts = rows[0].objects, rows[0].asked_counts
     num_lines = max(2, -(-len(objects) // (_COLUMNS - 1)))
@@ -112,7 +108,7 @@ def figure(rows_by_run: Mapping[str, ObjectCountRow]) -> Figure:
 
 
 def table(rows_by_run: Mapping[str, ObjectCountRow]) -> bytes:
-    """Return a CSV file, a line per run, object and asked count; an empty field means all."""
+    """Return a CSV file with a line per run, object and asked count; an empty field means all."""
     records = []
     for run, row in rows_by_run.items():
         for score in row.scores:
@@ -124,23 +120,12 @@ def table(rows_by_run: Mapping[str, ObjectCountRow]) -> bytes:
                 "asked": score.asked,
                 "num_images": score.match_ratio.num_samples,
             }
-            for name in ("average_error", "match_ratio"):
-                found: Estimate = getattr(score, name)
+            for metric in (ERROR, MATCH):
+                found: Estimate = getattr(score, metric.field)
                 numbers = {"": found.value, "_low": found.low, "_high": found.high}
-                record |= {f"{name}{end}": f"{number:.4f}" for end, number in numbers.items()}
+                record |= {f"{metric.field}{end}": f"{x:.4f}" for end, x in numbers.items()}
             records.append(record)
     return to_csv(records)
-
-
-def _require_one_protocol(rows_by_run: Mapping[str, ObjectCountRow]) -> None:
-    (first, row), *others = rows_by_run.items()
-    for name, other in others:
-        differing = differences(row.protocol, other.protocol)
-        if differing:
-            raise UserError(
-                f"object counts of {first} and {name} differ in {', '.join(differing)}; "
-                "count both with the same protocol"
-            )
 
 
 def _styles(rows: Sequence[ObjectCountRow]) -> list[tuple[str, str]]:
@@ -162,7 +147,7 @@ def _plot_bars(
     rows_by_run: Mapping[str, ObjectCountRow],
     metric: Metric,
 ) -> None:
-    """Plot a group of bars per place, with a bar per run; `scores` is runs x places."""
+    """Plot a group of bars per place, with one bar per run; `scores` is indexed [run][place]."""
     width = _GROUP_WIDTH / len(rows_by_run)
     styles = _styles(list(rows_by_run.values()))
     for index, (name, (colour, hatch), line) in enumerate(

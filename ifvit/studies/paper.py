@@ -22,11 +22,11 @@ _MAY_DIFFER = ("run", "seed", "backbone.conditioning", "backbone.num_")
 
 
 def report_paper(config: PaperConfig) -> None:
-    """Write OUTPUT/paper.html, and beside it each table as CSV, each figure as PNG and CSV.
+    """Write OUTPUT/paper.html, each table as CSV, and each figure as PNG and CSV.
 
-    What is missing is named on the page. A run without weights, for its training failed, is left
-    out and named. Raises UserError if no run is given, for runs that are not the paper's variants,
-    an unknown baseline or series, and broken files.
+    The page names missing data, and the runs that are left out because they have no weights (their
+    training failed). Raises UserError if no run is given, if a run is not one of the paper's
+    variants, for an unknown baseline or series, and for a broken file.
     """
     if not config.runs:
         raise UserError("report paper: no runs given; name at least one run folder")
@@ -83,7 +83,7 @@ def _read_preference(study: str) -> "PreferenceResults | None":
 
 
 def _choose_baseline(sheet: Sheet, pattern: str | None) -> Variant:
-    """Return the first variant whose slug matches; without a pattern the first one trained."""
+    """Return the first variant whose slug matches the pattern; by default the first trained one."""
     found = [variant for variant in sheet.variants if fnmatch(variant.slug, pattern or "*")]
     if not found:
         known = ", ".join(variant.slug for variant in sheet.variants)
@@ -92,7 +92,7 @@ def _choose_baseline(sheet: Sheet, pattern: str | None) -> Variant:
 
 
 def _choose_best(sheet: Sheet, baseline: Variant) -> Variant:
-    """Return the paper's variant of best quality, the baseline aside; the last if unmeasured."""
+    """Return the paper's variant of best quality except the baseline; the last if unmeasured."""
     others = [v for v in PAPER_VARIANTS if v in sheet.variants and v != baseline]
     metric = paper_claims.quality_metric(sheet)
     measured = {v: mean.value for v in others if (mean := sheet.mean(v, metric))}

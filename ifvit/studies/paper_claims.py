@@ -1,11 +1,11 @@
-"""The claims of arXiv 2403.16530, and what our runs say about them, with the noise.
+"""The claims of arXiv 2403.16530, and what our runs say about each one.
 
 `report paper` shows a card per claim.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.studies.comparisons import (
@@ -31,8 +31,6 @@ if TYPE_CHECKING:  # a sheet without a rating study does not need the extra `rat
 CountsByVariant = Mapping[Variant, Sequence[ObjectCountRow]]
 
 _CONCAT_EARLY, _CONCAT_BOTH, _CROSS_EARLY, _CROSS_BOTH = PAPER_VARIANTS
-_CROSS_IMAGE = Variant("cross_attention", True, False)
-_CROSS_TEXT = Variant("cross_attention", False, True)
 _ONE_RUN = " One variant has one run, so this noise leaves out that of other seeds."
 
 
@@ -48,7 +46,7 @@ class Claim:
 
     @property
     def summary(self) -> str:
-        """How many comparisons agree; empty without comparisons."""
+        """Number of comparisons that agree with the claim or not; empty without comparisons."""
         outcomes = [comparison.outcome for comparison in self.comparisons]
         agreeing, undecided = outcomes.count(self.expected), outcomes.count("same")
         opposed = len(outcomes) - agreeing - undecided
@@ -56,64 +54,62 @@ class Claim:
         return counts if outcomes else ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _MetricClaim:
-    """A claim that `second` is better (or worse) than `first` in these metrics."""
+class _MetricClaim(NamedTuple):
+    """A claim that variant `second` is better (or worse) than variant `first` in these metrics."""
 
-    text: str
     first: Variant
     second: Variant
+    text: str
     metrics: tuple[Metric, ...] = (FID, PAPER_CLIP_SCORE, RETRIEVAL, COUNT, RELATION)
     expected: Outcome = "better"
 
 
 _METRIC_CLAIMS = (
     _MetricClaim(
-        text="With concatenation, intermediate fusion has lower FID (5.77 against 5.98) and higher "
-        "CLIP Score (0.588 against 0.584) than early fusion.",
-        first=_CONCAT_EARLY,
-        second=_CONCAT_BOTH,
-    ),
-    _MetricClaim(
-        text="With cross-attention, intermediate fusion has lower FID (5.68 against 6.48) and "
-        "higher CLIP Score (0.588 against 0.575) than early fusion.",
-        first=_CROSS_EARLY,
-        second=_CROSS_BOTH,
-    ),
-    _MetricClaim(
-        text="Intermediate fusion by cross-attention is the best of the four variants; against the "
-        "baseline: FID 5.68 and 5.98, CLIP Score 0.588 and 0.584.",
-        first=_CONCAT_EARLY,
-        second=_CROSS_BOTH,
-    ),
-    _MetricClaim(
-        text="Fusing in the middle blocks alone is the major source of the lower FID (Figure 7).",
-        first=_CROSS_EARLY,
-        second=_CROSS_IMAGE,
-        metrics=(FID,),
-    ),
-    _MetricClaim(
-        text="Fusing in the middle blocks alone lowers the CLIP Score (Figure 7).",
-        first=_CROSS_EARLY,
-        second=_CROSS_IMAGE,
-        metrics=(PAPER_CLIP_SCORE,),
-        expected="worse",
-    ),
-    _MetricClaim(
-        text="The text branch alone is the major source of the higher CLIP Score (Figure 7).",
-        first=_CROSS_EARLY,
-        second=_CROSS_TEXT,
-        metrics=(PAPER_CLIP_SCORE,),
-    ),
-)
-_COUNT_CLAIMS = {
-    "With concatenation, intermediate fusion counts better for 18 of 20 object-count pairs.": (
         _CONCAT_EARLY,
         _CONCAT_BOTH,
+        "With concatenation, intermediate fusion has lower FID (5.77 against 5.98) and higher "
+        "CLIP Score (0.588 against 0.584) than early fusion.",
     ),
+    _MetricClaim(
+        _CROSS_EARLY,
+        _CROSS_BOTH,
+        "With cross-attention, intermediate fusion has lower FID (5.68 against 6.48) and "
+        "higher CLIP Score (0.588 against 0.575) than early fusion.",
+    ),
+    _MetricClaim(
+        _CONCAT_EARLY,
+        _CROSS_BOTH,
+        "Intermediate fusion by cross-attention is the best of the four variants; against the "
+        "baseline: FID 5.68 and 5.98, CLIP Score 0.588 and 0.584.",
+    ),
+    _MetricClaim(
+        _CROSS_EARLY,
+        Variant("cross_attention", True, False),
+        "Fusing in the middle blocks alone is the major source of the lower FID (Figure 7).",
+        (FID,),
+    ),
+    _MetricClaim(
+        _CROSS_EARLY,
+        Variant("cross_attention", True, False),
+        "Fusing in the middle blocks alone lowers the CLIP Score (Figure 7).",
+        (PAPER_CLIP_SCORE,),
+        "worse",
+    ),
+    _MetricClaim(
+        _CROSS_EARLY,
+        Variant("cross_attention", False, True),
+        "The text branch alone is the major source of the higher CLIP Score (Figure 7).",
+        (PAPER_CLIP_SCORE,),
+    ),
+)
+_PAIRS = ((_CONCAT_EARLY, _CONCAT_BOTH), (_CROSS_EARLY, _CROSS_BOTH))
+"""Early fusion and its intermediate counterpart, for each conditioning."""
+_COUNT_CLAIMS = (
+    "With concatenation, intermediate fusion counts better for 18 of 20 object-count pairs.",
     "With cross-attention, intermediate fusion counts better or as well for 14 of 20 object-count "
-    "pairs.": (_CROSS_EARLY, _CROSS_BOTH),
-}
+    "pairs.",
+)
 
 
 def quality_metric(sheet: Sheet) -> Metric:
@@ -122,27 +118,28 @@ def quality_metric(sheet: Sheet) -> Metric:
 
 
 def metric_claims(sheet: Sheet) -> list[Claim]:
-    """Return the claims about metrics and cost for whose variants there are numbers."""
+    """Return the claims about metrics and cost whose variants were measured."""
     claims = [*(_compare_variants(sheet, claim) for claim in _METRIC_CLAIMS), _cost(sheet)]
     return [claim for claim in claims if claim.comparisons or claim.facts]
 
 
 def count_claims(counts: CountsByVariant) -> list[Claim]:
-    """Return the paper's two claims about pairs of object and asked count, with our pairs."""
+    """Return the paper's claims about object counts for the variants that were counted."""
     return [
         _compare_counts(text, counts[early], counts[both])
-        for text, (early, both) in _COUNT_CLAIMS.items()
+        for text, (early, both) in zip(_COUNT_CLAIMS, _PAIRS, strict=True)
         if early in counts and both in counts
     ]
 
 
 def preference_claims(found: "PreferenceResults") -> list[Claim]:
-    """Return the claim about preference, for models that the study names by variant slugs."""
-    comparisons = []
-    for early, both in ((_CONCAT_EARLY, _CONCAT_BOTH), (_CROSS_EARLY, _CROSS_BOTH)):
-        for one in found.win_rates:
-            if {one.first, one.second} == {early.slug, both.slug}:
-                comparisons.append(_compare_wins(early, both, one))
+    """Return the claim about preference, for models whose names are slugs of variants."""
+    comparisons = [
+        _compare_wins(early, both, rate)
+        for early, both in _PAIRS
+        for rate in found.win_rates
+        if {rate.first, rate.second} == {early.slug, both.slug}
+    ]
     text = "People prefer each intermediate fusion variant to its early fusion counterpart."
     return [Claim(text=text, comparisons=comparisons)] if comparisons else []
 
@@ -161,7 +158,7 @@ def _compare_variants(sheet: Sheet, claim: _MetricClaim) -> Claim:
 
 
 def _cost(sheet: Sheet) -> Claim:
-    """Compare speed and operations with concat, early, as ratios, which any hardware allows."""
+    """Compare speed and GFLOPs with those of early concat as ratios, which any hardware allows."""
     text = "Against the baseline, all other variants train faster and need fewer operations."
     base = sheet.variants.get(_CONCAT_EARLY)
     facts = []

@@ -1,4 +1,4 @@
-"""Figures 3 to 8 of arXiv 2403.16530 from runs: the numbers, then the plots.
+"""Figures 3 to 8 of arXiv 2403.16530 from runs: first the numbers, then the plots.
 
 `report paper` shows the figures on the page and writes each one as PNG and CSV.
 """
@@ -30,8 +30,8 @@ from ifvit.studies.variants import PAPER_VARIANTS, VARIANTS, Sheet, Variant, ser
 if TYPE_CHECKING:  # a sheet without a rating study does not need the extra `rate`
     from ifvit.rating.results import PreferenceResults
 
-# In the order of VARIANTS: concat blue, cross-attention orange; early light, intermediate dark;
-# then the halves of intermediate fusion.
+# In the order of VARIANTS: concat is blue, cross-attention is orange; early fusion is light,
+# intermediate fusion is dark. The halves of intermediate fusion follow.
 VARIANT_COLOURS = (
     ("#7fb0f2", "#3f6fc0"),
     ("#1d4fb8", "#8db8ff"),
@@ -42,7 +42,7 @@ VARIANT_COLOURS = (
     ("#7a9a12", "#b5d14a"),
     ("#b4479c", "#e48bd0"),
 )
-"""Colour on paper and on light pages, and colour on dark pages."""
+"""Colour on paper and on light pages, then colour on dark pages."""
 
 _VARIABLES = {light: f"run{number}" for number, (light, _) in enumerate(VARIANT_COLOURS)}
 _PANEL_SIZE = (4.6, 3.4)
@@ -63,9 +63,9 @@ _HALVES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A mean of one variant or model, with its standard error.
+    """A mean of one variant or model with its standard error `error`.
 
-    `colour` is an index of VARIANT_COLOURS; `values` are the numbers of the single runs.
+    `colour` is an index of VARIANT_COLOURS; `values` holds the number of each run.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A pair of axes; if `places` are given, x is the index of a place."""
+    """The content of one pair of axes; with `places`, x is an index of `places`."""
 
     title: str
     x_label: str
@@ -92,9 +92,9 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class PaperFigure:
-    """A figure as PNG and CSV, both None if the runs lack what it shows.
+    """A figure as PNG and CSV; both are None if the runs lack the data of the figure.
 
-    `facts` are what its text on the page names, `notes` are sentences about runs left out.
+    `facts` fill the text below the figure on the page; `notes` are sentences about runs left out.
     """
 
     png: bytes | None = None
@@ -118,7 +118,7 @@ class PaperFigure:
 def figure_3(sheet: Sheet) -> PaperFigure:
     """Plot metrics over training steps, and quality over CLIP Score as guidance grows.
 
-    Panels in which no variant has two points are left out. Evaluations of scenes have panels that
+    Panels in which no variant has two points are left out. Evaluations of scenes get panels that
     the paper does not have.
     """
     variants = [variant for variant in PAPER_VARIANTS if variant in sheet.variants]
@@ -151,8 +151,11 @@ def figure_3(sheet: Sheet) -> PaperFigure:
 
 
 def figure_4(sheet: Sheet, baseline: Variant, best: Variant) -> PaperFigure:
-    """Show images of two variants for random captions that both have; never chosen by eye."""
-    runs = [_first_compared(sheet, variant) for variant in (baseline, best)]
+    """Show images of two variants for captions that are sampled from those that both have."""
+    runs = [
+        next((run for run in sheet.variants[variant] if sheet.rows[run.name]), None)
+        for variant in (baseline, best)
+    ]
     scale = _scale_of_pairs(sheet, runs)
     top, bottom = (_samples(sheet, run, scale) for run in runs)
     if baseline == best or not top or not bottom:
@@ -175,7 +178,7 @@ def figure_4(sheet: Sheet, baseline: Variant, best: Variant) -> PaperFigure:
 
 
 def figure_5(counts: CountsByVariant, excluded: list[str]) -> PaperFigure:
-    """Plot the object counts, averaged over the runs of each variant."""
+    """Plot the object counts, each a mean over the runs of a variant."""
     if not counts:
         return PaperFigure(notes=excluded)
     rows = {variant.title: object_counts.mean_row(found) for variant, found in counts.items()}
@@ -217,7 +220,7 @@ def figure_6(found: "PreferenceResults | None") -> PaperFigure:
 def figure_7(sheet: Sheet) -> PaperFigure:
     """Plot early fusion, each half of intermediate fusion, and both halves.
 
-    There are panels for each conditioning of which one half was trained.
+    There are panels for each conditioning for which one half alone was trained.
     """
     halves = (v for v in sheet.variants if v.image_blocks != v.text_blocks)
     panels = []
@@ -240,7 +243,7 @@ def figure_7(sheet: Sheet) -> PaperFigure:
 
 
 def figure_8(sheet: Sheet) -> PaperFigure:
-    """Show the newest attention analysis of each variant's first analysed run."""
+    """Show the newest attention analysis of the first analysed run of each variant."""
     found = {v.title: s for v, runs in sheet.variants.items() if (s := _attention(runs))}
     if not found:
         return PaperFigure()
@@ -277,10 +280,6 @@ def _point(variant: Variant, x: float, mean: SeedMean) -> Point:
     )
 
 
-def _first_compared(sheet: Sheet, variant: Variant) -> Run | None:
-    return next((run for run in sheet.variants[variant] if sheet.rows[run.name]), None)
-
-
 def _scale_of_pairs(sheet: Sheet, runs: Sequence[Run | None]) -> float | None:
     """Return the guidance scale nearest to the paper's at which all runs were evaluated."""
     step = sheet.reference.step if sheet.reference else None
@@ -291,7 +290,7 @@ def _scale_of_pairs(sheet: Sheet, runs: Sequence[Run | None]) -> float | None:
 
 
 def _samples(sheet: Sheet, run: Run | None, scale: float | None) -> dict[str, Sample]:
-    """Return the samples by file name, which is the position in the evaluation."""
+    """Return file name => sample; equal names are equal positions in the evaluation."""
     if run is None or sheet.reference is None or scale is None:
         return {}
     folder, name = storage.join(run.url, FOLDER), sheet.reference.protocol.name
@@ -350,7 +349,7 @@ def _plot_panels(panels: Sequence[Panel]) -> bytes:
 
 
 def _panel_svg(panel: Panel) -> str:
-    """Return an SVG for the page, without a title, for the page has the title."""
+    """Return an SVG without a title; the page shows the title as text."""
     with house_style():
         figure = Figure(figsize=_PANEL_SIZE, layout="constrained")
         axes = figure.add_subplot()
@@ -360,7 +359,7 @@ def _panel_svg(panel: Panel) -> str:
 
 
 def _plot_panel(axes: Axes, panel: Panel) -> None:
-    """Plot means with standard errors, early fusion dashed and hollow, single runs as dots."""
+    """Plot means with standard errors; early fusion is dashed and hollow, single runs are dots."""
     for name in dict.fromkeys(point.name for point in panel.points):
         points = [point for point in panel.points if point.name == name]
         colour = VARIANT_COLOURS[points[0].colour][0]

@@ -69,12 +69,12 @@ class Table:
     lines: list[Line]
     records: list[dict[str, object]]
     notes: list[str]
-    """Why numbers are not compared with the paper's."""
+    """Reasons why numbers cannot be compared with the paper's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Column:
-    """One quantity of all variants; a SeedMean has noise, a float has none."""
+    """A quantity of all variants: a SeedMean where it has noise, else a float."""
 
     key: str
     title: str
@@ -82,11 +82,11 @@ class _Column:
     show: Callable[[float], str]
     metric: Metric | None = None
     differs: str | None = None
-    """Why our numbers do not compare with the paper's."""
+    """Why our numbers cannot be compared with the paper's; None if they can."""
 
 
 def table_1(sheet: Sheet) -> Table:
-    """Return the four variants' numbers, the paper's, and the difference where both compare."""
+    """Return the four variants' numbers, the paper's, and their difference where comparable."""
     backbone = differs_in_backbone(sheet)
     clip_score = differs_in_protocol(sheet, _CLIP_PROTOCOL, with_clip=True)
     backbones = {variant: backbone_of(runs[0]) for variant, runs in sheet.variants.items()}
@@ -122,7 +122,7 @@ def table_1(sheet: Sheet) -> Table:
 
 
 def table_further(sheet: Sheet) -> Table | None:
-    """Return the metrics that the paper did not measure; None if no run has any of them."""
+    """Return the metrics that the paper did not measure; None if none of them was measured."""
     in_table_1 = (FID, FRECHET, PAPER_CLIP_SCORE, CLIP_SCORE)
     metrics = [metric for metric in METRICS if metric not in in_table_1 and sheet.has(metric)]
     columns = [_metric_column(sheet, metric) for metric in metrics]
@@ -130,7 +130,7 @@ def table_further(sheet: Sheet) -> Table | None:
 
 
 def table_2(sheet: Sheet, ours: Mapping[str, Variant]) -> Table:
-    """Return the paper's Table 2 with `ours` below, and CLIP Scores as raw cosines too."""
+    """Return the paper's Table 2 followed by our variants `ours`, a map from name to variant."""
     rows: list[tuple[object, ...]] = [
         (f"{name}, as the paper cites it", "early", "cross-attention", fid, score, score, None)
         for name, fid, score in _FOUNDATION_MODELS
@@ -181,9 +181,9 @@ def differs_in_backbone(sheet: Sheet) -> str | None:
 def differs_in_protocol(
     sheet: Sheet, paper: Mapping[str, object], *, with_clip: bool = False
 ) -> str | None:
-    """Return how the protocol differs from the paper's in these fields; None if it does not.
+    """Return how the protocol differs from the fields `paper`; None if it does not.
 
-    `with_clip` compares the CLIP model, too.
+    With `with_clip`, the CLIP model must be the paper's, too.
     """
     if sheet.reference is None:
         return "nothing was evaluated"
@@ -199,13 +199,14 @@ def differs_in_protocol(
 
 
 def differs_in_hardware(sheet: Sheet) -> str | None:
-    """Return how GPU and batch size differ from the paper's; None if they do not."""
+    """Return how the GPU or the batch size differs from the paper's; None if both are equal."""
     names, sizes = devices(sheet), {_batch_size(run) for run in sheet.runs}
     if len(names) == 1 and _GPU in names[0] and sizes == {_BATCH_SIZE}:
         return None
     found = ", ".join(names) or "unknown hardware"
-    batches = ", ".join(str(size) for size in sizes)
-    return f"{found} at batch {batches} is not an RTX 4090 at batch {_BATCH_SIZE}"
+    return (
+        f"{found} at batch {', '.join(map(str, sizes))} is not an RTX 4090 at batch {_BATCH_SIZE}"
+    )
 
 
 def devices(sheet: Sheet) -> list[str]:
@@ -220,7 +221,10 @@ def gflops_of(run: Run) -> float:
 
 
 def iterations_per_s(runs: Sequence[Run]) -> float | None:
-    """Return the mean over runs of the median over log lines, which pauses hardly change."""
+    """Return training steps per second: the mean over runs of the median over log lines.
+
+    A pause hardly changes the median.
+    """
     speeds = []
     for run in runs:
         rates = [row["samples_per_s"] for row in run.curve if "samples_per_s" in row]
@@ -249,7 +253,11 @@ def _metric_column(
 
 
 def _make_table(sheet: Sheet, variants: Sequence[Variant], columns: Sequence[_Column]) -> Table:
-    best = {column.key: _find_best(column, variants) for column in columns}
+    best = {}
+    for column in columns:
+        values = {variant: column.values.get(variant) for variant in variants}
+        means = {v: mean for v, mean in values.items() if isinstance(mean, SeedMean)}
+        best[column.key] = find_best(column.metric, means) if column.metric else None
     lines, records = [], []
     for variant in variants:
         runs = sheet.variants.get(variant, [])
@@ -272,13 +280,6 @@ def _make_table(sheet: Sheet, variants: Sequence[Variant], columns: Sequence[_Co
         records=records,
         notes=[f"{', '.join(titles)}: {reason}." for reason, titles in reasons.items()],
     )
-
-
-def _find_best(column: _Column, variants: Sequence[Variant]) -> Variant | None:
-    if column.metric is None:
-        return None
-    values = {variant: column.values.get(variant) for variant in variants}
-    return find_best(column.metric, {v: m for v, m in values.items() if isinstance(m, SeedMean)})
 
 
 def _cell(column: _Column, variant: Variant, *, is_best: bool) -> Cell:

@@ -1,6 +1,6 @@
-"""The verb `report`: run folders => one self-contained HTML page, the runs side by side.
+"""The verb `report`: run folders => one self-contained HTML page that compares the runs.
 
-`report paper` renders its page with the same functions.
+`report paper` uses the same functions for tables, images and rendering.
 """
 
 import base64
@@ -24,7 +24,7 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import MetricsRow, describe_field, describe_value
-from ifvit.evaluation.runs import Run, Sample, read_runs
+from ifvit.evaluation.runs import Run, read_runs
 from ifvit.figures import RUN_COLOURS, house_style, to_png, to_svg
 from ifvit.models.config import FusionUViTConfig
 from ifvit.studies import object_counts
@@ -50,9 +50,9 @@ _VARIABLES = {colour: f"run{number}" for number, colour in enumerate(RUN_COLOURS
 
 
 def report(config: ReportConfig) -> None:
-    """Write the page; files that a run lacks are named on it.
+    """Write the page; it names the files that a run lacks.
 
-    Raises UserError if no run is given, a folder does not exist or a file is broken.
+    Raises UserError if no run is given, a folder does not exist, or a file is broken.
     """
     if not config.runs:
         raise UserError("report: no runs given; name at least one run folder")
@@ -85,7 +85,7 @@ def report(config: ReportConfig) -> None:
 
 
 def render_page(template: str, **values: Any) -> bytes:
-    """Return the page as UTF-8. Text is escaped; the template marks SVG as safe."""
+    """Render a template of this package to UTF-8; text is escaped unless marked as safe."""
     environment = Environment(loader=PackageLoader("ifvit", "studies"), autoescape=True)
     environment.trim_blocks = environment.lstrip_blocks = True
     return environment.get_template(template).render(**values).encode()
@@ -124,7 +124,7 @@ class Line:
 
 
 def settings_lines(runs: Sequence[Run]) -> list[Line]:
-    """Return backbone, cost and training, a cell per run."""
+    """Return lines about backbone, cost and training, with a cell per run."""
 
     def line(title: str, values: Sequence[object], template: str = "{}", note: str = "") -> Line:
         cells = [
@@ -137,18 +137,16 @@ def settings_lines(runs: Sequence[Run]) -> list[Line]:
     costs = [run.cost for run in runs]
     ends = [run.curve[-1] if run.curve else {} for run in runs]
     return [
-        line("Architecture", [run.backbone.architecture if run.backbone else None for run in runs]),
+        line("Architecture", [run.backbone and run.backbone.architecture for run in runs]),
         line("Fusion", [run.fusion for run in runs]),
-        line("Conditioning", [s.conditioning.replace("_", "-") if s else None for s in shapes]),
-        line(
-            "Adaptive norms", [("yes" if s.is_modulated else "no") if s else None for s in shapes]
-        ),
-        line("Image-only blocks per side", [s.num_image_blocks if s else None for s in shapes]),
-        line("Text-branch blocks", [s.num_text_blocks if s else None for s in shapes]),
-        line("Blocks, width", [f"{s.depth + 1}, {s.width}" if s else None for s in shapes]),
-        line("Parameters", [c.params if c else None for c in costs], "{:,}"),
-        line("GFLOPs", [c.layer_flops / 1e9 if c else None for c in costs], "{:.3f}"),
-        line("GFLOPs with attention", [c.flops / 1e9 if c else None for c in costs], "{:.3f}"),
+        line("Conditioning", [s and s.conditioning.replace("_", "-") for s in shapes]),
+        line("Adaptive norms", [s and ("yes" if s.is_modulated else "no") for s in shapes]),
+        line("Image-only blocks per side", [s and s.num_image_blocks for s in shapes]),
+        line("Text-branch blocks", [s and s.num_text_blocks for s in shapes]),
+        line("Blocks, width", [s and f"{s.depth + 1}, {s.width}" for s in shapes]),
+        line("Parameters", [c and c.params for c in costs], "{:,}"),
+        line("GFLOPs", [c and c.layer_flops / 1e9 for c in costs], "{:.3f}"),
+        line("GFLOPs with attention", [c and c.flops / 1e9 for c in costs], "{:.3f}"),
         line("Steps", [end.get("step") for end in ends], "{:,}"),
         line("Images seen", [end.get("samples_seen") for end in ends], "{:,}"),
         line("Training seconds", [end.get("seconds") for end in ends], "{:,.0f}"),
@@ -157,9 +155,9 @@ def settings_lines(runs: Sequence[Run]) -> list[Line]:
 
 
 def metric_lines(runs: Sequence[Run]) -> list[Line]:
-    """Return the metrics that any run has, with standard errors; a clearly best run is marked.
+    """Return a line per measured metric, with standard errors; a clearly best run is marked.
 
-    A note marks the numbers of runs that do not compare with the first one.
+    A note marks the numbers of runs that cannot be compared with the first run.
     """
     excluded = {number for number, run in enumerate(runs) if run.name in mismatches(runs)}
     lines = []
@@ -173,10 +171,10 @@ def metric_lines(runs: Sequence[Run]) -> list[Line]:
 
 
 def method_table(runs: Sequence[Run]) -> tuple[list[str], list[Line]]:
-    """Return heads and lines of the evaluations of a run that differ in the alignment method alone.
+    """Return heads and lines that compare the alignment methods of each run.
 
-    There are no lines if no run was evaluated by two methods under one protocol. A value that is
-    clearly the best of its run's methods is marked.
+    A run without two methods under one protocol has no lines. A value that is clearly the best of
+    its run's methods is marked.
     """
     groups = [(run.name, rows) for run in runs for rows in _rows_by_method(run)]
     metrics = [m for m in METRICS if any(m.of(row) for _, rows in groups for row in rows)]
@@ -191,7 +189,7 @@ def method_table(runs: Sequence[Run]) -> tuple[list[str], list[Line]]:
 
 
 def _rows_by_method(run: Run) -> list[list[MetricsRow]]:
-    """Return groups of rows that share step and protocol except for the method, plain first."""
+    """Return groups of rows that differ only in the method; the plain method comes first."""
     groups: dict[str, list[MetricsRow]] = {}
     for row in sorted(run.rows, key=lambda row: row.protocol.sampling["method"] != "plain"):
         ignored = {"name", "method", "date", "regulation"}
@@ -207,7 +205,7 @@ def _rows_by_method(run: Run) -> list[list[MetricsRow]]:
 def _metric_cells(
     metric: Metric, estimates: Sequence[Estimate | None], excluded: Collection[int] = ()
 ) -> list[Cell]:
-    """Return a cell per estimate; the clearly best one is marked, unless it is excluded."""
+    """Return a cell per estimate; the clearly best of those that are not excluded is marked."""
     compared = {n: e for n, e in enumerate(estimates) if e and n not in excluded}
     best = find_best(metric, {n: mean_over_seeds([e]) for n, e in compared.items()})
     cells = []
@@ -222,7 +220,7 @@ def _metric_cells(
 
 
 def _seconds_cells(seconds: Sequence[float | None]) -> list[Cell]:
-    """Return a cell per time, with the percentage above the first one."""
+    """Return a cell per time; the note is its difference from the first time in percent."""
     base = seconds[0]
     notes = [f"{s / base - 1:+.0%}" if s and base and s != base else "" for s in seconds]
     return [
@@ -232,7 +230,7 @@ def _seconds_cells(seconds: Sequence[float | None]) -> list[Cell]:
 
 
 def protocol_lines(runs: Sequence[Run]) -> list[Line]:
-    """Return the protocol of each run's last evaluation, a line per field."""
+    """Return a line per field of the protocols of the runs' last evaluations."""
     rows = [run.last.protocol.facts | {"step": run.last.step} if run.last else {} for run in runs]
     names = dict.fromkeys(name for row in rows for name in row)
     return [
@@ -245,7 +243,7 @@ def protocol_lines(runs: Sequence[Run]) -> list[Line]:
 
 
 def evaluation_history(runs: Sequence[Run]) -> list[tuple[str, int, list[str]]]:
-    """Return (run, step, metric values) of all evaluations, if any run has more than one."""
+    """Return (run, step, metric values) of all evaluations; empty if no run has two."""
     if all(len(run.evaluations) < 2 for run in runs):
         return []
     return [
@@ -260,7 +258,7 @@ def evaluation_history(runs: Sequence[Run]) -> list[tuple[str, int, list[str]]]:
 
 
 def recipe_differences(runs: Sequence[Run]) -> list[Line]:
-    """Return the keys of config.yaml whose values differ between runs."""
+    """Return a line per key of config.yaml whose value differs between runs."""
     flat = [_flatten(run.recipe or {}) for run in runs]
     names = dict.fromkeys(name for recipe in flat for name in recipe)
     return [
@@ -296,7 +294,7 @@ class _Curve(NamedTuple):
     x_label: str
     y: str
     is_log: bool
-    """Use a logarithmic axis if the values span more than a factor of 5."""
+    """Whether the axis is logarithmic when the values span more than a factor of 5."""
 
 
 _CURVES = (
@@ -308,7 +306,7 @@ _CURVES = (
 
 
 def plot_curve(curve: _Curve, runs: Sequence[Run]) -> str | None:
-    """Return an SVG with each run's values faint and smoothed solid; None without values."""
+    """Return an SVG with faint values and solid moving averages; None without values."""
     with house_style():
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
@@ -336,7 +334,7 @@ def plot_curve(curve: _Curve, runs: Sequence[Run]) -> str | None:
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Return the centred moving average (N,) => (N,); the window is cut off at both ends."""
+    """Return the centred moving average (N,) => (N,); at both ends the window is shorter."""
     weights = np.ones(window)
     total = np.convolve(values, weights, mode="same")
     averaged: NDArray[np.float64] = total / np.convolve(np.ones(len(values)), weights, mode="same")
@@ -348,9 +346,9 @@ def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Picture:
-    """An image on the page, or the place of a missing one (`uri` is None).
+    """An image on the page; `uri` is None for a missing image.
 
-    `colour` is the CSS variable of its run; `marks` say which parts of the caption are right.
+    `colour` is the CSS variable of its run; `marks` says which parts of the caption are right.
     """
 
     colour: str
@@ -359,7 +357,7 @@ class _Picture:
 
 
 def _caption_rows(runs: Sequence[Run]) -> list[tuple[str, list[_Picture]]]:
-    """Return the first captions, each with its real image, if known, and each run's image."""
+    """Return the first captions, each with its real image (if any) and the image of every run."""
     generated = [{(s.image_id, s.prompt): s for s in run.samples} for run in runs]
     wanted = list(dict.fromkeys(key for samples in generated for key in samples))[:_NUM_CAPTIONS]
     has_real = any(sample.real for run in runs for sample in run.samples)
@@ -370,16 +368,13 @@ def _caption_rows(runs: Sequence[Run]) -> list[tuple[str, list[_Picture]]]:
         if has_real:
             real = next((sample.real for sample in found if sample and sample.real), None)
             pictures.append(_Picture(colour="muted", uri=_inline_if_there(real), marks={}))
-        pictures += [_picture(f"run{n % _NUM_COLOURS}", sample) for n, sample in enumerate(found)]
+        for number, sample in enumerate(found):
+            scores = (sample.scores if sample else None) or {}
+            marks = {name: value for name, value in scores.items() if value is not None}
+            uri = _inline_if_there(sample.image if sample else None)
+            pictures.append(_Picture(colour=f"run{number % _NUM_COLOURS}", uri=uri, marks=marks))
         rows.append((key[1], pictures))
     return rows
-
-
-def _picture(colour: str, sample: Sample | None) -> _Picture:
-    scores = (sample.scores if sample else None) or {}
-    marks = {name: value for name, value in scores.items() if value is not None}
-    uri = _inline_if_there(sample.image if sample else None)
-    return _Picture(colour=colour, uri=uri, marks=marks)
 
 
 def _inline_if_there(url: str | None) -> str | None:
@@ -387,7 +382,7 @@ def _inline_if_there(url: str | None) -> str | None:
 
 
 def _training_grids(run: Run) -> list[tuple[int, str]]:
-    """Return (step, inline image) of the first, the last and some grids between."""
+    """Return (step, data URI) of the first, the last and some grids between them."""
     grids = run.training_grids
     if len(grids) > _NUM_GRIDS:
         stride = (len(grids) - 1) / (_NUM_GRIDS - 1)
@@ -396,7 +391,7 @@ def _training_grids(run: Run) -> list[tuple[int, str]]:
 
 
 def _missing_files(run: Run) -> list[str]:
-    """Return what the page lacks because the run has no such file."""
+    """Return each missing file of the run and what the page lacks without it."""
     wanted = {
         f"{run.url}/config.yaml: no recipe": run.recipe,
         f"{run.url}/metrics.jsonl: no training curve": run.curve,

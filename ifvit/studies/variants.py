@@ -1,6 +1,6 @@
-"""Runs grouped into the variants that the paper compares, and the evaluations that compare.
+"""Groups runs by the paper's variants and selects the evaluations that can be compared.
 
-The paper's sheet builds its tables, figures and claims from a `Sheet`.
+`report paper` builds its tables, figures and claims from the `Sheet` that `make_sheet` returns.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ class Variant:
 
     @property
     def fusion(self) -> str:
-        """The paper's name; one half of intermediate fusion is named by what it has."""
+        """The paper's name; half an intermediate fusion is named by the blocks that it has."""
         return FUSIONS[self.image_blocks, self.text_blocks]
 
     @property
@@ -43,7 +43,7 @@ class Variant:
 
     @property
     def path(self) -> str:
-        """How fused blocks see text."""
+        """Mechanism by which the fused blocks attend to text: `concat` or `cross-attention`."""
         return self.conditioning.replace("_", "-")
 
     @property
@@ -105,16 +105,16 @@ def backbone_of(run: Run) -> FusionUViTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """Runs by variant, and those of their evaluations that compare with `reference`."""
+    """The runs of each variant, and their evaluations that can be compared with `reference`."""
 
     variants: dict[Variant, list[Run]]
     reference: MetricsRow | None
     """The evaluation whose step and protocol the tables show; None if no run was evaluated."""
     rows: dict[str, list[MetricsRow]]
-    """By run name, the rows that differ from `reference` in step and guidance scale alone; empty
-    for a run that is not compared."""
+    """Run name => the rows that differ from `reference` only in step and guidance scale; empty for
+    a run that is not compared."""
     excluded: list[str]
-    """Sentences about runs and steps that were evaluated in another way."""
+    """Sentences that name each run or step that is not compared, with the reason."""
 
     @property
     def runs(self) -> list[Run]:
@@ -122,7 +122,7 @@ class Sheet:
         return [run for members in self.variants.values() for run in members]
 
     def group(self, found: Mapping[str, _Found]) -> dict[Variant, list[_Found]]:
-        """Return what was found by run name, grouped by variant; variants without any are out."""
+        """Convert run name => value to variant => values; variants without a value are left out."""
         grouped = {
             variant: [found[run.name] for run in members if run.name in found]
             for variant, members in self.variants.items()
@@ -141,7 +141,7 @@ class Sheet:
         step: int | None = None,
         scale: float | None = None,
     ) -> SeedMean | None:
-        """Return the mean over the variant's runs; None if there is no such number.
+        """Return the mean over the variant's runs; None if the metric was not measured.
 
         Step and guidance scale are those of `reference` unless given.
         """
@@ -172,25 +172,24 @@ class Sheet:
 
 
 def make_sheet(runs: Sequence[Run], series: str | None = None) -> Sheet:
-    """Group the runs and choose the evaluations that compare.
+    """Group the runs by variant and select the evaluations that can be compared.
 
-    `series` is NAME/wSCALE, the folder of evaluations in RUN/evaluation. Without it, the series
-    with most rows is taken; of several, the one whose guidance scale is nearest to the paper's.
-    `reference` is the last row of the series that compares with the last rows of most runs.
+    `series` is NAME/wSCALE, a folder in RUN/evaluation. The default is the series with most rows;
+    among equals, the one whose guidance scale is nearest to the paper's. `reference` is the last
+    row of some run in this series: the one that can be compared with the last rows of most runs.
     Raises UserError for runs that `group_runs` refuses and for a series that no run has.
     """
     variants = group_runs(runs)
+    kept: dict[str, list[MetricsRow]] = {run.name: [] for run in runs}
     rows = [row for run in runs for row in run.rows]
     if not rows:
-        empty: dict[str, list[MetricsRow]] = {run.name: [] for run in runs}
-        return Sheet(variants=variants, reference=None, rows=empty, excluded=[])
+        return Sheet(variants=variants, reference=None, rows=kept, excluded=[])
     series = series or _main_series(rows)
-    last = [found[-1] for run in runs if (found := _rows_of_series(run, series))]
+    last = [row for run in runs for row in _rows_of_series(run, series)[-1:]]
     if not last:
         known = ", ".join(sorted({series_of(row.protocol) for row in rows}))
         raise UserError(f"--series {series}: no run has this series; choose one of {known}")
     reference = max(last, key=lambda row: sum(not _mismatches(row, other) for other in last))
-    kept: dict[str, list[MetricsRow]] = {run.name: [] for run in runs}
     excluded = []
     for run in runs:
         if reasons := _why_excluded(run, series, reference):
@@ -199,7 +198,10 @@ def make_sheet(runs: Sequence[Run], series: str | None = None) -> Sheet:
         for row in run.rows:
             if row.protocol.name != reference.protocol.name:
                 continue
-            if others := "; ".join(_mismatches_of_protocol(row, reference)):
+            # Figure 3 varies step and guidance scale; every other field must be equal.
+            scale = {"guidance_scale": reference.protocol.guidance_scale}
+            rescaled = replace(row.protocol, sampling=row.protocol.sampling | scale)
+            if others := "; ".join(differences(rescaled, reference.protocol)):
                 excluded.append(f"{run.name} is left out at step {row.step:,}: {others}")
             else:
                 kept[run.name].append(row)
@@ -222,7 +224,7 @@ def _rows_of_series(run: Run, series: str) -> list[MetricsRow]:
 
 
 def _why_excluded(run: Run, series: str, reference: MetricsRow) -> str:
-    """Return why the run does not compare with the reference; empty if it does."""
+    """Return why the run cannot be compared with the reference; empty if it can."""
     rows = _rows_of_series(run, series)
     if not rows:
         others = ", ".join(sorted({series_of(row.protocol) for row in run.rows}))
@@ -235,10 +237,3 @@ def _mismatches(row: MetricsRow, reference: MetricsRow) -> list[str]:
     step = f"step {row.step:,} against {reference.step:,}"
     found = [step] if row.step != reference.step else []
     return found + differences(row.protocol, reference.protocol)
-
-
-def _mismatches_of_protocol(row: MetricsRow, reference: MetricsRow) -> list[str]:
-    """Return the differences other than step and guidance scale, which Figure 3 varies."""
-    scale = {"guidance_scale": reference.protocol.guidance_scale}
-    rescaled = replace(row.protocol, sampling=row.protocol.sampling | scale)
-    return differences(rescaled, reference.protocol)

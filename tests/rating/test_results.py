@@ -114,7 +114,7 @@ def test_a_study_without_answers_has_a_report(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     results = read_results(str(study.folder))
     assert (results.preference, results.counting) == (None, None)
-    assert describe(results).preference == []
+    assert describe(results)["preference"] == []
     report(RateReportConfig(study=str(study.folder)))
     assert "No ranking yet." in (study.folder / "report.html").read_text()
     with pytest.raises(UserError, match="no answers yet"):
