@@ -1,1 +1,1 @@
-"""SLURM jobs: `ifvit submit` submits, supervises and shows them."""
+"""SLURM jobs: `ifvit submit` submits jobs, supervises them and shows their state."""

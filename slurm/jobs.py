@@ -1,6 +1,7 @@
-"""What a SLURM job runs, the snapshot of the code that it runs, and the records of jobs.
+"""Jobs that run a verb, snapshots of the code that they run, and records of submitted jobs.
 
-`submit` writes these, `supervise` and `status` read them, and submitit calls `VerbJob` on nodes.
+`submit` writes all of them, `supervise` and `status` read them. On the nodes, submitit calls a
+`VerbJob` in every task.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True, kw_only=True)
 class VerbJob:
-    """Calls a verb in every task of a job.
+    """Runs a verb in every task of a job.
 
     The job names no checkpoint: SLURM starts the same job again after a requeue, and the verb
     finds and continues its own unfinished work.
@@ -45,7 +46,7 @@ class VerbJob:
     """Run or dataset folder that shows the progress of the job."""
     cluster: ClusterConfig
     last_weights: Mapping[str, str] = field(default_factory=dict)
-    """Run => folder of its last weights; runs without them are left out of `config.runs`."""
+    """Run => folder of its last weights; a run without this folder is left out of `config.runs`."""
 
     @property
     def name(self) -> str:
@@ -58,7 +59,7 @@ class VerbJob:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, _stop)
         if JobEnvironment().num_tasks > 1:
-            # SLURM passes on the variables of the submitting shell, perhaps another job's ranks.
+            # SLURM passes on the variables of the shell, which may hold the ranks of another job.
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         try:
             self.run_verb()
@@ -78,7 +79,7 @@ class VerbJob:
         load(VERBS[self.verb].function)(config)
 
     def progress(self) -> str:
-        """Return a text that changes whenever the job has saved more work."""
+        """Return a string that changes whenever the job has saved more work."""
         if self.verb == "train":
             latest = storage.join(self.run, "checkpoints", "latest")
             return storage.read_bytes(latest).decode() if storage.exists(latest) else ""
@@ -93,14 +94,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def load_job(folder: Path, job_id: str) -> VerbJob:
-    """Load the job that was submitted with this id and with its files in `folder`."""
+    """Load the submitted job with this id; its files are in `folder`."""
     job = DelayedSubmission.load(JobPaths(folder, job_id).submitted_pickle).function
     assert isinstance(job, VerbJob)
     return job
 
 
 def write_snapshot(folder: Path) -> Path:
-    """Copy the packages as they are on disk to FOLDER/HASH; equal code is copied only once."""
+    """Copy the packages to FOLDER/HASH and return that path; equal code is copied only once."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new_", dir=folder) as new:
         copy = Path(new, "code")
@@ -119,13 +120,13 @@ def write_snapshot(folder: Path) -> Path:
 
 
 def _copy_read_only(source: str, target: str) -> None:
-    """Copy a file; several submissions share the copy, so nobody may edit it."""
+    """Copy a file without write permission, because several submissions share the copy."""
     shutil.copyfile(source, target)
     Path(target).chmod(0o444)
 
 
 def _hash(folder: Path) -> str:
-    """Hash all names and contents; 16 digits keep the path short."""
+    """Return 16 digits of the hash of all file names and contents."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -135,7 +136,7 @@ def _hash(folder: Path) -> str:
 
 
 def run_git(*arguments: str) -> str:
-    """Return git's output for the checkout of this code; empty when there is no checkout."""
+    """Return git's output for the checkout of this code; empty without git or a checkout."""
     try:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -156,7 +157,7 @@ class JobRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SubmissionRecord:
-    """One call of `ifvit submit`, so that its jobs can be found later from another machine."""
+    """One call of `ifvit submit`; it makes the jobs known to later calls on other machines."""
 
     submitted: str
     """UTC in ISO 8601."""
@@ -169,7 +170,7 @@ class SubmissionRecord:
 
 
 def write_record(home: str, record: SubmissionRecord, diff: str) -> None:
-    """Write a submission into the run folder `home`, or replace it after more jobs were added.
+    """Write a submission to the run folder `home`; a record with fewer jobs is replaced.
 
     `diff` holds the uncommitted changes of the code.
     """

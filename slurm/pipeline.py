@@ -1,114 +1,89 @@
-"""`ifvit submit pipeline`: all stages from images to pages as jobs that wait for each other.
+"""`ifvit submit pipeline`: all stages from images to reports as jobs that wait for each other.
 
-A failed run cancels only its own evaluations: jobs about several runs wait until all runs have
-ended, and use those that finished. A failed encoding cancels everything that needs its data.
+A failed run cancels only its own evaluations. Jobs about several runs wait until all runs have
+ended, and use the runs that finished. A failed encoding cancels all jobs that need its data.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from ifvit import storage
+from ifvit.analysis.config import AttentionConfig
 from ifvit.config import read_config
+from ifvit.studies.config import PaperConfig, ReportConfig
+from ifvit.training.config import TrainConfig
 from slurm.config import PipelineConfig, SubmitTrainConfig
 from slurm.jobs import VerbJob
 from slurm.submit import Submission, absolute, add_evaluate, encode_jobs, expand_axes, train_job
 
+_OfRuns = TypeVar("_OfRuns", AttentionConfig, ReportConfig, PaperConfig)
+
 
 def submit_pipeline(config: PipelineConfig) -> list[str]:
     """Submit all stages; return the ids of all jobs."""
-    return _Pipeline(config).submit()
+    arrays, config = _expand_sweep(config)
+    recipes = [recipe for array in arrays for recipe in array]
+    cluster, home = config.cluster, absolute(config.run)
+    single = cluster.single_task()
+    submission = Submission(config, home, "pipeline")
+    encoded = [i for recipe in config.encode for i in submission.add(encode_jobs(recipe, cluster))]
+    trained = [
+        i
+        for array in arrays
+        for i in submission.add([train_job(recipe, cluster) for recipe in array], encoded)
+    ]
+    referenced = []
+    for reference in config.references:
+        verb = "evaluate --make_reference"
+        job = VerbJob(verb=verb, config=reference, run=home, cluster=single)
+        referenced += submission.add([job])
+    # An evaluation waits for its run, or for all runs if its run is not among them.
+    job_of = dict(zip((r.run for r in recipes), trained, strict=False))  # no ids if run locally
+    evaluated = []
+    for recipe in config.evaluate:
+        needed = [job_of[recipe.weights]] if recipe.weights in job_of else trained or encoded
+        evaluated += add_evaluate(submission, recipe, cluster, after=[*needed, *referenced])
+    last_weights = {
+        recipe.run: storage.join(recipe.run, "weights", f"step_{recipe.max_steps:08d}")
+        for recipe in recipes
+    }
+    analysed = []
+    for attention in config.attention:
+        job = VerbJob(verb="analyze attention", config=attention, run=home, cluster=single)
+        analysed += submission.add([replace(job, last_weights=last_weights)], encoded, trained)
+    reported = []
+    for verb, report in (("report", config.report), ("report paper", config.paper)):
+        if report:
+            cpu = replace(single, gpus_per_node=0)
+            job = VerbJob(verb=verb, config=report, run=home, cluster=cpu)
+            reported += submission.add([job], encoded, [*trained, *evaluated, *analysed])
+    return [*encoded, *trained, *referenced, *evaluated, *analysed, *reported]
 
 
-class _Pipeline:
-    """The stages of one pipeline recipe, with the runs of its sweep as separate runs."""
+def _expand_sweep(config: PipelineConfig) -> tuple[list[list[TrainConfig]], PipelineConfig]:
+    """Return the arrays of training runs, and the pipeline with the sweep replaced by its runs."""
+    arrays = [[recipe] for recipe in config.train]
+    runs_of: dict[str, list[str]] = {}
+    if config.sweep:
+        flag = "--config" if Path(config.sweep).suffix else "--recipe"
+        sweep = read_config(SubmitTrainConfig, [flag, config.sweep], prog="ifvit submit train")
+        arrays.append(expand_axes(sweep))
+        runs_of[sweep.run] = [recipe.run for recipe in arrays[-1]]
+    evaluate = [
+        replace(recipe, weights=run)
+        for recipe in config.evaluate
+        for run in runs_of.get(recipe.weights, [recipe.weights])
+    ]
+    return arrays, replace(
+        config,
+        evaluate=evaluate,
+        attention=[_expand_runs(recipe, runs_of) for recipe in config.attention],
+        report=config.report and _expand_runs(config.report, runs_of),
+        paper=config.paper and _expand_runs(config.paper, runs_of),
+    )
 
-    def __init__(self, config: PipelineConfig) -> None:
-        self._config = config
-        self._arrays = [[recipe] for recipe in config.train]
-        self._sweep: dict[str, list[str]] = {}
-        if config.sweep:
-            flag = "--config" if Path(config.sweep).suffix else "--recipe"
-            sweep = read_config(SubmitTrainConfig, [flag, config.sweep], prog="ifvit submit train")
-            self._arrays.append(expand_axes(sweep))
-            self._sweep[sweep.run] = [recipe.run for recipe in self._arrays[-1]]
-        self._submission = Submission(config, absolute(config.run), "pipeline")
 
-    def submit(self) -> list[str]:
-        config, cluster = self._config, self._config.cluster
-        encoded = self._add_each(encode_jobs(recipe, cluster) for recipe in config.encode)
-        trained = self._add_each(
-            ([train_job(recipe, cluster) for recipe in array] for array in self._arrays), encoded
-        )
-        referenced = self._add_each(
-            [self._job("evaluate --make_reference", recipe)] for recipe in config.references
-        )
-        evaluated = self._add_evaluations(trained, encoded, referenced)
-        analysed = self._add_each(
-            (
-                [replace(self._job("analyze attention", recipe), last_weights=self._last_weights())]
-                for recipe in config.attention
-            ),
-            encoded,
-            trained,
-        )
-        cpu = replace(cluster.single_task(), gpus_per_node=0)
-        reported = self._add_each(
-            (
-                [replace(self._job(verb, recipe), cluster=cpu)]
-                for verb, recipe in (("report", config.report), ("report paper", config.paper))
-                if recipe
-            ),
-            encoded,
-            [*trained, *evaluated, *analysed],
-        )
-        return [*encoded, *trained, *referenced, *evaluated, *analysed, *reported]
-
-    def _add_each(
-        self,
-        arrays: Iterable[Sequence[VerbJob]],
-        after: Sequence[str] = (),
-        ended: Sequence[str] = (),
-    ) -> list[str]:
-        return [i for jobs in arrays for i in self._submission.add(jobs, after, ended)]
-
-    def _add_evaluations(
-        self, trained: Sequence[str], encoded: Sequence[str], referenced: Sequence[str]
-    ) -> list[str]:
-        """Add evaluations; each waits for its own run, or for all runs when it has another one."""
-        runs = [recipe.run for array in self._arrays for recipe in array]
-        job_of = dict(zip(runs, trained, strict=False))  # without SLURM there are no ids
-        return [
-            i
-            for recipe in self._config.evaluate
-            for run in self._expand([recipe.weights])
-            for i in add_evaluate(
-                self._submission,
-                replace(recipe, weights=run),
-                self._config.cluster,
-                after=[*([job_of[run]] if run in job_of else trained or encoded), *referenced],
-            )
-        ]
-
-    def _job(self, verb: str, recipe: Any) -> VerbJob:
-        """Return a job of one task; the sweep's folder in `runs` becomes the sweep's runs."""
-        if hasattr(recipe, "runs"):
-            recipe = replace(recipe, runs=self._expand(recipe.runs))
-        return VerbJob(
-            verb=verb,
-            config=recipe,
-            run=absolute(self._config.run),
-            cluster=self._config.cluster.single_task(),
-        )
-
-    def _expand(self, folders: Sequence[str]) -> list[str]:
-        return [run for folder in folders for run in self._sweep.get(folder, [folder])]
-
-    def _last_weights(self) -> dict[str, str]:
-        """Run => folder of its last weights."""
-        return {
-            recipe.run: storage.join(recipe.run, "weights", f"step_{recipe.max_steps:08d}")
-            for array in self._arrays
-            for recipe in array
-        }
+def _expand_runs(recipe: _OfRuns, runs_of: dict[str, list[str]]) -> _OfRuns:
+    runs = [run for folder in recipe.runs for run in runs_of.get(folder, [folder])]
+    return replace(recipe, runs=runs)

@@ -1,4 +1,4 @@
-"""`ifvit submit status | logs | cancel`: find the jobs of a run folder, show or cancel them."""
+"""`ifvit submit status | logs | cancel`: shows or cancels the jobs of a run folder."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
     *("NODE_FAIL", "PREEMPTED", "REVOKED", "UNKNOWN"),
 )
-"""States of jobs that have ended. A requeued job is in the queue, and squeue's state counts."""
+"""States of ended jobs. A requeued job has not ended: its state comes from squeue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,12 @@ class JobStatus:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the job is over for good."""
+        """Whether the job has ended and is not requeued."""
         return self.state.startswith(_ENDED)
 
 
 def status(config: StatusConfig) -> None:
-    """Print the state of all jobs of a run; with `follow` until all have ended."""
+    """Print the state of all jobs of a run, with `follow` until all have ended."""
     while True:
         statuses = read_statuses(config.run)
         rows = [asdict(status) for status in statuses]
@@ -63,7 +63,7 @@ def logs(config: LogsConfig) -> None:
     follow = ["-F"] if config.follow else []
     sys.stdout.write(f"==> {path} <==\n")
     sys.stdout.flush()
-    # Not checked: `tail` fails when the reader of its output stops early.
+    # The exit code is ignored, because `tail` fails when the reader of its output stops early.
     subprocess.run(["tail", "-n", str(config.lines), *follow, str(path)], check=False)
 
 
@@ -108,7 +108,7 @@ def read_statuses(home: str) -> list[JobStatus]:
 
 
 def _count_requeues(record: SubmissionRecord, job: JobRecord) -> int:
-    """Count the starts in the log of task 0."""
+    """Return the number of starts in the log of task 0, except the first."""
     path = JobPaths(record.folder, job.job_id).stdout
     starts = path.read_text(errors="replace").count(TASK_START) if path.exists() else 0
     return max(0, starts - 1)
@@ -117,8 +117,8 @@ def _count_requeues(record: SubmissionRecord, job: JobRecord) -> int:
 def ask_slurm(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
     """Return State and NodeList of each job that SLURM knows.
 
-    Without SLURM's accounting, jobs that have ended are not known. Raises UserError when SLURM
-    does not answer.
+    A job array `7_[2-3]` stands for the jobs `7_2` and `7_3`. Without SLURM's accounting, ended
+    jobs are not known. Raises UserError when SLURM does not answer.
     """
     arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
     try:
@@ -129,24 +129,18 @@ def ask_slurm(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
         raise UserError(
             f"no `{error.filename}` on this machine; ask on a login node of the cluster"
         ) from None
-    if queued.returncode and "Invalid job id" not in queued.stderr:  # its answer for an old job
+    if queued.returncode and "Invalid job id" not in queued.stderr:  # the answer for an old job
         raise UserError(f"squeue: {' '.join(queued.stderr.split())}")
-    return parse_slurm(ended.stdout, queued.stdout)
+    states: dict[str, dict[str, str]] = SlurmInfoWatcher().read_info(ended.stdout)
+    return states | SlurmInfoWatcher().read_info(f"JobID|State|NodeList\n{queued.stdout}")
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def parse_slurm(ended: str, queued: str) -> dict[str, dict[str, str]]:
-    """Parse `JobID|State|NodeList` lines; `7_[2-3]` stands for the two jobs `7_2` and `7_3`."""
-    return SlurmInfoWatcher().read_info(ended) | SlurmInfoWatcher().read_info(
-        f"JobID|State|NodeList\n{queued}"
-    )
-
-
 def table(statuses: Sequence[JobStatus]) -> str:
-    """Return the statuses as aligned text with a heading."""
+    """Return a table as text with aligned columns."""
     rows = [[str(value) for value in vars(status).values()] for status in statuses]
     rows.insert(0, [field.name for field in fields(JobStatus)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -155,14 +149,12 @@ def table(statuses: Sequence[JobStatus]) -> str:
 
 
 def describe_progress(verb: str, run: str) -> str:
-    """Describe the progress of a training run or an encoding in one line; else return ""."""
+    """Describe the progress of a training run or an encoding in one line; "" for other verbs."""
     if verb == "encode":
         return f"{len(storage.list_names(storage.join(run, 'completed')))} shards"
     if verb != "train":
         return ""
-    metrics, latest = (
-        storage.join(run, *p) for p in (["metrics.jsonl"], ["checkpoints", "latest"])
-    )
+    metrics = storage.join(run, "metrics.jsonl")
     lines = storage.read_bytes(metrics).decode().splitlines() if storage.exists(metrics) else []
     complete = [line for line in lines[-2:] if line.endswith("}")]  # the last may be half written
     if not complete:

@@ -1,6 +1,6 @@
-"""`ifvit submit train | encode | evaluate`: turn recipes into SLURM jobs.
+"""`ifvit submit train | encode | evaluate`: submits recipes as SLURM jobs.
 
-`slurm.pipeline` submits its stages through the same `Submission`.
+`slurm.pipeline` submits its stages with the same functions and the same `Submission`.
 """
 
 import itertools
@@ -42,7 +42,7 @@ from slurm.jobs import (
 )
 
 _MAX_TIMEOUTS = 1_000_000
-"""submitit's own limit of requeues, which must not matter: slurm.supervise decides."""
+"""submitit's own limit of requeues; so large that only slurm.supervise decides."""
 
 Recipe = TypeVar("Recipe")
 
@@ -56,21 +56,21 @@ def submit_train(config: SubmitTrainConfig) -> list[str]:
 
 
 def submit_encode(config: SubmitEncodeConfig) -> list[str]:
-    """Submit the encoding of one dataset; return the ids of the array's jobs."""
+    """Submit the encoding of a dataset as an array; return the ids of its jobs."""
     recipe = _recipe(EncodeConfig, config)
     submission = Submission(config, absolute(recipe.output), "encode")
     return submission.add(encode_jobs(recipe, config.cluster))
 
 
 def submit_evaluate(config: SubmitEvaluateConfig) -> list[str]:
-    """Submit the generation of samples and the measuring; return the id of the latter."""
+    """Submit jobs that generate samples and a job that measures; return the id of the last."""
     recipe = _recipe(EvaluateConfig, config)
     submission = Submission(config, _evaluation_home(recipe), "evaluate")
     return add_evaluate(submission, recipe, config.cluster)
 
 
 def _recipe(cls: type[Recipe], config: Any) -> Recipe:
-    """Return the fields of a submit configuration that belong to the verb itself."""
+    """Return the part of a `submit` configuration that is the recipe of the verb."""
     return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})  # type: ignore[arg-type]
 
 
@@ -99,7 +99,7 @@ def train_job(recipe: TrainConfig, cluster: ClusterConfig) -> VerbJob:
 
 
 def encode_jobs(recipe: EncodeConfig, cluster: ClusterConfig) -> list[VerbJob]:
-    """Return `num_tasks` jobs that together encode one dataset."""
+    """Return `num_tasks` jobs that divide the shards of one dataset."""
     num_tasks = recipe.num_tasks or 1
     return [
         VerbJob(
@@ -118,7 +118,7 @@ def add_evaluate(
     cluster: ClusterConfig,
     after: Sequence[str] = (),
 ) -> list[str]:
-    """Add an array of jobs that generate samples and a job that measures; return its id."""
+    """Add jobs that generate samples, and one that measures them; return the id of the last."""
     job = VerbJob(
         verb="evaluate",
         config=replace(recipe, num_tasks=1, task=0),
@@ -132,17 +132,17 @@ def add_evaluate(
 
 
 def _evaluation_home(recipe: EvaluateConfig) -> str:
-    """Return the run whose weights are measured, or the output folder of the rows."""
+    """Return the output folder of the rows, by default the run of the measured weights."""
     return absolute(recipe.output or recipe.weights.partition("/weights/")[0])
 
 
 def absolute(url: str) -> str:
-    """Return a URL, or a path that jobs and users in other folders can use."""
+    """Return a path as an absolute path, because jobs run in another folder; return a URL as is."""
     return url if storage.is_remote(url) else str(Path(url).absolute())
 
 
 class Submission:
-    """One call of `ifvit submit`. Adds jobs, one array at a time, and records them in `home`."""
+    """One call of `ifvit submit`: adds jobs, one array at a time, and records them in `home`."""
 
     def __init__(self, config: SubmitConfig, home: str, name: str) -> None:
         self._config, self._home = config, home
@@ -160,11 +160,11 @@ class Submission:
     def add(
         self, jobs: Sequence[VerbJob], after: Sequence[str] = (), ended: Sequence[str] = ()
     ) -> list[str]:
-        """Submit jobs of one verb, several of them as an array; return their ids.
+        """Submit jobs of one verb, several jobs as an array; return their ids.
 
-        The jobs start after all jobs of `after` have succeeded and all jobs of `ended` have ended;
-        SLURM cancels them when a job of `after` fails. Raises UserError when there is no SLURM or
-        when sbatch refuses the jobs; then all jobs of this submission are cancelled.
+        The jobs start when all jobs of `after` have succeeded and all jobs of `ended` have ended;
+        SLURM cancels them when a job of `after` fails. Raises UserError when there is no SLURM, or
+        when sbatch rejects the jobs; then all jobs of this submission are cancelled.
         """
         waits = {"afterok": after, "afterany": ended}
         dependency = ",".join(f"{how}:{':'.join(ids)}" for how, ids in waits.items() if ids)
@@ -184,7 +184,7 @@ class Submission:
         except FailedJobError as error:
             self._cancel()
             raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
-        except BaseException:  # also after Ctrl-C no jobs may be left in the queue
+        except BaseException:  # Ctrl-C, too, must not leave jobs in the queue
             self._cancel()
             raise
         cluster, number = jobs[0].cluster, submitted[0].job_id.partition("_")[0]
@@ -237,14 +237,14 @@ class Submission:
 
 
 def sbatch_parameters(job: VerbJob, folder: Path, code: Path, dependency: str) -> dict[str, Any]:
-    """Return submitit's parameters of the sbatch script for `job`, with its files in `folder`.
+    """Return submitit's parameters for the sbatch script of `job`; its files go to `folder`.
 
-    The tasks run the snapshot `code`. After the tasks the script calls `slurm.supervise`, which
+    The tasks run the snapshot `code`. At its end, the script calls `slurm.supervise`, which
     decides whether the job is requeued.
     """
     cluster = job.cluster
     srun_args = [
-        f"--cpus-per-task={cluster.cpus_per_task}",  # since SLURM 22.05 not inherited from sbatch
+        f"--cpus-per-task={cluster.cpus_per_task}",  # not inherited from sbatch since SLURM 22.05
         f"--wait={cluster.exit_wait_s}",
         "--open-mode=append",
     ]
@@ -276,7 +276,7 @@ def sbatch_parameters(job: VerbJob, folder: Path, code: Path, dependency: str) -
             # SIGTERM must not end the script before `supervise` has run.
             "trap : TERM",
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            # Without it `python -m` prefers the working directory, which may be an edited checkout.
+            # Otherwise `python -m` prefers the working directory, which may be an edited checkout.
             "export PYTHONSAFEPATH=1",
             *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()),
             *cluster.setup,

@@ -1,9 +1,10 @@
-"""The last line of every sbatch script: decides after the tasks whether the job is requeued.
+"""Decides after the tasks of a job whether the job is requeued.
 
     python -m slurm.supervise FOLDER EXIT_CODE
 
-Exit code 0 means done and 2 a mistake of the user. After any other exit code, such as preemption
-and time limit (75) or a crash, the job is requeued, unless several starts in a row saved no work.
+is the last line of every sbatch script. Exit code 0 means that the work is done, 2 that the user
+made a mistake. After any other exit code (75 for preemption and the time limit, others for a
+crash) the job is requeued, unless several starts in a row saved no work.
 """
 
 import json
@@ -27,7 +28,7 @@ HARDWARE_FAILURE = re.compile(
     r"|all CUDA-capable devices are busy or unavailable|no CUDA-capable device is detected"
     r"|Stale file handle"
 )
-"""Messages of a task on a node with broken hardware."""
+"""Messages in the log of a task whose node has broken hardware."""
 
 TASK_START = "Starting with JobEnvironment("
 """The first line that submitit writes into a task's log at every start."""
@@ -35,7 +36,7 @@ TASK_START = "Starting with JobEnvironment("
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """How one start of a job ended; a line of FOLDER/JOBID_starts.jsonl."""
+    """The end of one start of a job; a line of FOLDER/JOBID_starts.jsonl."""
 
     ended: float
     """Seconds since the epoch."""
@@ -47,8 +48,8 @@ class Start:
 
 
 def supervise(folder: Path, exit_code: int) -> int:
-    """Requeue this script's job or print why not; return the exit code of the script."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it during the requeue
+    """Requeue the job of this script, or print why not; return the exit code of the script."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends SIGTERM during the requeue
     if exit_code == 0:
         return 0
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
@@ -85,14 +86,14 @@ def _starts_file(folder: Path, job_id: str) -> Path:
 
 
 def read_starts(folder: Path, job_id: str) -> list[Start]:
-    """Read all ended starts of a job, oldest first."""
+    """Read the starts of a job that have ended, oldest first."""
     path = _starts_file(folder, job_id)
     lines = path.read_text().splitlines() if path.exists() else []
     return [Start(**json.loads(line)) for line in lines]
 
 
 def reason_to_stop(starts: Sequence[Start], max_stalled: int) -> str | None:
-    """Return why the job must not be requeued after its last start; None to requeue it."""
+    """Return why the job must not be requeued; None if it must be requeued."""
     exit_code = starts[-1].exit_code
     if exit_code == 2:
         return "the recipe has a mistake, see the line above that begins with `error:`"
@@ -106,7 +107,7 @@ def reason_to_stop(starts: Sequence[Start], max_stalled: int) -> str | None:
 
 
 def find_bad_nodes(folder: Path, job_id: str) -> tuple[str, ...]:
-    """Find the nodes whose tasks reported broken hardware in their last start."""
+    """Return the nodes whose tasks reported broken hardware in the last start."""
     found = set()
     pattern = JobPaths(folder, job_id).stdout.name.replace("_0_log", "_*_log")
     for log in folder.glob(pattern):
@@ -119,7 +120,7 @@ def find_bad_nodes(folder: Path, job_id: str) -> tuple[str, ...]:
 
 
 def _progress(job: VerbJob, starts: Sequence[Start]) -> str:
-    """Return the job's progress; when the store does not answer, that of the last start."""
+    """Return the progress of the job; if the storage fails, the progress at the last start."""
     try:
         return job.progress()
     except Exception as error:
@@ -128,7 +129,7 @@ def _progress(job: VerbJob, starts: Sequence[Start]) -> str:
 
 
 def _may_requeue(job_id: str) -> bool:
-    """Return False when the job was cancelled or SLURM itself requeues it."""
+    """Return False if the job was cancelled or SLURM itself requeues it."""
     shown = subprocess.run(
         ["scontrol", "show", "job", "-o", job_id], check=True, capture_output=True, text=True
     ).stdout
@@ -136,7 +137,7 @@ def _may_requeue(job_id: str) -> bool:
 
 
 def _exclude(job_id: str, excluded: str | None, bad_nodes: Sequence[str]) -> None:
-    """Keep the requeued job off broken nodes; SLURM accepts this only once the job is pending."""
+    """Exclude broken nodes from the requeued job; SLURM accepts it once the job is pending."""
     nodes = ",".join(filter(None, [excluded, *bad_nodes]))
     command = ["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}"]
     for _ in range(20):

@@ -6,6 +6,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ifvit.evaluation.rows import describe_field
 from ifvit.evaluation.runs import Run
@@ -72,51 +73,35 @@ class Table:
     """Reasons why numbers cannot be compared with the paper's."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Column:
+class _Column(NamedTuple):
     """A quantity of all variants: a SeedMean where it has noise, else a float."""
 
     key: str
     title: str
     values: Mapping[Variant, SeedMean | float | None]
     show: Callable[[float], str]
-    metric: Metric | None = None
     differs: str | None = None
     """Why our numbers cannot be compared with the paper's; None if they can."""
+    metric: Metric | None = None
 
 
 def table_1(sheet: Sheet) -> Table:
     """Return the four variants' numbers, the paper's, and their difference where comparable."""
     backbone = differs_in_backbone(sheet)
     clip_score = differs_in_protocol(sheet, _CLIP_PROTOCOL, with_clip=True)
-    backbones = {variant: backbone_of(runs[0]) for variant, runs in sheet.variants.items()}
+    params = {v: count_cost(backbone_of(r[0])).params / 1e6 for v, r in sheet.variants.items()}
+    speeds = {variant: iterations_per_s(runs) for variant, runs in sheet.variants.items()}
     gflops = {variant: gflops_of(runs[0]) for variant, runs in sheet.variants.items()}
-    digits = 2 if min(gflops.values()) >= 1 else 4
+    show_two = "{:.2f}".format
+    show_gflops = show_two if min(gflops.values()) >= 1 else "{:.4f}".format
+    hardware = differs_in_hardware(sheet)
     columns = [
         _metric_column(sheet, FID, "FID ↓", backbone or differs_in_protocol(sheet, _FID_PROTOCOL)),
         *([_metric_column(sheet, FRECHET)] if sheet.has(FRECHET) else []),
         _metric_column(sheet, PAPER_CLIP_SCORE, "CLIP Score ↑", backbone or clip_score),
-        _Column(
-            key="mparams",
-            title="Parameters, M",
-            values={variant: count_cost(b).params / 1e6 for variant, b in backbones.items()},
-            show="{:.2f}".format,
-            differs=backbone,
-        ),
-        _Column(
-            key="iterations_per_s",
-            title="Training it/s ↑",
-            values={v: iterations_per_s(runs) for v, runs in sheet.variants.items()},
-            show="{:.2f}".format,
-            differs=backbone or differs_in_hardware(sheet),
-        ),
-        _Column(
-            key="gflops",
-            title="GFLOPs ↓",
-            values=gflops,
-            show=f"{{:.{digits}f}}".format,
-            differs=backbone,
-        ),
+        _Column("mparams", "Parameters, M", params, show_two, backbone),
+        _Column("iterations_per_s", "Training it/s ↑", speeds, show_two, backbone or hardware),
+        _Column("gflops", "GFLOPs ↓", gflops, show_gflops, backbone),
     ]
     return _make_table(sheet, PAPER_VARIANTS, columns)
 
@@ -242,14 +227,9 @@ def _batch_size(run: Run) -> int | None:
 def _metric_column(
     sheet: Sheet, metric: Metric, title: str | None = None, differs: str | None = None
 ) -> _Column:
-    return _Column(
-        key=metric.field,
-        title=title or metric.heading,
-        values={variant: sheet.mean(variant, metric) for variant in sheet.variants},
-        show=metric.show,
-        metric=metric,
-        differs=differs,
-    )
+    values = {variant: sheet.mean(variant, metric) for variant in sheet.variants}
+    heading = title or metric.heading
+    return _Column(metric.field, heading, values, metric.show, differs, metric)
 
 
 def _make_table(sheet: Sheet, variants: Sequence[Variant], columns: Sequence[_Column]) -> Table:

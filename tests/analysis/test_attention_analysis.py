@@ -28,7 +28,7 @@ def save_run(
     text_encoder: EncoderIdentity = MADE_UP,
     context_shape: tuple[int, int] = (5, 12),
 ) -> str:
-    """A run of untrained weights at step 3, of latents 8 x 8 in patches of 2."""
+    """Write a run with untrained weights at step 3 for latents of 8 x 8 in patches of 2."""
     torch.manual_seed(num_blocks)
     shape = small_shape(
         width=16,
@@ -120,7 +120,7 @@ def test_an_analysis_is_repeated_only_if_weights_protocol_or_files_differ(
         return capsys.readouterr().out.count("step_00000003.json exists")
 
     assert count_existing(2) == 0
-    # As if the second analysis had been killed between its two files.
+    # The files are those of an analysis that was killed between its two files.
     maps = Path(runs[1], "analysis/step_00000003.npz")
     complete = maps.read_bytes()
     maps.write_bytes(b"other maps")

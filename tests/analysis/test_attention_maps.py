@@ -1,4 +1,4 @@
-"""Attention recorded while a backbone samples, against sums made by hand."""
+"""Attention recorded during sampling is compared with sums worked out by hand."""
 
 import dataclasses
 import math
@@ -75,7 +75,7 @@ def sample(backbone: FusionUViT) -> Tensor:
 
 
 def record_all_at_once(backbone: FusionUViT) -> list[np.ndarray]:
-    """Per layer (prompts, evaluations, heads, queries, keys) in float64, nothing averaged yet."""
+    """Return the attention of each layer: (prompts, NFE, heads, queries, keys) in float64."""
     calls: list[list[np.ndarray]] = [[] for _ in range(5)]
 
     def keep(layer: int, query: Tensor, key: Tensor) -> None:
@@ -162,9 +162,9 @@ def test_only_the_conditional_half_is_recorded(conditioning: Conditioning) -> No
 
     def record(scale: float) -> list[np.ndarray]:
         rows = PromptRows(NUM_PROMPTS, inner_tokens(SIDE, 0))
-        denoiser = GuidedNoisePredictor(backbone, CONTEXTS, null_text, Guidance(scale=scale))
+        predictor = GuidedNoisePredictor(backbone, CONTEXTS, null_text, Guidance(scale=scale))
         with torch.no_grad(), watch_attention(backbone, rows):
-            denoiser(x_t, torch.full((NUM_PROMPTS,), 400))
+            predictor(x_t, torch.full((NUM_PROMPTS,), 400))
         return list(rows.means())
 
     for guided, plain in zip(record(3.0), record(1.0), strict=True):
@@ -208,7 +208,7 @@ def test_effective_rank_is_the_exponential_of_the_entropy(values: list[float], r
 
 
 def test_singular_values_of_a_stored_map() -> None:
-    """A map that is u 0.3 v^T + u' 0.1 v'^T with orthonormal vectors, half of it in each prompt."""
+    """The mean map is 0.3 u v^T + 0.1 u' v'^T, u v u' v' orthonormal; each prompt has one term."""
     strong = 0.3 * np.outer([1, 1, 1, 1], [0.5, 0.5, 0.5, 0.5]) / 2
     weak = 0.1 * np.outer([1, -1, 1, -1], [0.5, 0.5, -0.5, -0.5]) / 2
     rows = np.zeros((2, 4, 1 + 16 + 4))
@@ -225,7 +225,7 @@ def test_singular_values_of_a_stored_map() -> None:
     assert text.prompt_effective_rank.value == pytest.approx(1.0)
 
 
-def test_of_many_singular_values_the_ten_largest_are_kept() -> None:
+def test_the_ten_largest_singular_values_are_kept() -> None:
     rows = np.random.default_rng(0).random((3, 16, 1 + 16 + 12))
     sums = LayerSums("mid", 16, inner_tokens(SIDE, 0))
     sums.add(rows)

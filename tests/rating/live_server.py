@@ -1,4 +1,4 @@
-"""`ifvit rate serve` as a separate process, and requests to it without a browser."""
+"""Runs `ifvit rate serve` in its own process and sends requests without a browser."""
 
 import http.client
 import subprocess
@@ -11,7 +11,7 @@ from ifvit.rating.study import Study
 
 
 class LiveServer:
-    """A running server."""
+    """A running `ifvit rate serve`."""
 
     def __init__(self, study: Study) -> None:
         command = [sys.executable, "-m", "ifvit", "rate", "serve", str(study.folder), "--port", "0"]
@@ -37,7 +37,7 @@ class LiveServer:
 
 @contextmanager
 def serving(study: Study) -> Iterator[LiveServer]:
-    """A server that is terminated at the end."""
+    """Run a server and terminate it at the end."""
     server = LiveServer(study)
     try:
         yield server

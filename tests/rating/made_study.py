@@ -1,4 +1,4 @@
-"""Small studies of tiny images, and answers to them."""
+"""Makes small studies with tiny images, and answers to their questions."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ COUNT_PROMPTS = [
 
 
 def write_samples(folder: Path, prompts: list[str], colour: int, seed: int = 1) -> str:
-    """Write a folder as `ifvit generate` does; all images differ and name their model."""
+    """Write a folder like `ifvit generate`; all images differ and name their model."""
     folder.mkdir(parents=True)
     rows = []
     for position, prompt in enumerate(prompts):
@@ -59,7 +59,7 @@ def make_study(folder: Path, num_preference: int = 4, raters: int = 3, **setting
 
 
 def rank(task: Task, study: Study, order: tuple[str, ...]) -> str:
-    """The form field for a ranking of model names from best to worst."""
+    """Return the form field that ranks models, given by name from best to worst."""
     blind = {name: blind for blind, name in study.names.items()}
     return ",".join(str(task.shown.index(blind[name])) for name in order)
 

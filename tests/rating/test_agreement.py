@@ -1,4 +1,4 @@
-"""Statistics over answers, compared with the literature, with scipy, and with known truth."""
+"""Statistics of answers agree with the literature, with scipy, and with known truth."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_alpha_is_undefined_without_pairs_or_variation(values: list[list[float]]
 
 
 def sample_ranks(rng: np.random.Generator, number: int, places: int, pull: float) -> np.ndarray:
-    """Ranks (number, places) from noisy scores that fall by `pull` from each place to the next."""
+    """Sample ranks (number, places) of noisy scores that fall by `pull` from place to place."""
     scores = rng.normal(size=(number, places)) - pull * np.arange(places)
     return (-scores).argsort(axis=1).argsort(axis=1) + 1.0
 

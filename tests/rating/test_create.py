@@ -1,4 +1,4 @@
-"""From generated images to a study and its links."""
+"""`rate create` turns generated images into a study and prints its links."""
 
 import re
 from dataclasses import replace

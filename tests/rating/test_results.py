@@ -1,4 +1,4 @@
-"""From answers to results, the report and the exported table."""
+"""Answers become results, a report and an exported table."""
 
 import csv
 import json

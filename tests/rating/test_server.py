@@ -1,4 +1,4 @@
-"""The server over HTTP: permissions, forms, many raters at once, and sudden death."""
+"""The server over HTTP: permissions, forms, many raters at once, and SIGKILL."""
 
 import http.client
 import threading
@@ -99,7 +99,7 @@ def test_any_other_form_is_refused(kind: Kind, form: dict[str, str]) -> None:
 
 
 def build_form(task: Task, rater: int) -> str:
-    """A form that ranks images in the order on the page, or counts the rater's number."""
+    """Return a form that ranks images in page order, or whose count is the rater's id."""
     if task.item.kind == "counting":
         return f"count={rater}"
     return "ranking=" + ",".join(str(place) for place in range(len(task.shown)))
@@ -130,7 +130,7 @@ def test_a_rater_goes_through_the_whole_study(
     assert b"All done" in page
 
 
-def test_an_earlier_answer_can_be_seen_and_changed(
+def test_a_rater_can_see_and_change_an_earlier_answer(
     server: LiveServer, study: Study, raters: list[Rater]
 ) -> None:
     rater = raters[-2]

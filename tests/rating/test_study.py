@@ -1,4 +1,4 @@
-"""What a study asks, and in what order each rater sees it."""
+"""The questions of a study, and their order for each rater."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A small dataset, a recipe, and commands that stand in for SLURM's."""
+"""A small dataset, a recipe, and scripts in place of the commands of SLURM."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def recipe(shards: str, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Function that puts a shell script in front of a command of SLURM."""
+    """Return a function that replaces a command of SLURM by a shell script."""
     folder = tmp_path_factory.mktemp("bin")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
@@ -53,7 +53,7 @@ def command(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def queue(tmp_path: Path, command: Command) -> Path:
-    """Folder in which `sbatch` keeps scripts, 1.sh and so on; it refuses more than `room`."""
+    """Folder in which `sbatch` stores scripts 1.sh, 2.sh, …; it rejects more than `room`."""
     folder = tmp_path / "queue"
     folder.mkdir()
     (folder / "room").write_text("100")

@@ -1,4 +1,4 @@
-"""Recipes of jobs that take seconds, and functions that wait for jobs and look at them."""
+"""Recipes of jobs that take seconds, and functions that wait for jobs and inspect them."""
 
 import json
 import socket
@@ -27,6 +27,23 @@ BACKBONE = {
     "conditioning": "concat",
     "num_image_blocks": 0,
     "num_text_blocks": 0,
+}
+
+
+SAMPLING = {"num_steps": 2, "guidance_scale": 1.5}
+PROTOCOL = {
+    "name": "small",
+    "num_samples": 4,
+    "clip": "scenes/clip",
+    "paper_prefix": "",
+    "scenes": True,
+    "sampling": SAMPLING,
+}
+COUNTING = {
+    "name": "counts",
+    "num_samples": 30,
+    "sampling": SAMPLING,
+    "object_count": {"prompts": "scenes", "detector": "scenes"},
 }
 
 
@@ -87,13 +104,13 @@ def wait_for_jobs(home: str) -> list[JobStatus]:
 
 
 def read_losses(run: str) -> dict[int, float]:
-    """Loss of every logged step."""
+    """Return the loss of every logged step."""
     rows = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()
     return {row["step"]: row["loss"] for row in map(json.loads, rows)}
 
 
 def find_tasks(job_id: str) -> dict[int, int]:
-    """Rank => process id of a job's tasks; the virtual nodes are this machine."""
+    """Return rank => process id of a job's tasks; the virtual nodes are this machine."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:

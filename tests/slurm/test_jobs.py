@@ -1,4 +1,4 @@
-"""What a task does, which code it runs, and what counts as progress."""
+"""A task runs its verb from a snapshot of the code, and saved work counts as progress."""
 
 import os
 import shlex
@@ -26,12 +26,12 @@ class Variables:
 
 
 def see_variables(config: Variables) -> None:
-    """A verb that notes its environment."""
+    """Record the environment; a stand-in for a verb."""
     SEEN.append({name: os.environ.get(name) for name in config.names})
 
 
 def see_runs(config: ReportConfig) -> None:
-    """A verb that notes the runs of its recipe."""
+    """Record the runs of the recipe; a stand-in for a verb."""
     SEEN.append(config.runs)
 
 
@@ -43,7 +43,7 @@ def build_job(verb: str, config: Any = None, run: Path = Path(), **fields: Any) 
 def call(
     handlers: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Callable[[Any], None], VerbJob, int], None]:
-    """Function that calls a job with its verb's function replaced, as the last task of a node."""
+    """Return a function that runs a job as the last task of a node, with its verb replaced."""
 
     def call(function: Callable[[Any], None], job: VerbJob, num_tasks: int) -> None:
         verb = Verb(config="", function=f"{__name__}:{function.__name__}")

@@ -18,7 +18,9 @@ import pytest
 import yaml
 from small_jobs import (
     BACKBONE,
+    COUNTING,
     PATIENCE,
+    PROTOCOL,
     BrokenNodeJob,
     encoding,
     find_tasks,
@@ -78,12 +80,12 @@ def train(shards: str, folder: Path, run: str, disturb: Callable[[str], None] | 
 
 
 def requeue(job_id: str) -> None:
-    """Requeue as an administrator does, or a job of higher priority."""
+    """Requeue the job, like an administrator or a job of higher priority does."""
     subprocess.run(["scontrol", "requeue", job_id], check=True)
 
 
 def kill_one_task(job_id: str) -> None:
-    """Kill as the kernel does when memory is short."""
+    """Kill one task, like the kernel does when memory is short."""
     os.kill(find_tasks(job_id)[1], signal.SIGKILL)
 
 
@@ -154,25 +156,10 @@ def test_two_nodes_train_to_the_same_end_after_a_disturbance(
 
 
 def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> None:
-    """One of two runs fails: its evaluation is cancelled, and the pages are made without it."""
+    """One of two runs fails: its evaluation is cancelled, and the report is made without it."""
     shards, run, failing = (str(tmp_path / name) for name in ("shards", "run", "failing"))
     page = tmp_path / "report.html"
-    evaluation = {
-        "shards": shards,
-        "num_tasks": 2,
-        "protocol": {
-            "clip": "scenes/clip",
-            "num_samples": 4,
-            "paper_prefix": "",
-            "sampling": {"num_steps": 2},
-        },
-    }
-    counting = {
-        "name": "counts",
-        "num_samples": 30,
-        "sampling": {"num_steps": 2},
-        "object_count": {"prompts": "scenes", "detector": "scenes"},
-    }
+    evaluation = {"shards": shards, "num_tasks": 2, "protocol": PROTOCOL}
     pipeline = {
         "run": run,
         "encode": [{**encoding(images, shards), "num_tasks": 4}],
@@ -183,7 +170,7 @@ def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> 
         "evaluate": [
             {**evaluation, "weights": run},
             {**evaluation, "weights": failing},
-            {"weights": run, "protocol": counting},
+            {"weights": run, "protocol": COUNTING},
         ],
         "report": {"runs": [run, failing], "output": str(page)},
     }
@@ -199,7 +186,7 @@ def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> 
         ("report", "COMPLETED", "run"): 1,
     }
     assert "failing/evaluation: not evaluated" in page.read_text()
-    assert Path(run, "evaluation/counts/w2/step_00000005.json").is_file()
+    assert Path(run, "evaluation/counts/w1.5/step_00000005.json").is_file()
 
 
 def test_status_logs_and_cancel_of_a_waiting_job(shards: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pipeline: what its jobs wait for, and all stages of a small paper for real."""
+"""Jobs of a pipeline wait for what they need, and a small pipeline runs from end to end."""
 
 import re
 from collections import Counter
@@ -6,21 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_jobs import training
+from small_jobs import COUNTING, PROTOCOL, SAMPLING, training
 
 from ifvit.cli import main
 from ifvit.verbs import VERBS
 from slurm.jobs import load_job, read_records
-
-SAMPLING = {"num_steps": 2, "guidance_scale": 1.5}
-PROTOCOL = {
-    "name": "small",
-    "num_samples": 4,
-    "clip": "scenes/clip",
-    "paper_prefix": "",
-    "scenes": True,
-    "sampling": SAMPLING,
-}
 
 
 def count_waits(options: dict[str, str]) -> dict[str, Counter[str]]:
@@ -29,7 +19,9 @@ def count_waits(options: dict[str, str]) -> dict[str, Counter[str]]:
     return {how: Counter(re.sub(r"<ifvit-|_\d+>", "", i) for i in ids) for how, *ids in conditions}
 
 
-def test_the_papers_pipeline_waits_for_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs_of_the_shipped_pipeline_wait_for_what_they_need(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     main(["submit", "pipeline", "--recipe", "paper", "--cluster", "gpu", "--dry_run"])
     plan = []
     for job in capsys.readouterr().out.split("#!/bin/bash")[1:]:
@@ -56,7 +48,7 @@ def test_the_papers_pipeline_waits_for_what_it_needs(capsys: pytest.CaptureFixtu
 
 
 def build_pipeline(images: Path, shards: str, folder: Path) -> dict[str, object]:
-    """Recipe of a paper with two runs, and the file of its sweep."""
+    """Return the recipe of a pipeline with two runs, and write the file of its sweep."""
     home, reference = str(folder / "run"), str(folder / "reference.npz")
     axes = [
         {
@@ -68,12 +60,6 @@ def build_pipeline(images: Path, shards: str, folder: Path) -> dict[str, object]
     (folder / "sweep.yaml").write_text(yaml.safe_dump(recipe))
     measure = {"weights": home, "shards": shards, "reference": reference, "protocol": PROTOCOL}
     real_images = {"images": str(images / "train2014"), "image_size": 64}
-    counting = {
-        "name": "counts",
-        "num_samples": 30,
-        "sampling": SAMPLING,
-        "object_count": {"prompts": "scenes", "detector": "scenes"},
-    }
     attention = {"shards": shards, "num_prompts": 2, "sampling": SAMPLING}
     return {
         "run": home,
@@ -82,7 +68,7 @@ def build_pipeline(images: Path, shards: str, folder: Path) -> dict[str, object]
         "evaluate": [
             {**measure, "steps": "all", "num_tasks": 2},
             {**measure, "guidance_scales": [3.0]},
-            {"weights": home, "protocol": counting},
+            {"weights": home, "protocol": COUNTING},
         ],
         "attention": [{"runs": [home], **attention}],
         "paper": {"runs": [home], "output": str(folder / "paper")},

@@ -53,7 +53,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def forgetful(command: Command) -> None:
-    """A SLURM that has forgotten all jobs."""
+    """SLURM commands that know no job."""
     command("sacct", "echo 'JobID|State|NodeList'")
     command("squeue", "echo 'slurm_load_jobs error: Invalid job id' >&2; exit 1")
     command("scancel", "exit 1")

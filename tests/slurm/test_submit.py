@@ -1,4 +1,4 @@
-"""From a recipe to a job, without a cluster."""
+"""Recipes become jobs, without a cluster."""
 
 import json
 import re
@@ -13,16 +13,16 @@ from ifvit.errors import UserError
 from ifvit.models.config import PRESETS
 from ifvit.training.config import TrainConfig
 from slurm.config import ClusterConfig, PipelineConfig, SubmitTrainConfig
-from slurm.jobs import ROOT, VerbJob, read_records
+from slurm.jobs import ROOT, read_records
 from slurm.pipeline import submit_pipeline
-from slurm.submit import expand_axes, sbatch_parameters, submit_train
+from slurm.submit import expand_axes, submit_train
 
 CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
 TRAIN = str(ROOT / "configs" / "train" / "coco256_early.yaml")
 
 
 def dry_run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The scripts that `ifvit submit … --dry_run` prints."""
+    """Return the scripts that `ifvit submit … --dry_run` prints."""
     main(["submit", *argv, "--dry_run"])
     return capsys.readouterr().out
 
@@ -38,6 +38,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
             *("--cluster.cpus_per_task", "6", "--cluster.mem_gb_per_task", "32"),
             *("--cluster.environment", '{NCCL_DEBUG: "WARN, now"}'),
             *("--cluster.setup", "[module load cuda]", "--cluster.sbatch", "{reservation: tue}"),
+            *("--cluster.container_image", "ifvit.sqsh", "--cluster.container_mounts", "/a:/b"),
         ],
         capsys,
     )
@@ -57,7 +58,8 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
     commands = text[text.index("# setup") :]
     assert "module load cuda\n" in commands
     assert "export NCCL_DEBUG='WARN, now'\n" in commands
-    assert re.search(r"\nsrun .*--cpus-per-task=6 .*submitit.core._submit", commands)
+    container = "--container-image=ifvit.sqsh --container-mounts=/a:/b"
+    assert re.search(rf"\nsrun .*--cpus-per-task=6 .*{container} .*submitit.core._submit", commands)
     assert re.search(r"python -m slurm.supervise \S+ \$\?\n$", commands)
     assert list(tmp_path.iterdir()) == []
 
@@ -75,13 +77,6 @@ def test_encode_is_an_array_of_single_tasks(
 @pytest.mark.parametrize("file", CLUSTERS, ids=lambda file: file.stem)
 def test_shipped_clusters_make_scripts(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "srun" in dry_run(["train", "--config", TRAIN, "--cluster", str(file)], capsys)
-
-
-def test_srun_gets_the_container() -> None:
-    cluster = ClusterConfig(container_image="ifvit.sqsh", container_mounts="/data:/data")
-    job = VerbJob(verb="train", config=None, run="r", cluster=cluster)
-    arguments = sbatch_parameters(job, Path("/jobs"), Path("/code"), "")["srun_args"]
-    assert {"--container-image=ifvit.sqsh", "--container-mounts=/data:/data"} < set(arguments)
 
 
 def test_axes_give_one_run_per_combination() -> None:

@@ -1,4 +1,4 @@
-"""What happens to a job after its tasks have ended, with recorded answers of SLURM."""
+"""A job is requeued or stopped after its tasks have ended; SLURM's answers are recorded."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Run folders with the files that training and evaluation write, made without them."""
+"""Makes run folders like those of training and evaluation, without training or evaluating."""
 
 import dataclasses
 import json
@@ -10,8 +10,9 @@ from ifvit import storage
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url, write_row
 from ifvit.images import Pixels, encode_png, make_grid
-from ifvit.models.config import PRESETS, BackboneConfig
+from ifvit.models.config import PRESETS, BackboneConfig, FusionUViTConfig
 from ifvit.sampling.config import SamplingConfig
+from ifvit.studies.variants import Variant
 
 PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
 
@@ -22,7 +23,7 @@ def estimate(value: float, error: float = 0.02) -> Estimate:
 
 
 def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsRow:
-    """A row of metrics; `changes` are fields of the protocol or settings of sampling."""
+    """Build a row of metrics; `changes` are fields of the protocol or of its sampling settings."""
     sampling = SamplingConfig(num_steps=25).settings
     changes |= {"sampling": sampling | {k: changes.pop(k) for k in sampling.keys() & changes}}
     protocol = Protocol(
@@ -56,8 +57,18 @@ def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsR
     )
 
 
+def backbone_of(variant: Variant, preset: str = "tiny") -> FusionUViTConfig:
+    config = PRESETS[preset]
+    return dataclasses.replace(
+        config,
+        conditioning=variant.conditioning,
+        num_image_blocks=config.num_image_blocks * variant.image_blocks,
+        num_text_blocks=config.num_text_blocks * variant.text_blocks,
+    )
+
+
 def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
-    """A complete run folder of the tiny preset with one evaluation."""
+    """Write a complete run folder of the tiny preset with one evaluation."""
     shape = dataclasses.replace(PRESETS["tiny"], num_image_blocks=num_image_blocks)
     write_training(folder, shape)
     write_evaluation(folder, row)
@@ -65,7 +76,7 @@ def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
 
 
 def write_training(folder: Path, shape: BackboneConfig, seed: int = 1) -> None:
-    """The files of `ifvit train`; of the weights only the configuration."""
+    """Write the files of `ifvit train`; the weights are only a configuration."""
     curve = [
         {"step": step, "samples_seen": 64 * step, "loss": 1 / step, "grad_norm": 1.0,
          "learning_rate": 2e-4, "samples_per_s": 400.0, "data_wait": 0.01, "seconds": step / 8,
@@ -85,7 +96,7 @@ def write_training(folder: Path, shape: BackboneConfig, seed: int = 1) -> None:
 
 
 def write_evaluation(folder: Path, row: MetricsRow) -> None:
-    """The row and its samples, which are pictures of noise."""
+    """Write a row and its samples, which are images of noise."""
     protocol = row.protocol
     url = row_url(str(folder / FOLDER), protocol.name, protocol.guidance_scale, row.step)
     pixels, evaluation = noise(row.step), Path(samples_url(url))
@@ -104,6 +115,6 @@ def write_evaluation(folder: Path, row: MetricsRow) -> None:
 
 
 def noise(seed: int) -> Pixels:
-    """A picture (16, 16, 3) per prompt."""
+    """Return one image (16, 16, 3) per prompt."""
     draw = np.random.default_rng(seed)
     return draw.integers(0, 256, (len(PROMPTS), 16, 16, 3), dtype=np.uint8)

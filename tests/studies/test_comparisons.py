@@ -1,4 +1,4 @@
-"""Means over seeds, and the noise that decides what is called a difference."""
+"""Means over seeds, and the noise that decides whether two means differ."""
 
 import math
 

@@ -17,7 +17,7 @@ ROWS = {
 }
 
 
-def test_bars_are_the_rows_numbers() -> None:
+def test_bars_show_the_numbers_of_the_rows() -> None:
     *objects, errors, matches = figure(ROWS).axes
     assert [axes.get_title() for axes in objects] == ["bus", "sheep", "person", "apple"]
     for axes, places, values in (

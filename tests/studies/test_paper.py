@@ -1,4 +1,4 @@
-"""The paper's sheet of made run folders: which number stands where, and what is named missing."""
+"""`report paper` of made run folders shows the right numbers and names the missing ones."""
 
 import csv
 import dataclasses
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from made_counts import made_row
-from made_runs import build_row, estimate, write_evaluation, write_training
+from made_runs import backbone_of, build_row, estimate, write_evaluation, write_training
 from PIL import Image
 
 from ifvit.errors import UserError
 from ifvit.evaluation.object_count import write_object_count
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.evaluation.runs import read_runs
-from ifvit.models.config import PRESETS, FusionUViTConfig
+from ifvit.models.config import PRESETS
 from ifvit.rating.agreement import OrderBias
 from ifvit.rating.results import PreferenceResults, Replies, WinRate
 from ifvit.studies.comparisons import FRECHET
@@ -26,7 +26,7 @@ from ifvit.studies.paper import report_paper
 from ifvit.studies.paper_claims import Claim, count_claims, metric_claims, preference_claims
 from ifvit.studies.paper_figures import figure_3, figure_6, figure_7
 from ifvit.studies.paper_tables import iterations_per_s, table_1, table_2, table_further
-from ifvit.studies.variants import PAPER_VARIANTS, VARIANTS, Sheet, Variant, make_sheet
+from ifvit.studies.variants import PAPER_VARIANTS, VARIANTS, Sheet, make_sheet
 
 PAPER_PROTOCOL = {
     "name": "coco2014_fid30k",
@@ -49,7 +49,7 @@ PREFERENCE = PreferenceResults(
 
 
 def row_of(distance: float, **changes: object) -> MetricsRow:
-    """A row whose CLIP Score rises as the distance falls."""
+    """Build a row whose CLIP Score rises as the distance falls."""
     row = build_row(0.9 - distance, **changes)  # type: ignore[arg-type]
     numbers = {
         "frechet_distance": estimate(distance, 0.001),
@@ -58,18 +58,8 @@ def row_of(distance: float, **changes: object) -> MetricsRow:
     return dataclasses.replace(row, **numbers)
 
 
-def backbone_of(variant: Variant, preset: str = "tiny") -> FusionUViTConfig:
-    config = PRESETS[preset]
-    return dataclasses.replace(
-        config,
-        conditioning=variant.conditioning,
-        num_image_blocks=config.num_image_blocks * variant.image_blocks,
-        num_text_blocks=config.num_text_blocks * variant.text_blocks,
-    )
-
-
 def write_runs(folder: Path, variants: Sequence[int] = range(6), num_seeds: int = 2) -> list[str]:
-    """Runs with two steps and two guidance scales; later VARIANTS are better."""
+    """Write runs with two steps and two guidance scales; later VARIANTS are better."""
     paths = []
     for number in variants:
         for seed in range(num_seeds):

@@ -1,4 +1,4 @@
-"""The report of made run folders: what both runs have, and what is named missing."""
+"""`report` of made run folders compares the runs and names missing files."""
 
 import dataclasses
 import re
