@@ -58,7 +58,8 @@ class ClusterConfig:
                 raise ValueError(f"cluster.{name} is {getattr(self, name)}, expected at least 1")
         if self.signal_delay_s >= 60 * self.time_min:
             raise ValueError(
-                f"cluster.signal_delay_s is {self.signal_delay_s}, expected less than time_min"
+                f"cluster.signal_delay_s is {self.signal_delay_s}, expected less than "
+                f"{60 * self.time_min} (time_min in seconds)"
             )
 
     @property

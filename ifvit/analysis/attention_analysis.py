@@ -98,7 +98,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
     if not isinstance(backbone, FusionUViT):
         raise UserError(
             f"{run}: weights of a {type(backbone).__name__}; attention to text is analysed only "
-            "for fusion backbones, leave this run out"
+            "for fusion backbones; leave this run out"
         )
     shape = backbone.config
     if shape.conditioning == "adaln":

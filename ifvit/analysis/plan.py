@@ -87,7 +87,7 @@ def plan_row(name: str, shape: FusionUViTConfig, gpus: int, config: PlanConfig) 
     available = (1 - RESERVE) * hardware.memory_bytes
     stage = next((stage for stage in range(4) if memory[stage] <= available), 3)
 
-    # Gradients are scattered once. Stages 0 to 2 gather results once, stage 3 parameters twice.
+    # Every stage scatters the gradients once; stages 0 to 2 gather once, stage 3 gathers twice.
     size, num_collectives = VALUE * params, 3 if stage == 3 else 2
     flops = 3 * cost.flops * batch
     recomputed = 4 / 3 if checkpointing else 1

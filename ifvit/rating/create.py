@@ -47,7 +47,7 @@ def create(config: CreateConfig) -> None:
     missing, or when the models have no prompt in common.
     """
     if storage.is_remote(config.study):
-        raise UserError(f"study {config.study}: SQLite needs a local folder; name one")
+        raise UserError(f"study {config.study}: not a local folder, which SQLite needs; name one")
     is_new = not study_exists(config.study)
     if is_new:
         study = _build_study(config)
@@ -181,7 +181,7 @@ def _read_samples(folder: str) -> _Samples:
     """Read FOLDER/samples.jsonl. Raises UserError when it is missing or not a list of samples."""
     url = storage.join(folder, "samples.jsonl")
     if not storage.exists(url):
-        raise UserError(f"{url}: no such file; give a folder of generated images that has one")
+        raise UserError(f"{url}: no such file; give a folder that ifvit generate wrote")
     settings = storage.join(folder, "settings.json")
     seed = storage.read_json(settings).get("seed", -1) if storage.exists(settings) else -1
     try:

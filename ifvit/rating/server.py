@@ -67,7 +67,7 @@ def _listen(config: ServeConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         raise UserError(
-            f"{config.host}:{config.port}: cannot listen there ({error.strerror}); "
+            f"{config.host}:{config.port}: cannot listen ({error.strerror}); "
             "give another --host or --port"
         ) from None
     listener.listen()  # requests wait from now on until the server has started

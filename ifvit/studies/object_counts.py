@@ -163,7 +163,7 @@ def _plot_bars(
             color=colour,
             hatch=hatch,
             edgecolor="white",
-            # Rounding may put the end of an interval past its value.
+            # Because of rounding, a value may lie slightly outside its interval.
             yerr=[
                 [max(0.0, one.value - one.low) for one in found],
                 [max(0.0, one.high - one.value) for one in found],

@@ -88,7 +88,7 @@ def group_runs(runs: Iterable[Run]) -> dict[Variant, list[Run]]:
         # The initial standard deviation does not change the shape.
         if len({replace(backbone_of(run), init_std=1.0) for run in members}) > 1:
             names = ", ".join(run.url for run in members)
-            raise UserError(f"{names}: {variant.title} in two shapes; make one sheet for each")
+            raise UserError(f"{names}: {variant.title} has two shapes; report them one by one")
     return {variant: members for variant, members in groups.items() if members}
 
 

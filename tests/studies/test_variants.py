@@ -31,7 +31,7 @@ def test_every_backbone_has_its_variant_and_seeds_are_grouped(tmp_path: Path) ->
 def test_two_shapes_of_one_variant_are_refused(tmp_path: Path) -> None:
     shape = backbone_of(VARIANTS[1])
     runs = trained(tmp_path, [shape, dataclasses.replace(shape, num_image_blocks=2)])
-    with pytest.raises(UserError, match=r"0, .*1: Concat, intermediate in two shapes"):
+    with pytest.raises(UserError, match=r"0, .*1: Concat, intermediate has two shapes"):
         group_runs(runs)
 
 
