@@ -21,8 +21,8 @@ from ifvit.evaluation.runs import read_samples
 from ifvit.evaluation.sample_set import generate_missing
 from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import find_weights, run_of, step_name
-from ifvit.sampling.load import load_model
-from ifvit.sampling.samples import read_images
+from ifvit.sampling.load import load_model, load_sampler
+from ifvit.sampling.samples import claim_folder, read_images
 
 _NUM_SHOWN = 8
 """Prompts in the grid that compares alignment methods."""
@@ -47,14 +47,17 @@ def evaluate(config: EvaluateConfig) -> list[MetricsRow | ObjectCountRow]:
         for weights in _list_weights(config):
             model = load_model(weights, choose_device(config.device))
             conditions = measurement.open_conditions(model)
+            sampler = load_sampler(model, conditions.null)
             for protocol in _list_protocols(config):
                 sampling, step = protocol.sampling, model.info.step
                 url = row_url(output, protocol.name, sampling.guidance_scale, step)
                 row = measurement.find_row(url, model, protocol) if config.num_tasks == 1 else None
                 if row is None:
-                    folder, sources = samples_url(url), measurement.sources
+                    folder = samples_url(url)
+                    identity = {"weights_sha256": model.sha256, **measurement.sources}
+                    claim_folder(folder, sampling.settings | identity)
                     seconds = generate_missing(
-                        folder, model, conditions, partition, sampling, sources
+                        folder, partition, conditions, sampler, model.info, sampling
                     )
                     group.gather(None)  # waits until all processes have generated their images
                     if config.num_tasks > 1:

@@ -40,7 +40,7 @@ from ifvit.evaluation.references import (
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.images import Pixels
 from ifvit.sampling.load import Model
-from ifvit.sampling.samples import image_name
+from ifvit.sampling.samples import batched, image_name
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.score import SceneScore, score_image
 from ifvit.shards import ShardReader
@@ -188,8 +188,7 @@ class CaptionMetrics:
 
     def _embed_texts(self, prefix: str) -> metrics.Features:
         captions = [prefix + prompt.score_text for prompt in self.prompts]
-        starts = range(0, len(captions), self._batch_size)
-        batches = (captions[start : start + self._batch_size] for start in starts)
+        batches = batched(captions, self._batch_size)
         shown = show_progress(batches, len(captions), "embed captions", self._group.world)
         embed = self._networks.clip.embed_texts
         return torch.cat([embed(batch).cpu() for batch in shown]).numpy()

@@ -31,6 +31,7 @@ from ifvit.evaluation.features import (
 )
 from ifvit.evaluation.metrics import FeatureStatistics
 from ifvit.images import IMAGE_SUFFIXES, Pixels, read_square
+from ifvit.sampling.samples import batched
 from ifvit.shards.format import RESIZE
 
 _NUM_READERS = 8
@@ -157,8 +158,7 @@ def read_real_image(path: Path, image_size: int) -> Pixels:
 def read_batches(paths: Sequence[Path], image_size: int, batch_size: int) -> Iterator[Pixels]:
     """The images in order, in batches (B, image_size, image_size, 3), read by several threads."""
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
+        for batch in batched(paths, batch_size):
             yield np.stack(list(pool.map(read_real_image, batch, repeat(image_size))))
 
 

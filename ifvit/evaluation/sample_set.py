@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ifvit import storage
-from ifvit.diffusion.sampler import ConditionBatch, generate_images
+from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.references import find_image, read_real_image
 from ifvit.images import Pixels, encode_png, make_grid
+from ifvit.models.weights import WeightsInfo
 from ifvit.rng import Stream, uniform_array
 from ifvit.sampling.alignment import build_method
 from ifvit.sampling.config import SamplingConfig
@@ -29,11 +30,10 @@ from ifvit.sampling.load import (
     Model,
     check_identity,
     load_conditions,
-    load_sampler,
     require_text_encoder,
 )
 from ifvit.sampling.samples import (
-    claim_folder,
+    batched,
     image_name,
     image_url,
     missing_images,
@@ -153,26 +153,22 @@ def _describe_classes(classes: tuple[str, ...]) -> str:
 
 def generate_missing(
     folder: str,
-    model: Model,
-    conditions: ShardConditions | EncodedConditions,
     prompts: Sequence[Prompt],
+    conditions: ShardConditions | EncodedConditions,
+    sampler: Sampler,
+    info: WeightsInfo,
     config: SamplingConfig,
-    sources: dict[str, str],
 ) -> float | None:
     """Generate the images of `prompts` that `folder` lacks; return the seconds per image.
 
-    `sources` decide the prompts; with the weights and the settings they are stored in
-    settings.json. Returns None if no image was missing. Raises UserError if the folder holds images
-    of other settings.
+    Returns None if no image was missing.
     """
-    claim_folder(folder, config.settings | {"weights_sha256": model.sha256} | sources)
     by_position = {prompt.position: prompt for prompt in prompts}
     missing = [by_position[position] for position in missing_images(folder, by_position)]
     if not missing:
         return None
     started = time.perf_counter()
-    sampler = load_sampler(model, conditions.null)
-    method = build_method(config, sampler, model.info)
+    method = build_method(config, sampler, info)
     batches = _read_batches(conditions, missing, config.batch_size)
     images = generate_images(sampler, batches, config, method)
     write_images(folder, [prompt.position for prompt in missing], images)
@@ -182,8 +178,7 @@ def generate_missing(
 def _read_batches(
     conditions: ShardConditions | EncodedConditions, prompts: Sequence[Prompt], batch_size: int
 ) -> Iterator[ConditionBatch]:
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    for batch in batched(prompts, batch_size):
         yield ConditionBatch(
             positions=torch.tensor([prompt.position for prompt in batch]),
             condition=conditions.read(batch),
@@ -193,8 +188,7 @@ def _read_batches(
 
 def read_samples(folder: str, prompts: Sequence[Prompt], batch_size: int) -> Iterator[Pixels]:
     """The generated images in the order of `prompts`, in batches (B, H, W, 3)."""
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    for batch in batched(prompts, batch_size):
         yield read_images(image_url(folder, prompt.position) for prompt in batch)
 
 

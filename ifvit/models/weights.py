@@ -7,10 +7,10 @@ is written last and thus marks a complete folder.
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -19,9 +19,13 @@ from torch import Tensor
 
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
-from ifvit.models.config import BackboneConfig, restore_config
+from ifvit.models.config import (
+    BackboneConfig,
+    FusionUViTConfig,
+    TokenTransformerConfig,
+    restore_config,
+)
 from ifvit.models.fusion_transformer import FusionUViT, TokenTransformer
-from ifvit.models.unet import UNet
 from ifvit.shards import EncoderIdentity
 from ifvit.storage import (
     exists,
@@ -36,11 +40,6 @@ from ifvit.storage import (
 
 Kind = Literal["ema", "raw"]
 
-_BACKBONES: dict[str, Callable[[Any], Backbone]] = {
-    "fusion_uvit": FusionUViT,
-    "token_transformer": TokenTransformer,
-    "unet": UNet,
-}
 _CONFIG = "config.json"
 _TENSORS = "diffusion_pytorch_model.safetensors"
 _INFO = "weights.json"
@@ -69,7 +68,13 @@ class WeightsInfo:
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """Build a backbone with fresh weights, drawn from torch's global generator."""
-    return _BACKBONES[config.architecture](config)
+    if isinstance(config, FusionUViTConfig):
+        return FusionUViT(config)
+    if isinstance(config, TokenTransformerConfig):
+        return TokenTransformer(config)
+    from ifvit.models.unet import UNet  # the import of diffusers' U-Nets takes a second
+
+    return UNet(config)
 
 
 def restore_backbone(config: BackboneConfig, state_dict: Mapping[str, Tensor]) -> Backbone:

@@ -24,6 +24,7 @@ from ifvit.sampling.load import (
     number_classes,
 )
 from ifvit.sampling.samples import (
+    batched,
     claim_folder,
     image_name,
     image_url,
@@ -92,8 +93,7 @@ def _encode_batches(
     prompts: list[str], conditions: Conditions, positions: list[int], batch_size: int
 ) -> Iterator[ConditionBatch]:
     """Encode the prompts of `positions`, one batch at a time."""
-    for start in range(0, len(positions), batch_size):
-        batch = positions[start : start + batch_size]
+    for batch in batched(positions, batch_size):
         texts = [prompts[position % len(prompts)] for position in batch]
         yield ConditionBatch(
             positions=torch.tensor(batch), condition=conditions.encode(texts), prompts=texts

@@ -7,7 +7,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +17,12 @@ from ifvit.errors import UserError
 from ifvit.images import Pixels, decode_png, encode_png
 
 _NUM_WRITERS = 4
+_T = TypeVar("_T")
+
+
+def batched(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    """Yield the items in order, `size` at a time; the last batch may be smaller."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def claim_folder(folder: str, settings: dict[str, Any]) -> None:

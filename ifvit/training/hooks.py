@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ifvit.diffusion.config import SolverConfig
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import WeightsInfo, restore_backbone, save_weights, step_name
+from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.load import load_conditions, load_decoder
 from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes
@@ -219,11 +219,16 @@ class SampleGrid:
         self._run, self._engine = config.run, engine
         reader = ShardReader(config.shards, config.cache)
         conditions, self._null_condition = _grid_conditions(config.sample_grid, reader, info)
-        self._batch = ConditionBatch(positions=torch.arange(len(conditions)), condition=conditions)
         self._decode = load_decoder(info, str(engine.device))
-        self._solver = SolverConfig(
+        self._sampling = SamplingConfig(
             num_steps=config.sample_grid.num_steps, guidance_scale=config.sample_grid.guidance_scale
         )
+        size = self._sampling.batch_size
+        positions = torch.arange(len(conditions))
+        self._batches = [
+            ConditionBatch(positions=chunk, condition=condition)
+            for chunk, condition in zip(positions.split(size), conditions.split(size), strict=True)
+        ]
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Generate the images on the main process while the others wait."""
@@ -232,7 +237,7 @@ class SampleGrid:
             sampler = Sampler(
                 backbone=backbone, decode=self._decode, null_condition=self._null_condition
             )
-            (images,) = generate_images(sampler, [self._batch], self._solver)
+            images = np.concatenate([*generate_images(sampler, self._batches, self._sampling)])
             name = f"{step_name(state.step)}.png"
             write_bytes(
                 join(self._run, "samples", name), encode_png(make_grid(images, _GRID_COLUMNS))
