@@ -191,7 +191,7 @@ class CaptionMetrics:
         batches = batched(captions, self._batch_size)
         shown = show_progress(batches, len(captions), "embed captions", self._group.world)
         embed = self._networks.clip.embed_texts
-        return torch.cat([embed(batch).cpu() for batch in shown]).numpy()
+        return torch.cat([embed([*batch]).cpu() for batch in shown]).numpy()
 
     def _compute_metrics(
         self, sampled: Mapping[str, FeatureSet], real: Mapping[str, FeatureSet]

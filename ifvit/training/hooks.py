@@ -20,6 +20,7 @@ from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import WeightsInfo, restore_backbone, save_weights, step_name
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.load import load_conditions, load_decoder
+from ifvit.sampling.samples import batched
 from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes
 from ifvit.training.checkpoint import (
@@ -223,11 +224,9 @@ class SampleGrid:
         self._sampling = SamplingConfig(
             num_steps=config.sample_grid.num_steps, guidance_scale=config.sample_grid.guidance_scale
         )
-        size = self._sampling.batch_size
-        positions = torch.arange(len(conditions))
+        chunks = map(torch.tensor, batched(range(len(conditions)), self._sampling.batch_size))
         self._batches = [
-            ConditionBatch(positions=chunk, condition=condition)
-            for chunk, condition in zip(positions.split(size), conditions.split(size), strict=True)
+            ConditionBatch(positions=chunk, condition=conditions[chunk]) for chunk in chunks
         ]
 
     def __call__(self, state: TrainState, report: StepReport) -> None:

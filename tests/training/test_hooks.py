@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,6 +25,7 @@ from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.images import decode_png, make_grid
 from ifvit.models.weights import WeightsInfo, load_weights
+from ifvit.sampling.config import SamplingConfig
 from ifvit.shards import EncoderIdentity, ShardReader
 from ifvit.storage import join, list_names
 from ifvit.training import hooks
@@ -469,6 +471,7 @@ def test_the_grid_shows_what_the_ema_weights_generate(
     recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hooks, "load_decoder", lambda info, device: decode)
+    monkeypatch.setattr(hooks, "SamplingConfig", partial(SamplingConfig, batch_size=10))
     grid = SampleGridConfig(every=4, num_steps=3, guidance_scale=2.5)
     config = recipe(sample_grid=grid, checkpoint_every=4, scaling_factor=0.5)
     train(config)
