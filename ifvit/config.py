@@ -37,10 +37,10 @@ def read_config(
 ) -> Config:
     """Parse `--config` files and flags into the dataclass `cls`; a later value wins.
 
-    Words before the first flag fill the field `positional`, which is a list, or several string
-    fields that are separated by spaces. `--help` and `--print_config` print and exit with code 0.
-    Raises UserError, in one line, for an unknown key, a wrong type, a missing value, and for a
-    value that `cls` rejects.
+    `positional` names the fields that take the words before the first flag: one list field, or
+    several string fields (names separated by spaces). `--help` and `--print_config` print and exit
+    with code 0. Raises UserError, in one line, for an unknown key, a wrong type, a missing value,
+    and for a value that `cls` rejects.
     """
     parser = ArgumentParser(
         prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False
@@ -85,22 +85,24 @@ def _split_flags(cls: type[Any], argv: Sequence[str], positional: str | None) ->
     """
     kinds = {field.name: field.type for field in fields(cls)}
     each = {f"--{f.metadata['each']}": f"--{f.name}+" for f in fields(cls) if "each" in f.metadata}
-    free = positional.split() if positional else []
+    open_positionals = positional.split() if positional else []
     flags: list[Flag] = []
-    repeated = f"--{free[0]}+" if free and kinds[free[0]] is not str else None
+    list_flag = None
+    if open_positionals and kinds[open_positionals[0]] is not str:
+        list_flag = f"--{open_positionals[0]}+"
     for word in argv:
         if word.startswith("--") or word == "-h":
             name, equals, value = word.partition("=")
-            repeated = each.get(name)
+            list_flag = each.get(name)
             if equals:
-                flags.append((repeated or name, value))
-            elif not repeated:
+                flags.append((list_flag or name, value))
+            elif not list_flag:
                 flags.append((name, None))
-            free = []
-        elif repeated:
-            flags.append((repeated, word))
-        elif free:
-            flags.append((f"--{free.pop(0)}", word))
+            open_positionals = []
+        elif list_flag:
+            flags.append((list_flag, word))
+        elif open_positionals:
+            flags.append((f"--{open_positionals.pop(0)}", word))
         elif flags and flags[-1][1] is None:
             flags[-1] = (flags[-1][0], word)
         else:
@@ -148,8 +150,8 @@ def _choose_member(
 ) -> tuple[type[Any], list[Flag]]:
     """Choose the union member of field `name` by its architecture; the first is the default.
 
-    A recipe or flag with another architecture than before replaces everything that earlier ones
-    said about the field. Raises UserError for an unknown architecture.
+    When a recipe or flag names a new architecture, all earlier settings of this field are dropped.
+    Raises UserError for an unknown architecture.
     """
     by_name = {str(getattr(member, KEY)): member for member in members}
     current = next(iter(by_name))

@@ -22,7 +22,10 @@ T = TypeVar("T")
 Batch = TypeVar("Batch", bound=Sized)
 
 _TIMEOUT = timedelta(hours=2)
-"""Longest upload for which other processes wait; a process that dies is noticed at once."""
+"""Processes wait for each other at most this long, for example for an upload.
+
+A process that dies is noticed at once.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +43,12 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Read RANK, WORLD_SIZE and LOCAL_RANK of torchrun or accelerate; one process without.
+        """Read RANK, WORLD_SIZE and LOCAL_RANK of torchrun or accelerate; by default one process.
 
         For the tasks of an `srun` step these variables are first derived from SLURM's and exported,
         because torch and its libraries read them too.
         """
-        # Not SLURM_NTASKS: a batch script has it too, with a SLURM_PROCID, yet is one process.
+        # SLURM_NTASKS cannot be used: it is also set in the batch script, which is one process.
         if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             _export_slurm_step()
         return cls(

@@ -2,8 +2,8 @@
 
 All packages read and write files of datasets and runs through this module. A file is written whole
 or not at all: locally under a temporary name, synced and renamed; in an object store by one request
-or multipart upload. Every transfer is checked by size and hash. Requests to a store that fails are
-repeated for IFVIT_STORE_PATIENCE seconds (default 600).
+or multipart upload. Every transfer is checked by size and hash. Failed requests to an object
+store are repeated for IFVIT_STORE_PATIENCE seconds (default 600).
 """
 
 import contextlib
@@ -72,7 +72,8 @@ def join(url: str, *parts: str) -> str:
 def exists(url: str) -> bool:
     """Whether a file or folder exists. Raises UserError when a local disk fails to answer.
 
-    fsspec's `exists` is False on such a failure, and callers replace or remove absent files.
+    fsspec's `exists` returns False on such a failure. Callers would then treat a file that is there
+    as absent and overwrite it.
     """
     try:
         _retry(url, lambda files: files.info(url))
@@ -300,8 +301,8 @@ def _connect(_pid: int, _settings: tuple[tuple[str, str], ...]) -> FileSystem:
 def _retry(url: str, action: Callable[[FileSystem], Result]) -> Result:
     """Run `action` until it succeeds, with growing pauses; once on the local file system.
 
-    Raises StoreError when the store refuses access or has failed for the patience, and
-    FileNotFoundError and other permanent errors at once.
+    Raises StoreError when the store refuses access or has failed for IFVIT_STORE_PATIENCE seconds.
+    Permanent errors such as FileNotFoundError are raised without a retry.
     """
     if not is_remote(url):
         return action(filesystem(url))
@@ -346,7 +347,8 @@ def _create_object(url: str, data: bytes) -> bool:
         except OSError as error:
             if not (isinstance(error, FileExistsError) or _is_precondition_failed(error)):
                 raise
-            return bool(files.cat_file(url) == data)  # a try of ours may have lost its answer
+            # An earlier try may have created the object, and only its answer was lost.
+            return bool(files.cat_file(url) == data)
         return True
 
     return _send(url, put)

@@ -21,8 +21,8 @@ MAX_OBJECTS = 6
 KINDS = ("circle", "square", "triangle")
 RELATIONS: tuple[Relation, ...] = ("left of", "above")
 
-# Seen from a light background, all pairs of these colours differ in direction by 35 degrees or
-# more. score.py tells colours apart by this direction, because blur does not change it.
+# The vectors (RGB) from a light background to any two of these colours form an angle of at least
+# 35 degrees. score.py tells colours apart by this direction, because blur does not change it.
 COLOURS = {
     "red": (220, 30, 40),
     "yellow": (250, 200, 0),
@@ -131,7 +131,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def sample_objects(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject, ...]:
-    """Sample positions, by rejection, until boxes are 1.5 px apart and the relation is clear.
+    """Sample positions, by rejection, until boxes are 1.5 px or more apart and the relation clear.
 
     Two groups lie in two halves of the image, and the line between their centres deviates by less
     than 27 degrees from the axis of the relation.

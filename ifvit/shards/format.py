@@ -61,9 +61,10 @@ class SampleMetadata:
 class LatentSample:
     """One image as the encode job writes it.
 
-    `moments` (2C, H, W) are mean above logvar of the VAE posterior, unscaled, and `flipped` those
-    of the horizontally flipped image. A sample has either `context` (captions, M, D) or `label`.
-    `key` contains no dot and no slash, because WebDataset ends a key there.
+    `moments` (2C, H, W) are the unscaled mean and logvar of the VAE posterior, stacked along the
+    channel axis, and `flipped` those of the horizontally flipped image. A sample has either
+    `context` (captions, M, D) or `label`. `key` contains no dot and no slash, because WebDataset
+    ends a key there.
     """
 
     key: str
@@ -234,7 +235,7 @@ class ShardIndex:
         return range(int(self.first_caption[row]), int(self.first_caption[row + 1]))
 
     @property
-    def num_captions(self) -> Array:
+    def caption_counts(self) -> Array:
         """(N,) number of captions of each sample."""
         counts: Array = np.diff(self.first_caption)
         return counts
@@ -252,8 +253,8 @@ def index_tar(path: Path) -> ShardIndex:
         for member in tar:
             key, _, suffix = member.name.partition(".")
             file.seek(member.offset_data)
-            places = _places(suffix, member.offset_data, file.read(member.size))
-            members.setdefault(key, {})[suffix] = places
+            entries = _index_entries(suffix, member.offset_data, file.read(member.size))
+            members.setdefault(key, {})[suffix] = entries
     samples = list(members.values())
     captions = [sample.get("context.npy", []) for sample in samples]
     absent = [(ABSENT, 0)]
@@ -263,13 +264,13 @@ def index_tar(path: Path) -> ShardIndex:
         flipped=_table([sample.get("flipped.npy", absent)[0] for sample in samples], 2),
         metadata=_table([sample.get("json", [(ABSENT, 0, 0)])[0] for sample in samples], 3),
         label=np.array([sample.get("cls", absent)[0][0] for sample in samples], dtype=np.int64),
-        context=_table([place for places in captions for place in places], 2),
+        context=_table([entry for entries in captions for entry in entries], 2),
         first_caption=np.cumsum([0, *map(len, captions)], dtype=np.int64),
     )
 
 
-def _places(suffix: str, offset: int, data: bytes) -> list[tuple[int, ...]]:
-    """Entries of the index for one member of a tar, whose content starts at `offset`."""
+def _index_entries(suffix: str, offset: int, data: bytes) -> list[tuple[int, ...]]:
+    """Index entries of one tar member whose content starts at `offset`; for `cls` its label."""
     if suffix == "cls":
         return [(int(data),)]
     if suffix == "json":

@@ -49,7 +49,7 @@ class ShardReader:
         self._indexes: list[ShardIndex | None] = [None] * len(self.manifest.shards)
         if not self.is_remote:
             self._indexes = [read_index(url, entry) for entry in self.manifest.shards]
-        # Not a method of `self`, which would be a cycle that keeps files open.
+        # Caching a method of `self` would make a reference cycle and keep the files open.
         self._open = lru_cache(self._files.max_open)(self._files.open_tar)
         self._null_context = read_null_context(url, self.manifest) if self.manifest.text else None
 
@@ -77,7 +77,8 @@ class ShardReader:
     @property
     def null_context(self) -> Array:
         """(M, D) embedding of the empty caption."""
-        assert self._null_context is not None, self.text
+        if self._null_context is None:
+            raise ShardError(f"{self.url}: holds class labels, no captions")
         return self._null_context
 
     def fetch(self, shard: int) -> None:
@@ -91,7 +92,7 @@ class ShardReader:
         return np.array([len(numbers) for numbers in captions], dtype=np.int64)
 
     def read_moments(self, samples: Array, out: Array, hflip: Array | None = None) -> None:
-        """Fill `out` (B, 2C, H, W) with the VAE posteriors: mean above logvar, unscaled.
+        """Fill `out` (B, 2C, H, W) with the unscaled mean and logvar of the VAE posteriors.
 
         `hflip` (B,) is true where the moments of the horizontally flipped image are wanted.
         Raises ShardError for damaged bytes and for a dataset without flipped moments.
@@ -128,7 +129,7 @@ class ShardReader:
         return int(self.caption_counts(np.array([sample]))[0])
 
     def moments(self, sample: int, *, hflip: bool = False) -> Array:
-        """(2C, H, W) mean above logvar of the VAE posterior, unscaled; see `read_moments`."""
+        """(2C, H, W) unscaled mean and logvar of the VAE posterior; see `read_moments`."""
         out = np.empty((1, *self.manifest.moments_shape), self.dtype)
         self.read_moments(np.array([sample]), out, np.array([True]) if hflip else None)
         return out.squeeze(0)
