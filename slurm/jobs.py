@@ -170,7 +170,7 @@ class SubmissionRecord:
 
 
 def write_record(home: str, record: SubmissionRecord, diff: str) -> None:
-    """Write a submission to the run folder `home`; a record with fewer jobs is replaced.
+    """Write a submission to the run folder `home`; replace its record from before the last jobs.
 
     `diff` holds the uncommitted changes of the code.
     """

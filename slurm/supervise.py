@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from submitit.core.utils import JobPaths
@@ -98,9 +99,8 @@ def reason_to_stop(starts: Sequence[Start], max_stalled: int) -> str | None:
     if exit_code == 2:
         return "the recipe has a mistake, see the line above that begins with `error:`"
     progress = ["", *(start.progress for start in starts)]
-    stalled = 0
-    while stalled < len(starts) and progress[-1 - stalled] == progress[-2 - stalled]:
-        stalled += 1
+    is_equal = (after == before for after, before in pairwise(reversed(progress)))
+    stalled = len(list(takewhile(bool, is_equal)))
     if stalled >= max_stalled:
         return f"{stalled} starts in a row saved no new work, the last with exit code {exit_code}"
     return None

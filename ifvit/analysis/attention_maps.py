@@ -262,7 +262,7 @@ class LayerSums:
         self._image_map = self._image_map + parts[1][:, :, self._inside].sum(axis=0)
         self._text_map = self._text_map + parts[2].sum(axis=0).T
         shares = np.stack([part.sum(axis=2).mean(axis=1) for part in parts], axis=1)
-        # A map and its transpose have the same singular values.
+        # A map and its transpose have the same singular values. A block without text has none.
         values = np.linalg.svd(parts[2], compute_uv=False)
         largest = values[:, :NUM_SINGULAR_VALUES]
         ranks = effective_rank(values)[:, None] if values.shape[1] else largest
@@ -273,17 +273,29 @@ class LayerSums:
         numbers = np.concatenate(self._numbers)
         count = len(numbers)
         errors = numbers.std(axis=0, ddof=1) / math.sqrt(count)
+        # `spectrum` is the effective rank and the singular values of the prompts' own maps.
         time, image, text, *spectrum = (
             PromptMean(value=float(value), standard_error=float(error))
             for value, error in zip(numbers.mean(axis=0), errors, strict=True)
         )
+        attention = None
+        if spectrum:
+            text_map = self._text_map / count
+            values = np.linalg.svd(text_map, compute_uv=False)
+            attention = TextAttention(
+                map=text_map,
+                singular_values=tuple(map(float, values[:NUM_SINGULAR_VALUES])),
+                effective_rank=float(effective_rank(values)),
+                prompt_singular_values=tuple(spectrum[1:]),
+                prompt_effective_rank=spectrum[0],
+            )
         return LayerAttention(
             name=self._name,
             image_map=self._image_map / count,
             time_share=time,
             image_share=image,
             text_share=text,
-            text=_text_attention(self._text_map / count, spectrum) if spectrum else None,
+            text=attention,
         )
 
 
@@ -291,15 +303,3 @@ def layer_names(depth: int) -> list[str]:
     """Return the names of the blocks in order of use, like those of the backbone's parameters."""
     half = range(depth // 2)
     return [*(f"in {n}" for n in half), "mid", *(f"out {n}" for n in half)]
-
-
-def _text_attention(text_map: Floats, spectrum: list[PromptMean]) -> TextAttention:
-    """`spectrum` is the effective rank, then the singular values, as means over prompts."""
-    values = np.linalg.svd(text_map, compute_uv=False)
-    return TextAttention(
-        map=text_map,
-        singular_values=tuple(map(float, values[:NUM_SINGULAR_VALUES])),
-        effective_rank=float(effective_rank(values)),
-        prompt_singular_values=tuple(spectrum[1:]),
-        prompt_effective_rank=spectrum[0],
-    )

@@ -103,6 +103,7 @@ class Study:
         if self.repeat_share > 0:
             num_repeats = max(num_repeats, 1)
         repeated = shuffled(range(half), self.seed, rater, kind, "repeats")[:num_repeats]
+        # (place, repetition, item): sorted, each repeat follows the item at the same place.
         places = [(place, 0, number) for place, number in enumerate(order)]
         places += [(place + half, 1, order[place]) for place in repeated]
         tasks = []

@@ -145,7 +145,7 @@ def noise_between(first: SeedMean, second: SeedMean) -> float:
 
 
 def _quantile(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t distribution; 0 stands for the normal one."""
+    """Return the 97.5 % quantile of Student's t; of the normal distribution if freedom is 0."""
     return float(stats.t.ppf(0.975, freedom) if freedom else stats.norm.ppf(0.975))
 
 

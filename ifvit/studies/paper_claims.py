@@ -46,7 +46,7 @@ class Claim:
 
     @property
     def summary(self) -> str:
-        """Number of comparisons that agree with the claim or not; empty without comparisons."""
+        """Counts of agreeing, opposite and undecided comparisons; empty without comparisons."""
         outcomes = [comparison.outcome for comparison in self.comparisons]
         agreeing, undecided = outcomes.count(self.expected), outcomes.count("same")
         opposed = len(outcomes) - agreeing - undecided
@@ -192,12 +192,13 @@ def _compare_counts(
         for metric in (ERROR, MATCH)
     ]
     pairs = [(s.object, s.asked) for s in early[0].scores if s.object and s.asked is not None]
-    means = [tuple(mean_score(rows, ERROR, *pair) for rows in (early, both)) for pair in pairs]
-    lower = sum(second.value < first.value for first, second in means)
-    equal = sum(second.value == first.value for first, second in means)
-    clear = sum(
-        first.value - second.value > noise_between(first, second) for first, second in means
-    )
+    gains, noises = [], []
+    for pair in pairs:
+        first, second = (mean_score(rows, ERROR, *pair) for rows in (early, both))
+        gains.append(first.value - second.value)
+        noises.append(noise_between(first, second))
+    lower, equal = sum(gain > 0 for gain in gains), gains.count(0.0)
+    clear = sum(gain > noise for gain, noise in zip(gains, noises, strict=True))
     fact = (
         f"Here its average error is lower for {lower} of {len(pairs)} pairs and equal for {equal}; "
         f"lower beyond the noise for {clear}."

@@ -77,7 +77,13 @@ def report(config: ReportConfig) -> None:
         captions=_caption_rows(runs),
         grids=[(run.name, _training_grids(run)) for run in runs],
         differences=recipe_differences(runs),
-        recipes=[(run.name, _as_yaml(run.recipe)) for run in runs],
+        recipes=[
+            (
+                run.name,
+                run.recipe and yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
+            )
+            for run in runs
+        ],
         missing=[text for run in runs for text in _missing_files(run)],
     )
     storage.write_bytes(config.output, page)
@@ -159,7 +165,8 @@ def metric_lines(runs: Sequence[Run]) -> list[Line]:
 
     A note marks the numbers of runs that cannot be compared with the first run.
     """
-    excluded = {number for number, run in enumerate(runs) if run.name in mismatches(runs)}
+    differing = mismatches(runs)
+    excluded = {number for number, run in enumerate(runs) if run.name in differing}
     lines = []
     for metric in METRICS:
         estimates = [metric.of(run.last) for run in runs]
@@ -400,7 +407,3 @@ def _missing_files(run: Run) -> list[str]:
         f"{run.url}/evaluation: not evaluated; run ifvit evaluate --weights {run.url}": run.last,
     }
     return [text for text, found in wanted.items() if not found]
-
-
-def _as_yaml(recipe: dict[str, Any] | None) -> str | None:
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None
