@@ -1,29 +1,22 @@
-"""A small image set in COCO layout, and tiny random encoders of the real classes."""
+"""A small image set in COCO layout, and a recipe that encodes it with the encoders of scenes."""
 
 import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from safetensors.torch import load_file, save_file
 
 from data_pipeline.config import EncodeConfig
+from ifvit.models.pretrained import resolve_pretrained
 
 NUM_IMAGES = 10
 SAMPLES_PER_SHARD = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderFolders:
-    """Hugging Face folders of one VAE and one text encoder."""
-
-    vae: Path
-    text_encoder: Path
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +26,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> EncoderFolders:
-    return save_encoders(tmp_path_factory.mktemp("encoders"), seed=0)
 
 
 @pytest.fixture
@@ -64,13 +52,13 @@ def coco(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def config(coco: Path, encoders: EncoderFolders) -> EncodeConfig:
+def config(coco: Path) -> EncodeConfig:
     return EncodeConfig(
         images=str(coco / "images"),
         captions=str(coco / "captions_train2014.json"),
         output=str(coco / "shards"),
-        vae=str(encoders.vae),
-        text_encoder=str(encoders.text_encoder),
+        vae="scenes/vae",
+        text_encoder="scenes/clip",
         image_size=32,
         samples_per_shard=SAMPLES_PER_SHARD,
         batch_size=3,
@@ -80,45 +68,13 @@ def config(coco: Path, encoders: EncoderFolders) -> EncodeConfig:
 
 
 @pytest.fixture
-def other_encoders(tmp_path: Path) -> EncoderFolders:
-    """Encoders with other weights."""
-    return save_encoders(tmp_path / "other_encoders", seed=1)
-
-
-def save_encoders(folder: Path, seed: int) -> EncoderFolders:
-    """Write random encoders: an f8 VAE and a CLIP text tower over single letters."""
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8] * 4,
-        norm_num_groups=4,
-        sample_size=32,
-    )
-    vae.save_pretrained(folder / "vae")
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    tokens = [
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-        pad_token_id=len(tokens) - 1,
-    )
-    CLIPTextModel(text_config).save_pretrained(folder / "clip")
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    (folder / "clip" / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "clip" / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "clip" / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 12})
-    )
-    return EncoderFolders(vae=folder / "vae", text_encoder=folder / "clip")
+def other_encoders(config: EncodeConfig, tmp_path: Path) -> EncodeConfig:
+    """The recipe with other weights of both encoders."""
+    folders = {}
+    for kind in ("vae", "clip"):
+        folder = Path(shutil.copytree(resolve_pretrained(f"scenes/{kind}"), tmp_path / kind))
+        (path,) = folder.glob("*.safetensors")
+        weights = {name: 1.01 * tensor for name, tensor in load_file(path).items()}
+        save_file(weights, path, {"format": "pt"})
+        folders[kind] = str(folder)
+    return replace(config, vae=folders["vae"], text_encoder=folders["clip"])

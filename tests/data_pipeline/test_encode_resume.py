@@ -27,11 +27,6 @@ def test_a_rerun_encodes_nothing_and_changes_no_byte(
     assert hashes(config) == before
 
 
-def test_another_output_folder_receives_the_same_bytes(config: EncodeConfig) -> None:
-    encode(replace(config, num_workers=5))
-    assert hashes(config) == undisturbed_hashes(config)
-
-
 @pytest.mark.parametrize(
     "lost",
     [
@@ -43,8 +38,8 @@ def test_another_output_folder_receives_the_same_bytes(config: EncodeConfig) -> 
     ],
 )
 def test_a_lost_file_is_made_again_with_the_same_bytes(config: EncodeConfig, lost: str) -> None:
-    encode(config)
-    before = hashes(config)
+    encode(replace(config, num_workers=5))
+    before = undisturbed_hashes(config)
     Path(config.output, lost).unlink()
     encode(config)
     assert hashes(config) == before
@@ -53,17 +48,12 @@ def test_a_lost_file_is_made_again_with_the_same_bytes(config: EncodeConfig, los
 def test_a_rerun_may_use_another_batch_size(config: EncodeConfig) -> None:
     encode(config)
     before = hashes(config)
-    for lost in ("shard-00001.tar", "completed/shard-00001.json", "manifest.json"):
-        Path(config.output, lost).unlink()
+    Path(config.output, "shard-00001.tar").unlink()
     finish(replace(config, batch_size=1))
     after = hashes(config)
     assert set(after) == set(before)
-    assert {name for name in before if after[name] != before[name]} <= {
-        "shard-00001.tar",
-        "shard-00001.index.npz",
-        "completed/shard-00001.json",
-        "manifest.json",
-    }
+    changed = [name for name in before if after[name] != before[name]]
+    assert all("shard-00001" in name or name == "manifest.json" for name in changed)
 
 
 def test_cut_shards_damaged_markers_and_leftovers_are_replaced(config: EncodeConfig) -> None:
@@ -136,12 +126,12 @@ def test_marker_and_manifest_are_deleted_before_a_shard_is_replaced(
 
 
 def test_an_output_of_another_job_is_an_error_that_names_the_difference(
-    config: EncodeConfig, other_encoders: Any
+    config: EncodeConfig, other_encoders: EncodeConfig
 ) -> None:
     encode(config)
     others = {
-        "vae_sha256 is .*": {"vae": str(other_encoders.vae)},
-        "text_encoder_sha256 is .*": {"text_encoder": str(other_encoders.text_encoder)},
+        "vae_sha256 is .*": {"vae": other_encoders.vae},
+        "text_encoder_sha256 is .*": {"text_encoder": other_encoders.text_encoder},
         "dtype is float16 there, float32 now": {"dtype": "float32"},
         "precision is fp32 there, bf16 now": {"precision": "bf16"},
         "image_size is 32 there, 40 now": {"image_size": 40},

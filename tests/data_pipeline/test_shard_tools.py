@@ -4,7 +4,6 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -141,9 +140,9 @@ def test_inspect_lists_samples_and_decodes_their_latents(
 
 
 def test_inspect_decodes_only_with_the_vae_that_made_the_latents(
-    dataset: Path, other_encoders: Any, tmp_path: Path
+    dataset: Path, other_encoders: EncodeConfig, tmp_path: Path
 ) -> None:
-    grid, vae = str(tmp_path / "grid.png"), str(other_encoders.vae)
+    grid, vae = str(tmp_path / "grid.png"), other_encoders.vae
     with pytest.raises(UserError, match="not the autoencoder that made"):
         inspect_shards(InspectConfig(url=str(dataset), grid=grid, vae=vae))
 
@@ -196,14 +195,14 @@ def test_a_shard_that_would_count_twice_is_an_error(parts: list[str], tmp_path: 
 
 
 def test_datasets_that_were_encoded_differently_are_not_merged(
-    config: EncodeConfig, parts: list[str], other_encoders: Any, tmp_path: Path
+    config: EncodeConfig, parts: list[str], other_encoders: EncodeConfig, tmp_path: Path
 ) -> None:
     others = {
         "dtype": replace(config, dtype="float32"),
         "flipped": replace(config, flip=True),
         "null_context": replace(config, precision="bf16"),
-        "vae": replace(config, vae=str(other_encoders.vae)),
-        "text_encoder": replace(config, text_encoder=str(other_encoders.text_encoder)),
+        "vae": replace(config, vae=other_encoders.vae),
+        "text_encoder": replace(config, text_encoder=other_encoders.text_encoder),
     }
     for key, other in others.items():
         url = encode_part(other, f"other_{key}", 4, 10)

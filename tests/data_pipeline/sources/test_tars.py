@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from encoded_files import finish, hashes, image_files
+from encoded_files import finish, image_files
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
@@ -110,25 +110,20 @@ def test_an_empty_tar_is_an_empty_shard(tars: EncodeConfig) -> None:
     assert [entry.num_samples for entry in finish(tars).shards] == [0, 4]
 
 
-def test_two_tasks_write_the_same_bytes_as_one(tars: EncodeConfig) -> None:
-    other = replace(tars, output=tars.output + "_shared", num_tasks=2)
-    finish(tars)
-    encode(replace(other, task=1))
-    encode(replace(other, task=0))
-    assert hashes(other) == hashes(tars)
-
-
 @pytest.mark.parametrize(
-    ("pattern", "named"),
+    ("pattern", "captions", "named"),
     [
-        ("nowhere", "nowhere: no such tar"),
-        ("/{00000..00002}.tar", "00002.tar: no such tar"),
-        ("/{00000.tar", "Unbalanced braces"),
+        ("nowhere", None, "nowhere: no such tar"),
+        ("/{00000..00002}.tar", None, "00002.tar: no such tar"),
+        ("/{00000.tar", None, "Unbalanced braces"),
+        ("", "captions.json", r"captions\.json is set, but tars contain their captions"),
     ],
 )
-def test_missing_tars_are_named(tars: EncodeConfig, pattern: str, named: str) -> None:
+def test_missing_tars_and_superfluous_captions_are_named(
+    tars: EncodeConfig, pattern: str, captions: str | None, named: str
+) -> None:
     with pytest.raises(UserError, match=named):
-        WebDatasetTars(tars.images + pattern, None)
+        WebDatasetTars(tars.images + pattern, captions)
 
 
 def cut_between_members(path: Path) -> None:
@@ -155,11 +150,6 @@ def test_a_malformed_tar_is_one_line(
     with pytest.raises(UserError, match=f"00000.tar: .*{named}") as caught:
         encode(tars)
     assert "\n" not in str(caught.value)
-
-
-def test_captions_outside_the_tars_are_an_error(tars: EncodeConfig) -> None:
-    with pytest.raises(UserError, match="tars contain their captions"):
-        encode(replace(tars, captions="captions.json"))
 
 
 def test_a_replaced_tar_is_another_job(tars: EncodeConfig) -> None:
