@@ -22,14 +22,14 @@ from ifvit.shards import LatentSample, ShardEntry
 from ifvit.shards.format import Array, index_bytes, index_tar, parse_metadata
 
 BUFFER_BYTES = 8 << 20
-"""Size of one write; the page cache reads files faster that were written in large blocks."""
+"""Size of one write. Files that were written in large blocks are read faster afterwards."""
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> ShardEntry:
     """Write `NAME.tar` and `NAME.index.npz` into `folder`, each completely or not at all.
 
-    Samples are written as they come, so a shard never has to fit into memory. Equal samples give
-    equal bytes: owner and time of the members are constants.
+    Each sample is written before the next one is taken, so a shard need not fit into memory. Equal
+    samples give equal bytes, because owner and time of the members are constants.
     """
     remove_leftovers(str(folder), name)
     with storage.write_file(str(folder / f"{name}.tar")) as path:
@@ -76,7 +76,7 @@ def pack_sample(sample: LatentSample) -> dict[str, str | bytes]:
 
 
 def npy_bytes(array: Array) -> bytes:
-    """Content of the `.npy` file of an array."""
+    """Encode an array as the content of a `.npy` file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
@@ -84,9 +84,9 @@ def npy_bytes(array: Array) -> bytes:
 
 @contextlib.contextmanager
 def open_shard(url: str, entry: ShardEntry) -> Iterator[Path]:
-    """Provide a local folder with the shard's tar and index; copies are deleted after the block.
+    """Provide a local folder with the shard's tar and index; downloads are deleted at the end.
 
-    Nothing is checked. A file that is missing from the store is missing from the folder too.
+    Nothing is checked. A file that is missing in the store is also missing in the folder.
     """
     if not storage.is_remote(url):
         yield Path(url)

@@ -9,11 +9,11 @@ from ifvit.images import IMAGE_SUFFIXES
 
 
 class ClassFolders(ListedSource):
-    """Images in the order: first image of every class, second image of every class, and so on.
+    """The first image of every class, then the second image of every class, and so on.
 
-    Thus every shard contains all classes, also when the loader shuffles only within a few shards.
-    Classes are numbered by their sorted names. Raises UserError for a folder without class folders,
-    for a class without images, and when captions are given.
+    In this order every shard contains images of many classes, so a loader that shuffles only within
+    a few shards still mixes classes. Classes are numbered by their sorted names. Raises UserError
+    for a folder without class folders, for a class without images, and when captions are given.
     """
 
     def __init__(self, images: str, captions: str | None) -> None:
@@ -22,7 +22,7 @@ class ClassFolders(ListedSource):
         self._folder = images
         self.classes = tuple(_list_classes(images))
         self._num_others = 0
-        ranked = []
+        ranked = []  # (rank in its class, label, path)
         for label, name in enumerate(self.classes):
             files = storage.list_names(storage.join(images, name))
             chosen = [file for file in files if _is_image(file)]
@@ -38,7 +38,7 @@ class ClassFolders(ListedSource):
         )
 
     def report(self) -> str:
-        """Number of images, classes and ignored files."""
+        """Describe the numbers of images, classes and ignored files."""
         text = f"{self._folder}: {len(self.images):,} images in {len(self.classes):,} classes"
         if self._num_others:
             text += f"\nwarning: {self._num_others:,} files are not images and are ignored"

@@ -15,7 +15,7 @@ COMPLETE_SPLITS = {
     "captions_train2017": (118_287, 591_753),
     "captions_val2017": (5_000, 25_014),
 }
-"""File name without .json => number of images and captions."""
+"""Number of images and of captions by file name, without .json."""
 
 Value = TypeVar("Value")
 
@@ -23,8 +23,8 @@ Value = TypeVar("Value")
 class CocoCaptions(ListedSource):
     """The images of one annotation file, sorted by image id.
 
-    Raises UserError for a missing folder, a file that does not hold COCO captions, an image without
-    captions, and a folder that contains none of the images.
+    Raises UserError for a missing folder, for a file without COCO captions, for an image without
+    captions, and for a folder that contains none of the images.
     """
 
     classes = ()
@@ -38,7 +38,8 @@ class CocoCaptions(ListedSource):
             raise UserError(f"{captions}: is a folder; name the captions_*.json file in it")
         content = storage.read_json(captions)
         names, texts = _read_annotations(content, captions)
-        self._is_official = "COCO 20" in str(content.get("info"))  # other sets reuse the file names
+        # Other image sets use the same file names, so the name alone does not identify COCO.
+        self._is_official = "COCO 20" in str(content.get("info"))
         self._file = captions
         super().__init__(
             [
@@ -59,7 +60,7 @@ class CocoCaptions(ListedSource):
             )
 
     def report(self) -> str:
-        """Number of images and captions, and a warning if some are missing."""
+        """Describe the numbers of images and captions, and warn if some are missing."""
         counts = (len(self.images), sum(len(image.captions) for image in self.images))
         lines = [f"{self._file}: {counts[0]:,} images, {counts[1]:,} captions"]
         expected = COMPLETE_SPLITS.get(Path(self._file).stem)
@@ -75,7 +76,7 @@ class CocoCaptions(ListedSource):
 
 
 def _find_missing(images: str, names: Sequence[str]) -> list[str]:
-    """Names of missing files; only names in subfolders need a request per file."""
+    """List the names of missing files. Only names in subfolders need a request per file."""
     present = set(storage.list_names(images))
     return [
         name
@@ -85,7 +86,7 @@ def _find_missing(images: str, names: Sequence[str]) -> list[str]:
 
 
 def _read_annotations(content: Any, file: str) -> tuple[dict[int, str], dict[int, list[str]]]:
-    """Image id => file name, and image id => captions, both by ascending id."""
+    """Read the file name and the captions of each image id, both sorted by id."""
     names: dict[int, str] = {}
     for entry in _entries(content, "images", file):
         image_id = _value(entry, "id", int, "images", file)

@@ -15,14 +15,15 @@ COLUMNS = ("path", "caption")
 NUM_PROBES = 8
 
 Row = tuple[str, dict[str, Any]]
-"""Position of the row for messages, and its values by column."""
+"""File and line of the row, for messages, and the values by column."""
 
 
 class CaptionTable(ListedSource):
     """The images of one table, sorted by path; rows with the same path are captions of one image.
 
     The columns are `path`, relative to the folder or `s3://` prefix `images`, and `caption`.
-    Raises UserError naming the row when a column is missing or a value is not text.
+    Raises UserError naming the row when a column is missing or a value is not text, and when none
+    of the first images exists.
     """
 
     classes = ()
@@ -51,7 +52,7 @@ class CaptionTable(ListedSource):
             raise UserError(f"{probes[0]}: no such file; paths in {captions} start at {images}")
 
     def report(self) -> str:
-        """Number of images and captions."""
+        """Describe the numbers of images and captions."""
         num_captions = sum(len(image.captions) for image in self.images)
         return f"{self._file}: {len(self.images):,} images, {num_captions:,} captions"
 

@@ -24,7 +24,7 @@ REQUESTS_AT_ONCE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Tar:
-    """One input tar; `num_samples` comes from its NNNNN_stats.json, None without that file."""
+    """One input tar; `num_samples` comes from NNNNN_stats.json and is None without that file."""
 
     url: str
     num_bytes: int
@@ -32,7 +32,7 @@ class Tar:
 
 
 class WebDatasetTars:
-    """Every tar becomes one shard, so `samples_per_shard` has no effect.
+    """Captioned images in tars. Every tar becomes one shard; `samples_per_shard` has no effect.
 
     `images` is a folder or prefix, a pattern `FOLDER/*.tar`, or `FOLDER/{00000..00331}.tar`.
     A sample is `KEY.jpg` (or jpeg, png, webp) with its caption in `KEY.txt`, or under "caption" in
@@ -50,14 +50,14 @@ class WebDatasetTars:
 
     @property
     def sha256(self) -> str:
-        """Hash of the names and sizes of the tars; reading their content would take too long."""
+        """Hash of the names and sizes of the tars, because reading their content takes too long."""
         digest = hashlib.sha256()
         for tar in self._tars:
             digest.update(json.dumps([Path(tar.url).name, tar.num_bytes]).encode())
         return digest.hexdigest()
 
     def report(self) -> str:
-        """Number of tars and bytes, and of samples if img2dataset wrote statistics."""
+        """Describe the numbers of tars and bytes, and of samples if there are statistics."""
         gigabytes = sum(tar.num_bytes for tar in self._tars) / 1e9
         counts = [tar.num_samples for tar in self._tars if tar.num_samples is not None]
         text = f"{self._images}: {len(self._tars):,} tars, {gigabytes:,.2f} GB"
@@ -66,7 +66,7 @@ class WebDatasetTars:
         return text
 
     def units(self, samples_per_shard: int) -> list[Unit]:
-        """One unit per tar, sorted by name; opening a unit downloads the tar if it is remote."""
+        """Return one unit per tar, sorted by name; opening a unit downloads a remote tar."""
         return [
             Unit(
                 name=shard_name(number),
@@ -79,7 +79,7 @@ class WebDatasetTars:
 
 
 def _find_tars(images: str) -> list[str]:
-    """Sorted URLs of the tars. Raises UserError when a named tar is missing."""
+    """Find the tars and sort their URLs. Raises UserError when a named tar is missing."""
     try:
         patterns = list(braceexpand(images))
     except ValueError as error:
@@ -105,7 +105,7 @@ def _describe_tar(url: str) -> Tar:
 
 
 def open_tar(url: str) -> list[CaptionedImage]:
-    """The images of a tar in order. Raises UserError if the tar is cut or malformed."""
+    """List the images of a tar in order. Raises UserError if the tar is cut off or malformed."""
     file = _open_local(url)
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
@@ -117,7 +117,8 @@ def open_tar(url: str) -> list[CaptionedImage]:
                 if suffix.lower() in members:
                     raise UserError(f"{url}: contains {member.name} twice")
                 members[suffix.lower()] = member
-            # tarfile accepts a tar that is cut between two members; a complete one ends with zeros.
+            # tarfile accepts a tar that is cut off between two members. A complete tar ends with
+            # a block of zeros.
             end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
             if end != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("its end is missing")
@@ -130,7 +131,7 @@ def open_tar(url: str) -> list[CaptionedImage]:
 
 
 def _open_local(url: str) -> IO[bytes]:
-    """Open the tar, or a copy whose disk space is freed when the file is closed."""
+    """Open the tar or, if it is remote, a copy whose disk space is freed when it is closed."""
     if not storage.is_remote(url):
         return Path(url).open("rb")
     with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
@@ -174,7 +175,7 @@ def _find_caption(
 
 
 def _read_member(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
-    # pread needs no seek, so threads can share the file.
+    # pread takes the offset as an argument, so threads can share the open file.
     return os.pread(file.fileno(), member.size, member.offset_data)
 
 

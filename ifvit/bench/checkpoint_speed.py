@@ -1,20 +1,19 @@
 """The verb `bench checkpoint`: how long saves stop the training loop, and how they slow it down."""
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 
-import torch
-
-from ifvit.bench.config import BenchCheckpointConfig
+from ifvit.bench.config import BenchCheckpointConfig, BenchTrainConfig
 from ifvit.bench.measurement import print_result, seconds_on
-from ifvit.bench.training_speed import EngineSteps
+from ifvit.bench.training_speed import EngineSteps, build_recipe
 from ifvit.models.config import PRESETS
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards import EncoderIdentity
 from ifvit.shards.format import MANIFEST
 from ifvit.storage import file_size, join, list_names, write_bytes, write_json
 from ifvit.training.checkpoint import TrainState, step_url
-from ifvit.training.config import EngineConfig, TrainConfig
+from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.guards import StopRequest
 from ifvit.training.hooks import SaveCheckpoint
@@ -31,7 +30,7 @@ def bench_checkpoint(config: BenchCheckpointConfig) -> None:
     `last_save_seconds` is the time that the end of a run waits for the last save.
     """
     with tempfile.TemporaryDirectory() as folder:
-        recipe = _recipe(config.run or folder, config)
+        recipe = _build_recipe(config.run or folder, config)
         training = EngineSteps(recipe)
         device = training.engine.device
         training(1)  # the first step also allocates the optimizer state
@@ -57,18 +56,9 @@ def bench_checkpoint(config: BenchCheckpointConfig) -> None:
     print_result(result, config.json)
 
 
-def _recipe(run: str, config: BenchCheckpointConfig) -> TrainConfig:
-    return TrainConfig(
-        run=run,
-        shards=run,
-        backbone=PRESETS["small"],
-        engine=EngineConfig(
-            backend="plain", precision="bf16" if torch.cuda.is_available() else "fp32"
-        ),
-        global_batch_size=config.batch_size,
-        micro_batch_size=config.batch_size,
-        checkpoint_every=config.every,
-    )
+def _build_recipe(run: str, config: BenchCheckpointConfig) -> TrainConfig:
+    recipe = build_recipe(PRESETS["small"], BenchTrainConfig(batch_size=config.batch_size))
+    return replace(recipe, run=run, shards=run, checkpoint_every=config.every)
 
 
 def _build_hook(recipe: TrainConfig, engine: Engine, lease: Lease) -> SaveCheckpoint:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def measure_rounds(
     contenders: Mapping[str, Callable[[], float]], rounds: int

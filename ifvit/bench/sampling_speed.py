@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from ifvit.bench.config import BenchGenerateConfig
-from ifvit.bench.measurement import measure_rounds, median_ratio, print_result, seconds_on
+from ifvit.bench.measurement import (
+    DTYPES,
+    measure_rounds,
+    median_ratio,
+    print_result,
+    seconds_on,
+)
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.diffusion.solvers import NoisePredictor
@@ -21,7 +27,6 @@ from ifvit.models.weights import build_backbone
 from ifvit.sampling.load import compile_backbone
 from ifvit.training.profiling import device_name
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GUIDANCE_SCALE = 2.0
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from ifvit.analysis.plan import activation_bytes, cast_bytes, state_bytes, update_bytes
 from ifvit.bench.config import BenchTrainConfig
 from ifvit.bench.measurement import (
+    DTYPES,
     copy_probe,
     kept_bytes,
     matmul_probe,
@@ -30,6 +31,7 @@ from ifvit.bench.measurement import (
 )
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
+from ifvit.distributed import choose_device
 from ifvit.models.config import PRESETS, FusionUViTConfig
 from ifvit.models.cost import count_cost
 from ifvit.models.weights import build_backbone
@@ -51,7 +53,6 @@ SCALING_FACTOR = 0.2301
 EARLY, INTERMEDIATE = "concat_early", "cross_attention_intermediate"
 NUM_COMPILATIONS = 32
 """By default, torch compiles one function 8 times at most; the four variants need more."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Row = dict[str, str | int | float]
 
@@ -60,8 +61,8 @@ def bench_train(config: BenchTrainConfig) -> None:
     """Measure all contenders in turn, and print a row for each variant and the ratios."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = NUM_COMPILATIONS
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipes = {name: _recipe(shape, config, device) for name, shape in _variants(config).items()}
+    device = torch.device(choose_device("auto"))
+    recipes = {name: build_recipe(shape, config) for name, shape in _variants(config).items()}
     rows, ratios = _measure(recipes, config, device)
     result: dict[str, object] = {
         **ratios,
@@ -131,8 +132,9 @@ def _variants(config: BenchTrainConfig) -> dict[str, FusionUViTConfig]:
     }
 
 
-def _recipe(shape: FusionUViTConfig, config: BenchTrainConfig, device: torch.device) -> TrainConfig:
-    precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
+def build_recipe(shape: FusionUViTConfig, config: BenchTrainConfig) -> TrainConfig:
+    """Build the recipe of one process with plain PyTorch, without run folder and shards."""
+    precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     return TrainConfig(
         run="",
         shards="",
