@@ -26,7 +26,7 @@ class EncodedCondition(Protocol):
     """A condition as the backbone encodes it, B rows; computed once per prompt."""
 
     def expand(self, num_rows: int) -> Self:
-        """Return the only row `num_rows` times, without a copy."""
+        """Repeat a single row `num_rows` times, without a copy."""
 
     def append(self, other: Self) -> Self:
         """Return these rows followed by those of `other`."""

@@ -23,7 +23,7 @@ class ObjectCountConfig:
     for one that takes any words."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a threshold that is no score, or that nothing is compared with."""
+        """Raise ValueError for a threshold outside [0, 1), or one for `scenes`, which has no scores."""
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise ValueError(f"threshold {self.threshold} is not between 0 and 1")
         if self.threshold is not None and self.detector == "scenes":
@@ -38,14 +38,14 @@ class ProtocolConfig:
     """Folder of its rows in RUN/evaluation; a label that decides no number."""
 
     num_samples: int = 30_000
-    """Images to generate and measure: one for each of the first held-out images, or the prompts of
-    `object_count` in turn."""
+    """Images to generate and measure: one per held-out image, from the first on. With
+    `object_count`, the same number for each of its prompts."""
 
     caption_rule: Literal["first", "random"] = "first"
-    """Caption of an image that is the prompt; random: chosen by seed and position."""
+    """Which caption of a held-out image is the prompt; random: chosen by seed and position."""
 
     score_caption: Literal["same", "first"] = "same"
-    """Caption that the sample is scored against: the same, or the first of the image."""
+    """Caption that a sample is scored against: its prompt, or the first of the held-out image."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Solver, guidance, alignment method and seed."""
@@ -58,7 +58,8 @@ class ProtocolConfig:
     once; unset: no FID and KID."""
 
     paper_prefix: str = "A photo depicts "
-    """Put before captions for the paper's CLIP Score; empty if the tokenizer cannot read it."""
+    """Text before the captions in the paper's CLIP Score. Leave it empty for a CLIP whose tokenizer
+    does not know these words, such as scenes/clip."""
 
     scenes: bool = False
     """Captions come from `ifvit scenes`: score count, colour, kind and relation exactly."""
@@ -68,7 +69,7 @@ class ProtocolConfig:
     metrics."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for too few samples for a covariance, or a name that is no folder."""
+        """Raise ValueError for fewer than 2 samples, or a name that cannot be one folder's name."""
         if self.num_samples < 2:
             raise ValueError(f"num_samples {self.num_samples} is less than 2")
         if not self.name or "/" in self.name:
@@ -141,7 +142,7 @@ class MakeReferenceConfig:
     """Pixels to which they are cropped and resized: the image size of the shards."""
 
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
-    """Only its networks matter: clip and inception."""
+    """Only its fields clip, inception and sampling.batch_size are read."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""

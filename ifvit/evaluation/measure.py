@@ -52,7 +52,8 @@ _COUNT_BATCH_SIZE = 8
 class CaptionMetrics:
     """Measures samples of held-out captions by CLIP, Inception, real images and scene analysis.
 
-    `prompts` are those of all samples; `sources`, what decides them, goes to settings.json.
+    `prompts` are the prompts of all samples. `sources` identifies what they were read from and is
+    stored in settings.json.
     """
 
     def __init__(self, config: EvaluateConfig, group: ProcessGroup) -> None:
@@ -74,7 +75,7 @@ class CaptionMetrics:
         return sample_set.ShardConditions(self._reader, model)
 
     def find_row(self, url: str, model: Model, protocol: ProtocolConfig) -> MetricsRow | None:
-        """The row at `url` if it exists and measuring again would give the same one.
+        """Read the row at `url`; None if it is missing, or of other weights or another protocol.
 
         Raises UserError for a network or a reference that does not load, before any image is made.
         """
@@ -257,7 +258,7 @@ class ObjectCounting:
     def find_row(
         self, url: str, model: Model, protocol: ProtocolConfig
     ) -> object_count.ObjectCountRow | None:
-        """The row at `url` if it exists and counting again would give the same one."""
+        """Read the row at `url`; None if it is missing, or of other weights or another protocol."""
         row = self._group.on_main(
             lambda: object_count.read_object_count(url) if storage.exists(url) else None
         )

@@ -97,7 +97,7 @@ def estimate_frechet(
     d = x - m changes the distance, to first order, by 2 (m - m_r).d + d.(1 - A) d, where
     A = R (R S R)^(-1/2) R and R = S_r^(1/2).
     """
-    eigenvalues, rotated = _cross(reference, sampled)
+    eigenvalues, rotated = _decompose_product(reference, sampled)
     kept = eigenvalues > _NEGLIGIBLE * eigenvalues.max()
     factor = rotated[:, kept] / eigenvalues[kept] ** 0.25  # A = factor factor^T
     shift = sampled.mean - reference.mean
@@ -112,11 +112,13 @@ def estimate_frechet(
     return estimate_around(max(0.0, distance), influences, sampled.num_samples)
 
 
-def _cross(first: FeatureStatistics, second: FeatureStatistics) -> tuple[Floats, Floats]:
+def _decompose_product(
+    first: FeatureStatistics, second: FeatureStatistics
+) -> tuple[Floats, Floats]:
     """Eigenvalues (F,) of R S2 R, none negative, and R times its eigenvectors; R = S1^(1/2).
 
-    The sum of their square roots is tr (S1 S2)^(1/2). They stay real where the eigenvalues of a
-    general matrix square root do not.
+    The sum of the square roots of the eigenvalues is tr (S1 S2)^(1/2). R S2 R is symmetric, so its
+    eigenvalues are real; rounding can make those of the product S1 S2 complex.
     """
     values, vectors = np.linalg.eigh(first.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T

@@ -140,7 +140,10 @@ def list_images(folder: str) -> list[Path]:
 
 
 def find_image(paths: Sequence[Path], image_id: int | str) -> Path | None:
-    """The file of an image id: of COCO's 42, COCO_val2014_000000000042.jpg or 000000000042.jpg."""
+    """Find the file of an image id.
+
+    COCO's 42 is COCO_val2014_000000000042.jpg or 000000000042.jpg. None if no file fits.
+    """
     if isinstance(image_id, int):
         return next((path for path in paths if path.stem.endswith(f"{image_id:012d}")), None)
     ending = f"/{Path(image_id).with_suffix('')}"

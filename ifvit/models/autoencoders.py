@@ -1,20 +1,22 @@
 """The frozen VAE: pixels <=> latents (B batch, C latent channels, H, W image, h, w latents)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ifvit.errors import UserError
 from ifvit.models.pretrained import identify, resolve_pretrained
 from ifvit.shards import EncoderIdentity
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 
 class Autoencoder:
     """A frozen KL autoencoder (Rombach et al. 2022)."""
 
-    def __init__(self, vae: AutoencoderKL, identity: EncoderIdentity) -> None:
+    def __init__(self, vae: "AutoencoderKL", identity: EncoderIdentity) -> None:
         self.vae: Any = vae  # diffusers' types do not hold
         self.identity = identity
 
@@ -53,6 +55,8 @@ def load_autoencoder(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
     """Load the VAE `name`: a hub name, a local folder, or scenes/vae (see resolve_pretrained)."""
+    from diffusers import AutoencoderKL  # takes a second, which training without a grid saves
+
     folder = resolve_pretrained(name)
     identity = identify(name, folder)
     vae: Any = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]

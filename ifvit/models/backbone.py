@@ -19,7 +19,7 @@ from ifvit.models.layers import KeysValues
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedCondition:
-    """What a backbone needs of a condition, apart from time and latents; once per prompt."""
+    """A condition after the layers that need neither time nor latents; computed once per prompt."""
 
     tokens: Tensor
     """(B, M, D): text tokens after the text branch, or the class token."""
@@ -29,7 +29,7 @@ class EncodedCondition:
     """(B, D): pooled condition for the conditioning vector; None without modulation."""
 
     def expand(self, num_rows: int) -> "EncodedCondition":
-        """Return the only row `num_rows` times, without a copy; as many rows stay as they are."""
+        """Repeat a single row `num_rows` times, without a copy; `num_rows` rows stay unchanged."""
         return _map_tensors(lambda x: x.expand(num_rows, *x.shape[1:]), self)
 
     def append(self, other: "EncodedCondition") -> "EncodedCondition":

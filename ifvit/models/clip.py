@@ -5,18 +5,20 @@ Shapes: B batch, M context tokens, D context width, E feature width, H, W image.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from ifvit.errors import UserError
 from ifvit.models.pretrained import identify, resolve_pretrained
 from ifvit.shards import EncoderIdentity
 from ifvit.storage import read_json
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 Normalisation = tuple[Tensor, Tensor]
 """Mean and standard deviation of CLIP's training images in [0, 1], each (1, 3, 1, 1)."""
@@ -25,7 +27,7 @@ Normalisation = tuple[Tensor, Tensor]
 class TextEncoder:
     """Captions => the last hidden state of CLIP's text tower, padding included, no mask."""
 
-    def __init__(self, model: Any, tokenizer: CLIPTokenizer, identity: EncoderIdentity) -> None:
+    def __init__(self, model: Any, tokenizer: "CLIPTokenizer", identity: EncoderIdentity) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.identity = identity
@@ -51,7 +53,7 @@ class ClipScorer:
     def __init__(
         self,
         model: Any,
-        tokenizer: CLIPTokenizer,
+        tokenizer: "CLIPTokenizer",
         normalisation: Normalisation,
         identity: EncoderIdentity,
     ) -> None:
@@ -86,7 +88,7 @@ class ClipScorer:
 
 
 @torch.no_grad()
-def encode_captions(model: Any, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+def encode_captions(model: Any, tokenizer: "CLIPTokenizer", captions: list[str]) -> Tensor:
     """B captions => the last hidden state (B, M, D) of CLIP's text tower `model`, float32."""
     tokens = _tokenize(tokenizer, captions, model.config.max_position_embeddings)
     hidden: Tensor = model(input_ids=tokens.to(model.device)).last_hidden_state
@@ -97,6 +99,9 @@ def load_text_encoder(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextEncoder:
     """Load CLIP's text tower `name`: a hub name, a local folder, or scenes/clip."""
+    # transformers' CLIP is imported where it is loaded: most training runs do not need it.
+    from transformers import CLIPTextModel, CLIPTokenizer
+
     folder = resolve_pretrained(name)
     model = _load(CLIPTextModel, folder, device, dtype)
     return TextEncoder(model, CLIPTokenizer.from_pretrained(folder), identify(name, folder))
@@ -104,6 +109,8 @@ def load_text_encoder(
 
 def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScorer:
     """Load a whole CLIP model with its tokenizer and image normalisation for scoring."""
+    from transformers import CLIPModel, CLIPTokenizer
+
     folder = resolve_pretrained(name)
     model = _load(CLIPModel, folder, device, dtype)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -115,6 +122,8 @@ def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, 
 
     Start, end and padding tokens span no characters.
     """
+    from transformers import CLIPTokenizer
+
     tokenizer = CLIPTokenizer.from_pretrained(resolve_pretrained(name))
 
     def token_spans(caption: str) -> list[tuple[int, int]]:
@@ -149,7 +158,7 @@ def _read_normalisation(folder: Path) -> Normalisation:
     return mean, std
 
 
-def _tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> Tensor:
+def _tokenize(tokenizer: "CLIPTokenizer", captions: list[str], length: int) -> Tensor:
     """Token ids (B, length), padded; a long caption is truncated and keeps its end token."""
     batch = tokenizer(
         captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"

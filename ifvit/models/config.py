@@ -184,7 +184,7 @@ class TokenTransformerConfig(PatchesConfig, ConditionConfig):
     depth: int
     """Number of blocks."""
     long_skip: bool = False
-    """Connect block i with its mirror by a long skip, as U-ViT does; needs an odd depth."""
+    """Connect block i with block depth - 1 - i by a long skip (U-ViT); needs an odd depth."""
     conditioning: Literal["tokens", "adaln"] = "tokens"
     """How blocks see the class or caption: as tokens of the sequence, or through modulation only,
     as in DiT (adaln)."""
@@ -323,7 +323,7 @@ class ImportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CostConfig:
-    """Print parameters and GFLOPs of every preset in every fusion setting."""
+    """Print parameters and GFLOPs of every preset with every kind of fusion."""
 
     json: bool = False
     """Print a list of JSON objects instead of a table."""

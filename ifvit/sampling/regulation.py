@@ -183,14 +183,14 @@ def optimise_bias(
     for _ in range(num_steps):
         bias = weights @ basis.T
         attention = target_attention(relative + bias)
-        loss, by_attention, by_weights = regulation_loss(attention, weights, present)
+        loss, grad_attention, grad_weights = regulation_loss(attention, weights, present)
         mean = loss.mean(dim=1)
         best_bias = torch.where((mean < best_loss)[:, None, None, None], bias, best_bias)
         best_loss = torch.minimum(mean, best_loss)
         # dP_i/dA_j = P_i (delta_ij - P_j) for the targets i, j of one image token.
-        weighted = attention * by_attention
-        by_logits = weighted - attention * weighted.sum(dim=2, keepdim=True)
-        weights = weights - _STEP_SIZE * (by_logits @ basis + by_weights)
+        weighted = attention * grad_attention
+        grad_logits = weighted - attention * weighted.sum(dim=2, keepdim=True)
+        weights = weights - _STEP_SIZE * (grad_logits @ basis + grad_weights)
     return best_bias, best_loss
 
 
@@ -207,22 +207,24 @@ def regulation_loss(
     num_tokens, num_kernels = attention.shape[-1], weights.shape[-1]
     count = present.sum(dim=1)[:, None, None].clamp(min=1)
     share = present[:, None] / count
-    mass_off = attention.mean(dim=-1) - (_MASS_PER_TARGET * count).clamp(max=1.0) / count
+    mass_error = attention.mean(dim=-1) - (_MASS_PER_TARGET * count).clamp(max=1.0) / count
     # Interpolate between the two nearest values, as torch.quantile does.
     rank = _QUANTILE * (num_tokens - 1)
     low = int(rank)
     ordered, order = attention.sort(dim=-1)
-    high_off = torch.lerp(ordered[..., low], ordered[..., low + 1], rank - low) - _HIGH
+    quantile_error = torch.lerp(ordered[..., low], ordered[..., low + 1], rank - low) - _HIGH
 
-    value = high_off.square() + _MASS_WEIGHT * mass_off.square()
+    value = quantile_error.square() + _MASS_WEIGHT * mass_error.square()
     value = value + _SIZE_WEIGHT * weights.square().mean(dim=-1)
-    of_each = (2 * _MASS_WEIGHT / num_tokens) * share * mass_off
-    of_quantile = 2 * share * high_off
-    of_two = torch.stack([(1 - rank + low) * of_quantile, (rank - low) * of_quantile], dim=-1)
-    by_attention = of_each[..., None].expand_as(attention)
-    by_attention = by_attention.scatter_add(-1, order[..., low : low + 2], of_two)
-    by_weights = (2 * _SIZE_WEIGHT / num_kernels) * share[..., None] * weights
-    return (value * share).sum(dim=-1), by_attention, by_weights
+    grad_mass = (2 * _MASS_WEIGHT / num_tokens) * share * mass_error
+    grad_quantile = 2 * share * quantile_error
+    grad_neighbours = torch.stack(
+        [(1 - rank + low) * grad_quantile, (rank - low) * grad_quantile], dim=-1
+    )
+    grad_attention = grad_mass[..., None].expand_as(attention)
+    grad_attention = grad_attention.scatter_add(-1, order[..., low : low + 2], grad_neighbours)
+    grad_weights = (2 * _SIZE_WEIGHT / num_kernels) * share[..., None] * weights
+    return (value * share).sum(dim=-1), grad_attention, grad_weights
 
 
 def relative_logits(logits: Tensor, targets: TargetTokens) -> Tensor:
