@@ -3,8 +3,6 @@
 `report paper` shows the same figure, from the files that this verb wrote.
 """
 
-import hashlib
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -48,6 +46,7 @@ from ifvit.sampling.load import (
     load_trained_text_encoder,
     require_text_encoder,
 )
+from ifvit.sampling.samples import batched, hash_json
 from ifvit.shards import ShardReader
 
 _NUM_OF_SHARDS = 64
@@ -106,7 +105,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
     prompts = _open_prompts(config, info, device)
     protocol = AttentionProtocol(
         num_prompts=len(prompts.texts),
-        prompts_sha256=hashlib.sha256(json.dumps(prompts.texts).encode()).hexdigest(),
+        prompts_sha256=hash_json(prompts.texts),
         sampling=config.sampling.settings,
         trim=config.trim,
     )
@@ -173,10 +172,9 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
                 "prompts, one per line"
             )
         encoder, size = load_trained_text_encoder(info, device), config.sampling.batch_size
-        batches = [texts[start : start + size] for start in range(0, len(texts), size)]
         return Prompts(
             texts=texts,
-            contexts=torch.cat([encoder.encode(batch) for batch in batches]),
+            contexts=torch.cat([encoder.encode([*batch]) for batch in batched(texts, size)]),
             null_context=encoder.null_context(),
         )
     reader = ShardReader(config.shards)

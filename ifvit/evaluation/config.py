@@ -23,7 +23,7 @@ class ObjectCountConfig:
     for one that takes any words."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a threshold outside [0, 1), or one for `scenes`, which has no scores."""
+        """Raise ValueError for a threshold outside [0, 1), and for any with `scenes`."""
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise ValueError(f"threshold {self.threshold} is not between 0 and 1")
         if self.threshold is not None and self.detector == "scenes":

@@ -36,7 +36,8 @@ def evaluate(config: EvaluateConfig) -> list[MetricsRow | ObjectCountRow]:
     Raises UserError for shards of other encoders than the backbone's, or for samples of other
     settings in the folder of a row.
     """
-    output = config.output or _rows_folder(config.weights)
+    # Weights need not belong to a run.
+    output = config.output or storage.join(run_of(find_weights(config.weights)) or ".", FOLDER)
     rows: list[MetricsRow | ObjectCountRow] = []
     urls = []
     with open_process_group() as group:
@@ -101,11 +102,6 @@ def _list_protocols(config: EvaluateConfig) -> list[ProtocolConfig]:
         for scale in config.guidance_scales or [own.sampling.guidance_scale]
         for method in config.methods or [own.sampling.method]
     ]
-
-
-def _rows_folder(weights: str) -> str:
-    """RUN/evaluation of RUN/weights/step_…; `evaluation` here for weights without a run."""
-    return storage.join(run_of(find_weights(weights)) or ".", FOLDER)
 
 
 def _format(row: MetricsRow | ObjectCountRow) -> str:

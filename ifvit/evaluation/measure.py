@@ -5,11 +5,9 @@ conditions, and turns a folder of samples into a row. All processes call its met
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from hashlib import sha256
 
 import numpy as np
 import torch
@@ -40,7 +38,7 @@ from ifvit.evaluation.references import (
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.images import Pixels
 from ifvit.sampling.load import Model
-from ifvit.sampling.samples import batched, image_name
+from ifvit.sampling.samples import batched, hash_json, image_name
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.score import SceneScore, score_image
 from ifvit.shards import ShardReader
@@ -66,7 +64,7 @@ class CaptionMetrics:
         self._real_images = list_images(config.images) if config.images else []
         self.prompts = sample_set.read_prompts(self._reader, config.protocol)
         self.sources = {
-            "shards_sha256": _hash([entry.sha256 for entry in self._reader.manifest.shards]),
+            "shards_sha256": hash_json([entry.sha256 for entry in self._reader.manifest.shards]),
             "caption_rule": config.protocol.caption_rule,
         }
 
@@ -159,7 +157,7 @@ class CaptionMetrics:
         return rows.Protocol(
             name=protocol.name,
             num_samples=len(self.prompts),
-            prompts_sha256=sample_set.hash_prompts(self.prompts),
+            prompts_sha256=hash_json([[one.image_id, one.text] for one in self.prompts]),
             caption_rule=protocol.caption_rule,
             score_caption=protocol.score_caption,
             sampling=protocol.sampling.settings,
@@ -244,7 +242,7 @@ class ObjectCounting:
         device = choose_device(config.device)
         self._counter = open_counter(counting.detector, counting.threshold, device)
         self._counter.check(asked.object for asked in self._asked)
-        self.sources = {"prompts_sha256": _hash([asked.prompt for asked in self._asked])}
+        self.sources = {"prompts_sha256": hash_json([asked.prompt for asked in self._asked])}
         # Image k of prompt i has position k * len(asked) + i, so more samples keep the first ones.
         self.prompts = [
             sample_set.Prompt(position=position, image_id=position, text=asked.prompt)
@@ -292,7 +290,7 @@ class ObjectCounting:
 
     def _describe(self, protocol: ProtocolConfig) -> object_count.ObjectCountProtocol:
         return object_count.ObjectCountProtocol(
-            prompts_sha256=_hash([asdict(asked) for asked in self._asked]),
+            prompts_sha256=hash_json([asdict(asked) for asked in self._asked]),
             num_images=self._num_images,
             sampling=protocol.sampling.settings,
             rule=self._counter.rule,
@@ -344,10 +342,6 @@ def scene_accuracies(scores: Sequence[SceneScore]) -> dict[str, Estimate | None]
         "relation_accuracy": estimate_share(np.array(relations)) if relations else None,
         "scene_accuracy": estimate_share(np.array(right)),
     }
-
-
-def _hash(value: object) -> str:
-    return sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _read_seconds(url: str) -> float | None:

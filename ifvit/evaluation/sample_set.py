@@ -4,8 +4,6 @@
 Shapes: B batch, M text tokens, D context width, H, W image.
 """
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -89,12 +87,6 @@ def read_prompts(reader: ShardReader, protocol: ProtocolConfig) -> list[Prompt]:
     return prompts
 
 
-def hash_prompts(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of the image id and the text of every prompt, in order."""
-    texts = [[prompt.image_id, prompt.text] for prompt in prompts]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-
-
 class ShardConditions:
     """Conditions of prompts that the shards store; `null`, (M, D) or (), is that of no prompt."""
 
@@ -169,21 +161,17 @@ def generate_missing(
         return None
     started = time.perf_counter()
     method = build_method(config, sampler, info)
-    batches = _read_batches(conditions, missing, config.batch_size)
-    images = generate_images(sampler, batches, config, method)
-    write_images(folder, [prompt.position for prompt in missing], images)
-    return (time.perf_counter() - started) / len(missing)
-
-
-def _read_batches(
-    conditions: ShardConditions | EncodedConditions, prompts: Sequence[Prompt], batch_size: int
-) -> Iterator[ConditionBatch]:
-    for batch in batched(prompts, batch_size):
-        yield ConditionBatch(
+    batches = (
+        ConditionBatch(
             positions=torch.tensor([prompt.position for prompt in batch]),
             condition=conditions.read(batch),
             prompts=[prompt.text for prompt in batch],
         )
+        for batch in batched(missing, config.batch_size)
+    )
+    images = generate_images(sampler, batches, config, method)
+    write_images(folder, [prompt.position for prompt in missing], images)
+    return (time.perf_counter() - started) / len(missing)
 
 
 def read_samples(folder: str, prompts: Sequence[Prompt], batch_size: int) -> Iterator[Pixels]:

@@ -1,10 +1,8 @@
 """The verb `generate`: prompts and trained weights => PNG files, samples.jsonl and a grid."""
 
-import json
 import math
 import sys
 from collections.abc import Iterator
-from hashlib import sha256
 
 import torch
 
@@ -26,6 +24,7 @@ from ifvit.sampling.load import (
 from ifvit.sampling.samples import (
     batched,
     claim_folder,
+    hash_json,
     image_name,
     image_url,
     missing_images,
@@ -57,8 +56,7 @@ def generate(config: GenerateConfig) -> list[str]:
         "step": model.info.step,
         "ema_decay": model.info.ema_decay,
     }
-    digest = sha256(json.dumps(prompts).encode()).hexdigest()
-    claim_folder(config.output, settings | {"prompts_sha256": digest})
+    claim_folder(config.output, settings | {"prompts_sha256": hash_json(prompts)})
 
     world = World.from_environment()
     positions = range(len(prompts) * config.num_images)

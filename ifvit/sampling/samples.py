@@ -7,6 +7,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,11 @@ _T = TypeVar("_T")
 def batched(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     """Yield the items in order, `size` at a time; the last batch may be smaller."""
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def hash_json(value: object) -> str:
+    """SHA-256 of `value` as JSON; keys of dicts keep their order."""
+    return sha256(json.dumps(value).encode()).hexdigest()
 
 
 def claim_folder(folder: str, settings: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.references import list_images
 from ifvit.evaluation.rows import MetricsRow, differences, read_row
 from ifvit.evaluation.runs import read_run
-from ifvit.evaluation.sample_set import ShardConditions, hash_prompts, read_prompts
+from ifvit.evaluation.sample_set import ShardConditions, read_prompts
 from ifvit.images import decode_png
 from ifvit.models.clip import load_clip
 from ifvit.models.config import CLASS_PRESETS
@@ -182,7 +183,8 @@ def test_a_random_caption_is_the_prompt_and_the_first_one_is_scored(
     samples = samples_of(Path(run, "evaluation/test/w2/step_00000007"))
     assert [sample["prompt"] for sample in samples] == [prompt.text for prompt in prompts]
     assert row.protocol.caption_rule == "random"
-    assert row.protocol.prompts_sha256 == hash_prompts(prompts)
+    texts = [[prompt.image_id, prompt.text] for prompt in prompts]
+    assert row.protocol.prompts_sha256 == sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def test_samples_of_other_settings_are_neither_mixed_nor_lost(config: EvaluateConfig) -> None:
