@@ -26,7 +26,7 @@ class Guidance:
 
 @dataclass(frozen=True, kw_only=True)
 class SolverConfig:
-    """Everything that decides the latents of one image besides weights, condition and position."""
+    """Settings that decide the latents of an image, given weights, condition and position."""
 
     solver: SolverName = "dpm_solver_pp"
     """Deterministic ODE solver: DPM-Solver++ of order 2 (multistep), U-ViT's "fast" DPM-Solver++ of

@@ -125,7 +125,7 @@ def _download() -> Path:
 
 
 def choose_parts(total: int) -> dict[str, Positions]:
-    """By network, the positions among `total` images whose features are kept, in random order."""
+    """Choose whose features are kept: network => positions among `total`, in random order."""
     order = np.random.default_rng(_SEED).permutation(total)
     return {name: order[:limit] for name, limit in _NUM_KEPT.items()}
 

@@ -129,8 +129,8 @@ def _decompose_product(
 def kid(sampled: Features, reference: Features) -> Estimate:
     """Kernel Inception distance (Binkowski et al. 2018): unbiased, kernel (x.y / F + 1)^3.
 
-    Features (n, F) and (m, F) in random order. The result is the mean over disjoint subsets of
-    1000 features, or one smaller subset where there are not enough features for two.
+    Features (n, F) and (m, F) in random order. The result is the mean over up to 10 disjoint
+    subsets of 1000 features. With fewer than 1000 features, one smaller subset is used.
     """
     size = min(KID_SUBSET, len(sampled), len(reference))
     count = min(KID_SUBSETS, len(sampled) // size, len(reference) // size)
@@ -213,7 +213,7 @@ def retrieval_accuracy(
     rng = np.random.default_rng(_RETRIEVAL_SEED)
     hits = np.empty(len(captions), dtype=np.bool_)
     for sample, image in enumerate(image_features):
-        # Numbers from the right caption's on move up by one, so that none is the right caption.
+        # Skip the number of the right caption: chosen numbers from it on move up by one.
         chosen = rng.choice(len(distinct) - 1, NUM_CAPTIONS - 1, replace=False)
         distractors = distinct[chosen + (chosen >= kind[sample])]
         hits[sample] = image @ text_features[sample] > (text_features[distractors] @ image).max()

@@ -81,8 +81,9 @@ class CountedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class CountScore:
-    """Eq. 9 and 10 of the paper over the images of one object and one asked count; None: of all.
+    """Eq. 9 and 10 of the paper over the images of one object and one asked count.
 
+    None stands for all objects, or for all asked counts.
     `average_error` is the mean of |counted - asked|, `match_ratio` the share of images where both
     are equal.
     """

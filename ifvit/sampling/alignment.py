@@ -86,7 +86,7 @@ class Date:
         decode: Callable[[Tensor], Tensor],
         prompts: Sequence[str],
     ) -> None:
-        """`updates` numbers the evaluations to update before; `decode` is `Sampler.decode`."""
+        """`updates`: numbers of the evaluations to update before; `decode`: `Sampler.decode`."""
         self._config = config
         self._updates = updates
         self._objective = objective
@@ -144,7 +144,7 @@ def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
 
 
 def date_updates(config: SamplingConfig) -> tuple[int, ...]:
-    """Number the evaluations before which DATE updates, each at the start of a solver step."""
+    """Return the numbers of the evaluations before which DATE updates; each starts a step."""
     wanted = config.date.evaluations
     if wanted is None:
         wanted = tuple(range(0, config.num_steps, config.date.every))
@@ -210,6 +210,6 @@ def _regulation_builder(
 
 
 def middle_blocks(num_fused_blocks: int) -> tuple[int, ...]:
-    """Number the middle five fused blocks, or all if there are fewer."""
+    """Return the numbers of the middle five fused blocks, or of all if there are fewer."""
     surplus = max(0, num_fused_blocks - _NUM_REGULATED) // 2
     return tuple(range(surplus, num_fused_blocks - surplus))

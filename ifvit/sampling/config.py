@@ -72,7 +72,7 @@ _USED_BY: dict[str, tuple[MethodName, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(SolverConfig):
-    """Everything that decides an image besides weights, prompt and position, and the batch size."""
+    """Settings that decide an image, given weights, prompt and position; and the batch size."""
 
     method: MethodName = "plain"
     """Training-free alignment of images with their prompts: none, DATE, attention regulation or
@@ -92,10 +92,9 @@ class SamplingConfig(SolverConfig):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that decides an image besides weights, prompt and position, as JSON values.
+        """The settings that decide an image, as JSON values; stored with images and metrics.
 
-        These settings are stored with images and metrics. Settings of methods that are not used
-        are left out.
+        The batch size and the settings of methods that are not used are left out.
         """
         given = json.loads(json.dumps(asdict(self)))  # JSON has lists in place of tuples
         names = {field.name for field in fields(SamplingConfig)} - {"batch_size"}
