@@ -62,9 +62,14 @@ def test_counts_equal_those_of_formulas(name):
     assert [counted.params, counted.layer_flops, counted.attention_flops] == expected
 
 
-def test_parameters_are_those_of_the_network():
-    parameters = build_backbone(TINY).parameters()
-    assert count_cost(TINY).params == sum(parameter.numel() for parameter in parameters)
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention", "adaln"])
+def test_parameters_are_those_of_the_network(conditioning):
+    # Only the middle block is fused; there are several image-only and text blocks.
+    config = dataclasses.replace(
+        TINY, depth=6, num_image_blocks=3, num_text_blocks=2, conditioning=conditioning
+    )
+    parameters = build_backbone(config).parameters()
+    assert count_cost(config).params == sum(parameter.numel() for parameter in parameters)
 
 
 def test_attention_operations_are_two_products_of_queries_and_keys_in_every_block():
