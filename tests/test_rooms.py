@@ -40,7 +40,7 @@ ROOMS = {
         "ifvit/studies/paper_figures.py",
         "ifvit/studies/report.py",
     ],
-    "sqlite3": ["ifvit/rating/store.py"],
+    "sqlite3": ["ifvit/rating/study.py"],
     "starlette": ["ifvit/rating/server.py"],
     "submitit": ["slurm/jobs.py", "slurm/status.py", "slurm/submit.py", "slurm/supervise.py"],
     "pyarrow": ["data_pipeline/sources/table.py"],

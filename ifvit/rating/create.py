@@ -14,11 +14,11 @@ from ifvit.errors import UserError
 from ifvit.evaluation.object_count import read_count_prompts
 from ifvit.images import decode_png, encode_png
 from ifvit.rating.config import CreateConfig
-from ifvit.rating.store import Store
 from ifvit.rating.study import (
     Item,
     Kind,
     Model,
+    Store,
     Study,
     read_study,
     shuffled,

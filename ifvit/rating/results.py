@@ -20,8 +20,7 @@ from ifvit.errors import UserError
 from ifvit.evaluation.estimates import Estimate
 from ifvit.rating.agreement import Floats, OrderBias, agreement, estimate_columns, order_bias
 from ifvit.rating.config import RateExportConfig
-from ifvit.rating.store import Answer, Store
-from ifvit.rating.study import CANNOT_TELL, KINDS, Item, Kind, Study, read_study
+from ifvit.rating.study import CANNOT_TELL, KINDS, Answer, Item, Kind, Store, Study, read_study
 from ifvit.sampling.samples import write_jsonl
 
 _Unit = TypeVar("_Unit", bound=Hashable)

@@ -23,8 +23,7 @@ from ifvit.errors import UserError
 from ifvit.rating.config import ServeConfig
 from ifvit.rating.pages import describe, render
 from ifvit.rating.results import StudyResults, summarise
-from ifvit.rating.store import Answer, Store
-from ifvit.rating.study import CANNOT_TELL, SKIP_REASONS, Study, Task, read_study
+from ifvit.rating.study import CANNOT_TELL, SKIP_REASONS, Answer, Store, Study, Task, read_study
 
 _MAX_FORM_BYTES = 4096
 _MAX_COUNT = 99

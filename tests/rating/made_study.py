@@ -8,8 +8,7 @@ from PIL import Image, PngImagePlugin
 
 from ifvit.rating.config import CreateConfig
 from ifvit.rating.create import create
-from ifvit.rating.store import Answer, Store
-from ifvit.rating.study import Study, Task, read_study
+from ifvit.rating.study import Answer, Store, Study, Task, read_study
 
 MODELS = ("early", "intermediate", "late")
 COUNT_PROMPTS = [

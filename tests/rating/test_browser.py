@@ -24,8 +24,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from ifvit.rating.config import RateReportConfig
 from ifvit.rating.pages import report
 from ifvit.rating.results import read_results
-from ifvit.rating.store import Store
-from ifvit.rating.study import Study, Task
+from ifvit.rating.study import Store, Study, Task
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

@@ -11,8 +11,7 @@ from ifvit.errors import UserError
 from ifvit.rating.config import RateExportConfig, RateReportConfig
 from ifvit.rating.pages import describe, report
 from ifvit.rating.results import export, read_results
-from ifvit.rating.store import Store
-from ifvit.rating.study import Study
+from ifvit.rating.study import Store, Study
 
 COUNTS = {"early": {"apple": 5, "bus": 1}, "intermediate": {"apple": 2, "bus": 1}}
 

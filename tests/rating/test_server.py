@@ -12,8 +12,7 @@ from starlette.exceptions import HTTPException
 
 from ifvit.rating.results import read_results
 from ifvit.rating.server import read_answer
-from ifvit.rating.store import Rater, Store
-from ifvit.rating.study import Item, Kind, Study, Task
+from ifvit.rating.study import Item, Kind, Rater, Store, Study, Task
 
 NUM_RATERS = 50
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ifvit.rating.store import Answer, Store
+from ifvit.rating.study import Answer, Store
 
 
 def answer(value: int | tuple[str, ...] | None, skip_reason: str | None = None) -> Answer:

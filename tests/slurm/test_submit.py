@@ -14,8 +14,7 @@ from ifvit.models.config import PRESETS
 from ifvit.training.config import TrainConfig
 from slurm.config import ClusterConfig, PipelineConfig, SubmitTrainConfig
 from slurm.jobs import ROOT, read_records
-from slurm.pipeline import submit_pipeline
-from slurm.submit import expand_axes, submit_train
+from slurm.submit import expand_axes, submit_pipeline, submit_train
 
 CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
 TRAIN = str(ROOT / "configs" / "train" / "coco256_early.yaml")
