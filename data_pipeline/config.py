@@ -40,7 +40,7 @@ class EncodeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the encoders; auto uses a GPU if there is one."""
     num_workers: int = 4
-    """Threads that read and resize images; each prepares one batch ahead of the encoders."""
+    """Threads that read and resize images ahead of the encoders."""
     num_tasks: int | None = None
     """Number of tasks that share the work. Default: the length of the SLURM array, or 1."""
     task: int | None = None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice, tee
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from ifvit.models.clip import TextEncoder, load_text_encoder
 from ifvit.shards import LatentSample
 from ifvit.storage import StoreError
 
+BATCHES_AHEAD = 4
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Item = TypeVar("Item")
@@ -87,9 +89,12 @@ def map_ahead(
 
 def decode_batches(units: Sequence[Unit], config: EncodeConfig) -> Iterator[DecodedBatch]:
     """Decode all images of all units in order; a unit without images gives one empty batch."""
-    decode = partial(_decode, image_size=config.image_size)
-    batches = _divide(units, config.batch_size)
-    return map_ahead(decode, batches, config.num_workers, config.num_workers)
+    batches, ahead = tee(_divide(units, config.batch_size))
+    images = (image for batch in ahead for image in batch.images)
+    read = partial(read_or_fail, image_size=config.image_size)
+    results = map_ahead(read, images, config.num_workers, BATCHES_AHEAD * config.batch_size)
+    for batch in batches:
+        yield replace(batch, results=list(islice(results, len(batch.images))))
 
 
 def _divide(units: Sequence[Unit], batch_size: int) -> Iterator[DecodedBatch]:
@@ -106,10 +111,6 @@ def _divide(units: Sequence[Unit], batch_size: int) -> Iterator[DecodedBatch]:
                 is_last=start + batch_size >= len(images),
                 images=images[start : start + batch_size],
             )
-
-
-def _decode(batch: DecodedBatch, image_size: int) -> DecodedBatch:
-    return replace(batch, results=[read_or_fail(image, image_size) for image in batch.images])
 
 
 def read_or_fail(image: CaptionedImage, image_size: int) -> DecodedImage | Failure:
