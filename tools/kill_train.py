@@ -218,7 +218,7 @@ def newest_step(run: str, folder: Path) -> int:
     """Step of the newest checkpoint, after reading and verifying all of it."""
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         found = fetch_newest(run, Path(cache))
-    return found.checkpoint.state.step if found else 0
+    return found.state.step if found else 0
 
 
 def compare(calm: str, hunted: str, folder: Path) -> dict[str, object]:
@@ -232,13 +232,13 @@ def compare(calm: str, hunted: str, folder: Path) -> dict[str, object]:
     found = [fetch_newest(run, folder / Path(run).name) for run in (calm, hunted)]
     assert found[0]
     assert found[1]
-    assert found[0].checkpoint.state.step == found[1].checkpoint.state.step
+    assert found[0].state.step == found[1].state.step
     caches = [folder / Path(run).name for run in (calm, hunted)]
     with (
         open_tensors(found[0], caches[0]) as first,
         open_tensors(found[1], caches[1]) as second,
     ):
-        names = [name for part in found[0].checkpoint.parts for name in part.tensors]
+        names = [name for part in found[0].parts for name in part.tensors]
         tensors = {
             name: float((first(name) - second(name)).abs().max() / first(name).abs().max())
             for name in names

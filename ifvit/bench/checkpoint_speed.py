@@ -41,12 +41,13 @@ def bench_checkpoint(config: BenchCheckpointConfig) -> None:
         with lease.held(), hook.open():
             wall = seconds_on(device, partial(training, config.num_steps, [hook]))
             last_save = seconds_on(device, hook.wait)
+        stall = training.engine.timer.take()[hook.name]
         url = step_url(recipe.run, config.num_steps)
         num_bytes = sum(file_size(join(url, name)) or 0 for name in list_names(url))
     result = {
-        "stall_share": hook.stall_seconds / wall,
-        "slowdown": (wall - hook.stall_seconds) / quiet - 1,
-        "stall_seconds_per_save": hook.stall_seconds / (config.num_steps // config.every),
+        "stall_share": stall / wall,
+        "slowdown": (wall - stall) / quiet - 1,
+        "stall_seconds_per_save": stall / (config.num_steps // config.every),
         "last_save_seconds": last_save,
         "step_seconds": quiet / config.num_steps,
         "gigabytes": num_bytes / 1e9,

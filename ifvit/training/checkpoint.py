@@ -13,7 +13,7 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -97,13 +97,16 @@ class Part:
     name: str
     bytes: int
     sha256: str
-    tensors: tuple[str, ...]
+    tensors: Sequence[str]
+    """Names of the tensors in this file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A run at one step: its position, and which part holds each fp32 tensor."""
 
+    url: str
+    """Folder of the checkpoint; the manifest, which lies there, does not repeat it."""
     state: TrainState
     scalars: dict[str, float]
     """State of the engine besides tensors: number of updates, loss scale."""
@@ -115,13 +118,9 @@ class Checkpoint:
     """Hash of the manifest of the training shards."""
     parts: tuple[Part, ...]
 
-
-@dataclass(frozen=True, kw_only=True)
-class SavedCheckpoint:
-    """A checkpoint and the URL of its folder."""
-
-    url: str
-    checkpoint: Checkpoint
+    def local_path(self, part: Part, cache: Path) -> Path:
+        """File of a part on this machine; the parts of a remote checkpoint are in `cache`."""
+        return (cache if is_remote(self.url) else Path(self.url)) / part.name
 
 
 def manifest_sha256(shards: str) -> str:
@@ -142,11 +141,13 @@ def write_part(folder: str, name: str, tensors: dict[str, Tensor]) -> Part:
     return Part(name=name, bytes=size, sha256=digest, tensors=tuple(tensors))
 
 
-def commit(run: str, checkpoint: Checkpoint) -> None:
-    """Complete a checkpoint whose parts are written: its manifest, then `latest` for people."""
-    step = checkpoint.state.step
-    storage.write_json(join(step_url(run, step), MANIFEST), asdict(checkpoint))
-    storage.write_bytes(join(run, "checkpoints", "latest"), f"{step_name(step)}\n".encode())
+def commit(checkpoint: Checkpoint) -> None:
+    """Write the manifest of a checkpoint whose parts are written, then `latest` for people."""
+    manifest = asdict(checkpoint)
+    url = manifest.pop("url")
+    storage.write_json(join(url, MANIFEST), manifest)
+    folder, _, name = url.rpartition("/")
+    storage.write_bytes(join(folder, "latest"), f"{name}\n".encode())
 
 
 def saved_steps(run: str) -> list[int]:
@@ -160,7 +161,7 @@ def is_committed(run: str, step: int) -> bool:
     return storage.exists(join(step_url(run, step), MANIFEST))
 
 
-def fetch_newest(run: str, cache: Path) -> SavedCheckpoint | None:
+def fetch_newest(run: str, cache: Path) -> Checkpoint | None:
     """The newest complete checkpoint of a run, verified and fetched; None when there is none.
 
     The parts of a remote run are downloaded to `cache`. Raises UserError when saves were completed
@@ -173,7 +174,7 @@ def fetch_newest(run: str, cache: Path) -> SavedCheckpoint | None:
             log.warning("%s: skipped, because an interrupted save left it incomplete", url)
             continue
         try:
-            return SavedCheckpoint(url=url, checkpoint=fetch(url, cache))
+            return fetch(url, cache)
         except StoreError:
             raise  # a store that does not answer is no reason to take an older checkpoint
         except UserError as error:
@@ -192,9 +193,16 @@ def fetch(url: str, cache: Path) -> Checkpoint:
 
     Raises UserError that names the missing or damaged file.
     """
-    checkpoint = _parse(url, read_json(join(url, MANIFEST)))
+    manifest = join(url, MANIFEST)
+    stored = read_json(manifest)
+    try:
+        state, parts = TrainState(**stored.pop("state")), stored.pop("parts")
+        parts = tuple(Part(**part) for part in parts)
+        checkpoint = Checkpoint(url=url, state=state, parts=parts, **stored)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{manifest}: not a checkpoint's manifest ({error})") from None
     for part in checkpoint.parts:
-        path = _local_folder(url, cache) / part.name
+        path = checkpoint.local_path(part, cache)
         if path.exists() and storage.sha256_of(path) == part.sha256:
             continue
         if not is_remote(url):
@@ -204,42 +212,27 @@ def fetch(url: str, cache: Path) -> Checkpoint:
 
 
 @contextmanager
-def open_tensors(saved: SavedCheckpoint, cache: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Give a function from a name to the full fp32 tensor, which loads only what it is asked for.
+def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Open a fetched checkpoint; give a function that loads a full fp32 tensor by its name.
 
-    The checkpoint must have been fetched. The function raises UserError for an unknown name.
+    The function raises UserError for an unknown name.
     """
     with ExitStack() as files:
         file_of = {}
-        for part in saved.checkpoint.parts:
-            path = _local_folder(saved.url, cache) / part.name
-            file_of.update(dict.fromkeys(part.tensors, files.enter_context(safe_open(path, "pt"))))
+        for part in checkpoint.parts:
+            file = files.enter_context(safe_open(checkpoint.local_path(part, cache), "pt"))
+            file_of.update(dict.fromkeys(part.tensors, file))
 
         def read(name: str) -> Tensor:
             if name not in file_of:
                 raise UserError(
-                    f"{saved.url}: holds no {name}; use the ema_decays and backbone of that run"
+                    f"{checkpoint.url}: holds no {name}; use the ema_decays and backbone of that "
+                    "run"
                 )
             tensor: Tensor = file_of[name].get_tensor(name)
             return tensor
 
         yield read
-
-
-def _local_folder(url: str, cache: Path) -> Path:
-    return cache if is_remote(url) else Path(url)
-
-
-def _parse(url: str, stored: dict[str, object]) -> Checkpoint:
-    try:
-        state = TrainState(**stored.pop("state"))  # type: ignore[arg-type]
-        parts = tuple(
-            Part(**{**part, "tensors": tuple(part["tensors"])})
-            for part in stored.pop("parts")  # type: ignore[attr-defined]
-        )
-        return Checkpoint(state=state, parts=parts, **stored)  # type: ignore[arg-type]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{join(url, MANIFEST)}: not a checkpoint's manifest ({error})") from None
 
 
 def check_retention(config: TrainConfig) -> None:
@@ -255,40 +248,28 @@ def prune(config: TrainConfig) -> None:
     """Remove the checkpoints that need not be kept, and the leftovers of interrupted saves."""
     run, steps = config.run, saved_steps(config.run)
     complete = [step for step in steps if is_committed(run, step)]
-    best = _best_step(run, config.keep_best, complete) if config.keep_best else None
-    kept = kept_steps(complete, config, best)
-    for step in steps:
-        if step not in kept:
-            # The manifest goes first: a half-removed checkpoint must not look complete.
-            storage.remove(join(step_url(run, step), MANIFEST))
-            storage.remove(step_url(run, step))
+    kept = set(complete[-config.keep_checkpoints :])
+    if config.keep_every:
+        kept.update(step for step in complete if step % config.keep_every == 0)
+    if config.keep_best:
+        kept.update(_steps_by_metric(run, config.keep_best, complete)[:1])
+    for step in set(steps) - kept:
+        # The manifest goes first: a half-removed checkpoint must not look complete.
+        storage.remove(join(step_url(run, step), MANIFEST))
+        storage.remove(step_url(run, step))
     newest = step_url(run, complete[-1])
     parts = {part["name"] for part in read_json(join(newest, MANIFEST))["parts"]}
     for name in set(list_names(newest)) - parts - {MANIFEST}:
         storage.remove(join(newest, name))  # an earlier attempt at the same step left this part
 
 
-def kept_steps(complete: list[int], config: TrainConfig, best: int | None) -> set[int]:
-    """Which of the rising `complete` steps are kept; at least one."""
-    kept = set(complete[-config.keep_checkpoints :])
-    if config.keep_every:
-        kept.update(step for step in complete if step % config.keep_every == 0)
-    if best is not None:
-        kept.add(best)
-    return kept
-
-
-def _best_step(run: str, metric: str, complete: Collection[int]) -> int | None:
-    """The complete step whose evaluation has the best `metric`; the earliest of equals."""
+def _steps_by_metric(run: str, metric: str, steps: Sequence[int]) -> list[int]:
+    """Those of `steps` whose evaluation has this metric, the best first, the earlier of equals."""
     rows = main_series(list(read_rows(join(run, FOLDER)).values()))
-    measured = {row.step: getattr(row, metric) for row in rows if row.step in complete}
+    measured = [(getattr(row, metric), row.step) for row in rows if row.step in steps]
     sign = 1 if metric in LOWER_IS_BETTER else -1
-    scores = [
-        (sign * estimate.value, step)
-        for step, estimate in measured.items()
-        if isinstance(estimate, Estimate)
-    ]
-    return min(scores)[1] if scores else None
+    scores = [(sign * value.value, step) for value, step in measured if isinstance(value, Estimate)]
+    return [step for _, step in sorted(scores)]
 
 
 def resume(config: TrainConfig, engine: Engine, token: str) -> TrainState:
@@ -299,53 +280,47 @@ def resume(config: TrainConfig, engine: Engine, token: str) -> TrainState:
     cannot be followed, or when the checkpoint has other shards or another backbone.
     """
     with _node_cache(engine, token) as cache:
-        saved = engine.group.on_main(lambda: _choose_checkpoint(config, cache))
-        if saved is None:
+        checkpoint = engine.group.on_main(lambda: _choose_checkpoint(config, cache))
+        if checkpoint is None:
             return TrainState()
-        if engine.world.local_rank == 0 and is_remote(saved.url):
-            fetch(saved.url, cache)
+        if engine.world.local_rank == 0 and is_remote(checkpoint.url):
+            fetch(checkpoint.url, cache)
         engine.barrier()
-        with open_tensors(saved, cache) as read:
+        with open_tensors(checkpoint, cache) as read:
             engine.load_state(read)
-        engine.load_scalars(saved.checkpoint.scalars)
-        return saved.checkpoint.state
+        engine.load_scalars(checkpoint.scalars)
+        return checkpoint.state
 
 
-def _choose_checkpoint(config: TrainConfig, cache: Path) -> SavedCheckpoint | None:
+def _choose_checkpoint(config: TrainConfig, cache: Path) -> Checkpoint | None:
     """Apply `resume: auto | never | URL` to the run, and check that the checkpoint fits."""
-    run = config.run
-    if config.resume == "never":
+    run, url = config.run, config.resume
+    if url == "never":
         if any(is_committed(run, step) for step in saved_steps(run)):
             raise UserError(
                 f"{run}: holds checkpoints, but resume is never; choose another run directory "
                 "or set resume: auto"
             )
         return None
-    saved = fetch_newest(run, cache)
-    if saved is None and config.resume != "auto":
-        saved = _fetch_from(config.resume, cache)
-    if saved is None:
+    checkpoint = fetch_newest(run, cache)
+    if checkpoint is None and url != "auto":
+        is_folder = storage.exists(join(url, MANIFEST))
+        checkpoint = fetch(url, cache) if is_folder else fetch_newest(url, cache)
+        if checkpoint is None:
+            raise UserError(
+                f"{url}: holds no checkpoint; set resume to a run or to its "
+                "checkpoints/step_XXXXXXXX"
+            )
+    if checkpoint is None:
         return None
-    if saved.checkpoint.shards_sha256 != manifest_sha256(config.shards):
+    if checkpoint.shards_sha256 != manifest_sha256(config.shards):
         raise UserError(
-            f"{saved.url}: trained on other shards than {config.shards} holds now; restore them "
-            "or train a new run with initial_weights"
+            f"{checkpoint.url}: trained on other shards than {config.shards} holds now; restore "
+            "them or train a new run with initial_weights"
         )
-    if restore_config(saved.checkpoint.backbone) != config.backbone:
-        raise UserError(f"{saved.url}: has another backbone than the recipe; set it to match")
-    return saved
-
-
-def _fetch_from(url: str, cache: Path) -> SavedCheckpoint:
-    """The newest checkpoint of run `url`, or the checkpoint in folder `url`."""
-    if storage.exists(join(url, MANIFEST)):
-        return SavedCheckpoint(url=url, checkpoint=fetch(url, cache))
-    saved = fetch_newest(url, cache)
-    if saved is None:
-        raise UserError(
-            f"{url}: holds no checkpoint; set resume to a run or to its checkpoints/step_XXXXXXXX"
-        )
-    return saved
+    if restore_config(checkpoint.backbone) != config.backbone:
+        raise UserError(f"{checkpoint.url}: has another backbone than the recipe; set it to match")
+    return checkpoint
 
 
 @contextmanager

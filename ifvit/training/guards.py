@@ -19,7 +19,7 @@ from torch import distributed
 from ifvit.config import dump_config
 from ifvit.distributed import World
 from ifvit.errors import EXIT_PREEMPTED, UserError
-from ifvit.models.config import BackboneConfig, restore_config
+from ifvit.models.config import restore_config
 from ifvit.models.cost import count_cost
 from ifvit.models.pretrained import identify, resolve_pretrained
 from ifvit.shards import EncoderIdentity, ShardReader
@@ -38,30 +38,39 @@ MAY_CHANGE = frozenset(
 
 def check_dataset(reader: ShardReader, config: TrainConfig) -> None:
     """Raise UserError when the shards do not fit the backbone or the encoders of the recipe."""
-    manifest, backbone = reader.manifest, config.backbone
+    url, manifest, backbone = config.shards, reader.manifest, config.backbone
     channels, height, width = manifest.moments_shape
+    size = backbone.latent_size
     _require_shape(
-        f"{config.shards}: latents",
+        f"{url}: latents",
         (channels // 2, height, width),
-        (backbone.latent_channels, backbone.latent_size, backbone.latent_size),
+        (backbone.latent_channels, size, size),
         "backbone.latent_channels and backbone.latent_size",
     )
-    if backbone.context_shape is None:
-        _require_classes(config.shards, manifest.classes, backbone)
-    else:
+    if backbone.context_shape is not None:
         _require_shape(
-            f"{config.shards}: context",
+            f"{url}: context",
             tuple(reader.text.context_shape),
             backbone.context_shape,
             "backbone.context_length and backbone.context_width",
         )
-    _require_encoder("vae", config.vae, manifest.vae, config.shards)
+    elif not manifest.classes:
+        raise UserError(
+            f"{url}: holds captions, not classes; set backbone.context_length and "
+            "backbone.context_width instead of num_classes"
+        )
+    elif len(manifest.classes) != backbone.num_classes:
+        raise UserError(
+            f"{url}: has {len(manifest.classes)} classes, but the backbone "
+            f"{backbone.num_classes}; set backbone.num_classes to match"
+        )
+    _require_encoder("vae", config.vae, manifest.vae, url)
     if config.text_encoder is not None:
-        _require_encoder("text_encoder", config.text_encoder, reader.text.encoder, config.shards)
+        _require_encoder("text_encoder", config.text_encoder, reader.text.encoder, url)
 
 
 def check_recipe(config: TrainConfig) -> None:
-    """Raise UserError when `config.run` holds a run of a recipe that may not be continued so."""
+    """Raise UserError when `config.run` holds a run whose fixed fields have other values."""
     path = join(config.run, "config.yaml")
     if not exists(path):
         return
@@ -87,13 +96,8 @@ def differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, An
 
 
 def write_recipe(config: TrainConfig) -> None:
-    """Write config.yaml. Raises UserError when the next checkpoint could not be written."""
-    try:
-        write_bytes(join(config.run, "config.yaml"), dump_config(config).encode())
-    except OSError as error:
-        raise UserError(
-            f"{config.run}: cannot be written ({error}); choose another run directory"
-        ) from None
+    """Write config.yaml. Raises UserError when the disk is too full for the next checkpoint."""
+    write_bytes(join(config.run, "config.yaml"), dump_config(config).encode())
     if is_remote(config.run):
         return
     # A checkpoint holds parameters, two moments and EMA weights; the exported weights hold the
@@ -113,19 +117,6 @@ def _require_shape(what: str, found: tuple[int, ...], wanted: tuple[int, ...], k
         raise UserError(
             f"{what} are {'x'.join(map(str, found))}, but the backbone takes "
             f"{'x'.join(map(str, wanted))}; set {keys} to match, or encode again"
-        )
-
-
-def _require_classes(shards: str, classes: tuple[str, ...], backbone: BackboneConfig) -> None:
-    if not classes:
-        raise UserError(
-            f"{shards}: holds captions, not classes; set backbone.context_length and "
-            "backbone.context_width instead of num_classes"
-        )
-    if len(classes) != backbone.num_classes:
-        raise UserError(
-            f"{shards}: has {len(classes)} classes, but the backbone {backbone.num_classes}; "
-            "set backbone.num_classes to match"
         )
 
 
@@ -182,10 +173,10 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Receive signals inside, instead of dying from them.
+        """Receive signals while the context is open; they do not end the process.
 
-        Child processes that are started inside do not get them: SLURM and terminals send signals
-        to all processes, and a step fails or hangs when the compiler it waits for is killed.
+        Programs started meanwhile do not get the signals. SLURM and terminals send signals to all
+        processes, and a step fails or hangs when the compiler that it waits for is killed.
         """
         handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
         ended = threading.Event()

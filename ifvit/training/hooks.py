@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from ifvit.shards import ShardReader
 from ifvit.storage import join, write_bytes
 from ifvit.training.checkpoint import (
     Checkpoint,
-    Part,
     TrainState,
     check_retention,
     commit,
@@ -64,8 +62,6 @@ class SaveCheckpoint:
         stop: StopRequest,
     ) -> None:
         self.every = config.checkpoint_every
-        self.stall_seconds = 0.0
-        """Seconds that training has waited for saves so far."""
         self._config, self._engine, self._info = config, engine, info
         self._lease, self._metrics, self._stop = lease, metrics, stop
         self._shards_sha256 = manifest_sha256(config.shards)
@@ -104,10 +100,10 @@ class SaveCheckpoint:
 
         Raises UserError when the previous save failed.
         """
-        started = time.perf_counter()
         self.wait()
         partition = self._copy_state()
         checkpoint = Checkpoint(
+            url=step_url(self._config.run, state.step),
             state=state,
             scalars=self._engine.scalars(),
             backbone=dataclasses.asdict(self._config.backbone),
@@ -117,7 +113,6 @@ class SaveCheckpoint:
         )
         self._engine.synchronize()
         self._pending = self._thread.submit(self._write, checkpoint, partition)
-        self.stall_seconds += time.perf_counter() - started
 
     def _copy_state(self) -> list[str]:
         """Copy to host memory what this process writes => the names of its partition.
@@ -133,23 +128,26 @@ class SaveCheckpoint:
             sizes[owner] += tensor.nbytes
             if owner == world.rank:
                 partition.append(name)
-            if owner == world.rank or (world.is_main and name.startswith(exported)):
-                self._copy(name, tensor)
+            elif not (world.is_main and name.startswith(exported)):
+                continue
+            if name not in self._host:
+                # A GPU copies at full speed only to page-locked memory.
+                pinned = tensor.is_cuda
+                self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self._host[name].copy_(tensor.detach(), non_blocking=True)
         return partition
-
-    def _copy(self, name: str, tensor: Tensor) -> None:
-        if name not in self._host:
-            # A GPU copies at full speed only to page-locked memory.
-            self._host[name] = torch.empty(
-                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
-            )
-        self._host[name].copy_(tensor.detach(), non_blocking=True)
 
     def _write(self, checkpoint: Checkpoint, partition: list[str]) -> None:
         """Write the copied state as a checkpoint; runs in the thread of every process."""
+        group = self._engine.group
+        tensors = {name: self._host[name] for name in partition}
+        part, failure = None, None
         try:
-            group = self._engine.group
-            part, failure = self._write_part(checkpoint.state.step, partition)
+            try:
+                with self._named_errors(checkpoint):
+                    part = write_part(checkpoint.url, self._part_name, tensors)
+            except UserError as error:
+                failure = error  # the other processes must learn of it before it is raised
             parts, failures = zip(*group.gather((part, failure)), strict=True)
             for failure in filter(None, failures):
                 raise failure
@@ -158,27 +156,18 @@ class SaveCheckpoint:
             self._stop.request()
             raise
 
-    def _write_part(self, step: int, partition: list[str]) -> tuple[Part | None, UserError | None]:
-        try:
-            with self._named_errors(step):
-                tensors = {name: self._host[name] for name in partition}
-                folder = step_url(self._config.run, step)
-                return write_part(folder, self._part_name, tensors), None
-        except UserError as error:
-            return None, error  # the other processes must learn of it before it is raised
-
     def _complete(self, checkpoint: Checkpoint) -> None:
         """Export, commit and prune, once all parts are written; on the main process only."""
-        run, step = self._config.run, checkpoint.state.step
-        with self._named_errors(step):
-            self._export_weights(step)
+        with self._named_errors(checkpoint):
+            self._export_weights(checkpoint.state.step)
             self._metrics.publish()
             self._lease.check()
-            commit(run, checkpoint)
+            commit(checkpoint)
         try:
             prune(self._config)
         except (UserError, OSError) as error:  # for example a file that NFS still holds open
-            sys.stderr.write(f"{run}: older checkpoints stay until the next save ({error})\n")
+            message = f"older checkpoints stay until the next save ({error})"
+            sys.stderr.write(f"{self._config.run}: {message}\n")
 
     def _export_weights(self, step: int) -> None:
         folder = join(self._config.run, "weights", step_name(step))
@@ -194,11 +183,12 @@ class SaveCheckpoint:
             save_weights(join(folder, name), backbone, info)
 
     @contextmanager
-    def _named_errors(self, step: int) -> Iterator[None]:
+    def _named_errors(self, checkpoint: Checkpoint) -> Iterator[None]:
         """Turn the errors of a store or a full disk into one line."""
         try:
             yield
         except (UserError, OSError, SafetensorError) as error:
+            step = checkpoint.state.step
             raise UserError(
                 f"{self._config.run}: saving step {step} failed on rank {self._engine.world.rank} "
                 f"({error}); earlier checkpoints are complete, run the same command again to "

@@ -46,9 +46,9 @@ class Holder:
     job: str | None
     """SLURM job id."""
     restarts: int
-    """How often SLURM has requeued that job."""
+    """Number of times that SLURM has requeued that job."""
     since: str
-    """When it took the run by its own clock; only shown to people."""
+    """Time by the clock of its host when it took the run; only shown to people."""
     beat_seconds: float
 
     def __str__(self) -> str:
@@ -70,7 +70,16 @@ class Lease:
         Raises UserError that names the holder when it is alive, or when the run directory cannot
         be written.
         """
-        holder = _this_process(beat_seconds)
+        holder = Holder(
+            token=secrets.token_hex(4),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process=process_identity(os.getpid()),
+            job=os.environ.get("SLURM_JOB_ID"),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+            beat_seconds=beat_seconds,
+        )
         try:
             while True:
                 newest = _newest(run)
@@ -129,7 +138,7 @@ def _wait_for_end(run: str, generation: int, taker: Holder) -> None:
     """Return when the holder of `generation` is gone. Raises UserError when it is alive."""
     holder = _read_holder(run, generation)
     beat = _read_beat(run, generation)
-    if _was_requeued(holder, taker) or _died_on_this_machine(holder, taker):
+    if _is_known_dead(holder, taker):
         return
     silent = 0
     while silent < SILENT_BEATS and "released" not in beat:
@@ -147,29 +156,14 @@ def _wait_for_end(run: str, generation: int, taker: Holder) -> None:
         silent = silent + 1 if time.monotonic() - started < holder.beat_seconds else 0
 
 
-def _was_requeued(holder: Holder, taker: Holder) -> bool:
-    """Whether SLURM has ended `holder` and started the same job again as `taker`."""
-    return holder.job is not None and holder.job == taker.job and holder.restarts < taker.restarts
-
-
-def _died_on_this_machine(holder: Holder, taker: Holder) -> bool:
+def _is_known_dead(holder: Holder, taker: Holder) -> bool:
+    """Whether SLURM has requeued the holder as `taker`, or the holder died on this machine."""
+    if holder.job is not None and holder.job == taker.job and holder.restarts < taker.restarts:
+        return True
     if taker.process is None or holder.process is None:
         return False
     same_machine = taker.process.split()[:2] == holder.process.split()[:2]
     return same_machine and process_identity(holder.pid) != holder.process
-
-
-def _this_process(beat_seconds: float) -> Holder:
-    return Holder(
-        token=secrets.token_hex(4),
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        process=process_identity(os.getpid()),
-        job=os.environ.get("SLURM_JOB_ID"),
-        restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        since=datetime.now(UTC).isoformat(timespec="seconds"),
-        beat_seconds=beat_seconds,
-    )
 
 
 def process_identity(pid: int) -> str | None:
@@ -202,5 +196,4 @@ def _read_holder(run: str, generation: int) -> Holder:
 
 def _read_beat(run: str, generation: int) -> dict[str, int]:
     url = _url(run, generation, "beat")
-    beat: dict[str, int] = read_json(url) if exists(url) else {}
-    return beat
+    return read_json(url) if exists(url) else {}

@@ -31,8 +31,6 @@ from ifvit.training.data import Batch, Batches
 from ifvit.training.engine import Engine, prepare_forward
 from ifvit.training.guards import NonfiniteGradient
 
-_TENSORS = ("moments", "condition", "positions")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -58,16 +56,17 @@ class Replay:
     def differentiate(self, batch: Batch) -> Outcome:
         """Loss and gradient norm of a micro-batch."""
         self.backbone.zero_grad()
-        moments, condition, positions = batch.moments, batch.condition, batch.positions
-        loss = self.objective(self.backbone, moments, condition, self.step, positions).total
+        loss = self.objective(
+            self.backbone, batch.moments, batch.condition, self.step, batch.positions
+        ).total
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self.backbone.parameters() if p.grad is not None]
         return Outcome(loss=loss.item(), grad_norm=nn.utils.get_total_norm(gradients).item())
 
     def culprits(self, batch: Batch) -> Tensor:
         """Positions of the samples that alone are not finite, or of all samples if none is."""
-        rows = zip(*(getattr(batch, name).split(1) for name in _TENSORS), strict=True)
-        alone = [Batch(**dict(zip(_TENSORS, row, strict=True))) for row in rows]
+        rows = zip(*(tensor.split(1) for tensor in vars(batch).values()), strict=True)
+        alone = [Batch(**dict(zip(vars(batch), row, strict=True))) for row in rows]
         guilty = [sample for sample in alone if not self.differentiate(sample).is_finite]
         return torch.cat([sample.positions for sample in guilty or alone]).cpu()
 
@@ -126,7 +125,7 @@ def replay(config: ReplayConfig) -> None:
             "failures folder of a run"
         ) from None
     device = torch.device(choose_device("auto"))
-    batch = Batch(**{name: tensors.pop(name).to(device) for name in _TENSORS})
+    batch = Batch(**{name: tensors.pop(name).to(device) for name in Batch.__dataclass_fields__})
     backbone = nn.Module.to(restore_backbone(restore_config(facts["backbone"]), tensors), device)
     prepare_forward(backbone, EngineConfig(precision=facts["precision"]), device)
     objective = NoisePrediction(schedule=NoiseSchedule(device), **facts["objective"])
@@ -150,7 +149,7 @@ def _write_failure(
             "min_snr_gamma": again.objective.min_snr_gamma,
         },
     }
-    tensors = {name: getattr(batch, name) for name in _TENSORS} | again.backbone.state_dict()
+    tensors = vars(batch) | again.backbone.state_dict()
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with write_file(path) as temporary:
         save_file(contiguous, Path(temporary), {"failure": json.dumps(facts)})

@@ -13,6 +13,7 @@ from run_files import CONTEXT_SHAPE, small_recipe, write_dataset
 
 from ifvit import storage
 from ifvit.training.config import TrainConfig
+from ifvit.training.train import train
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +61,15 @@ def recipe(shards: str, tmp_path: Path) -> Callable[..., TrainConfig]:
         return small_recipe(str(tmp_path / run), **{"shards": shards, **fields})  # type: ignore[arg-type]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def whole(shards: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """The quick recipe, trained in one go; tests compare with its losses and do not change it."""
+    torch.set_num_threads(1)
+    config = small_recipe(str(tmp_path_factory.mktemp("whole") / "run"), shards)
+    train(config)
+    return config
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])

@@ -45,6 +45,7 @@ def small_recipe(run: str, shards: str, **fields: object) -> TrainConfig:
         "log_every": 1,
         "checkpoint_every": 100,
         "num_workers": 1,
+        "trackers": (),
     }
     return TrainConfig(run=run, shards=shards, **{**defaults, **fields})  # type: ignore[arg-type]
 

@@ -21,7 +21,6 @@ from ifvit.storage import join, list_names, read_json, remove
 from ifvit.training.checkpoint import (
     TrainState,
     fetch_newest,
-    kept_steps,
     open_tensors,
     resume,
     step_url,
@@ -34,24 +33,25 @@ from ifvit.training.train import train
 Recipe = Callable[..., TrainConfig]
 
 
-@pytest.fixture
-def two_checkpoints(recipe: Recipe) -> TrainConfig:
-    """A run with checkpoints of steps 1 and 2."""
-    config = recipe(max_steps=2, checkpoint_every=1)
-    train(config)
-    return config
-
-
 def newest_step(run: str, cache: Path) -> int:
     saved = fetch_newest(run, cache)
     assert saved is not None
-    return saved.checkpoint.state.step
+    return saved.state.step
 
 
-def test_a_damaged_checkpoint_is_skipped(two_checkpoints: TrainConfig, tmp_path: Path) -> None:
-    run = two_checkpoints.run
+def test_damaged_checkpoints_are_skipped_but_a_run_with_no_other_is_not_started_anew(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    config = recipe(max_steps=2, checkpoint_every=1)
+    train(config)
+    run = config.run
+    newest = fetch_newest(run, tmp_path)
+    assert newest is not None
+    with open_tensors(newest, tmp_path) as read, pytest.raises(UserError, match=r"no ema0\.5\.a"):
+        read("ema0.5.a")
+
     assert newest_step(run, tmp_path) == 2
-    (path,) = Path(step_url(run, 2)).glob("part-*")
+    (path,) = Path(newest.url).glob("part-*")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -60,42 +60,12 @@ def test_a_damaged_checkpoint_is_skipped(two_checkpoints: TrainConfig, tmp_path:
     assert newest_step(run, tmp_path) == 1
     path.unlink()
     assert newest_step(run, tmp_path) == 1
-    Path(step_url(run, 2), "manifest.json").write_text('{"parts": 3}')
+    Path(newest.url, "manifest.json").write_text('{"parts": 3}')
     assert newest_step(run, tmp_path) == 1
-
-
-def test_a_run_with_only_damaged_checkpoints_is_not_started_anew(
-    two_checkpoints: TrainConfig, tmp_path: Path
-) -> None:
-    for step in (1, 2):
-        (path,) = Path(step_url(two_checkpoints.run, step)).glob("part-*")
-        path.unlink()
-    with pytest.raises(UserError, match=f"{path.name}.* remove .*checkpoints to start anew"):
-        fetch_newest(two_checkpoints.run, tmp_path)
-
-
-def test_a_tensor_that_is_missing_is_named(two_checkpoints: TrainConfig, tmp_path: Path) -> None:
-    saved = fetch_newest(two_checkpoints.run, tmp_path)
-    assert saved is not None
-    with open_tensors(saved, tmp_path) as read, pytest.raises(UserError, match=r"no ema0\.5\.a"):
-        read("ema0.5.a")
-
-
-@pytest.mark.parametrize(
-    ("keep_checkpoints", "keep_every", "best", "kept"),
-    [
-        (1, 0, None, {70}),
-        (3, 0, None, {50, 60, 70}),
-        (99, 0, None, {10, 20, 30, 40, 50, 60, 70}),
-        (1, 30, None, {30, 60, 70}),
-        (2, 40, 10, {10, 40, 60, 70}),
-    ],
-)
-def test_the_newest_every_mth_and_the_best_checkpoints_are_kept(
-    recipe: Recipe, keep_checkpoints: int, keep_every: int, best: int | None, kept: set[int]
-) -> None:
-    config = recipe(keep_checkpoints=keep_checkpoints, keep_every=keep_every)
-    assert kept_steps([10, 20, 30, 40, 50, 60, 70], config, best) == kept
+    (path,) = Path(step_url(run, 1)).glob("part-*")
+    path.unlink()
+    with pytest.raises(UserError, match=r"step_00000002.* remove .*checkpoints to start anew"):
+        fetch_newest(run, tmp_path)
 
 
 def test_a_spike_stands_out_of_the_losses_before_it() -> None:
@@ -133,14 +103,13 @@ def test_resume_never_is_an_error_for_a_run_that_has_checkpoints(recipe: Recipe)
         train(replace(config, max_steps=3))
 
 
-@pytest.mark.parametrize("whole_run", [True, False])
+@pytest.mark.parametrize("names_the_run", [True, False])
 def test_a_run_may_start_from_another_and_then_resumes_its_own_checkpoints(
-    recipe: Recipe, whole_run: bool
+    recipe: Recipe, whole: TrainConfig, names_the_run: bool
 ) -> None:
-    first, whole = recipe("first", max_steps=4), recipe("whole")
+    first = recipe("first", max_steps=4)
     train(first)
-    train(whole)
-    url = first.run if whole_run else join(first.run, "checkpoints", "step_00000004")
+    url = first.run if names_the_run else step_url(first.run, 4)
     branch = recipe("branch", max_steps=6, resume=url)
     assert train(branch).step == 6
     assert list_names(join(first.run, "checkpoints")) == ["latest", "step_00000004"]
@@ -157,18 +126,16 @@ def test_a_run_may_start_from_another_and_then_resumes_its_own_checkpoints(
 
 
 def test_a_checkpoint_that_does_not_fit_the_recipe_is_an_error(
-    recipe: Recipe, other_shards: str
+    recipe: Recipe, whole: TrainConfig, other_shards: str
 ) -> None:
-    first = recipe("first", max_steps=2)
-    train(first)
     with pytest.raises(UserError, match="holds no checkpoint; set resume to a run or"):
         train(recipe("a", resume=recipe("nowhere").run))
     with pytest.raises(UserError, match="has another backbone than the recipe"):
-        train(recipe("b", resume=first.run, backbone=replace(first.backbone, width=16)))
+        train(recipe("b", resume=whole.run, backbone=replace(whole.backbone, width=16)))
     with pytest.raises(UserError, match=r"holds no ema0\.5\."):
-        train(recipe("c", resume=first.run, ema_decays=(0.5,)))
+        train(recipe("c", resume=whole.run, ema_decays=(0.5,)))
     with pytest.raises(UserError, match="trained on other shards"):
-        train(replace(first, shards=other_shards, max_steps=3))
+        train(recipe("d", resume=whole.run, shards=other_shards))
 
 
 def test_a_run_that_another_job_holds_is_left_alone(recipe: Recipe) -> None:
@@ -240,16 +207,19 @@ def test_every_node_fetches_the_checkpoint_for_its_processes_and_leaves_nothing(
 
 @pytest.mark.s3
 def test_a_run_in_a_store_is_resumed_and_read_from_there(
-    recipe: Recipe, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe,
+    whole: TrainConfig,
+    s3_bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("IFVIT_CACHE", str(tmp_path / "cache"))
-    near, far = recipe("near"), replace(recipe(), run=s3_bucket)
-    train(near)
+    far = replace(recipe(), run=s3_bucket)
     train(replace(far, max_steps=5))
     train(far)
-    assert losses(far) == losses(near)
+    assert losses(far) == losses(whole)
     for _ in range(2):
-        (here, _), (there, info) = load_weights(near.run), load_weights(far.run)
+        (here, _), (there, info) = load_weights(whole.run), load_weights(far.run)
         assert info.step == 8
         assert all(map(torch.equal, here.parameters(), there.parameters()))
     assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -168,10 +168,10 @@ def restored_step(run: str, cache: Path) -> int | None:
     if saved is None:
         return None
     with open_tensors(saved, cache) as read:
-        for name, tensor in expected_state(saved.checkpoint.state.step).items():
+        for name, tensor in expected_state(saved.state.step).items():
             assert torch.equal(read(name), tensor)
-    assert sum(len(part.tensors) for part in saved.checkpoint.parts) == len(SHAPES)
-    return saved.checkpoint.state.step
+    assert sum(len(part.tensors) for part in saved.parts) == len(SHAPES)
+    return saved.state.step
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 6])
@@ -182,9 +182,9 @@ def test_what_any_number_of_ranks_saved_is_restored(
     save(ranks(run, num_ranks), 7)
     saved = fetch_newest(run, cache)
     assert saved is not None
-    assert saved.checkpoint.state == TrainState(step=7, samples_seen=56, seconds=1.5)
-    assert saved.checkpoint.scalars == {"num_updates": 7.0}
-    assert len(saved.checkpoint.parts) == num_ranks
+    assert saved.state == TrainState(step=7, samples_seen=56, seconds=1.5)
+    assert saved.scalars == {"num_updates": 7.0}
+    assert len(saved.parts) == num_ranks
     assert restored_step(run, cache) == 7
     assert storage.read_bytes(join(run, "checkpoints", "latest")) == b"step_00000007\n"
 
@@ -437,19 +437,29 @@ def test_a_store_that_is_away_too_long_is_no_reason_to_take_an_older_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("metric", "best"), [("frechet_distance", "step_00000002"), ("count_accuracy", "step_00000001")]
+    ("fields", "kept"),
+    [
+        ({"keep_checkpoints": 2}, [4, 5]),
+        ({"keep_every": 2}, [2, 4, 5]),
+        ({"keep_best": "frechet_distance"}, [2, 5]),
+        ({"keep_best": "count_accuracy", "keep_every": 3}, [1, 3, 5]),
+    ],
 )
-def test_the_checkpoint_with_the_best_evaluation_is_kept(
-    run: str, ranks: Ranks, metric: str, best: str
+def test_the_newest_every_mth_and_the_best_checkpoints_are_kept(
+    run: str, ranks: Ranks, fields: dict[str, Any], kept: list[int]
 ) -> None:
+    metric = fields.get("keep_best", "clip_score")
     write_evaluation(run, 8, metric, 1.0)  # of steps whose checkpoints are gone
     write_evaluation(run, 9, metric, 10.0)
-    for step, value in ((1, 9.0), (2, 5.0), (3, None), (4, 7.0)):
+    for step, value in enumerate((9.0, 5.0, None, 7.0, 6.0), start=1):
         write_evaluation(run, step, metric, value)
-        save(ranks(run, keep_checkpoints=1, keep_best=metric), step)
-    assert list_names(join(run, "checkpoints")) == ["latest", best, "step_00000004"]
+        save(ranks(run, **{"keep_checkpoints": 1, **fields}), step)
+    assert saved_steps(run) == kept
+
+
+def test_a_metric_that_no_evaluation_has_is_an_error(tmp_path: Path, ranks: Ranks) -> None:
     with pytest.raises(UserError, match="keep_best: evaluations have no metric named beauty"):
-        ranks(run, keep_best="beauty")
+        ranks(str(tmp_path), keep_best="beauty")
 
 
 def test_pruning_removes_what_interrupted_saves_left(run: str, ranks: Ranks) -> None:

@@ -3,13 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from run_files import losses, rows
 
-from ifvit.diffusion.objectives import Losses, NoisePrediction
 from ifvit.rng import Stream, uniform
 from ifvit.storage import join, remove
 from ifvit.training.config import OptimConfig, TrainConfig
@@ -18,53 +16,24 @@ from ifvit.training.train import train
 Recipe = Callable[..., TrainConfig]
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(recipe: Recipe) -> None:
-    whole = recipe("whole", checkpoint_every=3)
-    train(whole)
-    broken = recipe("broken", checkpoint_every=3)
+def test_a_resumed_run_repeats_the_uninterrupted_one(recipe: Recipe, whole: TrainConfig) -> None:
+    broken = recipe(checkpoint_every=2)
     train(replace(broken, max_steps=5))
-    train(broken)
+    remove(join(broken.run, "checkpoints", "step_00000005"))  # the rows of step 5 are dropped
+    with Path(broken.run, "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 0.')  # cut off where the process was killed
+    state = train(broken)
+    table, expected = rows(broken), rows(whole)
+    assert list(table) == list(expected)
     for key in ("loss", "grad_norm", "learning_rate"):
-        assert [row[key] for row in rows(broken).values()] == [
-            row[key] for row in rows(whole).values()
-        ]
-    rates = [row["learning_rate"] for row in rows(whole).values()]
+        assert [row[key] for row in table.values()] == [row[key] for row in expected.values()]
+    rates = [row["learning_rate"] for row in table.values()]
     assert rates == pytest.approx([0.0, 0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01, 0.01])
+    assert state.loss_mean == pytest.approx(sum(losses(whole)) / 8)
 
 
-def test_rows_after_the_checkpoint_that_is_resumed_are_dropped(recipe: Recipe) -> None:
-    whole, broken = recipe("whole", max_steps=4), recipe("broken", max_steps=3, checkpoint_every=2)
-    train(whole)
-    train(broken)
-    remove(join(broken.run, "checkpoints", "step_00000003"))
-    metrics = Path(broken.run, "metrics.jsonl")
-    with metrics.open("a") as file:
-        file.write('{"step": 4, "loss": 0.')  # cut off where the process was killed
-    train(replace(broken, max_steps=4))
-    assert losses(broken) == losses(whole)
-
-
-def test_every_step_samples_anew_and_its_loss_is_remembered(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[int] = []
-
-    def note(objective: NoisePrediction, *arguments: Any) -> Losses:
-        steps.append(arguments[3])
-        return real(objective, *arguments)
-
-    real = NoisePrediction.__call__
-    monkeypatch.setattr(NoisePrediction, "__call__", note)
-    config = recipe(max_steps=2)
-    train(config)
-    state = train(replace(config, max_steps=3))
-    assert steps == [0, 1, 2]
-    assert state.loss_mean == pytest.approx(sum(losses(config)) / 3)
-
-
-def test_losses_do_not_depend_on_the_micro_batch_size(recipe: Recipe) -> None:
-    whole, split = recipe(max_steps=4), recipe("split", max_steps=4, micro_batch_size=2)
-    train(whole)
+def test_losses_do_not_depend_on_the_micro_batch_size(recipe: Recipe, whole: TrainConfig) -> None:
+    split = recipe(micro_batch_size=2)
     train(split)
     assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
     for row, other in zip(rows(whole).values(), rows(split).values(), strict=True):

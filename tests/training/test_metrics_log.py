@@ -74,10 +74,13 @@ def test_a_tracker_that_is_not_installed_is_named(
         train(recipe(trackers=("wandb",)))
 
 
-def test_without_trackers_only_the_file_is_written(recipe: Recipe) -> None:
-    config = recipe(max_steps=2, trackers=())
+@pytest.mark.parametrize("trackers", [("tensorboard",), ()])
+def test_only_the_trackers_of_the_recipe_write_beside_the_file(
+    recipe: Recipe, trackers: tuple[str, ...]
+) -> None:
+    config = recipe(max_steps=2, trackers=trackers)
     train(config)
-    assert not Path(config.run, "tensorboard").exists()
+    assert Path(config.run, "tensorboard").exists() == bool(trackers)
     assert len(losses(config)) == 2
 
 

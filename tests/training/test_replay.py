@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import rows
+from run_files import rows, small_recipe
 
 from ifvit.errors import UserError
 from ifvit.models.weights import load_weights
+from ifvit.training.checkpoint import TrainState
 from ifvit.training.config import ReplayConfig, TrainConfig
 from ifvit.training.replay import replay
 from ifvit.training.train import train
@@ -16,32 +17,36 @@ from ifvit.training.train import train
 Recipe = Callable[..., TrainConfig]
 
 
+@pytest.fixture(scope="module")
+def tolerant(
+    damaged: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, TrainState]:
+    """A run that skips the steps with the damaged image and saves after every step."""
+    run = str(tmp_path_factory.mktemp("tolerant") / "run")
+    config = small_recipe(run, damaged, tolerate_nonfinite=8, checkpoint_every=1)
+    return config, train(config)
+
+
 @pytest.mark.parametrize("log_every", [1, 3, 8])
-def test_the_first_nonfinite_step_is_named_however_seldom_the_host_looks(
-    recipe: Recipe, damaged: str, log_every: int
+def test_the_first_nonfinite_step_is_named_and_can_be_computed_again(
+    recipe: Recipe,
+    damaged: str,
+    tolerant: tuple[TrainConfig, TrainState],
+    capsys: pytest.CaptureFixture[str],
+    log_every: int,
 ) -> None:
     config = recipe(shards=damaged, log_every=log_every, micro_batch_size=2)
     with pytest.raises(UserError) as error:
         train(config)
-    tolerant = recipe("tolerant", shards=damaged, tolerate_nonfinite=8)
-    train(tolerant)
-    first = min(step for step, row in rows(tolerant).items() if row["loss"] is None)
+    first = min(step for step, row in rows(tolerant[0]).items() if row["loss"] is None)
     message = str(error.value)
     assert f"step {first}, rank 0: loss nan, gradient norm nan at positions [" in message
     assert "images [7]" in message
-    assert f"ifvit train --replay {config.run}/failures/step_{first:08d}-rank_0" in message
+    file = f"{config.run}/failures/step_{first:08d}-rank_0.safetensors"
+    assert message.endswith(f"ifvit train --replay {file}")
     assert not Path(config.run, "weights").exists()
-
-
-def test_a_failed_step_can_be_computed_again(
-    recipe: Recipe, damaged: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = recipe(shards=damaged)
-    with pytest.raises(UserError):
-        train(config)
-    (file,) = Path(config.run, "failures").iterdir()
     capsys.readouterr()
-    replay(ReplayConfig(file=str(file)))
+    replay(ReplayConfig(file=file))
     then, now = capsys.readouterr().out.splitlines()
     assert then.split()[1:] == now.split()[1:] == ["loss", "nan", "gradient", "norm", "nan"]
 
@@ -52,9 +57,10 @@ def test_a_file_of_another_kind_cannot_be_replayed(tmp_path: Path) -> None:
         replay(ReplayConfig(file=str(tmp_path / "x")))
 
 
-def test_tolerated_steps_are_skipped_and_counted(recipe: Recipe, damaged: str) -> None:
-    config = recipe(shards=damaged, tolerate_nonfinite=8, checkpoint_every=1)
-    state = train(config)
+def test_tolerated_steps_are_skipped_and_counted(
+    recipe: Recipe, damaged: str, tolerant: tuple[TrainConfig, TrainState]
+) -> None:
+    config, state = tolerant
     table = rows(config)
     num_nonfinite = sum(row["loss"] is None for row in table.values())
     assert state.nonfinite_steps == table[8]["nonfinite_steps"] == num_nonfinite > 0

@@ -21,7 +21,7 @@ from ifvit.training.train import train
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 TOLERANCE = 1e-5
-"""Relative difference of the loss of each of 30 steps in fp32."""
+"""Relative difference of the loss of each of 12 steps in fp32."""
 ROUNDING = 2e-3
 """The same in 16 bits, where the engines add in another order."""
 
@@ -44,9 +44,9 @@ Runs = dict[str, TrainConfig]
 
 
 def build(folder: Path, shards: str, name: str, **fields: object) -> TrainConfig:
-    """30 quick steps of 8 samples with clipping and two EMA decays."""
+    """12 quick steps of 8 samples with clipping and two EMA decays."""
     values: dict[str, object] = {
-        "max_steps": 30,
+        "max_steps": 12,
         "ema_decays": (0.9, 0.5),
         "optim": OptimConfig(learning_rate=1e-2, warmup_steps=4, max_grad_norm=0.5),
         **fields,
@@ -129,7 +129,7 @@ def alone(
 
 @pytest.fixture(scope="module")
 def reference(alone: Runs) -> TrainConfig:
-    """The uninterrupted run of 30 steps."""
+    """The uninterrupted run of 12 steps."""
     train(alone["ddp"])
     return alone["ddp"]
 
