@@ -1,11 +1,12 @@
 """Checkpoints: everything that continues a run, complete or absent.
 
-`checkpoints/step_00000500/` holds parts, which are safetensors files of named full tensors, and
-`manifest.json` with their sizes and hashes, which is written last and in one request. A folder
-whose manifest is missing or does not match is not a checkpoint; readers skip it. The name of a part
-holds the token of the attempt that wrote it, so no object is ever written twice. Nothing depends
-on the number of processes, the engine or the ZeRO stage: a part is only the partition that one
-process wrote. `SaveCheckpoint` in `hooks` writes checkpoints, `train` resumes from them.
+The folder `checkpoints/step_00000500/` holds parts and `manifest.json`. A part is a safetensors
+file of named full tensors. The manifest lists the parts with their sizes and hashes; it is written
+last, in one request. Readers skip a folder whose manifest is missing or does not match its parts.
+The name of a part holds the token of the attempt that wrote it, so no object is written twice. A
+run may be continued on another number of processes, with another engine or ZeRO stage: a part is
+only the partition that one process wrote. `SaveCheckpoint` in `hooks` writes checkpoints, `train`
+resumes from them.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _HISTORY = 100
-"""Number of steps over which the loss is averaged; before that, no loss is counted as a spike."""
+"""Number of steps over which the loss is averaged; the losses of the first ones are no spikes."""
 _SPIKE = 6.0
 """A loss this many standard deviations above its running mean is a spike."""
 

@@ -46,7 +46,7 @@ class EMA:
 
 
 def weights_prefix(ema_decay: float | None) -> str:
-    """How the names of weights begin in the state: `backbone.` for None, else `ema0.9999.`."""
+    """Prefix of the names of weights in the state: `backbone.` for None, else `ema0.9999.`."""
     return "backbone." if ema_decay is None else f"ema{ema_decay}."
 
 
@@ -249,18 +249,18 @@ class Engine:
         return norm
 
     def _count_update(self, *, applied: bool) -> None:
-        """Count a skipped update, unless a smaller loss scale may avoid it from now on."""
+        """Count a skipped update as a skipped step, unless a smaller loss scale may remedy it."""
         self._update_applied = applied
-        excused = applied if self.loss_scale is None else self.loss_scale.adapt(applied)
-        if not excused:
+        scale = self.loss_scale
+        if not (applied if scale is None else scale.adapt(applied)):
             self._skipped += 1
 
     def skipped_steps(self, *, wait: bool) -> int:
         """Number of steps skipped since the last call because their gradient was not finite.
 
         When the recipe tolerates none, the first such gradient freezes the parameters on the
-        device. Then the host need not look after every step; it learns the number when it can
-        `wait` for the device.
+        device, and the host reads the number of skipped steps only in calls with `wait`, which
+        wait for the device.
         """
         if self._freezes and wait:
             self._skipped = int(self._frozen_steps.item())

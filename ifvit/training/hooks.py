@@ -78,9 +78,10 @@ class SaveCheckpoint:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Finish the last save when the block ends, also when it ends by SystemExit.
+        """Finish the last save when the context ends, also when SystemExit ends it.
 
-        Raises the UserError of a failed save, even in place of an exit that promises a save.
+        Raises UserError if that save failed, also in place of the SystemExit, because its exit
+        code promises the launcher a checkpoint.
         """
         with self._thread:
             try:

@@ -4,8 +4,9 @@
 
 `RUN/lease/000007.json` names the job that holds the run. The file is created and never replaced,
 so only one of several jobs gets it. The holder counts up in `000007.beat`. Another job watches
-this file, measuring time with its own clock, and takes generation 8 when the count has not changed
-for long enough. A holder that only slept finds the newer generation before it commits anything.
+this file, measuring time with its own clock, and creates `000008.json` when the count has not
+changed for long enough. A holder that only slept finds the newer file before it commits a
+checkpoint.
 """
 
 import itertools

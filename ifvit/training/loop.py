@@ -63,8 +63,8 @@ def fit(
             stop.ask()
             started = time.perf_counter()
             rate = engine.set_learning_rate(state.step, max_steps)
-            mine, data_wait = _accumulate(stream, batches, objective, engine, state.step)
-            losses.append(mine.total)
+            local, data_wait = _accumulate(stream, batches, objective, engine, state.step)
+            losses.append(local.total)
             with engine.timer.phase("optimizer"):
                 grad_norm = engine.step()
             with engine.timer.phase("ema"):
@@ -83,7 +83,7 @@ def fit(
                 state = state.observe(means)
                 report = StepReport(
                     loss=means[-1],
-                    loss_by_time=_mean_by_time(mine, engine),
+                    loss_by_time=_mean_by_time(local, engine),
                     grad_norm=float(grad_norm),
                     learning_rate=rate,
                 )
@@ -121,8 +121,8 @@ def _accumulate(
         per_sample.append(losses.per_sample)
         timesteps.append(losses.timesteps)
     all_losses = torch.cat(per_sample)
-    mine = Losses(total=all_losses.mean(), per_sample=all_losses, timesteps=torch.cat(timesteps))
-    return mine, data_wait
+    local = Losses(total=all_losses.mean(), per_sample=all_losses, timesteps=torch.cat(timesteps))
+    return local, data_wait
 
 
 def _count_skipped(
@@ -139,10 +139,10 @@ def _count_skipped(
     return state
 
 
-def _mean_by_time(mine: Losses, engine: Engine) -> tuple[float, ...]:
+def _mean_by_time(local: Losses, engine: Engine) -> tuple[float, ...]:
     """Mean losses of the global batch in each quarter of the timesteps; collective."""
-    quarters = mine.timesteps * 4 // NUM_TIMESTEPS
-    both = torch.stack([mine.per_sample, torch.ones_like(mine.per_sample)])
+    quarters = local.timesteps * 4 // NUM_TIMESTEPS
+    both = torch.stack([local.per_sample, torch.ones_like(local.per_sample)])
     sums, counts = engine.mean(both.new_zeros(2, 4).index_add(1, quarters, both))
     return tuple((sums / counts).tolist())
 

@@ -63,12 +63,12 @@ class Replay:
         gradients = [p.grad for p in self.backbone.parameters() if p.grad is not None]
         return Outcome(loss=loss.item(), grad_norm=nn.utils.get_total_norm(gradients).item())
 
-    def culprits(self, batch: Batch) -> Tensor:
+    def nonfinite_positions(self, batch: Batch) -> Tensor:
         """Positions of the samples that alone are not finite, or of all samples if none is."""
         rows = zip(*(tensor.split(1) for tensor in vars(batch).values()), strict=True)
-        alone = [Batch(**dict(zip(vars(batch), row, strict=True))) for row in rows]
-        guilty = [sample for sample in alone if not self.differentiate(sample).is_finite]
-        return torch.cat([sample.positions for sample in guilty or alone]).cpu()
+        samples = [Batch(**dict(zip(vars(batch), row, strict=True))) for row in rows]
+        nonfinite = [sample for sample in samples if not self.differentiate(sample).is_finite]
+        return torch.cat([sample.positions for sample in nonfinite or samples]).cpu()
 
 
 def report_nonfinite(
@@ -87,10 +87,10 @@ def report_nonfinite(
     message = f"{config.run}: step {failure.step + 1}, rank {engine.world.rank}: "
     backbone = engine.gather_backbone(None)
     prepare_forward(backbone, EngineConfig(precision=config.engine.precision), engine.device)
-    again = Replay(backbone=backbone, objective=objective, step=failure.step)
+    replayed = Replay(backbone=backbone, objective=objective, step=failure.step)
     with closing(batches.stream(failure.step, failure.samples_seen, engine.device)) as stream:
         for batch in islice(stream, batches.num_micro_batches):
-            outcome = again.differentiate(batch)
+            outcome = replayed.differentiate(batch)
             if not outcome.is_finite:
                 break
     if outcome.is_finite:
@@ -98,8 +98,8 @@ def report_nonfinite(
     else:
         name = f"{step_name(failure.step + 1)}-rank_{engine.world.rank}.safetensors"
         path = join(config.run, "failures", name)
-        _write_failure(path, batch, outcome, again, config)
-        positions = again.culprits(batch)
+        _write_failure(path, batch, outcome, replayed, config)
+        positions = replayed.nonfinite_positions(batch)
         images = batches.image_ids(failure.samples_seen, positions)
         message += (
             f"loss {outcome.loss}, gradient norm {outcome.grad_norm} at positions "
@@ -129,27 +129,27 @@ def replay(config: ReplayConfig) -> None:
     backbone = nn.Module.to(restore_backbone(restore_config(facts["backbone"]), tensors), device)
     prepare_forward(backbone, EngineConfig(precision=facts["precision"]), device)
     objective = NoisePrediction(schedule=NoiseSchedule(device), **facts["objective"])
-    again = Replay(backbone=backbone, objective=objective, step=facts["step"])
-    then, now = Outcome(**facts["outcome"]), again.differentiate(batch)
+    replayed = Replay(backbone=backbone, objective=objective, step=facts["step"])
+    then, now = Outcome(**facts["outcome"]), replayed.differentiate(batch)
     for label, outcome in (("then", then), ("now", now)):
         sys.stdout.write(f"{label:<5}loss {outcome.loss}  gradient norm {outcome.grad_norm}\n")
 
 
 def _write_failure(
-    path: str, batch: Batch, outcome: Outcome, again: Replay, config: TrainConfig
+    path: str, batch: Batch, outcome: Outcome, replayed: Replay, config: TrainConfig
 ) -> None:
     facts = {
-        "step": again.step,
+        "step": replayed.step,
         "outcome": asdict(outcome),
         "precision": config.engine.precision,
         "backbone": asdict(config.backbone),
         "objective": {
-            "scaling_factor": again.objective.scaling_factor,
-            "seed": again.objective.seed,
-            "min_snr_gamma": again.objective.min_snr_gamma,
+            "scaling_factor": replayed.objective.scaling_factor,
+            "seed": replayed.objective.seed,
+            "min_snr_gamma": replayed.objective.min_snr_gamma,
         },
     }
-    tensors = vars(batch) | again.backbone.state_dict()
+    tensors = vars(batch) | replayed.backbone.state_dict()
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with write_file(path) as temporary:
         save_file(contiguous, Path(temporary), {"failure": json.dumps(facts)})

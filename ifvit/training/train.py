@@ -109,12 +109,12 @@ def initial_backbone(config: TrainConfig, reader: ShardReader) -> Backbone:
         return backbone
     loaded, info = load_weights(config.initial_weights)
     scale = config.scaling_factor or reader.manifest.scaling_factor
-    theirs = {"backbone": asdict(loaded.config), "scaling_factor": info.scaling_factor}
-    ours = {"backbone": asdict(config.backbone), "scaling_factor": scale}
-    for key, value in ours.items():
-        for name, there, here in differences(key, theirs[key], value):
+    stored = {"backbone": asdict(loaded.config), "scaling_factor": info.scaling_factor}
+    wanted = {"backbone": asdict(config.backbone), "scaling_factor": scale}
+    for key, value in wanted.items():
+        for name, old, new in differences(key, stored[key], value):
             raise UserError(
-                f"{config.initial_weights}: has {name}: {there}, but the recipe {here}; "
+                f"{config.initial_weights}: has {name}: {old}, but the recipe says {new}; "
                 f"set {name} to match"
             )
     backbone.load_state_dict(loaded.state_dict())

@@ -113,7 +113,7 @@ def test_initial_weights_that_do_not_fit_are_an_error(recipe: Recipe) -> None:
     first = recipe("first", max_steps=1, scaling_factor=0.5)
     train(first)
     tuned = recipe("tuned", scaling_factor=0.25, initial_weights=first.run)
-    with pytest.raises(UserError, match=r"has scaling_factor: 0\.5, but the recipe 0\.25"):
+    with pytest.raises(UserError, match=r"has scaling_factor: 0\.5, but the recipe says 0\.25"):
         train(tuned)
     wider = replace(first.backbone, width=64)
     with pytest.raises(UserError, match=r"has backbone\.width"):

@@ -3,19 +3,23 @@
 The processes are started once and train all recipes below one after the other.
 """
 
+import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from made_backbone import SMALL_UNET
 from run_files import finish, losses, rows, small_recipe, start
-from train_in_turn import train_in_turn
 
 from ifvit.errors import UserError
 from ifvit.models.weights import load_weights
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
+from ifvit.training.engine import Engine
+from ifvit.training.guards import Preempted
 from ifvit.training.train import train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -93,6 +97,35 @@ def build_hops(folder: Path, shards: str, micro_batch_size: int) -> list[TrainCo
         )
         for number, engine in enumerate(engines, start=1)
     ]
+
+
+def preempt_after_two_steps() -> None:
+    """Send SIGUSR1 to this process when it has trained two steps."""
+    real, calls = Engine.update_ema, []
+
+    def update_ema(engine: Engine) -> None:
+        real(engine)
+        calls.append(engine)
+        if len(calls) == 2 and engine.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    Engine.update_ema = update_ema  # type: ignore[method-assign]
+
+
+def train_in_turn(recipes: list[TrainConfig]) -> None:
+    """Train every recipe on one rank; a run that ends early leaves its message in `ended-RANK`.
+
+    In the run `preempted`, rank 1 receives SIGUSR1 after its second step.
+    """
+    for config in recipes:
+        if Path(config.run).name == "preempted":
+            preempt_after_two_steps()
+        AcceleratorState._reset_state()
+        try:
+            train(config)
+        except (Preempted, ValueError) as ending:
+            rank = os.environ["RANK"]
+            Path(config.run, f"ended-{rank}").write_text(str(ending))
 
 
 def train_all(recipes: list[TrainConfig], num_processes: int) -> None:
