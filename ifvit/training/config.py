@@ -137,7 +137,8 @@ class TrainConfig:
     """auto: continue from the run's newest checkpoint. never: fail if there is one. URL of a run
     or a checkpoint: start from there, then continue as auto."""
     initial_weights: str | None = None
-    """Run, or folder in its weights/, whose weights step 0 starts from; unset: random weights."""
+    """Start step 0 from the weights of this run or of a folder in its weights/; unset: random
+    weights."""
     num_workers: int = 2
     """Threads that read batches ahead."""
 

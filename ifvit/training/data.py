@@ -173,9 +173,11 @@ class Batches:
         self.num_micro_batches = order.global_batch_size // per_pass
 
     def stream(self, step: int, samples_seen: int, device: torch.device) -> Generator[Batch]:
-        """Endless micro-batches on `device`, `num_micro_batches` per step, beginning at `step`.
+        """Yield micro-batches on `device` without end, `num_micro_batches` for each step.
 
-        For a GPU, the reading threads also copy each batch, on a CUDA stream of its own.
+        The first one belongs to `step`, whose global batch begins at sample `samples_seen`.
+
+        For a GPU, the reading threads also copy each batch, on a separate CUDA stream.
         """
         copier = _GpuCopier(device) if device.type == "cuda" else None
         pending: deque[tuple[int, Future[Batch]]] = deque()

@@ -131,7 +131,7 @@ def _require_encoder(key: str, name: str | None, encoder: EncoderIdentity, shard
 
 
 class NonfiniteGradient(Exception):  # noqa: N818  # named after the event, like Preempted
-    """The step after `step` has a gradient that is not finite, and the recipe tolerates no more."""
+    """The gradient of the step after `step` is not finite, and the recipe tolerates no more."""
 
     def __init__(self, step: int, samples_seen: int) -> None:
         super().__init__(f"step {step + 1}: the gradient is not finite")

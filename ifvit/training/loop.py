@@ -31,16 +31,16 @@ class StepReport:
 
 
 class Hook(Protocol):
-    """Something that happens every `every` steps and after the last one, on every process."""
+    """An action that every process runs every `every` steps and after the last step."""
 
     every: int
     name: str
     """Name of this hook in the step-time breakdown."""
     on_stop: bool
-    """Whether it also happens when a signal ends the run."""
+    """Whether the hook also runs when a signal ends the run."""
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
-        """Look at the run after a step, without changing it."""
+        """Run after a step; a hook does not change the state of training."""
 
 
 def fit(

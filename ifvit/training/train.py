@@ -1,4 +1,4 @@
-"""The verb `train`: a recipe => objects => the loop. This module only connects them."""
+"""The verb `train`: build the objects that a recipe describes, and start the loop."""
 
 import hashlib
 import sys

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
-from run_files import losses, rows
+from made_backbone import SMALL_TOKENS
+from run_files import losses, rows, small_recipe
 
 from ifvit.distributed import World
 from ifvit.errors import EXIT_PREEMPTED, UserError
@@ -27,6 +29,7 @@ from ifvit.training.train import train
 
 ALONE = World(rank=0, size=1, local_rank=0)
 Recipe = Callable[..., TrainConfig]
+SMALL = small_recipe("", "").backbone
 
 
 def test_another_recipe_in_the_same_run_directory_is_an_error(recipe: Recipe) -> None:
@@ -41,16 +44,42 @@ def test_another_recipe_in_the_same_run_directory_is_an_error(recipe: Recipe) ->
     train(replace(config, max_steps=3, micro_batch_size=4))
 
 
-def test_shards_that_do_not_fit_the_recipe_are_an_error(recipe: Recipe) -> None:
-    config = recipe()
-    wrong = replace(config, backbone=replace(config.backbone, latent_size=16))
-    with pytest.raises(UserError, match="latents are 4x8x8, but the backbone takes 4x16x16"):
-        train(wrong)
-    wrong = replace(config, backbone=replace(config.backbone, context_width=768))
-    with pytest.raises(UserError, match="context are 5x12, but the backbone takes 5x768"):
-        train(wrong)
-    with pytest.raises(UserError, match="encoded with vae made-up, but the recipe names scenes/va"):
-        train(recipe(vae="scenes/vae"))
+@pytest.mark.parametrize(
+    ("dataset", "fields", "message"),
+    [
+        (
+            "shards",
+            {"backbone": replace(SMALL, latent_size=16)},
+            "latents are 4x8x8, but the backbone takes 4x16x16",
+        ),
+        (
+            "shards",
+            {"backbone": replace(SMALL, context_width=768)},
+            "context are 5x12, but the backbone takes 5x768",
+        ),
+        (
+            "shards",
+            {"backbone": SMALL_TOKENS},
+            r"holds captions, not classes; set backbone\.context_length",
+        ),
+        ("shards", {"vae": "scenes/vae"}, "with vae made-up, but the recipe names scenes/vae"),
+        ("labelled", {}, "holds class labels, not captions"),
+        (
+            "labelled",
+            {"backbone": replace(SMALL_TOKENS, num_classes=3)},
+            r"has 2 classes, but the backbone 3; set backbone\.num_classes",
+        ),
+    ],
+)
+def test_shards_that_do_not_fit_the_recipe_are_an_error(
+    recipe: Recipe,
+    request: pytest.FixtureRequest,
+    dataset: str,
+    fields: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(recipe(shards=request.getfixturevalue(dataset), **fields))
 
 
 def test_a_disk_too_full_for_the_next_checkpoint_is_an_error(

@@ -3,18 +3,15 @@
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from run_files import losses, rows
 
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.training.config import TrainConfig
-from ifvit.training.profiling import StepTimer
 from ifvit.training.train import train
 
 Recipe = Callable[..., TrainConfig]
@@ -41,18 +38,6 @@ def test_a_row_tells_where_the_time_of_a_step_went(
     assert f"{config.run}: step 8 in " in capsys.readouterr().err.splitlines()[-1]
     train(config)
     assert "complete at step 8; raise max_steps to continue" in capsys.readouterr().err
-
-
-def test_phases_add_up_and_start_from_zero_again() -> None:
-    timer = StepTimer(torch.device("cpu"))
-    started = time.perf_counter()
-    for _ in range(3):
-        with timer.phase("work"):
-            sum(range(20_000))
-    spent = timer.take()
-    assert list(spent) == ["work"]
-    assert 0 < spent["work"] <= time.perf_counter() - started
-    assert timer.take() == {}
 
 
 def test_a_profile_holds_the_phases_of_three_steps(recipe: Recipe) -> None:
