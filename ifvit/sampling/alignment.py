@@ -9,7 +9,7 @@ Shapes: B batch, M text tokens, D context width, H, W image.
 import math
 from collections import ChainMap
 from collections.abc import Callable, Container, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -158,6 +158,7 @@ def _next_start(index: int, config: SamplingConfig) -> int:
     return math.ceil(index / length) * length
 
 
+@lru_cache(maxsize=1)  # evaluate builds the method anew for every guidance scale
 def _load_objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
     """Load the scores that have a weight."""
     terms: list[tuple[float, Objective]] = []
