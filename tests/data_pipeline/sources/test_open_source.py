@@ -8,6 +8,7 @@ from encoded_files import finish, image_files
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources import open_source
+from data_pipeline.sources.base import CaptionedImage
 from ifvit.errors import UserError
 from ifvit.shards import ShardReader
 
@@ -61,3 +62,8 @@ def test_your_own_source_is_encoded(own: EncodeConfig, capsys: pytest.CaptureFix
 def test_an_unknown_source_is_one_line(own: EncodeConfig, source: str, named: str) -> None:
     with pytest.raises(UserError, match=f"source: {source}.*{named}"):
         open_source(replace(own, source=source))
+
+
+def test_an_image_without_caption_and_label_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"x\.jpg: no caption and no label"):
+        CaptionedImage(key="0", image_id=0, name="x.jpg", read=bytes)
