@@ -26,7 +26,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell ifvit data_pipeline slurm tests tools configs *.md
+	$(BIN)/codespell ifvit data_pipeline slurm tests tools configs docs *.md
 
 clean:
 	rm -rf .venv runs

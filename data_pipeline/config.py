@@ -55,15 +55,20 @@ class EncodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardsConfig:
-    """Check every byte of a dataset (verify), or print its statistics (stats)."""
+    """Check every byte of a dataset."""
 
     url: str
     """Folder or s3:// prefix of the dataset, which holds manifest.json."""
     num_workers: int = 4
-    """Shards (verify) or indexes (stats) that are read at once."""
+    """Shards or indexes that are read at once."""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsConfig(ShardsConfig):
+    """Print counts, caption lengths, latent statistics and sizes of a dataset."""
 
 
 @dataclass(frozen=True, kw_only=True)

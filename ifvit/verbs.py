@@ -34,7 +34,7 @@ VERBS = {
         "data_pipeline.config:ShardsConfig", "data_pipeline.shard_tools:verify", "url"
     ),
     "shards stats": Verb(
-        "data_pipeline.config:ShardsConfig", "data_pipeline.shard_tools:stats", "url"
+        "data_pipeline.config:StatsConfig", "data_pipeline.shard_tools:stats", "url"
     ),
     "shards merge": Verb(
         "data_pipeline.config:MergeConfig", "data_pipeline.shard_tools:merge", "urls"

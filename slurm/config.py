@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from data_pipeline.config import EncodeConfig
 from ifvit.analysis.config import AttentionConfig
+from ifvit.errors import require_positive
 from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
 from ifvit.studies.config import PaperConfig, ReportConfig
 from ifvit.training.config import TrainConfig
@@ -53,9 +54,7 @@ class ClusterConfig:
     """Folder for code snapshots, job files and logs; all nodes must see it."""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "cpus_per_task", "time_min", "max_stalled_starts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"cluster.{name} is {getattr(self, name)}, expected at least 1")
+        require_positive(self, "nodes", "cpus_per_task", "time_min", "max_stalled_starts")
         if self.signal_delay_s >= 60 * self.time_min:
             raise ValueError(
                 f"cluster.signal_delay_s is {self.signal_delay_s}, expected less than "

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from ifvit.errors import UserError
+from ifvit.errors import UserError, require_positive
 
 Conditioning = Literal["concat", "cross_attention", "adaln"]
 
@@ -28,12 +28,7 @@ class LatentsConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError for a shape that cannot be built."""
-        self._require_positive("latent_size", "latent_channels")
-
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1: {getattr(self, name)}")
+        require_positive(self, "latent_size", "latent_channels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +53,7 @@ class PatchesConfig(LatentsConfig):
     def __post_init__(self) -> None:
         """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
-        self._require_positive("patch_size", "width", "num_heads", "mlp_ratio")
+        require_positive(self, "patch_size", "width", "num_heads", "mlp_ratio")
         if self.latent_size % self.patch_size:
             raise UserError(
                 f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
@@ -99,7 +94,7 @@ class ConditionConfig(LatentsConfig):
                 "give either num_classes or both context_length and context_width, not "
                 + (" and ".join(given) or "nothing")
             )
-        self._require_positive(*given)
+        require_positive(self, *given)
 
     @property
     def context_shape(self) -> tuple[int, int] | None:
@@ -143,7 +138,7 @@ class FusionUViTConfig(PatchesConfig):
             raise UserError(
                 f"conditioning must be concat, cross_attention or adaln: {self.conditioning}"
             )
-        self._require_positive("depth", "context_length", "context_width")
+        require_positive(self, "depth", "context_length", "context_width")
         if self.depth % 2:
             raise UserError(f"depth must be even, half of it on each side: {self.depth}")
         if not 0 <= self.num_image_blocks <= self.depth // 2:
@@ -192,7 +187,7 @@ class TokenTransformerConfig(PatchesConfig, ConditionConfig):
     def __post_init__(self) -> None:
         """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
-        self._require_positive("depth")
+        require_positive(self, "depth")
         if self.conditioning not in ("tokens", "adaln"):
             raise UserError(f"conditioning must be tokens or adaln: {self.conditioning}")
         if self.long_skip and self.depth % 2 == 0:
@@ -237,7 +232,7 @@ class UNetConfig(ConditionConfig):
         """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
         object.__setattr__(self, "channels", tuple(self.channels))  # JSON and YAML have lists only
-        self._require_positive("blocks_per_level", "head_width", "class_width")
+        require_positive(self, "blocks_per_level", "head_width", "class_width")
         num_levels = len(self.channels)
         if not 1 <= self.num_attention_levels <= num_levels:
             raise UserError(

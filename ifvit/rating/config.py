@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ifvit.errors import require_positive
+
 MAX_MODELS = 6
 
 
@@ -51,10 +53,7 @@ class CreateConfig:
             raise ValueError(f"preference needs 2 to {MAX_MODELS} models")
         if not 0 <= self.repeat_share <= 0.5:
             raise ValueError(f"repeat_share is {self.repeat_share}, expected 0 to 0.5")
-        for name in ("num_preference", "num_counting", "raters"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+        require_positive(self, "num_preference", "num_counting", "raters")
 
 
 @dataclass(frozen=True, kw_only=True)

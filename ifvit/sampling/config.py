@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from ifvit.diffusion.config import SolverConfig
+from ifvit.errors import require_positive
 
 Mass = Literal["preserve", "free"]
 MethodName = Literal["plain", "date", "regulate", "both"]
@@ -34,8 +35,7 @@ class DateConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an impossible frequency or radius and for an empty objective."""
-        if self.every < 1:
-            raise ValueError(f"date.every {self.every} is less than 1")
+        require_positive(self, "every")
         if self.radius < 0:
             raise ValueError(f"date.radius {self.radius} is negative")
         if not (self.clip_weight or self.image_reward_weight):
@@ -87,8 +87,7 @@ class SamplingConfig(SolverConfig):
     def __post_init__(self) -> None:
         """Raise ValueError for values that no solver can use."""
         super().__post_init__()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size} is less than 1")
+        require_positive(self, "batch_size")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,8 +127,7 @@ class GenerateConfig(SamplingConfig):
         super().__post_init__()
         if [self.prompt is None, self.prompts is None, not self.classes].count(False) != 1:
             raise ValueError("give one of prompt (a text), prompts (a text file) or class (names)")
-        if self.num_images < 1:
-            raise ValueError(f"num_images {self.num_images} is less than 1")
+        require_positive(self, "num_images")
 
 
 @dataclass(frozen=True, kw_only=True)
