@@ -18,8 +18,15 @@ from tqdm import tqdm
 from data_pipeline.shard_io import remove_leftovers
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.shards import ShardEntry, ShardError
-from ifvit.shards.format import COMPLETED, Array, build_record, read_sealed, write_sealed
+from ifvit.shards.format import (
+    COMPLETED,
+    Array,
+    ShardEntry,
+    ShardError,
+    build_record,
+    read_sealed,
+    write_sealed,
+)
 from ifvit.storage import StoreError
 
 REQUESTS_AT_ONCE = 16

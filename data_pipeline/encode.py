@@ -46,8 +46,14 @@ from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels
 from ifvit.models.autoencoders import Autoencoder
-from ifvit.shards import Manifest, TextEncoding, write_manifest
-from ifvit.shards.format import COMPLETED, MANIFEST, NULL_CONTEXT
+from ifvit.shards.format import (
+    COMPLETED,
+    MANIFEST,
+    NULL_CONTEXT,
+    Manifest,
+    TextEncoding,
+    write_manifest,
+)
 
 Item = TypeVar("Item")
 

@@ -23,7 +23,7 @@ from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels, read_square, to_model_range, to_pixels
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
-from ifvit.shards import LatentSample
+from ifvit.shards.format import LatentSample
 from ifvit.storage import StoreError
 
 BATCHES_AHEAD = 4

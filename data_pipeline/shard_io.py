@@ -18,8 +18,14 @@ from webdataset import TarWriter
 from webdataset.tariterators import tarfile_samples
 
 from ifvit import storage
-from ifvit.shards import LatentSample, ShardEntry
-from ifvit.shards.format import Array, index_bytes, index_tar, parse_metadata
+from ifvit.shards.format import (
+    Array,
+    LatentSample,
+    ShardEntry,
+    index_bytes,
+    index_tar,
+    parse_metadata,
+)
 
 BUFFER_BYTES = 8 << 20
 """Size of one write. Files that were written in large blocks are read faster afterwards."""

@@ -22,22 +22,20 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.autoencoders import load_autoencoder
-from ifvit.shards import (
-    LatentSample,
-    Manifest,
-    ShardEntry,
-    ShardError,
-    read_manifest,
-    write_manifest,
-)
 from ifvit.shards.cache import check_shard_files, read_index, read_null_context
 from ifvit.shards.format import (
     MANIFEST,
     NULL_CONTEXT,
     Array,
+    LatentSample,
+    Manifest,
+    ShardEntry,
+    ShardError,
     index_bytes,
     index_tar,
+    read_manifest,
     remedy_for,
+    write_manifest,
 )
 
 GRID_COLUMNS = 8

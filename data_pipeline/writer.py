@@ -29,8 +29,7 @@ from data_pipeline.encoders import EncodedBatch
 from data_pipeline.shard_io import write_shard
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.shards import LatentSample, SampleMetadata
-from ifvit.shards.format import Array
+from ifvit.shards.format import Array, LatentSample, SampleMetadata
 
 SHARDS_AT_ONCE = 2
 BATCHES_QUEUED = 2

@@ -54,7 +54,8 @@ class ClusterConfig:
     """Folder for code snapshots, job files and logs; all nodes must see it."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "nodes", "cpus_per_task", "time_min", "max_stalled_starts")
+        names = ("nodes", "cpus_per_task", "time_min", "max_stalled_starts")
+        require_positive(self, *(f"cluster.{name}" for name in names))
         if self.signal_delay_s >= 60 * self.time_min:
             raise ValueError(
                 f"cluster.signal_delay_s is {self.signal_delay_s}, expected less than "

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.shard_io import npy_bytes, write_shard
-from ifvit.shards import (
+from ifvit.shards.format import (
     EncoderIdentity,
     LatentSample,
     Manifest,

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from ifvit.models.config import FusionUViTConfig
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 from ifvit.storage import exists, join, list_names, read_bytes
 from ifvit.training.checkpoint import MANIFEST, fetch_newest, open_tensors, saved_steps, step_url
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig

@@ -47,7 +47,7 @@ from ifvit.sampling.load import (
     require_text_encoder,
 )
 from ifvit.sampling.samples import batched, hash_json
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 
 _NUM_OF_SHARDS = 64
 _CELL = 1.25

@@ -9,8 +9,7 @@ from ifvit.bench.measurement import print_result, seconds_on
 from ifvit.bench.training_speed import EngineSteps, build_recipe
 from ifvit.models.config import PRESETS
 from ifvit.models.weights import WeightsInfo
-from ifvit.shards import EncoderIdentity
-from ifvit.shards.format import MANIFEST
+from ifvit.shards.format import MANIFEST, EncoderIdentity
 from ifvit.storage import file_size, join, list_names, write_bytes, write_json
 from ifvit.training.checkpoint import TrainState, step_url
 from ifvit.training.config import TrainConfig

@@ -29,17 +29,18 @@ from ifvit import storage
 from ifvit.bench.config import BenchLoaderConfig
 from ifvit.bench.measurement import measure_rounds, median_ratio, print_result
 from ifvit.distributed import World
-from ifvit.shards import (
-    CacheConfig,
+from ifvit.shards.config import CacheConfig
+from ifvit.shards.format import (
+    NULL_CONTEXT,
+    Array,
     EncoderIdentity,
     LatentSample,
     Manifest,
     SampleMetadata,
-    ShardReader,
     TextEncoding,
     write_manifest,
 )
-from ifvit.shards.format import NULL_CONTEXT, Array
+from ifvit.shards.reader import ShardReader
 from ifvit.training.data import Batch, Batches, BatchOrder
 
 MOMENTS_SHAPE = (8, 32, 32)

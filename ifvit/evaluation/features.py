@@ -28,7 +28,7 @@ from ifvit.evaluation.metrics import (
 )
 from ifvit.images import Pixels, to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 
 CLIP, INCEPTION = "clip", "inception"
 """Names of the networks."""

@@ -41,7 +41,7 @@ from ifvit.sampling.load import Model
 from ifvit.sampling.samples import batched, hash_json, image_name
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.score import SceneScore, score_image
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 
 _COUNT_BATCH_SIZE = 8
 """Images that a detector sees at once; detectors enlarge them to about 800 pixels."""

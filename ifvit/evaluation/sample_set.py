@@ -40,7 +40,7 @@ from ifvit.sampling.samples import (
     write_jsonl,
 )
 from ifvit.scenes.score import SceneScore
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 
 _NUM_SHOWN = 64
 """Images in grid.png."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ifvit.errors import UserError
 from ifvit.models.pretrained import identify, resolve_pretrained
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

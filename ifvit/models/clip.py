@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ifvit.errors import UserError
 from ifvit.models.pretrained import identify, resolve_pretrained
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import read_json
 
 if TYPE_CHECKING:

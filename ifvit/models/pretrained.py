@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 import ifvit.scenes
 from ifvit.errors import UserError
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import sha256_of
 
 _SHIPPED = Path(ifvit.scenes.__file__).parent / "encoders"

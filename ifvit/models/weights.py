@@ -26,7 +26,7 @@ from ifvit.models.config import (
     restore_config,
 )
 from ifvit.models.fusion_transformer import FusionUViT, TokenTransformer
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import (
     exists,
     join,

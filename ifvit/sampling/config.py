@@ -35,7 +35,7 @@ class DateConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an impossible frequency or radius and for an empty objective."""
-        require_positive(self, "every")
+        require_positive(self, "date.every")
         if self.radius < 0:
             raise ValueError(f"date.radius {self.radius} is negative")
         if not (self.clip_weight or self.image_reward_weight):

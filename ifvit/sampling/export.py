@@ -16,7 +16,7 @@ from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.sampling.config import ExportConfig
 from ifvit.sampling.load import load_model, load_trained_autoencoder, load_trained_text_encoder
 from ifvit.sampling.pipeline import FusionPipeline
-from ifvit.shards import ShardError, read_manifest
+from ifvit.shards.format import ShardError, read_manifest
 
 _INDEX = "model_index.json"
 _HEAD = """\

@@ -19,7 +19,7 @@ from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.backbone import Backbone
 from ifvit.models.clip import TextEncoder, load_text_encoder
 from ifvit.models.weights import WeightsInfo, load_weights
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 
 
 @dataclass(frozen=True, kw_only=True)

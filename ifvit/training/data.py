@@ -20,8 +20,8 @@ from torch import Tensor
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.rng import Stream, permutation, uniform_array
-from ifvit.shards import ShardReader
 from ifvit.shards.format import Array
+from ifvit.shards.reader import ShardReader
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from ifvit.errors import EXIT_PREEMPTED, UserError
 from ifvit.models.config import restore_config
 from ifvit.models.cost import count_cost
 from ifvit.models.pretrained import identify, resolve_pretrained
-from ifvit.shards import EncoderIdentity, ShardReader
+from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.reader import ShardReader
 from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
 from ifvit.training.config import TrainConfig
 

@@ -20,7 +20,7 @@ from ifvit.models.weights import WeightsInfo, restore_backbone, save_weights, st
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.load import load_conditions, load_decoder
 from ifvit.sampling.samples import batched
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 from ifvit.storage import join, write_bytes
 from ifvit.training.checkpoint import (
     Checkpoint,

@@ -14,7 +14,7 @@ from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
 from ifvit.training.checkpoint import TrainState, resume, saved_steps
 from ifvit.training.config import EngineConfig, TrainConfig

@@ -17,7 +17,7 @@ from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import BackboneConfig, TokenTransformerConfig
 from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
 from ifvit.sampling.config import SamplingConfig
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 
 MADE_UP = EncoderIdentity(name="made-up", sha256="1" * 64)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from ifvit.shards import Manifest
+from ifvit.shards.format import Manifest
 from ifvit.storage import sha256_of
 
 

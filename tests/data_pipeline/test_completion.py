@@ -10,7 +10,7 @@ from encoded_files import finish
 
 from data_pipeline.completion import read_marker
 from data_pipeline.config import EncodeConfig
-from ifvit.shards import ShardError, read_manifest
+from ifvit.shards.format import ShardError, read_manifest
 
 NUM_CORRUPTIONS = 250
 READERS: dict[str, Callable[[str], object]] = {

@@ -15,7 +15,7 @@ from data_pipeline.encoders import read_or_fail
 from data_pipeline.shard_io import write_shard
 from data_pipeline.sources.base import CaptionedImage
 from ifvit.errors import UserError
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 from ifvit.storage import StoreError
 
 

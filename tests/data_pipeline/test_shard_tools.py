@@ -14,17 +14,17 @@ from data_pipeline.config import EncodeConfig, InspectConfig, MergeConfig, Shard
 from data_pipeline.shard_io import write_shard
 from data_pipeline.shard_tools import check_unique, inspect_shards, merge, stats, verify
 from ifvit.errors import UserError
-from ifvit.shards import (
+from ifvit.shards.cache import read_index
+from ifvit.shards.format import (
     LatentSample,
     SampleMetadata,
     ShardEntry,
     ShardError,
-    ShardReader,
+    index_bytes,
     read_manifest,
     write_manifest,
 )
-from ifvit.shards.cache import read_index
-from ifvit.shards.format import index_bytes
+from ifvit.shards.reader import ShardReader
 
 Capture = pytest.CaptureFixture[str]
 

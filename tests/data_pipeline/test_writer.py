@@ -14,7 +14,7 @@ from data_pipeline.encoders import Encoders
 from data_pipeline.shard_io import write_shard
 from data_pipeline.writer import BATCHES_QUEUED
 from ifvit.errors import UserError
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images, sa
 from ifvit.errors import UserError
 from ifvit.images import to_pixels
 from ifvit.models.autoencoders import Autoencoder
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 
 CONFIG = SolverConfig(num_steps=4, guidance_scale=3.0, seed=7)
 

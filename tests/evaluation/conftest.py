@@ -10,7 +10,7 @@ from data_pipeline.encode import encode
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.image_sets import render_scene_set
-from ifvit.shards import read_manifest
+from ifvit.shards.format import read_manifest
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from made_backbone import small_shape
 
 from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.weights import WeightsInfo, save_weights
-from ifvit.shards import EncoderIdentity, Manifest
+from ifvit.shards.format import EncoderIdentity, Manifest
 
 NUM_IMAGES = 24
 

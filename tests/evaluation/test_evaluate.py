@@ -27,7 +27,8 @@ from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
 from ifvit.sampling.config import RegulationConfig, SamplingConfig
 from ifvit.sampling.load import load_model
 from ifvit.scenes.image_sets import class_scenes, render_class_set
-from ifvit.shards import EncoderIdentity, Manifest, ShardReader, read_manifest
+from ifvit.shards.format import EncoderIdentity, Manifest, read_manifest
+from ifvit.shards.reader import ShardReader
 
 
 def with_protocol(config: EvaluateConfig, **changes: object) -> EvaluateConfig:

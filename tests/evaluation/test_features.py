@@ -26,7 +26,7 @@ from ifvit.evaluation.features import (
 )
 from ifvit.evaluation.metrics import estimate_frechet
 from ifvit.images import Pixels, to_model_range
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import sha256_of
 
 

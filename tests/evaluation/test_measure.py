@@ -21,7 +21,7 @@ from ifvit.images import decode_png, to_model_range
 from ifvit.models.clip import load_clip
 from ifvit.models.pretrained import resolve_pretrained
 from ifvit.scenes.score import SceneScore
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 
 SCORES = [
     SceneScore(count=True, colour=True, kind=True, relation=None),

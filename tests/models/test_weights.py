@@ -8,7 +8,7 @@ from made_backbone import small_shape
 from ifvit.errors import UserError
 from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 
 INFO = WeightsInfo(
     step=20,

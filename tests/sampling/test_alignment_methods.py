@@ -39,7 +39,7 @@ from ifvit.sampling.config import DateConfig, GenerateConfig, RegulationConfig, 
 from ifvit.sampling.regulation import BlockBias, Regulation, TargetTokens
 from ifvit.scenes.captions import write_captions
 from ifvit.scenes.drawings import render_sampled_scene
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 
 CONFIG = SamplingConfig(num_steps=6, guidance_scale=3.0, seed=7)
 CONTEXTS = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(1))
@@ -402,7 +402,7 @@ def test_flags_choose_the_method_and_its_settings() -> None:
 @pytest.mark.parametrize(
     ("config", "wrong", "message"),
     [
-        (DateConfig, {"every": 0}, "date.every 0"),
+        (DateConfig, {"every": 0}, "date.every is 0"),
         (DateConfig, {"radius": -1.0}, "date.radius -1"),
         (DateConfig, {"clip_weight": 0.0}, "are both 0"),
         (RegulationConfig, {"share_of_steps": 1.5}, "share_of_steps 1.5"),

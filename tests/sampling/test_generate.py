@@ -20,7 +20,7 @@ from ifvit.sampling.export import export
 from ifvit.sampling.generate import generate
 from ifvit.sampling.load import load_conditions
 from ifvit.sampling.pipeline import FusionPipeline
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 
 CAPTIONS = "two red circles\na blue square\na green triangle\n"
 
@@ -143,8 +143,8 @@ def test_another_encoder_than_that_of_the_training_is_refused(tmp_path: Path) ->
     [
         ({}, "prompt"),
         ({"prompt": "x", "prompts": "y"}, "prompt"),
-        ({"prompt": "x", "num_images": 0}, "num_images 0"),
-        ({"prompt": "x", "batch_size": 0}, "batch_size 0"),
+        ({"prompt": "x", "num_images": 0}, "num_images is 0"),
+        ({"prompt": "x", "batch_size": 0}, "batch_size is 0"),
     ],
 )
 def test_impossible_configs_are_refused(wrong: dict[str, object], named: str) -> None:

@@ -10,7 +10,7 @@ from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import PRESETS
 from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.weights import WeightsInfo, save_weights
-from ifvit.shards import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity
 
 
 def save_untrained(folder: Path, vae: EncoderIdentity | None = None) -> str:

@@ -15,8 +15,10 @@ from made_shards import make_samples, write_shards
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.shards import CacheConfig, LatentSample, ShardError, ShardReader
 from ifvit.shards.cache import FileCache
+from ifvit.shards.config import CacheConfig
+from ifvit.shards.format import LatentSample, ShardError
+from ifvit.shards.reader import ShardReader
 from ifvit.storage import StoreError
 
 NUM_SHARDS = 6

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from made_shards import make_samples, write_shards
 
-from ifvit.shards import LatentSample, ShardError, ShardReader
-from ifvit.shards.format import Array
+from ifvit.shards.format import Array, LatentSample, ShardError
+from ifvit.shards.reader import ShardReader
 
 NUM_CORRUPTIONS = 2000
 NUM_SAMPLES = 4

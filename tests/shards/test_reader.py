@@ -15,16 +15,19 @@ import pytest
 from made_shards import make_samples, write_shards
 
 from data_pipeline.shard_io import npy_bytes
-from ifvit.shards import (
-    LatentSample,
-    ShardError,
-    ShardReader,
-    read_manifest,
-    write_manifest,
-)
 from ifvit.shards import cache as shard_files
 from ifvit.shards.cache import read_index
-from ifvit.shards.format import parse_index, parse_metadata, read_sealed, write_sealed
+from ifvit.shards.format import (
+    LatentSample,
+    ShardError,
+    parse_index,
+    parse_metadata,
+    read_manifest,
+    read_sealed,
+    write_manifest,
+    write_sealed,
+)
+from ifvit.shards.reader import ShardReader
 
 MOMENTS_SHAPE = (8, 4, 4)
 CONTEXT_SHAPE = (5, 6)

@@ -18,7 +18,9 @@ from made_shards import CLASSES, make_samples, write_shards
 from ifvit import storage
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.shards import CacheConfig, LatentSample, ShardError, ShardReader
+from ifvit.shards.config import CacheConfig
+from ifvit.shards.format import LatentSample, ShardError
+from ifvit.shards.reader import ShardReader
 from ifvit.training.data import Batch, Batches, BatchOrder, ShardPrefetcher
 
 SIZES = {"some empty": [5, 1, 0, 8, 3, 4], "one": [9], "equal": [4, 4, 4, 4]}

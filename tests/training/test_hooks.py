@@ -26,7 +26,8 @@ from ifvit.errors import UserError
 from ifvit.images import decode_png, make_grid
 from ifvit.models.weights import WeightsInfo, load_weights
 from ifvit.sampling.config import SamplingConfig
-from ifvit.shards import EncoderIdentity, ShardReader
+from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.reader import ShardReader
 from ifvit.storage import join, list_names
 from ifvit.training import hooks
 from ifvit.training.checkpoint import (

@@ -19,7 +19,7 @@ from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import WeightsInfo, load_weights
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 from ifvit.storage import read_json, write_json
 from ifvit.training import hooks
 from ifvit.training.config import EngineConfig, TrainConfig

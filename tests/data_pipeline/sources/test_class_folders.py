@@ -15,7 +15,7 @@ from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig
 from data_pipeline.shard_tools import inspect_shards, stats, verify
 from data_pipeline.sources.class_folders import ClassFolders
 from ifvit.errors import UserError
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 
 LABELS = [0, 1, 0, 1, 1, 1, 1, 1, 1]
 

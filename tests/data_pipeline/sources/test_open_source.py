@@ -10,7 +10,7 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.sources import open_source
 from data_pipeline.sources.base import CaptionedImage
 from ifvit.errors import UserError
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 
 MODULE = '''
 from pathlib import Path

@@ -12,7 +12,7 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from data_pipeline.sources.table import CaptionTable
 from ifvit.errors import UserError
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 
 ROWS = [
     {"path": "b/2.jpg", "caption": 'a "fox", red'},

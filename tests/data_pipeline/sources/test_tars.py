@@ -15,7 +15,7 @@ from data_pipeline.encode import encode
 from data_pipeline.sources.tars import WebDatasetTars
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.shards import ShardReader
+from ifvit.shards.reader import ShardReader
 
 Members = dict[str, bytes]
 
