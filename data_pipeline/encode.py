@@ -66,8 +66,8 @@ def encode(config: EncodeConfig) -> Manifest | None:
     """Encode the unfinished shards of this process's partition, then finish the job if possible.
 
     Returns None while shards of other partitions are missing. Raises UserError when more images
-    than `config.tolerate` are unreadable; all other images are encoded before, but there is no
-    manifest.
+    than `config.tolerate` are unreadable. By then all readable images are encoded, but the manifest
+    is not written.
     """
     partition = find_partition(config, World.from_environment())
     source = open_source(config)
@@ -107,7 +107,7 @@ class Partition:
     size: int
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return every `size`-th item from `number` on; all partitions take about as long."""
+        """Return every `size`-th item from `number` on; partitions take about equal time."""
         return items[self.number :: self.size]
 
 

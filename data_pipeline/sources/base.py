@@ -19,7 +19,8 @@ class CaptionedImage:
     """One image with all its captions, or with the number of its class.
 
     `key` is unique in its unit and contains no dot and no slash. Messages show `name`. `read`
-    returns the content of the image file; when it raises an error other than StoreError, the image
+    returns the content of the image file. It is called from several threads, and again after a
+    restart; when it raises an error other than StoreError, the image
     is left out and the error is recorded as the reason. Raises UserError for an image with neither
     captions nor label.
     """

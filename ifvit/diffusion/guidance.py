@@ -124,19 +124,20 @@ class GuidedNoisePredictor:
             self.set_condition(change.context)
         if not self._guidance.applies_at(timesteps[0]):
             return self._predict(x_t, timesteps, self._encoded, change.biases)
-        # The backbone computes its blocks before the first text once for both halves.
-        both = {
+        # Both halves share x_t, so the backbone runs the blocks before the first fused block on B
+        # rows and repeats the rows there (models/layers.py).
+        both_biases = {
             block: partial(_bias_conditional, len(x_t), bias)
             for block, bias in change.biases.items()
         }
-        halves = self._predict(x_t, timesteps, self._both, both)
+        halves = self._predict(x_t, timesteps, self._both_conditions, both_biases)
         return self._guide(*halves.chunk(2))
 
     def set_condition(self, condition: Tensor) -> None:
         """Replace the condition (B, ...) of the following evaluations."""
         self._condition = condition
         self._encoded = self._backbone.encode_condition(condition)
-        self._both = self._encoded.append(self._null)
+        self._both_conditions = self._encoded.append(self._null)
 
     def _ask_method(self, x_t: Tensor, timesteps: Tensor) -> Change:
         if self._method is None:

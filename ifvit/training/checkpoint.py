@@ -2,11 +2,12 @@
 
 The folder `checkpoints/step_00000500/` holds parts and `manifest.json`. A part is a safetensors
 file of named full tensors. The manifest lists the parts with their sizes and hashes; it is written
-last, in one request. Readers skip a folder whose manifest is missing or does not match its parts.
-The name of a part holds the token of the attempt that wrote it, so no object is written twice. A
-run may be continued on another number of processes, with another engine or ZeRO stage: a part is
-only the partition that one process wrote. `SaveCheckpoint` in `hooks` writes checkpoints, `train`
-resumes from them.
+last, in one request, which commits the checkpoint. A checkpoint is complete if it is committed and
+all parts match their hashes; readers skip all others. The name of a part holds the token of the
+attempt that wrote it, so no object is written twice. A part holds the tensors that one process
+happened to write; readers do not care which. So a run may be continued on another number of
+processes, with another engine or ZeRO stage. `SaveCheckpoint` in `hooks` writes checkpoints,
+`train` resumes from them.
 """
 
 import hashlib
@@ -248,17 +249,17 @@ def check_retention(config: TrainConfig) -> None:
 def prune(config: TrainConfig) -> None:
     """Remove the checkpoints that need not be kept, and the leftovers of interrupted saves."""
     run, steps = config.run, saved_steps(config.run)
-    complete = [step for step in steps if is_committed(run, step)]
-    kept = set(complete[-config.keep_checkpoints :])
+    committed = [step for step in steps if is_committed(run, step)]
+    kept = set(committed[-config.keep_checkpoints :])
     if config.keep_every:
-        kept.update(step for step in complete if step % config.keep_every == 0)
+        kept.update(step for step in committed if step % config.keep_every == 0)
     if config.keep_best:
-        kept.update(_steps_by_metric(run, config.keep_best, complete)[:1])
+        kept.update(_steps_by_metric(run, config.keep_best, committed)[:1])
     for step in set(steps) - kept:
         # The manifest goes first: a half-removed checkpoint must not look complete.
         storage.remove(join(step_url(run, step), MANIFEST))
         storage.remove(step_url(run, step))
-    newest = step_url(run, complete[-1])
+    newest = step_url(run, committed[-1])
     parts = {part["name"] for part in read_json(join(newest, MANIFEST))["parts"]}
     for name in set(list_names(newest)) - parts - {MANIFEST}:
         storage.remove(join(newest, name))  # an earlier attempt at the same step left this part
@@ -274,9 +275,10 @@ def _steps_by_metric(run: str, metric: str, steps: Sequence[int]) -> list[int]:
 
 
 def resume(config: TrainConfig, engine: Engine, token: str) -> TrainState:
-    """Load the checkpoint that the run continues from => its position; collective.
+    """Load the checkpoint from which the run continues, and return its position.
 
-    The main process chooses and verifies the checkpoint. Remote parts are downloaded once per
+    All processes call this together. The main process chooses and verifies the checkpoint. Remote
+    parts are downloaded once per
     node, into a folder named by `token` under TMPDIR. Raises UserError when `config.resume`
     cannot be followed, or when the checkpoint has other shards or another backbone.
     """

@@ -275,9 +275,9 @@ class Engine:
                 ema.update(self._shards())
 
     def gather_backbone(self, ema_decay: float | None) -> Backbone:
-        """A backbone with EMA weights or, for None, with the trained weights; collective.
+        """Return a backbone with EMA weights or, for None, with the trained weights.
 
-        It is fp32 and in eval mode. Where nothing is partitioned it shares memory with the
+        All processes call this together. The backbone is fp32 and in eval mode. Where nothing is partitioned it shares memory with the
         engine: use it before the next update, and do not change it.
         """
         shards = self._shards() if ema_decay is None else self._emas[ema_decay].tensors
@@ -286,7 +286,7 @@ class Engine:
         return backbone
 
     def iter_state(self) -> Iterator[tuple[str, Tensor]]:
-        """All learned state as full fp32 tensors, one after the other; collective.
+        """Yield all learned state as full fp32 tensors; all processes call this together.
 
         The names are `backbone.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and `ema0.9999.NAME` for
         each decay, in the same order on every process. Copy a tensor to keep it beyond the next

@@ -97,7 +97,7 @@ class SaveCheckpoint:
             self._pending.result()
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
-        """Copy the state and start to write it; collective.
+        """Copy the state and start to write it; all processes call this together.
 
         Raises UserError when the previous save failed.
         """

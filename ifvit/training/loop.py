@@ -52,7 +52,7 @@ def fit(
     hooks: Sequence[Hook],
     stop: StopRequest,
 ) -> TrainState:
-    """Train from `state` to `max_steps`; a resumed run repeats the uninterrupted one.
+    """Train from `state` to `max_steps`; a resumed run has the losses of an uninterrupted one.
 
     Raises Preempted after a signal, when the hooks for that case have run, and NonfiniteGradient
     when more gradients are not finite than the engine tolerates.
@@ -103,7 +103,10 @@ def _accumulate(
     engine: Engine,
     step: int,
 ) -> tuple[Losses, float]:
-    """Gradients of this process's micro-batches => their losses, and seconds of data wait."""
+    """Accumulate the gradients of this process's micro-batches.
+
+    Returns their losses and the seconds spent waiting for data.
+    """
     per_sample, timesteps = [], []
     data_wait = 0.0
     for remaining in reversed(range(batches.num_micro_batches)):
@@ -140,7 +143,10 @@ def _count_skipped(
 
 
 def _mean_by_time(local: Losses, engine: Engine) -> tuple[float, ...]:
-    """Mean losses of the global batch in each quarter of the timesteps; collective."""
+    """Mean losses of the global batch in each quarter of the timesteps.
+
+    All processes call this together.
+    """
     quarters = local.timesteps * 4 // NUM_TIMESTEPS
     both = torch.stack([local.per_sample, torch.ones_like(local.per_sample)])
     sums, counts = engine.mean(both.new_zeros(2, 4).index_add(1, quarters, both))

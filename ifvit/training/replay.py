@@ -78,9 +78,9 @@ def report_nonfinite(
     engine: Engine,
     config: TrainConfig,
 ) -> NoReturn:
-    """Compute the failed step again and raise a UserError that names the samples; collective.
+    """Compute the failed step again and raise a UserError that names the samples.
 
-    The engine's parameters must be those before that step. A process that finds a loss or a
+    All processes call this together. The engine's parameters must be those before that step. A process that finds a loss or a
     gradient that is not finite writes its first such micro-batch and the weights to a file for
     `replay`.
     """
