@@ -277,8 +277,9 @@ class Engine:
     def gather_backbone(self, ema_decay: float | None) -> Backbone:
         """Return a backbone with EMA weights or, for None, with the trained weights.
 
-        All processes call this together. The backbone is fp32 and in eval mode. Where nothing is partitioned it shares memory with the
-        engine: use it before the next update, and do not change it.
+        All processes call this together. The backbone is fp32 and in eval mode. Where nothing is
+        partitioned it shares memory with the engine: use it before the next update, and do not
+        change it.
         """
         shards = self._shards() if ema_decay is None else self._emas[ema_decay].tensors
         backbone: Backbone = copy.deepcopy(self._meta_backbone)

@@ -80,9 +80,9 @@ def report_nonfinite(
 ) -> NoReturn:
     """Compute the failed step again and raise a UserError that names the samples.
 
-    All processes call this together. The engine's parameters must be those before that step. A process that finds a loss or a
-    gradient that is not finite writes its first such micro-batch and the weights to a file for
-    `replay`.
+    All processes call this together. The engine's parameters must be those before that step. A
+    process that finds a loss or a gradient that is not finite writes its first such micro-batch and
+    the weights to a file for `replay`.
     """
     message = f"{config.run}: step {failure.step + 1}, rank {engine.world.rank}: "
     backbone = engine.gather_backbone(None)
