@@ -98,6 +98,9 @@ def test_found_objects_lie_where_they_were_drawn() -> None:
     rendered = render_scene(scene, np.random.default_rng(4))
     (found,) = find_objects(rendered.image)
     assert (found.colour, found.kind) == ("green", "square")
-    assert abs(found.x - rendered.objects[0].x) < 0.5
-    assert abs(found.y - rendered.objects[0].y) < 0.5
-    assert abs(found.area / rendered.objects[0].area - 1) < 0.1
+    (square,) = rendered.objects
+    assert abs(found.x - square.x) < 0.5
+    assert abs(found.y - square.y) < 0.5
+    x, y = np.array(square.outline).T
+    area = abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2  # the shoelace formula
+    assert abs(found.area / area - 1) < 0.1
