@@ -122,16 +122,20 @@ class GuidedNoisePredictor:
         change = self._ask_method(x_t, timesteps)
         if change.context is not None:
             self.set_condition(change.context)
-        if not self._guidance.applies_at(timesteps[0]):
-            return self._predict(x_t, timesteps, self._encoded, change.biases)
-        # Both halves share x_t, so the backbone runs the blocks before the first fused block on B
-        # rows and repeats the rows there (models/layers.py).
-        both_biases = {
-            block: partial(_bias_conditional, len(x_t), bias)
-            for block, bias in change.biases.items()
-        }
-        halves = self._predict(x_t, timesteps, self._both_conditions, both_biases)
-        return self._guide(*halves.chunk(2))
+        is_guided = self._guidance.applies_at(timesteps[0])
+        condition, biases = self._encoded, change.biases
+        if is_guided:
+            # Both halves share x_t, so the backbone runs the blocks before the first fused block on
+            # B rows and repeats the rows there (models/layers.py).
+            condition = self._both_conditions
+            biases = {
+                block: partial(_bias_conditional, len(x_t), bias) for block, bias in biases.items()
+            }
+        optional = (biases,) if biases else ()  # only fusion backbones accept biases
+        dtype = self._backbone.dtype
+        predicted: Tensor = self._backbone(x_t.to(dtype), timesteps, condition, *optional)
+        predicted = predicted.float()
+        return self._guide(*predicted.chunk(2)) if is_guided else predicted
 
     def set_condition(self, condition: Tensor) -> None:
         """Replace the condition (B, ...) of the following evaluations."""
@@ -154,24 +158,15 @@ class GuidedNoisePredictor:
 
     def _predict_clean(self, x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         encoded = self._backbone.encode_condition(context)
-        noise = self._predict(x_t, timesteps, encoded, {})
+        noise = self._predict(x_t, timesteps, encoded)
         if self._guidance.applies_at(timesteps[0]):
             with torch.no_grad():
-                unconditional = self._predict(x_t, timesteps, self._null, {})
+                unconditional = self._predict(x_t, timesteps, self._null)
             noise = self._guide(noise, unconditional)
         return self._schedule.remove_noise(x_t, noise, timesteps)
 
-    def _predict(
-        self,
-        x_t: Tensor,
-        timesteps: Tensor,
-        condition: EncodedCondition,
-        biases: Mapping[int, Bias],
-    ) -> Tensor:
-        # Only fusion backbones accept biases.
-        optional = (biases,) if biases else ()
-        x_t = x_t.to(self._backbone.dtype)
-        predicted: Tensor = self._backbone(x_t, timesteps, condition, *optional)
+    def _predict(self, x_t: Tensor, timesteps: Tensor, condition: EncodedCondition) -> Tensor:
+        predicted: Tensor = self._backbone(x_t.to(self._backbone.dtype), timesteps, condition)
         return predicted.float()
 
     def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
