@@ -35,8 +35,8 @@ from ifvit.sampling.samples import (
     image_name,
     image_url,
     missing_images,
+    open_writer,
     read_images,
-    write_images,
     write_jsonl,
 )
 from ifvit.scenes.score import SceneScore
@@ -169,8 +169,9 @@ def generate_missing(
         )
         for batch in batched(missing, config.batch_size)
     )
-    images = generate_images(sampler, batches, config, method)
-    write_images(folder, [prompt.position for prompt in missing], images)
+    with open_writer(folder, [prompt.position for prompt in missing]) as write:
+        for images in generate_images(sampler, batches, config, method):
+            write(images)
     return (time.perf_counter() - started) / len(missing)
 
 

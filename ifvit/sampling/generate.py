@@ -28,8 +28,8 @@ from ifvit.sampling.samples import (
     image_name,
     image_url,
     missing_images,
+    open_writer,
     read_images,
-    write_images,
     write_jsonl,
 )
 
@@ -62,7 +62,9 @@ def generate(config: GenerateConfig) -> list[str]:
     positions = range(len(prompts) * config.num_images)
     partition = missing_images(config.output, positions[world.rank :: world.size])
     batches = _encode_batches(prompts, conditions, partition, config.batch_size)
-    write_images(config.output, partition, generate_images(sampler, batches, config, method))
+    with open_writer(config.output, partition) as write:
+        for images in generate_images(sampler, batches, config, method):
+            write(images)
 
     urls = [image_url(config.output, position) for position in positions]
     if num_missing := len(missing_images(config.output, positions)):

@@ -5,8 +5,9 @@
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -54,17 +55,26 @@ def missing_images(folder: str, positions: Iterable[int]) -> list[int]:
     return [position for position in positions if image_name(position) not in present]
 
 
-def write_images(folder: str, positions: Sequence[int], batches: Iterable[Pixels]) -> None:
-    """Write one PNG file per position; each batch is written while the next one is generated."""
+@contextmanager
+def open_writer(folder: str, positions: Sequence[int]) -> Iterator[Callable[[Pixels], None]]:
+    """Yield a function that writes the next batch of images, one PNG file per position.
+
+    Threads write a batch while the caller generates the next one. An error of writing is raised at
+    the next batch or at the end.
+    """
     remaining = iter(positions)
+    writes: Iterator[None] = iter(())
+
+    def write(batch: Pixels) -> None:
+        nonlocal writes
+        list(writes)  # wait for the previous batch, and raise its errors
+        urls = [image_url(folder, next(remaining)) for _ in batch]
+        writes = pool.map(_write_image, urls, batch)
+        progress.update(len(batch))
+
     progress = tqdm(total=len(positions), unit="image", desc="generate", leave=False)
     with progress, ThreadPoolExecutor(_NUM_WRITERS) as pool:
-        writes: Iterator[None] = iter(())
-        for batch in batches:
-            list(writes)  # wait for the batch before, and raise its errors
-            urls = [image_url(folder, next(remaining)) for _ in batch]
-            writes = pool.map(_write_image, urls, batch)
-            progress.update(len(batch))
+        yield write
         list(writes)
 
 
