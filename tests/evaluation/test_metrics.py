@@ -156,7 +156,7 @@ def test_kid_of_equal_distributions_is_zero_on_average() -> None:
 
 @pytest.mark.parametrize("spread", [1.0, 0.01])
 def test_cmmd_is_the_published_formula(spread: float) -> None:
-    """Of features that lie close together, too, whose kernels are all nearly 1."""
+    """A small spread makes all kernel values nearly 1, where rounding would matter most."""
     x, y = on_sphere(70, 0.5) * spread, normal(50) * spread
 
     def kernel(a: np.ndarray, b: np.ndarray) -> float:
