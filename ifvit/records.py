@@ -1,0 +1,305 @@
+"""Records of files and recipes: dataclasses that are checked once, when they are built or parsed.
+
+Files come from strangers. Every reader of JSON, JSON lines or YAML parses through this module, so
+that the code behind it meets only records with the right keys, types, ranges, names and hashes.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, wraps
+from itertools import repeat
+from pathlib import Path, PurePosixPath
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import yaml
+
+from ifvit.errors import UserError
+
+SEAL = "seal"
+"""Key under which a sealed file or row holds the sha256 of its other content."""
+MAX_BYTES = 1 << 28
+"""Largest file that is parsed as one JSON or YAML document, in bytes."""
+_MAX_NODES = 1_000_000
+_MAX_INT = 2**63
+_Record = TypeVar("_Record")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Condition of a field's value, with the words that complete "it must be ..."."""
+
+    words: str
+    holds: Callable[[Any], bool] = dataclasses.field(compare=False)
+
+    def __repr__(self) -> str:
+        """Return the words, which `--help` shows as a part of the type."""
+        return self.words
+
+
+def is_sha256(value: str) -> bool:
+    """Whether `value` is a sha256 as 64 lower-case hexadecimal digits."""
+    return len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def is_plain_name(value: str) -> bool:
+    """Whether `value` names a file directly in a folder: no separator, no `..`, no control code."""
+    return (
+        0 < len(value.encode(errors="replace")) <= 255
+        and not any(part in value for part in ("/", "\\", "::"))
+        and not any(ord(char) < 32 or 127 <= ord(char) < 160 for char in value)
+        and value.strip(". ") != ""
+    )
+
+
+def is_relative_path(value: str) -> bool:
+    """Whether `value` is a path of plain names, separated by single slashes."""
+    return len(value) <= 4096 and all(map(is_plain_name, value.split("/")))
+
+
+PositiveInt = Annotated[int, Rule("at least 1", lambda value: value >= 1)]
+NonNegativeInt = Annotated[int, Rule("at least 0", lambda value: value >= 0)]
+PositiveFloat = Annotated[float, Rule("above 0", lambda value: value > 0)]
+NonNegativeFloat = Annotated[float, Rule("at least 0", lambda value: value >= 0)]
+Fraction = Annotated[float, Rule("from 0 to 1", lambda value: 0 <= value <= 1)]
+Sha256 = Annotated[str, Rule("64 hexadecimal digits", is_sha256)]
+PlainName = Annotated[str, Rule("a plain file name", is_plain_name)]
+RelativePath = Annotated[str, Rule("a relative path without ..", is_relative_path)]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def record(cls: type[_Record]) -> type[_Record]:
+    """Make `cls` a frozen, keyword-only dataclass whose fields are checked when it is built.
+
+    Building one raises UserError when a field breaks the `Rule` of its annotation, when a number
+    is NaN or infinite, or when an integer exceeds 64 bits. `parse_json` refuses unknown keys and
+    values of another type. A field that admits NaN or infinity has the type `object`.
+    """
+    check = cls.__dict__.get("__post_init__")
+
+    def __post_init__(self: Any) -> None:  # noqa: N807
+        _check_fields(cls, self)
+        if check is not None:
+            check(self)
+
+    if check is not None:
+        __post_init__ = wraps(check)(__post_init__)
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+    cls.__pydantic_config__ = {  # type: ignore[attr-defined]
+        "extra": "forbid",
+        "strict": True,
+    }
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def _check_fields(cls: Any, value: Any) -> None:
+    for name, hint in _hints(cls).items():
+        _check(name, getattr(value, name), hint)
+
+
+@lru_cache(maxsize=256)
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    """Raise UserError unless all numbers are finite and all rules of the annotation hold."""
+    if isinstance(value, int | float) and not (abs(value) <= _MAX_INT):
+        raise UserError(f"{name} is NaN or beyond 64 bits; it must be a finite number")
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        _check(name, value, args[0])
+        for rule in args[1:]:
+            if isinstance(rule, Rule) and not rule.holds(value):
+                raise UserError(f"{name} is {shorten(value)}; it must be {rule.words}")
+    elif origin in (Union, UnionType):
+        member = next((arg for arg in args if isinstance(value, _class_of(arg))), None)
+        _check(name, value, member)
+    else:
+        for item_name, item, item_hint in _items(name, value, args):
+            _check(item_name, item, item_hint)
+
+
+def _items(name: str, value: Any, args: Sequence[Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and annotation of what a tuple, list or mapping holds."""
+    if isinstance(value, tuple | list) and args:
+        hints = args if len(args) == len(value) and args[-1] is not Ellipsis else repeat(args[0])
+        for number, (item, hint) in enumerate(zip(value, hints, strict=False)):
+            yield f"{name}[{number}]", item, hint
+    elif isinstance(value, Mapping) and len(args) == 2:
+        for key, item in value.items():
+            yield f"key of {name}", key, args[0]
+            yield f"{name}.{key}", item, args[1]
+
+
+def _class_of(hint: Any) -> Any:
+    """Class of the values of an annotation, for isinstance; an int is a float, too."""
+    if get_origin(hint) is Annotated:
+        return _class_of(get_args(hint)[0])
+    if hint is float:
+        return float | int
+    if get_origin(hint) is Literal:
+        return object
+    return get_origin(hint) or hint
+
+
+def shorten(value: object, length: int = 80) -> str:
+    """`value` as printable text of at most `length` characters, for one line of a message."""
+    text = printable(str(value))
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Replace the control characters of `text`, which could command a terminal, by escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def parse_json(
+    cls: type[_Record], data: bytes | str, where: str, *, error: type[UserError] = UserError
+) -> _Record:
+    """Parse JSON into the record, or other type, `cls`. Raises `error` naming `where` and the key.
+
+    Keys must be those of the record and values of the annotated types; no value is converted, but
+    lists become tuples.
+    """
+    from pydantic import ValidationError
+
+    if len(data) > MAX_BYTES:
+        raise error(f"{where}: {len(data)} bytes are more than the allowed {MAX_BYTES}")
+    try:
+        return cast(_Record, _adapter(cast(Hashable, cls)).validate_json(data))
+    except ValidationError as problems:
+        raise error(f"{where}: {_describe(problems)}") from None
+
+
+def parse_value(
+    cls: type[_Record], value: object, where: str, *, error: type[UserError] = UserError
+) -> _Record:
+    """Check plain values, such as parsed YAML, as `parse_json` checks JSON."""
+    try:
+        return parse_json(cls, json.dumps(value), where, error=error)
+    except (TypeError, ValueError, RecursionError) as problem:
+        if isinstance(problem, UserError):
+            raise
+        raise error(f"{where}: {shorten(problem, 200)}") from None
+
+
+@lru_cache(maxsize=256)
+def _adapter(cls: Any) -> Any:
+    from pydantic import TypeAdapter  # takes 0.1 s
+
+    return TypeAdapter(cls)
+
+
+def _describe(problems: Any) -> str:
+    """First problem of a pydantic ValidationError, as `KEY: what is wrong`."""
+    first = problems.errors(include_url=False, include_input=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    words = first["msg"].removeprefix("Value error, ")
+    return shorten(f"{key}: {words}" if key else words, 300)
+
+
+def parse_yaml(data: bytes | str, where: str) -> Any:
+    """Parse one YAML document of plain values. Raises UserError naming `where`.
+
+    Tags that name Python objects are refused, and so are documents that aliases blow up.
+    """
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{where}: {len(data)} bytes are more than the allowed {MAX_BYTES}")
+    try:
+        value = yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:
+        raise UserError(f"{where}: not YAML ({shorten(problem, 200)})") from None
+    _count_nodes(value, where)
+    return value
+
+
+def _count_nodes(value: Any, where: str) -> None:
+    """Raise UserError when a document has a loop or a huge number of values."""
+    stack, count = [value], 0
+    while stack:
+        count += 1
+        if count > _MAX_NODES:
+            raise UserError(f"{where}: more than {_MAX_NODES} values, or a loop of aliases")
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    """sha256 of a JSON object without its seal; the order of keys does not matter."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def dump_sealed(content: Any) -> bytes:
+    """Encode a record or JSON object with its seal, as indented JSON with a final newline."""
+    plain = _plain(content)
+    return (json.dumps({**plain, SEAL: seal_of(plain)}, indent=2) + "\n").encode()
+
+
+def parse_sealed(
+    cls: type[_Record], data: bytes | str, where: str, *, error: type[UserError] = UserError
+) -> _Record:
+    """Parse what `dump_sealed` wrote. Raises `error` when its content does not fit its seal."""
+    content = dict(parse_json(dict[str, Any], data, where, error=error))
+    if content.pop(SEAL, None) != seal_of(content):
+        raise error(f"{where}: damaged, its content does not match its {SEAL}; restore the file")
+    return parse_value(cls, content, where, error=error)
+
+
+def dump_rows(rows: Iterable[Any]) -> bytes:
+    """Encode records or JSON objects as JSON lines, each with its seal."""
+    plain = map(_plain, rows)
+    return "".join(json.dumps({**row, SEAL: seal_of(row)}) + "\n" for row in plain).encode()
+
+
+def parse_rows(
+    cls: type[_Record], data: bytes, where: str, *, error: type[UserError] = UserError
+) -> list[_Record]:
+    """Parse the complete lines that `dump_rows` wrote; a last line without its end is ignored.
+
+    Raises `error` naming the line.
+    """
+    complete, _, _ = data.rpartition(b"\n")
+    return [
+        parse_sealed(cls, line, f"{where}, line {number}", error=error)
+        for number, line in enumerate(complete.split(b"\n"), start=1)
+        if line.strip()
+    ]
+
+
+def _plain(content: Any) -> dict[str, Any]:
+    """A record or mapping as the JSON object that parsing gives back."""
+    plain = dataclasses.asdict(content) if dataclasses.is_dataclass(content) else content  # type: ignore[arg-type]
+    return dict(json.loads(json.dumps(plain)))
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """Path of `name`, which a file states, in a local folder.
+
+    Raises UserError unless `name` is a relative path that leads, also through symbolic links, to a
+    place inside the folder.
+    """
+    path = folder / PurePosixPath(name)
+    if not is_relative_path(name) or not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder}: the name {shorten(name)!r} does not lead inside this folder")
+    return path

@@ -1,0 +1,186 @@
+"""Records refuse what a stranger's file may hold, in one line, and give back what was written."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from ifvit.errors import UserError
+from ifvit.records import (
+    PlainName,
+    PositiveFloat,
+    PositiveInt,
+    RelativePath,
+    Sha256,
+    dump_rows,
+    dump_sealed,
+    is_plain_name,
+    is_relative_path,
+    parse_json,
+    parse_rows,
+    parse_sealed,
+    parse_value,
+    parse_yaml,
+    path_inside,
+    printable,
+    record,
+)
+
+
+@record
+class Part:
+    name: PlainName
+    sha256: Sha256
+
+
+@record
+class Description:
+    count: PositiveInt = 3
+    rate: PositiveFloat | None = None
+    sizes: tuple[PositiveInt, ...] = ()
+    parts: tuple[Part, ...] = ()
+    kind: Literal["a", "b"] = "a"
+    scores: dict[PlainName, float] | None = None
+    path: RelativePath = "folder/file"
+
+
+GOOD = Description(
+    rate=0.1, sizes=(1, 2), parts=(Part(name="x.bin", sha256="0" * 64),), scores={"clip": 0.25}
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"count": 0}', "count is 0"),
+        ('{"count": true}', "count"),
+        ('{"count": 1.5}', "count"),
+        ('{"count": "1"}', "count"),
+        ('{"rate": NaN}', "rate"),
+        ('{"rate": Infinity}', "rate"),
+        ('{"rate": -1}', "rate"),
+        ('{"sizes": [1, 0]}', r"sizes\[1\]"),
+        ('{"sizes": 1}', "sizes"),
+        ('{"kind": "c"}', "kind"),
+        ('{"other": 1}', "other"),
+        ('{"scores": {"../x": 1}}', "scores"),
+        ('{"scores": {"x": NaN}}', "scores"),
+        ('{"path": "a/../../b"}', "path"),
+        ('{"parts": [{"name": "../x", "sha256": ""}]}', "parts.0.*name"),
+        ('{"parts": [{"name": "x", "sha256": "/etc/passwd"}]}', "parts.0.*sha256"),
+        ('{"parts": [{"name": "x"}]}', "parts.0.sha256"),
+        ("[]", "file.json"),
+        ("[" * 100_000, "file.json"),
+        ('{"count": ' + "9" * 100_000 + "}", "file.json"),
+        ('{"count": ' + "9" * 100 + "}", "count"),
+        ('{"kind": "\\ud800"}', "file.json"),
+        ("", "file.json"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_the_file_and_the_key(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as raised:
+        parse_json(Description, text, "file.json")
+    message = str(raised.value)
+    assert message.startswith("file.json")
+    assert message.isprintable()
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, 0.0, 1e300])
+def test_a_record_that_is_built_in_python_is_checked_too(rate: float) -> None:
+    with pytest.raises(UserError, match="rate"):
+        Description(rate=rate)
+
+
+def test_a_check_of_the_class_itself_runs_after_the_fields_are_checked() -> None:
+    @record
+    class Pair:
+        low: PositiveInt
+        high: PositiveInt
+
+        def __post_init__(self) -> None:
+            if self.high % self.low:
+                raise UserError("high must be a multiple of low")
+
+    with pytest.raises(UserError, match="low is 0"):
+        Pair(low=0, high=3)
+    with pytest.raises(UserError, match="multiple"):
+        Pair(low=2, high=3)
+
+
+NAMES = {"a.png": True, "a b": True, "ü.jpg": True, ".hidden": True, "12:30\u202fPM": True}
+NAMES |= dict.fromkeys(
+    ["", ".", "..", "a/b", "/a", "a\\b", "a\0", "a\n", "\x1b[31m", "a::b"], False
+)
+NAMES |= {"a" * 256: False, " ": False, ".. ": False}
+
+
+@pytest.mark.parametrize(("name", "is_plain"), NAMES.items())
+def test_a_plain_name_stays_in_its_folder(name: str, is_plain: bool) -> None:
+    assert is_plain_name(name) is is_plain
+    assert is_relative_path(f"folder/{name}") is (is_plain or name == "a/b")
+
+
+def test_no_link_and_no_name_leads_out_of_a_folder(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    (inside / "link").symlink_to(outside)
+    (inside / "near").symlink_to(inside / "file")
+    assert path_inside(inside, "file") == inside / "file"
+    assert path_inside(inside, "near") == inside / "near"
+    for name in ("../out", "link/x", "link", "/etc/passwd", ""):
+        with pytest.raises(UserError, match="does not lead inside"):
+            path_inside(inside, name)
+
+
+def test_a_sealed_record_comes_back_equal() -> None:
+    assert parse_sealed(Description, dump_sealed(GOOD), "file") == GOOD
+    rows = [GOOD, Description()]
+    assert parse_rows(Description, dump_rows(rows), "rows") == rows
+
+
+def test_every_flipped_digit_of_a_sealed_record_is_found() -> None:
+    data = dump_sealed({"loss": 0.125, "step": 500, "name": "a"})
+    original: dict[str, Any] = json.loads(data)
+    for position in range(len(data)):
+        flipped = data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+        try:
+            found = parse_sealed(dict[str, Any], flipped, "file")
+        except UserError:
+            continue
+        assert {**found, "seal": original["seal"]} == original
+
+
+def test_a_damaged_row_is_named_by_its_line_and_an_unfinished_last_line_is_left_out() -> None:
+    data = dump_rows([{"step": 1}, {"step": 2}])
+    assert parse_rows(dict[str, int], data + b'{"step": 3', "rows") == [{"step": 1}, {"step": 2}]
+    with pytest.raises(UserError, match="rows, line 2"):
+        parse_rows(dict[str, int], data.replace(b'"step": 2', b'"step": 3'), "rows")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [", "!!python/object/apply:os.system [ls]", "[" * 20_000, "2001-99-99", BOMB, "&a [*a]"],
+)
+def test_a_hostile_yaml_document_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"^file\.yaml"):
+        parse_yaml(text, "file.yaml")
+
+
+def test_yaml_values_are_checked_as_json_is() -> None:
+    assert parse_value(Description, parse_yaml("{sizes: [4]}", "f"), "f").sizes == (4,)
+    with pytest.raises(UserError, match=r"^f: "):
+        parse_value(Description, parse_yaml("{kind: 2001-01-01}", "f"), "f")
+
+
+def test_control_characters_are_shown_as_escapes() -> None:
+    assert printable("a\x1b[31mb\nü") == "a\\x1b[31mb\\nü"
