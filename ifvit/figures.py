@@ -1,12 +1,11 @@
-"""Figures and tables as files: PNG on white, inline SVG in the colours of the page, CSV.
+"""Figures as files: PNG on white, and inline SVG in the colours of the page.
 
 The analysis of attention, the report and the paper's sheet use it.
 """
 
-import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib import rc_context
@@ -69,12 +68,3 @@ def to_svg(figure: Figure, variables: Mapping[str, str]) -> str:
     for colour, variable in {INK: "muted", RULE: "rule", **variables}.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-
-
-def to_csv(records: Sequence[Mapping[str, object]]) -> bytes:
-    """Return a CSV file of one or more records with the same keys; None is an empty field."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, records[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return buffer.getvalue().encode()

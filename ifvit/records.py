@@ -4,8 +4,10 @@ Files come from strangers. Every reader of JSON, JSON lines or YAML parses throu
 that the code behind it meets only records with the right keys, types, ranges, names and hashes.
 """
 
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, wraps
@@ -285,6 +287,31 @@ def parse_rows(
         for number, line in enumerate(complete.split(b"\n"), start=1)
         if line.strip()
     ]
+
+
+def dump_csv(records: Sequence[Mapping[str, object]]) -> bytes:
+    """Encode one or more records with the same keys as a CSV file; None is an empty field.
+
+    Text that a spreadsheet would run as a formula is preceded by an apostrophe.
+    """
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, records[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {key: _without_formula(value) for key, value in one.items()} for one in records
+    )
+    return buffer.getvalue().encode()
+
+
+def _without_formula(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", "\n")  # csv does not quote \r, and spreadsheets start a line there
+    try:
+        float(text)  # a number such as -0.5 is no formula
+    except ValueError:
+        return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\n")) else text
+    return text
 
 
 def _plain(content: Any) -> dict[str, Any]:

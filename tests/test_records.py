@@ -1,5 +1,7 @@
 """Records refuse what a stranger's file may hold, in one line, and give back what was written."""
 
+import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -14,6 +16,7 @@ from ifvit.records import (
     PositiveInt,
     RelativePath,
     Sha256,
+    dump_csv,
     dump_rows,
     dump_sealed,
     is_plain_name,
@@ -184,3 +187,12 @@ def test_yaml_values_are_checked_as_json_is() -> None:
 
 def test_control_characters_are_shown_as_escapes() -> None:
     assert printable("a\x1b[31mb\nü") == "a\\x1b[31mb\\nü"
+
+
+def test_no_cell_of_a_csv_file_is_a_formula_and_numbers_stay_numbers() -> None:
+    texts = ["=1+1", "+x", "-x", "@x", "\t=1", "\r=1", "a\r=1", "a=1", "-0.5", ""]
+    data = dump_csv([{"text": text, "number": -1.5, "none": None} for text in texts])
+    rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
+    escaped = ["'=1+1", "'+x", "'-x", "'@x", "'\t=1", "'\n=1", "a\n=1", "a=1", "-0.5", ""]
+    assert [row["text"] for row in rows] == escaped
+    assert {(row["number"], row["none"]) for row in rows} == {("-1.5", "")}

@@ -36,9 +36,10 @@ from ifvit.diffusion.sampler import ConditionBatch, sample_latents
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import short_names
-from ifvit.figures import INK, RUN_COLOURS, house_style, to_csv, to_png
+from ifvit.figures import INK, RUN_COLOURS, house_style, to_png
 from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
+from ifvit.records import dump_csv
 from ifvit.sampling.generate import read_prompt_file
 from ifvit.sampling.load import (
     check_identity,
@@ -84,7 +85,7 @@ def analyze_attention(config: AttentionConfig) -> dict[str, AttentionSummary]:
     for folder, shown in folders.items():
         figure = to_png(attention_figure(shown))
         storage.write_bytes(storage.join(folder, "attention.png"), figure)
-        storage.write_bytes(storage.join(folder, "attention.csv"), to_csv(table_rows(shown)))
+        storage.write_bytes(storage.join(folder, "attention.csv"), dump_csv(table_rows(shown)))
     sys.stdout.write(format_table(table_rows(summaries)))
     return summaries
 

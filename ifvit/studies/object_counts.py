@@ -20,7 +20,8 @@ from ifvit.evaluation.object_count import (
 )
 from ifvit.evaluation.rows import FOLDER
 from ifvit.evaluation.runs import Run
-from ifvit.figures import INK, house_style, to_csv
+from ifvit.figures import INK, house_style
+from ifvit.records import dump_csv
 from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
 
 ERROR = Metric(field="average_error", title="Average error", is_percent=False, digits=3)
@@ -125,7 +126,7 @@ def table(rows_by_run: Mapping[str, ObjectCountRow]) -> bytes:
                 numbers = {"": found.value, "_low": found.low, "_high": found.high}
                 record |= {f"{metric.field}{end}": f"{x:.4f}" for end, x in numbers.items()}
             records.append(record)
-    return to_csv(records)
+    return dump_csv(records)
 
 
 def _styles(rows: Sequence[ObjectCountRow]) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import describe_field, describe_value
 from ifvit.evaluation.runs import read_runs
-from ifvit.figures import to_csv
+from ifvit.records import dump_csv
 from ifvit.studies import paper_claims, paper_figures, paper_tables
 from ifvit.studies.config import PaperConfig
 from ifvit.studies.object_counts import read_counts
@@ -54,7 +54,7 @@ def report_paper(config: PaperConfig) -> None:
         "figure7": paper_figures.figure_7(sheet),
         "figure8": paper_figures.figure_8(sheet),
     }
-    files = {f"{name}.csv": to_csv(table.records) for name, table in tables.items() if table}
+    files = {f"{name}.csv": dump_csv(table.records) for name, table in tables.items() if table}
     files |= {f"{name}.png": figure.png for name, figure in figures.items() if figure.png}
     files |= {f"{name}.csv": figure.csv for name, figure in figures.items() if figure.csv}
     changed = [line.title for line in recipe_differences(runs)]

@@ -19,8 +19,9 @@ from ifvit.analysis.attention_maps import AttentionSummary, read_attention
 from ifvit.evaluation.detectors import SCENES
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
 from ifvit.evaluation.runs import Run, Sample, read_samples, step_files
-from ifvit.figures import house_style, to_csv, to_png, to_svg
+from ifvit.figures import house_style, to_png, to_svg
 from ifvit.images import Pixels
+from ifvit.records import dump_csv
 from ifvit.sampling.samples import read_images
 from ifvit.studies import object_counts
 from ifvit.studies.comparisons import COUNT, PAPER_CLIP_SCORE, RELATION, RETRIEVAL, SeedMean
@@ -167,7 +168,7 @@ def figure_4(sheet: Sheet, baseline: Variant, best: Variant) -> PaperFigure:
     records = [{"caption": a.prompt, "top": a.image, "bottom": b.image} for a, b in pairs]
     return PaperFigure(
         png=_plot_pairs([a.prompt for a, _ in pairs], above, below),
-        csv=to_csv(records),
+        csv=dump_csv(records),
         facts={
             "top": baseline.title,
             "bottom": best.title,
@@ -265,7 +266,7 @@ def figure_8(sheet: Sheet) -> PaperFigure:
         for name in found
         if name not in alike
     ]
-    return PaperFigure(png=to_png(attention_figure(alike)), csv=to_csv(records), notes=notes)
+    return PaperFigure(png=to_png(attention_figure(alike)), csv=dump_csv(records), notes=notes)
 
 
 def _point(variant: Variant, x: float, mean: SeedMean) -> Point:
@@ -324,7 +325,7 @@ def _panel_figure(panels: list[Panel], **facts: object) -> PaperFigure:
         for panel in panels
         for point in panel.points
     ]
-    return PaperFigure(png=_plot_panels(panels), csv=to_csv(records), panels=panels, facts=facts)
+    return PaperFigure(png=_plot_panels(panels), csv=dump_csv(records), panels=panels, facts=facts)
 
 
 def _plot_panels(panels: Sequence[Panel]) -> bytes:
