@@ -90,7 +90,7 @@ def record(cls: type[_Record]) -> type[_Record]:
     is NaN or infinite, or when an integer exceeds 64 bits. `parse_json` refuses unknown keys and
     values of another type. A field that admits NaN or infinity has the type `object`.
     """
-    check = cls.__dict__.get("__post_init__")
+    check = getattr(cls, "__post_init__", None)  # its own, or that of a base class
 
     def __post_init__(self: Any) -> None:  # noqa: N807
         _check_fields(cls, self)

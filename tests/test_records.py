@@ -113,6 +113,26 @@ def test_a_check_of_the_class_itself_runs_after_the_fields_are_checked() -> None
         Pair(low=2, high=3)
 
 
+def test_a_check_of_a_base_class_runs_for_a_derived_class_without_its_own() -> None:
+    @record
+    class Base:
+        count: int
+
+        def __post_init__(self) -> None:
+            if self.count % 2:
+                raise UserError("count must be even")
+
+    @record
+    class Derived(Base):
+        size: PositiveInt = 1
+
+    assert Derived(count=2).size == 1
+    with pytest.raises(UserError, match="even"):
+        Derived(count=1)
+    with pytest.raises(UserError, match="size is 0"):
+        Derived(count=2, size=0)
+
+
 NAMES = {"a.png": True, "a b": True, "ü.jpg": True, ".hidden": True, "12:30\u202fPM": True}
 NAMES |= dict.fromkeys(
     ["", ".", "..", "a/b", "/a", "a\\b", "a\0", "a\n", "\x1b[31m", "a::b"], False
