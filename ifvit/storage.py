@@ -1,34 +1,44 @@
-"""Files by URL: a local path, or `s3://bucket/key` and whatever else fsspec opens.
+"""Files by URL: a local path, `s3://bucket/key`, `hf://...`, or a protocol that the user allows.
 
 All packages read and write files of datasets and runs through this module. A file is written whole
 or not at all: locally under a temporary name, synced and renamed; in an object store by one request
 or multipart upload. Every transfer is checked by size and hash. Failed requests to an object
-store are repeated for IFVIT_STORE_PATIENCE seconds (default 600).
+store are repeated for IFVIT_STORE_PATIENCE seconds (default 600). IFVIT_PROTOCOLS names further
+protocols of fsspec that URLs may have, such as `gs,az`; a recipe of a stranger cannot add one.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import random
+import secrets
 import shutil
+import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
+from ifvit import records
 from ifvit.errors import UserError
+from ifvit.records import MAX_BYTES, shorten
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Record = TypeVar("Record")
 FileSystem = Any
 """An fsspec file system; fsspec has no types."""
+
+_PROTOCOLS = ("s3", "hf")
 
 PART_BYTES = 64 << 20
 """Part size of multipart uploads; a file of less than two parts is sent in one request."""
@@ -48,6 +58,8 @@ _S3_OPTIONS = {
 _PERMANENT_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, TypeError, ValueError)
 _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+
 _connecting = threading.Lock()
 
 
@@ -60,8 +72,22 @@ class ContentError(UserError):
 
 
 def is_remote(url: str) -> bool:
-    """Whether `url` names an object store rather than the local file system."""
-    return "://" in url
+    """Whether `url` names an object store rather than the local file system.
+
+    Raises UserError for a protocol that is not allowed and for a text that is no path.
+    """
+    protocol, separator, path = url.partition("://")
+    if url.startswith(("~", "file:", "local:")) or "\0" in url:
+        raise UserError(f"{shorten(url)}: expected a plain path, without ~ and file:")
+    if not separator:
+        return False
+    allowed = (*_PROTOCOLS, *filter(None, os.environ.get("IFVIT_PROTOCOLS", "").split(",")))
+    if protocol not in allowed or "::" in path:
+        raise UserError(
+            f"{shorten(url)}: expected a local path or a URL of {', '.join(allowed)}; to allow "
+            "another protocol, name it in the environment variable IFVIT_PROTOCOLS"
+        )
+    return True
 
 
 def join(url: str, *parts: str) -> str:
@@ -79,8 +105,6 @@ def exists(url: str) -> bool:
         _retry(url, lambda files: files.info(url))
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError as error:
-        raise UserError(f"{url}: cannot be looked up ({error.strerror}); check the disk") from None
     return True
 
 
@@ -88,7 +112,7 @@ def file_size(url: str) -> int | None:
     """Size of a file in bytes, None when it is absent."""
     try:
         return _retry(url, lambda files: int(files.info(url)["size"]))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -96,7 +120,7 @@ def list_names(url: str) -> list[str]:
     """Sorted names of the files and folders directly in folder `url`; [] for an absent folder."""
     try:
         entries = _retry(url, lambda files: files.ls(url, detail=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(Path(entry).name for entry in entries)
 
@@ -107,20 +131,67 @@ def count_files(url: str) -> int:
     return sum(not Path(path).name.startswith(".") for path in paths)
 
 
-def read_bytes(url: str) -> bytes:
-    """Read a whole file. Raises UserError when it is absent."""
+def read_bytes(url: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a whole file. Raises UserError when it is absent, no regular file, or too large."""
     try:
-        return _retry(url, lambda files: bytes(files.cat_file(url)))
-    except FileNotFoundError:
+        if is_remote(url):
+            return _retry(url, lambda files: _read_object(files, url, max_bytes))
+        return _read_local(url, max_bytes)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{url}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{url}: cannot be read ({error.strerror})") from None
+
+
+def _read_local(path: str, max_bytes: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file")
+        _check_size(path, status.st_size, max_bytes)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _read_object(files: FileSystem, url: str, max_bytes: int) -> bytes:
+    _check_size(url, _size_of_file(files, url), max_bytes)
+    return bytes(files.cat_file(url))
+
+
+def _size_of_file(files: FileSystem, url: str) -> int:
+    """Size of a regular file or object. Raises UserError for anything else."""
+    info = files.info(url)
+    if info["type"] != "file":
+        raise UserError(f"{url}: not a regular file")
+    return int(info["size"])
+
+
+def _check_size(url: str, num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise UserError(f"{url}: larger than the allowed {max_bytes:,} bytes")
+
+
+def read_record(cls: type[Record], url: str, *, error: type[UserError] = UserError) -> Record:
+    """Parse a JSON file into the record, or other type, `cls`. Raises `error` naming the file."""
+    return records.parse_json(cls, read_bytes(url), url, error=error)
+
+
+def read_sealed(cls: type[Record], url: str, *, error: type[UserError] = UserError) -> Record:
+    """Parse a file of `write_sealed`. Raises `error` when its content does not fit its seal."""
+    return records.parse_sealed(cls, read_bytes(url), url, error=error)
+
+
+def read_rows(cls: type[Record], url: str, *, error: type[UserError] = UserError) -> list[Record]:
+    """Parse the complete lines of a file of `write_rows`. Raises `error` naming the line."""
+    return records.parse_rows(cls, read_bytes(url), url, error=error)
 
 
 def read_json(url: str) -> Any:
-    """Parse a JSON file. Raises UserError naming the file when it is absent or malformed."""
-    try:
-        return json.loads(read_bytes(url))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{url}: not valid JSON ({error})") from None
+    """Parse a JSON file of unknown keys. Raises UserError when it is absent or malformed."""
+    return records.parse_json(object, read_bytes(url), url)
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
@@ -131,7 +202,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     """
 
     def get(files: FileSystem) -> bool:
-        num_bytes = files.info(url)["size"]
+        num_bytes = _size_of_file(files, url)
         files.get_file(url, str(temporary))
         if temporary.stat().st_size != num_bytes:
             raise OSError(f"{temporary.stat().st_size} of {num_bytes} bytes arrived")
@@ -140,7 +211,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     with write_file(str(path)) as temporary:
         try:
             is_intact = any(_retry(url, get) for _ in range(_NUM_DOWNLOADS))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{url}: no such file") from None
         if not is_intact:
             raise ContentError(f"{url}: damaged, its content does not have the sha256 {sha256}")
@@ -185,6 +256,16 @@ def write_bytes(url: str, data: bytes) -> None:
 def write_json(url: str, value: Any) -> None:
     """Write `value` as indented JSON with a final newline."""
     write_bytes(url, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_sealed(url: str, content: Any) -> None:
+    """Write a record or JSON object with its seal, for `read_sealed`."""
+    write_bytes(url, records.dump_sealed(content))
+
+
+def write_rows(url: str, rows: Iterable[Any]) -> None:
+    """Write records or JSON objects as JSON lines with seals, for `read_rows`."""
+    write_bytes(url, records.dump_rows(rows))
 
 
 @contextlib.contextmanager
@@ -232,7 +313,8 @@ def upload(path: Path, url: str) -> None:
 def create(url: str, data: bytes) -> bool:
     """Write a small file unless it exists => whether this process created it.
 
-    When several processes try at once, exactly one succeeds.
+    When several processes try at once, exactly one succeeds. On a file system without hard links a
+    reader may see the file before its content is complete.
     """
     if is_remote(url):
         return _create_object(url, data)
@@ -243,6 +325,21 @@ def create(url: str, data: bytes) -> bool:
             os.link(temporary, url)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            return _create_in_place(url, data)
+    return True
+
+
+def _create_in_place(path: str, data: bytes) -> bool:
+    try:
+        with Path(path).open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
     return True
 
 
@@ -260,13 +357,13 @@ def remove(url: str) -> None:
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """Yield a file `.NAME.xxxxxxxx` in the folder of `path`, and remove it afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.fchmod(descriptor, 0o644)  # the team could not read a file with mkstemp's 0600
-    os.close(descriptor)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Unlike mkstemp, this leaves it to the user's umask who may read the file.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     try:
-        yield Path(name)
+        yield temporary
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -282,6 +379,8 @@ def filesystem(url: str) -> FileSystem:
 
     All threads of a process share one S3 client; fsspec would connect in each thread, at 0.2 s.
     """
+    if not is_remote(url):
+        return LocalFileSystem()
     if not url.startswith("s3://"):
         return fsspec.core.url_to_fs(url, use_listings_cache=False)[0]
     settings = tuple(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_"))
@@ -305,7 +404,12 @@ def _retry(url: str, action: Callable[[FileSystem], Result]) -> Result:
     Permanent errors such as FileNotFoundError are raised without a retry.
     """
     if not is_remote(url):
-        return action(filesystem(url))
+        try:
+            return action(filesystem(url))
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            raise UserError(f"{url}: {error.strerror or error}; check the disk") from None
     patience = float(os.environ.get("IFVIT_STORE_PATIENCE", "600"))
     deadline = time.monotonic() + patience
     pause = 0.2

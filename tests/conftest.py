@@ -18,6 +18,8 @@ import fsspec
 import pytest
 from faulty_proxy import FaultyProxy
 
+os.environ["IFVIT_PROTOCOLS"] = "memory,faulty"
+
 
 def s3_answers() -> bool:
     """Whether an S3 server answers, with any HTTP status."""

@@ -112,7 +112,111 @@ def test_a_file_is_on_disk_before_it_has_its_name_and_then_its_name_is(
     # A lease need not outlive a crash of the machine.
     assert synced == [(b"content", False), ("name", True)][: 1 if kind == "create" else 2]
     assert path.read_bytes() == b"content"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize("kind", WRITES)
+def test_the_umask_decides_who_reads_a_published_file(
+    umask: int, kind: str, tmp_path: Path
+) -> None:
+    source, path = tmp_path / "source", tmp_path / "folder" / "x"
+    source.write_bytes(b"content")
+    before = os.umask(umask)
+    try:
+        WRITES[kind](str(path), source)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o777 & ~umask
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://host/x", "https://host/x", "file:///etc/passwd", "file:x", "gs://bucket/x"),
+        *("s3://bucket/x::memory://y", "simplecache::s3://bucket/x", "memory://a::b", "~/x"),
+        *("zip://x::http://host", "S3://bucket/x", "a\0b"),
+    ],
+)
+def test_a_url_of_a_protocol_that_the_user_has_not_allowed_is_refused(
+    url: str, tmp_path: Path
+) -> None:
+    actions: list[Callable[[], object]] = [
+        lambda: storage.is_remote(url),
+        lambda: storage.exists(url),
+        lambda: storage.read_bytes(url),
+        lambda: storage.write_bytes(url, b""),
+        lambda: storage.create(url, b""),
+        lambda: storage.download(url, tmp_path / "x"),
+        lambda: storage.upload(tmp_path / "x", url),
+        lambda: storage.remove(url),
+        lambda: storage.local_copy(url, "0" * 64),
+    ]
+    for action in actions:
+        with pytest.raises(UserError, match="expected a") as raised:
+            action()
+        assert "\0" not in str(raised.value)
+
+
+def test_a_protocol_that_the_environment_names_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert storage.is_remote("memory://x")
+    monkeypatch.delenv("IFVIT_PROTOCOLS")
+    with pytest.raises(UserError, match="IFVIT_PROTOCOLS"):
+        storage.is_remote("memory://x")
+    assert storage.is_remote("s3://bucket/x")
+    assert storage.is_remote("hf://datasets/team/name")
+    assert not storage.is_remote("folder/a::b")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "large"])
+def test_only_regular_files_of_a_bounded_size_are_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)  # takes no space on disk
+    with pytest.raises(UserError, match=r"x: (not a regular file|larger than the allowed 100 b)"):
+        storage.read_bytes(str(path), 100)
+    if kind != "large":
+        with pytest.raises(UserError, match="x: not a regular file"):
+            storage.download(str(path), tmp_path / "copy")
+    with pytest.raises(UserError, match="x/y: no such file"):
+        storage.read_bytes(f"{tmp_path}/x/y")
+
+
+def test_an_object_beyond_the_bound_is_not_fetched(store: type[FaultyFileSystem]) -> None:
+    storage.write_bytes("faulty://bucket/x", b"content")
+    assert storage.read_bytes("faulty://bucket/x", 7) == b"content"
+    with pytest.raises(UserError, match="larger than the allowed 6 bytes"):
+        storage.read_bytes("faulty://bucket/x", 6)
+
+
+def test_sealed_records_and_rows_come_back(tmp_path: Path) -> None:
+    url = str(tmp_path / "x")
+    storage.write_sealed(url, {"n": 1})
+    assert storage.read_sealed(dict[str, int], url) == {"n": 1}
+    with pytest.raises(ContentError, match="x: seal"):
+        storage.read_record(dict[str, int], url, error=ContentError)
+    storage.write_rows(url, [{"n": 1}, {"n": 2}])
+    assert storage.read_rows(dict[str, int], url) == [{"n": 1}, {"n": 2}]
+
+
+def test_one_process_creates_a_file_also_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", fail)
+    url = str(tmp_path / "lease")
+    assert storage.create(url, b"mine")
+    assert not storage.create(url, b"theirs")
+    assert storage.read_bytes(url) == b"mine"
 
 
 @pytest.mark.parametrize("root", ["local", "faulty://bucket"])
@@ -140,7 +244,7 @@ def test_a_failing_disk_does_not_look_like_an_absent_file(
     url = str(tmp_path / "x")
     assert not storage.exists(f"{Path(__file__)}/x")
     monkeypatch.setattr(os, "stat", fail)
-    with pytest.raises(UserError, match=rf"{url}: cannot be looked up \(Stale file handle\)"):
+    with pytest.raises(UserError, match=rf"{url}: Stale file handle; check the disk"):
         storage.exists(url)
 
 

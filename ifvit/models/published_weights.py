@@ -45,6 +45,7 @@ _KNOWN = re.compile(
     r"|mid_block\.|((image|caption|joint|joint_skip|image_skip|in|out)_blocks\.\d+\.))"
 )
 _CLIP_TOKENS = 77
+_MAX_BYTES = 64 << 30
 _HEAD_WIDTH = 64
 _HUGE_WIDTH, _HUGE_HEADS = 1152, 16
 """U-ViT-H, the one size whose heads are not 64 channels wide."""
@@ -232,7 +233,7 @@ def import_weights(config: ImportConfig) -> None:
 
 
 def _read(url: str) -> Mapping[str, Tensor]:
-    data = storage.read_bytes(url)
+    data = storage.read_bytes(url, _MAX_BYTES)
     try:
         if url.endswith(".safetensors"):
             return safetensors.torch.load(data)

@@ -87,7 +87,7 @@ def test_wrong_annotations_are_one_line_that_names_the_key(
 @pytest.mark.parametrize("text", ["{not json", "[]", '"text"'])
 def test_a_file_without_coco_captions_is_an_error(coco: Path, text: str) -> None:
     (coco / "captions_train2014.json").write_text(text)
-    with pytest.raises(UserError, match=r"captions_train2014\.json: not"):
+    with pytest.raises(UserError, match=r"captions_train2014\.json: (not|Invalid)"):
         read(coco)
 
 
