@@ -1,7 +1,6 @@
 """Decoding of images in threads, and the frozen encoders; `encode` calls both batch by batch."""
 
 import contextlib
-import io
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +11,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from data_pipeline.completion import Failure
@@ -119,7 +117,7 @@ def read_or_fail(image: CaptionedImage, image_size: int) -> DecodedImage | Failu
     Raises StoreError when the object store fails, which is not the fault of the image.
     """
     try:
-        return read_square(io.BytesIO(image.read()), image_size)
+        return read_square(image.read(), image_size)
     except StoreError:
         raise
     except Exception as error:  # decoders raise all kinds of errors for broken files
@@ -128,8 +126,6 @@ def read_or_fail(image: CaptionedImage, image_size: int) -> DecodedImage | Failu
 
 def _reason(error: Exception) -> str:
     """Describe an error without folders or memory addresses, so that markers are reproducible."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image of a known format"
     text = str(error) or type(error).__name__
     return text.rpartition(": ")[2] if isinstance(error, UserError) else text
 

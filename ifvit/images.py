@@ -6,18 +6,39 @@ Shapes: B batch, H height, W width.
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from ifvit import storage
+from ifvit.errors import UserError
+from ifvit.records import shorten
 
 Pixels = NDArray[np.uint8]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Suffixes of the files that count as images in a folder."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""Formats of Pillow that are decoded, whatever the suffix of the file.
+
+Each has one small decoder whose memory the size in the header bounds. EPS starts Ghostscript. TIFF,
+PSD, JPEG 2000 and the rest have large or rarely tested decoders, or states that no header bounds.
+"""
+MAX_MEGAPIXELS = 100
+"""Default limit of an image's area, in millions of pixels."""
 _GRID_GAP = 2
+
+Image.MAX_IMAGE_PIXELS = None  # open_image has its own limit, which users can raise
+
+
+class ImageError(UserError):
+    """A file is not an image that can be read."""
+
+
+class ImageSizeError(ImageError):
+    """An image has more pixels or bytes than the limit allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +50,55 @@ class DecodedImage:
     height: int
 
 
-def read_square(file: Path | BinaryIO, image_size: int) -> DecodedImage:
+def open_image(file: Path | bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """Open and decode an image of one of FORMATS from a local file or from a file's content.
+
+    The header is checked before anything is decoded. A file may have at most 4 bytes per allowed
+    pixel. Raises ImageError, which names a file given by its path, when the file is absent, not a
+    regular file, too large, truncated, or no image of FORMATS.
+    """
+    prefix = f"{file}: " if isinstance(file, Path) else ""
+    max_pixels = int(max_megapixels * 1_000_000)
+    data = _read_file(file, 4 * max_pixels) if isinstance(file, Path) else file
+    if len(data) > 4 * max_pixels:
+        raise ImageSizeError(f"{prefix}{len(data):,} bytes are more than {4 * max_pixels:,}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height <= max_pixels:
+            image.load()
+            return image
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise ImageError(f"{prefix}not an image of a known format ({known})") from None
+    except Exception as error:  # decoders raise all kinds of errors for broken files
+        reason = shorten(error) or type(error).__name__
+        raise ImageError(f"{prefix}not a readable image ({reason})") from None
+    size = f"{image.width} x {image.height} pixels"
+    raise ImageSizeError(f"{prefix}{size} are more than {max_megapixels:g} megapixels")
+
+
+def _read_file(path: Path, max_bytes: int) -> bytes:
+    try:
+        return storage.read_bytes(str(path), max_bytes)
+    except storage.TooLargeError as error:
+        raise ImageSizeError(str(error)) from None
+    except UserError as error:
+        raise ImageError(str(error)) from None
+
+
+def read_square(
+    file: Path | bytes, image_size: int, max_megapixels: float = MAX_MEGAPIXELS
+) -> DecodedImage:
     """Read an image file as RGB, crop the centre square and resize it to `image_size`.
 
-    The rotation in EXIF data is ignored, as in U-ViT. Raises the error of PIL for a file that is
-    absent, truncated or not an image, and OSError for an image of more than 8 bits.
+    The rotation in EXIF data is ignored, as in U-ViT. Raises ImageError as `open_image` does, and
+    for an image of more than 8 bits.
     """
-    with Image.open(file) as opened:
-        if opened.mode.startswith(("I", "F")):  # PIL would clip these to white
-            raise OSError(f"mode {opened.mode} has more than 8 bits; convert it to 8 bits")
-        image = opened.convert("RGB")
-    square = resize(center_crop(image), image_size)
+    image = open_image(file, max_megapixels)
+    if image.mode.startswith(("I", "F")):  # PIL would clip these to white
+        where = f"{file}: " if isinstance(file, Path) else ""
+        raise ImageError(f"{where}mode {image.mode} has more than 8 bits; convert it to 8 bits")
+    square = resize(center_crop(image).convert("RGB"), image_size)
     return DecodedImage(pixels=np.asarray(square), width=image.width, height=image.height)
 
 
@@ -79,9 +138,8 @@ def encode_png(image: Pixels | Image.Image) -> bytes:
 
 
 def decode_png(data: bytes) -> Pixels:
-    """Decode the content of an image file to pixels (H, W, 3)."""
-    with Image.open(io.BytesIO(data)) as file:
-        return np.asarray(file.convert("RGB"))
+    """Decode the content of an image file to pixels (H, W, 3). Raises ImageError."""
+    return np.asarray(open_image(data).convert("RGB"))
 
 
 def make_grid(images: Pixels, columns: int) -> Image.Image:

@@ -71,6 +71,10 @@ class ContentError(UserError):
     """The content of an object has another hash than the content that was written."""
 
 
+class TooLargeError(UserError):
+    """A file has more bytes than its reader allows."""
+
+
 def is_remote(url: str) -> bool:
     """Whether `url` names an object store rather than the local file system.
 
@@ -171,7 +175,7 @@ def _size_of_file(files: FileSystem, url: str) -> int:
 
 def _check_size(url: str, num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
-        raise UserError(f"{url}: larger than the allowed {max_bytes:,} bytes")
+        raise TooLargeError(f"{url}: larger than the allowed {max_bytes:,} bytes")
 
 
 def read_record(cls: type[Record], url: str, *, error: type[UserError] = UserError) -> Record:

@@ -79,6 +79,16 @@ def test_a_library_is_imported_in_its_rooms_only(library: str) -> None:
     assert [file for file in parse_product() if library in imported_names(file)] == ROOMS[library]
 
 
+def test_pillow_opens_files_in_one_function_only() -> None:
+    callers = [
+        file
+        for file, tree in parse_product().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "Image.open"
+    ]
+    assert callers == ["ifvit/images.py"]
+
+
 def test_nothing_imports_torchvision() -> None:
     assert [file for file in parse_product() if "torchvision" in imported_names(file)] == []
 

@@ -15,7 +15,6 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from ifvit import storage
@@ -30,7 +29,7 @@ from ifvit.evaluation.features import (
     load_networks,
 )
 from ifvit.evaluation.metrics import FeatureStatistics
-from ifvit.images import IMAGE_SUFFIXES, Pixels, read_square
+from ifvit.images import IMAGE_SUFFIXES, ImageError, Pixels, read_square
 from ifvit.sampling.samples import batched
 from ifvit.shards.format import RESIZE
 
@@ -154,8 +153,8 @@ def read_real_image(path: Path, image_size: int) -> Pixels:
     """Pixels (image_size, image_size, 3). Raises UserError naming a file that cannot be read."""
     try:
         return read_square(path, image_size).pixels
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); replace or delete it") from None
+    except ImageError as error:
+        raise UserError(f"{error}; replace or delete it") from None
 
 
 def read_batches(paths: Sequence[Path], image_size: int, batch_size: int) -> Iterator[Pixels]:

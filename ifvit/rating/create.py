@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import UnidentifiedImageError
-
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.object_count import read_count_prompts
-from ifvit.images import decode_png, encode_png
+from ifvit.images import ImageError, decode_png, encode_png
 from ifvit.rating.config import CreateConfig
 from ifvit.rating.study import (
     Item,
@@ -201,8 +199,8 @@ def _copy(url: str, folder: str) -> str:
     """
     try:
         data = encode_png(decode_png(storage.read_bytes(url)))
-    except UnidentifiedImageError:
-        raise UserError(f"{url}: not an image; generate it again") from None
+    except ImageError as error:
+        raise UserError(f"{url}: {error}; generate it again") from None
     name = f"{hashlib.sha256(data).hexdigest()[:32]}.png"
     storage.write_bytes(storage.join(folder, name), data)
     return name

@@ -26,6 +26,7 @@ from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import MetricsRow, describe_field, describe_value
 from ifvit.evaluation.runs import Run, read_runs
 from ifvit.figures import RUN_COLOURS, house_style, to_png, to_svg
+from ifvit.images import open_image
 from ifvit.models.config import FusionUViTConfig
 from ifvit.studies import object_counts
 from ifvit.studies.comparisons import (
@@ -99,13 +100,13 @@ def render_page(template: str, **values: Any) -> bytes:
 
 def inline_image(data: bytes) -> str:
     """Return an image file as a data URI; images wider than 128 pixels as WebP."""
-    with Image.open(io.BytesIO(data)) as file:
-        if file.width > _SMALL:
-            picture = file.convert("RGB")
-            picture.thumbnail((_MAX_WIDTH, 4 * _MAX_WIDTH), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            picture.save(buffer, "WEBP", quality=90)
-            return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image = open_image(data)
+    if image.width > _SMALL:
+        picture = image.convert("RGB")
+        picture.thumbnail((_MAX_WIDTH, 4 * _MAX_WIDTH), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.save(buffer, "WEBP", quality=90)
+        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
