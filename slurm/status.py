@@ -15,6 +15,7 @@ from submitit.slurm.slurm import SlurmInfoWatcher
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.evaluation.training_rows import read_training_rows
 from slurm.config import CancelConfig, LogsConfig, StatusConfig
 from slurm.jobs import JobRecord, SubmissionRecord, read_records
 from slurm.supervise import TASK_START
@@ -154,18 +155,16 @@ def describe_progress(verb: str, run: str) -> str:
         return f"{len(storage.list_names(storage.join(run, 'completed')))} shards"
     if verb != "train":
         return ""
-    metrics = storage.join(run, "metrics.jsonl")
-    lines = storage.read_bytes(metrics).decode().splitlines() if storage.exists(metrics) else []
-    complete = [line for line in lines[-2:] if line.endswith("}")]  # the last may be half written
-    if not complete:
+    rows = read_training_rows(run, newest=1)
+    if not rows:
         return "no step yet"
-    row = json.loads(complete[-1])
+    row = rows[-1]
     recipe = yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml")))
-    step, total = int(row["step"]), int(recipe["max_steps"])
-    seconds = (total - step) * recipe["global_batch_size"] / row["samples_per_s"]
+    step, total = row.step, int(recipe["max_steps"])
+    seconds = (total - step) * recipe["global_batch_size"] / row.samples_per_s
     latest = storage.join(run, "checkpoints", "latest")
     checkpoint = storage.read_bytes(latest).decode().strip() if storage.exists(latest) else "none"
     return (
-        f"step {step}/{total}, {row['samples_per_s']:.1f} samples/s, "
+        f"step {step}/{total}, {row.samples_per_s:.1f} samples/s, "
         f"{timedelta(seconds=round(seconds))} left, checkpoint {checkpoint}"
     )

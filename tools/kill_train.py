@@ -22,6 +22,7 @@ from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from ifvit.evaluation.training_rows import read_training_rows
 from ifvit.models.config import FusionUViTConfig
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import exists, join, list_names, read_bytes
@@ -225,8 +226,8 @@ def compare(calm: str, hunted: str, folder: Path) -> dict[str, object]:
     """Largest relative difference of losses, and of tensors relative to their largest value."""
     losses = []
     for run in (calm, hunted):
-        rows = [json.loads(line) for line in read_bytes(join(run, "metrics.jsonl")).splitlines()]
-        losses.append({row["step"]: row["loss"] for row in rows})
+        rows = read_training_rows(run)
+        losses.append({row.step: row.loss for row in rows if row.loss is not None})
         assert len(losses[-1]) == len(rows), f"{run}: a step was logged twice"
     assert losses[0].keys() == losses[1].keys(), "a logged step is missing"
     found = [fetch_newest(run, folder / Path(run).name) for run in (calm, hunted)]

@@ -12,6 +12,7 @@ import yaml
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows, samples_url
+from ifvit.evaluation.training_rows import TrainingRow, read_training_rows
 from ifvit.models.config import BackboneConfig, FusionUViTConfig, restore_config
 from ifvit.models.cost import Cost, count_cost
 
@@ -53,7 +54,7 @@ class Run:
     url: str
     recipe: dict[str, Any] | None
     backbone: BackboneConfig | None
-    curve: list[dict[str, float]]
+    curve: list[TrainingRow]
     rows: list[MetricsRow]
     evaluations: list[MetricsRow]
     samples: list[Sample]
@@ -98,7 +99,7 @@ def read_run(url: str, name: str) -> Run:
         if storage.exists(recipe_url)
         else None,
         backbone=_read_backbone(url),
-        curve=_read_jsonl(storage.join(url, "metrics.jsonl")),
+        curve=read_training_rows(url),
         rows=list(rows.values()),
         evaluations=evaluations,
         samples=read_samples(samples_url(last)) if last else [],

@@ -197,7 +197,7 @@ def differs_in_hardware(sheet: Sheet) -> str | None:
 def devices(sheet: Sheet) -> list[str]:
     """Return the names of the training devices, from metrics.jsonl."""
     rows = (row for run in sheet.runs for row in run.curve)
-    return sorted({str(row["device"]) for row in rows if "device" in row})
+    return sorted({row.device for row in rows})
 
 
 def gflops_of(run: Run) -> float:
@@ -212,7 +212,7 @@ def iterations_per_s(runs: Sequence[Run]) -> float | None:
     """
     speeds = []
     for run in runs:
-        rates = [row["samples_per_s"] for row in run.curve if "samples_per_s" in row]
+        rates = [row.samples_per_s for row in run.curve]
         if rates and (size := _batch_size(run)):
             speeds.append(statistics.median(rates) / size)
     return statistics.mean(speeds) if speeds else None

@@ -142,7 +142,7 @@ def settings_lines(runs: Sequence[Run]) -> list[Line]:
 
     shapes = [b if isinstance(b := run.backbone, FusionUViTConfig) else None for run in runs]
     costs = [run.cost for run in runs]
-    ends = [run.curve[-1] if run.curve else {} for run in runs]
+    ends = [run.curve[-1] if run.curve else None for run in runs]
     return [
         line("Architecture", [run.backbone and run.backbone.architecture for run in runs]),
         line("Fusion", [run.fusion for run in runs]),
@@ -154,9 +154,9 @@ def settings_lines(runs: Sequence[Run]) -> list[Line]:
         line("Parameters", [c and c.params for c in costs], "{:,}"),
         line("GFLOPs", [c and c.layer_flops / 1e9 for c in costs], "{:.3f}"),
         line("GFLOPs with attention", [c and c.flops / 1e9 for c in costs], "{:.3f}"),
-        line("Steps", [end.get("step") for end in ends], "{:,}"),
-        line("Images seen", [end.get("samples_seen") for end in ends], "{:,}"),
-        line("Training seconds", [end.get("seconds") for end in ends], "{:,.0f}"),
+        line("Steps", [end and end.step for end in ends], "{:,}"),
+        line("Images seen", [end and end.samples_seen for end in ends], "{:,}"),
+        line("Training seconds", [end and end.seconds for end in ends], "{:,.0f}"),
         line("Last loss", [_last_loss(run) for run in runs], "{:.4f}", "mean of the last tenth"),
     ]
 
@@ -277,7 +277,7 @@ def recipe_differences(runs: Sequence[Run]) -> list[Line]:
 
 
 def _last_loss(run: Run) -> float | None:
-    losses = [row["loss"] for row in run.curve if "loss" in row]
+    losses = [row.loss for row in run.curve if row.loss is not None]
     last = losses[-math.ceil(len(losses) / 10) :]
     return sum(last) / len(last) if last else None
 
@@ -319,8 +319,8 @@ def plot_curve(curve: _Curve, runs: Sequence[Run]) -> str | None:
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
         for number, run in enumerate(runs):
-            keys = curve.x, curve.y
-            points = [[row[key] for key in keys] for row in run.curve if set(keys) <= set(row)]
+            pairs = [(getattr(row, curve.x), getattr(row, curve.y)) for row in run.curve]
+            points = [(x, y) for x, y in pairs if y is not None]
             if not points:
                 continue
             x, y = np.array(points, dtype=np.float64).T

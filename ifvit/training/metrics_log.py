@@ -1,26 +1,29 @@
 """metrics.jsonl, the trackers that repeat it, the progress line and the summary; a hook."""
 
-import json
 import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
 from ifvit.errors import UserError
+from ifvit.evaluation.training_rows import FILE, TrainingRow, read_training_rows
 from ifvit.models.cost import count_cost
-from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
+from ifvit.records import dump_rows
+from ifvit.storage import is_remote, join, write_bytes
 from ifvit.training.checkpoint import TrainState
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.loop import StepReport
 from ifvit.training.profiling import device_name, peak_flops, peak_memory
 
-Row = dict[str, float | str | None]
+_LARGEST = 1e18
+"""A value above this counts as infinite."""
 
 
 class MetricsLog:
@@ -36,9 +39,9 @@ class MetricsLog:
     def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self.every = config.log_every
         self._config, self._engine = config, engine
-        self._url = join(config.run, "metrics.jsonl")
-        self._rows: list[str] = []
-        self._row: Row = {}
+        self._url = join(config.run, FILE)
+        self._rows: list[bytes] = []
+        self._row: TrainingRow | None = None
 
     @contextmanager
     def open(self, state: TrainState) -> Iterator[None]:
@@ -69,17 +72,15 @@ class MetricsLog:
     def publish(self) -> None:
         """Make the rows so far durable; the thread that saves checkpoints calls this."""
         if is_remote(self._url):
-            write_bytes(self._url, "".join(list(self._rows)).encode())
+            write_bytes(self._url, b"".join(list(self._rows)))
             return
         with Path(self._url).open() as file:
             os.fsync(file.fileno())
 
     def _keep_rows_until(self, step: int) -> None:
-        rows = read_bytes(self._url).decode().splitlines() if exists(self._url) else []
-        # A killed process may have left half a row.
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-        self._rows = [f"{row}\n" for row in kept]
-        write_bytes(self._url, "".join(self._rows).encode())
+        rows = read_training_rows(self._config.run)
+        self._rows = [dump_rows([row]) for row in rows if row.step <= step]
+        write_bytes(self._url, b"".join(self._rows))
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Write the row of this step."""
@@ -87,63 +88,62 @@ class MetricsLog:
         self._last = state
         if not self._engine.world.is_main:
             return
-        self._rows.append(json.dumps(self._row) + "\n")
+        self._rows.append(dump_rows([self._row]))
         if not is_remote(self._url):
-            with Path(self._url).open("a") as file:
+            with Path(self._url).open("ab") as file:
                 file.write(self._rows[-1])
-        numbers = {key: value for key, value in self._row.items() if isinstance(value, int | float)}
+        values = asdict(self._row).items()
+        numbers = {key: value for key, value in values if isinstance(value, int | float)}
         for tracker in self._trackers:
             tracker.log(numbers, step=state.step)
         self._bar.set_postfix(loss=f"{report.loss:.4f}", refresh=False)
         self._bar.update(state.step - self._bar.n)
 
-    def _build_row(self, state: TrainState, report: StepReport) -> Row:
+    def _build_row(self, state: TrainState, report: StepReport) -> TrainingRow:
         engine, last = self._engine, self._last
         num_steps, seconds = state.step - last.step, state.seconds - last.seconds
         rate = (state.samples_seen - last.samples_seen) / seconds
-        row: Row = {
-            "step": state.step,
-            "samples_seen": state.samples_seen,
-            "loss": _finite(report.loss),
+        peak, scale = peak_flops(engine.device), engine.loss_scale
+        # A backward pass costs two forward passes.
+        flops = 3 * count_cost(self._config.backbone).flops * rate / engine.world.size
+        phases = {
+            f"{name}_seconds": total / num_steps for name, total in engine.timer.take().items()
+        }
+        return TrainingRow(
+            step=state.step,
+            samples_seen=state.samples_seen,
+            loss=_finite(report.loss),
             **{f"loss_q{n}": _finite(loss) for n, loss in enumerate(report.loss_by_time)},
-            "learning_rate": report.learning_rate,
-            "grad_norm": _finite(report.grad_norm),
-            "loss_spikes": state.loss_spikes,
-            "nonfinite_steps": state.nonfinite_steps,
-            "samples_per_s": rate,
-            "tokens_per_s": rate * self._config.backbone.num_tokens,
-            "data_wait": (state.data_wait - last.data_wait) / seconds,
-            "seconds": state.seconds,
-        }
-        for phase, total in engine.timer.take().items():
-            row[f"{phase}_seconds"] = total / num_steps
-        if engine.loss_scale is not None:
-            row |= {"loss_scale": engine.loss_scale.value, "overflows": engine.loss_scale.overflows}
-        peak = peak_flops(engine.device)
-        if peak is not None:
-            # A backward pass costs two forward passes.
-            flops = 3 * count_cost(self._config.backbone).flops * rate
-            row["mfu"] = flops / (peak * engine.world.size)
-        return {
-            **row,
-            "peak_memory": peak_memory(engine.device),
-            "device": device_name(engine.device),
-        }
+            learning_rate=report.learning_rate,
+            grad_norm=_finite(report.grad_norm),
+            loss_spikes=state.loss_spikes,
+            nonfinite_steps=state.nonfinite_steps,
+            samples_per_s=rate,
+            tokens_per_s=rate * self._config.backbone.num_tokens,
+            data_wait=(state.data_wait - last.data_wait) / seconds,
+            seconds=state.seconds,
+            **phases,
+            loss_scale=scale and scale.value,
+            overflows=scale and scale.overflows,
+            mfu=None if peak is None else flops / peak,
+            peak_memory=peak_memory(engine.device),
+            device=device_name(engine.device),
+        )
 
     def _summarise(self) -> None:
         state, row = self._last, self._row
-        if not row:
+        if row is None:
             if state.step == self._config.max_steps:
                 end = f"complete at step {state.step}; raise max_steps to continue"
                 sys.stderr.write(f"{self._config.run}: {end}\n")
             return
         facts = [
             f"step {state.step} in {state.seconds:.0f} s",
-            f"loss {math.nan if row['loss'] is None else row['loss']:.4f}",
-            f"{row['samples_per_s']:.1f} samples/s",
-            f"data wait {row['data_wait']:.1%}",
-            *([f"MFU {row['mfu']:.1%}"] if "mfu" in row else []),
-            f"peak memory {peak_memory(self._engine.device) / 1e9:.2f} GB on {row['device']}",
+            f"loss {math.nan if row.loss is None else row.loss:.4f}",
+            f"{row.samples_per_s:.1f} samples/s",
+            f"data wait {row.data_wait:.1%}",
+            *([f"MFU {row.mfu:.1%}"] if row.mfu is not None else []),
+            f"peak memory {peak_memory(self._engine.device) / 1e9:.2f} GB on {row.device}",
             f"{state.loss_spikes} loss spikes",
             f"{state.nonfinite_steps} skipped steps",
         ]
@@ -152,7 +152,7 @@ class MetricsLog:
 
 def _finite(value: float) -> float | None:
     """`value`, or None where JSON has no such number."""
-    return value if math.isfinite(value) else None
+    return value if value < _LARGEST else None
 
 
 def _open_trackers(config: TrainConfig, state: TrainState) -> list[GeneralTracker]:

@@ -1,13 +1,12 @@
 """Recipes of jobs that take seconds, and functions that wait for jobs and inspect them."""
 
-import json
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ifvit import storage
+from ifvit.evaluation.training_rows import read_training_rows
 from slurm.config import LogsConfig
 from slurm.jobs import VerbJob
 from slurm.status import JobStatus, find_log, read_statuses
@@ -105,8 +104,7 @@ def wait_for_jobs(home: str) -> list[JobStatus]:
 
 def read_losses(run: str) -> dict[int, float]:
     """Return the loss of every logged step."""
-    rows = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()
-    return {row["step"]: row["loss"] for row in map(json.loads, rows)}
+    return {row.step: row.loss for row in read_training_rows(run) if row.loss is not None}
 
 
 def find_tasks(job_id: str) -> dict[int, int]:

@@ -1,14 +1,15 @@
 """`ifvit submit status`, `logs` and `cancel` with recorded answers of SLURM."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from made_training_rows import made_training_row
 from small_jobs import Command
 
 from ifvit.errors import UserError
+from ifvit.records import dump_rows
 from slurm.config import CancelConfig, LogsConfig, StatusConfig
 from slurm.jobs import JobRecord, SubmissionRecord, read_records, write_record
 from slurm.status import cancel, describe_progress, find_log, read_statuses, status, table
@@ -108,8 +109,8 @@ def test_progress_of_a_run_has_step_speed_time_and_checkpoint(tmp_path: Path) ->
     run = str(tmp_path)
     assert describe_progress("train", run) == "no step yet"
     (tmp_path / "config.yaml").write_text("max_steps: 1000\nglobal_batch_size: 64\n")
-    rows = [json.dumps({"step": step, "samples_per_s": 32.0}) for step in (100, 200)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 3')
+    rows = dump_rows(made_training_row(step, samples_per_s=32.0) for step in (100, 200))
+    (tmp_path / "metrics.jsonl").write_bytes(rows + b'{"step": 3')
     text = "step 200/1000, 32.0 samples/s, 0:26:40 left, checkpoint none"
     assert describe_progress("train", run) == text
     (tmp_path / "checkpoints").mkdir()

@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+from made_training_rows import made_training_row
 
 from ifvit import storage
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url, write_row
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.config import PRESETS, BackboneConfig, FusionUViTConfig
+from ifvit.records import dump_rows
 from ifvit.sampling.config import SamplingConfig
 from ifvit.studies.variants import Variant
 
@@ -77,16 +79,11 @@ def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
 
 def write_training(folder: Path, shape: BackboneConfig, seed: int = 1) -> None:
     """Write the files of `ifvit train`; the weights are only a configuration."""
-    curve = [
-        {"step": step, "samples_seen": 64 * step, "loss": 1 / step, "grad_norm": 1.0,
-         "learning_rate": 2e-4, "samples_per_s": 400.0, "data_wait": 0.01, "seconds": step / 8,
-         "device": "cpu"}
-        for step in range(10, 1201, 10)
-    ]  # fmt: skip
+    curve = [made_training_row(step) for step in range(10, 1201, 10)]
     backbone = json.dumps(dataclasses.asdict(shape))
     files = {
         folder / "config.yaml": f"seed: {seed}\nglobal_batch_size: 32\nbackbone: {backbone}\n",
-        folder / "metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in curve),
+        folder / "metrics.jsonl": dump_rows(curve).decode(),
         folder / "weights/step_00001200/ema/config.json": backbone,
     }
     for path, text in files.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from made_counts import made_row
 from made_runs import backbone_of, build_row, estimate, write_evaluation, write_training
+from made_training_rows import made_training_row
 from PIL import Image
 
 from ifvit.errors import UserError
@@ -187,7 +188,7 @@ def test_the_best_variant_is_marked_only_beyond_the_noise_over_seeds(sheet: Shee
 
 
 def test_training_speed_ignores_a_pause(sheet: Sheet) -> None:
-    paused = [{"samples_per_s": rate} for rate in (400.0, 400.0, 4.0)]
+    paused = [made_training_row(10, samples_per_s=rate) for rate in (400.0, 400.0, 4.0)]
     run = dataclasses.replace(sheet.variants[VARIANTS[0]][0], curve=paused)
     assert iterations_per_s([run]) == 12.5
 

@@ -1,12 +1,13 @@
 """A small dataset and recipe, what its run left, and how several processes are started."""
 
-import json
 import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils.other import get_free_port
@@ -15,8 +16,8 @@ from made_shards import make_samples, write_shards
 
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, write_row
+from ifvit.evaluation.training_rows import read_training_rows
 from ifvit.sampling.config import SamplingConfig
-from ifvit.storage import join, read_bytes
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
 CONTEXT_SHAPE = (5, 12)
@@ -60,11 +61,11 @@ def write_evaluation(run: str, step: int, metric: str, value: float | None) -> N
     write_row(row_url(f"{run}/{FOLDER}", "scenes", 1.5, step), MetricsRow(**row))  # type: ignore[arg-type]
 
 
-def rows(config: TrainConfig) -> dict[int, dict[str, float]]:
+def rows(config: TrainConfig) -> dict[int, dict[str, Any]]:
     """metrics.jsonl by step; no step may occur twice."""
-    lines = read_bytes(join(config.run, "metrics.jsonl")).splitlines()
-    by_step = {row["step"]: row for row in map(json.loads, lines)}
-    assert len(by_step) == len(lines)
+    table = read_training_rows(config.run)
+    by_step = {row.step: asdict(row) for row in table}
+    assert len(by_step) == len(table)
     return by_step
 
 

@@ -1,0 +1,53 @@
+"""metrics.jsonl is read whole, up to its unfinished line, or refused in one line."""
+
+import random
+from pathlib import Path
+
+import pytest
+from made_training_rows import made_training_row
+
+from ifvit.errors import UserError
+from ifvit.evaluation.training_rows import FILE, read_training_rows
+from ifvit.records import dump_rows
+
+ROWS = [made_training_row(step, loss=None if step == 20 else 0.5) for step in (10, 20, 30)]
+
+
+def test_rows_come_back_and_an_unfinished_one_is_left_out(tmp_path: Path) -> None:
+    assert read_training_rows(str(tmp_path)) == []
+    (tmp_path / FILE).write_bytes(dump_rows(ROWS) + b'{"step": 4')
+    assert read_training_rows(str(tmp_path)) == ROWS
+    assert read_training_rows(str(tmp_path), newest=1) == ROWS[-1:]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        b"3",
+        b"[" * 100_000,
+        b'{"step": 10, "loss": 0.5}',
+        dump_rows([{"step": 10}]).strip(),
+        dump_rows([{**vars(ROWS[0]), "loss": "low"}]).strip(),
+        dump_rows([{**vars(ROWS[0]), "seconds": -1.0}]).strip(),
+        dump_rows([{**vars(ROWS[0]), "step": 10**30}]).strip(),
+        b"\xff\xfe",
+    ],
+)
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path, row: bytes) -> None:
+    (tmp_path / FILE).write_bytes(dump_rows(ROWS[:1]) + row + b"\n")
+    with pytest.raises(UserError, match=rf"{FILE}, line 2") as error:
+        read_training_rows(str(tmp_path))
+    assert str(error.value).isprintable()
+
+
+def test_flipped_bytes_of_rows_never_change_them(tmp_path: Path) -> None:
+    chance, data = random.Random(0), dump_rows(ROWS)
+    for _ in range(300):
+        flipped = bytearray(data)
+        flipped[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        (tmp_path / FILE).write_bytes(flipped)
+        try:
+            found = read_training_rows(str(tmp_path))
+        except UserError:
+            continue
+        assert found in (ROWS, ROWS[:2])  # a changed line end leaves the last row unfinished
