@@ -1,31 +1,42 @@
 """Recipes: frozen dataclasses that are filled from defaults, then YAML files, then flags.
 
-`cli.main` calls `read_config`. jsonargparse does the typing, the merging and the help. This module
-adds what jsonargparse 4.53 does not offer: words without a flag that fill a list, switches without
-a value, shipped recipes by name, and unions of dataclasses. (jsonargparse tries all members of a
+`cli.main` calls `read_config`. This module reads all YAML files and checks their keys; jsonargparse
+does the typing, the merging and the help. This module also adds what jsonargparse 4.53 does not
+offer: words without a flag that fill a list, switches without a value, shipped recipes by name,
+fields that only a flag may set, and unions of dataclasses. (jsonargparse tries all members of a
 union in turn: one wrong key gives twelve lines, and a flag cannot change one field of a member.)
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from argparse import Action
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import (
+    ArgumentError,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+    set_parsing_settings,
+)
 
 from ifvit.errors import UserError
+from ifvit.records import MAX_YAML_BYTES, check_value, field_hints, parse_yaml, shorten
 
 Config = TypeVar("Config")
-Flag = tuple[str, str | None]
-"""`--name` and its value; None for a flag without a value, such as --help."""
+Flag = tuple[str, Any]
+"""`--name` and its value: a word, the content of a YAML file, or None for a flag like --help."""
 
 KEY = "architecture"
 """Field that tells the members of a union of dataclasses apart."""
+FLAG_ONLY = {"flag_only": True}
+"""`field(metadata=FLAG_ONLY)` is a field that a flag may set, but no YAML file."""
 _CONFIGS = Path(__file__).parent / "configs"
 """Shipped recipes: a link in the repository, a folder in an installed package."""
 
@@ -38,12 +49,16 @@ def read_config(
     """Parse `--config` files and flags into the dataclass `cls`; a later value wins.
 
     `positional` names the fields that take the words before the first flag: one list field, or
-    several string fields (names separated by spaces). `--help` and `--print_config` print and exit
-    with code 0. Raises UserError, in one line, for an unknown key, a wrong type, a missing value,
-    and for a value that `cls` rejects.
+    several string fields (names separated by spaces). `--config` also takes YAML text of several
+    lines. `--help` and `--print_config` print and exit with code 0. Raises UserError, in one line,
+    for an unknown key, a wrong type, a missing value, and for a value that `cls` rejects.
     """
     parser = ArgumentParser(
-        prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False
+        prog=prog,
+        description=cls.__doc__,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument(
         "--config",
@@ -52,9 +67,7 @@ def read_config(
     )
     try:
         flags = _find_shipped(cls, prog, _split_flags(cls, argv, positional))
-        for flag, value in flags:
-            if flag == "--config" and value:
-                _load(value)  # because jsonargparse does not name a file that is not YAML
+        flags = [(flag, _read_files(cls, flag, value)) for flag, value in flags]
         chosen: dict[str, type[Any]] = {}
         for name, hint in get_type_hints(cls).items():
             members = get_args(hint) if isinstance(hint, UnionType) else ()
@@ -63,11 +76,119 @@ def read_config(
         names = parser.add_class_arguments(cls, skip=set(chosen))
         for name, member in chosen.items():
             parser.add_argument(f"--{name}", type=member, required=True)
-        words = [word for flag in flags for word in flag if word is not None]
-        values = parser.instantiate(parser.parse_args(words))
+        parsed = parser.parse_args([_word(flag, value) for flag, value in flags])
+        _check_rules(cls, parsed, "")
+        values = parser.instantiate(parsed)
         return cls(**{name: values[name] for name in (*names, *chosen)})
-    except (ArgumentError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{prog}: {_one_line(error)}") from None
+    except (ArgumentError, TypeError, ValueError, OverflowError, OSError) as error:
+        raise UserError(f"{prog}: {_explain(error)}") from None
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Shows the rule of a field's type in words."""
+
+    def _expand_help(self, action: Action) -> str:
+        text = re.sub(
+            r"type: Annotated\[(\w+), ([^\]]*)\]", r"type: \1, \2", super()._expand_help(action)
+        )
+        return _without_annotated(text)
+
+
+def _without_annotated(text: str) -> str:
+    return re.sub(r"(?:typing\.)?Annotated\[(\w+), ([^\]]*)\]", r"\1 \2", text)
+
+
+def _word(flag: str, value: Any) -> str:
+    """One word of the command line for jsonargparse."""
+    if value is None:
+        return flag
+    if not isinstance(value, str):
+        value = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"))
+    return f"{flag}={value}"
+
+
+def _read_files(cls: type[Any], flag: str, value: Any) -> Any:
+    """Replace a word that names a YAML file, for --config or a nested dataclass, by its content."""
+    if flag == "--config":
+        return None if value is None else _load(cls, value, Path(), is_flag=False)
+    hint: Any = cls
+    for name in flag.removeprefix("--").removesuffix("+").split("."):
+        hint = dict(_fields_of(hint)).get(name, (None, None))[1]
+    if value in (None, "null") or not (any(_dataclasses_of(hint)) or _item_of(hint)):
+        return value
+    return _load(hint, value, Path(), is_flag=True)
+
+
+def _load(hint: Any, value: str, folder: Path, *, is_flag: bool) -> Any:
+    """Parse YAML text, or the file of this name in `folder`, and check its keys."""
+    if "\n" in value or value[:1] in ("{", "["):
+        return _expand(hint, parse_yaml(value, "recipe"), "recipe", folder, is_flag=is_flag)
+    path = folder / value
+    if not path.is_file():
+        problem = "not a regular file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {problem}; name a YAML file")
+    with path.open("rb") as file:
+        content = parse_yaml(file.read(MAX_YAML_BYTES + 1), str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no keys and values; it must be a YAML mapping")
+    return _expand(hint, content, str(path), path.parent, is_flag=False)
+
+
+def _expand(hint: Any, value: Any, where: str, folder: Path, *, is_flag: bool) -> Any:
+    """Check the keys of a recipe, and replace the names of YAML files in it by their contents."""
+    item = _item_of(hint)
+    if item and isinstance(value, list):
+        return [_expand(item, each, where, folder, is_flag=is_flag) for each in value]
+    known = dict(_fields_of(hint))
+    if known and isinstance(value, str):
+        return _load(hint, value, folder, is_flag=is_flag)
+    if not known or value is None:
+        return value  # jsonargparse checks its type
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {shorten(value)} in place of the keys {', '.join(known)}")
+    expanded = {}
+    for key, given in value.items():
+        if key not in known:
+            names = ", ".join(known)
+            raise UserError(f"{where}: unknown key {shorten(key)}; known keys are {names}")
+        field, field_hint = known[key]
+        if field.metadata.get("flag_only") and not is_flag and given != field.default:
+            raise UserError(f"{where}: {key} is set by the flag --{key} only, not by a file")
+        expanded[key] = _expand(field_hint, given, where, folder, is_flag=is_flag)
+    return expanded
+
+
+def _fields_of(hint: Any) -> Iterator[tuple[str, tuple[dataclasses.Field[Any], Any]]]:
+    """Fields of the dataclasses that an annotation admits: name, field, annotation."""
+    for cls in _dataclasses_of(hint):
+        hints = field_hints(cls)
+        yield from ((f.name, (f, hints[f.name])) for f in fields(cls) if f.init)
+
+
+def _dataclasses_of(hint: Any) -> list[Any]:
+    """The dataclass that `hint` is, or those of a union; none for other annotations."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return [member for member in members if is_dataclass(member)]
+
+
+def _item_of(hint: Any) -> Any:
+    """Annotation of the items of a list or tuple of dataclasses; None for other annotations."""
+    args = get_args(hint)
+    return args[0] if get_origin(hint) in (list, tuple) and _dataclasses_of(args[0]) else None
+
+
+def _check_rules(hint: Any, values: Any, name: str) -> None:
+    """Raise UserError, naming the whole flag, for a value that breaks its rule."""
+    if isinstance(values, Namespace):
+        members = _dataclasses_of(hint)
+        named = [cls for cls in members if getattr(cls, KEY, None) == values.get(KEY)]
+        for field, inner in field_hints((named or members)[0]).items() if members else ():
+            _check_rules(inner, values.get(field), f"{name}.{field}".lstrip("."))
+    elif isinstance(values, list) and _item_of(hint):
+        for number, item in enumerate(values):
+            _check_rules(_item_of(hint), item, f"{name}[{number}]")
+    else:
+        check_value(name, values, hint)
 
 
 def dump_config(config: Any) -> str:
@@ -159,52 +280,53 @@ def _choose_member(
     for flag, value in flags:
         named = _architecture(name, flag, value) or current
         if named not in by_name:
-            raise UserError(f"{name}.{KEY}: expected one of {', '.join(by_name)}, not {named}")
+            raise UserError(
+                f"{name}.{KEY}: expected one of {', '.join(by_name)}, not {shorten(named)}"
+            )
         if named != current:
             kept, current = _without(name, kept), named
         kept.append((flag, value))
     return by_name[current], kept
 
 
-def _architecture(name: str, flag: str, value: str | None) -> str | None:
+def _architecture(name: str, flag: str, value: Any) -> str | None:
     """Architecture that one flag gives to field `name`; None when it gives none."""
-    if value is None or flag not in ("--config", f"--{name}", f"--{name}.{KEY}"):
-        return None
     if flag == f"--{name}.{KEY}":
-        return value
-    content = _load(value)
-    if flag == "--config" and isinstance(content, dict):
-        content = content.get(name)
-        if isinstance(content, str):
-            content = _load(str(Path(value).parent / content))
-    return content.get(KEY) if isinstance(content, dict) else None
+        return value if isinstance(value, str) else None
+    if flag == "--config" and isinstance(value, dict):
+        value = value.get(name)
+    elif flag != f"--{name}":
+        return None
+    return value.get(KEY) if isinstance(value, dict) else None
 
 
 def _without(name: str, flags: list[Flag]) -> list[Flag]:
     """Remove everything that recipes and flags say about field `name`."""
     kept: list[Flag] = []
     for flag, value in flags:
-        recipe = _load(value) if flag == "--config" and value else None
-        if isinstance(recipe, dict) and name in recipe:
-            del recipe[name]
-            kept.append((flag, json.dumps(recipe)))
+        if flag == "--config" and isinstance(value, dict):
+            kept.append((flag, {key: given for key, given in value.items() if key != name}))
         elif flag != f"--{name}" and not flag.startswith(f"--{name}."):
             kept.append((flag, value))
     return kept
 
 
-def _load(value: str) -> Any:
-    """Parse a YAML file, or YAML text. Raises UserError that names a file that is not YAML."""
-    try:
-        is_file = Path(value).is_file()
-        return yaml.safe_load(Path(value).read_text() if is_file else value)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        if is_file:
-            raise UserError(f"{value}: not YAML ({_one_line(error)})") from None
-    except OSError:
-        pass
-    return None  # jsonargparse rejects a value that is neither a file nor YAML
+_UNION = re.compile(
+    r'Parser key "(?P<key>[^"]*)": Does not validate against any of the Union subtypes '
+    r"Subtypes: \[(?P<types>.*?)\] Errors: .*Given value: (?P<value>.*)"
+)
+_SINGLE = re.compile(
+    r'Parser key "(?P<key>[^"]*)": Expected a (?P<types>.*?)\. Got value: (?P<value>.*)'
+)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _explain(error: Exception) -> str:
+    """One short line for an error of jsonargparse: field, value, and what is expected."""
+    text = " ".join(str(error).split())
+    found = _UNION.search(text) or _SINGLE.search(text)
+    if not found:
+        return shorten(text, 400)
+    types = re.sub(r"<class '(\w+)'>", r"\1", _without_annotated(found["types"]))
+    types = types.replace("typing.", "").replace("NoneType", "null").replace(", ", " or ")
+    types = re.sub(r"Literal\[(.*?)\]", r"\1", types)
+    return f"{found['key']} is {shorten(found['value'])}; expected {shorten(types, 200)}"

@@ -34,7 +34,9 @@ from ifvit.errors import UserError
 SEAL = "seal"
 """Key under which a sealed file or row holds the sha256 of its other content."""
 MAX_BYTES = 1 << 28
-"""Largest file that is parsed as one JSON or YAML document, in bytes."""
+"""Largest file that is parsed as one JSON document, in bytes."""
+MAX_YAML_BYTES = 1 << 20
+"""Largest YAML document, in bytes; its parser takes 9 s for this."""
 _MAX_NODES = 1_000_000
 _MAX_INT = 2**63
 _Record = TypeVar("_Record")
@@ -82,7 +84,9 @@ PlainName = Annotated[str, Rule("a plain file name", is_plain_name)]
 RelativePath = Annotated[str, Rule("a relative path without ..", is_relative_path)]
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True)
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
+)
 def record(cls: type[_Record]) -> type[_Record]:
     """Make `cls` a frozen, keyword-only dataclass whose fields are checked when it is built.
 
@@ -108,32 +112,33 @@ def record(cls: type[_Record]) -> type[_Record]:
 
 
 def _check_fields(cls: Any, value: Any) -> None:
-    for name, hint in _hints(cls).items():
-        _check(name, getattr(value, name), hint)
+    for name, hint in field_hints(cls).items():
+        check_value(name, getattr(value, name), hint)
 
 
 @lru_cache(maxsize=256)
-def _hints(cls: type[Any]) -> dict[str, Any]:
+def field_hints(cls: type[Any]) -> dict[str, Any]:
+    """Fields of a dataclass and their annotations, with rules."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
+def check_value(name: str, value: Any, hint: Any) -> None:
     """Raise UserError unless all numbers are finite and all rules of the annotation hold."""
     if isinstance(value, int | float) and not (abs(value) <= _MAX_INT):
         raise UserError(f"{name} is NaN or beyond 64 bits; it must be a finite number")
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        _check(name, value, args[0])
+        check_value(name, value, args[0])
         for rule in args[1:]:
             if isinstance(rule, Rule) and not rule.holds(value):
                 raise UserError(f"{name} is {shorten(value)}; it must be {rule.words}")
     elif origin in (Union, UnionType):
         member = next((arg for arg in args if isinstance(value, _class_of(arg))), None)
-        _check(name, value, member)
+        check_value(name, value, member)
     else:
         for item_name, item, item_hint in _items(name, value, args):
-            _check(item_name, item, item_hint)
+            check_value(item_name, item, item_hint)
 
 
 def _items(name: str, value: Any, args: Sequence[Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -217,15 +222,25 @@ def _describe(problems: Any) -> str:
     return shorten(f"{key}: {words}" if key else words, 300)
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses merge keys, which a few hundred bytes can multiply to billions of entries."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Raise YAMLError for a mapping with a merge key."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("merge keys (<<) are not supported")
+
+
 def parse_yaml(data: bytes | str, where: str) -> Any:
     """Parse one YAML document of plain values. Raises UserError naming `where`.
 
-    Tags that name Python objects are refused, and so are documents that aliases blow up.
+    Tags that name Python objects and merge keys are refused, and so are documents that aliases
+    blow up.
     """
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{where}: {len(data)} bytes are more than the allowed {MAX_BYTES}")
+    if len(data) > MAX_YAML_BYTES:
+        raise UserError(f"{where}: more than the allowed {MAX_YAML_BYTES} bytes of YAML")
     try:
-        value = yaml.safe_load(data)
+        value = yaml.load(data, _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as problem:
         raise UserError(f"{where}: not YAML ({shorten(problem, 200)})") from None
     _count_nodes(value, where)

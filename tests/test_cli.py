@@ -52,7 +52,7 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["shards"], "no verb `shards`"),
         (["train"], "arguments are required: run"),
         (["cost", "--jsn"], "unrecognized arguments: --jsn"),
-        (["encode", "--config", "none.yaml"], "none.yaml'"),
+        (["encode", "--config", "none.yaml"], "none.yaml: no such file"),
         (["shards", "verify", "nowhere"], "nowhere/manifest.json: no such file"),
         (["generate", "--weights", "nowhere", "--prompt", "x"], "nowhere: no weights there"),
         (["generate", "--weights", "nowhere"], "give one of prompt"),

@@ -1,16 +1,19 @@
 """Shipped recipes are accepted by their verbs, found by name, and mistakes in recipes are named."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from data_pipeline.config import EncodeConfig
-from ifvit.config import dump_config, read_config
+from ifvit.config import FLAG_ONLY, dump_config, read_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.models.config import CLASS_PRESETS, PRESETS
+from ifvit.records import PositiveFloat, PositiveInt, record
 from ifvit.training.config import OptimConfig, TrainConfig
 from slurm.config import PipelineConfig, SubmitTrainConfig
 
@@ -181,3 +184,94 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
         r"(?:configs|tests|tools|docs)/[\w/]+\.(?:yaml|py|sh|md)", page.read_text()
     ):
         assert (CONFIGS.parent / name).is_file(), name
+
+
+@record
+class Part:
+    """Part of the whole."""
+
+    rate: PositiveFloat | None = None
+    """Rate."""
+    size: PositiveInt = 3
+    """Size."""
+
+
+@record
+class Whole:
+    """Whole of parts."""
+
+    kind: Literal["a", "b"] = "a"
+    """Kind."""
+    part: Part = dataclasses.field(default_factory=Part)
+    """The part."""
+    parts: list[Part] = dataclasses.field(default_factory=list)
+    """More parts."""
+    code: str | None = dataclasses.field(default=None, metadata=FLAG_ONLY)
+    """Code to run."""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--part.rate", "0"], "part.rate is 0.0; it must be above 0"),
+        (["--part.rate", "x"], "part.rate is x; expected float above 0 or null"),
+        (["--part.rate", "-.inf"], "part.rate is NaN or beyond"),
+        (["--part.rate", "9" * 400], "part.rate is 999"),
+        (["--part.size", "1e30"], r"part.size is 1e\+30; expected int"),
+        (["--parts", "[{size: 1}, {size: 0}]"], r"parts\[1\].size is 0"),
+        (["--kind", "c"], "kind is c; expected 'a' or 'b'"),
+        (["--part", "{sise: 1}"], "unknown key sise; known keys are rate, size"),
+        (["--part", "[1]"], "in place of the keys"),
+        (["--parts", "[{class_path: antigravity.X}]"], "unknown key class_path"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_expected(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"^verb: .*{message}") as raised:
+        read_config(Whole, flags, prog="verb")
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 200
+
+
+def test_help_shows_the_rule_of_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_config(Whole, ["--help"], prog="verb")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Size. (type: int, at least 1, default: 3)" in shown
+    assert "Annotated" not in shown
+
+
+RECIPE_FILES = {
+    "empty": b"",
+    "list": b"[1]",
+    "tag": b"part: !!python/object/apply:os.getcwd []",
+    "not UTF-8": b"\xff\xfe\x00",
+    "deep": b"part: " + b"[" * 20_000,
+    "huge": b"part: {size: " + b"9" * 5000 + b"}",
+    "itself": b"part: recipe.yaml",
+    "pipe": b"part: pipe.yaml",
+    "folder": b"part: .",
+    "device": b"part: /dev/zero",
+    "escape": b'"\\e[31mpart": 1',
+    "number as key": b"{1: 2}",
+}
+
+
+@pytest.mark.parametrize("kind", RECIPE_FILES)
+def test_a_hostile_recipe_is_one_line(kind: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(RECIPE_FILES[kind])
+    with pytest.raises(UserError, match=r"^verb: /.*(recipe|pipe|zero|test)") as raised:
+        read_config(Whole, ["--config", str(recipe)], prog="verb")
+    assert str(raised.value).isprintable()
+
+
+def test_a_field_for_flags_only_is_refused_in_a_file(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("code: os:popen")
+    with pytest.raises(UserError, match=r"recipe\.yaml: code is set by the flag --code only"):
+        read_config(Whole, ["--config", str(recipe)], prog="verb")
+    config = read_config(Whole, ["--code", "own:Source"], prog="verb")
+    assert config.code == "own:Source"
+    recipe.write_text(dump_config(Whole()))
+    assert read_config(Whole, ["--config", str(recipe)], prog="verb") == Whole()

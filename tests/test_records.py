@@ -192,9 +192,12 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 @pytest.mark.parametrize(
     "text",
-    ["a: [", "!!python/object/apply:os.system [ls]", "[" * 20_000, "2001-99-99", BOMB, "&a [*a]"],
+    [
+        *("a: [", "!!python/object/apply:os.system [ls]", "[" * 20_000, "2001-99-99", BOMB),
+        *("&a [*a]", "a: &a {b: 1}\nc: {<<: *a}", "9" * 5000, "x" * 2_000_000, b"\xff\xfe\x00"),
+    ],
 )
-def test_a_hostile_yaml_document_is_refused(text: str) -> None:
+def test_a_hostile_yaml_document_is_refused(text: str | bytes) -> None:
     with pytest.raises(UserError, match=r"^file\.yaml"):
         parse_yaml(text, "file.yaml")
 
