@@ -99,6 +99,18 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 
 
+def join_inside(url: str, name: str) -> str:
+    """Join a folder and a relative path that a stranger's file or folder names.
+
+    Raises UserError for a name, or a local symbolic link, that leads out of the folder.
+    """
+    if not is_remote(url):
+        records.path_inside(Path(url), name)
+    elif not records.is_relative_path(name):
+        raise UserError(f"{url}: the name {shorten(name)!r} does not lead inside this folder")
+    return join(url, name)
+
+
 def exists(url: str) -> bool:
     """Whether a file or folder exists. Raises UserError when a local disk fails to answer.
 

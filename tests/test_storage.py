@@ -411,3 +411,16 @@ def test_clients_are_shared_by_threads_but_not_by_processes_or_accounts(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "two")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     assert storage.filesystem("s3://bucket/x") is not first
+
+
+def test_a_name_from_a_file_stays_in_its_folder_here_and_in_an_object_store(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "link").symlink_to(tmp_path)
+    assert storage.join_inside(str(tmp_path / "run"), "a/b") == f"{tmp_path}/run/a/b"
+    assert storage.join_inside("s3://bucket/run", "a/b") == "s3://bucket/run/a/b"
+    for folder in (str(tmp_path / "run"), "s3://bucket/run"):
+        for name in ("../x", "/etc/passwd", "", "a//b"):
+            with pytest.raises(UserError, match="does not lead inside"):
+                storage.join_inside(folder, name)
+    with pytest.raises(UserError, match="does not lead inside"):
+        storage.join_inside(str(tmp_path / "run"), "link/x")

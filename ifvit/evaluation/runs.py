@@ -15,6 +15,7 @@ from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows, sa
 from ifvit.evaluation.training_rows import TrainingRow, read_training_rows
 from ifvit.models.config import BackboneConfig, FusionUViTConfig, restore_config
 from ifvit.models.cost import Cost, count_cost
+from ifvit.sampling import samples as sample_files
 
 FUSIONS = {
     (False, False): "early",
@@ -135,14 +136,14 @@ def read_samples(folder: str) -> list[Sample]:
     """The samples that samples.jsonl in the folder of an evaluation lists; empty without it."""
     return [
         Sample(
-            prompt=row["prompt"],
-            image_id=row["image_id"],
-            image=storage.join(folder, row["file"]),
-            real=storage.join(folder, row["real"]) if row["real"] else None,
-            clip_score=row.get("clip_score"),
-            scores=row["scores"],
+            prompt=row.prompt,
+            image_id=row.position if row.image_id is None else row.image_id,
+            image=storage.join(folder, row.file),
+            real=storage.join(folder, row.real) if row.real else None,
+            clip_score=row.clip_score,
+            scores=row.scores,
         )
-        for row in _read_jsonl(storage.join(folder, "samples.jsonl"))
+        for row in sample_files.read_samples(folder)
     ]
 
 

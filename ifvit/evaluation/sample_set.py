@@ -31,13 +31,14 @@ from ifvit.sampling.load import (
     require_text_encoder,
 )
 from ifvit.sampling.samples import (
+    SampleRow,
     batched,
     image_name,
     image_url,
     missing_images,
     open_writer,
     read_images,
-    write_jsonl,
+    write_samples,
 )
 from ifvit.scenes.score import SceneScore
 from ifvit.shards.reader import ShardReader
@@ -203,17 +204,17 @@ def write_overview(
             pixels = read_real_image(path, image_size)
             storage.write_bytes(storage.join(folder, real[prompt.position]), encode_png(pixels))
     rows = (
-        {
-            "file": image_name(prompt.position),
-            "prompt": prompt.text,
-            "position": prompt.position,
-            "image_id": prompt.image_id,
-            "real": real.get(prompt.position),
-            "clip_score": clip_scores[prompt.position] if clip_scores else None,
-            "scores": asdict(scene_scores[prompt.position]) if scene_scores else None,
-        }
+        SampleRow(
+            file=image_name(prompt.position),
+            prompt=prompt.text,
+            position=prompt.position,
+            image_id=prompt.image_id,
+            real=real.get(prompt.position),
+            clip_score=clip_scores[prompt.position] if clip_scores else None,
+            scores=asdict(scene_scores[prompt.position]) if scene_scores else None,
+        )
         for prompt in prompts
     )
-    write_jsonl(storage.join(folder, "samples.jsonl"), rows)
+    write_samples(folder, rows)
     grid = make_grid(next(read_samples(folder, shown, _NUM_SHOWN)), math.isqrt(len(shown)))
     storage.write_bytes(storage.join(folder, "grid.png"), encode_png(grid))

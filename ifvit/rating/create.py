@@ -1,7 +1,6 @@
 """The verb `rate create`: generated images => a study, and the links of its raters."""
 
 import hashlib
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from ifvit.rating.study import (
     study_exists,
     write_study,
 )
+from ifvit.sampling.samples import read_samples, read_settings
 
 
 @dataclass(frozen=True, order=True)
@@ -177,19 +177,13 @@ def _choose(
 
 def _read_samples(folder: str) -> _Samples:
     """Read FOLDER/samples.jsonl. Raises UserError when it is missing or not a list of samples."""
-    url = storage.join(folder, "samples.jsonl")
-    if not storage.exists(url):
-        raise UserError(f"{url}: no such file; give a folder that ifvit generate wrote")
-    settings = storage.join(folder, "settings.json")
-    seed = storage.read_json(settings).get("seed", -1) if storage.exists(settings) else -1
-    try:
-        rows = [json.loads(line) for line in storage.read_bytes(url).decode().splitlines()]
-        return {
-            _Sample(row["position"], row["prompt"], seed): storage.join(folder, row["file"])
-            for row in rows
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{url}: not a list of samples ({error!r}); generate it again") from None
+    rows, seed = read_samples(folder), read_settings(folder).get("seed", -1)
+    if not rows:
+        raise UserError(f"{folder}/samples.jsonl: no such file; give a folder of ifvit generate")
+    return {
+        _Sample(row.position, row.prompt, seed): storage.join_inside(folder, row.file)
+        for row in rows
+    }
 
 
 def _copy(url: str, folder: str) -> str:

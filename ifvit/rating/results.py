@@ -3,8 +3,7 @@
 `rate report`, the admin's page and `report paper` show `StudyResults`.
 """
 
-import csv
-import io
+import json
 import sys
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from ifvit.evaluation.estimates import Estimate
 from ifvit.rating.agreement import Floats, OrderBias, agreement, estimate_columns, order_bias
 from ifvit.rating.config import RateExportConfig
 from ifvit.rating.study import CANNOT_TELL, KINDS, Answer, Item, Kind, Store, Study, read_study
-from ifvit.sampling.samples import write_jsonl
+from ifvit.records import dump_csv
 
 _Unit = TypeVar("_Unit", bound=Hashable)
 
@@ -290,14 +289,9 @@ def export(config: RateExportConfig) -> None:
     store.close()
     if not rows:
         raise UserError(f"{config.study}: no answers yet; serve it with ifvit rate serve")
-    if Path(config.output).suffix == ".csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        storage.write_bytes(config.output, text.getvalue().encode())
-    else:
-        write_jsonl(config.output, rows)
+    is_csv = Path(config.output).suffix == ".csv"
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    storage.write_bytes(config.output, dump_csv(rows) if is_csv else lines.encode())
     sys.stdout.write(f"{config.output}: {len(rows)} rows\n")
 
 

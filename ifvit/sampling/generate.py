@@ -22,6 +22,7 @@ from ifvit.sampling.load import (
     number_classes,
 )
 from ifvit.sampling.samples import (
+    SampleRow,
     batched,
     claim_folder,
     hash_json,
@@ -30,7 +31,7 @@ from ifvit.sampling.samples import (
     missing_images,
     open_writer,
     read_images,
-    write_jsonl,
+    write_samples,
 )
 
 _MAX_GRID = 64
@@ -70,17 +71,17 @@ def generate(config: GenerateConfig) -> list[str]:
     if num_missing := len(missing_images(config.output, positions)):
         sys.stdout.write(f"{num_missing} of {len(urls)} images are left to the other processes\n")
         return urls
-    rows = (
-        {
-            "file": image_name(position),
-            "prompt": prompts[position % len(prompts)],
-            "position": position,
-            "weights": config.weights,
-            **settings,
-        }
-        for position in positions
+    write_samples(
+        config.output,
+        (
+            SampleRow(
+                file=image_name(position),
+                prompt=prompts[position % len(prompts)],
+                position=position,
+            )
+            for position in positions
+        ),
     )
-    write_jsonl(storage.join(config.output, "samples.jsonl"), rows)
     if len(urls) > 1:
         shown = read_images(urls[:_MAX_GRID])
         grid = make_grid(shown, math.ceil(math.sqrt(len(shown))))

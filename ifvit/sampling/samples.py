@@ -5,6 +5,7 @@
 """
 
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,9 +18,29 @@ from tqdm import tqdm
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import Pixels, decode_png, encode_png
+from ifvit.records import NonNegativeInt, PlainName, dump_rows, dump_sealed, record
 
 _NUM_WRITERS = 4
+_LIST, _SETTINGS = "samples.jsonl", "settings.json"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _T = TypeVar("_T")
+
+
+@record
+class SampleRow:
+    """A row of samples.jsonl: an image in the same folder and what was measured on it.
+
+    `real` is the file of the held-out image, `clip_score` the raw cosine, `scores` what is right
+    about a scene.
+    """
+
+    file: PlainName
+    prompt: str
+    position: NonNegativeInt
+    image_id: int | str | None = None
+    real: PlainName | None = None
+    clip_score: float | None = None
+    scores: dict[str, bool | None] | None = None
 
 
 def batched(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
@@ -37,16 +58,22 @@ def claim_folder(folder: str, settings: dict[str, Any]) -> None:
 
     Raises UserError if the folder holds images of other settings. No image is overwritten.
     """
-    url = storage.join(folder, "settings.json")
-    if storage.create(url, (json.dumps(settings, indent=2) + "\n").encode()):
+    url = storage.join(folder, _SETTINGS)
+    if storage.create(url, dump_sealed(settings)):
         return
-    found = storage.read_json(url)
+    found = read_settings(folder)
     differing = sorted(key for key in settings if found.get(key) != settings[key])
     if differing:
         raise UserError(
             f"{folder} holds samples of another {', '.join(differing)}; "
             "delete the folder or give another --output"
         )
+
+
+def read_settings(folder: str) -> dict[str, Any]:
+    """Read the settings that `claim_folder` wrote; empty if there are none."""
+    url = storage.join_inside(folder, _SETTINGS)
+    return storage.read_sealed(dict[str, Any], url) if storage.exists(url) else {}
 
 
 def missing_images(folder: str, positions: Iterable[int]) -> list[int]:
@@ -83,8 +110,32 @@ def _write_image(url: str, image: Pixels) -> None:
 
 
 def read_images(urls: Iterable[str]) -> Pixels:
-    """Read PNG files of one size as pixels (N, H, W, 3)."""
-    return np.stack([decode_png(storage.read_bytes(url)) for url in urls])
+    """Read PNG files of one size as pixels (N, H, W, 3).
+
+    Raises UserError naming a file that is damaged or of another size.
+    """
+    images: list[Pixels] = []
+    for url in urls:
+        data = storage.read_bytes(url)
+        if not _is_intact(data):
+            raise UserError(f"{url}: damaged, or not a PNG file; delete it and generate it again")
+        images.append(decode_png(data))
+        if images[-1].shape != images[0].shape:
+            raise UserError(f"{url}: its size differs from that of the other images")
+    return np.stack(images)
+
+
+def _is_intact(data: bytes) -> bool:
+    """Whether the checksums of all chunks of a PNG file are right; PIL does not check them all."""
+    position = len(_PNG_SIGNATURE)
+    while data.startswith(_PNG_SIGNATURE) and position + 12 <= len(data):
+        end = position + 8 + int.from_bytes(data[position : position + 4])
+        if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            return False
+        if data[position + 4 : position + 8] == b"IEND":
+            return True
+        position = end + 4
+    return False
 
 
 def image_url(folder: str, position: int) -> str:
@@ -97,6 +148,12 @@ def image_name(position: int) -> str:
     return f"{position:05d}.png"
 
 
-def write_jsonl(url: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object per line."""
-    storage.write_bytes(url, "".join(json.dumps(row) + "\n" for row in rows).encode())
+def write_samples(folder: str, samples: Iterable[SampleRow]) -> None:
+    """Write samples.jsonl; written last, it says that all images are there."""
+    storage.write_bytes(storage.join(folder, _LIST), dump_rows(samples))
+
+
+def read_samples(folder: str) -> list[SampleRow]:
+    """Read samples.jsonl; empty without it. Raises UserError if it is damaged."""
+    url = storage.join_inside(folder, _LIST)
+    return storage.read_rows(SampleRow, url) if storage.exists(url) else []

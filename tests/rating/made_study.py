@@ -9,6 +9,8 @@ from PIL import Image, PngImagePlugin
 from ifvit.rating.config import CreateConfig
 from ifvit.rating.create import create
 from ifvit.rating.study import Answer, Store, Study, Task, read_study
+from ifvit.sampling.samples import SampleRow, claim_folder
+from ifvit.sampling.samples import write_samples as list_samples
 
 MODELS = ("early", "intermediate", "late")
 COUNT_PROMPTS = [
@@ -26,9 +28,9 @@ def write_samples(folder: Path, prompts: list[str], colour: int, seed: int = 1) 
         note = PngImagePlugin.PngInfo()
         note.add_text("model", folder.name)
         Image.fromarray(pixels).save(folder / f"{position:05d}.png", pnginfo=note)
-        rows.append({"file": f"{position:05d}.png", "prompt": prompt, "position": position})
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "settings.json").write_text(json.dumps({"seed": seed}))
+        rows.append(SampleRow(file=f"{position:05d}.png", prompt=prompt, position=position))
+    list_samples(str(folder), rows)
+    claim_folder(str(folder), {"seed": seed})
     return str(folder)
 
 

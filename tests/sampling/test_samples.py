@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 
 from ifvit import storage
-from ifvit.images import Pixels
-from ifvit.sampling.samples import missing_images, open_writer, read_images
+from ifvit.errors import UserError
+from ifvit.images import Pixels, encode_png
+from ifvit.records import dump_rows
+from ifvit.sampling.samples import (
+    SampleRow,
+    claim_folder,
+    missing_images,
+    open_writer,
+    read_images,
+    read_samples,
+    write_samples,
+)
 
 IMAGES = np.arange(5 * 4 * 4 * 3, dtype=np.uint8).reshape(5, 4, 4, 3)
 
@@ -37,3 +47,46 @@ def test_a_failed_write_stops_the_generation(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(OSError, match="disk full"):
         generate()
     assert len(generated) == 2
+
+
+def test_every_flipped_byte_of_an_image_is_seen(tmp_path: Path) -> None:
+    url, data = str(tmp_path / "00000.png"), encode_png(IMAGES[0])
+    for position in range(len(data)):
+        broken = data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
+        storage.write_bytes(url, broken)
+        with pytest.raises(UserError, match=r"00000\.png: damaged"):
+            read_images([url])
+    for broken in (b"", data[:-1], data[:40], b"%!PS-Adobe-3.0 EPSF-3.0\n"):
+        storage.write_bytes(url, broken)
+        with pytest.raises(UserError, match=r"00000\.png: damaged"):
+            read_images([url])
+
+
+def test_images_of_different_sizes_are_refused_by_name(tmp_path: Path) -> None:
+    urls = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for url, image in zip(urls, (IMAGES[0], IMAGES[1][:2]), strict=True):
+        storage.write_bytes(url, encode_png(image))
+    with pytest.raises(UserError, match=r"b\.png: its size differs"):
+        read_images(urls)
+
+
+def test_a_list_of_samples_names_files_of_its_own_folder_only(tmp_path: Path) -> None:
+    rows = [SampleRow(file="00000.png", prompt="a", position=0, scores={"count": True})]
+    write_samples(str(tmp_path), rows)
+    assert read_samples(str(tmp_path)) == rows
+    for change in ({"file": "../x.png"}, {"real": "/etc/x.png"}, {"position": -1}, {"file": ""}):
+        data = dump_rows([{"file": "00000.png", "prompt": "a", "position": 0, **change}])
+        (tmp_path / "samples.jsonl").write_bytes(data)
+        with pytest.raises(UserError, match=r"samples\.jsonl, line 1: "):
+            read_samples(str(tmp_path))
+
+
+def test_settings_with_a_flipped_digit_are_refused(tmp_path: Path) -> None:
+    claim_folder(str(tmp_path), {"seed": 17})
+    claim_folder(str(tmp_path), {"seed": 17})
+    with pytest.raises(UserError, match="samples of another seed"):
+        claim_folder(str(tmp_path), {"seed": 18})
+    path = tmp_path / "settings.json"
+    path.write_text(path.read_text().replace("17", "18"))
+    with pytest.raises(UserError, match=r"settings\.json: damaged"):
+        claim_folder(str(tmp_path), {"seed": 18})

@@ -14,6 +14,7 @@ from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.config import PRESETS, BackboneConfig, FusionUViTConfig
 from ifvit.records import dump_rows
 from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.samples import SampleRow, write_samples
 from ifvit.studies.variants import Variant
 
 PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
@@ -98,13 +99,17 @@ def write_evaluation(folder: Path, row: MetricsRow) -> None:
     url = row_url(str(folder / FOLDER), protocol.name, protocol.guidance_scale, row.step)
     pixels, evaluation = noise(row.step), Path(samples_url(url))
     samples = [
-        {"file": f"{n:05d}.png", "prompt": prompt, "position": n, "image_id": n,
-         "real": f"real_{n:05d}.png" if n == 0 else None,
-         "scores": {"count": False, "colour": True, "kind": True, "relation": None}}
+        SampleRow(
+            file=f"{n:05d}.png",
+            prompt=prompt,
+            position=n,
+            image_id=n,
+            real=f"real_{n:05d}.png" if n == 0 else None,
+            scores={"count": False, "colour": True, "kind": True, "relation": None},
+        )
         for n, prompt in enumerate(PROMPTS)
-    ]  # fmt: skip
-    lines = "".join(json.dumps(entry) + "\n" for entry in samples)
-    storage.write_bytes(str(evaluation / "samples.jsonl"), lines.encode())
+    ]
+    write_samples(str(evaluation), samples)
     for n, image in enumerate(pixels):
         storage.write_bytes(str(evaluation / f"{n:05d}.png"), encode_png(image))
     storage.write_bytes(str(evaluation / "real_00000.png"), encode_png(pixels[0]))
