@@ -47,7 +47,7 @@ class Rule:
     """Condition of a field's value, with the words that complete "it must be ..."."""
 
     words: str
-    holds: Callable[[Any], bool] = dataclasses.field(compare=False)
+    holds: Callable[[Any], object] = dataclasses.field(compare=False)
 
     def __repr__(self) -> str:
         """Return the words, which `--help` shows as a part of the type."""
@@ -94,15 +94,16 @@ def record(cls: type[_Record]) -> type[_Record]:
     is NaN or infinite, or when an integer exceeds 64 bits. `parse_json` refuses unknown keys and
     values of another type. A field that admits NaN or infinity has the type `object`.
     """
-    check = getattr(cls, "__post_init__", None)  # its own, or that of a base class
+    owners = [cls] if "__post_init__" in cls.__dict__ else cls.__bases__
+    checks = [owner.__post_init__ for owner in owners if hasattr(owner, "__post_init__")]
 
     def __post_init__(self: Any) -> None:  # noqa: N807
         _check_fields(cls, self)
-        if check is not None:
+        for check in checks:
             check(self)
 
-    if check is not None:
-        __post_init__ = wraps(check)(__post_init__)
+    if checks:
+        __post_init__ = wraps(checks[0])(__post_init__)
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     cls.__pydantic_config__ = {  # type: ignore[attr-defined]
         "extra": "forbid",

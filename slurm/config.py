@@ -1,64 +1,89 @@
 """Configurations of the `submit` verbs: the recipe of a verb, and the cluster. Imports no torch."""
 
+import re
 import sys
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import field, replace
+from typing import Annotated, Any, Literal
 
 from data_pipeline.config import EncodeConfig
 from ifvit.analysis.config import AttentionConfig
-from ifvit.errors import require_positive
+from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
+from ifvit.records import (
+    NonNegativeInt,
+    PlainName,
+    PositiveFloat,
+    PositiveInt,
+    Rule,
+    record,
+)
 from ifvit.studies.config import PaperConfig, ReportConfig
 from ifvit.training.config import TrainConfig
 
+_OWN_OPTIONS = "job-name|output|error|open-mode|array|signal|dependency|wrap"
 
-@dataclass(frozen=True, kw_only=True)
+Line = Annotated[str, Rule("text without control characters", str.isprintable)]
+Variable = Annotated[
+    str, Rule("a variable's name", re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch)
+]
+Option = Annotated[
+    str,
+    Rule(
+        "a long option of sbatch without --, and not one that ifvit sets",
+        re.compile(rf"(?!({_OWN_OPTIONS})$)[a-z][a-z-]*").fullmatch,
+    ),
+]
+JobId = Annotated[
+    str, Rule("digits, as in 123 or 123_4", re.compile("[0-9]{1,18}(_[0-9]{1,9})?").fullmatch)
+]
+
+
+@record
 class ClusterConfig:
     """How jobs run on a cluster; usually a YAML file of configs/cluster."""
 
-    partition: str | None = None
+    partition: Line | None = None
     """Partition; unset: the cluster's default."""
-    account: str | None = None
+    account: Line | None = None
     """Account to charge."""
-    exclude: str | None = None
+    exclude: Line | None = None
     """Nodes that jobs must avoid, for example gpu[07,12]."""
-    nodes: int = 1
+    nodes: PositiveInt = 1
     """Number of nodes of a training job; jobs of other verbs have one task."""
-    gpus_per_node: int = 0
+    gpus_per_node: NonNegativeInt = 0
     """GPUs per node; a job has one task per GPU, or without GPUs one task per node."""
-    cpus_per_task: int = 4
+    cpus_per_task: PositiveInt = 4
     """CPUs of each task."""
-    mem_gb_per_task: float | None = None
+    mem_gb_per_task: PositiveFloat | None = None
     """Memory of each task in GB; unset: the cluster's default."""
-    time_min: int = 60
+    time_min: PositiveInt = 60
     """Time limit in minutes; a job that needs more time saves its work and is requeued."""
-    signal_delay_s: int = 120
+    signal_delay_s: NonNegativeInt = 120
     """Seconds before the time limit at which the tasks are signalled to save their work."""
-    max_stalled_starts: int = 5
+    max_stalled_starts: PositiveInt = 5
     """Number of starts in a row without new saved work after which a job is not requeued."""
-    exit_wait_s: int = 60
+    exit_wait_s: NonNegativeInt = 60
     """Seconds after the end of the first task until the other tasks are killed."""
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[Variable, Line] = field(default_factory=dict)
     """Environment variables of the job, for example for NCCL."""
     setup: tuple[str, ...] = ()
-    """Shell lines that run before the tasks, for example `module load cuda`."""
-    container_image: str | None = None
+    """Shell lines that run as you before the tasks, for example `module load cuda`; read them
+    before you submit with another person's file."""
+    container_image: Line | None = None
     """Container image of the tasks, for srun's pyxis plugin; tasks use the python of the image."""
-    container_mounts: str | None = None
+    container_mounts: Line | None = None
     """Mounts of the container, in the notation of pyxis."""
-    python: str = sys.executable
+    python: Line = sys.executable
     """Python interpreter of the tasks; it must exist on all nodes."""
-    sbatch: dict[str, str] = field(default_factory=dict)
+    sbatch: dict[Option, Line] = field(default_factory=dict)
     """Other long options of sbatch, for example {qos: high, constraint: h200}."""
-    folder: str = "~/ifvit_jobs"
+    folder: Line = "~/ifvit_jobs"
     """Folder for code snapshots, job files and logs; all nodes must see it."""
 
     def __post_init__(self) -> None:
-        names = ("nodes", "cpus_per_task", "time_min", "max_stalled_starts")
-        require_positive(self, *(f"cluster.{name}" for name in names))
         if self.signal_delay_s >= 60 * self.time_min:
-            raise ValueError(
-                f"cluster.signal_delay_s is {self.signal_delay_s}, expected less than "
+            raise UserError(
+                f"cluster.signal_delay_s is {self.signal_delay_s}; it must be below "
                 f"{60 * self.time_min} (time_min in seconds)"
             )
 
@@ -72,7 +97,7 @@ class ClusterConfig:
         return replace(self, nodes=1, gpus_per_node=min(1, self.gpus_per_node))
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class SubmitConfig:
     """Where jobs run."""
 
@@ -84,29 +109,29 @@ class SubmitConfig:
     """Print the sbatch scripts and submit nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class SubmitTrainConfig(SubmitConfig, TrainConfig):
     """Submit `ifvit train` with one task per GPU; the job is requeued until its last step is done.
 
     With `axes`, submit an array of runs RUN/NAME, one for every combination of the axes' values.
     """
 
-    axes: tuple[dict[str, dict[str, Any]], ...] = ()
+    axes: tuple[dict[PlainName, dict[str, Any]], ...] = ()
     """Each axis maps the names of its values to the recipe fields that they set, for example
     {seed1: {seed: 1}, seed2: {seed: 2}}. The name of a run joins the names of its values."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class SubmitEncodeConfig(SubmitConfig, EncodeConfig):
     """Submit `ifvit encode` as an array of `num_tasks` jobs that divide the shards."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class SubmitEvaluateConfig(SubmitConfig, EvaluateConfig):
     """Submit `ifvit evaluate`: `num_tasks` jobs generate the samples, then one job measures."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class PipelineConfig(SubmitConfig):
     """Submit all stages from images to reports; each job waits for the jobs that it needs.
 
@@ -133,7 +158,7 @@ class PipelineConfig(SubmitConfig):
     """Tables and figures of the paper; they wait until all other jobs have ended."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class CancelConfig:
     """Cancel all jobs of a run, sweep or pipeline; submit them again to continue."""
 
@@ -141,7 +166,7 @@ class CancelConfig:
     """Folder that was given to `ifvit submit`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class StatusConfig(CancelConfig):
     """Show the state of the jobs of a run, sweep or pipeline."""
 
@@ -151,15 +176,15 @@ class StatusConfig(CancelConfig):
     """Print a list of JSON objects."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class LogsConfig(CancelConfig):
     """Show the log of a task of the newest job of a run."""
 
-    job: str | None = None
+    job: JobId | None = None
     """Job id; unset: the newest job."""
-    task: int = 0
+    task: NonNegativeInt = 0
     """Index of the task; the log of task 0 also says why a job was requeued."""
-    lines: int = 100
+    lines: NonNegativeInt = 100
     """Number of lines to print."""
     follow: bool = False
     """Keep printing new lines."""

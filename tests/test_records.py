@@ -133,6 +133,29 @@ def test_a_check_of_a_base_class_runs_for_a_derived_class_without_its_own() -> N
         Derived(count=2, size=0)
 
 
+def test_checks_of_all_base_classes_run() -> None:
+    @record
+    class Even:
+        count: int = 2
+
+        def __post_init__(self) -> None:
+            if self.count % 2:
+                raise UserError("count must be even")
+
+    @record
+    class Other:
+        size: PositiveInt = 1
+
+    @record
+    class Both(Other, Even):
+        pass
+
+    with pytest.raises(UserError, match="even"):
+        Both(count=1)
+    with pytest.raises(UserError, match="size is 0"):
+        Both(size=0)
+
+
 NAMES = {"a.png": True, "a b": True, "ü.jpg": True, ".hidden": True, "12:30\u202fPM": True}
 NAMES |= dict.fromkeys(
     ["", ".", "..", "a/b", "/a", "a\\b", "a\0", "a\n", "\x1b[31m", "a::b"], False

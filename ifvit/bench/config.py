@@ -1,26 +1,22 @@
 """Configuration of the benchmarks; imports no torch."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from ifvit.errors import UserError, require_positive
+from ifvit.errors import UserError
+from ifvit.records import PositiveInt, record
 
 Preset = Literal["tiny", "small", "mid", "large", "huge"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class BenchConfig:
-    """Base of all benchmarks: every whole number in a flag must be positive."""
+    """Base of all benchmarks."""
 
     json: bool = False
     """Print one JSON object."""
 
-    def __post_init__(self) -> None:
-        """Raise UserError naming the first flag whose number is below 1."""
-        require_positive(self, *(name for name, value in vars(self).items() if type(value) is int))
 
-
-@dataclass(frozen=True, kw_only=True)
+@record
 class BenchLoaderConfig(BenchConfig):
     """Compare the training loader with webdataset, with one file per array, and with a bare copy.
 
@@ -29,14 +25,14 @@ class BenchLoaderConfig(BenchConfig):
     `store` samples_per_s and vs_download.
     """
 
-    num_samples: int | None = None
+    num_samples: PositiveInt | None = None
     """Images with five captions each. An image takes 0.6 MB, twice on disk and once in memory.
     Default: 4000, or 800 with `store`."""
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Samples per batch."""
-    num_workers: int = 2
+    num_workers: PositiveInt = 2
     """Threads of the loader and of the copy; processes of webdataset and of one file per array."""
-    rounds: int = 5
+    rounds: PositiveInt = 5
     """Interleaved repetitions; the medians are compared."""
     store: str | None = None
     """s3://bucket/prefix: compare reading an epoch from there with downloading its shards."""
@@ -47,7 +43,6 @@ class BenchLoaderConfig(BenchConfig):
         return self.num_samples or (4000 if self.store is None else 800)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.num_images < 2 * self.batch_size:
             raise UserError(
                 f"num_samples is {self.num_images}; it must be at least two batches "
@@ -55,7 +50,7 @@ class BenchLoaderConfig(BenchConfig):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class BenchEncodeConfig(BenchConfig):
     """Compare the whole encode job, from image files to the manifest, with its two models alone.
 
@@ -67,19 +62,19 @@ class BenchEncodeConfig(BenchConfig):
     """Autoencoder: hub name, local folder, or scenes/vae."""
     text_encoder: str = "scenes/clip"
     """CLIP text encoder: hub name, local folder, or scenes/clip."""
-    num_images: int = 128
+    num_images: PositiveInt = 128
     """Images per measurement; the job writes them as two shards."""
-    image_size: int = 256
+    image_size: PositiveInt = 256
     """Side of the square images in pixels."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Images that the models encode at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format in which the models compute."""
-    rounds: int = 3
+    rounds: PositiveInt = 3
     """Interleaved repetitions; the medians are compared."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class BenchCheckpointConfig(BenchConfig):
     """Measure how much the checkpoints of the 48M-parameter preset slow training down.
 
@@ -88,20 +83,19 @@ class BenchCheckpointConfig(BenchConfig):
 
     run: str | None = None
     """Folder or s3://bucket/prefix to save to. Default: a temporary folder."""
-    every: int = 20
+    every: PositiveInt = 20
     """Steps between saves."""
-    num_steps: int = 40
+    num_steps: PositiveInt = 40
     """Steps measured without saves, and again with saves; a multiple of `every`."""
-    batch_size: int = 4
+    batch_size: PositiveInt = 4
     """Samples per step; use the paper's 256 on a GPU."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.num_steps % self.every:
             raise UserError(f"num_steps {self.num_steps} must be a multiple of every {self.every}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class BenchGenerateConfig(BenchConfig):
     """Compare guided sampling with plain guidance, which runs the whole backbone twice per step.
 
@@ -114,11 +108,11 @@ class BenchGenerateConfig(BenchConfig):
     preset: Preset = "small"
     """Size of the backbone with intermediate fusion by cross-attention. All sizes from small on
     have 32 x 32 latents (256 x 256 pixels)."""
-    num_steps: int = 50
+    num_steps: PositiveInt = 50
     """Function evaluations (NFE) per image; one is measured and multiplied by this number."""
-    batch_size: int = 4
+    batch_size: PositiveInt = 4
     """Images generated together."""
-    rounds: int = 11
+    rounds: PositiveInt = 11
     """Interleaved repetitions; the medians are compared."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the weights."""
@@ -126,7 +120,7 @@ class BenchGenerateConfig(BenchConfig):
     """Compile the backbone, on a GPU with CUDA graphs; the peers stay eager."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class BenchTrainConfig(BenchConfig):
     """Compare training steps of the paper's four variants with U-ViT's recipe and a bare loop.
 
@@ -137,11 +131,11 @@ class BenchTrainConfig(BenchConfig):
 
     preset: Preset = "small"
     """Size of the backbones. All sizes from small on have 32 x 32 latents (256 x 256 pixels)."""
-    batch_size: int = 4
+    batch_size: PositiveInt = 4
     """Samples per step; use the paper's 256 on a GPU."""
-    steps: int = 1
+    steps: PositiveInt = 1
     """Steps per measurement; use more when a step takes only milliseconds."""
-    rounds: int = 7
+    rounds: PositiveInt = 7
     """Interleaved repetitions; the medians are compared."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of matrix products. Default: bf16 on a GPU, fp32 elsewhere. U-ViT's recipe uses

@@ -12,7 +12,7 @@ from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.models.config import PRESETS
 from ifvit.training.config import TrainConfig
-from slurm.config import ClusterConfig, PipelineConfig, SubmitTrainConfig
+from slurm.config import ClusterConfig, PipelineConfig, SubmitConfig, SubmitTrainConfig
 from slurm.jobs import ROOT, read_records
 from slurm.submit import expand_axes, submit_pipeline, submit_train
 
@@ -144,3 +144,28 @@ def test_without_slurm_a_job_can_run_in_this_process(recipe: Path, tmp_path: Pat
     main(["submit", "train", "--config", str(recipe), "--max_steps", "2", *flags])
     assert sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
     assert not jobs.exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("environment", {"A=1; touch x #": "1"}),
+        ("environment", {"A": "1\n#SBATCH --uid=0"}),
+        ("environment", {"A": "\0"}),
+        ("sbatch", {"qos": "high\nrm -rf x"}),
+        ("sbatch", {"qos=high\nrm": "x"}),
+        ("sbatch", {"job-name": "other"}),
+        ("partition", "gpu\ntouch x"),
+        ("folder", "jobs\ntouch x"),
+        ("container_image", "image\x1b[31m"),
+    ],
+)
+def test_no_value_of_a_cluster_ends_its_line_of_the_script(flag: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"cluster.{flag}"):
+        read_config(SubmitConfig, [f"--cluster.{flag}", json.dumps(value)], prog="ifvit submit")
+
+
+def test_the_name_of_a_run_of_a_sweep_is_a_plain_name() -> None:
+    argv = ["--config", TRAIN, "--axes", json.dumps([{"../../x": {"seed": 1}}])]
+    with pytest.raises(UserError, match=r"axes\[0\] is \.\./\.\./x"):
+        read_config(SubmitTrainConfig, argv, prog="submit")
