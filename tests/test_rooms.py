@@ -40,7 +40,7 @@ ROOMS = {
         "ifvit/studies/paper_figures.py",
         "ifvit/studies/report.py",
     ],
-    "sqlite3": ["ifvit/rating/study.py"],
+    "sqlite3": ["ifvit/rating/answers.py"],
     "starlette": ["ifvit/rating/server.py"],
     "submitit": ["slurm/jobs.py", "slurm/status.py", "slurm/submit.py", "slurm/supervise.py"],
     "pyarrow": ["data_pipeline/sources/table.py"],
@@ -49,7 +49,7 @@ ROOMS = {
         "ifvit/models/clip.py",
         "ifvit/models/image_reward.py",
     ],
-    "uvicorn": ["ifvit/rating/server.py"],
+    "uvicorn": ["ifvit/rating/limits.py", "ifvit/rating/server.py"],
     "webdataset": ["ifvit/bench/loading_speed.py", "data_pipeline/shard_io.py"],
     "xformers": ["ifvit/models/attention.py"],
 }

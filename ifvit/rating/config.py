@@ -1,13 +1,17 @@
 """Configurations of the `rate` verbs. Imports neither torch nor the web framework."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated
 
-from ifvit.errors import require_positive
+from ifvit.errors import UserError
+from ifvit.records import PositiveInt, Rule, record
 
 MAX_MODELS = 6
+RepeatShare = Annotated[float, Rule("from 0 to 0.5", lambda value: 0 <= value <= 0.5)]
+NumRaters = Annotated[int, Rule("from 1 to 10000", lambda value: 1 <= value <= 10_000)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class CreateConfig:
     """Make a study from generated images and print its raters' links.
 
@@ -30,16 +34,16 @@ class CreateConfig:
     """Prompts that the images of `counting` were generated from: `paper`, `scenes`, or a .jsonl or
     .csv file of prompt, object and count."""
 
-    num_preference: int | None = None
+    num_preference: PositiveInt | None = None
     """Number of random prompts to rank; unset: every prompt that all models have."""
 
-    num_counting: int | None = None
+    num_counting: PositiveInt | None = None
     """Number of random prompts to count on, with one image of each model; unset: all."""
 
-    raters: int | None = None
+    raters: NumRaters | None = None
     """Total number of raters; unset: 5 in a new study, no further raters in an existing one."""
 
-    repeat_share: float = 0.1
+    repeat_share: RepeatShare = 0.1
     """Fraction of the questions that each rater sees twice, to measure consistency; at most 0.5."""
 
     seed: int = 0
@@ -50,13 +54,10 @@ class CreateConfig:
 
     def __post_init__(self) -> None:
         if self.preference and not 2 <= len(self.preference) <= MAX_MODELS:
-            raise ValueError(f"preference needs 2 to {MAX_MODELS} models")
-        if not 0 <= self.repeat_share <= 0.5:
-            raise ValueError(f"repeat_share is {self.repeat_share}, expected 0 to 0.5")
-        require_positive(self, "num_preference", "num_counting", "raters")
+            raise UserError(f"preference needs 2 to {MAX_MODELS} models")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class RateReportConfig:
     """Write STUDY/report.html and STUDY/results.json from the answers so far."""
 
@@ -64,7 +65,7 @@ class RateReportConfig:
     """Folder that `ifvit rate create` made."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ServeConfig(RateReportConfig):
     """Serve a study to its raters until interrupted. Each answer is saved before the next page."""
 
@@ -75,7 +76,7 @@ class ServeConfig(RateReportConfig):
     """Port to listen on; 0: any free port."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class RateExportConfig(RateReportConfig):
     """Write all current answers as a table with one row per shown image."""
 
@@ -84,4 +85,4 @@ class RateExportConfig(RateReportConfig):
 
     def __post_init__(self) -> None:
         if not self.output.endswith((".csv", ".jsonl")):
-            raise ValueError(f"output {self.output}: name a file that ends in .csv or .jsonl")
+            raise UserError(f"output {self.output}: name a file that ends in .csv or .jsonl")

@@ -1,6 +1,5 @@
 """The verb `rate create`: generated images => a study, and the links of its raters."""
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,13 +9,14 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.object_count import read_count_prompts
 from ifvit.images import ImageError, decode_png, encode_png
+from ifvit.rating.answers import Store
 from ifvit.rating.config import CreateConfig
 from ifvit.rating.study import (
     Item,
     Kind,
     Model,
-    Store,
     Study,
+    image_name,
     read_study,
     shuffled,
     study_exists,
@@ -59,7 +59,7 @@ def create(config: CreateConfig) -> None:
     if is_new:
         write_study(study)
     for rater in store.raters():
-        done, total = len(store.answers(rater.id)), len(study.tasks(rater.id))
+        done, total = len(store.answered(rater.id)), len(study.tasks(rater.id))
         link = f"{config.url.rstrip('/')}/r/{rater.code}"
         sys.stdout.write(f"rater {rater.id}: {link} ({done} of {total} answered)\n")
     store.close()
@@ -195,6 +195,6 @@ def _copy(url: str, folder: str) -> str:
         data = encode_png(decode_png(storage.read_bytes(url)))
     except ImageError as error:
         raise UserError(f"{url}: {error}; generate it again") from None
-    name = f"{hashlib.sha256(data).hexdigest()[:32]}.png"
+    name = image_name(data)
     storage.write_bytes(storage.join(folder, name), data)
     return name

@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -18,8 +19,9 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import Estimate
 from ifvit.rating.agreement import Floats, OrderBias, agreement, estimate_columns, order_bias
+from ifvit.rating.answers import Answer, Store, read_answers
 from ifvit.rating.config import RateExportConfig
-from ifvit.rating.study import CANNOT_TELL, KINDS, Answer, Item, Kind, Store, Study, read_study
+from ifvit.rating.study import CANNOT_TELL, KINDS, Item, Kind, Study, read_study
 from ifvit.records import dump_csv
 
 _Unit = TypeVar("_Unit", bound=Hashable)
@@ -117,16 +119,13 @@ class StudyResults:
 def read_results(folder: str) -> StudyResults:
     """Summarise the answers so far. Raises UserError when `folder` holds no study."""
     study = read_study(folder)
-    store = Store(study.folder)
-    try:
+    with closing(Store(study.folder)) as store:
         return summarise(study, store)
-    finally:
-        store.close()
 
 
 def summarise(study: Study, store: Store) -> StudyResults:
-    """Summarise the answers that `store` holds now."""
-    answers = store.answers()
+    """Summarise the answers that `store` holds now. Raises UserError for those of another study."""
+    answers = read_answers(study, store)
     of_kind: dict[Kind, list[Answer]] = {kind: [] for kind in KINDS}
     for answer in answers:
         of_kind[study.items[answer.item].kind].append(answer)
@@ -284,9 +283,9 @@ def _similarity(one: int | tuple[str, ...], other: int | tuple[str, ...]) -> flo
 def export(config: RateExportConfig) -> None:
     """Write the current answers, oldest first. Raises UserError when there are none."""
     study = read_study(config.study)
-    store = Store(study.folder)
-    rows = [row for answer in store.answers() for row in _export_rows(study, answer)]
-    store.close()
+    with closing(Store(study.folder)) as store:
+        answers = read_answers(study, store)
+    rows = [row for answer in answers for row in _export_rows(study, answer)]
     if not rows:
         raise UserError(f"{config.study}: no answers yet; serve it with ifvit rate serve")
     is_csv = Path(config.output).suffix == ".csv"

@@ -1,8 +1,15 @@
-"""The verb `rate serve`: serves the raters' pages and the admin's page over HTTP."""
+"""The verb `rate serve`: serves the raters' pages and the admin's page over HTTP.
 
+There are no cookies: the secret in a link is all that identifies a rater or the admin.
+"""
+
+import asyncio
+import mimetypes
 import secrets
 import socket
 import sys
+import threading
+import time
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,22 +18,40 @@ from importlib.resources import files
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ifvit.errors import UserError
+from ifvit.rating.answers import Answer, Store
 from ifvit.rating.config import ServeConfig
+from ifvit.rating.limits import MAX_HEAD_BYTES, Allowance, LimitedConnection, raise_file_limit
 from ifvit.rating.pages import describe, render
 from ifvit.rating.results import StudyResults, summarise
-from ifvit.rating.study import CANNOT_TELL, SKIP_REASONS, Answer, Store, Study, Task, read_study
+from ifvit.rating.study import (
+    CANNOT_TELL,
+    MAX_COUNT,
+    SKIP_REASONS,
+    Study,
+    Task,
+    check_images,
+    read_study,
+    skip_reasons,
+)
+from ifvit.records import path_inside
 
 _MAX_FORM_BYTES = 4096
-_MAX_COUNT = 99
+_REQUESTS_PER_SECOND = 20.0
+_REQUEST_BURST = 200.0
+"""A page with six images takes nine requests."""
+_REFUSAL_SECONDS = 1.0
+"""Pause before a refusal, so that a flood costs little."""
+_ADMIN_SHARE = 0.1
+"""Largest share of the time that the computation of results may take."""
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
@@ -36,6 +61,7 @@ _HEADERS = {
     "Referrer-Policy": "same-origin",
     "X-Robots-Tag": "noindex",
     "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
@@ -43,17 +69,29 @@ _UNKNOWN = "This link is not known here. Please check it, or ask for another one
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve requests until interrupted. Raises UserError without a study or a free port."""
+    """Serve requests until interrupted. Raises UserError without a sound study or a free port."""
     study = read_study(config.study)
+    check_images(study)
     store = Store(study.folder)
     listener = _listen(config)
     url = f"http://{config.host}:{listener.getsockname()[1]}"
     sys.stdout.write(f"{config.study} at {url}\nadmin: {url}/admin/{store.admin_token()}\n")
     sys.stdout.write(f"raters: ifvit rate create {config.study} --url {url}\n")
     sys.stdout.flush()
-    # There is no access log, because it would contain the secret codes.
+    raise_file_limit()
+    # There is no access log, because it would contain the secret codes. No X-Forwarded header is
+    # trusted, because nothing depends on the client's address.
     settings = uvicorn.Config(
-        _make_app(study, store), log_level="warning", access_log=False, server_header=False
+        _make_app(study, store),
+        http=LimitedConnection,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_graceful_shutdown=5,
     )
     uvicorn.Server(settings).run(sockets=[listener])
     store.close()
@@ -75,33 +113,60 @@ def _listen(config: ServeConfig) -> socket.socket:
 
 def _make_app(study: Study, store: Store) -> Starlette:
     site = _Site(study, store)
-    static = StaticFiles(directory=str(files("ifvit.rating").joinpath("static")))
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", site.front),
             Route("/r/{code}", site.start),
-            Route("/r/{code}/{number:int}", site.question),
-            Route("/r/{code}/{number:int}", site.answer, methods=["POST"]),
+            Route("/r/{code}/{number}", site.question),
+            Route("/r/{code}/{number}", site.answer, methods=["POST"]),
             Route("/r/{code}/images/{name}", site.image),
             Route("/admin/{token}", site.admin),
-            Mount("/static", static),
+            Route("/static/{name}", site.static),
         ],
-        middleware=[Middleware(BaseHTTPMiddleware, dispatch=_add_headers)],
-        exception_handlers={HTTPException: _error_page},
+        middleware=[Middleware(_Gate, store=store)],
+        exception_handlers={HTTPException: _error_page, UserError: _failure_page},
     )
+    app.router.redirect_slashes = False
+    return app
 
 
-async def _add_headers(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    response = await call_next(request)
-    for name, value in _HEADERS.items():
-        response.headers.setdefault(name, value)
-    return response
+class _Gate:
+    """Adds the security headers, and refuses the requests of a rater beyond the allowance."""
+
+    def __init__(self, app: ASGIApp, store: Store) -> None:
+        self._app = app
+        self._store = store
+        self._allowance = Allowance(_REQUESTS_PER_SECOND, _REQUEST_BURST)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        _, first, *rest = scope["path"].split("/") if "/" in scope["path"] else ("", "")
+        rater = self._store.find_rater(rest[0]) if first == "r" and rest else None
+        if rater is not None and not self._allowance.take(rater):
+            await asyncio.sleep(_REFUSAL_SECONDS)
+            refusal = Response("Too many requests.", 429, {"Retry-After": "1"})
+            await refusal(scope, receive, send_with_headers)
+            return
+        await self._app(scope, receive, send_with_headers)
 
 
-def _error_page(request: Request, error: Exception) -> Response:
+async def _error_page(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     page = render("message.html", title="This did not work", text=error.detail)
     return HTMLResponse(page, status_code=error.status_code)
+
+
+async def _failure_page(request: Request, error: Exception) -> Response:
+    """Tell the admin on the terminal what is wrong, such as a full disk, and the rater to wait."""
+    sys.stderr.write(f"{error}\n")
+    text = "The server cannot save or read answers now. Please try again later."
+    return HTMLResponse(render("message.html", title="Please wait", text=text), status_code=503)
 
 
 @dataclass(frozen=True)
@@ -111,13 +176,13 @@ class _Visit:
     code: str
     rater: int
     tasks: list[Task]
-    answers: dict[int, Answer]
-    """Index in `tasks` => the current answer."""
+    answered: set[int]
+    """Indices in `tasks` of those with an answer."""
 
     @property
     def next(self) -> int | None:
         """Index of the first task without an answer; None when all are answered."""
-        return next((n for n in range(len(self.tasks)) if n not in self.answers), None)
+        return next((n for n in range(len(self.tasks)) if n not in self.answered), None)
 
 
 class _Site:
@@ -127,8 +192,15 @@ class _Site:
         self._study = study
         self._store = store
         self._images = study.image_files
-        self._results: tuple[int, StudyResults] | None = None
-        """Number of written answers and the results at that time."""
+        self._token = store.admin_token().encode()
+        self._static = {
+            file.name: file.read_bytes() for file in files(__package__).joinpath("static").iterdir()
+        }
+        self._results: StudyResults | None = None
+        self._results_of: object = None
+        """Change count of the store of which `_results` are the results."""
+        self._next_results = 0.0
+        self._computing = threading.Lock()
 
     def front(self, request: Request) -> Response:
         """Ask visitors without a code to open their link."""
@@ -138,7 +210,7 @@ class _Site:
     def start(self, request: Request) -> Response:
         """Show the first or the last page, or redirect to the first question without an answer."""
         visit = self._visit(request)
-        if visit.next is None or not visit.answers:
+        if visit.next is None or not visit.answered:
             name = "done.html" if visit.next is None else "welcome.html"
             kinds = {task.item.kind for task in visit.tasks}
             return HTMLResponse(render(name, code=visit.code, num=len(visit.tasks), kinds=kinds))
@@ -150,20 +222,21 @@ class _Site:
         place = self._place(request, visit)
         if visit.next is not None and place > visit.next:
             return RedirectResponse(f"/r/{visit.code}", status_code=303)
-        task, earlier = visit.tasks[place], visit.answers.get(place)
+        task = visit.tasks[place]
+        earlier = self._store.find(visit.rater, task.item.number, task.repetition)
         page = render(
             f"{task.item.kind}.html",
             code=visit.code,
             number=place + 1,
             num=len(visit.tasks),
-            num_done=len(visit.answers),
+            num_done=len(visit.answered),
             item=task.item,
             images=[task.item.images[name] for name in task.shown],
             earlier=_form_value(task, earlier),
             skip_reason=earlier.skip_reason if earlier else None,
             skip_reasons=SKIP_REASONS[task.item.kind],
             cannot_tell=CANNOT_TELL,
-            max_count=_MAX_COUNT,
+            max_count=MAX_COUNT,
         )
         return HTMLResponse(page)
 
@@ -171,7 +244,10 @@ class _Site:
         """Store the answer to a question; the response is sent after the commit."""
         if _is_foreign(request):
             raise HTTPException(403, "This form comes from another site.")
-        form = await _read_fields(request)
+        try:
+            form = await _read_fields(request)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
         return await run_in_threadpool(self._record, request, form)
 
     def _record(self, request: Request, form: dict[str, str]) -> Response:
@@ -190,20 +266,41 @@ class _Site:
             raise HTTPException(404, "There is no such image.")
         # The name is a hash of the content, so the browser may keep the image.
         headers = {"Cache-Control": "private, max-age=86400, immutable"}
-        return FileResponse(self._study.folder / "images" / name, headers=headers)
+        path = path_inside(self._study.folder, f"images/{name}")
+        if not path.is_file():
+            raise HTTPException(404, "There is no such image.")
+        return FileResponse(path, headers=headers)
+
+    async def static(self, request: Request) -> Response:
+        """Send a style sheet, script or icon."""
+        name = request.path_params["name"]
+        if name not in self._static:
+            raise HTTPException(404, "There is no such file.")
+        media_type, _ = mimetypes.guess_type(name)
+        headers = {"Cache-Control": "max-age=600"}
+        return Response(self._static[name], media_type=media_type, headers=headers)
 
     def admin(self, request: Request) -> Response:
         """Show the current progress and results."""
         token = request.path_params["token"].encode()
-        if not secrets.compare_digest(token, self._store.admin_token().encode()):
+        if not secrets.compare_digest(token, self._token):
             raise HTTPException(404, _UNKNOWN)
-        written = self._store.num_written()
-        if self._results is None or self._results[0] != written:
-            self._results = written, summarise(self._study, self._store)
-        results = self._results[1]
+        results = self._current_results()
         return HTMLResponse(
             render("admin.html", study=self._study, results=results, findings=describe(results))
         )
+
+    def _current_results(self) -> StudyResults:
+        """Return the results, computed again when answers came and time allows."""
+        with self._computing:
+            started, changes = time.monotonic(), self._store.change_count()
+            if self._results is None or (
+                changes != self._results_of and started >= self._next_results
+            ):
+                self._results, self._results_of = summarise(self._study, self._store), changes
+                now = time.monotonic()
+                self._next_results = now + (now - started) / _ADMIN_SHARE
+            return self._results
 
     def _rater(self, request: Request) -> int:
         rater = self._store.find_rater(request.path_params["code"])
@@ -214,22 +311,23 @@ class _Site:
     def _visit(self, request: Request) -> _Visit:
         rater = self._rater(request)
         tasks = self._study.tasks(rater)
-        answers = {(a.item, a.repetition): a for a in self._store.answers(rater)}
+        answered = self._store.answered(rater)
         keys = [(task.item.number, task.repetition) for task in tasks]
-        found = {place: answers[key] for place, key in enumerate(keys) if key in answers}
-        return _Visit(request.path_params["code"], rater, tasks, found)
+        places = {place for place, key in enumerate(keys) if key in answered}
+        return _Visit(request.path_params["code"], rater, tasks, places)
 
     def _place(self, request: Request, visit: _Visit) -> int:
-        number: int = request.path_params["number"]
-        if not 1 <= number <= len(visit.tasks):
+        number: str = request.path_params["number"]
+        is_number = number.isascii() and number.isdigit() and len(number) <= 9
+        if not is_number or not 1 <= int(number) <= len(visit.tasks):
             raise HTTPException(404, "There is no such question.")
-        return number - 1
+        return int(number) - 1
 
 
 def _is_foreign(request: Request) -> bool:
     """Return whether the browser reports that the form is on a page of another site."""
     origin, host = request.headers.get("origin"), request.headers.get("host")
-    if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
+    if origin is not None and origin.partition("://")[2] != host:
         return True
     return request.headers.get("sec-fetch-site", "same-origin") != "same-origin"
 
@@ -259,8 +357,7 @@ def read_answer(form: Mapping[str, str], task: Task, rater: int) -> Answer:
     kind = task.item.kind
     value: int | tuple[str, ...] | None = None
     if set(form) == {"skip_reason"}:
-        reasons = SKIP_REASONS[kind] + ((CANNOT_TELL,) if kind == "counting" else ())
-        if form["skip_reason"] not in reasons:
+        if form["skip_reason"] not in skip_reasons(kind):
             raise HTTPException(400, "This is not an answer: unknown reason.")
     elif kind == "preference" and set(form) == {"ranking"}:
         places = form["ranking"].split(",")
@@ -269,8 +366,8 @@ def read_answer(form: Mapping[str, str], task: Task, rater: int) -> Answer:
         value = tuple(task.shown[int(place)] for place in places)
     elif kind == "counting" and set(form) == {"count"}:
         text = form["count"]
-        if not (text.isascii() and text.isdigit() and len(text) <= len(str(_MAX_COUNT))):
-            raise HTTPException(400, f"This is not an answer: count from 0 to {_MAX_COUNT}.")
+        if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_COUNT))):
+            raise HTTPException(400, f"This is not an answer: count from 0 to {MAX_COUNT}.")
         value = int(text)
     else:
         raise HTTPException(400, "This is not an answer: unknown fields.")

@@ -1,22 +1,25 @@
-"""The files of a rating study: its questions (study.json), and raters and answers (study.sqlite).
+"""The questions of a rating study (study.json), and their order for each rater.
 
-`create` writes the questions and adds raters, `server` adds answers, `results` reads both. Answers
-are never changed or deleted, and each one is on disk before the rater sees the next question.
-Imports no torch.
+`create` writes the questions; `server` and `results` read them. Raters and answers are in
+`answers`. Imports no torch.
 """
 
 import hashlib
-import json
-import secrets
-import sqlite3
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.rating.config import RepeatShare
+from ifvit.records import (
+    NonNegativeInt,
+    Rule,
+    path_inside,
+    record,
+)
 
 Kind = Literal["preference", "counting"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -28,17 +31,22 @@ SKIP_REASONS: dict[Kind, tuple[str, ...]] = {
     "preference": ("too close to call", "text is unclear", "images do not load", "other"),
     "counting": ("object is unclear", "image does not load", "other"),
 }
+MAX_COUNT = 99
+"""Largest answer to a counting question."""
 
-_VERSION = 1
+BlindName = Annotated[str, Rule("M and a number", re.compile(r"M[1-9][0-9]?").fullmatch)]
+ImageName = Annotated[
+    str, Rule("32 hexadecimal digits and .png", re.compile(r"[0-9a-f]{32}\.png").fullmatch)
+]
 _FILE = "study.json"
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Model:
     """A model and the folders of its images. Raters see only the name `blind`."""
 
-    blind: str
+    blind: BlindName
     name: str
     preference: str | None
     """Folder of the samples that are ranked."""
@@ -46,20 +54,29 @@ class Model:
     """Folder of the samples in which objects are counted."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Item:
     """One question. `prompt` and `position` identify the samples that it shows."""
 
-    number: int
+    number: NonNegativeInt
     kind: Kind
     prompt: str
     position: int
-    images: dict[str, str]
+    images: dict[BlindName, ImageName]
     """Blind model name => image file. A counting question has one image."""
     object: str | None = None
     """Object that the prompt of a counting question asks for."""
     count: int | None = None
     """Number of objects that the prompt of a counting question asks for."""
+
+    def __post_init__(self) -> None:
+        is_counting = self.kind == "counting"
+        if (self.count is not None, self.object is not None) != (is_counting, is_counting):
+            raise UserError(f"question {self.number}: `object` and `count` do not fit its kind")
+        if is_counting != (len(self.images) == 1):
+            raise UserError(
+                f"question {self.number}: {len(self.images)} images do not fit its kind"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +90,42 @@ class Task:
     """Blind model names in the order of their images on the page."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
+@record
+class _Questions:
     """The content of study.json; the item `items[n]` has the number n."""
 
-    folder: Path
+    version: Literal[2] = 2
     seed: int
-    repeat_share: float
+    repeat_share: RepeatShare
     models: tuple[Model, ...]
     items: tuple[Item, ...]
+
+    def __post_init__(self) -> None:
+        """Raise UserError unless each item shows exactly the images of the models it concerns."""
+        shown = {kind: {m.blind for m in self.models if getattr(m, kind)} for kind in KINDS}
+        if len({m.blind for m in self.models}) < len(self.models) or len(
+            {m.name for m in self.models}
+        ) < len(self.models):
+            raise UserError("models: a name occurs twice")
+        for number, item in enumerate(self.items):
+            models = set(item.images)
+            is_right = (
+                models == shown["preference"]
+                if item.kind == "preference"
+                else models <= shown["counting"]
+            )
+            if item.number != number or not is_right:
+                raise UserError(f"items.{number}: wrong number, or images of other models")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(_Questions):
+    """The questions of the study in a folder."""
+
+    folder: Path
+    _tasks: dict[int, list[Task]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def names(self) -> dict[str, str]:
@@ -99,7 +143,11 @@ class Study:
         The items of each kind are in a random order. The repeated items are sampled from the first
         half of that order; each repeat follows half the order later.
         """
-        return [task for kind in KINDS for task in self._tasks_of_kind(kind, rater)]
+        if rater not in self._tasks:
+            self._tasks[rater] = [
+                task for kind in KINDS for task in self._tasks_of_kind(kind, rater)
+            ]
+        return self._tasks[rater]
 
     def _tasks_of_kind(self, kind: Kind, rater: int) -> list[Task]:
         numbers = [item.number for item in self.items if item.kind == kind]
@@ -120,6 +168,11 @@ class Study:
         return tasks
 
 
+def skip_reasons(kind: Kind) -> tuple[str, ...]:
+    """All reasons for which a rater can skip a question of this kind."""
+    return SKIP_REASONS[kind] + ((CANNOT_TELL,) if kind == "counting" else ())
+
+
 def shuffled(values: Iterable[_T], *key: object) -> list[_T]:
     """Return the values in a pseudorandom order that depends only on the values and `key`.
 
@@ -130,24 +183,22 @@ def shuffled(values: Iterable[_T], *key: object) -> list[_T]:
 
 
 def write_study(study: Study) -> None:
-    """Write study.json."""
-    content = {"version": _VERSION} | asdict(study)
-    del content["folder"]
-    storage.write_json(str(study.folder / _FILE), content)
+    """Write study.json with its seal."""
+    questions = _Questions(**_questions(study))
+    storage.write_sealed(str(study.folder / _FILE), questions)
 
 
 def read_study(folder: str) -> Study:
-    """Read study.json. Raises UserError when it is missing or has another version."""
+    """Read study.json. Raises UserError when it is missing or damaged."""
     url = storage.join(folder, _FILE)
     if not study_exists(folder):
         raise UserError(f"{url}: no such file; make a study with ifvit rate create {folder}")
-    stored: dict[str, Any] = storage.read_json(url)
-    version = stored.pop("version", None)
-    if version != _VERSION:
-        raise UserError(f"{url}: version {version}, expected {_VERSION}; create the study again")
-    models = tuple(Model(**model) for model in stored.pop("models"))
-    items = tuple(Item(**item) for item in stored.pop("items"))
-    return Study(folder=Path(folder), models=models, items=items, **stored)
+    questions = storage.read_sealed(_Questions, url)
+    return Study(folder=Path(folder), **_questions(questions))
+
+
+def _questions(source: _Questions) -> dict[str, Any]:
+    return {each.name: getattr(source, each.name) for each in fields(_Questions)}
 
 
 def study_exists(folder: str) -> bool:
@@ -155,132 +206,14 @@ def study_exists(folder: str) -> bool:
     return storage.exists(storage.join(folder, _FILE))
 
 
-_DATABASE = "study.sqlite"
-_SCHEMA = """
-CREATE TABLE admin (token TEXT NOT NULL);
-CREATE TABLE rater (id INTEGER PRIMARY KEY, code TEXT NOT NULL UNIQUE);
-CREATE TABLE answer (
-    id INTEGER PRIMARY KEY,
-    rater INTEGER NOT NULL REFERENCES rater,
-    item INTEGER NOT NULL,
-    repetition INTEGER NOT NULL,
-    shown TEXT NOT NULL,
-    value TEXT,
-    skip_reason TEXT,
-    answered_at TEXT NOT NULL,
-    CHECK ((value IS NULL) <> (skip_reason IS NULL))
-);
-CREATE INDEX answer_to ON answer (rater, item, repetition);
--- A changed answer is a new row; the old rows stay as its history.
-CREATE VIEW current_answer AS SELECT * FROM answer AS this WHERE NOT EXISTS (
-    SELECT 1 FROM answer AS later WHERE later.rater = this.rater AND later.item = this.item
-    AND later.repetition = this.repetition AND later.id > this.id
-);
-"""
+def check_images(study: Study) -> None:
+    """Raise UserError unless all images lie in the study's folder and have the hashes they name."""
+    for name in study.image_files:
+        path = path_inside(study.folder, f"images/{name}")
+        if image_name(storage.read_bytes(str(path))) != name:
+            raise UserError(f"{path}: damaged; restore it from a copy of the study")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rater:
-    """A person who rates; `code` is the secret in the rater's link."""
-
-    id: int
-    code: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A rater's answer to one task."""
-
-    rater: int
-    item: int
-    repetition: int
-    shown: tuple[str, ...]
-    value: int | tuple[str, ...] | None
-    """The count, or the blind model names from best to worst; None when the task was skipped."""
-    skip_reason: str | None
-    answered_at: str = ""
-    """UTC in ISO 8601; the store fills it in."""
-
-
-class Store:
-    """The file study.sqlite of a study. Several threads may share one object.
-
-    Every statement is its own transaction and is synced to disk: what a method has written when it
-    returns survives a kill of the process.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        # SQLite serialises calls from several threads; no transaction spans two calls.
-        self._connection = sqlite3.connect(
-            folder / _DATABASE, timeout=30, isolation_level=None, check_same_thread=False
-        )
-        self._connection.row_factory = sqlite3.Row
-        self._connection.execute("PRAGMA synchronous = FULL")
-        self._connection.execute("PRAGMA foreign_keys = ON")
-
-    @classmethod
-    def create(cls, folder: Path) -> "Store":
-        """Make a store without raters; delete the file of an interrupted `rate create` first."""
-        for leftover in folder.glob(f"{_DATABASE}*"):
-            leftover.unlink()
-        store = cls(folder)
-        store._connection.execute("PRAGMA journal_mode = WAL")
-        store._connection.executescript(_SCHEMA)
-        store._connection.execute("INSERT INTO admin VALUES (?)", (secrets.token_urlsafe(24),))
-        return store
-
-    def close(self) -> None:
-        """Merge the journal into the file and close it."""
-        self._connection.close()
-
-    def add_raters(self, number: int) -> None:
-        """Add raters with random codes of 128 bits."""
-        codes = [(secrets.token_urlsafe(16),) for _ in range(number)]
-        self._connection.executemany("INSERT INTO rater (code) VALUES (?)", codes)
-
-    def raters(self) -> list[Rater]:
-        """List all raters by id."""
-        rows = self._connection.execute("SELECT id, code FROM rater ORDER BY id").fetchall()
-        return [Rater(**dict(row)) for row in rows]
-
-    def find_rater(self, code: str) -> int | None:
-        """Return the id of the rater with this code, or None."""
-        rows = self._connection.execute("SELECT id FROM rater WHERE code = ?", (code,)).fetchall()
-        return rows[0][0] if rows else None
-
-    def admin_token(self) -> str:
-        """Return the secret in the admin's link."""
-        return str(self._connection.execute("SELECT token FROM admin").fetchall()[0][0])
-
-    def add(self, answer: Answer) -> None:
-        """Store an answer; `answers` returns it in place of earlier answers to the same task."""
-        value = None if answer.value is None else json.dumps(answer.value)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        shown = json.dumps(answer.shown)
-        self._connection.execute(
-            "INSERT INTO answer (rater, item, repetition, shown, value, skip_reason, answered_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (answer.rater, answer.item, answer.repetition, shown, value, answer.skip_reason, now),
-        )
-
-    def num_written(self) -> int:
-        """Count all stored answers, including those that were replaced."""
-        rows = self._connection.execute("SELECT count(*) FROM answer").fetchall()
-        return int(rows[0][0])
-
-    def answers(self, rater: int | None = None) -> list[Answer]:
-        """List the current answers of one rater, or of all raters, oldest first."""
-        rows = self._connection.execute(
-            "SELECT rater, item, repetition, shown, value, skip_reason, answered_at"
-            " FROM current_answer WHERE ? IS NULL OR rater = ? ORDER BY id",
-            (rater, rater),
-        ).fetchall()
-        return [
-            Answer(**{**row, "shown": tuple(json.loads(row["shown"])), "value": _value(row)})
-            for row in map(dict, rows)
-        ]
-
-
-def _value(row: dict[str, Any]) -> int | tuple[str, ...] | None:
-    value = None if row["value"] is None else json.loads(row["value"])
-    return tuple(value) if isinstance(value, list) else value
+def image_name(data: bytes) -> str:
+    """Name of the file of an image: a part of the hash of its content."""
+    return f"{hashlib.sha256(data).hexdigest()[:32]}.png"

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from ifvit.rating.answers import Answer, Store
 from ifvit.rating.config import CreateConfig
 from ifvit.rating.create import create
-from ifvit.rating.study import Answer, Store, Study, Task, read_study
+from ifvit.rating.study import Study, Task, read_study
 from ifvit.sampling.samples import SampleRow, claim_folder
 from ifvit.sampling.samples import write_samples as list_samples
 

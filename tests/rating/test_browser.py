@@ -21,10 +21,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
+from ifvit.rating.answers import Store
 from ifvit.rating.config import RateReportConfig
 from ifvit.rating.pages import report
 from ifvit.rating.results import read_results
-from ifvit.rating.study import Store, Study, Task
+from ifvit.rating.study import Study, Task
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

@@ -8,10 +8,11 @@ import pytest
 from made_study import add, make_study
 
 from ifvit.errors import UserError
+from ifvit.rating.answers import Store
 from ifvit.rating.config import RateExportConfig, RateReportConfig
 from ifvit.rating.pages import describe, report
 from ifvit.rating.results import export, read_results
-from ifvit.rating.study import Store, Study
+from ifvit.rating.study import Study
 
 COUNTS = {"early": {"apple": 5, "bus": 1}, "intermediate": {"apple": 2, "bus": 1}}
 

@@ -1,0 +1,328 @@
+"""The raters and their answers: the file study.sqlite of a rating study.
+
+`create` adds raters, `server` adds answers, `results` reads them. The file has one current answer
+per rater and question; a changed answer replaces the earlier one. It holds all secrets of a study
+and is readable by its owner only. It may come from a stranger: it is opened only when its tables
+are exactly those of this module, and every row is sealed. Imports no torch.
+"""
+
+import hashlib
+import re
+import secrets
+import sqlite3
+import stat
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from ifvit import storage
+from ifvit.errors import UserError
+from ifvit.rating.study import MAX_COUNT, BlindName, Study, Task, skip_reasons
+from ifvit.records import (
+    NonNegativeInt,
+    PositiveInt,
+    Rule,
+    dump_rows,
+    parse_sealed,
+    record,
+    shorten,
+)
+
+_DATABASE = "study.sqlite"
+_TABLES = {
+    "admin": "CREATE TABLE admin (content TEXT NOT NULL)",
+    "rater": "CREATE TABLE rater (id INTEGER PRIMARY KEY, content TEXT NOT NULL)",
+    "answer": "CREATE TABLE answer (rater INTEGER NOT NULL REFERENCES rater, item INTEGER NOT NULL,"
+    " repetition INTEGER NOT NULL, content TEXT NOT NULL, PRIMARY KEY (rater, item, repetition))"
+    " WITHOUT ROWID",
+}
+_MAX_BYTES = 1 << 28
+"""Largest database that is opened; an answer takes about 400 bytes."""
+_MAX_ROW_BYTES = 1 << 16
+_STATEMENT_SECONDS = 30.0
+_RELOAD_SECONDS = 1.0
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00)?", re.ASCII)
+_Row = TypeVar("_Row")
+
+
+@record
+class Admin:
+    """The person who sees the results; `token` is the secret in the admin's link."""
+
+    token: str
+
+
+@record
+class Rater:
+    """A person who rates; `code` is the secret in the rater's link."""
+
+    id: PositiveInt
+    code: str
+
+
+@record
+class Answer:
+    """A rater's answer to one task."""
+
+    rater: PositiveInt
+    item: NonNegativeInt
+    repetition: NonNegativeInt
+    shown: tuple[BlindName, ...]
+    value: NonNegativeInt | tuple[BlindName, ...] | None
+    """The count, or the blind model names from best to worst; None when the task was skipped."""
+    skip_reason: str | None
+    answered_at: Annotated[str, Rule("a time", _TIME.fullmatch)] = ""
+    """UTC in ISO 8601 with microseconds; the store fills it in."""
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.skip_reason is None):
+            raise UserError("an answer has either a value or a skip_reason")
+
+    def fits(self, task: Task) -> bool:
+        """Whether the page of the task admits this answer."""
+        kind = task.item.kind
+        if self.shown != task.shown:
+            return False
+        if self.skip_reason is not None:
+            return self.skip_reason in skip_reasons(kind)
+        if isinstance(self.value, tuple):
+            return kind == "preference" and sorted(self.value) == sorted(self.shown)
+        return kind == "counting" and self.value in range(MAX_COUNT + 1)
+
+
+class Store:
+    """The file study.sqlite of a study. Several threads may share one object.
+
+    Every statement is its own transaction and is synced to disk: what a method has written when it
+    returns survives a kill of the process. All methods raise UserError for a damaged file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _DATABASE
+        _check_files(self._path)
+        self._lock = threading.Lock()  # one statement at a time, each with its own deadline
+        self._deadline = 0.0
+        self._raters: dict[bytes, int] = {}
+        """Hash of a rater's code => id. The time of a look-up says nothing about the code."""
+        self._loaded_at = -_RELOAD_SECONDS
+        self._connection = sqlite3.connect(
+            f"{self._path.absolute().as_uri()}?mode=rw",
+            uri=True,
+            timeout=_STATEMENT_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        self._connection.set_progress_handler(
+            lambda: int(time.monotonic() > self._deadline), 10_000
+        )
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_ROW_BYTES)
+        try:
+            self._check_content()
+        except UserError:
+            self.close()
+            raise
+
+    @classmethod
+    def create(cls, folder: Path) -> "Store":
+        """Make a store without raters in place of the one of an interrupted `rate create`.
+
+        Raises UserError when the folder holds another file of that name, or answers.
+        """
+        path = folder / _DATABASE
+        if path.exists():
+            leftover = cls(folder)
+            has_answers = bool(leftover.answers())
+            leftover.close()
+            if has_answers:
+                raise UserError(f"{path}: has answers, but study.json is missing; restore it")
+            for file in _files(path):
+                file.unlink(missing_ok=True)
+        with storage.write_file(str(path)) as temporary:
+            temporary.chmod(0o600)
+            connection = sqlite3.connect(temporary, isolation_level=None)
+            for statement in _TABLES.values():
+                connection.execute(statement)
+            admin = Admin(token=secrets.token_urlsafe(24))
+            connection.execute("INSERT INTO admin VALUES (?)", (_dump(admin),))
+            connection.close()
+        return cls(folder)
+
+    def _check_content(self) -> None:
+        """Raise UserError unless the file is intact and has our tables and nothing else."""
+        # A view, trigger or virtual table of a stranger would run its own SQL in our statements.
+        self._execute("PRAGMA trusted_schema = OFF")
+        self._execute("PRAGMA cell_size_check = ON")
+        found = self._execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
+        expected = {("table", name, name, statement) for name, statement in _TABLES.items()}
+        if len(found) != len(expected) or set(found) != expected:
+            raise UserError(f"{self._path}: not a study's answers of this version; restore it")
+        ((verdict,),) = self._execute("PRAGMA integrity_check(1)")
+        if verdict != "ok":
+            raise UserError(f"{self._path}: damaged ({shorten(verdict)}); restore it from a copy")
+        self._execute("PRAGMA journal_mode = WAL")
+        self._execute("PRAGMA synchronous = FULL")
+        self._execute("PRAGMA foreign_keys = ON")
+
+    def _execute(self, statement: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        with self._lock:
+            self._deadline = time.monotonic() + _STATEMENT_SECONDS
+            try:
+                return self._connection.execute(statement, parameters).fetchall()
+            except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{self._path}: cannot be used ({shorten(error)}); restore it from a copy"
+                ) from None
+
+    def close(self) -> None:
+        """Merge the journal into the file and close it."""
+        self._connection.close()
+
+    def add_raters(self, number: int) -> None:
+        """Add raters with random codes of 128 bits."""
+        first = 1 + max((rater.id for rater in self.raters()), default=0)
+        for id_ in range(first, first + number):
+            rater = Rater(id=id_, code=secrets.token_urlsafe(16))
+            self._execute("INSERT INTO rater VALUES (?, ?)", (id_, _dump(rater)))
+
+    def raters(self) -> list[Rater]:
+        """List all raters by id."""
+        rows = self._execute("SELECT id, CAST(content AS TEXT) FROM rater ORDER BY id")
+        raters = [self._parse(Rater, content, f"rater {id_}") for id_, content in rows]
+        if [rater.id for rater in raters] != [id_ for id_, _ in rows]:
+            raise UserError(f"{self._path}: damaged, raters have other ids; restore it from a copy")
+        return raters
+
+    def find_rater(self, code: str) -> int | None:
+        """Return the id of the rater with this code, or None; a new rater is found in a second."""
+        key = _hash_code(code)
+        if key not in self._raters and time.monotonic() > self._loaded_at + _RELOAD_SECONDS:
+            self._raters = {_hash_code(rater.code): rater.id for rater in self.raters()}
+            self._loaded_at = time.monotonic()
+        return self._raters.get(key)
+
+    def admin_token(self) -> str:
+        """Return the secret in the admin's link."""
+        rows = self._execute("SELECT CAST(content AS TEXT) FROM admin")
+        if len(rows) != 1:
+            raise UserError(f"{self._path}: damaged, {len(rows)} admins; restore it from a copy")
+        return self._parse(Admin, rows[0][0], "admin").token
+
+    def add(self, answer: Answer) -> None:
+        """Store an answer in place of an earlier one to the same task; an equal one is kept."""
+        earlier = self.find(answer.rater, answer.item, answer.repetition)
+        if earlier is not None and replace(earlier, answered_at="") == answer:
+            return
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        self._execute(
+            "INSERT OR REPLACE INTO answer VALUES (?, ?, ?, ?)",
+            (
+                answer.rater,
+                answer.item,
+                answer.repetition,
+                _dump(replace(answer, answered_at=now)),
+            ),
+        )
+
+    def find(self, rater: int, item: int, repetition: int) -> Answer | None:
+        """Return the current answer to a task, or None."""
+        found = self._select("rater = ? AND item = ? AND repetition = ?", rater, item, repetition)
+        return found[0] if found else None
+
+    def answered(self, rater: int) -> set[tuple[int, int]]:
+        """Item and repetition of the tasks that this rater has answered."""
+        rows = self._execute("SELECT item, repetition FROM answer WHERE rater = ?", (rater,))
+        return {(item, repetition) for item, repetition in rows}
+
+    def answers(self, rater: int | None = None) -> list[Answer]:
+        """List the current answers of one rater, or of all raters, oldest first."""
+        found = self._select("? IS NULL OR rater = ?", rater, rater)
+        return sorted(found, key=lambda each: each.answered_at)
+
+    def change_count(self) -> tuple[int, int]:
+        """Return two numbers of which one grows with each write of this or another process."""
+        ((others,),) = self._execute("PRAGMA data_version")
+        return int(others), self._connection.total_changes
+
+    def _select(self, condition: str, *parameters: int | None) -> list[Answer]:
+        rows = self._execute(
+            "SELECT rater, item, repetition, CAST(content AS TEXT) FROM answer"
+            f" WHERE {condition} ORDER BY rater, item, repetition",
+            parameters,
+        )
+        answers = []
+        for *key, content in rows:
+            answer = self._parse(Answer, content, f"answer {shorten(key)}")
+            if [answer.rater, answer.item, answer.repetition] != key:
+                raise UserError(f"{self._path}, answer {shorten(key)}: damaged; restore the file")
+            answers.append(answer)
+        return answers
+
+    def _parse(self, cls: type[_Row], content: str, row: str) -> _Row:
+        return parse_sealed(cls, content, f"{self._path}, {row}")
+
+
+def read_answers(study: Study, store: Store) -> list[Answer]:
+    """List all current answers, oldest first. Raises UserError for those of another study."""
+    tasks = {
+        (rater.id, task.item.number, task.repetition): task
+        for rater in store.raters()
+        for task in study.tasks(rater.id)
+    }
+    answers = store.answers()
+    for answer in answers:
+        task = tasks.get((answer.rater, answer.item, answer.repetition))
+        if task is None or not answer.fits(task):
+            raise UserError(
+                f"{study.folder}: rater {answer.rater} has an answer to question {answer.item} "
+                "that this study does not admit; restore study.json and study.sqlite from one copy"
+            )
+    return answers
+
+
+def _check_files(path: Path) -> None:
+    """Raise UserError unless the database and its journals are regular files of this study.
+
+    SQLite would follow links, and a journal of a stranger can make it write or delete other files.
+    Files that others can read are restricted to their owner, and the user is told.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; restore it from a copy of the study")
+    *parts, journal = _files(path)
+    if journal.is_symlink() or journal.exists():
+        raise UserError(f"{journal}: no study has this file; delete it if you did not put it there")
+    for file in parts:
+        if not (file.is_symlink() or file.exists()):
+            continue
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{file}: not a regular file; restore it from a copy of the study")
+        if status.st_size > _MAX_BYTES:
+            raise UserError(f"{file}: {status.st_size} bytes, more than the allowed {_MAX_BYTES}")
+        if status.st_mode & 0o077:
+            _restrict(file)
+
+
+def _restrict(file: Path) -> None:
+    try:
+        file.chmod(0o600)
+    except PermissionError:
+        raise UserError(f"{file}: others can read it; its owner must run chmod 600") from None
+    sys.stderr.write(f"{file}: others could read the raters' codes in it; its mode is now 0600\n")
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the database and the files that SQLite keeps beside it, the rollback journal last."""
+    return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", "-journal")]
+
+
+def _dump(row: Admin | Rater | Answer) -> str:
+    return dump_rows([row]).decode().rstrip()
+
+
+def _hash_code(code: str) -> bytes:
+    return hashlib.sha256(code.encode(errors="replace")).digest()
