@@ -4,11 +4,12 @@ Metrics, object counts, human ratings and studies express their results as `Esti
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
+
+from ifvit.records import NonNegativeFloat, PositiveInt, record
 
 _NUM_RESAMPLES = 1000
 _RESAMPLING_SEED = 0
@@ -17,7 +18,7 @@ LOWER_IS_BETTER = frozenset({"frechet_distance", "fid", "kid", "cmmd", "average_
 """Metrics that fall as images get better; all others rise."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Estimate:
     """A number, and how much it would vary with other samples of the same model.
 
@@ -26,8 +27,8 @@ class Estimate:
     """
 
     value: float
-    standard_error: float
-    num_samples: int
+    standard_error: NonNegativeFloat
+    num_samples: PositiveInt
     low: float
     high: float
 

@@ -5,22 +5,37 @@ prompts; `studies` plots the rows. Imports no torch.
 """
 
 import csv
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import numpy as np
 
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import Estimate, estimate_mean, estimate_share
-from ifvit.evaluation.rows import find_row_urls
+from ifvit.evaluation.rows import Settings, read_stored_rows
+from ifvit.records import (
+    Fraction,
+    NonNegativeInt,
+    PlainName,
+    PositiveInt,
+    Rule,
+    Sha256,
+    parse_json,
+    parse_value,
+    record,
+)
 from ifvit.scenes.captions import NUMBER_WORDS, write_captions
 from ifvit.scenes.drawings import COLOURS, KINDS, MAX_COUNT, Group, Scene
 
 MAX_ASKED = 16
 """GenEval counts at most 16 boxes of a class, so no prompt may ask for more."""
+_MAX_OBJECTS = 200
+"""Different objects in a set of prompts; each is a plot of the report."""
+
+Line = Annotated[str, Rule("one line of text", lambda value: len(value.strip().splitlines()) == 1)]
+AskedCount = Annotated[int, Rule(f"from 1 to {MAX_ASKED}", lambda value: 1 <= value <= MAX_ASKED)]
 
 _PAPER_OBJECTS = {
     "bus": ("a bus", "buses"),
@@ -31,16 +46,16 @@ _PAPER_OBJECTS = {
 """One object and its plural: the four kinds of plural of the paper's section 4.1."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class CountPrompt:
     """A prompt, the object that the detector counts, and how many there should be."""
 
-    prompt: str
-    object: str
-    count: int
+    prompt: Line
+    object: Line
+    count: AskedCount
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class CountingRule:
     """How objects are counted; None where pixels are analysed exactly.
 
@@ -49,12 +64,12 @@ class CountingRule:
     """
 
     detector: str
-    detector_sha256: str | None = None
-    threshold: float | None = None
-    max_boxes: int | None = None
+    detector_sha256: Sha256 | None = None
+    threshold: Fraction | None = None
+    max_boxes: PositiveInt | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ObjectCountProtocol:
     """What was sampled and how it was counted; only rows of equal protocols compare.
 
@@ -62,24 +77,24 @@ class ObjectCountProtocol:
     of images per prompt, `sampling` the `SamplingConfig.settings`.
     """
 
-    prompts_sha256: str
-    num_images: int
-    sampling: dict[str, Any]
+    prompts_sha256: Sha256
+    num_images: PositiveInt
+    sampling: Settings
     rule: CountingRule
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class CountedImage:
     """An image, how many objects its prompt asks for, and how many the detector counted."""
 
-    file: str
-    prompt: str
-    object: str
-    asked: int
-    counted: int
+    file: PlainName
+    prompt: Line
+    object: Line
+    asked: AskedCount
+    counted: NonNegativeInt
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class CountScore:
     """Eq. 9 and 10 of the paper over the images of one object and one asked count.
 
@@ -88,13 +103,13 @@ class CountScore:
     are equal.
     """
 
-    object: str | None
-    asked: int | None
+    object: Line | None
+    asked: AskedCount | None
     average_error: Estimate
     match_ratio: Estimate
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ObjectCountRow:
     """Object counts of one checkpoint under one protocol.
 
@@ -103,13 +118,23 @@ class ObjectCountRow:
     """
 
     weights: str
-    weights_sha256: str
-    step: int
-    ema_decay: float | None
+    weights_sha256: Sha256
+    step: NonNegativeInt
+    ema_decay: Fraction | None
     backbone: dict[str, Any]
     protocol: ObjectCountProtocol
     scores: tuple[CountScore, ...]
     images: tuple[CountedImage, ...]
+
+    def __post_init__(self) -> None:
+        """Raise UserError unless there is one score for each group of the images."""
+        if self.groups != _groups(self.images):
+            raise UserError("scores do not belong to the images")
+
+    @property
+    def groups(self) -> list[tuple[str | None, int | None]]:
+        """Object and asked count of each score."""
+        return [(score.object, score.asked) for score in self.scores]
 
     def score(self, object: str | None = None, asked: int | None = None) -> CountScore | None:
         """The score of an object, of an asked count, of both or of all; None without images."""
@@ -137,9 +162,13 @@ def read_count_prompts(source: str) -> list[CountPrompt]:
         return _paper_prompts()
     if source == "scenes":
         return _scene_prompts()
-    prompts = [_check_item(source, number, item) for number, item in enumerate(_parse(source), 1)]
-    if not prompts:
-        raise UserError(f"{source}: no prompts in it; write prompt, object and count of each")
+    prompts = _read_prompts(source)
+    num_objects = len({asked.object for asked in prompts})
+    if not 1 <= num_objects <= _MAX_OBJECTS:
+        raise UserError(
+            f"{source}: prompts of {num_objects} objects; write prompt, object and count of each, "
+            f"for 1 to {_MAX_OBJECTS} objects"
+        )
     return prompts
 
 
@@ -168,47 +197,58 @@ def _scene_prompts() -> list[CountPrompt]:
     ]
 
 
-def _parse(source: str) -> list[Any]:
-    """The items of a file; its ending names the format."""
+def _read_prompts(source: str) -> list[CountPrompt]:
+    """The prompts of a file; its ending names the format."""
+    if not source.endswith((".csv", ".jsonl")):
+        raise UserError(f"prompts {source}: give paper, scenes or a .jsonl or .csv file")
     try:
-        text = storage.read_bytes(source).decode("utf-8-sig")
-        if source.endswith(".jsonl"):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        if source.endswith(".csv"):
-            return list(csv.DictReader(text.splitlines(), strict=True))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        lines = storage.read_bytes(source).decode("utf-8-sig").splitlines()
+        table = list(csv.DictReader(lines, strict=True)) if source.endswith(".csv") else []
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"{source}: not readable ({error}); write prompt, object and count"
         ) from None
-    raise UserError(f"prompts {source}: give paper, scenes or a file that ends in .jsonl or .csv")
+    if source.endswith(".jsonl"):
+        found: list[Any] = [
+            parse_json(dict[str, Any], line, f"{source}, line {number}")
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+    else:  # a CSV file has text only
+        found = [
+            {key: int(text) if _is_count(key, text) else text for key, text in row.items()}
+            for row in table
+        ]
+    return [
+        parse_value(CountPrompt, _strip(item), f"{source}, item {number}")
+        for number, item in enumerate(found, 1)
+    ]
 
 
-def _check_item(source: str, number: int, item: Any) -> CountPrompt:
-    try:
-        given = CountPrompt(**item)
-        prompt, name = given.prompt.strip(), given.object.strip()
-        count = int(str(given.count))  # a CSV file has text only
-    except (TypeError, ValueError, AttributeError):
-        raise UserError(f"{source}: item {number} needs prompt, object and count only") from None
-    if len(prompt.splitlines()) != 1 or not name:
-        raise UserError(f"{source}: item {number}: prompt and object must be one line of text each")
-    if not 1 <= count <= MAX_ASKED:
-        raise UserError(f"{source}: item {number}: count {count} is not between 1 and {MAX_ASKED}")
-    return CountPrompt(prompt=prompt, object=name, count=count)
+def _is_count(key: object, text: object) -> bool:
+    return key == "count" and isinstance(text, str) and text.isdecimal() and len(text) < 9
+
+
+def _strip(item: dict[Any, Any]) -> dict[Any, Any]:
+    return {key: text.strip() if isinstance(text, str) else text for key, text in item.items()}
 
 
 def score_counts(images: Sequence[CountedImage]) -> tuple[CountScore, ...]:
     """Score all images, each object, each asked count and each pair; each needs two images."""
+    return tuple(_score(images, name, count) for name, count in _groups(images))
+
+
+def _groups(images: Sequence[CountedImage]) -> list[tuple[str | None, int | None]]:
+    """Object and asked count of each group of images that has a score; None stands for all."""
     objects = list(dict.fromkeys(image.object for image in images))
     counts = sorted({image.asked for image in images})
     asked_pairs = {(image.object, image.asked) for image in images}
-    groups: list[tuple[str | None, int | None]] = [
-        (None, None),
+    return [
+        *([(None, None)] if images else []),
         *((name, None) for name in objects),
         *((None, count) for count in counts),
         *((name, count) for name in objects for count in counts if (name, count) in asked_pairs),
     ]
-    return tuple(_score(images, name, count) for name, count in groups)
 
 
 def _score(images: Sequence[CountedImage], name: str | None, asked: int | None) -> CountScore:
@@ -238,33 +278,20 @@ def differences(first: ObjectCountProtocol, second: ObjectCountProtocol) -> list
 
 
 def write_object_count(url: str, row: ObjectCountRow) -> None:
-    """Write the row as JSON."""
-    storage.write_json(url, asdict(row))
+    """Write the row as sealed JSON."""
+    storage.write_sealed(url, row)
 
 
 def read_object_count(url: str) -> ObjectCountRow:
     """Read a row that `write_object_count` wrote. Raises UserError if the file is not one."""
-    stored: dict[str, Any] = storage.read_json(url)
-    try:
-        rule = CountingRule(**stored["protocol"]["rule"])
-        parts = {
-            "protocol": ObjectCountProtocol(**{**stored["protocol"], "rule": rule}),
-            "scores": tuple(map(_read_score, stored["scores"])),
-            "images": tuple(CountedImage(**image) for image in stored["images"]),
-        }
-        return ObjectCountRow(**{**stored, **parts})
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{url}: not a row of object counts ({error}); delete it and evaluate again"
-        ) from None
+    return storage.read_sealed(ObjectCountRow, url)
 
 
 def read_object_counts(folder: str) -> list[ObjectCountRow]:
     """All rows of object counts below RUN/evaluation, the newest step last."""
-    urls = [url for url in find_row_urls(folder) if "scores" in storage.read_json(url)]
-    return sorted(map(read_object_count, urls), key=lambda row: row.step)
-
-
-def _read_score(stored: dict[str, Any]) -> CountScore:
-    estimates = {key: Estimate(**stored[key]) for key in ("average_error", "match_ratio")}
-    return CountScore(**{**stored, **estimates})
+    rows = [
+        parse_value(ObjectCountRow, stored, url)
+        for url, stored in read_stored_rows(folder).items()
+        if "scores" in stored
+    ]
+    return sorted(rows, key=lambda row: row.step)

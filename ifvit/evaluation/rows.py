@@ -7,19 +7,41 @@ RUN/evaluation/PROTOCOL/wSCALE/step_XXXXXXXX.json, its samples are in the folder
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import Estimate
+from ifvit.records import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainName,
+    PositiveInt,
+    Rule,
+    Sha256,
+    parse_value,
+    record,
+)
+from ifvit.sampling.config import SamplingConfig
 
 FOLDER = "evaluation"
 """Folder of a run that holds its rows."""
 _LABELS = {"name", "features", "inception"}
 
 
-@dataclass(frozen=True, kw_only=True)
+def _are_settings(value: dict[str, Any]) -> bool:
+    """Whether readers find their keys. Raises UserError for settings that no solver can have."""
+    parse_value(SamplingConfig, value, "settings")
+    return {"guidance_scale", "method"} <= value.keys()
+
+
+Settings = Annotated[dict[str, Any], Rule("settings of images", _are_settings)]
+"""`SamplingConfig.settings` as files hold them."""
+
+
+@record
 class Protocol:
     """What was sampled and how it was measured; stored with every row.
 
@@ -27,28 +49,27 @@ class Protocol:
     Hashes are SHA-256.
     """
 
-    name: str
-    num_samples: int
-    prompts_sha256: str
+    name: PlainName
+    num_samples: PositiveInt
+    prompts_sha256: Sha256
     """Hash of the image id and the prompt of every sample, in order."""
-    caption_rule: str
+    caption_rule: Literal["first", "random"]
     """Caption of an image that is the prompt: `first`, or `random` (by seed and position)."""
-    score_caption: str
+    score_caption: Literal["same", "first"]
     """Caption that a sample is scored against: the `same`, or the `first` of the image."""
-    sampling: dict[str, Any]
-    """`SamplingConfig.settings`."""
-    image_size: int
+    sampling: Settings
+    image_size: PositiveInt
     resize: str
     """How real images became square."""
     features: str
     """Name of the CLIP model behind all metrics except FID and KID."""
-    features_sha256: str
+    features_sha256: Sha256
     paper_prefix: str
     inception: str | None
     """Name of the Inception network of FID and KID; None: neither was measured."""
-    inception_sha256: str | None
-    num_reference_images: int | None
-    reference_sha256: str | None
+    inception_sha256: Sha256 | None
+    num_reference_images: PositiveInt | None
+    reference_sha256: Sha256 | None
     """Hash of the real images' files, order and resize; None: no distance was measured."""
 
     @property
@@ -64,7 +85,7 @@ class Protocol:
         return scale
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class MetricsRow:
     """Metrics of one checkpoint under one protocol; None: not measured.
 
@@ -73,9 +94,9 @@ class MetricsRow:
     """
 
     weights: str
-    weights_sha256: str
-    step: int
-    ema_decay: float | None
+    weights_sha256: Sha256
+    step: NonNegativeInt
+    ema_decay: Fraction | None
     protocol: Protocol
     frechet_distance: Estimate | None
     clip_score: Estimate
@@ -89,7 +110,7 @@ class MetricsRow:
     kind_accuracy: Estimate | None = None
     relation_accuracy: Estimate | None = None
     scene_accuracy: Estimate | None = None
-    seconds_per_image: float | None = None
+    seconds_per_image: NonNegativeFloat | None = None
     """Seconds of one process to generate an image and write its PNG file."""
 
 
@@ -123,34 +144,47 @@ def estimates_of(row: MetricsRow) -> dict[str, Estimate]:
 
 
 def write_row(url: str, row: MetricsRow) -> None:
-    """Write the row as JSON."""
-    storage.write_json(url, asdict(row))
+    """Write the row as sealed JSON."""
+    storage.write_sealed(url, row)
 
 
 def read_row(url: str) -> MetricsRow:
     """Read a row that `write_row` wrote. Raises UserError if the file is not one."""
-    return _parse_row(url, storage.read_json(url))
+    return storage.read_sealed(MetricsRow, url)
 
 
 def read_rows(folder: str) -> dict[str, MetricsRow]:
     """All rows of metrics below `folder` by URL, sorted by protocol name, guidance scale and step.
 
-    Rows of object counts are left out. Raises UserError for any other file in the place of a row.
+    Rows of object counts are left out. Raises UserError for any other file in the place of a row,
+    and for a row in the place of another.
     """
-    stored = {url: storage.read_json(url) for url in find_row_urls(folder)}
-    rows = {url: _parse_row(url, row) for url, row in stored.items() if "scores" not in row}
+    rows = {
+        url: parse_value(MetricsRow, stored, url)
+        for url, stored in read_stored_rows(folder).items()
+        if "scores" not in stored
+    }
+    for url, row in rows.items():
+        own = row_url(folder, row.protocol.name, row.protocol.guidance_scale, row.step)
+        if own != url:
+            raise UserError(f"{url}: is the row of {own}; move it there")
     return dict(sorted(rows.items(), key=lambda item: (*_series(item[1]), item[1].step)))
 
 
-def find_row_urls(folder: str) -> list[str]:
+def read_stored_rows(folder: str) -> dict[str, dict[str, Any]]:
+    """The sealed JSON objects in the places of rows below `folder`, by URL."""
+    return {url: storage.read_sealed(dict[str, Any], url) for url in _find_row_urls(folder)}
+
+
+def _find_row_urls(folder: str) -> list[str]:
     """URLs of all rows below `folder`, rows of object counts included."""
     return [
         storage.join(folder, protocol, scale, name)
         for protocol in storage.list_names(folder)
         for scale in storage.list_names(storage.join(folder, protocol))
-        if re.fullmatch(r"w[\d.e+-]+", scale)
+        if re.fullmatch(r"w[0-9.e+-]+", scale)
         for name in storage.list_names(storage.join(folder, protocol, scale))
-        if re.fullmatch(r"step_\d+\.json", name)
+        if re.fullmatch(r"step_[0-9]+\.json", name)
     ]
 
 
@@ -177,16 +211,3 @@ def main_series(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
 def _series(row: MetricsRow) -> tuple[str, float]:
     return row.protocol.name, row.protocol.guidance_scale
 
-
-def _parse_row(url: str, stored: dict[str, Any]) -> MetricsRow:
-    try:
-        estimates = {
-            key: Estimate(**value)
-            for key, value in stored.items()
-            if key != "protocol" and isinstance(value, dict)
-        }
-        return MetricsRow(**{**stored, **estimates, "protocol": Protocol(**stored["protocol"])})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{url}: not a row of metrics ({error}); delete it and evaluate again"
-        ) from None

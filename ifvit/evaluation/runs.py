@@ -3,11 +3,9 @@
 Nothing is written, and files that are missing stay missing.
 """
 
-import json
+import re
 from dataclasses import dataclass
 from typing import Any
-
-import yaml
 
 from ifvit import storage
 from ifvit.errors import UserError
@@ -15,6 +13,7 @@ from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows, sa
 from ifvit.evaluation.training_rows import TrainingRow, read_training_rows
 from ifvit.models.config import BackboneConfig, FusionUViTConfig, restore_config
 from ifvit.models.cost import Cost, count_cost
+from ifvit.records import PositiveInt, parse_value, parse_yaml, record
 from ifvit.sampling import samples as sample_files
 
 FUSIONS = {
@@ -42,11 +41,18 @@ class Sample:
     scores: dict[str, bool | None] | None
 
 
+@record
+class _Recipe:
+    """What reports compute with; they show all other keys of a recipe as text."""
+
+    global_batch_size: PositiveInt | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """The contents of one run directory; None or empty: there is no such file.
 
-    `curve` holds the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol name,
+    `batch_size` is the global one of the recipe. `curve` holds the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol name,
     guidance scale and step. `evaluations` are those of the main series (see `main_series`), by
     step; `samples` belong to the last of them. `training_grids` are (step, URL).
     """
@@ -54,12 +60,17 @@ class Run:
     name: str
     url: str
     recipe: dict[str, Any] | None
+    batch_size: int | None
     backbone: BackboneConfig | None
     curve: list[TrainingRow]
     rows: list[MetricsRow]
     evaluations: list[MetricsRow]
     samples: list[Sample]
     training_grids: list[tuple[int, str]]
+
+    def read_image(self, url: str) -> bytes:
+        """Read an image of the run. Raises UserError if a link leads out of the run's folder."""
+        return storage.read_bytes(storage.join_inside(self.url, url.removeprefix(f"{self.url}/")))
 
     @property
     def cost(self) -> Cost | None:
@@ -87,18 +98,18 @@ def read_runs(urls: list[str]) -> list[Run]:
 
 def read_run(url: str, name: str) -> Run:
     """Read one run folder. Raises UserError if it does not exist or a file in it is broken."""
+    url = url.rstrip("/")
     if not storage.exists(url):
         raise UserError(f"{url}: no such run; give the folder that `ifvit train` wrote")
-    rows = read_rows(storage.join(url, FOLDER))
+    rows = read_rows(storage.join_inside(url, FOLDER))
     evaluations = main_series(list(rows.values()))
     last = next((row_url for row_url, row in rows.items() if row is evaluations[-1]), None)
-    recipe_url = storage.join(url, "config.yaml")
+    recipe, batch_size = _read_recipe(storage.join_inside(url, "config.yaml"))
     return Run(
         name=name,
         url=url,
-        recipe=yaml.safe_load(storage.read_bytes(recipe_url))
-        if storage.exists(recipe_url)
-        else None,
+        recipe=recipe,
+        batch_size=batch_size,
         backbone=_read_backbone(url),
         curve=read_training_rows(url),
         rows=list(rows.values()),
@@ -106,6 +117,16 @@ def read_run(url: str, name: str) -> Run:
         samples=read_samples(samples_url(last)) if last else [],
         training_grids=step_files(storage.join(url, "samples"), ".png"),
     )
+
+
+def _read_recipe(url: str) -> tuple[dict[str, Any] | None, int | None]:
+    """The keys of config.yaml, and the batch size among them; None without the file."""
+    if not storage.exists(url):
+        return None, None
+    stored = parse_yaml(storage.read_bytes(url), url)
+    recipe: dict[str, Any] = parse_value(dict[str, Any], stored, url)
+    known = {key: recipe[key] for key in vars(_Recipe()) if key in recipe}
+    return recipe, parse_value(_Recipe, known, url).global_batch_size
 
 
 def short_names(urls: list[str]) -> list[str]:
@@ -121,15 +142,9 @@ def short_names(urls: list[str]) -> list[str]:
 
 def step_files(folder: str, suffix: str) -> list[tuple[int, str]]:
     """(step, URL) of the step_… files in a folder, the newest last."""
-    names = [
-        name
-        for name in storage.list_names(folder)
-        if name.startswith("step_") and name.endswith(suffix)
-    ]
-    return sorted(
-        (int(name.removeprefix("step_").removesuffix(suffix)), storage.join(folder, name))
-        for name in names
-    )
+    pattern = re.compile(rf"step_([0-9]{{1,18}}){re.escape(suffix)}")
+    found = [(name, pattern.fullmatch(name)) for name in storage.list_names(folder)]
+    return sorted((int(match[1]), storage.join(folder, name)) for name, match in found if match)
 
 
 def read_samples(folder: str) -> list[Sample]:
@@ -160,13 +175,3 @@ def _read_backbone(run: str) -> BackboneConfig | None:
                     raise UserError(f"{url}: not a backbone's configuration ({error})") from None
     return None
 
-
-def _read_jsonl(url: str) -> list[dict[str, Any]]:
-    if not storage.exists(url):
-        return []
-    lines = storage.read_bytes(url).decode().splitlines()
-    try:
-        # The last line of a run that is being written may be incomplete.
-        return [json.loads(line) for line in lines if line.endswith("}")]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{url}: not one JSON object a line ({error})") from None

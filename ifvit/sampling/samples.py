@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.images import Pixels, decode_png, encode_png
+from ifvit.images import ImageError, Pixels, decode_png, encode_png
 from ifvit.records import NonNegativeInt, PlainName, dump_rows, dump_sealed, record
 
 _NUM_WRITERS = 4
@@ -119,7 +119,10 @@ def read_images(urls: Iterable[str]) -> Pixels:
         data = storage.read_bytes(url)
         if not _is_intact(data):
             raise UserError(f"{url}: damaged, or not a PNG file; delete it and generate it again")
-        images.append(decode_png(data))
+        try:
+            images.append(decode_png(data))
+        except ImageError as error:
+            raise UserError(f"{url}: {error}") from None
         if images[-1].shape != images[0].shape:
             raise UserError(f"{url}: its size differs from that of the other images")
     return np.stack(images)

@@ -185,7 +185,7 @@ def differs_in_protocol(
 
 def differs_in_hardware(sheet: Sheet) -> str | None:
     """Return how the GPU or the batch size differs from the paper's; None if both are equal."""
-    names, sizes = devices(sheet), {_batch_size(run) for run in sheet.runs}
+    names, sizes = devices(sheet), {run.batch_size for run in sheet.runs}
     if len(names) == 1 and _GPU in names[0] and sizes == {_BATCH_SIZE}:
         return None
     found = ", ".join(names) or "unknown hardware"
@@ -213,15 +213,9 @@ def iterations_per_s(runs: Sequence[Run]) -> float | None:
     speeds = []
     for run in runs:
         rates = [row.samples_per_s for row in run.curve]
-        if rates and (size := _batch_size(run)):
-            speeds.append(statistics.median(rates) / size)
+        if rates and run.batch_size:
+            speeds.append(statistics.median(rates) / run.batch_size)
     return statistics.mean(speeds) if speeds else None
-
-
-def _batch_size(run: Run) -> int | None:
-    """Return the global batch size of the run's recipe."""
-    size: int | None = (run.recipe or {}).get("global_batch_size")
-    return size
 
 
 def _metric_column(
