@@ -11,10 +11,8 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,69 +20,106 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ifvit import storage
+from ifvit.arrays import parse_npz
 from ifvit.errors import UserError
+from ifvit.evaluation.rows import Settings
 from ifvit.models.attention import Attend, logits_of
 from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Sha256, record
 
 Floats = NDArray[np.float64]
 
 NUM_SINGULAR_VALUES = 10
-_DIGEST = "maps_sha256"
 
 Watch = Callable[[int, Tensor, Tensor], None]
 """Called with the index of the block in order of use, queries (B, Q, H, E), keys (B, K, H, E)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class PromptMean:
     """A mean over prompts of numbers that are means over NFE, image queries and heads."""
 
-    value: float
-    standard_error: float
+    value: NonNegativeFloat
+    standard_error: NonNegativeFloat
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class AttentionProtocol:
     """How images were sampled and attention was recorded; only equal protocols can be compared."""
 
-    num_prompts: int
-    prompts_sha256: str
-    sampling: dict[str, Any]
-    """`SamplingConfig.settings`."""
-    trim: int
+    num_prompts: PositiveInt
+    prompts_sha256: Sha256
+    sampling: Settings
+    trim: NonNegativeInt
     """Number of patches left out at each edge of the latent grid."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextAttention:
-    """How the image tokens of one fused block attend to text."""
+@record
+class TextNumbers:
+    """Spectrum of the attention from the image tokens of one fused block to text."""
 
-    map: Floats
-    """(M, P): attention of image token p to text token m, mean over prompts, NFE and heads."""
-    singular_values: tuple[float, ...]
-    """The largest singular values of `map`, at most 10."""
-    effective_rank: float
-    """Effective rank of `map`, from all its singular values."""
+    singular_values: tuple[NonNegativeFloat, ...]
+    """The largest singular values of the mean map, at most 10."""
+    effective_rank: NonNegativeFloat
+    """Effective rank of the mean map, from all its singular values."""
     prompt_singular_values: tuple[PromptMean, ...]
     """Singular values of each prompt's own map, mean over prompts."""
     prompt_effective_rank: PromptMean
     """Effective rank of each prompt's own map, mean over prompts."""
 
+    def __post_init__(self) -> None:
+        """Raise UserError for values that cannot be plotted."""
+        count = len(self.singular_values)
+        if not 1 <= count <= NUM_SINGULAR_VALUES or count != len(self.prompt_singular_values):
+            raise UserError(f"{count} singular values; expected 1 to {NUM_SINGULAR_VALUES}")
+        if not self.singular_values[0] > 0:
+            raise UserError("the largest singular value is 0")
+
 
 @dataclass(frozen=True, kw_only=True)
-class LayerAttention:
-    """What the image tokens attend to in one block; the three shares sum to 1."""
+class TextAttention(TextNumbers):
+    """How the image tokens of one fused block attend to text."""
+
+    map: Floats
+    """(M, P): attention of image token p to text token m, mean over prompts, NFE and heads."""
+
+
+@record
+class LayerNumbers:
+    """Shares of what the image tokens attend to in one block; the three sum to 1."""
 
     name: str
     """`in 0` …, `mid`, `out 0` …, in order of use."""
-    image_map: Floats
-    """(P, P): mean attention of image token (row) to image token (column)."""
     time_share: PromptMean
     image_share: PromptMean
     """Attention to all image tokens, including those in the trimmed border."""
     text_share: PromptMean
-    text: TextAttention | None
+    text: TextNumbers | None
     """None for a block without text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAttention(LayerNumbers):
+    """What the image tokens attend to in one block."""
+
+    image_map: Floats
+    """(P, P): mean attention of image token (row) to image token (column)."""
+    text: TextAttention | None
+
+
+@record
+class _Stored:
+    """A summary in NAME.json; `maps_sha256` is the hash of NAME.npz, which holds its maps."""
+
+    weights: str
+    weights_sha256: Sha256
+    step: NonNegativeInt
+    conditioning: str
+    num_image_blocks: NonNegativeInt
+    num_text_blocks: NonNegativeInt
+    protocol: AttentionProtocol
+    layers: tuple[LayerNumbers, ...]
+    maps_sha256: Sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +159,8 @@ def write_attention(url: str, summary: AttentionSummary) -> None:
         del layer["image_map"]
         if layer["text"]:
             del layer["text"]["map"]
-    storage.write_json(url, stored | {_DIGEST: hashlib.sha256(buffer.getvalue()).hexdigest()})
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    storage.write_sealed(url, stored | {"maps_sha256": digest})
 
 
 def read_attention(url: str) -> AttentionSummary:
@@ -132,48 +168,39 @@ def read_attention(url: str) -> AttentionSummary:
 
     Raises UserError if there is no such file, or if it is not an analysis of attention.
     """
-    stored = storage.read_json(url)
-    maps = storage.read_bytes(_maps_url(url))
-    try:
-        if stored.pop(_DIGEST) != hashlib.sha256(maps).hexdigest():
-            raise ValueError(f"{_maps_url(url)} belongs to another analysis")
-        arrays = np.load(io.BytesIO(maps))
-        texts = iter(arrays["text"].astype(np.float64))
-        layers = tuple(
-            _read_layer(layer, image_map, next(texts) if layer["text"] else None)
-            for layer, image_map in zip(stored.pop("layers"), arrays["image"], strict=True)
-        )
-        protocol = AttentionProtocol(**stored.pop("protocol"))
-        return AttentionSummary(**stored, protocol=protocol, layers=layers)
-    except (KeyError, TypeError, AttributeError, ValueError, BadZipFile) as error:
-        raise UserError(f"{url}: not an analysis of attention ({error}); analyze again") from None
+    stored = storage.read_sealed(_Stored, url)
+    data = storage.read_bytes(_maps_url(url))
+    if stored.maps_sha256 != hashlib.sha256(data).hexdigest():
+        raise UserError(f"{_maps_url(url)}: belongs to another analysis; analyze again")
+    arrays = parse_npz(data, _maps_url(url))
+    images, texts = (arrays.get(name, np.zeros(0)) for name in ("image", "text"))
+    has_text = [layer.text is not None for layer in stored.layers]
+    is_square = images.ndim == 3 and images.shape[1] == images.shape[2]
+    is_same = texts.ndim == 3 and is_square and texts.shape[2] == images.shape[2]
+    counts = (len(images), len(texts)) == (len(has_text), sum(has_text))
+    if not (counts and is_same and images.size and texts.size):
+        raise UserError(f"{_maps_url(url)}: its maps do not belong to the layers; analyze again")
+    if not (np.isfinite(images).all() and np.isfinite(texts).all()):
+        raise UserError(f"{_maps_url(url)}: its maps are not finite; analyze again")
+    rest = iter(texts.astype(np.float64))
+    layers = tuple(
+        _join(layer, image_map, next(rest) if layer.text else None)
+        for layer, image_map in zip(stored.layers, images.astype(np.float64), strict=True)
+    )
+    own = {field.name: getattr(stored, field.name) for field in fields(AttentionSummary)}
+    return AttentionSummary(**own | {"layers": layers})
 
 
 def _maps_url(url: str) -> str:
     return url.removesuffix(".json") + ".npz"
 
 
-def _read_layer(
-    stored: dict[str, Any], image_map: Floats, text_map: Floats | None
-) -> LayerAttention:
-    shares = ("time_share", "image_share", "text_share")
-    numbers = stored["text"]
+def _join(layer: LayerNumbers, image_map: Floats, text_map: Floats | None) -> LayerAttention:
+    """Numbers and maps of one layer."""
     text = None
-    if text_map is not None:
-        singular_values = tuple(PromptMean(**v) for v in numbers["prompt_singular_values"])
-        text = TextAttention(
-            map=text_map,
-            singular_values=tuple(numbers["singular_values"]),
-            effective_rank=numbers["effective_rank"],
-            prompt_singular_values=singular_values,
-            prompt_effective_rank=PromptMean(**numbers["prompt_effective_rank"]),
-        )
-    return LayerAttention(
-        name=stored["name"],
-        image_map=image_map.astype(np.float64),
-        **{share: PromptMean(**stored[share]) for share in shares},
-        text=text,
-    )
+    if layer.text is not None and text_map is not None:
+        text = TextAttention(**vars(layer.text), map=text_map)
+    return LayerAttention(**{**vars(layer), "text": text}, image_map=image_map)
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """Configurations of the verbs `analyze attention` and `cost --plan`; imports no torch."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
+from ifvit.errors import UserError
+from ifvit.records import NonNegativeInt, PositiveFloat, PositiveInt, Rule, record
 from ifvit.sampling.config import SamplingConfig
 
+Numbers = Annotated[tuple[PositiveInt, ...], Rule("one number or more", bool)]
 PlanPreset = Literal["small", "mid", "large", "huge", "1b", "8b"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class HardwareConfig:
     """Speed, memory and connections of a GPU.
 
@@ -16,33 +19,28 @@ class HardwareConfig:
     adapter per GPU.
     """
 
-    flops_per_s: float = 989e12
+    flops_per_s: PositiveFloat = 989e12
     """Dense bf16 FLOP/s of a GPU."""
-    efficiency: float = 0.5
+    efficiency: PositiveFloat = 0.5
     """Fraction of flops_per_s that the forward and backward pass reach on one GPU. The default is
     an assumption; replace it by the MFU that `ifvit bench train` measures."""
-    memory_bytes: float = 141e9
+    memory_bytes: PositiveFloat = 141e9
     """Memory of a GPU."""
-    bytes_per_s: float = 4.8e12
+    bytes_per_s: PositiveFloat = 4.8e12
     """Memory bandwidth of a GPU."""
-    gpus_per_node: int = 8
+    gpus_per_node: PositiveInt = 8
     """Number of GPUs that are connected by NVLink."""
-    node_bytes_per_s: float = 450e9
+    node_bytes_per_s: PositiveFloat = 450e9
     """NVLink bandwidth of a GPU, one way."""
-    network_bytes_per_s: float = 50e9
+    network_bytes_per_s: PositiveFloat = 50e9
     """Network bandwidth of a GPU, one way."""
-    host_bytes_per_s: float = 50e9
+    host_bytes_per_s: PositiveFloat = 50e9
     """Bandwidth from a GPU to host memory."""
-    store_bytes_per_s: float = 2e9
+    store_bytes_per_s: PositiveFloat = 2e9
     """Bandwidth from a node to the storage of checkpoints."""
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise ValueError(f"hardware.{name} must be positive: {value}")
 
-
-@dataclass(frozen=True, kw_only=True)
+@record
 class PlanConfig:
     """Plan training on many GPUs: memory, step time, communication, checkpoints, loading.
 
@@ -51,19 +49,19 @@ class PlanConfig:
 
     presets: tuple[PlanPreset, ...] = ("1b", "8b")
     """Backbones: intermediate fusion by cross-attention, 32 x 32 latents."""
-    width: int | None = None
+    width: PositiveInt | None = None
     """Plan a backbone of this width and `depth` instead; it has 64 channels per head."""
-    depth: int | None = None
+    depth: PositiveInt | None = None
     """Number of blocks except the middle one; a third on each side are image-only blocks."""
-    gpus: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    gpus: Numbers = (64, 128, 256, 512, 1024)
     """Numbers of GPUs; each must be less than one node, or whole nodes."""
-    batch_per_gpu: int = 32
+    batch_per_gpu: PositiveInt = 32
     """Samples per GPU in one forward pass."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """engine.precision of the training recipe."""
     activation_checkpointing: bool = True
     """activation_checkpointing of the training recipe."""
-    num_ema: int = 1
+    num_ema: PositiveInt = 1
     """Number of EMA weights (ema_decays of the training recipe)."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """The GPUs and their connections."""
@@ -72,16 +70,14 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.depth is None):
-            raise ValueError("give both width and depth, or neither")
-        if self.batch_per_gpu < 1 or self.num_ema < 1 or min(self.gpus, default=0) < 1:
-            raise ValueError("gpus, batch_per_gpu and num_ema must be at least 1")
+            raise UserError("give both width and depth, or neither")
         in_node = self.hardware.gpus_per_node
         for count in self.gpus:
             if count > in_node and count % in_node:
-                raise ValueError(f"gpus: {count} must be a multiple of {in_node}, whole nodes")
+                raise UserError(f"gpus: {count} must be a multiple of {in_node}, whole nodes")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class AttentionConfig:
     """Average the attention of image tokens while sampling, by layer (arXiv 2403.16530, Figure 8).
 
@@ -97,13 +93,14 @@ class AttentionConfig:
     shards: str | None = None
     """Held-out shards; the prompts are the first captions of their first images."""
 
-    num_prompts: int | None = None
-    """Number of prompts. Unset: all prompts of the file, 64 prompts of the shards."""
+    num_prompts: Annotated[int, Rule("at least 2", lambda value: value >= 2)] | None = None
+    """Number of prompts; a standard error needs at least 2. Unset: all prompts of the file, 64
+    prompts of the shards."""
 
     output: str | None = None
     """Folder for all files. Unset: analysis/attention in each run's folder."""
 
-    trim: int = 1
+    trim: NonNegativeInt = 1
     """Patches left out at each edge of the latent grid, because padding attracts attention."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -114,13 +111,9 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.shards is None):
-            raise ValueError("give either prompts (a text file) or shards (a folder)")
-        if self.num_prompts is not None and self.num_prompts < 2:
-            raise ValueError(f"num_prompts {self.num_prompts}: a standard error needs at least 2")
-        if self.trim < 0:
-            raise ValueError(f"trim {self.trim} must be at least 0")
+            raise UserError("give either prompts (a text file) or shards (a folder)")
         if self.sampling.method != "plain":
-            raise ValueError(
+            raise UserError(
                 f"sampling.method {self.sampling.method}: only the plain method is analysed; "
                 "leave the option out"
             )

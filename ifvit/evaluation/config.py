@@ -1,12 +1,14 @@
 """Recipes of `ifvit evaluate`: what is sampled and how it is measured. Imports no torch."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
+from ifvit.errors import UserError
+from ifvit.records import NonNegativeInt, PlainName, PositiveInt, Rule, record
 from ifvit.sampling.config import MethodName, SamplingConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ObjectCountConfig:
     """Prompts that ask for a number of objects, and the detector that counts them."""
 
@@ -18,26 +20,24 @@ class ObjectCountConfig:
     """Object detector of transformers, as a local folder or hub name, or `scenes`, exact analysis
     of the pixels of scenes."""
 
-    threshold: float | None = None
+    threshold: Annotated[float, Rule("at least 0 and below 1", lambda x: 0 <= x < 1)] | None = None
     """Boxes with a higher score count. Unset: 0.9 for a detector of fixed classes (GenEval's), 0.3
     for one that takes any words."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a threshold outside [0, 1), and for any with `scenes`."""
-        if self.threshold is not None and not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold {self.threshold} is not between 0 and 1")
+        """Raise UserError for a threshold with `scenes`."""
         if self.threshold is not None and self.detector == "scenes":
-            raise ValueError("threshold: the detector scenes gives no scores; leave it unset")
+            raise UserError("threshold: the detector scenes gives no scores; leave it unset")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ProtocolConfig:
     """What is sampled, and the metrics it is measured by."""
 
-    name: str = "custom"
+    name: PlainName = "custom"
     """Folder of its rows in RUN/evaluation; a label that decides no number."""
 
-    num_samples: int = 30_000
+    num_samples: Annotated[int, Rule("at least 2", lambda value: value >= 2)] = 30_000
     """Images to generate and measure: one per held-out image, from the first on. With
     `object_count`, the same number for each of its prompts."""
 
@@ -68,15 +68,8 @@ class ProtocolConfig:
     """Count objects instead: its prompts replace the held-out captions and its scores all other
     metrics."""
 
-    def __post_init__(self) -> None:
-        """Raise ValueError for fewer than 2 samples, or a name that cannot be one folder's name."""
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples {self.num_samples} is less than 2")
-        if not self.name or "/" in self.name:
-            raise ValueError(f"name {self.name!r} is not the name of a folder")
 
-
-@dataclass(frozen=True, kw_only=True)
+@record
 class EvaluateConfig:
     """Generate images for held-out captions and measure them; run it again to continue."""
 
@@ -96,7 +89,7 @@ class EvaluateConfig:
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     """A file or, by its name, one of configs/protocol; single fields override it."""
 
-    steps: Literal["all"] | list[int] | None = None
+    steps: list[NonNegativeInt] | Literal["all"] | None = None
     """Saved steps of the run that `weights` names, a row for each; unset: the newest one."""
 
     guidance_scales: list[float] | None = None
@@ -109,26 +102,26 @@ class EvaluateConfig:
     output: str | None = None
     """Folder for rows and samples; unset: `evaluation` in the run folder of the weights."""
 
-    num_tasks: int = 1
+    num_tasks: PositiveInt = 1
     """Number of jobs that generate the images; with more than one, a last run with 1 measures."""
 
-    task: int = 0
+    task: NonNegativeInt = 0
     """Number of this job, from 0."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for settings that contradict each other."""
+        """Raise UserError for settings that contradict each other."""
         if self.images and self.reference:
-            raise ValueError("give images or reference, not both")
+            raise UserError("give images or reference, not both")
         if not (self.shards or self.protocol.object_count.prompts):
-            raise ValueError("shards is not set; give the folder of held-out shards")
-        if not 0 <= self.task < self.num_tasks:
-            raise ValueError(f"task {self.task} is not one of num_tasks {self.num_tasks}")
+            raise UserError("shards is not set; give the folder of held-out shards")
+        if self.task >= self.num_tasks:
+            raise UserError(f"task {self.task} is not one of num_tasks {self.num_tasks}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class MakeReferenceConfig:
     """Write the features of real images to a file, for `ifvit evaluate --reference FILE`."""
 
@@ -138,7 +131,7 @@ class MakeReferenceConfig:
     images: str
     """Folder of real images, all of which are used."""
 
-    image_size: int = 256
+    image_size: PositiveInt = 256
     """Pixels to which they are cropped and resized: the image size of the shards."""
 
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)

@@ -28,6 +28,7 @@ from ifvit.errors import UserError
 from ifvit.evaluation.object_count import MAX_ASKED, CountingRule
 from ifvit.images import Pixels
 from ifvit.models.pretrained import identify, resolve_pretrained
+from ifvit.records import shorten
 from ifvit.scenes.drawings import KINDS
 from ifvit.scenes.score import find_objects
 
@@ -93,7 +94,8 @@ class WordDetector:
         for name in objects:
             if len(self._processor.tokenizer(name).input_ids) > longest:
                 raise UserError(
-                    f'{self.rule.detector} reads {longest} tokens; shorten the object "{name}"'
+                    f"{self.rule.detector} reads {longest} tokens; shorten the object "
+                    f'"{shorten(name)}"'
                 )
 
     @torch.no_grad()
@@ -122,7 +124,7 @@ def open_counter(name: str, threshold: float | None, device: str) -> ObjectCount
     folder = resolve_pretrained(name)
     digest = identify(name, folder).sha256
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         reads_words = isinstance(config, OwlViTConfig | Owlv2Config)
         if not reads_words and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
             raise ValueError(f"its model type is {config.model_type}")
@@ -133,9 +135,9 @@ def open_counter(name: str, threshold: float | None, device: str) -> ObjectCount
             model = _load(AutoModelForObjectDetection, folder, device)
             processor_class = AutoImageProcessor
         # Counts must not depend on whether torchvision is installed.
-        processor = processor_class.from_pretrained(folder, backend="pil")
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        processor = processor_class.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except Exception as error:  # transformers does not check what a configuration says
+        reason = shorten(" ".join(str(error).split()), 160)
         raise UserError(
             f"detector {name} does not load ({reason}); give one like DETR, YOLOS or OWL-ViT"
         ) from None
@@ -151,7 +153,9 @@ def open_counter(name: str, threshold: float | None, device: str) -> ObjectCount
 
 def _load(cls: Any, folder: Path, device: str) -> Any:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # the bar lasts less than a second
-    model, loading = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    model, loading = cls.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
     if loading["missing_keys"]:
         # transformers would initialise them at random and only warn.
         raise ValueError(f"no weights for {min(loading['missing_keys'])}")
@@ -164,6 +168,6 @@ def _check_names(detector: str, objects: Iterable[str], known: Iterable[str]) ->
         if name.lower() not in names:
             near = difflib.get_close_matches(name.lower(), names, cutoff=0.5) or names[:10]
             raise UserError(
-                f'detector {detector} knows no "{name}" among its {len(names)} classes; '
-                f"near it: {', '.join(near)}"
+                f'detector {detector} knows no "{shorten(name)}" among its {len(names)} classes; '
+                f"near it: {shorten(', '.join(near), 200)}"
             )

@@ -47,19 +47,19 @@ def evaluate(config: EvaluateConfig) -> list[MetricsRow | ObjectCountRow]:
         partition = measurement.prompts[config.task :: config.num_tasks][world.rank :: world.size]
         for weights in _list_weights(config):
             model = load_model(weights, choose_device(config.device))
-            conditions = measurement.open_conditions(model)
-            sampler = load_sampler(model, conditions.null)
+            opened = None
             for protocol in _list_protocols(config):
                 sampling, step = protocol.sampling, model.info.step
                 url = row_url(output, protocol.name, sampling.guidance_scale, step)
                 row = measurement.find_row(url, model, protocol) if config.num_tasks == 1 else None
                 if row is None:
+                    if opened is None:  # rows that exist need neither encoder nor autoencoder
+                        conditions = measurement.open_conditions(model)
+                        opened = conditions, load_sampler(model, conditions.null)
                     folder = samples_url(url)
                     identity = {"weights_sha256": model.sha256, **measurement.sources}
                     claim_folder(folder, sampling.settings | identity)
-                    seconds = generate_missing(
-                        folder, partition, conditions, sampler, model.info, sampling
-                    )
+                    seconds = generate_missing(folder, partition, *opened, model.info, sampling)
                     group.gather(None)  # waits until all processes have generated their images
                     if config.num_tasks > 1:
                         continue

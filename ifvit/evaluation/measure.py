@@ -196,6 +196,9 @@ class CaptionMetrics:
         self, sampled: Mapping[str, FeatureSet], real: Mapping[str, FeatureSet]
     ) -> dict[str, Estimate | None]:
         """Metrics of features, by field of MetricsRow."""
+        for name in real:
+            if real[name].part.shape[1:] != sampled[name].part.shape[1:]:
+                raise UserError(f"{self._config.reference}: {name} features of another network")
         clip, captions = sampled[CLIP], [prompt.score_text for prompt in self.prompts]
         found: dict[str, Estimate | None] = {
             "clip_score": estimate_mean(metrics.cosines(clip.part, self._texts)),

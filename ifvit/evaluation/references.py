@@ -5,9 +5,8 @@ the real image of each caption.
 """
 
 import hashlib
-import io
+import re
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ifvit import storage
+from ifvit.arrays import Array, parse_npz
 from ifvit.distributed import ProcessGroup, choose_device, open_process_group, show_progress
 from ifvit.errors import UserError
 from ifvit.evaluation.config import MakeReferenceConfig
@@ -29,11 +30,15 @@ from ifvit.evaluation.features import (
     load_networks,
 )
 from ifvit.evaluation.metrics import FeatureStatistics
-from ifvit.images import IMAGE_SUFFIXES, ImageError, Pixels, read_square
+from ifvit.images import IMAGE_SUFFIXES, Pixels, read_square
+from ifvit.records import PositiveInt, Sha256, parse_value, path_inside, record
 from ifvit.sampling.samples import batched
 from ifvit.shards.format import RESIZE
 
 _NUM_READERS = 8
+_MAX_BYTES = 1 << 30
+"""Largest file of reference features; 30,000 CLIP and 10,000 Inception features take 0.2 GB."""
+_REMEDY = "make another with ifvit evaluate --make_reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,38 +83,67 @@ def make_reference(config: MakeReferenceConfig) -> None:
         sys.stdout.write(f"{config.output}: {len(paths)} images, sha256 {digest}\n")
 
 
+@record
+class _Facts:
+    """What a file of features says about its images."""
+
+    num_images: PositiveInt
+    images_sha256: Sha256
+    image_size: PositiveInt
+    resize: str
+
+
 def read_reference(url: str, image_size: int, networks: Networks) -> Reference:
     """Read a file that `make_reference` wrote.
 
     Raises UserError for a file of other images or networks, or one that is damaged.
     """
-    remedy = "make another with ifvit evaluate --make_reference"
-    try:
-        arrays = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
-        found_size, num_images = int(arrays["image_size"]), int(arrays["num_images"])
-        if found_size != image_size:
-            raise UserError(
-                f"{url}: its images have {found_size} pixels, those of the shards {image_size}; "
-                f"{remedy}"
-            )
-        for name, network in networks.features.items():
-            if str(arrays.get(f"{name}.sha256")) != network.identity.sha256:
-                raise UserError(f"{url}: no features by {name} {network.identity.name}; {remedy}")
-        features = {
-            name: FeatureSet(
-                statistics=FeatureStatistics(
-                    num_samples=num_images,
-                    mean=arrays[f"{name}.mean"],
-                    covariance=arrays[f"{name}.covariance"],
-                ),
-                part=arrays[f"{name}.part"],
-            )
-            for name in networks.features
-        }
-        digest = str(arrays["images_sha256"])
-    except (KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{url}: damaged or not a reference file ({error}); {remedy}") from None
-    return Reference(num_images=num_images, sha256=digest, features=features)
+    arrays = parse_npz(storage.read_bytes(url, _MAX_BYTES), url, max_bytes=_MAX_BYTES)
+    stored = {name: array.item() for name, array in arrays.items() if array.shape == ()}
+    own = {name: stored[name] for name in _Facts.__annotations__ if name in stored}
+    facts = parse_value(_Facts, own, f"{url}: damaged or not a reference file")
+    if facts.image_size != image_size:
+        raise UserError(
+            f"{url}: its images have {facts.image_size} pixels, those of the shards {image_size}; "
+            f"{_REMEDY}"
+        )
+    for name, network in networks.features.items():
+        if stored.get(f"{name}.sha256") != network.identity.sha256:
+            raise UserError(f"{url}: no features by {name} {network.identity.name}; {_REMEDY}")
+    features = {
+        name: _parse_features(arrays, name, facts.num_images, url) for name in networks.features
+    }
+    return Reference(num_images=facts.num_images, sha256=facts.images_sha256, features=features)
+
+
+def _parse_features(
+    arrays: Mapping[str, Array], name: str, num_images: int, where: str
+) -> FeatureSet:
+    """Check the arrays of one network. Raises UserError for statistics that no images have."""
+    nothing = np.zeros(0)
+    mean, covariance, part = (
+        arrays.get(f"{name}.{key}", nothing) for key in ("mean", "covariance", "part")
+    )
+    num_kept = len(choose_parts(num_images)[name]) if num_images < 1 << 31 else 0
+    shapes = mean.shape * 2, (num_kept, *mean.shape)
+    if (
+        min(num_images, num_kept) < 2
+        or mean.ndim != 1
+        or (covariance.shape, part.shape) != shapes
+        or not all(array.dtype.kind == "f" for array in (mean, covariance, part))
+        or not all(np.isfinite(array).all() for array in (mean, covariance, part))
+        or not np.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-9 * _largest(covariance))
+        or np.diagonal(covariance).min(initial=0) < 0
+    ):
+        raise UserError(f"{where}: {name} features are damaged; {_REMEDY}")
+    return FeatureSet(
+        statistics=FeatureStatistics(num_samples=num_images, mean=mean, covariance=covariance),
+        part=part,
+    )
+
+
+def _largest(values: NDArray[np.floating]) -> float:
+    return float(np.abs(values).max(initial=0))
 
 
 def embed_real_images(
@@ -126,16 +160,26 @@ def embed_real_images(
 def list_images(folder: str) -> list[Path]:
     """The image files in a local folder and its class folders, sorted by name.
 
-    Raises UserError if there are fewer than 2.
+    Hidden files and folders do not count, nor do the grid and the real images that `evaluate`
+    writes beside its samples. Raises UserError if there are fewer than 2, and for a symbolic link
+    that leads out of the folder.
     """
     if not Path(folder).is_dir():
         raise UserError(f"images {folder}: no such folder; name one with real images")
-    paths = sorted(
-        path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-    )
+    paths = sorted(path for path in Path(folder).rglob("*") if _is_reference(Path(folder), path))
     if len(paths) < 2:
         raise UserError(f"images {folder}: has {len(paths)} images; a distance needs two or more")
     return paths
+
+
+def _is_reference(folder: Path, path: Path) -> bool:
+    name = path.relative_to(folder)
+    if path.suffix.lower() not in IMAGE_SUFFIXES or any(part[0] == "." for part in name.parts):
+        return False
+    is_overview = path.name == "grid.png" or path.name.startswith("real_")
+    if is_overview and path.with_name("samples.jsonl").exists():
+        return False
+    return path_inside(folder, name.as_posix()).is_file()
 
 
 def find_image(paths: Sequence[Path], image_id: int | str) -> Path | None:
@@ -145,16 +189,13 @@ def find_image(paths: Sequence[Path], image_id: int | str) -> Path | None:
     """
     if isinstance(image_id, int):
         return next((path for path in paths if path.stem.endswith(f"{image_id:012d}")), None)
-    ending = f"/{Path(image_id).with_suffix('')}"
+    ending = "/" + re.sub(r"\.[^./]*$", "", image_id)
     return next((path for path in paths if str(path.with_suffix("")).endswith(ending)), None)
 
 
 def read_real_image(path: Path, image_size: int) -> Pixels:
     """Pixels (image_size, image_size, 3). Raises UserError naming a file that cannot be read."""
-    try:
-        return read_square(path, image_size).pixels
-    except ImageError as error:
-        raise UserError(f"{error}; replace or delete it") from None
+    return read_square(path, image_size).pixels
 
 
 def read_batches(paths: Sequence[Path], image_size: int, batch_size: int) -> Iterator[Pixels]:

@@ -210,4 +210,3 @@ def main_series(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
 
 def _series(row: MetricsRow) -> tuple[str, float]:
     return row.protocol.name, row.protocol.guidance_scale
-

@@ -52,9 +52,10 @@ class _Recipe:
 class Run:
     """The contents of one run directory; None or empty: there is no such file.
 
-    `batch_size` is the global one of the recipe. `curve` holds the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol name,
-    guidance scale and step. `evaluations` are those of the main series (see `main_series`), by
-    step; `samples` belong to the last of them. `training_grids` are (step, URL).
+    `batch_size` is the global one of the recipe. `curve` holds the rows of metrics.jsonl, `rows`
+    all evaluations, sorted by protocol name, guidance scale and step. `evaluations` are those of
+    the main series (see `main_series`), by step; `samples` belong to the last of them.
+    `training_grids` are (step, URL).
     """
 
     name: str
@@ -174,4 +175,3 @@ def _read_backbone(run: str) -> BackboneConfig | None:
                 except (TypeError, ValueError) as error:
                     raise UserError(f"{url}: not a backbone's configuration ({error})") from None
     return None
-

@@ -1,10 +1,11 @@
 """Settings of the verb `scenes`."""
 
-from dataclasses import dataclass
 from typing import Literal
 
+from ifvit.records import NonNegativeInt, PositiveInt, record
 
-@dataclass(frozen=True, kw_only=True)
+
+@record
 class ScenesConfig:
     """Render a set of simple scenes with captions in COCO's layout, or in class folders."""
 
@@ -12,9 +13,9 @@ class ScenesConfig:
     """Output folder, which receives SPLIT/ and annotations/."""
     split: Literal["train2014", "val2014", "train2017", "val2017"] = "train2014"
     """Name of the set; two splits share no image."""
-    num_images: int = 5000
+    num_images: PositiveInt = 5000
     """Number of images to render."""
     classes: bool = False
     """Render scenes of one group into 75 class folders, such as two_red_circles."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the set; equal arguments give equal files."""

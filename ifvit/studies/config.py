@@ -1,9 +1,9 @@
 """Configurations of the verbs `report` and `report paper`; imports no torch."""
 
-from dataclasses import dataclass
+from ifvit.records import record
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ReportConfig:
     """Write one self-contained HTML page about one or more runs, side by side."""
 
@@ -17,7 +17,7 @@ class ReportConfig:
     """Heading of the page."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class PaperConfig:
     """Write the tables and figures of arXiv 2403.16530 from runs, beside the paper's numbers.
 

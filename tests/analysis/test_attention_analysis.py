@@ -156,7 +156,7 @@ def test_prompts_come_from_a_text_file_too(
     [
         (["--num_prompts", "7"], "6 images, but num_prompts is 7"),
         (["--num_prompts", "4", "--trim", "2"], "trim 2 leaves nothing of 4 x 4 patches"),
-        (["--num_prompts", "1"], "num_prompts 1"),
+        (["--num_prompts", "1"], "num_prompts is 1; it must be at least 2"),
         (["--prompts", "p.txt"], "give either prompts (a text file) or shards"),
         (["--sampling.method", "date"], "sampling.method date"),
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from ifvit.models.config import Conditioning
 from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.layers import Attention
 from ifvit.sampling.config import SamplingConfig
+from ifvit.storage import read_sealed, sha256_of, write_sealed
 
 NUM_PROMPTS, NUM_TEXT, SIDE = 5, 6, 4
 CONTEXTS = torch.randn(NUM_PROMPTS, NUM_TEXT, 16, generator=torch.Generator().manual_seed(1))
@@ -310,12 +312,59 @@ def test_maps_of_another_analysis_are_refused(tmp_path: Path) -> None:
     write_attention(second, summarise("intermediate"))
     Path(first).with_suffix(".npz").write_bytes(Path(second).with_suffix(".npz").read_bytes())
     with pytest.raises(
-        UserError, match=r"step_00000005\.npz belongs to another analysis.*analyze again"
+        UserError, match=r"step_00000005\.npz: belongs to another analysis.*analyze again"
     ):
         read_attention(first)
     Path(first).write_text("{}")
-    with pytest.raises(UserError, match="not an analysis of attention"):
+    with pytest.raises(UserError, match=r"step_00000005\.json: damaged"):
         read_attention(first)
+
+
+MAPS = {"image": np.ones((3, 4, 4)), "text": np.ones((3, 2, 4))}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": np.full((3, 4, 4), np.nan)},
+        {"image": np.ones((2, 4, 4))},
+        {"image": np.ones((3, 4, 5))},
+        {"image": np.zeros((3, 0, 0)), "text": np.ones((3, 2, 0))},
+        {"text": np.ones((2, 2, 4))},
+        {"text": np.ones(3)},
+        {"text": np.full((3, 2, 4), np.inf)},
+    ],
+)
+def test_maps_that_do_not_belong_to_their_layers_are_one_line(
+    change: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    url = str(tmp_path / "step_00000005.json")
+    write_attention(url, summarise("early"))
+    np.savez(tmp_path / "step_00000005.npz", **MAPS | change)
+    digest = sha256_of(tmp_path / "step_00000005.npz")
+    stored = read_sealed(dict[str, Any], url)
+    write_sealed(url, stored | {"layers": stored["layers"][:3], "maps_sha256": digest})
+    with pytest.raises(UserError, match=r"step_00000005\.npz: its maps"):
+        read_attention(url)
+    np.savez(tmp_path / "step_00000005.npz", **MAPS)
+    digest = sha256_of(tmp_path / "step_00000005.npz")
+    write_sealed(url, stored | {"layers": stored["layers"][:3], "maps_sha256": digest})
+    assert len(read_attention(url).layers) == 3
+
+
+@pytest.mark.parametrize(
+    "change", [{"singular_values": []}, {"singular_values": [0.0]}, {"effective_rank": math.nan}]
+)
+def test_a_spectrum_that_cannot_be_plotted_is_one_line(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    url = str(tmp_path / "step_00000005.json")
+    write_attention(url, summarise("early"))
+    stored = read_sealed(dict[str, Any], url)
+    stored["layers"][0]["text"] |= change
+    write_sealed(url, stored)
+    with pytest.raises(UserError, match=r"step_00000005\.json: layers\.0\.text"):
+        read_attention(url)
 
 
 def test_the_figure_shows_every_map_and_says_where_there_is_no_text() -> None:

@@ -56,7 +56,7 @@ def with_counting(config: EvaluateConfig, **changes: object) -> EvaluateConfig:
 
 def images(*counts: tuple[str, int, int]) -> list[CountedImage]:
     return [
-        CountedImage(file="", prompt="", object=name, asked=asked, counted=counted)
+        CountedImage(file="a.png", prompt="p", object=name, asked=asked, counted=counted)
         for name, asked, counted in counts
     ]
 
@@ -109,17 +109,28 @@ def test_a_list_of_prompts_is_the_same_in_every_format(
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
-        ("a.jsonl", '{"prompt": "a cat", "object": "cat"}', "item 1 needs prompt, object and"),
-        ("a.jsonl", '{"prompt": "a cat", "object": "cat", "count": 1.5}', "item 1 needs"),
-        ("a.jsonl", '{"prompt": "a", "object": 3, "count": 1}', "item 1 needs"),
-        ("a.jsonl", '{"prompt": "a", "object": "b", "count": 17}', "count 17 is not between 1"),
-        ("a.jsonl", '{"prompt": "a\\nb", "object": "b", "count": 1}', "one line of text each"),
-        ("a.jsonl", '{"prompt": "a", "object": " ", "count": 1}', "one line of text each"),
-        ("a.jsonl", "a cat", r"a\.jsonl: not readable"),
-        ("a.jsonl", "", "no prompts in it"),
-        ("a.csv", "prompt,object,count\na cat,cat,1,2\n", "item 1 needs"),
-        ("a.csv", "prompt,object,count\na cat,cat\n", "item 1 needs"),
-        ("a.txt", "a cat\n", r"that ends in \.jsonl or \.csv"),
+        ("a.jsonl", '{"prompt": "a cat", "object": "cat"}', "item 1: count"),
+        ("a.jsonl", '{"prompt": "a cat", "object": "cat", "count": 1.5}', "item 1: count"),
+        ("a.jsonl", '{"prompt": "a", "object": 3, "count": 1}', "item 1: object"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "object": "b", "count": 17}',
+            "count is 17; it must",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a\\nb", "object": "b", "count": 1}',
+            "must be one line of text",
+        ),
+        ("a.jsonl", '{"prompt": "a", "object": " ", "count": 1}', "must be one line of text"),
+        ("a.jsonl", "a cat", r"a\.jsonl, line 1: Invalid JSON"),
+        ("a.jsonl", "", "prompts of 0 objects"),
+        ("a.csv", "prompt,object,count\na cat,cat,1,2\n", "item 1: null"),
+        ("a.csv", "prompt,object,count\na cat,cat\n", "item 1: count"),
+        ("a.csv", "prompt,object,count\na,b," + "9" * 5000 + "\n", "item 1: count"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl, line 1"),
+        ("a.jsonl", '["a", "b", 1]', r"a\.jsonl, line 1"),
+        ("a.txt", "a cat\n", r"give paper, scenes or a \.jsonl or \.csv file"),
     ],
 )
 def test_a_mistake_in_a_list_of_prompts_is_named(
@@ -199,7 +210,7 @@ def test_wrong_settings_are_refused_before_anything_is_generated(
         evaluate(with_counting(dataclasses.replace(counting, protocol=enough), prompts="paper"))
     assert not Path(run, "evaluation").exists()
     for changes, named in (
-        ({"detector": "facebook/detr-resnet-50", "threshold": 1.0}, "threshold 1.0"),
+        ({"detector": "facebook/detr-resnet-50", "threshold": 1.0}, "threshold is 1.0"),
         ({"threshold": 0.5}, "the detector scenes gives no scores"),
     ):
         with pytest.raises(ValueError, match=named):
@@ -236,5 +247,5 @@ def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_object_count(url, made_row())
     assert read_object_count(url) == made_row()
     Path(url).write_text('{"weights": "x", "protocol": {}}')
-    with pytest.raises(UserError, match=r"row\.json: not a row of object counts"):
+    with pytest.raises(UserError, match=r"row\.json: damaged"):
         read_object_count(url)
