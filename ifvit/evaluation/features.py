@@ -38,7 +38,7 @@ ORIGINAL = "inception-2015-12-05"
 _URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{ORIGINAL}.pt"
 _SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
-_NUM_KEPT = {CLIP: 30_000, INCEPTION: KID_SUBSET * KID_SUBSETS}
+NUM_KEPT = {CLIP: 30_000, INCEPTION: KID_SUBSET * KID_SUBSETS}
 """Features that the kernel distances CMMD and KID need, at most."""
 _SEED = 0
 
@@ -127,7 +127,7 @@ def _download() -> Path:
 def choose_parts(total: int) -> dict[str, Positions]:
     """Choose whose features are kept: network => positions among `total`, in random order."""
     order = np.random.default_rng(_SEED).permutation(total)
-    return {name: order[:limit] for name, limit in _NUM_KEPT.items()}
+    return {name: order[:limit] for name, limit in NUM_KEPT.items()}
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from ifvit.distributed import ProcessGroup, choose_device, open_process_group, s
 from ifvit.errors import UserError
 from ifvit.evaluation.config import MakeReferenceConfig
 from ifvit.evaluation.features import (
+    NUM_KEPT,
     FeatureSet,
     Networks,
     choose_parts,
@@ -124,10 +125,10 @@ def _parse_features(
     mean, covariance, part = (
         arrays.get(f"{name}.{key}", nothing) for key in ("mean", "covariance", "part")
     )
-    num_kept = len(choose_parts(num_images)[name]) if num_images < 1 << 31 else 0
+    num_kept = min(num_images, NUM_KEPT[name])
     shapes = mean.shape * 2, (num_kept, *mean.shape)
     if (
-        min(num_images, num_kept) < 2
+        num_kept < 2
         or mean.ndim != 1
         or (covariance.shape, part.shape) != shapes
         or not all(array.dtype.kind == "f" for array in (mean, covariance, part))

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from held_out_scenes import NUM_IMAGES, HeldOut
 from made_inception import NUM_FEATURES, save_inception
 
@@ -16,8 +18,16 @@ from ifvit.config import dump_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
 from ifvit.evaluation.evaluate import evaluate
-from ifvit.evaluation.references import make_reference, read_real_image
+from ifvit.evaluation.features import FeatureNetwork, Networks
+from ifvit.evaluation.references import (
+    find_image,
+    list_images,
+    make_reference,
+    read_real_image,
+    read_reference,
+)
 from ifvit.evaluation.rows import MetricsRow, estimates_of, read_row
+from ifvit.shards.format import EncoderIdentity
 
 
 @pytest.fixture
@@ -100,15 +110,18 @@ def test_a_file_that_is_not_a_reference_is_one_line(
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
     damaged = bytearray(Path(reference).read_bytes())
     refuse("no such file", reference=str(tmp_path / "gone.npz"))
-    refuse(r"text\.npz: .*not a reference", reference=str(tmp_path / "text.npz"))
-    refuse(r"other\.npz: .*not a reference", reference=str(tmp_path / "other.npz"))
+    refuse(r"text\.npz: not an intact .npz file", reference=str(tmp_path / "text.npz"))
+    refuse(
+        r"other\.npz: damaged .*: num_images",
+        reference=str(tmp_path / "other.npz"),
+    )
     (tmp_path / "new").mkdir()
     other = dataclasses.replace(config.protocol, inception=save_inception(tmp_path / "new", 1))
     refuse("no features by inception", protocol=other)
     place = damaged.index(b"clip.mean.npy") + 200
     damaged[place] ^= 0xFF
     Path(reference).write_bytes(damaged)
-    refuse(r"reference\.npz: damaged")
+    refuse(r"reference\.npz: not an intact")
     assert not Path(config.weights, "evaluation").exists(), "refused before any image is made"
     words = ["evaluate", "--weights", "w", "--shards", "s", "--images", "i", "--reference", "r"]
     with pytest.raises(SystemExit):
@@ -120,3 +133,89 @@ def test_a_broken_real_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
     with pytest.raises(UserError, match=r"broken\.jpg"):
         read_real_image(tmp_path / "broken.jpg", 64)
+
+
+STORED: dict[str, Any] = {
+    "num_images": 3,
+    "images_sha256": "a" * 64,
+    "image_size": 64,
+    "resize": "r",
+    "eye.mean": np.zeros(2),
+    "eye.covariance": np.eye(2),
+    "eye.part": np.zeros((3, 2), np.float32),
+    "eye.encoder": "eye",
+    "eye.sha256": "b" * 64,
+}
+NETWORKS = Networks(
+    clip=None,  # type: ignore[arg-type]
+    features={
+        "clip": FeatureNetwork(
+            embed=torch.flatten, identity=EncoderIdentity(name="eye", sha256="b" * 64)
+        )
+    },
+    device="cpu",
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_images": -3}, "num_images is -3"),
+        ({"num_images": 10**12}, "clip features"),
+        ({"num_images": 1}, "clip features"),
+        ({"num_images": 2.5}, "num_images"),
+        ({"num_images": np.zeros(9)}, "num_images"),
+        ({"images_sha256": "/etc/passwd"}, "images_sha256"),
+        ({"image_size": "64"}, "image_size"),
+        ({"eye.mean": np.array([0, np.nan])}, "clip features"),
+        ({"eye.mean": np.zeros(3)}, "clip features"),
+        ({"eye.mean": np.zeros((2, 1))}, "clip features"),
+        ({"eye.mean": np.array(["a", "b"])}, "clip features"),
+        ({"eye.covariance": np.array([[1.0, 0.5], [0.0, 1.0]])}, "clip features"),
+        ({"eye.covariance": np.full((2, 2), np.inf)}, "clip features"),
+        ({"eye.covariance": -np.eye(2)}, "clip features"),
+        ({"eye.part": np.zeros((2, 2))}, "clip features"),
+        ({"eye.part": np.full((3, 2), np.nan)}, "clip features"),
+        ({"eye.sha256": np.zeros(3)}, "no features by clip"),
+    ],
+)
+def test_statistics_that_no_images_have_are_one_line(
+    change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    def write(stored: dict[str, Any]) -> str:
+        path = tmp_path / "x.npz"
+        np.savez(path, **{key.replace("eye.", "clip."): value for key, value in stored.items()})
+        return str(path)
+
+    assert read_reference(write(STORED), 64, NETWORKS).num_images == 3
+    with pytest.raises(UserError, match=rf"x\.npz: .*{named}") as raised:
+        read_reference(write(STORED | change), 64, NETWORKS)
+    assert str(raised.value).isprintable()
+
+
+def test_only_real_images_count_as_reference_images(tmp_path: Path) -> None:
+    for name in (
+        *("a.png", "two_cats/b.JPG", "real_life.png", "grid.png"),
+        *(".hidden.png", ".trash/c.png", "deep/.trash/d.png", "e.txt"),
+        *("samples/00000.png", "samples/grid.png", "samples/real_00000.png"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "samples/samples.jsonl").write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    names = [path.relative_to(tmp_path).as_posix() for path in list_images(str(tmp_path))]
+    expected = ["a.png", "grid.png", "link.png", "real_life.png"]
+    assert names == [*expected, "samples/00000.png", "two_cats/b.JPG"]
+    (tmp_path / "out.png").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match=r"out\.png' does not lead inside"):
+        list_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("image_id", ["", ".", "..", "/", "a/..", "x" * 10_000, -1, 10**18])
+def test_a_strange_image_id_has_no_image(image_id: int | str) -> None:
+    paths = [Path("images/a.png"), Path("images/000000000042.jpg")]
+    assert find_image(paths, image_id) is None
+    assert find_image(paths, "a.png") == paths[0]
+    assert find_image(paths, 42) == paths[1]
