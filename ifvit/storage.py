@@ -29,7 +29,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ifvit import records
-from ifvit.errors import UserError
+from ifvit.errors import EXIT_STORE, UserError
 from ifvit.records import MAX_BYTES, shorten
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ _connecting = threading.Lock()
 
 class StoreError(UserError):
     """An object store refuses access, or has failed for longer than the patience."""
+
+    exit_code = EXIT_STORE
 
 
 class ContentError(UserError):

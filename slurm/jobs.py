@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import os
 import re
 import shutil
 import signal
@@ -12,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission, JobPaths
@@ -23,8 +24,9 @@ from submitit.helpers import TorchDistributedEnvironment
 
 from ifvit import storage
 from ifvit.errors import EXIT_PREEMPTED, UserError
+from ifvit.records import Rule, Sha256, dump_sealed, parse_sealed, path_inside, printable, record
 from ifvit.verbs import VERBS, load
-from slurm.config import ClusterConfig
+from slurm.config import ClusterConfig, JobId, Line
 
 PACKAGES = ("ifvit", "data_pipeline", "slurm")
 ROOT = Path(__file__).parent.parent
@@ -54,7 +56,7 @@ class VerbJob:
         return re.sub(r"\W+", "-", f"ifvit-{self.verb}")
 
     def __call__(self) -> None:
-        """Run the verb. Exit codes: 2 after a UserError, 75 when the job was told to stop."""
+        """Run the verb. Exit codes: that of a UserError, 75 when the job was told to stop."""
         # These replace submitit's handlers, which stop and requeue only on rank 0.
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, _stop)
@@ -64,8 +66,8 @@ class VerbJob:
         try:
             self.run_verb()
         except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
-            sys.exit(2)
+            sys.stderr.write(f"error: {printable(str(error))}\n")
+            sys.exit(error.exit_code)
 
     def run_verb(self) -> None:
         """Run the verb without the runs whose last weights are missing."""
@@ -82,7 +84,11 @@ class VerbJob:
         """Return a string that changes whenever the job has saved more work."""
         if self.verb == "train":
             latest = storage.join(self.run, "checkpoints", "latest")
-            return storage.read_bytes(latest).decode() if storage.exists(latest) else ""
+            return (
+                storage.read_bytes(latest).decode(errors="replace")
+                if storage.exists(latest)
+                else ""
+            )
         if self.verb == "encode":
             return str(len(storage.list_names(storage.join(self.run, "completed"))))
         folders = {self.run, *getattr(self.config, "runs", ())}
@@ -94,7 +100,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def load_job(folder: Path, job_id: str) -> VerbJob:
-    """Load the submitted job with this id; its files are in `folder`."""
+    """Load the submitted job with this id; its files are in `folder`.
+
+    The job is a pickle, which is code: only the sbatch script of `folder` may call this function.
+    Raises UserError unless the folder belongs to this user and only this user can write there.
+    """
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(f"{folder}: other users can write to this folder of jobs; submit again")
     job = DelayedSubmission.load(JobPaths(folder, job_id).submitted_pickle).function
     assert isinstance(job, VerbJob)
     return job
@@ -144,38 +157,75 @@ def run_git(*arguments: str) -> str:
         return ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class JobRecord:
     """One job of a submission."""
 
-    job_id: str
+    job_id: JobId
     """`123`, or `123_4` in an array."""
-    verb: str
-    run: str
+    verb: Annotated[str, Rule("a verb", VERBS.__contains__)]
+    run: Line
     """Run or dataset folder that shows the progress of the job."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class SubmissionRecord:
-    """One call of `ifvit submit`; it makes the jobs known to later calls on other machines."""
+    """One call of `ifvit submit`; it makes the jobs known to later calls on other machines.
 
-    submitted: str
+    A run folder may come from a stranger, whose record names any job and any folder. Therefore the
+    folder holds the record's token, and the job's name in SLURM ends with the hash of the token.
+    """
+
+    submitted: Line
     """UTC in ISO 8601."""
-    command: list[str]
-    commit: str
+    command: tuple[str, ...]
+    commit: Line
     """Commit of the code; empty when the code is not in a git checkout."""
-    folder: str
+    folder: Line
     """Folder with the job files and logs; its name is the name of the submission."""
-    jobs: list[JobRecord]
+    token: Sha256
+    """Random secret of this submission."""
+    jobs: tuple[JobRecord, ...]
+
+    @property
+    def mark(self) -> str:
+        """End of the names of this submission's jobs in SLURM."""
+        return mark_of(self.token)
+
+    @property
+    def owns_folder(self) -> bool:
+        """Whether `folder` is here, belongs to this user, and was made by this submission."""
+        try:
+            path = path_inside(Path(self.folder), TOKEN)
+            is_mine = path.is_file() and path.parent.stat().st_uid == os.getuid()
+            return is_mine and path.read_bytes() == self.token.encode()
+        except (OSError, UserError):
+            return False
+
+    def log(self, job_id: str, task: int = 0) -> Path | None:
+        """Path of a task's log in the folder of this submission; None if there is none here."""
+        if not self.owns_folder:
+            return None
+        path = path_inside(Path(self.folder), JobPaths(self.folder, job_id, task).stdout.name)
+        return path if path.is_file() else None
 
 
-def write_record(home: str, record: SubmissionRecord, diff: str) -> None:
+TOKEN = "token"
+"""File of a folder of jobs that holds the token of its submission."""
+
+
+def mark_of(token: str) -> str:
+    """Hash of a token, which everybody may see."""
+    return hashlib.sha256(token.encode()).hexdigest()[:12]
+
+
+def write_record(home: str, submission: SubmissionRecord, diff: str) -> None:
     """Write a submission to the run folder `home`; replace its record from before the last jobs.
 
     `diff` holds the uncommitted changes of the code.
     """
-    name = storage.join(home, "jobs", record.folder.rsplit("/", 1)[-1])
-    storage.write_json(f"{name}.json", asdict(record))
+    name = storage.join(home, "jobs", submission.folder.rsplit("/", 1)[-1])
+    storage.write_bytes(f"{name}.json", dump_sealed(submission))
     if diff:
         storage.write_bytes(f"{name}.diff", diff.encode())
 
@@ -186,10 +236,5 @@ def read_records(home: str) -> list[SubmissionRecord]:
     names = [name for name in storage.list_names(folder) if name.endswith(".json")]
     if not names:
         raise UserError(f"{folder}: no jobs; give the run that was given to `ifvit submit`")
-    return [_parse(storage.read_json(storage.join(folder, name))) for name in names]
-
-
-def _parse(stored: dict[str, Any]) -> SubmissionRecord:
-    record = {field.name: stored[field.name] for field in fields(SubmissionRecord)}
-    record["jobs"] = [JobRecord(**job) for job in stored["jobs"]]
-    return SubmissionRecord(**record)
+    urls = [storage.join(folder, name) for name in names]
+    return [parse_sealed(SubmissionRecord, storage.read_bytes(url), url) for url in urls]

@@ -9,20 +9,26 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
-import yaml
-from submitit.core.utils import JobPaths
 from submitit.slurm.slurm import SlurmInfoWatcher
 
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.training_rows import read_training_rows
+from ifvit.records import (
+    PositiveInt,
+    parse_value,
+    parse_yaml,
+    printable,
+    record,
+    shorten,
+)
 from slurm.config import CancelConfig, LogsConfig, StatusConfig
 from slurm.jobs import JobRecord, SubmissionRecord, read_records
 from slurm.supervise import TASK_START
 
 _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
-    *("NODE_FAIL", "PREEMPTED", "REVOKED", "UNKNOWN"),
+    *("NODE_FAIL", "PREEMPTED", "REVOKED", "UNKNOWN", "FOREIGN"),
 )
 """States of ended jobs. A requeued job has not ended: its state comes from squeue."""
 
@@ -34,7 +40,8 @@ class JobStatus:
     job_id: str
     verb: str
     state: str
-    """State in SLURM's words; UNKNOWN for a job that SLURM has forgotten."""
+    """State in SLURM's words; UNKNOWN for a job that SLURM has forgotten, FOREIGN for a job of this
+    id that the record's submission did not submit."""
     nodes: str
     requeues: int
     run: str
@@ -61,22 +68,29 @@ def status(config: StatusConfig) -> None:
 def logs(config: LogsConfig) -> None:
     """Print the end of a task's log. Raises UserError when there is no log yet."""
     path = find_log(config)
+    sys.stdout.write(f"==> {printable(str(path))} <==\n")
     follow = ["-F"] if config.follow else []
-    sys.stdout.write(f"==> {path} <==\n")
-    sys.stdout.flush()
-    # The exit code is ignored, because `tail` fails when the reader of its output stops early.
-    subprocess.run(["tail", "-n", str(config.lines), *follow, str(path)], check=False)
+    command = ["tail", "-n", str(config.lines), *follow, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as tail:
+        assert tail.stdout is not None
+        try:
+            for line in tail.stdout:
+                sys.stdout.write(printable(line.rstrip("\n").expandtabs()) + "\n")
+                sys.stdout.flush()
+        finally:
+            tail.terminate()
 
 
 def find_log(config: LogsConfig) -> Path:
-    """Return the log of the given job, or of the newest job that has one."""
-    for record in reversed(read_records(config.run)):
-        for job in reversed(record.jobs):
-            path = JobPaths(record.folder, job.job_id, config.task).stdout
-            if config.job in (None, job.job_id) and path.exists():
+    """Return the log of the given job, or of the newest job that has one here."""
+    for submission in reversed(read_records(config.run)):
+        for job in reversed(submission.jobs):
+            path = submission.log(job.job_id, config.task)
+            if path and config.job in (None, job.job_id):
                 return path
     raise UserError(
-        f"{config.run}: no log of job {config.job or 'any'} yet; see ifvit submit status"
+        f"{config.run}: no log of job {config.job or 'any'} yet in a folder of this submission; "
+        "see ifvit submit status"
     )
 
 
@@ -90,42 +104,56 @@ def cancel(config: CancelConfig) -> None:
 
 def read_statuses(home: str) -> list[JobStatus]:
     """Return the state of every job that was submitted for `home`, oldest first."""
-    jobs = [(record, job) for record in read_records(home) for job in record.jobs]
+    jobs = [(submission, job) for submission in read_records(home) for job in submission.jobs]
     known = ask_slurm([job.job_id for _, job in jobs])
-    places = {(job.verb, job.run) for _, job in jobs}
-    progress = {place: describe_progress(*place) for place in places}
-    return [
-        JobStatus(
-            job_id=job.job_id,
-            verb=job.verb,
-            state=known.get(job.job_id, {}).get("State", "UNKNOWN"),
-            nodes=known.get(job.job_id, {}).get("NodeList", ""),
-            requeues=_count_requeues(record, job),
-            run=job.run,
-            progress=progress[job.verb, job.run],
-        )
-        for record, job in jobs
-    ]
+    return [_read_status(submission, job, known.get(job.job_id)) for submission, job in jobs]
 
 
-def _count_requeues(record: SubmissionRecord, job: JobRecord) -> int:
+def _read_status(
+    submission: SubmissionRecord, job: JobRecord, known: dict[str, str] | None
+) -> JobStatus:
+    """State of one job; of a job that is not ours, nothing is shown and no file is read."""
+    is_ours = (
+        submission.owns_folder if known is None else known["JobName"].endswith(submission.mark)
+    )
+    shown = (known if is_ours else None) or {}
+    return JobStatus(
+        job_id=job.job_id,
+        verb=job.verb,
+        state=shown.get("State", "UNKNOWN" if known is None else "FOREIGN"),
+        nodes=shown.get("NodeList", ""),
+        requeues=_count_requeues(submission, job),
+        run=job.run,
+        progress=_try_progress(job) if is_ours else "",
+    )
+
+
+def _count_requeues(submission: SubmissionRecord, job: JobRecord) -> int:
     """Return the number of starts in the log of task 0, except the first."""
-    path = JobPaths(record.folder, job.job_id).stdout
-    starts = path.read_text(errors="replace").count(TASK_START) if path.exists() else 0
+    path = submission.log(job.job_id)
+    starts = path.read_text(errors="replace").count(TASK_START) if path else 0
     return max(0, starts - 1)
 
 
+def _try_progress(job: JobRecord) -> str:
+    try:
+        return describe_progress(job.verb, job.run)
+    except UserError as error:
+        return shorten(error)
+
+
 def ask_slurm(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return State and NodeList of each job that SLURM knows.
+    """Return State, NodeList and JobName of each job that SLURM knows.
 
     A job array `7_[2-3]` stands for the jobs `7_2` and `7_3`. Without SLURM's accounting, ended
     jobs are not known. Raises UserError when SLURM does not answer.
     """
     arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
+    columns = "JobID,State,NodeList,JobName"
     try:
-        ended = _run("sacct", "-X", "--parsable2", "-o", "JobID,State,NodeList", "-j", arrays)
+        ended = _run("sacct", "-X", "--parsable2", "-o", columns, "-j", arrays)
         # sacct may report REQUEUED for a job that runs again, so squeue decides for live jobs.
-        queued = _run("squeue", "-h", "-r", "-o", "%i|%T|%N", "-j", arrays)
+        queued = _run("squeue", "-h", "-r", "-o", "%i|%T|%N|%j", "-j", arrays)
     except FileNotFoundError as error:
         raise UserError(
             f"no `{error.filename}` on this machine; ask on a login node of the cluster"
@@ -133,7 +161,7 @@ def ask_slurm(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
     if queued.returncode and "Invalid job id" not in queued.stderr:  # the answer for an old job
         raise UserError(f"squeue: {' '.join(queued.stderr.split())}")
     states: dict[str, dict[str, str]] = SlurmInfoWatcher().read_info(ended.stdout)
-    return states | SlurmInfoWatcher().read_info(f"JobID|State|NodeList\n{queued.stdout}")
+    return states | SlurmInfoWatcher().read_info(f"{columns.replace(',', '|')}\n{queued.stdout}")
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -142,11 +170,19 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def table(statuses: Sequence[JobStatus]) -> str:
     """Return a table as text with aligned columns."""
-    rows = [[str(value) for value in vars(status).values()] for status in statuses]
+    rows = [[printable(str(value)) for value in vars(status).values()] for status in statuses]
     rows.insert(0, [field.name for field in fields(JobStatus)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "".join(f"{line}\n" for line in lines)
+
+
+@record
+class _Length:
+    """The fields of a training recipe that say how long the run is."""
+
+    max_steps: PositiveInt
+    global_batch_size: PositiveInt
 
 
 def describe_progress(verb: str, run: str) -> str:
@@ -159,12 +195,16 @@ def describe_progress(verb: str, run: str) -> str:
     if not rows:
         return "no step yet"
     row = rows[-1]
-    recipe = yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml")))
-    step, total = row.step, int(recipe["max_steps"])
-    seconds = (total - step) * recipe["global_batch_size"] / row.samples_per_s
+    url = storage.join(run, "config.yaml")
+    recipe = parse_yaml(storage.read_bytes(url), url)
+    if isinstance(recipe, dict):
+        recipe = {field.name: recipe.get(field.name) for field in fields(_Length)}
+    length = parse_value(_Length, recipe, url)
+    seconds = (length.max_steps - row.step) * length.global_batch_size / row.samples_per_s
     latest = storage.join(run, "checkpoints", "latest")
-    checkpoint = storage.read_bytes(latest).decode().strip() if storage.exists(latest) else "none"
+    name = storage.read_bytes(latest) if storage.exists(latest) else b"none"
+    checkpoint = shorten(name.decode(errors="replace").strip())
     return (
-        f"step {step}/{total}, {row.samples_per_s:.1f} samples/s, "
-        f"{timedelta(seconds=round(seconds))} left, checkpoint {checkpoint}"
+        f"step {row.step}/{length.max_steps}, {row.samples_per_s:.1f} samples/s, "
+        f"{timedelta(seconds=round(min(seconds, 1e9)))} left, checkpoint {checkpoint}"
     )

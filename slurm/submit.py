@@ -7,6 +7,7 @@ finished. A failed encoding cancels all jobs that need its data.
 
 import itertools
 import json
+import secrets
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from ifvit.analysis.config import AttentionConfig
 from ifvit.config import dump_config, read_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
+from ifvit.records import shorten
 from ifvit.studies.config import PaperConfig, ReportConfig
 from ifvit.training.config import TrainConfig
 from slurm.config import (
@@ -38,9 +40,11 @@ from slurm.config import (
     SubmitTrainConfig,
 )
 from slurm.jobs import (
+    TOKEN,
     JobRecord,
     SubmissionRecord,
     VerbJob,
+    mark_of,
     run_git,
     write_record,
     write_snapshot,
@@ -82,8 +86,12 @@ def _recipe(cls: type[Recipe], config: Any) -> Recipe:
 def expand_axes(config: SubmitTrainConfig) -> list[TrainConfig]:
     """Return one recipe per combination of the axes' values.
 
-    Raises UserError for a field that the recipe does not have.
+    Raises UserError for a field that the recipe does not have, or that only a flag may set.
     """
+    known = {field.name for field in fields(TrainConfig) if not field.metadata.get("flag_only")}
+    for key in {key for axis in config.axes for changes in axis.values() for key in changes}:
+        if key.partition(".")[0] not in known:
+            raise UserError(f"axes: unknown key {shorten(key)}; known are {', '.join(known)}")
     base = dump_config(_recipe(TrainConfig, config))
     recipes = []
     for point in itertools.product(*(axis.items() for axis in config.axes)):
@@ -153,6 +161,7 @@ class Submission:
         self._config, self._home = config, home
         self._submitted = datetime.now(UTC)
         self._jobs: list[JobRecord] = []
+        self._token = secrets.token_hex(32)
         root = Path(config.cluster.folder).expanduser().absolute()
         stem = f"{self._submitted:%Y-%m-%dT%H-%M-%S}_{name}_"
         if config.dry_run or config.executor == "local":
@@ -160,6 +169,7 @@ class Submission:
         else:
             self._code = write_snapshot(root / "code")
             self._folder = Path(tempfile.mkdtemp(prefix=stem, dir=root))
+            (self._folder / TOKEN).write_text(self._token)
             self._commit, self._diff = run_git("rev-parse", "HEAD").strip(), run_git("diff", "HEAD")
 
     def add(
@@ -174,6 +184,7 @@ class Submission:
         waits = {"afterok": after, "afterany": ended}
         dependency = ",".join(f"{how}:{':'.join(ids)}" for how, ids in waits.items() if ids)
         parameters = sbatch_parameters(jobs[0], self._folder, self._code, dependency)
+        parameters["job_name"] += f"-{mark_of(self._token)}"
         if self._config.dry_run:
             sys.stdout.write(self._script(parameters, len(jobs)) + "\n")
             return [f"<{job.name}_{number}>" for number, job in enumerate(jobs)]
@@ -226,14 +237,15 @@ class Submission:
         ]
         record = SubmissionRecord(
             submitted=self._submitted.isoformat(timespec="seconds"),
-            command=sys.argv,
+            command=tuple(sys.argv),
             commit=self._commit,
             folder=str(self._folder),
-            jobs=self._jobs,
+            token=self._token,
+            jobs=tuple(self._jobs),
         )
         write_record(self._home, record, self._diff)
         for run in {job.run for job in jobs} - {self._home}:
-            own = [job for job in self._jobs if job.run == run]
+            own = tuple(job for job in self._jobs if job.run == run)
             write_record(run, replace(record, jobs=own), self._diff)
 
     def _cancel(self) -> None:
@@ -344,7 +356,9 @@ def _expand_sweep(config: PipelineConfig) -> tuple[list[list[TrainConfig]], Pipe
     runs_of: dict[str, list[str]] = {}
     if config.sweep:
         flag = "--config" if Path(config.sweep).suffix else "--recipe"
-        sweep = read_config(SubmitTrainConfig, [flag, config.sweep], prog="ifvit submit train")
+        sweep = read_config(
+            SubmitTrainConfig, [f"{flag}={config.sweep}"], prog="ifvit submit train"
+        )
         arrays.append(expand_axes(sweep))
         runs_of[sweep.run] = [recipe.run for recipe in arrays[-1]]
     evaluate = [

@@ -3,11 +3,10 @@
     python -m slurm.supervise FOLDER EXIT_CODE
 
 is the last line of every sbatch script. Exit code 0 means that the work is done, 2 that the user
-made a mistake. After any other exit code (75 for preemption and the time limit, others for a
-crash) the job is requeued, unless several starts in a row saved no work.
+made a mistake. After any other exit code (75 for preemption and the time limit, 74 for a failed
+object store, others for a crash) the job is requeued, unless several starts in a row saved no work.
 """
 
-import json
 import os
 import re
 import signal
@@ -15,13 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise, takewhile
 from pathlib import Path
 
 from submitit.core.utils import JobPaths
 
-from ifvit.errors import EXIT_PREEMPTED
+from ifvit.errors import EXIT_PREEMPTED, EXIT_STORE, UserError
+from ifvit.records import NonNegativeFloat, dump_rows, parse_rows, printable, record
 from slurm.jobs import VerbJob, load_job
 
 HARDWARE_FAILURE = re.compile(
@@ -35,11 +34,11 @@ TASK_START = "Starting with JobEnvironment("
 """The first line that submitit writes into a task's log at every start."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Start:
     """The end of one start of a job; a line of FOLDER/JOBID_starts.jsonl."""
 
-    ended: float
+    ended: NonNegativeFloat
     """Seconds since the epoch."""
     exit_code: int
     nodes: str
@@ -57,7 +56,7 @@ def supervise(folder: Path, exit_code: int) -> int:
     job_id = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     job = load_job(folder, job_id)
     starts = read_starts(folder, job_id)
-    crashed = exit_code not in (2, EXIT_PREEMPTED)
+    crashed = exit_code not in (UserError.exit_code, EXIT_STORE, EXIT_PREEMPTED)
     start = Start(
         ended=time.time(),
         exit_code=exit_code,
@@ -66,8 +65,8 @@ def supervise(folder: Path, exit_code: int) -> int:
         bad_nodes=find_bad_nodes(folder, job_id) if crashed else (),
     )
     starts.append(start)
-    with _starts_file(folder, job_id).open("a") as file:
-        file.write(json.dumps(asdict(start)) + "\n")
+    with _starts_file(folder, job_id).open("ab") as file:
+        file.write(dump_rows([start]))
     reason = reason_to_stop(starts, job.cluster.max_stalled_starts)
     if reason:
         _print(f"job {job_id} is not requeued: {reason}")
@@ -89,14 +88,13 @@ def _starts_file(folder: Path, job_id: str) -> Path:
 def read_starts(folder: Path, job_id: str) -> list[Start]:
     """Read the starts of a job that have ended, oldest first."""
     path = _starts_file(folder, job_id)
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [Start(**json.loads(line)) for line in lines]
+    return parse_rows(Start, path.read_bytes(), str(path)) if path.exists() else []
 
 
 def reason_to_stop(starts: Sequence[Start], max_stalled: int) -> str | None:
     """Return why the job must not be requeued; None if it must be requeued."""
     exit_code = starts[-1].exit_code
-    if exit_code == 2:
+    if exit_code == UserError.exit_code:
         return "the recipe has a mistake, see the line above that begins with `error:`"
     progress = ["", *(start.progress for start in starts)]
     is_equal = (after == before for after, before in pairwise(reversed(progress)))
@@ -148,9 +146,13 @@ def _exclude(job_id: str, excluded: str | None, bad_nodes: Sequence[str]) -> Non
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(f"ifvit: {text}\n")
+    sys.stdout.write(f"ifvit: {printable(text)}\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(Path(sys.argv[1]), int(sys.argv[2])))
+    try:
+        sys.exit(supervise(Path(sys.argv[1]), int(sys.argv[2])))
+    except UserError as error:
+        _print(f"the job is not requeued: {error}")
+        sys.exit(int(sys.argv[2]))

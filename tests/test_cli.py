@@ -1,5 +1,7 @@
 """Help imports no torch; a mistake of the user is one line and exit code 2."""
 
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from ifvit.cli import main
+from ifvit.errors import EXIT_STORE, UserError
+from ifvit.storage import StoreError
 from ifvit.verbs import VERBS
 
 RECIPE = Path(__file__).parent.parent / "configs" / "train" / "coco256_early.yaml"
@@ -109,3 +113,43 @@ def test_print_config_shows_every_field_of_a_recipe(capsys: pytest.CaptureFixtur
         main(["train", "--config", str(RECIPE), "--print_config"])
     assert end.value.code == 0
     assert "conditioning: concat" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["", "train", "submit pipeline"])
+def test_the_reader_of_the_output_may_leave(verb: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "ifvit", *verb.split(), "--help"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert ended.stderr == b""
+    assert ended.returncode in (0, 141)  # argparse itself ignores the error
+
+
+def test_text_of_a_stranger_cannot_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def show(config: object) -> None:
+        sys.stdout.write("caption\x1b[2J\ttwo\nlines\r\u009b\n")
+        logging.getLogger("ifvit").warning("name\x1b]0;x\a")
+        raise UserError("name\x1b[31m\nsecond line")
+
+    monkeypatch.setattr("ifvit.models.cost.cost", show)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with pytest.raises(SystemExit):
+        main(["cost"])
+    shown = capsys.readouterr()
+    assert shown.out == "caption\\x1b[2J\ttwo\nlines\\r\\x9b\n"
+    assert shown.err.splitlines() == [
+        "WARNING: name\\x1b]0;x\\x07",
+        "error: name\\x1b[31m\\nsecond line",
+    ]
+
+
+def test_a_failed_store_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: object) -> None:
+        raise StoreError("s3://bucket: no route to the store")
+
+    monkeypatch.setattr("ifvit.models.cost.cost", fail)
+    with pytest.raises(SystemExit, match=str(EXIT_STORE)):
+        main(["cost"])

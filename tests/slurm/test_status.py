@@ -1,7 +1,9 @@
 """`ifvit submit status`, `logs` and `cancel` with recorded answers of SLURM."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,20 +11,22 @@ from made_training_rows import made_training_row
 from small_jobs import Command
 
 from ifvit.errors import UserError
-from ifvit.records import dump_rows
+from ifvit.records import dump_rows, dump_sealed
 from slurm.config import CancelConfig, LogsConfig, StatusConfig
-from slurm.jobs import JobRecord, SubmissionRecord, read_records, write_record
-from slurm.status import cancel, describe_progress, find_log, read_statuses, status, table
+from slurm.jobs import TOKEN, JobRecord, SubmissionRecord, mark_of, read_records, write_record
+from slurm.status import cancel, describe_progress, find_log, logs, read_statuses, status, table
 
-SACCT = """JobID|State|NodeList
-81|CANCELLED by 0|None assigned
-80_0|COMPLETED|node1
-80_1|REQUEUED|node[1-2]
-80_[2-3%2]|PENDING|None assigned
+SECRET = "a" * 64
+NAME = f"ifvit-train-{mark_of(SECRET)}"
+SACCT = f"""JobID|State|NodeList|JobName
+81|CANCELLED by 0|None assigned|{NAME}
+80_0|COMPLETED|node1|{NAME}
+80_1|REQUEUED|node[1-2]|{NAME}
+80_[2-3%2]|PENDING|None assigned|{NAME}
 """
-SQUEUE = """80_2|PENDING|
-80_3|PENDING|
-80_1|RUNNING|node[1-2]
+SQUEUE = f"""80_2|PENDING||{NAME}
+80_3|PENDING||{NAME}
+80_1|RUNNING|node[1-2]|{NAME}
 """
 STATES = {
     "80_0": "COMPLETED",
@@ -38,12 +42,14 @@ def home(tmp_path: Path) -> Path:
     """A run with one submission: an array of four jobs, the second requeued once, and a job."""
     folder, run = tmp_path / "jobs" / "2026-11-21_train_x", tmp_path / "run"
     folder.mkdir(parents=True)
-    jobs = [JobRecord(job_id=job_id, verb="train", run=str(run)) for job_id in STATES]
+    (folder / TOKEN).write_text(SECRET)
+    jobs = tuple(JobRecord(job_id=job_id, verb="train", run=str(run)) for job_id in STATES)
     record = SubmissionRecord(
         submitted="2026-11-21T10:00:00+00:00",
-        command=["ifvit", "submit", "train"],
+        command=("ifvit", "submit", "train"),
         commit="abc",
         folder=str(folder),
+        token=SECRET,
         jobs=jobs,
     )
     write_record(str(run), record, "a diff")
@@ -55,7 +61,7 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def forgetful(command: Command) -> None:
     """SLURM commands that know no job."""
-    command("sacct", "echo 'JobID|State|NodeList'")
+    command("sacct", "echo 'JobID|State|NodeList|JobName'")
     command("squeue", "echo 'slurm_load_jobs error: Invalid job id' >&2; exit 1")
     command("scancel", "exit 1")
 
@@ -116,6 +122,79 @@ def test_progress_of_a_run_has_step_speed_time_and_checkpoint(tmp_path: Path) ->
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("step_00000150\n")
     assert describe_progress("train", run).endswith("checkpoint step_00000150")
+
+
+@pytest.fixture
+def stranger(home: Path, tmp_path: Path) -> Path:
+    """A run whose record names the jobs and the folder of `home`, with another token."""
+    [own] = read_records(str(home))
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / TOKEN).write_text("b" * 64)
+    (tmp_path / "log" / "80_1_0_log.out").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("secret")
+    for name, folder in (("a", own.folder), ("b", str(tmp_path / "log"))):
+        record = replace(own, token="b" * 64, folder=folder)
+        (tmp_path / name).mkdir()
+        write_record(str(tmp_path / name), record, "")
+    return tmp_path
+
+
+def test_jobs_of_another_submission_are_not_cancelled_and_their_logs_not_read(
+    stranger: Path, command: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command("sacct", f"cat <<'E'\n{SACCT}E")
+    command("squeue", f"cat <<'E'\n{SQUEUE}E")
+    command("scancel", f"touch {stranger}/cancelled")
+    statuses = read_statuses(str(stranger / "a"))
+    assert {(status.state, status.nodes, status.progress) for status in statuses} == {
+        ("FOREIGN", "", "")
+    }
+    cancel(CancelConfig(run=str(stranger / "a")))
+    assert not (stranger / "cancelled").exists()
+    assert "no jobs were left" in capfd.readouterr().out
+    with pytest.raises(UserError, match="no log"):
+        find_log(LogsConfig(run=str(stranger / "a")))
+    with pytest.raises(UserError, match="does not lead inside"):
+        find_log(LogsConfig(run=str(stranger / "b")))
+
+
+def test_own_jobs_are_cancelled(home: Path, command: Command, tmp_path: Path) -> None:
+    command("sacct", f"cat <<'E'\n{SACCT}E")
+    command("squeue", f"cat <<'E'\n{SQUEUE}E")
+    command("scancel", f"echo $* >{tmp_path}/cancelled")
+    cancel(CancelConfig(run=str(home)))
+    assert (tmp_path / "cancelled").read_text().split() == ["80_1", "80_2", "80_3"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("jobs", [{"job_id": "--user=me", "verb": "train", "run": "x"}]),
+        ("jobs", [{"job_id": "1", "verb": "rm", "run": "x"}]),
+        ("jobs", [{"job_id": "1", "verb": "train", "run": "\x1b[2J"}]),
+        ("jobs", "1"),
+        ("folder", None),
+        ("token", "b"),
+    ],
+)
+def test_a_record_of_jobs_with_a_bad_field_is_one_clear_line(
+    field: str, value: object, home: Path
+) -> None:
+    [path] = (home / "jobs").glob("*.json")
+    stored = {**json.loads(path.read_text()), field: value}
+    path.write_bytes(dump_sealed(stored))
+    with pytest.raises(UserError, match=rf"{path}: .*{field}"):
+        read_records(str(home))
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=rf"{path}: damaged"):
+        read_records(str(home))
+
+
+def test_a_log_cannot_command_the_terminal(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = next(home.parent.glob("jobs/*/80_1_0_log.out"))
+    log.write_bytes(b"\x1b[2Jloss 1\r\tloss 2\n\xff\n")
+    logs(LogsConfig(run=str(home)))
+    assert capfd.readouterr().out.splitlines()[1:] == [r"\x1b[2Jloss 1", "        loss 2", "\ufffd"]
 
 
 def test_logs_are_those_of_the_newest_job_with_a_log(home: Path) -> None:

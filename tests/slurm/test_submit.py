@@ -162,7 +162,7 @@ def test_without_slurm_a_job_can_run_in_this_process(recipe: Path, tmp_path: Pat
 )
 def test_no_value_of_a_cluster_ends_its_line_of_the_script(flag: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"cluster.{flag}"):
-        read_config(SubmitConfig, [f"--cluster.{flag}", json.dumps(value)], prog="ifvit submit")
+        read_config(SubmitConfig, ["--cluster", json.dumps({flag: value})], prog="ifvit submit")
 
 
 def test_the_name_of_a_run_of_a_sweep_is_a_plain_name() -> None:

@@ -6,7 +6,7 @@ import pytest
 from small_jobs import Command
 from submitit.core.utils import DelayedSubmission
 
-from ifvit.errors import EXIT_PREEMPTED
+from ifvit.errors import EXIT_PREEMPTED, EXIT_STORE, UserError
 from slurm.config import ClusterConfig
 from slurm.jobs import VerbJob
 from slurm.supervise import Start, find_bad_nodes, read_starts, reason_to_stop, supervise
@@ -22,7 +22,7 @@ def build_starts(*progress: str, exit_code: int = CRASH) -> list[Start]:
     ]
 
 
-@pytest.mark.parametrize("exit_code", [CRASH, EXIT_PREEMPTED])
+@pytest.mark.parametrize("exit_code", [CRASH, EXIT_PREEMPTED, EXIT_STORE])
 @pytest.mark.parametrize(
     ("progress", "stops"),
     [
@@ -82,12 +82,25 @@ def read_calls(folder: Path) -> list[str]:
     return calls.read_text().splitlines() if calls.exists() else []
 
 
+def test_a_folder_of_jobs_that_others_can_write_to_is_not_loaded(job: Path) -> None:
+    job.chmod(0o777)
+    with pytest.raises(UserError, match="other users can write"):
+        supervise(job, CRASH)
+
+
+@pytest.mark.parametrize("rows", [b"[]\n", b'{"ended": 1}\n', b"\xff\n"])
+def test_a_damaged_record_of_starts_is_named(rows: bytes, job: Path) -> None:
+    (job / "7_starts.jsonl").write_bytes(rows)
+    with pytest.raises(UserError, match=r"7_starts\.jsonl, line 1"):
+        supervise(job, CRASH)
+
+
 def test_a_successful_job_is_not_requeued(job: Path) -> None:
     assert supervise(job, 0) == 0
     assert read_calls(job) == []
 
 
-@pytest.mark.parametrize("exit_code", [EXIT_PREEMPTED, 137, CRASH])
+@pytest.mark.parametrize("exit_code", [EXIT_PREEMPTED, EXIT_STORE, 137, CRASH])
 def test_a_preempted_or_crashed_job_is_requeued(exit_code: int, job: Path) -> None:
     assert supervise(job, exit_code) == exit_code
     assert read_calls(job) == ["requeue 7"]
