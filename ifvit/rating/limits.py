@@ -13,11 +13,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_HEAD_BYTES = 16_384
 """Largest request line and headers together."""
-RECEIVE_SECONDS = 10.0
-"""Time to send a whole request, from the opening of a connection or the previous response."""
-RESPOND_SECONDS = 60.0
-"""Time to take a whole response."""
-_MAX_CONNECTIONS = 2000
 _MIN_CONNECTIONS = 50
 
 
@@ -27,18 +22,18 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _max_connections() -> int:
-    """Return how many connections fit beside the image files that are open for them."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(_MAX_CONNECTIONS, max(_MIN_CONNECTIONS, soft // 2 - 64))
-
-
 class LimitedConnection(H11Protocol):
     """An HTTP connection that is closed when its client is too slow.
 
     A new connection beyond the limit closes the one that has waited longest for a whole request.
     Clients that send their requests at once are thus served however many others are silent.
     """
+
+    receive_seconds = 10.0
+    """Time to send a whole request, from the opening of a connection or the previous response."""
+    respond_seconds = 60.0
+    """Time to take a whole response."""
+    max_connections = 2000
 
     _timer: asyncio.TimerHandle | None = None
     _receiving_since: float | None = None
@@ -47,7 +42,7 @@ class LimitedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Register the connection and start its timer."""
         super().connection_made(transport)
-        if len(self.connections) > _max_connections():
+        if len(self.connections) > min(self.max_connections, _num_affordable()):
             slowest = min(
                 (other for other in self.connections if isinstance(other, LimitedConnection)),
                 key=lambda other: other._receiving_since or math.inf,
@@ -78,6 +73,9 @@ class LimitedConnection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP, unless a response has begun: then only close the connection."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # what the application still sends is dropped
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
@@ -87,8 +85,14 @@ class LimitedConnection(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._receiving_since = time.monotonic() if is_receiving else None
-        seconds = RECEIVE_SECONDS if is_receiving else RESPOND_SECONDS
+        seconds = self.receive_seconds if is_receiving else self.respond_seconds
         self._timer = self.loop.call_later(seconds, self.transport.abort)
+
+
+def _num_affordable() -> int:
+    """Number of connections that fit beside the image files that are open for them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(_MIN_CONNECTIONS, soft // 2 - 64)
 
 
 class Allowance:

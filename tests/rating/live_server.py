@@ -1,11 +1,13 @@
 """Runs `ifvit rate serve` in its own process and sends requests without a browser."""
 
+import contextlib
 import http.client
+import socket
 import subprocess
 import sys
+import tempfile
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 from ifvit.rating.study import Study
 
@@ -15,10 +17,35 @@ class LiveServer:
 
     def __init__(self, study: Study) -> None:
         command = [sys.executable, "-m", "ifvit", "rate", "serve", str(study.folder), "--port", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().split()[-1]
         self.admin_url = self.process.stdout.readline().split()[-1]
+        address = urllib.parse.urlsplit(self.url)
+        self.address = (str(address.hostname), int(address.port or 0))
+
+    def connect(self) -> socket.socket:
+        """Open a connection without sending anything."""
+        return socket.create_connection(self.address, timeout=30)
+
+    def send(self, data: bytes, is_all: bool = False) -> bytes:
+        """Send bytes that need not be HTTP, and return all that comes back.
+
+        With `is_all`, the server learns that no further bytes follow; it then sends no page.
+        """
+        with self.connect() as connection:
+            connection.sendall(data)
+            if is_all:
+                connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                return b"".join(iter(lambda: connection.recv(65536), b""))
+        return b""
+
+    def read_log(self) -> str:
+        """Return what the server has written to its standard error."""
+        self.log.seek(0)
+        return self.log.read()
 
     def request(
         self, path: str, form: str | None = None, headers: Mapping[str, str] | None = None
@@ -35,7 +62,7 @@ class LiveServer:
             connection.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(study: Study) -> Iterator[LiveServer]:
     """Run a server and terminate it at the end."""
     server = LiveServer(study)
@@ -44,3 +71,4 @@ def serving(study: Study) -> Iterator[LiveServer]:
     finally:
         server.process.terminate()
         server.process.wait(30)
+        server.log.close()
