@@ -220,12 +220,12 @@ def test_a_rater_who_sends_too_much_waits(server: LiveServer, raters: list[Rater
     request = build("POST", flood, form=SAME).replace(b"Connection: close\r\n", b"")
     with server.connect() as connection:
         connection.sendall(1000 * request)
-        time.sleep(1.5)
+        replies = b""
+        while b"HTTP/1.1 429" not in replies:
+            replies += connection.recv(1 << 20)
+        assert b"retry-after: 1" in replies
+        assert 200 <= replies.count(b"HTTP/1.1 303") < 600
         assert server.request(calm)[0] == 200
-        replies = connection.recv(1 << 20)
-    assert 200 <= replies.count(b"HTTP/1.1 303") < 300
-    assert 1 <= replies.count(b"HTTP/1.1 429") < 3
-    assert b"retry-after: 1" in replies
 
 
 def test_an_allowance_is_refilled() -> None:
