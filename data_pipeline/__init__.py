@@ -1,0 +1,1 @@
+"""Encoding of captioned images as shards, for `ifvit encode` and `ifvit shards`."""

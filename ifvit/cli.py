@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.records import printable
-from ifvit.verbs import VERBS, load
+from ifvit.verbs import VERBS, check_packages, load
 
 _DISK_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS),
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_verb(argv: list[str]) -> None:
+    check_packages()
     name, flags = _split(argv)
     verb = VERBS[name]
     config = read_config(load(verb.config), flags, prog=f"ifvit {name}", positional=verb.positional)

@@ -5,7 +5,11 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+from ifvit.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -108,3 +112,20 @@ def load(path: str) -> Any:
     """Import the object at `module:name`."""
     module, name = path.split(":")
     return getattr(import_module(module), name)
+
+
+def check_packages() -> None:
+    """Raise UserError when `data_pipeline` or `slurm` is another distribution's package.
+
+    ifvit installs three top-level packages, side by side; the names of two are not its own.
+    """
+    own = Path(__file__).resolve().parents[1]
+    for name in ("data_pipeline", "slurm"):
+        spec, expected = find_spec(name), own / name / "__init__.py"
+        found = Path(spec.origin).resolve() if spec and spec.origin else None
+        if found != expected or "ifvit" not in expected.read_text(errors="replace"):
+            raise UserError(
+                f"the package {name} of ifvit, {expected.parent}, is hidden or replaced by "
+                f"{found or 'nothing'}; run ifvit from another folder, or install it again in a "
+                "virtual environment of its own"
+            )

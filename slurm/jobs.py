@@ -24,7 +24,7 @@ from submitit.helpers import TorchDistributedEnvironment
 
 from ifvit import storage
 from ifvit.errors import EXIT_PREEMPTED, UserError
-from ifvit.records import Rule, Sha256, dump_sealed, parse_sealed, path_inside, printable, record
+from ifvit.records import Rule, Sha256, path_inside, printable, record
 from ifvit.verbs import VERBS, load
 from slurm.config import ClusterConfig, JobId, Line
 
@@ -225,7 +225,7 @@ def write_record(home: str, submission: SubmissionRecord, diff: str) -> None:
     `diff` holds the uncommitted changes of the code.
     """
     name = storage.join(home, "jobs", submission.folder.rsplit("/", 1)[-1])
-    storage.write_bytes(f"{name}.json", dump_sealed(submission))
+    storage.write_sealed(f"{name}.json", submission)
     if diff:
         storage.write_bytes(f"{name}.diff", diff.encode())
 
@@ -236,5 +236,4 @@ def read_records(home: str) -> list[SubmissionRecord]:
     names = [name for name in storage.list_names(folder) if name.endswith(".json")]
     if not names:
         raise UserError(f"{folder}: no jobs; give the run that was given to `ifvit submit`")
-    urls = [storage.join(folder, name) for name in names]
-    return [parse_sealed(SubmissionRecord, storage.read_bytes(url), url) for url in urls]
+    return [storage.read_sealed(SubmissionRecord, storage.join(folder, name)) for name in names]

@@ -220,7 +220,7 @@ class Whole:
         (["--part.size", "1e30"], r"part.size is 1e\+30; expected int"),
         (["--parts", "[{size: 1}, {size: 0}]"], r"parts\[1\].size is 0"),
         (["--kind", "c"], "kind is c; expected 'a' or 'b'"),
-        (["--part", "{sise: 1}"], "unknown key sise; known keys are rate, size"),
+        (["--part", "{sizes: 1}"], "unknown key sizes; known keys are rate, size"),
         (["--part", "[1]"], "in place of the keys"),
         (["--parts", "[{class_path: antigravity.X}]"], "unknown key class_path"),
     ],
