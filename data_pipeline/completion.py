@@ -10,29 +10,28 @@ import hashlib
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.shard_io import remove_leftovers
 from ifvit import storage
+from ifvit.arrays import Array
 from ifvit.errors import UserError
+from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Sha256, record
 from ifvit.shards.format import (
     COMPLETED,
-    Array,
     ShardEntry,
     ShardError,
-    build_record,
-    read_sealed,
-    write_sealed,
 )
 from ifvit.storage import StoreError
 
 REQUESTS_AT_ONCE = 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Job:
     """Everything that decides the numbers of a dataset; an output folder holds shards of one job.
 
@@ -40,17 +39,17 @@ class Job:
     rounded. After running out of memory you can therefore continue with smaller batches.
     """
 
-    source_sha256: str
-    vae_sha256: str
-    text_encoder_sha256: str | None
-    image_size: int
-    dtype: str
-    precision: str
-    samples_per_shard: int
+    source_sha256: Sha256
+    vae_sha256: Sha256
+    text_encoder_sha256: Sha256 | None
+    image_size: PositiveInt
+    dtype: Literal["float16", "float32"]
+    precision: Literal["fp32", "bf16"]
+    samples_per_shard: PositiveInt
     flip: bool
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Failure:
     """An image that was left out, and the reason."""
 
@@ -59,13 +58,13 @@ class Failure:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class LatentSums:
     """Sums of z and z^2 over `count` elements of the latents z = mean + std * noise."""
 
-    count: int = 0
+    count: NonNegativeInt = 0
     first: float = 0.0
-    second: float = 0.0
+    second: NonNegativeFloat = 0.0
 
     def __add__(self, other: "LatentSums") -> "LatentSums":
         """Add the sums over two sets of elements."""
@@ -96,7 +95,7 @@ def sum_latents(moments: Array) -> LatentSums:
     return LatentSums(count=mean.size, first=float(mean.sum()), second=second)
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class CompletionMarker:
     """A finished shard: the job that made it, its manifest entry, and the images left out."""
 
@@ -109,18 +108,13 @@ class CompletionMarker:
 def write_marker(output: str, marker: CompletionMarker) -> None:
     """Write `output/completed/NAME.json`, which declares the shard finished."""
     remove_leftovers(storage.join(output, COMPLETED), marker.shard.name)
-    write_sealed(marker_url(output, marker.shard.name), asdict(marker))
+    storage.write_sealed(marker_url(output, marker.shard.name), marker)
 
 
 def read_marker(output: str, name: str) -> CompletionMarker:
     """Read a shard's marker. Raises UserError when it is missing, ShardError when it is damaged."""
     where = marker_url(output, name)
-    value = read_sealed(where)
-    value["job"] = build_record(Job, value["job"], where)
-    value["shard"] = build_record(ShardEntry, value["shard"], where)
-    value["failures"] = tuple(build_record(Failure, entry, where) for entry in value["failures"])
-    value["latent_sums"] = build_record(LatentSums, value["latent_sums"], where)
-    marker = build_record(CompletionMarker, value, where)
+    marker = storage.read_sealed(CompletionMarker, where, error=ShardError)
     if marker.shard.name != name:
         raise ShardError(f"{where}: marker of {marker.shard.name}; delete it and encode again")
     return marker

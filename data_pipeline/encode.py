@@ -37,11 +37,12 @@ from data_pipeline.encoders import (
     one_thread,
     read_or_fail,
 )
-from data_pipeline.shard_io import npy_bytes, open_shard, read_samples, remove_leftovers
+from data_pipeline.shard_io import open_shard, read_samples, remove_leftovers
 from data_pipeline.sources import open_source
 from data_pipeline.sources.base import Source, Unit
 from data_pipeline.writer import to_stored, write_shards
 from ifvit import storage
+from ifvit.arrays import npy_bytes
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels

@@ -6,25 +6,26 @@ back; random access for training is in `ifvit.shards.reader`.
 
 import contextlib
 import hashlib
-import io
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from webdataset import TarWriter
-from webdataset.tariterators import tarfile_samples
 
 from ifvit import storage
+from ifvit.arrays import npy_bytes, parse_npy
+from ifvit.records import MAX_BYTES
 from ifvit.shards.format import (
-    Array,
     LatentSample,
     ShardEntry,
+    ShardError,
     index_bytes,
     index_tar,
+    parse_label,
     parse_metadata,
+    read_tar,
 )
 
 BUFFER_BYTES = 8 << 20
@@ -81,41 +82,39 @@ def pack_sample(sample: LatentSample) -> dict[str, str | bytes]:
     return members
 
 
-def npy_bytes(array: Array) -> bytes:
-    """Encode an array as the content of a `.npy` file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
 @contextlib.contextmanager
 def open_shard(url: str, entry: ShardEntry) -> Iterator[Path]:
     """Provide a local folder with the shard's tar and index; downloads are deleted at the end.
 
-    Nothing is checked. A file that is missing in the store is also missing in the folder.
+    Nothing is checked. A file that is missing in the store, or that has another size than the
+    manifest states, is missing in the folder.
     """
     if not storage.is_remote(url):
         yield Path(url)
         return
     with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
-        for name in (f"{entry.name}.tar", f"{entry.name}.index.npz"):
-            if storage.exists(storage.join(url, name)):
-                storage.download(storage.join(url, name), Path(folder, name))
+        tar, index = f"{entry.name}.tar", f"{entry.name}.index.npz"
+        if storage.file_size(storage.join(url, tar)) == entry.num_bytes:
+            storage.download(storage.join(url, tar), Path(folder, tar))
+        if (storage.file_size(storage.join(url, index)) or MAX_BYTES) < MAX_BYTES:
+            storage.download(storage.join(url, index), Path(folder, index))
         yield Path(folder)
 
 
 def read_samples(path: Path) -> Iterator[LatentSample]:
-    """Read the samples of a tar in order."""
-    for members in tarfile_samples([{"url": str(path)}]):
+    """Read the samples of a tar in order. Raises ShardError for a tar of anything else."""
+    for key, members in read_tar(path):
         arrays = {
-            suffix.removesuffix(".npy"): np.load(io.BytesIO(data), allow_pickle=False)
-            for suffix, data in members.items()
+            suffix.removesuffix(".npy"): parse_npy(
+                member.data, f"{path}: {key}.{suffix}", error=ShardError
+            )
+            for suffix, member in members.items()
             if suffix.endswith(".npy")
         }
-        key = members["__key__"]
+        where = f"{path}: {key}"
         yield LatentSample(
             key=key,
-            label=int(members["cls"]) if "cls" in members else None,
-            metadata=parse_metadata(members["json"], f"{key}.json"),
+            label=parse_label(members["cls"].data, f"{where}.cls") if "cls" in members else None,
+            metadata=parse_metadata(members["json"].data, f"{where}.json"),
             **arrays,
         )

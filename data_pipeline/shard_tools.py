@@ -19,24 +19,27 @@ from data_pipeline.encoders import decode_mean
 from data_pipeline.shard_io import open_shard, read_samples
 from data_pipeline.sources.base import shard_name
 from ifvit import storage
+from ifvit.arrays import Array
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.autoencoders import load_autoencoder
+from ifvit.records import printable, shorten
 from ifvit.shards.cache import check_shard_files, read_index, read_null_context
 from ifvit.shards.format import (
     MANIFEST,
     NULL_CONTEXT,
-    Array,
     LatentSample,
     Manifest,
     ShardEntry,
     ShardError,
+    ShardIndex,
     index_bytes,
     index_tar,
     read_manifest,
     remedy_for,
     write_manifest,
 )
+from ifvit.storage import StoreError
 
 GRID_COLUMNS = 8
 CAPTION_WIDTH = 60
@@ -48,10 +51,14 @@ Rows = list[tuple[str, str]]
 def inspect_shards(config: InspectConfig) -> None:
     """Print a table of the first samples and, with `grid`, decode them into one PNG file.
 
-    Raises UserError when the autoencoder for the pictures is not the one that made the latents.
+    Raises ShardError for a sample that contradicts the manifest, and UserError when the
+    autoencoder for the pictures is not the one that made the latents.
     """
     manifest = read_manifest(config.url)
     samples = list(islice(_read_all(config.url, manifest), config.num_samples))
+    for sample in samples:
+        for problem in _sample_problems(sample, manifest):
+            raise ShardError(f"{config.url}: {sample.key}.{problem}; encode again")
     _print_rows(_recipe_rows(manifest))
     sys.stdout.write(f"{'image':>12} {'size':>11} {'mean':>7} {'std':>6}  shows\n")
     for sample in samples:
@@ -59,11 +66,13 @@ def inspect_shards(config: InspectConfig) -> None:
         mean = np.split(sample.moments.astype(np.float64), 2)[0]
         size = f"{metadata.width}x{metadata.height}"
         if sample.label is None:
-            shows = f"{len(metadata.captions)}: {metadata.captions[0].strip()[:CAPTION_WIDTH]}"
+            caption = metadata.captions[0].strip()
+            shows = f"{len(metadata.captions)}: {shorten(caption, CAPTION_WIDTH)}"
         else:
-            shows = manifest.classes[sample.label]
+            shows = shorten(manifest.classes[sample.label])
         sys.stdout.write(
-            f"{metadata.image_id:>12} {size:>11} {mean.mean():>7.3f} {mean.std():>6.3f}  {shows}\n"
+            f"{shorten(metadata.image_id):>12} {size:>11} {mean.mean():>7.3f} {mean.std():>6.3f}  "
+            f"{shows}\n"
         )
     if config.grid:
         vae = load_autoencoder(config.vae or manifest.vae.name)
@@ -91,7 +100,7 @@ def stats(config: ShardsConfig) -> None:
     """
     manifest = read_manifest(config.url)
     with ThreadPoolExecutor(config.num_workers) as pool:
-        indexes = list(pool.map(partial(read_index, config.url), manifest.shards))
+        indexes = list(pool.map(partial(read_index, config.url, manifest), manifest.shards))
     if manifest.classes:
         labels = np.concatenate([index.label for index in indexes])
         per_class = np.bincount(labels, minlength=len(manifest.classes))
@@ -117,7 +126,7 @@ def _range(values: Array) -> str:
 
 
 def _print_rows(rows: Rows) -> None:
-    sys.stdout.writelines(f"{name:<16} {value}\n" for name, value in rows)
+    sys.stdout.writelines(f"{name:<16} {printable(value)}\n" for name, value in rows)
 
 
 def _recipe_rows(manifest: Manifest) -> Rows:
@@ -145,7 +154,7 @@ def verify(config: ShardsConfig) -> None:
         for of_shard in tqdm(found, desc="verify", total=len(manifest.shards), unit="shard"):
             problems += of_shard
     if problems:
-        sys.stdout.writelines(f"{problem}\n" for problem in problems)
+        sys.stdout.writelines(f"{printable(problem)}\n" for problem in problems)
         raise UserError(f"{config.url}: {len(problems)} problems, listed above")
     what = f"{manifest.num_captions:,} captions"
     if manifest.classes:
@@ -161,12 +170,10 @@ def _manifest_problems(url: str, manifest: Manifest) -> list[str]:
     try:
         if manifest.text and not np.isfinite(read_null_context(url, manifest)).all():
             problems.append(f"{url}/{NULL_CONTEXT}: values are not finite; encode again")
-    except ShardError as error:
+    except StoreError:
+        raise
+    except UserError as error:
         problems.append(str(error))
-    for key in ("num_samples", "num_captions"):
-        total = sum(getattr(entry, key) for entry in manifest.shards)
-        if total != getattr(manifest, key):
-            problems.append(f"{url}/{MANIFEST}: {key} is not the sum over its shards, {total}")
     return problems
 
 
@@ -179,15 +186,19 @@ def _verify_shard(url: str, manifest: Manifest, entry: ShardEntry) -> list[str]:
 def _shard_problems(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:
     index = None
     try:
-        index = read_index(folder, entry)
-    except ShardError as error:
+        index = read_index(folder, manifest, entry)
+    except UserError as error:
         yield str(error)
-    path = folder / f"{entry.name}.tar"
     try:
         check_shard_files(folder, entry)
+        yield from _tar_problems(folder / f"{entry.name}.tar", entry, manifest, index)
     except ShardError as error:
-        yield str(error)
-        return
+        yield str(error)  # what comes after this place of the tar cannot be checked
+
+
+def _tar_problems(
+    path: Path, entry: ShardEntry, manifest: Manifest, index: ShardIndex | None
+) -> Iterator[str]:
     if storage.sha256_of(path) != entry.sha256:
         yield f"{path}: content does not match the manifest's sha256; {remedy_for(entry)}"
         return  # further problems of a damaged tar would only be consequences
@@ -220,6 +231,8 @@ def _sample_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
     labels = range(len(manifest.classes)) if manifest.classes else [None]
     if sample.label not in labels:
         yield f"cls is {sample.label}, but there are {len(manifest.classes)} classes"
+    if (manifest.text is None) != (num_captions == 0):
+        yield f"json has {num_captions} captions, contrary to the manifest"
 
 
 def _array_problems(

@@ -28,8 +28,9 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import EncodedBatch
 from data_pipeline.shard_io import write_shard
 from ifvit import storage
+from ifvit.arrays import Array
 from ifvit.errors import UserError
-from ifvit.shards.format import Array, LatentSample, SampleMetadata
+from ifvit.shards.format import LatentSample, SampleMetadata
 
 SHARDS_AT_ONCE = 2
 BATCHES_QUEUED = 2

@@ -212,15 +212,16 @@ def read_json(url: str) -> Any:
     return records.parse_json(object, read_bytes(url), url)
 
 
-def download(url: str, path: Path, sha256: str | None = None) -> None:
+def download(url: str, path: Path, sha256: str | None = None, max_bytes: int | None = None) -> None:
     """Copy `url` to the local `path`, whole or not at all, and check its size.
 
-    Raises UserError when `url` is absent. With `sha256`, raises ContentError when every download
-    has another hash, because then the object itself is damaged.
+    Raises UserError when `url` is absent or has more than `max_bytes`. With `sha256`, raises
+    ContentError when every download has another hash, because then the object itself is damaged.
     """
 
     def get(files: FileSystem) -> bool:
         num_bytes = _size_of_file(files, url)
+        _check_size(url, num_bytes, max_bytes or num_bytes)
         files.get_file(url, str(temporary))
         if temporary.stat().st_size != num_bytes:
             raise OSError(f"{temporary.stat().st_size} of {num_bytes} bytes arrived")

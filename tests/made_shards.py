@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.shard_io import npy_bytes, write_shard
+from data_pipeline.shard_io import write_shard
+from ifvit.arrays import npy_bytes
 from ifvit.shards.format import (
     EncoderIdentity,
     LatentSample,

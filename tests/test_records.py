@@ -5,7 +5,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -15,6 +15,7 @@ from ifvit.records import (
     PositiveFloat,
     PositiveInt,
     RelativePath,
+    Rule,
     Sha256,
     dump_csv,
     dump_rows,
@@ -242,3 +243,13 @@ def test_no_cell_of_a_csv_file_is_a_formula_and_numbers_stay_numbers() -> None:
     escaped = ["'=1+1", "'+x", "'-x", "'@x", "'\t=1", "'\n=1", "a\n=1", "a=1", "-0.5", ""]
     assert [row["text"] for row in rows] == escaped
     assert {(row["number"], row["none"]) for row in rows} == {("-1.5", "")}
+
+
+def test_rules_of_the_same_words_keep_their_own_conditions() -> None:
+    @record
+    class Pair:
+        low: Annotated[int, Rule("small", lambda value: value < 10)]
+        lower: Annotated[int, Rule("small", lambda value: value < 5)]
+
+    with pytest.raises(UserError, match="lower is 7"):
+        Pair(low=7, lower=7)

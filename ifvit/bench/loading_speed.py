@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 from webdataset import WebDataset, WebLoader
 
 from data_pipeline.encoders import map_ahead
-from data_pipeline.shard_io import npy_bytes, write_shard
+from data_pipeline.shard_io import write_shard
 from ifvit import storage
+from ifvit.arrays import Array, npy_bytes
 from ifvit.bench.config import BenchLoaderConfig
 from ifvit.bench.measurement import measure_rounds, median_ratio, print_result
 from ifvit.distributed import World
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import (
     NULL_CONTEXT,
-    Array,
     EncoderIdentity,
     LatentSample,
     Manifest,

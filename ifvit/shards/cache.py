@@ -6,7 +6,6 @@
 
 import contextlib
 import hashlib
-import io
 import os
 import shutil
 import tempfile
@@ -14,15 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
 
 from ifvit import storage
+from ifvit.arrays import Array, parse_npy
 from ifvit.errors import UserError
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import (
     NULL_CONTEXT,
-    Array,
     Manifest,
     ShardEntry,
     ShardError,
@@ -88,7 +86,7 @@ class FileCache:
             leftover.unlink()
         with FileLock(self._locks / "eviction"):
             self._make_room(num_bytes)
-        storage.download(url, path, path.name)
+        storage.download(url, path, path.name, num_bytes)
 
     def _make_room(self, num_bytes: int) -> None:
         files = sorted(self._files(), key=lambda file: file[1].st_mtime_ns)
@@ -206,7 +204,7 @@ def check_shard_files(folder: Path, entry: ShardEntry) -> None:
         )
 
 
-def read_index(folder: Path | str, entry: ShardEntry) -> ShardIndex:
+def read_index(folder: Path | str, manifest: Manifest, entry: ShardEntry) -> ShardIndex:
     """Read `NAME.index.npz`. Raises ShardError when it is absent or not the file that was written.
 
     A transfer may damage bytes, so a wrong hash is tried again.
@@ -217,10 +215,7 @@ def read_index(folder: Path | str, entry: ShardEntry) -> ShardIndex:
     for _ in range(_NUM_TRIES):
         data = storage.read_bytes(url)
         if hashlib.sha256(data).hexdigest() == entry.index_sha256:
-            index = parse_index(data, url)
-            if (len(index), len(index.context)) != (entry.num_samples, entry.num_captions):
-                raise ShardError(f"{url}: index of {len(index)} samples; {remedy_for(entry)}")
-            return index
+            return parse_index(data, url, manifest, entry)
     raise ShardError(f"{url}: index does not match the manifest's hash; {remedy_for(entry)}")
 
 
@@ -237,7 +232,8 @@ def read_null_context(url: str, manifest: Manifest) -> Array:
     data = storage.read_bytes(where) if storage.exists(where) else b""
     if hashlib.sha256(data).hexdigest() != text.null_context_sha256:
         raise ShardError(f"{where}: missing or damaged null context; run the encode again")
-    context: Array = np.load(io.BytesIO(data), allow_pickle=False)
-    if context.shape != text.context_shape:
-        raise ShardError(f"{where}: null context has shape {context.shape}; encode again")
+    context = parse_npy(data, where, error=ShardError)
+    if context.shape != text.context_shape or context.dtype != manifest.dtype:
+        found = f"{context.dtype} {context.shape}"
+        raise ShardError(f"{where}: null context has dtype and shape {found}; encode again")
     return context

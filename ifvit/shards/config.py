@@ -1,17 +1,13 @@
 """Settings of the disk cache for shards of an object store."""
 
-from dataclasses import dataclass
+from ifvit.records import PositiveFloat, record
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class CacheConfig:
     """Disk cache for shards that are read from an object store; a local folder needs none."""
 
     folder: str | None = None
     """Folder that all processes of this machine share; default: ifvit-cache-UID in $TMPDIR."""
-    gigabytes: float = 100.0
+    gigabytes: PositiveFloat = 100.0
     """Size of the cache, at least two shuffle windows; the least recently used shards go first."""
-
-    def __post_init__(self) -> None:
-        if self.gigabytes <= 0:
-            raise ValueError("cache.gigabytes must be positive")

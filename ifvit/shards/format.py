@@ -4,47 +4,66 @@ The encode job (data_pipeline) writes these files and `ShardReader` reads them. 
 `manifest.json`, the null context, and `NAME.tar` and `NAME.index.npz` for each shard.
 """
 
-import hashlib
 import io
-import json
+import re
 import tarfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Literal
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from ifvit import storage
+from ifvit.arrays import Array, parse_npy_header, parse_npz
 from ifvit.errors import UserError
+from ifvit.records import (
+    MAX_BYTES,
+    PositiveInt,
+    Rule,
+    Sha256,
+    is_plain_name,
+    parse_json,
+    parse_sealed,
+    record,
+    shorten,
+)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 NULL_CONTEXT = "null_context.npy"
 COMPLETED = "completed"
 """Folder of the completion markers that the encode job writes beside the shards."""
 RESIZE = "center_crop+lanczos"
-SEAL = "content_sha256"
 
-Array = NDArray[Any]
-Record = TypeVar("Record")
+MAX_VALUES = 1 << 28
+"""Largest number of values of one latent or context; a manifest with more is refused."""
+Count = Annotated[int, Rule("from 0 to 2**40", lambda value: 0 <= value <= 1 << 40)]
+ShardName = Annotated[
+    str,
+    Rule(
+        "a plain file name of at most 200 bytes",
+        lambda name: is_plain_name(name) and len(name.encode()) <= 200,
+    ),
+]
+LatentStd = Annotated[float, Rule("from 1e-6 to 1e6", lambda value: 1e-6 <= value <= 1e6)]
 
 
 class ShardError(UserError):
     """A shard, index or manifest is missing, damaged or of another format."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class EncoderIdentity:
     """Frozen encoder that made the data: the name it was loaded by, the sha256 of its weights."""
 
     name: str
-    sha256: str
+    sha256: Sha256
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class SampleMetadata:
     """Content of `KEY.json`; `captions` is empty in a dataset with class labels.
 
@@ -53,8 +72,8 @@ class SampleMetadata:
 
     image_id: int | str
     captions: tuple[str, ...]
-    width: int
-    height: int
+    width: PositiveInt
+    height: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,28 +94,32 @@ class LatentSample:
     metadata: SampleMetadata
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ShardEntry:
     """Sizes and hashes of `NAME.tar` and `NAME.index.npz`."""
 
-    name: str
-    num_samples: int
-    num_captions: int
-    num_bytes: int
-    sha256: str
-    index_sha256: str
+    name: ShardName
+    num_samples: Count
+    num_captions: Count
+    num_bytes: Count
+    sha256: Sha256
+    index_sha256: Sha256
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class TextEncoding:
     """How captions were embedded: encoder, shape (M, D) of a context, hash of the null context."""
 
     encoder: EncoderIdentity
-    context_shape: tuple[int, int]
-    null_context_sha256: str
+    context_shape: tuple[PositiveInt, PositiveInt]
+    null_context_sha256: Sha256
+
+    def __post_init__(self) -> None:
+        if prod(self.context_shape) > MAX_VALUES:
+            raise UserError(f"context_shape {self.context_shape} has more than {MAX_VALUES} values")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Manifest:
     """Content of `manifest.json`: the shards of a dataset and how they were made.
 
@@ -109,16 +132,31 @@ class Manifest:
     vae: EncoderIdentity
     text: TextEncoding | None
     classes: tuple[str, ...] = ()
-    image_size: int
+    image_size: PositiveInt
     resize: str = RESIZE
     flipped: bool = False
-    dtype: str
-    moments_shape: tuple[int, int, int]
-    num_samples: int
-    num_captions: int
+    dtype: Literal["float16", "float32"]
+    moments_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    num_samples: PositiveInt
+    num_captions: Count
     latent_mean: float
-    latent_std: float
+    latent_std: LatentStd
     shards: tuple[ShardEntry, ...]
+
+    def __post_init__(self) -> None:
+        for key in ("num_samples", "num_captions"):
+            total = sum(getattr(entry, key) for entry in self.shards)
+            if total != getattr(self, key):
+                raise UserError(f"{key} is not the sum over its shards, {total}")
+        if len({entry.name for entry in self.shards}) < len(self.shards):
+            raise UserError("two shards have the same name")
+        if (self.text is None) != bool(self.classes):
+            raise UserError("a dataset has either text or classes")
+        if self.moments_shape[0] % 2 or prod(self.moments_shape) > MAX_VALUES:
+            raise UserError(
+                f"moments_shape is {self.moments_shape}; it must be (2C, H, W) with at most "
+                f"{MAX_VALUES} values"
+            )
 
     @property
     def scaling_factor(self) -> float:
@@ -128,7 +166,7 @@ class Manifest:
 
 def write_manifest(url: str, manifest: Manifest) -> None:
     """Write `url/manifest.json`, which completes the dataset."""
-    write_sealed(storage.join(url, MANIFEST), asdict(manifest))
+    storage.write_sealed(storage.join(url, MANIFEST), manifest)
 
 
 def read_manifest(url: str) -> Manifest:
@@ -138,71 +176,27 @@ def read_manifest(url: str) -> Manifest:
         raise ShardError(
             f"{where}: no such file; {url} is not a dataset, or its encode job has not finished"
         )
-    value = read_sealed(where)
-    if value.get("format_version") != FORMAT_VERSION:
-        raise ShardError(
-            f"{where}: format_version is {value.get('format_version')}, expected {FORMAT_VERSION}; "
-            "encode the images again or install the version of ifvit that wrote it"
-        )
-    value["shards"] = tuple(build_record(ShardEntry, entry, where) for entry in value["shards"])
-    value["vae"] = build_record(EncoderIdentity, value["vae"], where)
-    if value["text"] is not None:
-        value["text"] = _build_text(value["text"], where)
-    for key in ("moments_shape", "classes"):
-        value[key] = tuple(value[key])
-    return build_record(Manifest, value, where)
-
-
-def write_sealed(url: str, value: dict[str, Any]) -> None:
-    """Write `value` as JSON with a hash of its content, which reveals any later change."""
-    storage.write_json(url, {**value, SEAL: _seal(value)})
-
-
-def read_sealed(url: str) -> dict[str, Any]:
-    """Read what `write_sealed` wrote. Raises ShardError if the content does not match its hash."""
-    data = storage.read_bytes(url)
-    remedy = "restore it, or delete it and run the encode again"
+    data = storage.read_bytes(where)
     try:
-        value = json.loads(data)
-        seal = value.pop(SEAL)
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ShardError(f"{url}: damaged, not the JSON that was written; {remedy}") from None
-    if seal != _seal(value):
-        raise ShardError(f"{url}: damaged, {SEAL} does not match the content; {remedy}")
-    return dict(value)
-
-
-def build_record(cls: Callable[..., Record], value: dict[str, Any], where: str) -> Record:
-    """Build a flat dataclass from a JSON object. Raises ShardError naming keys that differ."""
-    wrong = {field.name for field in fields(cls)} ^ set(value)  # type: ignore[arg-type]
-    if wrong:
-        raise ShardError(f"{where}: missing or unknown keys {sorted(wrong)}; encode again")
-    return cls(**value)
+        version = parse_json(dict[str, object], data, where).get("format_version")
+        if version == FORMAT_VERSION:
+            return parse_sealed(Manifest, data, where)
+    except UserError as error:
+        raise ShardError(f"{error}; download it or run the encode again") from None
+    raise ShardError(
+        f"{where}: format_version is {shorten(version)}, expected {FORMAT_VERSION}; encode the "
+        "images again or install the version of ifvit that wrote it"
+    )
 
 
 def parse_metadata(data: bytes, where: str) -> SampleMetadata:
     """Parse the content of `KEY.json`. Raises ShardError that names the sample, `where`."""
-    try:
-        value = json.loads(data)
-        value["captions"] = tuple(value["captions"])
-    except (ValueError, KeyError, TypeError):
-        raise ShardError(f"{where}: damaged json; run `ifvit shards verify`") from None
-    return build_record(SampleMetadata, value, where)
+    return parse_json(SampleMetadata, data, where, error=ShardError)
 
 
 def remedy_for(entry: ShardEntry) -> str:
     """Advice for a damaged shard: without its completion marker, the encode job makes it again."""
     return f"delete {COMPLETED}/{entry.name}.json and run the encode again"
-
-
-def _build_text(value: dict[str, Any], where: str) -> TextEncoding:
-    value["encoder"] = build_record(EncoderIdentity, value["encoder"], where)
-    value["context_shape"] = tuple(value["context_shape"])
-    return build_record(TextEncoding, value, where)
-
-
-def _seal(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 ABSENT = -1
@@ -246,44 +240,134 @@ def checksum(data: bytes | memoryview) -> int:
     return int.from_bytes(xxhash.xxh3_64_digest(data), "little", signed=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """Content of a file in a tar, and the offset of its first byte."""
+
+    offset: int
+    data: bytes
+
+
+_SUFFIXES = ("moments.npy", "flipped.npy", "context.npy", "json", "cls")
+_PAX_PATH = re.compile(rb"\d{1,5} path=([^\n\0]{1,1000})\n")
+_MAX_CAPTIONS = 10_000
+
+
+def read_tar(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Yield the key of each sample and its members by suffix, in the order of the tar.
+
+    Raises ShardError for a tar that holds anything but plain files of samples.
+    """
+    keys: set[str] = set()
+    sample: dict[str, Member] = {}
+    key = ""
+    for name, member in _read_members(path):
+        stem, _, suffix = name.partition(".")
+        if not is_key(stem) or suffix not in _SUFFIXES:
+            raise ShardError(f"{path}: {shorten(name)} is no member of a sample; encode again")
+        if stem != key:
+            if key:
+                yield key, _complete(path, key, sample)
+            key, sample = stem, {}
+        if suffix in sample or (not sample and key in keys):
+            raise ShardError(f"{path}: has {name} twice; encode again")
+        keys.add(key)
+        sample[suffix] = member
+    if key:
+        yield key, _complete(path, key, sample)
+
+
+def _complete(path: Path, key: str, sample: dict[str, Member]) -> dict[str, Member]:
+    for suffix in ("moments.npy", "json"):
+        if suffix not in sample:
+            raise ShardError(f"{path}: has no {key}.{suffix}; encode again")
+    return sample
+
+
+def is_key(text: str) -> bool:
+    """Whether `text` may be the key of a sample: it names a file and has no dot."""
+    has_surrogates = any("\ud800" <= char <= "\udfff" for char in text)  # not UTF-8
+    return is_plain_name(text) and "." not in text and not has_surrogates
+
+
+def _read_members(path: Path) -> Iterator[tuple[str, Member]]:
+    """Yield names and members of a tar of plain files, as TarWriter writes it.
+
+    tarfile's reader would follow sparse files, which fill the memory, and its regular expressions
+    for extended headers take quadratic time.
+    """
+    num_bytes, long_name = path.stat().st_size, None
+    with path.open("rb") as file:
+        while (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
+            try:
+                info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError) as error:
+                raise ShardError(f"{path}: not a tar of samples ({error}); encode again") from None
+            name, offset = long_name or info.name, file.tell()
+            is_path = info.type == tarfile.XHDTYPE and long_name is None
+            if not is_path and info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                raise ShardError(f"{path}: {shorten(name)} is not a plain file; encode again")
+            if not 0 <= info.size <= min(MAX_BYTES, num_bytes - offset):
+                raise ShardError(f"{path}: {shorten(name)} states {info.size} bytes; encode again")
+            data, long_name = file.read(info.size), None
+            file.seek(-info.size % tarfile.BLOCKSIZE, io.SEEK_CUR)
+            if is_path:
+                found = _PAX_PATH.fullmatch(data)
+                if found is None:
+                    raise ShardError(f"{path}: has an extended header without path; encode again")
+                long_name = found[1].decode(errors="surrogateescape")
+            else:
+                yield name, Member(offset=offset, data=data)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise ShardError(f"{path}: not a complete tar; encode again")
+
+
 def index_tar(path: Path) -> ShardIndex:
-    """Build the index of a tar by reading it once."""
-    members: dict[str, dict[str, list[tuple[int, ...]]]] = {}
-    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            file.seek(member.offset_data)
-            entries = _index_entries(suffix, member.offset_data, file.read(member.size))
-            members.setdefault(key, {})[suffix] = entries
-    samples = list(members.values())
-    captions = [sample.get("context.npy", []) for sample in samples]
+    """Build the index of a tar by reading it once. Raises as `read_tar` does."""
+    keys: list[bytes] = []
+    entries: dict[str, list[list[tuple[int, ...]]]] = {suffix: [] for suffix in _SUFFIXES}
+    for key, members in read_tar(path):
+        keys.append(key.encode())
+        for suffix in _SUFFIXES:
+            where = f"{path}: {key}.{suffix}"
+            member = members.get(suffix)
+            entries[suffix].append(_index_entries(suffix, member, where) if member else [])
     absent = [(ABSENT, 0)]
+    contexts = entries["context.npy"]
     return ShardIndex(
-        keys=np.array([key.encode() for key in members], dtype=np.bytes_),
-        moments=_table([sample.get("moments.npy", absent)[0] for sample in samples], 2),
-        flipped=_table([sample.get("flipped.npy", absent)[0] for sample in samples], 2),
-        metadata=_table([sample.get("json", [(ABSENT, 0, 0)])[0] for sample in samples], 3),
-        label=np.array([sample.get("cls", absent)[0][0] for sample in samples], dtype=np.int64),
-        context=_table([entry for entries in captions for entry in entries], 2),
-        first_caption=np.cumsum([0, *map(len, captions)], dtype=np.int64),
+        keys=np.array(keys, dtype=np.bytes_),
+        moments=_table([found[0] for found in entries["moments.npy"]], 2),
+        flipped=_table([(found or absent)[0] for found in entries["flipped.npy"]], 2),
+        metadata=_table([found[0] for found in entries["json"]], 3),
+        label=np.array([(found or absent)[0][0] for found in entries["cls"]], dtype=np.int64),
+        context=_table([entry for found in contexts for entry in found], 2),
+        first_caption=np.cumsum([0, *map(len, contexts)], dtype=np.int64),
     )
 
 
-def _index_entries(suffix: str, offset: int, data: bytes) -> list[tuple[int, ...]]:
-    """Index entries of one tar member whose content starts at `offset`; for `cls` its label."""
+def _index_entries(suffix: str, member: Member, where: str) -> list[tuple[int, ...]]:
+    """Index entries of one tar member; for `cls` its label."""
+    data = member.data
     if suffix == "cls":
-        return [(int(data),)]
+        return [(parse_label(data, where),)]
     if suffix == "json":
-        return [(offset, len(data), checksum(data))]
-    buffer = io.BytesIO(data)
-    version = np.lib.format.read_magic(buffer)
-    assert version == (1, 0), version
-    shape, _, _ = np.lib.format.read_array_header_1_0(buffer)
-    header, view = buffer.tell(), memoryview(data)
-    num_rows = shape[0] if suffix == "context.npy" else 1
-    size = (len(data) - header) // max(num_rows, 1)
-    starts = [header + row * size for row in range(num_rows)]
-    return [(offset + start, checksum(view[start : start + size])) for start in starts]
+        return [(member.offset, len(data), checksum(data))]
+    header = parse_npy_header(data, where, error=ShardError)
+    num_rows = header.shape[0] if suffix == "context.npy" and header.shape else 1
+    if header.is_fortran or 0 in header.shape or num_rows > _MAX_CAPTIONS:
+        raise ShardError(f"{where} has the shape {header.shape} or order of columns; encode again")
+    size = (len(data) - header.offset) // num_rows
+    view = memoryview(data)
+    starts = [header.offset + row * size for row in range(num_rows)]
+    return [(member.offset + start, checksum(view[start : start + size])) for start in starts]
+
+
+def parse_label(data: bytes, where: str) -> int:
+    """Parse the content of `KEY.cls`. Raises ShardError unless it is a small number."""
+    if not re.fullmatch(rb"\d{1,9}", data):
+        text = shorten(data.decode(errors="replace"))
+        raise ShardError(f"{where} is {text}, not the number of a class; encode again")
+    return int(data)
 
 
 def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Array:
@@ -297,9 +381,61 @@ def index_bytes(index: ShardIndex) -> bytes:
     return buffer.getvalue()
 
 
-def parse_index(data: bytes, where: str) -> ShardIndex:
-    """Decode `NAME.index.npz`. Raises ShardError when it has another format."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        if set(arrays) != set(ShardIndex.__annotations__):
-            raise ShardError(f"{where}: not an index of this format; encode again")
-        return ShardIndex(**arrays)
+def parse_index(data: bytes, where: str, manifest: Manifest, entry: ShardEntry) -> ShardIndex:
+    """Decode `NAME.index.npz`. Raises ShardError unless it fits the manifest and the tar's size."""
+    arrays = parse_npz(data, where, error=ShardError)
+    if set(arrays) != set(ShardIndex.__annotations__):
+        raise ShardError(f"{where}: not an index of this format; encode again")
+    index = ShardIndex(**arrays)
+    for problem in _index_problems(index, manifest, entry):
+        raise ShardError(f"{where}: {problem}; {remedy_for(entry)}")
+    return index
+
+
+def _index_problems(index: ShardIndex, manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
+    num_samples, num_captions = entry.num_samples, entry.num_captions
+    shapes = {
+        **{"keys": (num_samples,), "label": (num_samples,), "metadata": (num_samples, 3)},
+        **{"moments": (num_samples, 2), "flipped": (num_samples, 2), "context": (num_captions, 2)},
+        "first_caption": (num_samples + 1,),
+    }
+    for name, shape in shapes.items():
+        array: Array = getattr(index, name)
+        is_right = array.dtype.kind == "S" if name == "keys" else array.dtype == np.int64
+        if not is_right or array.shape != shape:
+            yield f"{name} is {array.dtype} {array.shape}, the manifest says {shape}"
+            return  # the checks below need the shapes
+    if not _are_keys(index.keys.tolist()):
+        yield "keys are not unique names without dots"
+    itemsize = np.dtype(manifest.dtype).itemsize
+    latent = prod(manifest.moments_shape) * itemsize
+    places = [("metadata", index.metadata[:, 0], index.metadata[:, 1])]
+    places.append(("moments", index.moments[:, 0], np.array(latent)))
+    if manifest.flipped:
+        places.append(("flipped", index.flipped[:, 0], np.array(latent)))
+    if manifest.text:
+        context = prod(manifest.text.context_shape) * itemsize
+        places.append(("context", index.context[:, 0], np.array(context)))
+    for name, offset, length in places:
+        if ((length < 0) | (offset < 0) | (offset > entry.num_bytes - length)).any():
+            yield f"{name} lies outside the tar"
+    first = index.first_caption
+    is_inside = first[0] == 0 and first[-1] == num_captions and (first <= num_captions).all()
+    if not is_inside or (np.diff(first) < (1 if manifest.text else 0)).any():
+        yield "first_caption does not rise from 0 to the number of captions"
+    labels = range(len(manifest.classes)) if manifest.classes else range(ABSENT, 0)
+    if ((index.label < labels.start) | (index.label >= labels.stop)).any():
+        yield f"label is not one of {len(manifest.classes)} classes"
+
+
+def _are_keys(keys: list[bytes]) -> bool:
+    """Whether all are unique keys; a million take 0.2 s."""
+    text = b"/".join(keys)
+    forbidden = bytes([*range(32), 127, *b".\\"])
+    return (
+        len(set(keys)) == len(keys)
+        and all(keys)
+        and text.count(b"/") == max(len(keys) - 1, 0)
+        and len(text.translate(None, forbidden)) == len(text)
+        and "\ufffd" not in text.decode(errors="replace")
+    )

@@ -11,12 +11,11 @@ from functools import lru_cache
 import numpy as np
 
 from ifvit import storage
+from ifvit.arrays import Array
 from ifvit.shards.cache import open_files, read_index, read_null_context, require_text
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import (
     ABSENT,
-    MANIFEST,
-    Array,
     SampleMetadata,
     ShardError,
     ShardIndex,
@@ -42,13 +41,13 @@ class ShardReader:
         self.dtype = np.dtype(self.manifest.dtype)
         self.shard_sizes: Array = np.array([entry.num_samples for entry in self.manifest.shards])
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
-        if self._starts[-1] != self.manifest.num_samples:
-            raise ShardError(f"{url}/{MANIFEST}: num_samples is not the sum over its shards")
         self._cache = cache or CacheConfig()
         self._files = open_files(url, self.manifest, self._cache)
         self._indexes: list[ShardIndex | None] = [None] * len(self.manifest.shards)
         if not self.is_remote:
-            self._indexes = [read_index(url, entry) for entry in self.manifest.shards]
+            self._indexes = [
+                read_index(url, self.manifest, entry) for entry in self.manifest.shards
+            ]
         # Caching a method of `self` would make a reference cycle and keep the files open.
         self._open = lru_cache(self._files.max_open)(self._files.open_tar)
         self._null_context = read_null_context(url, self.manifest) if self.manifest.text else None
@@ -176,7 +175,8 @@ class ShardReader:
         """Index of a shard; two threads that read it at once store equal objects."""
         index = self._indexes[shard]
         if index is None:
-            index = self._indexes[shard] = read_index(self.url, self.manifest.shards[shard])
+            entry = self.manifest.shards[shard]
+            index = self._indexes[shard] = read_index(self.url, self.manifest, entry)
         return index
 
     def _read(

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ifvit.arrays import Array
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.rng import Stream, permutation, uniform_array
-from ifvit.shards.format import Array
 from ifvit.shards.reader import ShardReader
 
 

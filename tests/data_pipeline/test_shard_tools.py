@@ -85,8 +85,9 @@ def test_wrong_content_with_a_right_hash_is_found(dataset: Path, capsys: Capture
         metadata=SampleMetadata(image_id=1, captions=("one", "two"), width=8, height=8),
     )
     entry = write_shard(dataset, "shard-00002", [sample])
-    shards = (*manifest.shards[:2], replace(entry, num_samples=2))
-    write_manifest(str(dataset), replace(manifest, shards=shards))
+    shards = (*manifest.shards[:2], replace(entry, num_samples=2, num_captions=3))
+    totals = {key: sum(getattr(s, key) for s in shards) for key in ("num_samples", "num_captions")}
+    write_manifest(str(dataset), replace(manifest, shards=shards, **totals))
     text = "\n".join(problems(dataset, capsys))
     for named in (
         "moments.npy has values that are not finite",
@@ -94,9 +95,8 @@ def test_wrong_content_with_a_right_hash_is_found(dataset: Path, capsys: Capture
         "flipped.npy is present",
         "cls is 3",
         "context.npy is float16 (1, 12, 15)",
-        "index of 1 samples",
-        "holds (samples, captions) (1, 2)",
-        "num_captions is not the sum",
+        "shard-00002.index.npz: keys is |S12 (1,), the manifest says (2,)",
+        "holds (samples, captions) (1, 2), the manifest says (2, 3)",
     ):
         assert named in text
 
@@ -104,7 +104,7 @@ def test_wrong_content_with_a_right_hash_is_found(dataset: Path, capsys: Capture
 def test_an_index_with_a_wrong_offset_is_found(dataset: Path, capsys: Capture) -> None:
     manifest = read_manifest(str(dataset))
     first, *others = manifest.shards
-    index = read_index(dataset, first)
+    index = read_index(dataset, manifest, first)
     index.moments[0, 0] += 2
     data = index_bytes(index)
     (dataset / f"{first.name}.index.npz").write_bytes(data)
@@ -189,7 +189,12 @@ def test_a_shard_that_would_count_twice_is_an_error(parts: list[str], tmp_path: 
             merge(MergeConfig(urls=urls, output=str(tmp_path / "merged")))
     assert not (tmp_path / "merged").exists()
     empty = ShardEntry(
-        name="s", num_samples=0, num_captions=0, num_bytes=10240, sha256="", index_sha256=""
+        name="s",
+        num_samples=0,
+        num_captions=0,
+        num_bytes=10240,
+        sha256="0" * 64,
+        index_sha256="0" * 64,
     )
     check_unique([("a", empty), ("b", empty)])
 

@@ -14,8 +14,8 @@ INFO = WeightsInfo(
     step=20,
     ema_decay=0.999,
     scaling_factor=0.2301,
-    vae=EncoderIdentity(name="scenes/vae", sha256="aa"),
-    text_encoder=EncoderIdentity(name="scenes/clip", sha256="bb"),
+    vae=EncoderIdentity(name="scenes/vae", sha256="a" * 64),
+    text_encoder=EncoderIdentity(name="scenes/clip", sha256="b" * 64),
     recipe_sha256="cc",
 )
 

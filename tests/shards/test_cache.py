@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,9 +58,9 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     download = storage.download
 
-    def count(url: str, path: Path, sha256: str | None = None) -> None:
+    def count(url: str, *args: Any) -> None:
         names.append(Path(url).name)
-        download(url, path, sha256)
+        download(url, *args)
 
     monkeypatch.setattr(storage, "download", count)
     return names

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from made_shards import make_samples, write_shards
 
-from ifvit.shards.format import Array, LatentSample, ShardError
+from ifvit.arrays import Array
+from ifvit.shards.format import LatentSample, ShardError
 from ifvit.shards.reader import ShardReader
 
 NUM_CORRUPTIONS = 2000
