@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.rating.study import MAX_COUNT, BlindName, Study, Task, skip_reasons
+from ifvit.rating.study import MAX_COUNT, BlindName, Study, Task, check_extent, skip_reasons
 from ifvit.records import (
     NonNegativeInt,
     PositiveInt,
@@ -268,12 +268,14 @@ class Store:
 
 def read_answers(study: Study, store: Store) -> list[Answer]:
     """List all current answers, oldest first. Raises UserError for those of another study."""
-    tasks = {
-        (rater.id, task.item.number, task.repetition): task
-        for rater in store.raters()
-        for task in study.tasks(rater.id)
-    }
+    raters = {rater.id for rater in store.raters()}
+    check_extent(study, len(raters))
     answers = store.answers()
+    tasks = {
+        (rater, task.item.number, task.repetition): task
+        for rater in raters & {answer.rater for answer in answers}
+        for task in study.tasks(rater)
+    }
     for answer in answers:
         task = tasks.get((answer.rater, answer.item, answer.repetition))
         if task is None or not answer.fits(task):

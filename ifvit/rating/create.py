@@ -16,12 +16,14 @@ from ifvit.rating.study import (
     Kind,
     Model,
     Study,
+    check_extent,
     image_name,
     read_study,
     shuffled,
     study_exists,
     write_study,
 )
+from ifvit.records import shorten
 from ifvit.sampling.samples import read_samples, read_settings
 
 
@@ -54,8 +56,9 @@ def create(config: CreateConfig) -> None:
         study = read_study(config.study)
         _check_same(study, config)
         store = Store(study.folder)
-    wanted = config.raters or (5 if is_new else 0)
-    store.add_raters(max(0, wanted - len(store.raters())))
+    wanted = max(config.raters or (5 if is_new else 0), len(store.raters()))
+    check_extent(study, wanted)
+    store.add_raters(wanted - len(store.raters()))
     if is_new:
         write_study(study)
     for rater in store.raters():
@@ -137,8 +140,9 @@ def _counting_items(config: CreateConfig, blind: Mapping[str, str], images: str)
     for sample in chosen:
         if sample.prompt not in asked:
             raise UserError(
-                f"counting: `{sample.prompt}` is not in the prompts `{config.counting_prompts}`; "
-                "give the list that the images were generated from with --counting_prompts"
+                f"counting: `{shorten(sample.prompt)}` is not in the prompts "
+                f"`{config.counting_prompts}`; give the list that the images were generated from "
+                "with --counting_prompts"
             )
     return [
         Item(
@@ -178,6 +182,8 @@ def _choose(
 def _read_samples(folder: str) -> _Samples:
     """Read FOLDER/samples.jsonl. Raises UserError when it is missing or not a list of samples."""
     rows, seed = read_samples(folder), read_settings(folder).get("seed", -1)
+    if not isinstance(seed, int):
+        raise UserError(f"{folder}/settings.json: seed is {shorten(seed)}; it must be an integer")
     if not rows:
         raise UserError(f"{folder}/samples.jsonl: no such file; give a folder of ifvit generate")
     return {

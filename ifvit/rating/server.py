@@ -13,6 +13,7 @@ import time
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 
 import uvicorn
@@ -73,6 +74,7 @@ def serve(config: ServeConfig) -> None:
     study = read_study(config.study)
     check_images(study)
     store = Store(study.folder)
+    app = _make_app(study, store)
     listener = _listen(config)
     url = f"http://{config.host}:{listener.getsockname()[1]}"
     sys.stdout.write(f"{config.study} at {url}\nadmin: {url}/admin/{store.admin_token()}\n")
@@ -82,7 +84,7 @@ def serve(config: ServeConfig) -> None:
     # There is no access log, because it would contain the secret codes. No X-Forwarded header is
     # trusted, because nothing depends on the client's address.
     settings = uvicorn.Config(
-        _make_app(study, store),
+        app,
         http=LimitedConnection,
         ws="none",
         lifespan="off",
@@ -146,14 +148,24 @@ class _Gate:
                     headers.setdefault(name, value)
             await send(message)
 
-        _, first, *rest = scope["path"].split("/") if "/" in scope["path"] else ("", "")
-        rater = self._store.find_rater(rest[0]) if first == "r" and rest else None
-        if rater is not None and not self._allowance.take(rater):
-            await asyncio.sleep(_REFUSAL_SECONDS)
-            refusal = Response("Too many requests.", 429, {"Retry-After": "1"})
-            await refusal(scope, receive, send_with_headers)
+        try:
+            is_allowed = self._is_allowed(scope["path"])
+        except UserError as error:
+            failure = await _failure_page(Request(scope), error)
+            await failure(scope, receive, send_with_headers)
             return
-        await self._app(scope, receive, send_with_headers)
+        if is_allowed:
+            await self._app(scope, receive, send_with_headers)
+            return
+        await asyncio.sleep(_REFUSAL_SECONDS)
+        refusal = Response("Too many requests.", 429, {"Retry-After": "1"})
+        await refusal(scope, receive, send_with_headers)
+
+    def _is_allowed(self, path: str) -> bool:
+        """Count a request of a known rater against the allowance."""
+        parts = path.split("/")
+        rater = self._store.find_rater(parts[2]) if parts[1:2] == ["r"] and parts[2:] else None
+        return rater is None or self._allowance.take(rater)
 
 
 async def _error_page(request: Request, error: Exception) -> Response:
@@ -192,6 +204,7 @@ class _Site:
         self._study = study
         self._store = store
         self._images = study.image_files
+        self._tasks = cache(study.tasks)
         self._token = store.admin_token().encode()
         self._static = {
             file.name: file.read_bytes() for file in files(__package__).joinpath("static").iterdir()
@@ -310,7 +323,7 @@ class _Site:
 
     def _visit(self, request: Request) -> _Visit:
         rater = self._rater(request)
-        tasks = self._study.tasks(rater)
+        tasks = self._tasks(rater)
         answered = self._store.answered(rater)
         keys = [(task.item.number, task.repetition) for task in tasks]
         places = {place for place, key in enumerate(keys) if key in answered}

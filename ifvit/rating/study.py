@@ -7,7 +7,7 @@
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -39,6 +39,7 @@ ImageName = Annotated[
     str, Rule("32 hexadecimal digits and .png", re.compile(r"[0-9a-f]{32}\.png").fullmatch)
 ]
 _FILE = "study.json"
+_MAX_TASKS = 1_000_000
 _T = TypeVar("_T")
 
 
@@ -123,9 +124,6 @@ class Study(_Questions):
     """The questions of the study in a folder."""
 
     folder: Path
-    _tasks: dict[int, list[Task]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     @property
     def names(self) -> dict[str, str]:
@@ -143,11 +141,7 @@ class Study(_Questions):
         The items of each kind are in a random order. The repeated items are sampled from the first
         half of that order; each repeat follows half the order later.
         """
-        if rater not in self._tasks:
-            self._tasks[rater] = [
-                task for kind in KINDS for task in self._tasks_of_kind(kind, rater)
-            ]
-        return self._tasks[rater]
+        return [task for kind in KINDS for task in self._tasks_of_kind(kind, rater)]
 
     def _tasks_of_kind(self, kind: Kind, rater: int) -> list[Task]:
         numbers = [item.number for item in self.items if item.kind == kind]
@@ -204,6 +198,15 @@ def _questions(source: _Questions) -> dict[str, Any]:
 def study_exists(folder: str) -> bool:
     """Return whether `folder` holds a complete study; study.json is written last."""
     return storage.exists(storage.join(folder, _FILE))
+
+
+def check_extent(study: Study, num_raters: int) -> None:
+    """Raise UserError for more tasks than a report can check in about a minute."""
+    if num_raters * len(study.items) > _MAX_TASKS:
+        raise UserError(
+            f"{study.folder}: {num_raters} raters of {len(study.items)} questions are more than "
+            f"{_MAX_TASKS:,} tasks; split the study"
+        )
 
 
 def check_images(study: Study) -> None:

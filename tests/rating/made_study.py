@@ -20,7 +20,7 @@ COUNT_PROMPTS = [
 ]
 
 
-def write_samples(folder: Path, prompts: list[str], colour: int, seed: int = 1) -> str:
+def write_samples(folder: Path, prompts: list[str], colour: int, seed: object = 1) -> str:
     """Write a folder like `ifvit generate`; all images differ and name their model."""
     folder.mkdir(parents=True)
     rows = []

@@ -80,6 +80,7 @@ def test_an_existing_study_is_never_replaced_by_another(tmp_path: Path) -> None:
         ("nowhere/samples.jsonl: no such file", {"preference": {"a": "good", "b": "nowhere"}}),
         ("a, b have no prompt", {"preference": {"a": "good", "b": "other"}}),
         ("and seed in common", {"preference": {"a": "good", "b": "noise"}}),
+        ("seed is one; it must be", {"preference": {"a": "good", "b": "text"}}),
         ("00000.png: not an image", {"preference": {"a": "good", "b": "broken"}}),
         (
             "num_preference is 2, but there are only 1",
@@ -97,6 +98,7 @@ def test_a_mistake_is_named(
     write_samples(Path("other"), ["b"], 1)
     write_samples(Path("noise"), ["a"], 1, seed=2)
     write_samples(Path("broken"), ["a"], 1)
+    write_samples(Path("text"), ["a"], 1, seed="one")
     Path("broken/00000.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=message):
         create(CreateConfig(**{"study": "study", **settings}))  # type: ignore[arg-type]

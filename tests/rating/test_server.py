@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from live_server import LiveServer, serving
@@ -283,6 +284,22 @@ def test_saved_answers_survive_kill_9(tmp_path_factory: pytest.TempPathFactory) 
     total = len(study.tasks(1))
     assert [progress.done for progress in read_results(str(study.folder)).progress] == 4 * [total]
     store.close()
+
+
+def test_a_file_that_breaks_while_it_is_served_gives_a_page_and_a_line(
+    tmp_path: Path,
+) -> None:
+    study = make_study(tmp_path)
+    store = Store(study.folder)
+    home = f"/r/{store.raters()[0].code}"
+    store.close()
+    with serving(study) as server:
+        path = study.folder / "study.sqlite"
+        path.write_bytes(bytes(path.stat().st_size))
+        status, _, page = server.request(f"{home}/1")
+        assert (status, b"try again later" in page) == (503, True)
+        assert "Traceback" not in server.read_log()
+        assert "study.sqlite: cannot be used" in server.read_log()
 
 
 def test_the_admins_page_is_live(

@@ -12,7 +12,7 @@ from made_study import make_study
 from scipy.stats import chisquare
 
 from ifvit.errors import UserError
-from ifvit.rating.study import Study, check_images, read_study, write_study
+from ifvit.rating.study import Study, check_extent, check_images, read_study, write_study
 from ifvit.records import dump_sealed
 
 
@@ -114,6 +114,13 @@ def test_a_flipped_digit_in_the_questions_is_noticed(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
     with pytest.raises(UserError, match=r"study\.json: damaged"):
         read_study(str(study.folder))
+
+
+def test_a_study_of_too_many_tasks_is_refused(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    check_extent(study, 10_000)
+    with pytest.raises(UserError, match="split the study"):
+        check_extent(study, 1_000_000)
 
 
 def link_out(path: Path, outside: Path) -> None:
