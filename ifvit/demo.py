@@ -7,7 +7,7 @@ Modules that import torch are imported inside functions, because `ifvit demo --h
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -15,6 +15,7 @@ from threading import Thread
 from data_pipeline.config import EncodeConfig
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.models.config import PRESETS, BackboneConfig
+from ifvit.records import PositiveFloat, record
 from ifvit.sampling.config import SamplingConfig
 from ifvit.storage import join, write_json
 from ifvit.studies.config import ReportConfig
@@ -45,22 +46,17 @@ SUMMARY_KEYS = (
     "relation_accuracy",
 )
 
-
 Summary = dict[str, float | None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class DemoConfig:
     """Render scenes, encode, train early and intermediate fusion, generate, evaluate, report."""
 
     folder: str = "runs/demo"
     """Output folder; run the demo again to continue there."""
-    minutes: float = 4.5
+    minutes: PositiveFloat = 4.5
     """Training time of both models together on a machine with two slow cores, in minutes."""
-
-    def __post_init__(self) -> None:
-        if self.minutes <= 0:
-            raise ValueError("minutes must be positive")
 
 
 def demo(config: DemoConfig) -> None:
