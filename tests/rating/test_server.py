@@ -1,6 +1,7 @@
 """The server over HTTP: permissions, forms, many raters at once, and SIGKILL."""
 
 import http.client
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -294,10 +295,12 @@ def test_a_file_that_breaks_while_it_is_served_gives_a_page_and_a_line(
     home = f"/r/{store.raters()[0].code}"
     store.close()
     with serving(study) as server:
-        path = study.folder / "study.sqlite"
-        path.write_bytes(bytes(path.stat().st_size))
-        status, _, page = server.request(f"{home}/1")
-        assert (status, b"try again later" in page) == (503, True)
+        connection = sqlite3.connect(study.folder / "study.sqlite")
+        connection.executescript("DROP TABLE answer; DROP TABLE rater")
+        connection.close()
+        for path in (f"{home}/1", "/r/unknown"):
+            status, _, page = server.request(path)
+            assert (status, b"try again later" in page) == (503, True)
         assert "Traceback" not in server.read_log()
         assert "study.sqlite: cannot be used" in server.read_log()
 
