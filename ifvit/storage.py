@@ -38,6 +38,8 @@ Record = TypeVar("Record")
 FileSystem = Any
 """An fsspec file system; fsspec has no types."""
 
+CACHE_MARKER = "ifvit-cache"
+"""File that marks a folder as a cache, whose files may be deleted."""
 _PROTOCOLS = ("s3", "hf")
 
 PART_BYTES = 64 << 20
@@ -239,15 +241,39 @@ def download(url: str, path: Path, sha256: str | None = None, max_bytes: int | N
 def local_copy(url: str, sha256: str) -> Path:
     """Path of a local `url`, or of its verified copy in the cache, downloaded when absent.
 
-    The cache is IFVIT_CACHE, or ifvit in XDG_CACHE_HOME or ~/.cache. Raises as `download` does.
+    The cache is IFVIT_CACHE, or ifvit in XDG_CACHE_HOME or ~/.cache. Raises as `download` and
+    `open_cache` do.
     """
     if not is_remote(url):
         return Path(url)
+    if not records.is_sha256(sha256):
+        raise UserError(f"{url}: its sha256 is {shorten(sha256)}; it must be 64 hexadecimal digits")
     caches = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    path = Path(os.environ.get("IFVIT_CACHE", f"{caches}/ifvit"), sha256)
-    if not path.exists():
-        download(url, path, sha256)
-    return path
+    folder = Path(os.environ.get("IFVIT_CACHE", f"{caches}/ifvit"))
+    open_cache(folder, "IFVIT_CACHE")
+    if not (folder / sha256).is_file():
+        download(url, folder / sha256, sha256)
+    return folder / sha256
+
+
+def open_cache(folder: Path, setting: str) -> None:
+    """Create a cache folder with its marker file, or check that `folder` is one of this user.
+
+    Only files of such a folder may be evicted. Raises UserError naming `setting` for a folder that
+    another user owns or may write to, and for one that holds files but no marker.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & stat.S_IWOTH:
+        raise UserError(f"{folder}: other users own or may change it; set {setting} to another")
+    names = {path.name for path in folder.iterdir()}
+    if names and CACHE_MARKER not in names:
+        raise UserError(
+            f"{folder}: holds files, but no {CACHE_MARKER} that marks a cache whose files may be "
+            f"deleted; empty it, or set {setting} to a new folder"
+        )
+    if not names:
+        (folder / CACHE_MARKER).write_text("ifvit may delete the files in this folder.\n")
 
 
 def sha256_of(path: Path) -> str:

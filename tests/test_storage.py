@@ -337,6 +337,11 @@ def test_a_local_copy_is_fetched_once_and_only_if_it_is_whole(
     assert storage.local_copy("somewhere/x", sha256) == Path("somewhere/x")
     with pytest.raises(ContentError, match="damaged"):
         storage.local_copy("faulty://bucket/x", hashlib.sha256(b"other").hexdigest())
+    with pytest.raises(UserError, match="64 hexadecimal digits"):
+        storage.local_copy("faulty://bucket/x", str(tmp_path / "victim"))
+    (tmp_path / storage.CACHE_MARKER).unlink()
+    with pytest.raises(UserError, match="set IFVIT_CACHE to a new folder"):
+        storage.local_copy("faulty://bucket/x", sha256)
 
 
 def test_damage_at_rest_is_named_and_nothing_published(

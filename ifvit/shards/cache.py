@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -18,6 +19,7 @@ from filelock import FileLock
 from ifvit import storage
 from ifvit.arrays import Array, parse_npy
 from ifvit.errors import UserError
+from ifvit.records import is_sha256
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import (
     NULL_CONTEXT,
@@ -40,6 +42,7 @@ _NUM_TRIES = 3
 class FileCache:
     """Folder of downloaded files, named by sha256; the least recently used files are evicted.
 
+    Only files whose names are 64 hexadecimal digits are removed, from a folder with our marker.
     POSIX keeps an evicted file readable until it is closed, so no process waits for another one
     to finish reading.
     """
@@ -48,8 +51,9 @@ class FileCache:
         default = Path(tempfile.gettempdir(), f"ifvit-cache-{os.getuid()}")
         self.folder = Path(config.folder) if config.folder else default
         self.num_bytes = int(config.gigabytes * 1e9)
+        storage.open_cache(self.folder, "cache.folder")
         self._locks = self.folder / "locks"
-        self._locks.mkdir(parents=True, exist_ok=True)
+        self._locks.mkdir(exist_ok=True)
 
     def check_space(self, num_bytes: int) -> None:
         """Raise UserError unless the disk can hold `num_bytes`, or the whole cache if smaller."""
@@ -70,8 +74,10 @@ class FileCache:
         with FileLock(self._locks / sha256):
             while True:
                 try:
-                    descriptor = os.open(path, os.O_RDONLY)
-                except FileNotFoundError:
+                    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ELOOP):  # absent, or a link
+                        raise
                     self._fetch(url, path, num_bytes)
                 else:
                     os.utime(descriptor)
@@ -94,15 +100,16 @@ class FileCache:
         for path, stat in files:
             if excess <= 0:
                 return
-            if not path.name.startswith("."):  # another process is downloading that one
+            if is_sha256(path.name):  # another process is downloading the others
                 path.unlink(missing_ok=True)
                 excess -= stat.st_size
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # renamed or evicted by another process
-                if path.is_file():
-                    yield path, path.stat()
+                # Unfinished downloads are named .SHA256.xxxxxxxx.
+                if is_sha256(path.name.removeprefix(".")[:64]) and path.is_file():
+                    yield path, path.lstat()
 
 
 class OpenFile:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,6 +216,54 @@ def test_an_unreachable_store_is_not_reported_as_damage(
         reader.moments(0)
 
 
+def test_eviction_leaves_files_alone_that_are_not_of_the_cache(
+    open_reader: Callable[..., ShardReader], tmp_path: Path
+) -> None:
+    reader = open_reader(1.5)
+    others = [tmp_path / "cache" / name for name in ("thesis.tex", ".profile", "A" * 64, "0" * 63)]
+    for path in others:
+        path.write_bytes(bytes(10**6))
+        os.utime(path, (0, 0))
+    for number in (0, 2, 4, 6):
+        reader.moments(number)
+    assert all(path.exists() for path in others)
+
+
+def test_only_a_folder_of_this_user_that_is_new_empty_or_marked_becomes_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "results.csv").touch()
+    with pytest.raises(UserError, match=r"thesis: holds files, but no ifvit-cache.*cache\.f"):
+        FileCache(CacheConfig(folder=str(thesis)))
+    assert [path.name for path in thesis.iterdir()] == ["results.csv"]
+    folder = str(tmp_path / "new" / "cache")
+    for _ in range(2):
+        FileCache(CacheConfig(folder=folder))
+    assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
+    Path(folder).chmod(0o777)
+    with pytest.raises(UserError, match="other users own or may change it"):
+        FileCache(CacheConfig(folder=folder))
+    Path(folder).chmod(0o755)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(UserError, match="other users own or may change it"):
+        FileCache(CacheConfig(folder=folder))
+
+
+def test_a_link_in_a_cache_is_not_followed(
+    open_reader: Callable[..., ShardReader], samples: list[LatentSample], tmp_path: Path
+) -> None:
+    reader = open_reader()
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    (tmp_path / "cache" / reader.manifest.shards[0].sha256).symlink_to(victim)
+    (tmp_path / "cache" / reader.manifest.shards[1].sha256).symlink_to(tmp_path / "absent")
+    assert_reads(reader, samples)
+    assert victim.read_bytes() == b"mine"
+    assert not (tmp_path / "absent").exists()
+
+
 @pytest.mark.s3
 def test_a_faulty_store_changes_nothing(
     faulty_s3: FaultyProxy,
@@ -234,4 +283,4 @@ def test_a_faulty_store_changes_nothing(
     reader = ShardReader(url, CacheConfig(folder=str(tmp_path)))
     assert_reads(reader, samples)
     assert len(faulty_s3.hits) == 6
-    assert len(list(tmp_path.iterdir())) == NUM_SHARDS + 1  # and the locks
+    assert len(list(tmp_path.iterdir())) == NUM_SHARDS + 2  # and the locks and the marker
