@@ -106,9 +106,7 @@ class MetricsLog:
         peak, scale = peak_flops(engine.device), engine.loss_scale
         # A backward pass costs two forward passes.
         flops = 3 * count_cost(self._config.backbone).flops * rate / engine.world.size
-        phases = {
-            f"{name}_seconds": total / num_steps for name, total in engine.timer.take().items()
-        }
+        totals = engine.timer.take()
         return TrainingRow(
             step=state.step,
             samples_seen=state.samples_seen,
@@ -120,11 +118,11 @@ class MetricsLog:
             nonfinite_steps=state.nonfinite_steps,
             samples_per_s=rate,
             tokens_per_s=rate * self._config.backbone.num_tokens,
-            data_wait=(state.data_wait - last.data_wait) / seconds,
+            data_wait=min(1.0, (state.data_wait - last.data_wait) / seconds),
             seconds=state.seconds,
-            **phases,
-            loss_scale=scale and scale.value,
-            overflows=scale and scale.overflows,
+            **{f"{phase}_seconds": total / num_steps for phase, total in totals.items()},
+            loss_scale=None if scale is None else scale.value,
+            overflows=None if scale is None else scale.overflows,
             mfu=None if peak is None else flops / peak,
             peak_memory=peak_memory(engine.device),
             device=device_name(engine.device),
