@@ -22,7 +22,7 @@ T = TypeVar("T")
 Batch = TypeVar("Batch", bound=Sized)
 
 _TIMEOUT = timedelta(hours=2)
-"""Processes wait for each other at most this long, for example for an upload.
+"""Default of the time that processes wait for each other at most, for example for an upload.
 
 A process that dies is noticed at once.
 """
@@ -56,6 +56,9 @@ class World:
             size=int(os.environ.get("WORLD_SIZE", "1")),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         )
+
+
+ALONE = World(rank=0, size=1, local_rank=0)
 
 
 def _export_slurm_step() -> None:
@@ -96,9 +99,9 @@ class ProcessGroup:
     the main thread before training, then the thread that saves checkpoints.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, timeout: timedelta = _TIMEOUT) -> None:
         self.world = world
-        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, in order of rank, on each of them."""
@@ -108,18 +111,41 @@ class ProcessGroup:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 and return its result, or raise its UserError, on all ranks."""
+    def on_all(self, action: Callable[[], T]) -> list[T]:
+        """Run `action` on every rank => all results, in order of rank.
+
+        Raises the first UserError or OSError of any rank on all of them.
+        """
         result, error = None, None
-        if self.world.is_main:
-            try:
-                result = action()
-            except UserError as raised:
-                error = raised
-        result, error = self.gather((result, error))[0]
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]  # the result of rank 0
+        try:
+            result = action()
+        except (UserError, OSError) as raised:
+            error = raised
+        answers = self.gather((result, error))
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return [result for result, _ in answers]  # type: ignore[misc]  # no rank failed
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and return its result, or raise its error, on all ranks."""
+        results = self.on_all(lambda: action() if self.world.is_main else None)
+        return results[0]  # type: ignore[return-value]  # rank 0 has run the action
+
+
+@contextmanager
+def one_line_for_lost_processes() -> Iterator[None]:
+    """Turn the error of a connection to a process that has ended into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            f"rank {World.from_environment().rank}: another process of this launch has ended or "
+            "does not answer; its own message or log says why; repair that and run the same "
+            "command again"
+        ) from error
 
 
 @contextmanager
@@ -127,7 +153,7 @@ def open_process_group() -> Iterator[ProcessGroup]:
     """Open a CPU process group for a verb without a training engine."""
     world = World.from_environment()
     if world.size > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield ProcessGroup(world)
     finally:

@@ -11,7 +11,7 @@ from ifvit.models.config import PRESETS
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards.format import MANIFEST, EncoderIdentity
 from ifvit.storage import file_size, join, list_names, write_bytes, write_json
-from ifvit.training.checkpoint import TrainState, step_url
+from ifvit.training.checkpoint import step_url
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.guards import StopRequest
@@ -19,6 +19,7 @@ from ifvit.training.hooks import SaveCheckpoint
 from ifvit.training.lease import Lease
 from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.profiling import device_name
+from ifvit.training.train_state import TrainState
 
 
 def bench_checkpoint(config: BenchCheckpointConfig) -> None:
@@ -72,7 +73,7 @@ def _build_hook(recipe: TrainConfig, engine: Engine, lease: Lease) -> SaveCheckp
         scaling_factor=1.0,
         vae=encoder,
         text_encoder=encoder,
-        recipe_sha256="",
+        recipe_sha256="0" * 64,
     )
     metrics, stop = MetricsLog(recipe, engine), StopRequest(engine.world)
     return SaveCheckpoint(recipe, engine, info, lease, metrics, stop)

@@ -35,7 +35,6 @@ from ifvit.distributed import choose_device
 from ifvit.models.config import PRESETS, FusionUViTConfig
 from ifvit.models.cost import count_cost
 from ifvit.models.weights import build_backbone
-from ifvit.training.checkpoint import TrainState
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.data import Batch, Batches
 from ifvit.training.engine import (
@@ -48,6 +47,7 @@ from ifvit.training.engine import (
 from ifvit.training.guards import StopRequest
 from ifvit.training.loop import Hook, fit
 from ifvit.training.profiling import device_name, peak_flops
+from ifvit.training.train_state import TrainState
 
 SCALING_FACTOR = 0.2301
 EARLY, INTERMEDIATE = "concat_early", "cross_attention_intermediate"
@@ -176,6 +176,7 @@ class EngineSteps:
             self.engine,
             hooks,
             StopRequest(self.engine.world),
+            log_every=num_steps,
         )
 
     def loss(self) -> Tensor:

@@ -12,117 +12,97 @@ processes, with another engine or ZeRO stage. `SaveCheckpoint` in `hooks` writes
 
 import hashlib
 import logging
-import math
+import os
+import re
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ifvit import storage
+from ifvit.distributed import ALONE, ProcessGroup
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
-from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows
 from ifvit.models.config import restore_config
 from ifvit.models.weights import step_name
-from ifvit.storage import StoreError, is_remote, join, list_names, read_json
+from ifvit.records import (
+    NonNegativeInt,
+    Rule,
+    Sha256,
+    parse_value,
+    path_inside,
+    record,
+)
+from ifvit.storage import StoreError, is_remote, join, list_names
 from ifvit.training.config import TrainConfig
-from ifvit.training.engine import Engine
+from ifvit.training.engine import Engine, EngineScalars
+from ifvit.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_HISTORY = 100
-"""Number of steps over which the loss is averaged; the losses of the first ones are no spikes."""
-_SPIKE = 6.0
-"""A loss this many standard deviations above its running mean is a spike."""
+_PART = re.compile(r"part-[0-9]{5,9}-of-[0-9]{5,9}-[0-9a-z]{1,32}\.safetensors")
+_NUM_READERS = 4
+"""Number of parts that one process reads at the same time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """Position of a run; together with the tensors of a checkpoint it continues the run."""
-
-    step: int = 0
-    """Number of finished optimizer steps."""
-    samples_seen: int = 0
-    """Number of samples read so far; the whole state of the loader."""
-    seconds: float = 0.0
-    """Time spent in training steps, over all restarts."""
-    data_wait: float = 0.0
-    """Part of `seconds` that was spent waiting for batches."""
-    nonfinite_steps: int = 0
-    """Number of steps skipped because their gradient was not finite."""
-    loss_spikes: int = 0
-    """Number of losses far above the losses before them."""
-    loss_mean: float = 0.0
-    loss_variance: float = 0.0
-    """Exponential moving averages over about the last hundred steps."""
-
-    def advance(self, num_samples: int, seconds: float, data_wait: float) -> "TrainState":
-        """The state after one more step."""
-        return replace(
-            self,
-            step=self.step + 1,
-            samples_seen=self.samples_seen + num_samples,
-            seconds=self.seconds + seconds,
-            data_wait=self.data_wait + data_wait,
-        )
-
-    def observe(self, losses: Sequence[float]) -> "TrainState":
-        """Add the losses of the last `len(losses)` steps to the running mean and count spikes.
-
-        A spike lies more than six standard deviations above the running mean. Mean and variance
-        are West's (1979) incremental ones with exponential weights; non-finite losses are ignored.
-        """
-        mean, variance, spikes = self.loss_mean, self.loss_variance, self.loss_spikes
-        for step, loss in enumerate(losses, start=self.step - len(losses)):
-            if not math.isfinite(loss):
-                continue
-            above = loss - mean
-            if step >= _HISTORY and above > _SPIKE * variance**0.5:
-                spikes += 1
-            weight = 1 / min(step + 1, _HISTORY)
-            mean += weight * above
-            variance = (1 - weight) * (variance + weight * above**2)
-        return replace(self, loss_mean=mean, loss_variance=variance, loss_spikes=spikes)
+def is_part_name(name: str) -> bool:
+    """Whether this is the name of a part of a checkpoint."""
+    return _PART.fullmatch(name) is not None
 
 
-@dataclass(frozen=True, kw_only=True)
+PartName = Annotated[str, Rule("the name of a part of a checkpoint", is_part_name)]
+
+
+@record
 class Part:
     """One file of a checkpoint, with the size and hash that it must have when it is read."""
 
-    name: str
-    bytes: int
-    sha256: str
-    tensors: Sequence[str]
+    name: PartName
+    bytes: NonNegativeInt
+    sha256: Sha256
+    tensors: tuple[str, ...]
     """Names of the tensors in this file."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Checkpoint:
     """A run at one step: its position, and which part holds each fp32 tensor."""
 
     url: str
     """Folder of the checkpoint; the manifest, which lies there, does not repeat it."""
     state: TrainState
-    scalars: dict[str, float]
-    """State of the engine besides tensors: number of updates, loss scale."""
-    backbone: dict[str, object]
+    scalars: EngineScalars
+    backbone: dict[str, Any]
     """Fields of the backbone's configuration."""
-    recipe_sha256: str
+    recipe_sha256: Sha256
     """Hash of the recipe, as in `weights.json`."""
-    shards_sha256: str
+    shards_sha256: Sha256
     """Hash of the manifest of the training shards."""
     parts: tuple[Part, ...]
 
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        tensors = [name for part in self.parts for name in part.tensors]
+        if len(set(names)) != len(names) or len(set(tensors)) != len(tensors):
+            raise UserError(f"{self.url}: {MANIFEST} names a part or a tensor twice")
+        if self.url.rpartition("/")[2] != step_name(self.state.step):
+            raise UserError(
+                f"{self.url}: {MANIFEST} says step {self.state.step}; the folder of that step is "
+                f"{step_name(self.state.step)}"
+            )
+
     def local_path(self, part: Part, cache: Path) -> Path:
         """File of a part on this machine; the parts of a remote checkpoint are in `cache`."""
-        return (cache if is_remote(self.url) else Path(self.url)) / part.name
+        return path_inside(cache if is_remote(self.url) else Path(self.url), part.name)
 
 
 def manifest_sha256(shards: str) -> str:
@@ -147,7 +127,7 @@ def commit(checkpoint: Checkpoint) -> None:
     """Write the manifest of a checkpoint whose parts are written, then `latest` for people."""
     manifest = asdict(checkpoint)
     url = manifest.pop("url")
-    storage.write_json(join(url, MANIFEST), manifest)
+    storage.write_sealed(join(url, MANIFEST), manifest)
     folder, _, name = url.rpartition("/")
     storage.write_bytes(join(folder, "latest"), f"{name}\n".encode())
 
@@ -155,7 +135,8 @@ def commit(checkpoint: Checkpoint) -> None:
 def saved_steps(run: str) -> list[int]:
     """Steps that have a checkpoint folder, complete or not, in rising order."""
     names = list_names(join(run, "checkpoints"))
-    return sorted(int(name.removeprefix("step_")) for name in names if name.startswith("step_"))
+    steps = [int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{8,18}", name)]
+    return sorted(step for step in steps if step_name(step) in names)
 
 
 def is_committed(run: str, step: int) -> bool:
@@ -163,24 +144,33 @@ def is_committed(run: str, step: int) -> bool:
     return storage.exists(join(step_url(run, step), MANIFEST))
 
 
-def fetch_newest(run: str, cache: Path) -> Checkpoint | None:
+def read_checkpoint(url: str) -> Checkpoint:
+    """Read the manifest in folder `url`. Raises UserError when it is damaged or contradictory."""
+    url = url.rstrip("/")
+    manifest = join(url, MANIFEST)
+    stored = storage.read_sealed(dict[str, Any], manifest)
+    return parse_value(Checkpoint, {**stored, "url": url}, manifest)
+
+
+def fetch_newest(run: str, cache: Path, group: ProcessGroup | None = None) -> Checkpoint | None:
     """The newest complete checkpoint of a run, verified and fetched; None when there is none.
 
-    The parts of a remote run are downloaded to `cache`. Raises UserError when saves were completed
-    but all are damaged: starting over silently would throw the run away.
+    All processes of `group` call this together; see `fetch`. Raises UserError when saves were
+    completed but all are damaged: starting over silently would throw the run away.
     """
-    damage = []
-    for step in reversed(saved_steps(run)):
+    group, damage = group or ProcessGroup(ALONE), []
+    report = log.warning if group.world.is_main else log.debug
+    for step, committed in group.on_main(lambda: _find_steps(run)):
         url = step_url(run, step)
-        if not is_committed(run, step):
-            log.warning("%s: skipped, because an interrupted save left it incomplete", url)
+        if not committed:
+            report("%s: skipped, because an interrupted save left it incomplete", url)
             continue
         try:
-            return fetch(url, cache)
+            return fetch(url, cache, group)
         except StoreError:
             raise  # a store that does not answer is no reason to take an older checkpoint
         except UserError as error:
-            log.warning("%s; skipped", error)
+            report("%s; skipped", error)
             damage.append(error)
     if damage:
         folder = join(run, "checkpoints")
@@ -190,27 +180,44 @@ def fetch_newest(run: str, cache: Path) -> Checkpoint | None:
     return None
 
 
-def fetch(url: str, cache: Path) -> Checkpoint:
+def _find_steps(run: str) -> list[tuple[int, bool]]:
+    """Each step that has a checkpoint folder, the newest first, and whether it is committed."""
+    return [(step, is_committed(run, step)) for step in reversed(saved_steps(run))]
+
+
+def fetch(url: str, cache: Path, group: ProcessGroup | None = None) -> Checkpoint:
     """Verify the checkpoint in folder `url`; download its parts to `cache` if it is remote.
 
-    Raises UserError that names the missing or damaged file.
+    All processes of `group` call this together and divide the parts: those of one node the parts of
+    a remote checkpoint, of which each node needs a copy, and all of them the parts on a shared
+    disk. Raises UserError that names the missing or damaged file.
     """
-    manifest = join(url, MANIFEST)
-    stored = read_json(manifest)
-    try:
-        state, parts = TrainState(**stored.pop("state")), stored.pop("parts")
-        parts = tuple(Part(**part) for part in parts)
-        checkpoint = Checkpoint(url=url, state=state, parts=parts, **stored)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{manifest}: not a checkpoint's manifest ({error})") from None
-    for part in checkpoint.parts:
-        path = checkpoint.local_path(part, cache)
-        if path.exists() and storage.sha256_of(path) == part.sha256:
-            continue
-        if not is_remote(url):
-            raise UserError(f"{path}: missing, or its content is not what {MANIFEST} says")
-        storage.download(join(url, part.name), path, part.sha256)
+    group = group or ProcessGroup(ALONE)
+    checkpoint = group.on_main(lambda: read_checkpoint(url))
+    place = socket.gethostname() if is_remote(url) else "shared disk"
+    places = group.gather(place)
+    number = places[: group.world.rank].count(place)
+    own = checkpoint.parts[number :: places.count(place)]
+
+    def verify(part: Part) -> None:
+        _fetch_part(checkpoint, part, cache)
+
+    def verify_own() -> None:
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            list(readers.map(verify, own))
+
+    group.on_all(verify_own)
     return checkpoint
+
+
+def _fetch_part(checkpoint: Checkpoint, part: Part, cache: Path) -> None:
+    path, url = checkpoint.local_path(part, cache), join(checkpoint.url, part.name)
+    is_whole = path.is_file() and path.stat().st_size == part.bytes
+    if is_whole and storage.sha256_of(path) == part.sha256:
+        return
+    if not is_remote(url) or storage.file_size(url) != part.bytes:
+        raise UserError(f"{url}: missing, or its content is not what {MANIFEST} says")
+    storage.download(url, path, part.sha256)
 
 
 @contextmanager
@@ -222,7 +229,11 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
     with ExitStack() as files:
         file_of = {}
         for part in checkpoint.parts:
-            file = files.enter_context(safe_open(checkpoint.local_path(part, cache), "pt"))
+            path = checkpoint.local_path(part, cache)
+            try:
+                file = files.enter_context(safe_open(path, "pt"))
+            except SafetensorError as error:
+                raise UserError(f"{path}: not a safetensors file ({error})") from None
             file_of.update(dict.fromkeys(part.tensors, file))
 
         def read(name: str) -> Tensor:
@@ -231,84 +242,46 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
                     f"{checkpoint.url}: holds no {name}; use the ema_decays and backbone of that "
                     "run"
                 )
-            tensor: Tensor = file_of[name].get_tensor(name)
+            try:
+                tensor: Tensor = file_of[name].get_tensor(name)
+            except SafetensorError as error:
+                raise UserError(f"{checkpoint.url}: {name} cannot be read ({error})") from None
             return tensor
 
         yield read
 
 
-def check_retention(config: TrainConfig) -> None:
-    """Raise UserError when no evaluation has the metric `keep_best`."""
-    if config.keep_best is not None and config.keep_best not in MetricsRow.__dataclass_fields__:
-        raise UserError(
-            f"keep_best: evaluations have no metric named {config.keep_best}; "
-            "use for example frechet_distance or clip_score"
-        )
-
-
-def prune(config: TrainConfig) -> None:
-    """Remove the checkpoints that need not be kept, and the leftovers of interrupted saves."""
-    run, steps = config.run, saved_steps(config.run)
-    committed = [step for step in steps if is_committed(run, step)]
-    kept = set(committed[-config.keep_checkpoints :])
-    if config.keep_every:
-        kept.update(step for step in committed if step % config.keep_every == 0)
-    if config.keep_best:
-        kept.update(_steps_by_metric(run, config.keep_best, committed)[:1])
-    for step in set(steps) - kept:
-        # The manifest goes first: a half-removed checkpoint must not look complete.
-        storage.remove(join(step_url(run, step), MANIFEST))
-        storage.remove(step_url(run, step))
-    newest = step_url(run, committed[-1])
-    parts = {part["name"] for part in read_json(join(newest, MANIFEST))["parts"]}
-    for name in set(list_names(newest)) - parts - {MANIFEST}:
-        storage.remove(join(newest, name))  # an earlier attempt at the same step left this part
-
-
-def _steps_by_metric(run: str, metric: str, steps: Sequence[int]) -> list[int]:
-    """Those of `steps` whose evaluation has this metric, the best first, the earlier of equals."""
-    rows = main_series(list(read_rows(join(run, FOLDER)).values()))
-    measured = [(getattr(row, metric), row.step) for row in rows if row.step in steps]
-    sign = 1 if metric in LOWER_IS_BETTER else -1
-    scores = [(sign * value.value, step) for value, step in measured if isinstance(value, Estimate)]
-    return [step for _, step in sorted(scores)]
-
-
 def resume(config: TrainConfig, engine: Engine, token: str) -> TrainState:
     """Load the checkpoint from which the run continues, and return its position.
 
-    All processes call this together. The main process chooses and verifies the checkpoint. Remote
-    parts are downloaded once per
-    node, into a folder named by `token` under TMPDIR. Raises UserError when `config.resume`
-    cannot be followed, or when the checkpoint has other shards or another backbone.
+    All processes call this together. Remote parts are downloaded once per node, into a folder
+    named by `token` under TMPDIR. Raises UserError when `config.resume` cannot be followed, or
+    when the checkpoint has other shards or another backbone.
     """
     with _node_cache(engine, token) as cache:
-        checkpoint = engine.group.on_main(lambda: _choose_checkpoint(config, cache))
+        checkpoint = _choose_checkpoint(config, cache, engine.group)
         if checkpoint is None:
             return TrainState()
-        if engine.world.local_rank == 0 and is_remote(checkpoint.url):
-            fetch(checkpoint.url, cache)
-        engine.barrier()
         with open_tensors(checkpoint, cache) as read:
             engine.load_state(read)
         engine.load_scalars(checkpoint.scalars)
         return checkpoint.state
 
 
-def _choose_checkpoint(config: TrainConfig, cache: Path) -> Checkpoint | None:
+def _choose_checkpoint(config: TrainConfig, cache: Path, group: ProcessGroup) -> Checkpoint | None:
     """Apply `resume: auto | never | URL` to the run, and check that the checkpoint fits."""
     run, url = config.run, config.resume
     if url == "never":
-        if any(is_committed(run, step) for step in saved_steps(run)):
+        if group.on_main(lambda: any(committed for _, committed in _find_steps(run))):
             raise UserError(
                 f"{run}: holds checkpoints, but resume is never; choose another run directory "
                 "or set resume: auto"
             )
         return None
-    checkpoint = fetch_newest(run, cache)
+    checkpoint = fetch_newest(run, cache, group)
     if checkpoint is None and url != "auto":
-        is_folder = storage.exists(join(url, MANIFEST))
-        checkpoint = fetch(url, cache) if is_folder else fetch_newest(url, cache)
+        is_folder = group.on_main(lambda: storage.exists(join(url, MANIFEST)))
+        checkpoint = (fetch if is_folder else fetch_newest)(url, cache, group)
         if checkpoint is None:
             raise UserError(
                 f"{url}: holds no checkpoint; set resume to a run or to its "
@@ -316,7 +289,7 @@ def _choose_checkpoint(config: TrainConfig, cache: Path) -> Checkpoint | None:
             )
     if checkpoint is None:
         return None
-    if checkpoint.shards_sha256 != manifest_sha256(config.shards):
+    if checkpoint.shards_sha256 != group.on_main(lambda: manifest_sha256(config.shards)):
         raise UserError(
             f"{checkpoint.url}: trained on other shards than {config.shards} holds now; restore "
             "them or train a new run with initial_weights"
@@ -330,6 +303,9 @@ def _choose_checkpoint(config: TrainConfig, cache: Path) -> Checkpoint | None:
 def _node_cache(engine: Engine, token: str) -> Iterator[Path]:
     """A folder that the processes of one node share; it is removed when all have left it."""
     folder = Path(tempfile.gettempdir(), f"ifvit-{token}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder}: belongs to another user; set TMPDIR to a folder of your own")
     try:
         yield folder
         engine.barrier()

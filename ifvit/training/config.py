@@ -1,38 +1,46 @@
 """Fields of a training recipe; free of torch, so that `--help` is quick."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
+from ifvit.errors import UserError
 from ifvit.models.config import BackboneConfig
+from ifvit.records import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Rule,
+    record,
+)
 from ifvit.shards.config import CacheConfig
 
+Decay = Annotated[float, Rule("at least 0 and below 1", lambda value: 0 <= value < 1)]
+Minutes = Annotated[float, Rule("above 0 and at most 10080", lambda value: 0 < value <= 10080)]
+NumThreads = Annotated[int, Rule("from 1 to 256", lambda value: 1 <= value <= 256)]
+NumSolverSteps = Annotated[int, Rule("from 2 to 999", lambda value: 2 <= value <= 999)]
 
-@dataclass(frozen=True, kw_only=True)
+
+@record
 class OptimConfig:
     """AdamW, whose learning rate rises from 0, stays constant, and may fall to 0 at the end."""
 
-    learning_rate: float = 2e-4
+    learning_rate: NonNegativeFloat = 2e-4
     """Learning rate after the warm-up."""
-    weight_decay: float = 0.03
+    weight_decay: NonNegativeFloat = 0.03
     """Decoupled weight decay, on every parameter as in U-ViT."""
-    betas: tuple[float, float] = (0.9, 0.9)
+    betas: tuple[Decay, Decay] = (0.9, 0.9)
     """Decay rates of AdamW's two moments."""
-    warmup_steps: int = 5000
+    warmup_steps: NonNegativeInt = 5000
     """Steps over which the learning rate rises; the first update has rate 0."""
-    cooldown_steps: int = 0
+    cooldown_steps: NonNegativeInt = 0
     """Last steps over which the learning rate falls to 0; 0: it stays constant, as in the paper."""
-    max_grad_norm: float | None = None
+    max_grad_norm: PositiveFloat | None = None
     """Clip the norm of the global gradient to this value; unset: no clipping."""
 
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "warmup_steps", "cooldown_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} must be at least 0")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError("optim.max_grad_norm must be positive, or null for no clipping")
 
-
-@dataclass(frozen=True, kw_only=True)
+@record
 class EngineConfig:
     """How a step runs on this hardware; it changes results only by rounding."""
 
@@ -53,27 +61,30 @@ class EngineConfig:
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
     """Attention kernel. auto: xformers where it is installed with CUDA, otherwise sdpa, which lets
     torch choose among its kernels flash, cudnn, efficient and math."""
+    timeout_minutes: Minutes = 120.0
+    """Longest time that processes wait for each other, for example while one reads a checkpoint;
+    after it they stop. A process that ends is noticed at once."""
 
     def __post_init__(self) -> None:
         if self.backend == "deepspeed" and self.zero_stage == 0:
-            raise ValueError("engine.zero_stage: 0 partitions nothing; set engine.backend: plain")
+            raise UserError("engine.zero_stage: 0 partitions nothing; set engine.backend: plain")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class SampleGridConfig:
     """Images that are generated during training, always from the same prompts and noise."""
 
-    every: int = 5000
+    every: NonNegativeInt = 5000
     """Steps between grids; 0: no grids."""
     prompts: tuple[str, ...] = ()
     """Captions or class names; empty: the first captions or classes of the training set."""
-    num_steps: int = 25
+    num_steps: NumSolverSteps = 25
     """Solver steps."""
-    guidance_scale: float = 2.0
+    guidance_scale: NonNegativeFloat = 2.0
     """Weight w of eps = eps_uncond + w (eps_cond - eps_uncond)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class TrainConfig:
     """Train a backbone on pre-encoded shards; run the same command again to resume."""
 
@@ -93,71 +104,71 @@ class TrainConfig:
     """Precision, attention kernels, DeepSpeed."""
     sample_grid: SampleGridConfig = field(default_factory=SampleGridConfig)
     """Images generated during training."""
-    max_steps: int = 1_000_000
+    max_steps: PositiveInt = 1_000_000
     """Optimizer steps of the whole run."""
-    global_batch_size: int = 256
+    global_batch_size: PositiveInt = 256
     """Samples per optimizer step, over all processes."""
-    micro_batch_size: int = 256
+    micro_batch_size: PositiveInt = 256
     """Samples per forward pass and process; smaller values accumulate gradients."""
-    caption_dropout: float = 0.1
+    caption_dropout: Fraction = 0.1
     """Fraction of samples trained without their caption or class, for guidance."""
-    min_snr_gamma: float | None = None
+    min_snr_gamma: PositiveFloat | None = None
     """Weight samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: all equally."""
-    scaling_factor: float | None = None
+    scaling_factor: PositiveFloat | None = None
     """Factor on the latents; unset: 1 / their standard deviation, from the manifest."""
-    ema_decays: tuple[float, ...] = (0.9999,)
+    ema_decays: tuple[Decay, ...] = (0.9999,)
     """Decays per step, one for each set of EMA weights; the first one is the default."""
     random_flip: bool = False
     """Read the flipped image in half of all visits; encode the shards with flip: true."""
-    shuffle_window: int | None = None
+    shuffle_window: PositiveInt | None = None
     """Number of shards whose samples are shuffled together; the shards come in random order.
     Unset: the whole dataset. s3:// shards need it, and two windows must fit into the cache."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Where this machine keeps s3:// shards."""
     seed: int = 1234
     """Seed of all random numbers."""
-    tolerate_nonfinite: int = 0
+    tolerate_nonfinite: NonNegativeInt = 0
     """Number of steps of the run that may be skipped because their gradient is not finite."""
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Steps between rows of metrics.jsonl."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where else the metrics go; tensorboard needs a local run directory."""
     profile: bool = False
     """Trace a few steps with torch's profiler into profile/ of the run."""
-    checkpoint_every: int = 5000
-    """Steps between checkpoints and exported weights."""
-    keep_checkpoints: int = 2
-    """Number of newest checkpoints to keep; exported weights are never removed."""
-    keep_every: int = 0
+    checkpoint_every: PositiveInt = 5000
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
+    keep_every: NonNegativeInt = 0
     """Also keep the checkpoints of steps divisible by this number; 0: none."""
     keep_best: str | None = None
-    """Also keep the checkpoint whose evaluation has the best value of this metric, such as
-    frechet_distance or clip_score; unset: none."""
+    """Also keep the checkpoint and the exported weights whose evaluation has the best value of this
+    metric, such as frechet_distance or clip_score; unset: none."""
+    export_every: PositiveInt | None = None
+    """Steps between exported weights, a multiple of checkpoint_every; unset: with each checkpoint.
+    The weights of the last step are always exported."""
+    keep_exports: PositiveInt = 5
+    """Number of newest exported weights to keep."""
     resume: str = "auto"
     """auto: continue from the run's newest checkpoint. never: fail if there is one. URL of a run
     or a checkpoint: start from there, then continue as auto."""
     initial_weights: str | None = None
     """Start step 0 from the weights of this run or of a folder in its weights/; unset: random
     weights."""
-    num_workers: int = 2
+    num_workers: NumThreads = 2
     """Threads that read batches ahead."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError("caption_dropout must lie in [0, 1]")
-        if not self.ema_decays or not all(0.0 <= decay < 1.0 for decay in self.ema_decays):
-            raise ValueError("ema_decays must name at least one decay, each in [0, 1)")
-        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError("min_snr_gamma must be positive, or null for equal weights")
-        if self.shuffle_window is not None and self.shuffle_window < 1:
-            raise ValueError("shuffle_window must be at least 1, or null for the whole dataset")
-        counts = ("max_steps", "global_batch_size", "micro_batch_size", "num_workers")
-        for name in (*counts, "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+        if len(set(self.ema_decays)) != len(self.ema_decays) or not self.ema_decays:
+            raise UserError("ema_decays must name at least one decay, each once")
+        if self.export_every is not None and self.export_every % self.checkpoint_every:
+            raise UserError(
+                f"export_every {self.export_every} is not a multiple of checkpoint_every "
+                f"{self.checkpoint_every}; weights are exported from checkpoints"
+            )
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ReplayConfig:
     """Compute a failed training step again; a failed run leaves its file in failures/."""
 

@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +25,7 @@ from ifvit.diffusion.objectives import NormalSampler
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
+from ifvit.records import NonNegativeInt, PositiveFloat, record
 from ifvit.rng import normal
 from ifvit.training.config import EngineConfig, OptimConfig
 from ifvit.training.profiling import StepTimer
@@ -111,6 +114,18 @@ class LossScale:
         return True
 
 
+@record
+class EngineScalars:
+    """State of an engine besides tensors; equal on all processes."""
+
+    num_updates: NonNegativeInt
+    """Number of updates of the parameters, for AdamW's bias correction."""
+    loss_scale: PositiveFloat | None = None
+    """None when the precision does not need one."""
+    finite_updates: NonNegativeInt = 0
+    overflows: NonNegativeInt = 0
+
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -149,6 +164,11 @@ def choose_normal_sampler(config: EngineConfig) -> NormalSampler:
     return torch.compile(normal) if config.compile else normal
 
 
+def wait_limit(config: EngineConfig) -> timedelta:
+    """Longest time that processes wait for each other."""
+    return timedelta(minutes=config.timeout_minutes)
+
+
 class Engine:
     """Trains one backbone on one process, or on several with PyTorch's DDP.
 
@@ -178,7 +198,7 @@ class Engine:
         self.device = cast(torch.device, self._accelerator.device)
         """The device that batches must be on."""
         self.world = World.from_environment()
-        self.group = ProcessGroup(self.world)
+        self.group = ProcessGroup(self.world, wait_limit(config))
         """Exchanges small objects among the processes, over the CPU."""
         nn.Module.to(backbone, self.device)
         prepare_forward(backbone, config, self.device)
@@ -304,30 +324,49 @@ class Engine:
     def load_state(self, read: Callable[[str], Tensor]) -> None:
         """Restore the state that `iter_state` of any engine gave.
 
-        `read(name)` returns a full tensor on the CPU; this process copies only its shard.
+        `read(name)` returns a full tensor on the CPU; this process copies only its shard. Raises
+        UserError when a tensor has another shape than the parameter.
         """
+        shapes = {name: tensor.shape for name, tensor in self._meta_backbone.named_parameters()}
+
+        def read_full(prefix: str, name: str) -> Tensor:
+            full = read(f"{prefix}{name}")
+            if full.shape != shapes[name] or full.dtype != torch.float32:
+                raise UserError(
+                    f"{prefix}{name}: {full.dtype} {tuple(full.shape)} in the checkpoint, but the "
+                    f"backbone has float32 {tuple(shapes[name])}; use the checkpoint of this run"
+                )
+            return full
+
         for name, parameter in self._parameters.items():
-            self._load_parameter(parameter, read(weights_prefix(None) + name))
+            self._load_parameter(parameter, read_full(weights_prefix(None), name))
             for key in MOMENTS:
-                self._load_moment(parameter, key, read(f"{key}.{name}"))
+                self._load_moment(parameter, key, read_full(f"{key}.", name))
         for decay, ema in self._emas.items():
             for (name, parameter), shard in zip(self._parameters.items(), ema.tensors, strict=True):
-                shard.copy_(self._scatter(read(weights_prefix(decay) + name), parameter))
+                shard.copy_(self._scatter(read_full(weights_prefix(decay), name), parameter))
 
-    def scalars(self) -> dict[str, float]:
-        """The state besides tensors: number of updates and loss scale; equal on all processes."""
-        num_updates = next(iter(self._adamw.state.values()))["step"].item()
-        scalars = {} if self.loss_scale is None else vars(self.loss_scale)
-        return {"num_updates": num_updates, **scalars}
+    def scalars(self) -> EngineScalars:
+        """The state besides tensors."""
+        num_updates = int(next(iter(self._adamw.state.values()))["step"].item())
+        scale = self.loss_scale
+        if scale is None:
+            return EngineScalars(num_updates=num_updates)
+        return EngineScalars(
+            num_updates=num_updates,
+            loss_scale=scale.value,
+            finite_updates=scale.finite_updates,
+            overflows=scale.overflows,
+        )
 
-    def load_scalars(self, scalars: dict[str, float]) -> None:
+    def load_scalars(self, scalars: EngineScalars) -> None:
         """Restore `scalars()` of any engine; call it after `load_state`."""
-        own = dict(scalars)
-        num_updates = own.pop("num_updates")
         for state in self._adamw.state.values():
-            state["step"].fill_(num_updates)
-        if self.loss_scale is not None:
-            vars(self.loss_scale).update(own)
+            state["step"].fill_(scalars.num_updates)
+        if self.loss_scale is not None and scalars.loss_scale is not None:
+            self.loss_scale = LossScale(
+                scalars.loss_scale, scalars.finite_updates, scalars.overflows
+            )
 
     def mean(self, value: Tensor) -> Tensor:
         """Average over all processes, returned on each of them."""
@@ -346,7 +385,8 @@ class Engine:
     # them.
 
     def _connect(self, config: EngineConfig) -> Accelerator:
-        return Accelerator(cpu=not torch.cuda.is_available())
+        waiting = InitProcessGroupKwargs(timeout=wait_limit(config))
+        return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waiting])
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:

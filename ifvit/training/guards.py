@@ -9,19 +9,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 from torch import distributed
 
 from ifvit.config import dump_config
 from ifvit.distributed import World
 from ifvit.errors import EXIT_PREEMPTED, UserError
-from ifvit.models.config import restore_config
 from ifvit.models.cost import count_cost
 from ifvit.models.pretrained import identify, resolve_pretrained
+from ifvit.records import parse_value, parse_yaml, shorten
 from ifvit.shards.format import EncoderIdentity
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
@@ -31,7 +31,16 @@ MAY_CHANGE = frozenset(
     {
         *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
         *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
-        *("keep_every", "keep_best", "resume", "tolerate_nonfinite", "trackers", "profile"),
+        *(
+            "keep_every",
+            "keep_best",
+            "export_every",
+            "keep_exports",
+            "resume",
+            "tolerate_nonfinite",
+            "trackers",
+            "profile",
+        ),
     }
 )
 """Fields that a resumed run may change; a change of any other field would make another run."""
@@ -75,15 +84,15 @@ def check_recipe(config: TrainConfig) -> None:
     path = join(config.run, "config.yaml")
     if not exists(path):
         return
-    before: dict[str, Any] = yaml.safe_load(read_bytes(path))
     # Fields that were added to the configuration after the run began get their defaults.
-    before["backbone"] = yaml.safe_load(dump_config(restore_config(before["backbone"])))
-    now = yaml.safe_load(dump_config(config))
-    for key in sorted(set(asdict(config)) - MAY_CHANGE):
-        for name, old, new in differences(key, before.get(key), now[key]):
+    before = asdict(parse_value(TrainConfig, parse_yaml(read_bytes(path), path), path))
+    now = asdict(config)
+    for key in sorted(set(now) - MAY_CHANGE):
+        for name, old, new in differences(key, before[key], now[key]):
             raise UserError(
-                f"{config.run}: started with {name}: {old}, the recipe now says {new}; restore "
-                f"that value, or continue in a new run: --run NEW --resume {config.run}"
+                f"{config.run}: started with {name}: {shorten(old)}, the recipe now says "
+                f"{new}; restore that value, or continue in a new run: --run NEW "
+                f"--resume {config.run}"
             )
 
 
@@ -162,8 +171,9 @@ class StopRequest:
     ends, so that the exchange runs beside the step. It uses gloo, which does not use the device.
     """
 
-    def __init__(self, world: World) -> None:
-        self._group = distributed.new_group(backend="gloo") if world.size > 1 else None
+    def __init__(self, world: World, timeout: timedelta | None = None) -> None:
+        group = distributed.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
+        self._group = group
         self._received = 0
         self._exchanged = torch.zeros((), dtype=torch.int32)
         self._exchange: distributed.Work | None = None

@@ -24,11 +24,9 @@ from ifvit.shards.reader import ShardReader
 from ifvit.storage import join, write_bytes
 from ifvit.training.checkpoint import (
     Checkpoint,
-    TrainState,
-    check_retention,
+    Part,
     commit,
     manifest_sha256,
-    prune,
     step_url,
     write_part,
 )
@@ -38,6 +36,8 @@ from ifvit.training.guards import StopRequest
 from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
 from ifvit.training.metrics_log import MetricsLog
+from ifvit.training.retention import check_retention, prune_checkpoints
+from ifvit.training.train_state import TrainState
 
 
 class SaveCheckpoint:
@@ -142,16 +142,13 @@ class SaveCheckpoint:
         """Write the copied state as a checkpoint; runs in the thread of every process."""
         group = self._engine.group
         tensors = {name: self._host[name] for name in partition}
-        part, failure = None, None
+
+        def write() -> Part:
+            with self._named_errors(checkpoint):
+                return write_part(checkpoint.url, self._part_name, tensors)
+
         try:
-            try:
-                with self._named_errors(checkpoint):
-                    part = write_part(checkpoint.url, self._part_name, tensors)
-            except UserError as error:
-                failure = error  # the other processes must learn of it before it is raised
-            parts, failures = zip(*group.gather((part, failure)), strict=True)
-            for failure in filter(None, failures):
-                raise failure
+            parts = tuple(group.on_all(write))
             group.on_main(partial(self._complete, replace(checkpoint, parts=parts)))
         except BaseException:
             self._stop.request()
@@ -165,7 +162,7 @@ class SaveCheckpoint:
             self._lease.check()
             commit(checkpoint)
         try:
-            prune(self._config)
+            prune_checkpoints(self._config, checkpoint)
         except (UserError, OSError) as error:  # for example a file that NFS still holds open
             message = f"older checkpoints stay until the next save ({error})"
             sys.stderr.write(f"{self._config.run}: {message}\n")

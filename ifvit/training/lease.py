@@ -10,21 +10,31 @@ checkpoint.
 """
 
 import itertools
-import json
 import logging
 import os
+import re
 import secrets
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Thread
+from typing import Annotated, TypeVar
 
 from ifvit.errors import UserError
-from ifvit.storage import create, exists, join, list_names, read_json, remove, write_json
+from ifvit.records import NonNegativeInt, PositiveInt, Rule, dump_sealed, record, shorten
+from ifvit.storage import (
+    StoreError,
+    create,
+    exists,
+    join,
+    list_names,
+    read_sealed,
+    remove,
+    write_sealed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,27 +44,39 @@ SILENT_BEATS = 6
 """A holder that has missed this many beats is considered dead."""
 
 
-@dataclass(frozen=True, kw_only=True)
+_Record = TypeVar("_Record")
+Seconds = Annotated[float, Rule("above 0 and at most 60", lambda value: 0 < value <= 60)]
+
+
+@record
 class Holder:
     """The process that a lease names."""
 
     token: str
     """Random and different for every attempt at a run."""
     host: str
-    pid: int
+    pid: PositiveInt
     process: str | None
     """Boot id, pid namespace, pid and start time; None where /proc does not exist."""
     job: str | None
     """SLURM job id."""
-    restarts: int
+    restarts: NonNegativeInt
     """Number of times that SLURM has requeued that job."""
     since: str
     """Time by the clock of its host when it took the run; only shown to people."""
-    beat_seconds: float
+    beat_seconds: Seconds
 
     def __str__(self) -> str:
         job = f"SLURM job {self.job}, " if self.job else ""
-        return f"{job}process {self.pid} on {self.host} since {self.since}"
+        return shorten(f"{job}process {self.pid} on {self.host} since {self.since}", 200)
+
+
+@record
+class Beat:
+    """What a holder writes again and again: a count, or at last that it has released the run."""
+
+    count: NonNegativeInt = 0
+    released: bool = False
 
 
 class Lease:
@@ -86,7 +108,7 @@ class Lease:
                 newest = _newest(run)
                 if newest:
                     _wait_for_end(run, newest, holder)
-                if create(_url(run, newest + 1, "json"), json.dumps(asdict(holder)).encode()):
+                if create(_url(run, newest + 1, "json"), dump_sealed(holder)):
                     break
         except OSError as error:
             raise UserError(
@@ -110,7 +132,7 @@ class Lease:
         finally:
             stop.set()
             beating.join()
-            self._write_beat({"released": True})
+            self._write_beat(Beat(released=True))
 
     def check(self) -> None:
         """Raise UserError when another job has taken the run."""
@@ -122,15 +144,15 @@ class Lease:
             )
 
     def _beat(self, stop: Event) -> None:
-        for count in itertools.count():
-            self._write_beat({"count": count})
+        for count in itertools.count(1):
+            self._write_beat(Beat(count=count))
             if stop.wait(self._holder.beat_seconds):
                 return
 
-    def _write_beat(self, beat: dict[str, int]) -> None:
+    def _write_beat(self, beat: Beat) -> None:
         # A store that does not answer must not end training: it may return before the lease ends.
         try:
-            write_json(_url(self._run, self._generation, "beat"), beat)
+            write_sealed(_url(self._run, self._generation, "beat"), beat)
         except (UserError, OSError) as error:
             log.warning("%s; the lease of %s is not renewed for now", error, self._run)
 
@@ -142,13 +164,13 @@ def _wait_for_end(run: str, generation: int, taker: Holder) -> None:
     if _is_known_dead(holder, taker):
         return
     silent = 0
-    while silent < SILENT_BEATS and "released" not in beat:
+    while silent < SILENT_BEATS and not beat.released:
         if silent == 0:
             log.warning("%s: held by %s; waiting to see whether it is alive", run, holder)
         time.sleep(holder.beat_seconds)
         started = time.monotonic()
         before, beat = beat, _read_beat(run, generation)
-        if beat != before and "released" not in beat:
+        if beat != before and not beat.released:
             raise UserError(
                 f"{run}: in use by {holder}; wait for it, stop it, or choose another run directory "
                 f"(a dead job's lease ends after {SILENT_BEATS * holder.beat_seconds:.0f} s)"
@@ -180,7 +202,7 @@ def process_identity(pid: int) -> str | None:
 
 def _generations(run: str) -> list[int]:
     names = list_names(join(run, "lease"))
-    return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
+    return [int(name[:6]) for name in names if re.fullmatch(r"[0-9]{6}\.json", name)]
 
 
 def _newest(run: str) -> int:
@@ -192,9 +214,20 @@ def _url(run: str, generation: int, suffix: str) -> str:
 
 
 def _read_holder(run: str, generation: int) -> Holder:
-    return Holder(**read_json(_url(run, generation, "json")))
+    return _read(Holder, _url(run, generation, "json"))
 
 
-def _read_beat(run: str, generation: int) -> dict[str, int]:
+def _read_beat(run: str, generation: int) -> Beat:
+    """The last beat; count 0 before the first."""
     url = _url(run, generation, "beat")
-    return read_json(url) if exists(url) else {}
+    return _read(Beat, url) if exists(url) else Beat()
+
+
+def _read(cls: type[_Record], url: str) -> _Record:
+    try:
+        return read_sealed(cls, url)
+    except StoreError:
+        raise
+    except UserError as error:
+        folder = url.rpartition("/")[0]
+        raise UserError(f"{error}; if no job trains this run, remove {folder}") from None

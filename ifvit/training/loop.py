@@ -11,23 +11,24 @@ from torch import Tensor
 
 from ifvit.diffusion.objectives import Losses, NoisePrediction
 from ifvit.diffusion.schedules import NUM_TIMESTEPS
-from ifvit.training.checkpoint import TrainState
 from ifvit.training.data import Batch, Batches
 from ifvit.training.engine import Engine
 from ifvit.training.guards import NonfiniteGradient, Preempted, StopRequest
+from ifvit.training.train_state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Numbers of one finished step, the same on every process."""
+    """Numbers of the last steps, the same on every process; nan where no step is finite."""
 
     loss: float
-    """Mean loss of the global batch."""
+    """Mean loss of all steps since the last multiple of `log_every`."""
     loss_by_time: tuple[float, ...]
-    """Mean loss of each quarter of the timesteps, the cleanest first; nan without samples."""
+    """Likewise, of each quarter of the timesteps, the cleanest first."""
     grad_norm: float
-    """Norm of the global gradient before clipping."""
+    """Norm of the global gradient of the last step, before clipping."""
     learning_rate: float
+    """Learning rate of the last step."""
 
 
 class Hook(Protocol):
@@ -51,8 +52,11 @@ def fit(
     engine: Engine,
     hooks: Sequence[Hook],
     stop: StopRequest,
+    log_every: int,
 ) -> TrainState:
     """Train from `state` to `max_steps`; a resumed run has the losses of an uninterrupted one.
+
+    Reports hold means over the steps since the last multiple of `log_every`.
 
     Raises Preempted after a signal, when the hooks for that case have run, and NonfiniteGradient
     when more gradients are not finite than the engine tolerates.
@@ -64,7 +68,7 @@ def fit(
             started = time.perf_counter()
             rate = engine.set_learning_rate(state.step, max_steps)
             local, data_wait = _accumulate(stream, batches, objective, engine, state.step)
-            losses.append(local.total)
+            losses.append(torch.cat([local.total[None], _sums_by_time(local)]))
             with engine.timer.phase("optimizer"):
                 grad_norm = engine.step()
             with engine.timer.phase("ema"):
@@ -78,12 +82,11 @@ def fit(
             state = state.advance(batches.global_batch_size, seconds, data_wait)
             state = _count_skipped(state, batches, engine, wait=bool(due))
             if due:
-                means = engine.mean(torch.stack(losses)).tolist()
+                state = state.observe(engine.mean(torch.stack(losses)).tolist(), log_every)
                 losses.clear()
-                state = state.observe(means)
                 report = StepReport(
-                    loss=means[-1],
-                    loss_by_time=_mean_by_time(local, engine),
+                    loss=state.since_log.mean,
+                    loss_by_time=state.since_log.mean_by_time,
                     grad_norm=float(grad_norm),
                     learning_rate=rate,
                 )
@@ -142,15 +145,11 @@ def _count_skipped(
     return state
 
 
-def _mean_by_time(local: Losses, engine: Engine) -> tuple[float, ...]:
-    """Mean losses of the global batch in each quarter of the timesteps.
-
-    All processes call this together.
-    """
+def _sums_by_time(local: Losses) -> Tensor:
+    """Sums of the losses in each quarter of the timesteps, then numbers of samples, (8,)."""
     quarters = local.timesteps * 4 // NUM_TIMESTEPS
     both = torch.stack([local.per_sample, torch.ones_like(local.per_sample)])
-    sums, counts = engine.mean(both.new_zeros(2, 4).index_add(1, quarters, both))
-    return tuple((sums / counts).tolist())
+    return both.new_zeros(2, 4).index_add(1, quarters, both).flatten()
 
 
 def _is_due(hook: Hook, step: int, max_steps: int, signal: int | None) -> bool:

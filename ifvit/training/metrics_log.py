@@ -16,11 +16,11 @@ from ifvit.evaluation.training_rows import FILE, TrainingRow, read_training_rows
 from ifvit.models.cost import count_cost
 from ifvit.records import dump_rows
 from ifvit.storage import is_remote, join, write_bytes
-from ifvit.training.checkpoint import TrainState
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.loop import StepReport
 from ifvit.training.profiling import device_name, peak_flops, peak_memory
+from ifvit.training.train_state import TrainState
 
 _LARGEST = 1e18
 """A value above this counts as infinite."""

@@ -4,14 +4,15 @@
 `replay` with the file that the report wrote.
 """
 
-import json
+import hashlib
 import math
 import sys
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +24,17 @@ from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
-from ifvit.models.config import restore_config
-from ifvit.models.weights import restore_backbone, step_name
+from ifvit.models.config import BackboneConfig, restore_config
+from ifvit.models.weights import build_backbone, restore_backbone, step_name
+from ifvit.records import (
+    NonNegativeInt,
+    PositiveFloat,
+    Sha256,
+    dump_sealed,
+    parse_sealed,
+    record,
+    shorten,
+)
 from ifvit.storage import join, write_file
 from ifvit.training.config import EngineConfig, ReplayConfig, TrainConfig
 from ifvit.training.data import Batch, Batches
@@ -43,6 +53,24 @@ class Outcome:
     def is_finite(self) -> bool:
         """Whether both numbers are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def __str__(self) -> str:
+        return f"loss {self.loss}  gradient norm {self.grad_norm}"
+
+
+@record
+class FailedStep:
+    """Metadata of a file in failures/: the step that failed, and how to compute it again."""
+
+    step: NonNegativeInt
+    outcome: str
+    """Loss and gradient norm, as text because JSON has no NaN."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    backbone: dict[str, Any]
+    scaling_factor: PositiveFloat
+    seed: int
+    min_snr_gamma: PositiveFloat | None
+    tensors_sha256: Sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,43 +141,91 @@ def report_nonfinite(
 def replay(config: ReplayConfig) -> None:
     """Print loss and gradient norm of the micro-batch in `config.file`, as stored and as of now.
 
-    Raises UserError when the file was not written by a failed training step.
+    Raises UserError when the file was not written by a failed training step, or is damaged.
     """
+    failed, tensors = _read_failure(config.file)
+    shape = restore_config(failed.backbone)
+    device = torch.device(choose_device("auto"))
+    batch = _restore_batch(config.file, tensors, shape, device)
+    backbone = nn.Module.to(restore_backbone(shape, tensors), device)
+    prepare_forward(backbone, EngineConfig(precision=failed.precision), device)
+    objective = NoisePrediction(
+        schedule=NoiseSchedule(device),
+        scaling_factor=failed.scaling_factor,
+        seed=failed.seed,
+        min_snr_gamma=failed.min_snr_gamma,
+    )
+    replayed = Replay(backbone=backbone, objective=objective, step=failed.step)
+    sys.stdout.write(f"then {shorten(failed.outcome)}\n")
+    sys.stdout.write(f"now  {replayed.differentiate(batch)}\n")
+
+
+def _read_failure(file: str) -> tuple[FailedStep, dict[str, Tensor]]:
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such file; use a file from the failures folder of a run")
     try:
-        with safe_open(config.file, "pt") as file:
-            facts = json.loads(file.metadata()["failure"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(file, "pt") as stored:
+            facts = (stored.metadata() or {})["failure"]
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(
-            f"{config.file}: not written by a failed training step ({error}); use a file from the "
-            "failures folder of a run"
+            f"{file}: not written by a failed training step ({shorten(error)}); use a file from "
+            "the failures folder of a run"
         ) from None
-    device = torch.device(choose_device("auto"))
-    batch = Batch(**{name: tensors.pop(name).to(device) for name in Batch.__dataclass_fields__})
-    backbone = nn.Module.to(restore_backbone(restore_config(facts["backbone"]), tensors), device)
-    prepare_forward(backbone, EngineConfig(precision=facts["precision"]), device)
-    objective = NoisePrediction(schedule=NoiseSchedule(device), **facts["objective"])
-    replayed = Replay(backbone=backbone, objective=objective, step=facts["step"])
-    then, now = Outcome(**facts["outcome"]), replayed.differentiate(batch)
-    for label, outcome in (("then", then), ("now", now)):
-        sys.stdout.write(f"{label:<5}loss {outcome.loss}  gradient norm {outcome.grad_norm}\n")
+    failed = parse_sealed(FailedStep, facts, file)
+    if _sha256(tensors) != failed.tensors_sha256:
+        raise UserError(f"{file}: damaged, its tensors have another sha256; restore the file")
+    return failed, tensors
+
+
+def _restore_batch(
+    file: str, tensors: dict[str, Tensor], shape: BackboneConfig, device: torch.device
+) -> Batch:
+    """Take the batch out of `tensors`. Raises UserError unless the rest fits the backbone."""
+    with torch.device("meta"):
+        wanted = {name: value.shape for name, value in build_backbone(shape).state_dict().items()}
+    names = Batch.__dataclass_fields__
+    found = {name: value.shape for name, value in tensors.items() if name not in names}
+    if found != wanted or not tensors.keys() >= names.keys():
+        raise UserError(f"{file}: its tensors are not those of its backbone and a batch")
+    batch = Batch(**{name: tensors.pop(name).to(device) for name in names})
+    size, side = len(batch.positions), shape.latent_size
+    condition, classes = tuple(batch.condition.shape), shape.num_classes
+    if (
+        tuple(batch.moments.shape) != (size, 2 * shape.latent_channels, side, side)
+        or condition != (size, *(shape.context_shape or ()))
+        or batch.positions.dtype != torch.int64
+        or batch.condition.is_floating_point() != (classes is None)
+        or (classes is not None and not all(0 <= n <= classes for n in batch.condition.tolist()))
+    ):
+        raise UserError(f"{file}: its batch does not fit its backbone")
+    return batch
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _write_failure(
     path: str, batch: Batch, outcome: Outcome, replayed: Replay, config: TrainConfig
 ) -> None:
-    facts = {
-        "step": replayed.step,
-        "outcome": asdict(outcome),
-        "precision": config.engine.precision,
-        "backbone": asdict(config.backbone),
-        "objective": {
-            "scaling_factor": replayed.objective.scaling_factor,
-            "seed": replayed.objective.seed,
-            "min_snr_gamma": replayed.objective.min_snr_gamma,
-        },
+    tensors = {
+        name: tensor.cpu().contiguous()
+        for name, tensor in (vars(batch) | replayed.backbone.state_dict()).items()
     }
-    tensors = vars(batch) | replayed.backbone.state_dict()
-    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    failed = FailedStep(
+        step=replayed.step,
+        outcome=str(outcome),
+        precision=config.engine.precision,
+        backbone=asdict(config.backbone),
+        scaling_factor=replayed.objective.scaling_factor,
+        seed=replayed.objective.seed,
+        min_snr_gamma=replayed.objective.min_snr_gamma,
+        tensors_sha256=_sha256(tensors),
+    )
     with write_file(path) as temporary:
-        save_file(contiguous, Path(temporary), {"failure": json.dumps(facts)})
+        save_file(tensors, Path(temporary), {"failure": dump_sealed(failed).decode()})

@@ -10,16 +10,16 @@ import torch
 from ifvit.config import dump_config
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NoiseSchedule
-from ifvit.distributed import World
+from ifvit.distributed import World, one_line_for_lost_processes
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
-from ifvit.training.checkpoint import TrainState, resume, saved_steps
+from ifvit.training.checkpoint import resume, saved_steps
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.data import Batches, BatchOrder
-from ifvit.training.engine import Engine, choose_normal_sampler
+from ifvit.training.engine import Engine, choose_normal_sampler, wait_limit
 from ifvit.training.guards import (
     NonfiniteGradient,
     Preempted,
@@ -34,6 +34,7 @@ from ifvit.training.lease import Lease
 from ifvit.training.loop import Hook, fit
 from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.replay import report_nonfinite
+from ifvit.training.train_state import TrainState
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -42,7 +43,11 @@ def train(config: TrainConfig) -> TrainState:
     Raises UserError when recipe, shards and run directory do not fit together, and Preempted when
     a signal ends the run early.
     """
-    reader = ShardReader(config.shards, config.cache)
+    with one_line_for_lost_processes():
+        return _train_on(ShardReader(config.shards, config.cache), config)
+
+
+def _train_on(reader: ShardReader, config: TrainConfig) -> TrainState:
     check_dataset(reader, config)
     torch.manual_seed(config.seed)  # for the initial weights; nothing else uses this generator
     backbone = initial_backbone(config, reader)
@@ -75,7 +80,7 @@ def _train(
         min_snr_gamma=config.min_snr_gamma,
         sample_normal=choose_normal_sampler(config.engine),
     )
-    stop = StopRequest(engine.world)
+    stop = StopRequest(engine.world, wait_limit(config.engine))
     metrics = MetricsLog(config, engine)
     checkpoints = SaveCheckpoint(config, engine, info, lease, metrics, stop)
     hooks: list[Hook] = [metrics, checkpoints]
@@ -90,7 +95,16 @@ def _train(
             metrics.open(state),
             engine.timer.trace(trace if config.profile else None),
         ):
-            return fit(state, config.max_steps, batches, objective, engine, hooks, stop)
+            return fit(
+                state,
+                config.max_steps,
+                batches,
+                objective,
+                engine,
+                hooks,
+                stop,
+                log_every=config.log_every,
+            )
     except NonfiniteGradient as failure:
         report_nonfinite(failure, batches, objective, engine, config)
     except Preempted as preempted:
@@ -108,8 +122,8 @@ def initial_backbone(config: TrainConfig, reader: ShardReader) -> Backbone:
     if config.initial_weights is None or saved_steps(config.run):
         return backbone
     loaded, info = load_weights(config.initial_weights)
-    scale = config.scaling_factor or reader.manifest.scaling_factor
     stored = {"backbone": asdict(loaded.config), "scaling_factor": info.scaling_factor}
+    scale = _scaling_factor(config, reader)
     wanted = {"backbone": asdict(config.backbone), "scaling_factor": scale}
     for key, value in wanted.items():
         for name, old, new in differences(key, stored[key], value):
@@ -139,12 +153,17 @@ def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:
     return WeightsInfo(
         step=0,
         ema_decay=None,
-        scaling_factor=config.scaling_factor or reader.manifest.scaling_factor,
+        scaling_factor=_scaling_factor(config, reader),
         vae=reader.manifest.vae,
         text_encoder=text.encoder if text else None,
         classes=reader.manifest.classes,
         recipe_sha256=hashlib.sha256(dump_config(config).encode()).hexdigest(),
     )
+
+
+def _scaling_factor(config: TrainConfig, reader: ShardReader) -> float:
+    given = config.scaling_factor
+    return reader.manifest.scaling_factor if given is None else given
 
 
 def _engine_class(config: EngineConfig) -> type[Engine]:

@@ -27,7 +27,7 @@ from deepspeed.utils import (
 from torch import Tensor, distributed, nn
 
 from ifvit.training.config import EngineConfig
-from ifvit.training.engine import Engine, create_moments
+from ifvit.training.engine import Engine, create_moments, wait_limit
 
 
 class ZeroEngine(Engine):
@@ -74,7 +74,11 @@ class ZeroEngine(Engine):
         return Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(config)),
             gradient_accumulation_steps=self._num_micro_batches,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(
+                    backend="nccl" if on_gpu else "gloo", timeout=wait_limit(config)
+                )
+            ],
         )
 
     def _deepspeed_config(self, config: EngineConfig) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_steps_of_the_engine_continue_one_run() -> None:
     steps = EngineSteps(recipe())
     steps(2)
     steps(1)
-    assert steps.engine.scalars()["num_updates"] == 3
+    assert steps.engine.scalars().num_updates == 3
 
 
 def test_tensors_kept_for_the_backward_pass_are_counted_once_and_without_parameters() -> None:

@@ -1,34 +1,38 @@
 """Which checkpoint a run resumes from, and which checkpoints are kept."""
 
-import json
+import math
+import socket
 import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from run_files import losses
+from safetensors.torch import load_file
 
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import read_run
 from ifvit.models.weights import load_weights
-from ifvit.storage import join, list_names, read_json, remove
+from ifvit.storage import join, list_names, read_bytes, read_json, remove, write_bytes, write_sealed
 from ifvit.training.checkpoint import (
-    TrainState,
+    commit,
+    fetch,
     fetch_newest,
     open_tensors,
-    resume,
+    read_checkpoint,
     step_url,
+    write_part,
 )
 from ifvit.training.config import TrainConfig
-from ifvit.training.engine import Engine
 from ifvit.training.lease import Lease
 from ifvit.training.train import train
+from ifvit.training.train_state import LossSums, TrainState
 
 Recipe = Callable[..., TrainConfig]
 
@@ -68,6 +72,112 @@ def test_damaged_checkpoints_are_skipped_but_a_run_with_no_other_is_not_started_
         fetch_newest(run, tmp_path)
 
 
+HOSTILE: list[tuple[str, str]] = [
+    ("name", "../../victim"),
+    ("name", "/tmp/victim"),
+    ("name", "part-00000-of-00001-a.safetensors/../x"),
+    ("sha256", "/tmp/victim"),
+    ("bytes", "-1"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), HOSTILE)
+def test_no_name_in_a_manifest_leads_out_of_its_checkpoint(
+    recipe: Recipe, tmp_path: Path, key: str, value: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    config = replace(recipe(max_steps=1), run=f"memory://{uuid.uuid4().hex}")
+    train(config)
+    manifest = join(step_url(config.run, 1), "manifest.json")
+    stored = read_json(manifest)
+    stored["parts"][0][key] = int(value) if key == "bytes" else value
+    write_sealed(manifest, {name: stored[name] for name in stored if name != "seal"})
+    with pytest.raises(UserError, match=rf"manifest\.json: parts.*{key}"):
+        train(replace(config, max_steps=2))
+    assert victim.read_text() == "precious"
+
+
+def change(manifest: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**manifest, **changes}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda stored: change(stored, state=change(stored["state"], step=2)),
+        lambda stored: change(stored, state=change(stored["state"], seconds=-1.0)),
+        lambda stored: change(stored, state=change(stored["state"], loss_mean="low")),
+        lambda stored: change(stored, state=change(stored["state"], step=10**30)),
+        lambda stored: change(stored, state={}),
+        lambda stored: change(stored, scalars={}),
+        lambda stored: change(stored, scalars={"num_updates": 1, "value": 3}),
+        lambda stored: change(stored, parts=stored["parts"] * 2),
+        lambda stored: change(stored, parts=[]),
+        lambda stored: change(stored, shards_sha256="0"),
+        lambda stored: {},
+    ],
+)
+def test_a_manifest_that_contradicts_itself_or_its_folder_is_one_line(
+    recipe: Recipe, build: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    config = recipe(max_steps=1)
+    train(config)
+    manifest = join(step_url(config.run, 1), "manifest.json")
+    stored = read_json(manifest)
+    del stored["seal"]
+    write_sealed(manifest, build(stored))
+    with pytest.raises(UserError) as error:
+        train(replace(config, max_steps=2))
+    assert str(error.value).isprintable()
+    assert config.run in str(error.value)
+
+
+def test_tensors_of_another_shape_or_type_are_not_loaded(recipe: Recipe) -> None:
+    config = recipe(max_steps=1)
+    train(config)
+    saved = read_checkpoint(step_url(config.run, 1))
+    (part,) = saved.parts
+    tensors = load_file(Path(saved.url, part.name))
+    name = "backbone.final_layer.bias"
+    for value in (torch.zeros(1), tensors[name].double()):
+        changed = write_part(saved.url, part.name, {**tensors, name: value})
+        commit(replace(saved, parts=(changed,)))
+        with pytest.raises(UserError, match=name):
+            train(replace(config, max_steps=2))
+    commit(replace(saved, parts=(replace(changed, tensors=("backbone.absent",)),)))
+    with pytest.raises(UserError, match="holds no"):
+        train(replace(config, max_steps=2))
+
+
+def test_only_files_that_training_writes_are_pruned(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(max_steps=3, checkpoint_every=1, keep_checkpoints=1)
+    mine = [
+        "checkpoints/step_00000001/thesis.tex",
+        "checkpoints/step_1/part-00000-of-00001-a.safetensors",
+        "checkpoints/step_best/manifest.json",
+        "checkpoints/step_00000000/notes",
+        "checkpoints/step_99999999999999999999/x",
+        "checkpoints/notes",
+    ]
+    for name in mine:
+        write_bytes(join(config.run, name), b"precious")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "thesis.tex").write_text("precious")
+    Path(config.run, "checkpoints", "step_00000002").symlink_to(outside)
+    train(config)
+    for path in (*(Path(config.run, name) for name in mine), outside / "thesis.tex"):
+        assert path.read_text() == "precious" if path.suffix == ".tex" else path.exists()
+    assert not Path(config.run, mine[0]).with_name("manifest.json").exists()
+    assert read_checkpoint(step_url(config.run, 3)).state.step == 3
+
+
+def step_losses(loss: float) -> list[float]:
+    """The losses of a step whose eight samples are all in the first quarter of the timesteps."""
+    return [loss, loss, 0.0, 0.0, 0.0, 8.0, 0.0, 0.0, 0.0]
+
+
 def test_a_spike_stands_out_of_the_losses_before_it() -> None:
     calm = np.random.default_rng(0).normal(1.0, 0.1, size=400).tolist()
     jumps = {20: 1.9, 200: 2.2, 300: 3.0, 350: float("nan")}
@@ -75,7 +185,9 @@ def test_a_spike_stands_out_of_the_losses_before_it() -> None:
     def observe(values: list[float]) -> TrainState:
         state = TrainState()
         for start in range(0, 400, 10):
-            state = replace(state, step=start + 10).observe(values[start : start + 10])
+            state = replace(state, step=start + 10).observe(
+                [step_losses(loss) for loss in values[start : start + 10]], 10
+            )
         return state
 
     assert observe(calm).loss_spikes == 0
@@ -86,13 +198,25 @@ def test_a_spike_stands_out_of_the_losses_before_it() -> None:
 
 def test_the_running_mean_of_losses_does_not_depend_on_how_often_they_are_observed() -> None:
     values = [1.0, 2.0, 0.5, 4.0]
-    at_once = replace(TrainState(), step=4).observe(values)
+    at_once = replace(TrainState(), step=4).observe(list(map(step_losses, values)), 3)
     state = TrainState()
     for loss in values:
-        state = replace(state, step=state.step + 1).observe([loss])
+        state = replace(state, step=state.step + 1).observe([step_losses(loss)], 3)
     assert state == at_once
     assert at_once.loss_mean == pytest.approx(np.mean(values))
     assert at_once.loss_variance == pytest.approx(np.var(values))
+    assert at_once.since_log.mean == values[3]  # the third step ended an interval
+    assert at_once.since_log.mean_by_time[0] == values[3] / 8
+    assert all(map(math.isnan, at_once.since_log.mean_by_time[1:]))
+
+
+def test_the_mean_loss_leaves_out_steps_that_are_not_finite_and_stays_finite() -> None:
+    values = [1.0, math.nan, 3.0, 1e38]
+    state = replace(TrainState(), step=4).observe(list(map(step_losses, values[:3])), 10)
+    assert state.since_log.mean == 2.0
+    assert math.isnan(LossSums().mean)
+    diverged = replace(TrainState(), step=4).observe(list(map(step_losses, values)), 10)
+    assert 1e6 < diverged.since_log.mean < 1e12
 
 
 def test_resume_never_is_an_error_for_a_run_that_has_checkpoints(recipe: Recipe) -> None:
@@ -145,63 +269,57 @@ def test_a_run_that_another_job_holds_is_left_alone(recipe: Recipe) -> None:
         train(config)
     assert not Path(config.run, "config.yaml").exists()
     train(replace(config, max_steps=1))
-    assert read_json(join(config.run, "lease", "000002.beat")) == {"released": True}
+    assert read_json(join(config.run, "lease", "000002.beat"))["released"]
 
 
-def test_a_run_from_before_architectures_is_resumed(recipe: Recipe) -> None:
-    config = recipe(max_steps=2)
-    train(config)
-    for path in (*Path(config.run).rglob("config.json"), *Path(config.run).rglob("manifest.json")):
-        stored = json.loads(path.read_text())
-        stored.get("backbone", stored).pop("architecture", None)
-        path.write_text(json.dumps(stored))
-    recipe_file = Path(config.run, "config.yaml")
-    recipe_file.write_text(recipe_file.read_text().replace("  architecture: fusion_uvit\n", ""))
-    assert train(replace(config, max_steps=3)).step == 3
-    assert load_weights(config.run)[0].config == config.backbone
+class Member(ProcessGroup):
+    """Group of a process on `node` whose other members, on other nodes, find no fault."""
 
-
-class SecondNode(ProcessGroup):
-    """Engine and group of a process that shares neither disk nor memory with the main one."""
-
-    world = World(rank=2, size=4, local_rank=0)
-
-    def __init__(self, tmp_path: Path) -> None:
-        self.group, self._main, self._folder = self, tmp_path / "main", tmp_path / "tmp"
-        self.held: list[int] = []
-        self.restored: dict[str, float] = {}
+    def __init__(self, world: World, nodes: list[str]) -> None:
+        self.world, self._nodes = world, nodes
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """What the main process finds, which has downloaded it to its own disk."""
-        found = action()
-        for path in self._folder.rglob("*.safetensors"):
-            path.unlink()
-        return found
+        return action()
 
-    def barrier(self) -> None:
-        """Note how many files the processes of this node share."""
-        self.held.append(sum(path.is_file() for path in self._folder.rglob("*")))
-
-    def load_state(self, read: Callable[[str], torch.Tensor]) -> None:
-        self.restored["elements"] = read("backbone.final_layer.bias").numel()
-
-    def load_scalars(self, scalars: dict[str, float]) -> None:
-        self.restored |= scalars
+    def gather(self, value: Any) -> list[Any]:
+        return self._nodes if isinstance(value, str) else [value] * self.world.size
 
 
-def test_every_node_fetches_the_checkpoint_for_its_processes_and_leaves_nothing(
+def test_the_processes_of_a_node_divide_the_parts_of_a_remote_checkpoint(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(recipe(max_steps=1), run=f"memory://{uuid.uuid4().hex}")
+    train(config)
+    url = step_url(config.run, 1)
+    saved = read_checkpoint(url)
+    (part,) = saved.parts
+    data, names = (
+        read_bytes(join(url, part.name)),
+        [f"part-0000{n}-of-00003-a.safetensors" for n in range(3)],
+    )
+    for name in names:
+        write_bytes(join(url, name), data)
+    parts = tuple(
+        replace(part, name=name, tensors=part.tensors if name == names[0] else ()) for name in names
+    )
+    commit(replace(saved, parts=parts))
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    nodes = ["there", "here", "there", "here"]
+    for rank, own in ((1, names[::2]), (3, names[1:2])):
+        cache = tmp_path / str(rank)
+        fetch(url, cache, Member(World(rank=rank, size=4, local_rank=0), nodes))
+        assert sorted(path.name for path in cache.iterdir()) == own
+
+
+def test_a_run_in_a_store_leaves_nothing_on_the_node(
+    recipe: Recipe, whole: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(recipe(max_steps=3), run=f"memory://{uuid.uuid4().hex}")
     train(config)
-    assert len(losses(config)) == 3
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    node = SecondNode(tmp_path)
-    state = resume(config, cast(Engine, node), "token")
-    assert state.step == 3
-    assert node.restored == {"elements": 4, "num_updates": 3}
-    assert node.held == [1, 1]  # before any process reads, and after all have read
+    train(replace(config, max_steps=5))
+    assert losses(config) == losses(whole)[:5]
     assert list((tmp_path / "tmp").iterdir()) == []
 
 

@@ -32,7 +32,6 @@ from ifvit.storage import join, list_names
 from ifvit.training import hooks
 from ifvit.training.checkpoint import (
     Part,
-    TrainState,
     fetch_newest,
     open_tensors,
     saved_steps,
@@ -40,10 +39,12 @@ from ifvit.training.checkpoint import (
     write_part,
 )
 from ifvit.training.config import SampleGridConfig, TrainConfig
+from ifvit.training.engine import EngineScalars
 from ifvit.training.guards import StopRequest
 from ifvit.training.hooks import SaveCheckpoint
 from ifvit.training.loop import StepReport
 from ifvit.training.train import train
+from ifvit.training.train_state import TrainState
 
 SHAPES = {"backbone.a": (40, 30), "backbone.b": (7,), "exp_avg.a": (40, 30), "ema0.9.a": (40, 30)}
 REPORT = StepReport(loss=0.0, loss_by_time=(), grad_norm=0.0, learning_rate=0.0)
@@ -54,7 +55,7 @@ INFO = WeightsInfo(
     scaling_factor=1.0,
     vae=ENCODER,
     text_encoder=ENCODER,
-    recipe_sha256="r",
+    recipe_sha256="0" * 64,
 )
 
 
@@ -85,8 +86,8 @@ class StateOfStep:
     def iter_state(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.live.items()
 
-    def scalars(self) -> dict[str, float]:
-        return {"num_updates": 7.0}
+    def scalars(self) -> EngineScalars:
+        return EngineScalars(num_updates=7)
 
     def synchronize(self) -> None:
         self.synchronized.set()
@@ -184,7 +185,7 @@ def test_what_any_number_of_ranks_saved_is_restored(
     saved = fetch_newest(run, cache)
     assert saved is not None
     assert saved.state == TrainState(step=7, samples_seen=56, seconds=1.5)
-    assert saved.scalars == {"num_updates": 7.0}
+    assert saved.scalars == EngineScalars(num_updates=7)
     assert len(saved.parts) == num_ranks
     assert restored_step(run, cache) == 7
     assert storage.read_bytes(join(run, "checkpoints", "latest")) == b"step_00000007\n"

@@ -5,16 +5,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Semaphore, Timer
 
 import pytest
 
 from ifvit.errors import UserError
-from ifvit.storage import join, list_names, read_json, write_json
+from ifvit.records import dump_sealed
+from ifvit.storage import join, list_names, read_json, write_sealed
 from ifvit.training import lease as lease_module
-from ifvit.training.lease import BEAT_SECONDS, SILENT_BEATS, Holder, Lease, process_identity
+from ifvit.training.lease import BEAT_SECONDS, SILENT_BEATS, Beat, Holder, Lease, process_identity
 
 BEAT = 0.2
 ELSEWHERE = Holder(
@@ -31,11 +32,11 @@ ELSEWHERE = Holder(
 
 def leave_lease(run: str | Path, holder: Holder, generation: int = 1) -> None:
     """Write what a holder that is not this process has written."""
-    write_json(join(str(run), "lease", f"{generation:06d}.json"), asdict(holder))
+    write_sealed(join(str(run), "lease", f"{generation:06d}.json"), holder)
 
 
-def leave_beat(run: str | Path, beat: dict[str, int]) -> None:
-    write_json(join(str(run), "lease", "000001.beat"), beat)
+def leave_beat(run: str | Path, beat: Beat) -> None:
+    write_sealed(join(str(run), "lease", "000001.beat"), beat)
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_a_job_elsewhere_loses_the_run_after_some_silent_beats_of_its_own_length
 
 def test_of_many_takers_of_a_free_run_one_wins(run: str) -> None:
     leave_lease(run, ELSEWHERE)
-    leave_beat(run, {"released": True})
+    leave_beat(run, Beat(released=True))
     lost = Semaphore(0)
 
     def take(_: int) -> bool:
@@ -127,12 +128,12 @@ def test_only_a_later_start_of_the_same_slurm_job_takes_the_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str | None, restarts: int, is_free: bool
 ) -> None:
     leave_lease(tmp_path, replace(ELSEWHERE, job=job, restarts=restarts))
-    leave_beat(tmp_path, {"count": 1})
+    leave_beat(tmp_path, Beat(count=1))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     if job:
         monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setattr(time, "sleep", lambda seconds: leave_beat(tmp_path, {"count": 2}))
+    monkeypatch.setattr(time, "sleep", lambda seconds: leave_beat(tmp_path, Beat(count=2)))
     if is_free:
         Lease.acquire(str(tmp_path), BEAT)
         return
@@ -160,13 +161,13 @@ def test_a_store_that_comes_back_gives_the_holder_time(
     leave_lease(tmp_path, ELSEWHERE)
     reads = 0
 
-    def read(run: str, generation: int) -> dict[str, int]:
+    def read(run: str, generation: int) -> Beat:
         nonlocal reads
         reads += 1
         if reads == SILENT_BEATS + 1:
             time.sleep(2 * BEAT)  # the second to last read waits for the store, as the holder does
         if reads == SILENT_BEATS + 3:
-            leave_beat(tmp_path, {"count": 1})
+            leave_beat(tmp_path, Beat(count=1))
         return real(run, generation)
 
     real = lease_module._read_beat
@@ -177,8 +178,8 @@ def test_a_store_that_comes_back_gives_the_holder_time(
 
 def test_a_holder_that_ends_while_it_is_watched_gives_way_at_once(tmp_path: Path) -> None:
     leave_lease(tmp_path, replace(ELSEWHERE, beat_seconds=2.0))
-    leave_beat(tmp_path, {"count": 7})
-    Timer(0.5, leave_beat, (tmp_path, {"released": True})).start()
+    leave_beat(tmp_path, Beat(count=7))
+    Timer(0.5, leave_beat, (tmp_path, Beat(released=True))).start()
     started = time.monotonic()
     Lease.acquire(str(tmp_path), BEAT)
     assert time.monotonic() - started < 2 * 2.0
@@ -191,16 +192,73 @@ def test_a_store_that_fails_for_long_does_not_end_the_lease(
     beats = []
     renewed = Event()
 
-    def write(url: str, value: dict[str, int]) -> None:
+    def write(url: str, value: Beat) -> None:
         beats.append(value)
         if len(beats) < 3:
             raise OSError("no answer")
         real(url, value)
         renewed.set()
 
-    real = lease_module.write_json
-    monkeypatch.setattr(lease_module, "write_json", write)
+    real = lease_module.write_sealed
+    monkeypatch.setattr(lease_module, "write_sealed", write)
     with lease.held():
         assert renewed.wait(60)
         assert (tmp_path / "lease" / "000001.beat").exists()
-    assert beats[:3] == [{"count": 0}, {"count": 1}, {"count": 2}]
+    assert beats[:3] == [Beat(count=1), Beat(count=2), Beat(count=3)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"[" * 100_000,
+        dump_sealed(replace(ELSEWHERE, since="earlier")).replace(b"earlier", b"later"),
+        *(
+            dump_sealed({**vars(ELSEWHERE), key: value})
+            for key, value in {
+                "beat_seconds": 1e9,
+                "pid": -1,
+                "restarts": 10**40,
+                "host": 3,
+                "job": ["1"],
+                "other": 1,
+            }.items()
+        ),
+        dump_sealed({**vars(ELSEWHERE), "beat_seconds": float("inf")}),
+        dump_sealed({**vars(ELSEWHERE), "beat_seconds": float("nan")}),
+    ],
+)
+@pytest.mark.parametrize("name", ["000001.json", "000001.beat"])
+def test_a_damaged_lease_is_one_line_and_nobody_waits_for_it(
+    tmp_path: Path, no_waiting: list[float], name: str, content: bytes
+) -> None:
+    leave_lease(tmp_path, ELSEWHERE)
+    (tmp_path / "lease" / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: .*; if no job trains this run, remove") as error:
+        Lease.acquire(str(tmp_path), BEAT)
+    assert str(error.value).isprintable()
+    assert no_waiting == []
+
+
+def test_other_files_among_the_leases_are_left_alone(tmp_path: Path) -> None:
+    names = [
+        "notes.json",
+        "00x.json",
+        "-1.json",
+        "1.json",
+        "0000000001.json",
+        "\u0660\u0660\u0660\u0660\u0660\u0667.json",
+    ]
+    (tmp_path / "lease").mkdir()
+    for name in names:
+        (tmp_path / "lease" / name).touch()
+    for _ in range(3):
+        with Lease.acquire(str(tmp_path)).held():
+            pass
+    assert set(names) < set(list_names(str(tmp_path / "lease")))
+
+
+def test_a_holder_cannot_command_the_terminal(tmp_path: Path) -> None:
+    assert str(replace(ELSEWHERE, host="\x1b[2J" + "x" * 1000)).isprintable()
+    assert len(str(replace(ELSEWHERE, host="x" * 1000))) <= 200

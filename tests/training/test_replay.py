@@ -1,18 +1,23 @@
 """Gradients that are not finite stop the run, name the image, and can be computed again."""
 
+import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from run_files import rows, small_recipe
+from safetensors.torch import save_file
 
 from ifvit.errors import UserError
 from ifvit.models.weights import load_weights
-from ifvit.training.checkpoint import TrainState
+from ifvit.records import dump_sealed
 from ifvit.training.config import ReplayConfig, TrainConfig
-from ifvit.training.replay import replay
+from ifvit.training.replay import _read_failure, _sha256, replay
 from ifvit.training.train import train
+from ifvit.training.train_state import TrainState
 
 Recipe = Callable[..., TrainConfig]
 
@@ -55,6 +60,60 @@ def test_a_file_of_another_kind_cannot_be_replayed(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("something else")
     with pytest.raises(UserError, match="x: not written by a failed training step"):
         replay(ReplayConfig(file=str(tmp_path / "x")))
+
+
+@pytest.fixture(scope="module")
+def failure(damaged: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that a failed step has written."""
+    config = small_recipe(str(tmp_path_factory.mktemp("failed") / "run"), damaged)
+    with pytest.raises(UserError, match="loss nan"):
+        train(config)
+    (path,) = Path(config.run, "failures").iterdir()
+    return path
+
+
+def test_flipped_bytes_of_a_failure_are_found(failure: Path, tmp_path: Path) -> None:
+    chance, data, file = random.Random(0), failure.read_bytes(), tmp_path / "x.safetensors"
+    for number in range(60):
+        flipped = bytearray(data)
+        # Half of the flips hit the header, which is much smaller than the tensors.
+        flipped[chance.randrange(len(data) if number % 2 else 4000)] ^= 1 << chance.randrange(8)
+        file.write_bytes(flipped)
+        with pytest.raises(UserError, match=r"x\.safetensors: ") as error:
+            replay(ReplayConfig(file=str(file)))
+        assert str(error.value).isprintable()
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts, tensors: facts.update(step=-1),
+        lambda facts, tensors: facts.update(scaling_factor=0.0),
+        lambda facts, tensors: facts.update(precision="fp8"),
+        lambda facts, tensors: tensors.pop("moments"),
+        lambda facts, tensors: tensors.pop("norm.bias"),
+        lambda facts, tensors: tensors.update(moments=tensors["moments"][:, :2]),
+        lambda facts, tensors: tensors.update(condition=tensors["condition"][:, :1]),
+        lambda facts, tensors: tensors.update(positions=tensors["positions"][:1]),
+        lambda facts, tensors: tensors.update(positions=tensors["positions"].float()),
+        lambda facts, tensors: tensors.update({"norm.bias": torch.zeros(1)}),
+    ],
+)
+def test_a_failure_that_fits_its_seal_but_not_its_backbone_is_one_line(
+    failure: Path, tmp_path: Path, change: Callable[[dict[str, Any], Tensors], object]
+) -> None:
+    facts, tensors = _read_failure(str(failure))
+    changed = asdict(facts)
+    change(changed, tensors)
+    changed["tensors_sha256"] = _sha256(tensors)
+    file = tmp_path / "x.safetensors"
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, file, {"failure": dump_sealed(changed).decode()})
+    with pytest.raises(UserError, match=r"x\.safetensors: "):
+        replay(ReplayConfig(file=str(file)))
 
 
 def test_tolerated_steps_are_skipped_and_counted(
