@@ -364,9 +364,9 @@ class Engine:
         for state in self._adamw.state.values():
             state["step"].fill_(scalars.num_updates)
         if self.loss_scale is not None and scalars.loss_scale is not None:
-            self.loss_scale = LossScale(
-                scalars.loss_scale, scalars.finite_updates, scalars.overflows
-            )
+            self.loss_scale.value = scalars.loss_scale
+            self.loss_scale.finite_updates = scalars.finite_updates
+            self.loss_scale.overflows = scalars.overflows
 
     def mean(self, value: Tensor) -> Tensor:
         """Average over all processes, returned on each of them."""

@@ -15,7 +15,7 @@ _LARGEST_LOSS = 1e9
 
 Quarters = tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat]
 StepLosses = Sequence[float]
-"""Of one step: the mean loss, then of each quarter of the timesteps the sum of the losses, then the
+"""Losses of one step: their mean, then for each quarter of the timesteps the sum of the losses, then the
 number of samples. Quarters begin with the cleanest."""
 
 

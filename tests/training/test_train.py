@@ -20,9 +20,10 @@ from ifvit.models.backbone import Backbone
 from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import WeightsInfo, load_weights
 from ifvit.shards.reader import ShardReader
-from ifvit.storage import read_json, write_json
+from ifvit.storage import read_sealed, write_sealed
 from ifvit.training import hooks
 from ifvit.training.config import EngineConfig, TrainConfig
+from ifvit.training.lease import Holder
 from ifvit.training.train import initial_backbone, train
 
 Recipe = Callable[..., TrainConfig]
@@ -102,8 +103,8 @@ def test_a_run_that_was_taken_over_commits_nothing_more(
     config = recipe(max_steps=1)
 
     def lose_lease(folder: str, backbone: Backbone, info: WeightsInfo) -> None:
-        holder = read_json(f"{config.run}/lease/000001.json")
-        write_json(f"{config.run}/lease/000002.json", {**holder, "host": "node7"})
+        holder = read_sealed(Holder, f"{config.run}/lease/000001.json")
+        write_sealed(f"{config.run}/lease/000002.json", replace(holder, host="node7"))
 
     monkeypatch.setattr(hooks, "save_weights", lose_lease)
     with pytest.raises(UserError, match=r"taken over by process \d+ on node7"):
