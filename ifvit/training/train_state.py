@@ -15,8 +15,8 @@ _LARGEST_LOSS = 1e9
 
 Quarters = tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat]
 StepLosses = Sequence[float]
-"""Losses of one step: their mean, then for each quarter of the timesteps the sum of the losses, then the
-number of samples. Quarters begin with the cleanest."""
+"""Nine numbers of one step: the mean loss; the sum of the losses in each quarter of the timesteps,
+the cleanest first; the number of samples in each quarter."""
 
 
 @record
