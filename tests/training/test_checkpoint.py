@@ -340,7 +340,7 @@ def test_a_run_in_a_store_is_resumed_and_read_from_there(
         (here, _), (there, info) = load_weights(whole.run), load_weights(far.run)
         assert info.step == 8
         assert all(map(torch.equal, here.parameters(), there.parameters()))
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # the weights and the marker
     run = read_run(far.run, "far")
     assert run.recipe is not None
     assert len(run.curve) == 8
