@@ -11,6 +11,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from ifvit.records import shorten
+
 INK, RULE = "#666b75", "#e3e4e8"
 """Colours of text and of lines: `--muted` and `--rule` of base.html on light pages."""
 
@@ -49,6 +51,14 @@ _STYLE: dict[Any, Any] = {
 def house_style() -> Any:
     """Return a context manager that sets the style of the figures made in it."""
     return rc_context(_STYLE)
+
+
+def literal(text: str) -> str:
+    """`text` as Matplotlib draws it letter by letter, for names and captions that files contain.
+
+    Text between dollar signs would be a formula, control characters would be boxes.
+    """
+    return shorten(text, 200).replace("$", r"\$")
 
 
 def to_png(figure: Figure, dpi: int = 160) -> bytes:

@@ -36,7 +36,7 @@ from ifvit.diffusion.sampler import ConditionBatch, sample_latents
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import short_names
-from ifvit.figures import INK, RUN_COLOURS, house_style, to_png
+from ifvit.figures import INK, RUN_COLOURS, house_style, literal, to_png
 from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.records import dump_csv
@@ -245,7 +245,9 @@ def attention_figure(summaries: dict[str, AttentionSummary]) -> Figure:
         parts = figure.subfigures(len(summaries), 1, squeeze=False)[:, 0]
         for part, (name, summary) in zip(parts, summaries.items(), strict=True):
             blocks = f"[{summary.num_image_blocks}, {summary.num_text_blocks}]"
-            title = f"{name}: {summary.conditioning}, [N_image, N_text] = {blocks}"
+            title = (
+                f"{literal(name)}: {literal(summary.conditioning)}, [N_image, N_text] = {blocks}"
+            )
             part.suptitle(f"{title}, step {summary.step:,}", fontsize=9, fontweight="bold")
             _plot_run(part, summary, num_columns, scales, limits)
     return figure
@@ -262,7 +264,7 @@ def _plot_run(
     for cell in axes[:, len(summary.layers) :].flat:
         cell.set_axis_off()
     for column, layer in zip(axes.T, summary.layers, strict=False):
-        column[0].set_title(layer.name, fontsize=8)
+        column[0].set_title(literal(layer.name), fontsize=8)
         _plot_map(column[0], layer.image_map, scales[0])
         column[2].set(yscale="log", ylim=limits, xlim=(0.5, NUM_SINGULAR_VALUES + 0.5))
         column[2].set_xticks([1, NUM_SINGULAR_VALUES])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,11 +26,13 @@ from ifvit.errors import UserError
 from ifvit.evaluation.rows import Settings
 from ifvit.models.attention import Attend, logits_of
 from ifvit.models.fusion_transformer import FusionUViT
-from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Sha256, record
+from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Rule, Sha256, record
 
 Floats = NDArray[np.float64]
 
 NUM_SINGULAR_VALUES = 10
+_MAX_LAYERS = 200
+"""Columns of the figure; Matplotlib draws no image of 65,536 or more pixels."""
 
 Watch = Callable[[int, Tensor, Tensor], None]
 """Called with the index of the block in order of use, queries (B, Q, H, E), keys (B, K, H, E)."""
@@ -118,7 +121,10 @@ class _Stored:
     num_image_blocks: NonNegativeInt
     num_text_blocks: NonNegativeInt
     protocol: AttentionProtocol
-    layers: tuple[LayerNumbers, ...]
+    layers: Annotated[
+        tuple[LayerNumbers, ...],
+        Rule(f"1 to {_MAX_LAYERS} layers", lambda value: 0 < len(value) <= _MAX_LAYERS),
+    ]
     maps_sha256: Sha256
 
 

@@ -69,9 +69,9 @@ class Run:
     samples: list[Sample]
     training_grids: list[tuple[int, str]]
 
-    def read_image(self, url: str) -> bytes:
-        """Read an image of the run. Raises UserError if a link leads out of the run's folder."""
-        return storage.read_bytes(storage.join_inside(self.url, url.removeprefix(f"{self.url}/")))
+    def locate(self, url: str) -> str:
+        """Return `url`. Raises UserError if a link there leads out of the run's folder."""
+        return storage.join_inside(self.url, url.removeprefix(f"{self.url}/"))
 
     @property
     def cost(self) -> Cost | None:

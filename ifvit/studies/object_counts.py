@@ -20,7 +20,7 @@ from ifvit.evaluation.object_count import (
 )
 from ifvit.evaluation.rows import FOLDER
 from ifvit.evaluation.runs import Run
-from ifvit.figures import INK, house_style
+from ifvit.figures import INK, house_style, literal
 from ifvit.records import dump_csv
 from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
 
@@ -55,6 +55,7 @@ def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[st
         first = first or row
         reasons = differences(first.protocol, row.protocol)
         reasons += ["step"] if row.step != first.step else []
+        reasons += ["list of prompts"] if row.groups != first.groups else []
         if reasons:
             excluded.append(f"{run.name} was counted with another {', '.join(reasons)}.")
         else:
@@ -136,7 +137,7 @@ def _styles(rows: Sequence[ObjectCountRow]) -> list[tuple[str, str]]:
     for row in rows:
         shape = row.backbone
         darkness = sum(bool(shape.get(key)) for key in ("num_image_blocks", "num_text_blocks"))
-        colour = _COLOURS.get(shape.get("conditioning", ""), _OTHER)[darkness]
+        colour = _COLOURS.get(str(shape.get("conditioning")), _OTHER)[darkness]
         styles.append((colour, _HATCHES[seen[colour] % len(_HATCHES)]))
         seen[colour] += 1
     return styles
@@ -160,7 +161,7 @@ def _plot_bars(
             [place + (index - (len(styles) - 1) / 2) * width for place in places],
             [one.value for one in found],
             width,
-            label=name,
+            label=literal(name),
             color=colour,
             hatch=hatch,
             edgecolor="white",
@@ -175,8 +176,8 @@ def _plot_bars(
 
 
 def _label(axes: Axes, title: str, places: list[str], x_label: str, y_label: str) -> None:
-    axes.set_title(title)
-    axes.set_xticks(range(len(places)), places)
+    axes.set_title(literal(title))
+    axes.set_xticks(range(len(places)), map(literal, places))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(visible=True, axis="y")

@@ -19,9 +19,9 @@ from ifvit.analysis.attention_maps import AttentionSummary, read_attention
 from ifvit.evaluation.detectors import SCENES
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
 from ifvit.evaluation.runs import Run, Sample, read_samples, step_files
-from ifvit.figures import house_style, to_png, to_svg
+from ifvit.figures import house_style, literal, to_png, to_svg
 from ifvit.images import Pixels
-from ifvit.records import dump_csv
+from ifvit.records import dump_csv, shorten
 from ifvit.sampling.samples import read_images
 from ifvit.studies import object_counts
 from ifvit.studies.comparisons import COUNT, PAPER_CLIP_SCORE, RELATION, RETRIEVAL, SeedMean
@@ -159,12 +159,15 @@ def figure_4(sheet: Sheet, baseline: Variant, best: Variant) -> PaperFigure:
     ]
     scale = _scale_of_pairs(sheet, runs)
     top, bottom = (_samples(sheet, run, scale) for run in runs)
-    if baseline == best or not top or not bottom:
-        return PaperFigure()
     common = sorted(set(top) & set(bottom))
+    if baseline == best or not common:
+        return PaperFigure()
     chosen = random.Random(_PAIRS_SEED).sample(common, min(_NUM_PAIRS, len(common)))
     pairs = [(top[key], bottom[key]) for key in chosen]
-    above, below = (list(read_images(s.image for s in line)) for line in zip(*pairs, strict=True))
+    above, below = (
+        list(read_images(run.locate(sample.image) for sample in line))
+        for run, line in zip(filter(None, runs), zip(*pairs, strict=True), strict=True)
+    )
     records = [{"caption": a.prompt, "top": a.image, "bottom": b.image} for a, b in pairs]
     return PaperFigure(
         png=_plot_pairs([a.prompt for a, _ in pairs], above, below),
@@ -377,7 +380,7 @@ def _plot_panel(axes: Axes, panel: Panel) -> None:
             marker="o",
             markersize=5,
             markerfacecolor="none" if points[0].is_early else colour,
-            label=name,
+            label=literal(name),
         )
         for point in points if panel.places else ():
             x = [point.x + 0.14] * len(point.values)
@@ -391,7 +394,7 @@ def _plot_panel(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y_label)
     axes.grid(visible=True, axis="y")
     if panel.places:
-        axes.set_xticks(range(len(panel.places)), panel.places, fontsize=9)
+        axes.set_xticks(range(len(panel.places)), map(literal, panel.places), fontsize=9)
         axes.set_xlim(-0.5, len(panel.places) - 0.5)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -412,6 +415,7 @@ def _plot_pairs(captions: Sequence[str], top: Sequence[Pixels], bottom: Sequence
             cells = grid[2 * line : 2 * line + 2, column]
             for axes, picture in zip(cells, pictures, strict=True):
                 axes.imshow(picture, interpolation="nearest")
-            lines = textwrap.wrap(caption, _CAPTION_WIDTH, max_lines=3, placeholder=" …")
-            cells[0].set_title("\n".join(lines), fontsize=7)
+            text = shorten(caption, 200)
+            lines = textwrap.wrap(text, _CAPTION_WIDTH, max_lines=3, placeholder=" …")
+            cells[0].set_title("\n".join(map(literal, lines)), fontsize=7)
         return to_png(figure)

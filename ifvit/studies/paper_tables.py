@@ -174,9 +174,9 @@ def differs_in_protocol(
         return "nothing was evaluated"
     ours = sheet.reference.protocol.facts
     found = [
-        f"{describe_field(name)} {ours[name]!r}, the paper's {value!r}"
+        f"{describe_field(name)} {ours.get(name)!r}, the paper's {value!r}"
         for name, value in paper.items()
-        if ours[name] != value
+        if ours.get(name) != value
     ]
     if with_clip and not found and not ours["features"].endswith(_CLIP):
         return f"scored by {ours['features']}, not by {_CLIP}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, TemplateError
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
@@ -26,8 +26,9 @@ from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import MetricsRow, describe_field, describe_value
 from ifvit.evaluation.runs import Run, read_runs
 from ifvit.figures import RUN_COLOURS, house_style, to_png, to_svg
-from ifvit.images import open_image
+from ifvit.images import ImageError, open_image
 from ifvit.models.config import FusionUViTConfig
+from ifvit.records import shorten
 from ifvit.studies import object_counts
 from ifvit.studies.comparisons import (
     METRICS,
@@ -92,10 +93,18 @@ def report(config: ReportConfig) -> None:
 
 
 def render_page(template: str, **values: Any) -> bytes:
-    """Render a template of this package to UTF-8; text is escaped unless marked as safe."""
+    """Render a template of this package to UTF-8; text is escaped unless marked as safe.
+
+    Raises UserError for a template that was changed and no longer renders.
+    """
     environment = Environment(loader=PackageLoader("ifvit", "studies"), autoescape=True)
     environment.trim_blocks = environment.lstrip_blocks = True
-    return environment.get_template(template).render(**values).encode()
+    try:
+        return environment.get_template(template).render(**values).encode(errors="replace")
+    except TemplateError as error:
+        raise UserError(
+            f"ifvit/studies/{template}: damaged ({shorten(error)}); install ifvit again"
+        ) from None
 
 
 def inline_image(data: bytes) -> str:
@@ -374,19 +383,28 @@ def _caption_rows(runs: Sequence[Run]) -> list[tuple[str, list[_Picture]]]:
         found = [samples.get(key) for samples in generated]
         pictures = []
         if has_real:
-            real = next((sample.real for sample in found if sample and sample.real), None)
-            pictures.append(_Picture(colour="muted", uri=_inline_if_there(real), marks={}))
-        for number, sample in enumerate(found):
+            real = ((run, s.real) for run, s in zip(runs, found, strict=True) if s and s.real)
+            uri = _inline_if_there(*next(real, (runs[0], None)))
+            pictures.append(_Picture(colour="muted", uri=uri, marks={}))
+        for number, (run, sample) in enumerate(zip(runs, found, strict=True)):
             scores = (sample.scores if sample else None) or {}
             marks = {name: value for name, value in scores.items() if value is not None}
-            uri = _inline_if_there(sample.image if sample else None)
+            uri = _inline_if_there(run, sample.image if sample else None)
             pictures.append(_Picture(colour=f"run{number % _NUM_COLOURS}", uri=uri, marks=marks))
-        rows.append((key[1], pictures))
+        rows.append((shorten(key[1], 1000), pictures))
     return rows
 
 
-def _inline_if_there(url: str | None) -> str | None:
-    return inline_image(storage.read_bytes(url)) if url and storage.exists(url) else None
+def _inline_if_there(run: Run, url: str | None) -> str | None:
+    return _inline_file(run, url) if url and storage.exists(url) else None
+
+
+def _inline_file(run: Run, url: str) -> str:
+    """Return an image of the run as a data URI. Raises UserError for a link to somewhere else."""
+    try:
+        return inline_image(storage.read_bytes(run.locate(url)))
+    except ImageError as error:
+        raise UserError(f"{url}: {error}") from None
 
 
 def _training_grids(run: Run) -> list[tuple[int, str]]:
@@ -395,7 +413,7 @@ def _training_grids(run: Run) -> list[tuple[int, str]]:
     if len(grids) > _NUM_GRIDS:
         stride = (len(grids) - 1) / (_NUM_GRIDS - 1)
         grids = [grids[round(stride * number)] for number in range(_NUM_GRIDS)]
-    return [(step, inline_image(storage.read_bytes(url))) for step, url in grids]
+    return [(step, _inline_file(run, url)) for step, url in grids]
 
 
 def _missing_files(run: Run) -> list[str]:
