@@ -211,6 +211,12 @@ def parse_value(
         raise error(f"{where}: {shorten(problem, 200)}") from None
 
 
+def parse_known(cls: type[_Record], value: Mapping[str, object], where: str) -> _Record:
+    """Parse those keys that the record has, for files of others that may hold further keys."""
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return parse_value(cls, {key: value[key] for key in value if key in known}, where)
+
+
 @lru_cache(maxsize=256)
 def _adapter(cls: Any) -> Any:
     from pydantic import TypeAdapter  # takes 0.1 s

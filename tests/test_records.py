@@ -23,6 +23,7 @@ from ifvit.records import (
     is_plain_name,
     is_relative_path,
     parse_json,
+    parse_known,
     parse_rows,
     parse_sealed,
     parse_value,
@@ -230,6 +231,12 @@ def test_yaml_values_are_checked_as_json_is() -> None:
     assert parse_value(Description, parse_yaml("{sizes: [4]}", "f"), "f").sizes == (4,)
     with pytest.raises(UserError, match=r"^f: "):
         parse_value(Description, parse_yaml("{kind: 2001-01-01}", "f"), "f")
+
+
+def test_further_keys_of_a_foreign_file_are_ignored_on_request() -> None:
+    assert parse_known(Description, {"count": 2, "colour": "red"}, "config.json").count == 2
+    with pytest.raises(UserError, match=r"config\.json: count"):
+        parse_known(Description, {"count": 0, "colour": "red"}, "config.json")
 
 
 def test_control_characters_are_shown_as_escapes() -> None:

@@ -1,7 +1,10 @@
 """Settings that turn noise into latents: solver, guidance and seed. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal, SupportsFloat
+from typing import Annotated, Literal, SupportsFloat
+
+from ifvit.errors import UserError
+from ifvit.records import Rule, record
 
 SolverName = Literal["dpm_solver_pp", "dpm_solver_pp_fast", "ddim", "euler", "unipc"]
 
@@ -24,32 +27,33 @@ class Guidance:
         return self.scale != 1.0 and (everywhere or self.low <= float(timestep) <= self.high)
 
 
-@dataclass(frozen=True, kw_only=True)
+Timestep = Annotated[float, Rule("from 0 to 999", lambda value: 0 <= value <= 999)]
+
+
+@record
 class SolverConfig:
     """Settings that decide the latents of an image, given weights, condition and position."""
 
     solver: SolverName = "dpm_solver_pp"
     """Deterministic ODE solver: DPM-Solver++ of order 2 (multistep), U-ViT's "fast" DPM-Solver++ of
     order 3 (singlestep), DDIM, Euler or UniPC."""
-    num_steps: int = 50
+    num_steps: Annotated[int, Rule("from 2 to 999", lambda value: 2 <= value <= 999)] = 50
     """Function evaluations (NFE) per image. A guided evaluation of both halves counts as one."""
     guidance_scale: float = 2.0
     """w in eps = eps_uncond + w (eps_cond - eps_uncond); 1 turns guidance off. The scale s that
     the paper and U-ViT print is w - 1."""
-    guidance_low: float = 0.0
+    guidance_low: Timestep = 0.0
     """Apply guidance only at timesteps of at least this (0 … 999, 0 is clean). A narrower interval
     is cheaper and gives less saturated images (Kynkäänniemi et al. 2024)."""
-    guidance_high: float = 999.0
+    guidance_high: Timestep = 999.0
     """Apply guidance only at timesteps of at most this."""
     seed: int = 0
     """The initial noise of an image is a function of this seed and the image's position."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values that no solver can use."""
-        if not 2 <= self.num_steps <= 999:
-            raise ValueError(f"num_steps {self.num_steps} is not between 2 and 999")
+        """Raise UserError for an interval of guidance that is empty."""
         if self.guidance_low > self.guidance_high:
-            raise ValueError(
+            raise UserError(
                 f"guidance_low {self.guidance_low} is above guidance_high {self.guidance_high}"
             )
 

@@ -1,16 +1,62 @@
 """The frozen VAE: pixels <=> latents (B batch, C latent channels, H, W image, h, w latents)."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor
 
 from ifvit.errors import UserError
-from ifvit.models.pretrained import identify, resolve_pretrained
+from ifvit.models.config import NumBlocks, Size
+from ifvit.models.pretrained import (
+    identify,
+    read_model_config,
+    reading,
+    require_parameters,
+    require_tensors,
+    resolve_pretrained,
+)
+from ifvit.records import PlainName, PositiveFloat, Rule, record
 from ifvit.shards.format import EncoderIdentity
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+Blocks = Rule("1 to 16 entries", lambda values: 1 <= len(values) <= 16)
+
+
+@record
+class AutoencoderConfig:
+    """The keys of an AutoencoderKL's config.json; the defaults are those of diffusers."""
+
+    in_channels: Size = 3
+    out_channels: Size = 3
+    down_block_types: Annotated[tuple[PlainName, ...], Blocks] = ("DownEncoderBlock2D",)
+    up_block_types: Annotated[tuple[PlainName, ...], Blocks] = ("UpDecoderBlock2D",)
+    block_out_channels: Annotated[tuple[Size, ...], Blocks] = (64,)
+    layers_per_block: NumBlocks = 1
+    act_fn: PlainName = "silu"
+    latent_channels: Size = 4
+    norm_num_groups: Size = 32
+    sample_size: Size | tuple[Size, ...] = 32
+    scaling_factor: PositiveFloat = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[PositiveFloat, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    quantization_config: None = None
+
+    def __post_init__(self) -> None:
+        """Raise UserError unless all resolutions have their blocks."""
+        blocks = (self.block_out_channels, self.down_block_types, self.up_block_types)
+        if len(set(map(len, blocks))) > 1:
+            raise UserError(
+                "block_out_channels, down_block_types and up_block_types differ in length"
+            )
 
 
 class Autoencoder:
@@ -54,15 +100,30 @@ class Autoencoder:
 def load_autoencoder(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """Load the VAE `name`: a hub name, a local folder, or scenes/vae (see resolve_pretrained)."""
-    from diffusers import AutoencoderKL  # takes a second, which training without a grid saves
+    """Load the VAE `name`: a hub name, a local folder, or scenes/vae (see resolve_pretrained).
 
+    Raises UserError for a folder that does not hold a whole AutoencoderKL.
+    """
     folder = resolve_pretrained(name)
-    identity = identify(name, folder)
-    vae: Any = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
-        folder, torch_dtype=dtype, use_safetensors=True
-    )
+    vae: Any = load_vae(name, folder, dtype)
     vae.requires_grad_(False)
     # DATE differentiates through the decoder, whose activations are then most of the memory.
     vae.enable_gradient_checkpointing()
-    return Autoencoder(vae.to(device).eval(), identity)
+    return Autoencoder(vae.to(device).eval(), identify(name, folder))
+
+
+def load_vae(name: str, folder: Path, dtype: torch.dtype) -> "AutoencoderKL":
+    """Load the AutoencoderKL of a folder; `name` is used in errors."""
+    from diffusers import AutoencoderKL  # takes a second, which training without a grid saves
+
+    settings = asdict(read_model_config(AutoencoderConfig, folder))
+    del settings["quantization_config"]
+    with reading(f"{folder}/config.json: not an AutoencoderKL"), torch.device("meta"):
+        model = AutoencoderKL(**settings)
+    require_parameters(name, folder, model)
+    with reading(f"{name}: {folder} does not load as an AutoencoderKL"):
+        vae, loading = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    require_tensors(name, folder, loading["missing_keys"])
+    return vae

@@ -12,13 +12,79 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.utils.logging import disable_progress_bar
 
-from ifvit.errors import UserError
-from ifvit.models.pretrained import identify, resolve_pretrained
+from ifvit.models.config import NumBlocks, NumClasses, Size
+from ifvit.models.pretrained import (
+    identify,
+    read_model_config,
+    reading,
+    require_parameters,
+    require_tensors,
+    resolve_pretrained,
+)
+from ifvit.records import Fraction, NonNegativeInt, PlainName, PositiveFloat, parse_known, record
 from ifvit.shards.format import EncoderIdentity
-from ifvit.storage import read_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
+
+Channels = tuple[float, float, float]
+
+
+@record
+class TowerConfig:
+    """The keys that both towers of a CLIP have; None stands for transformers' default."""
+
+    hidden_size: Size | None = None
+    intermediate_size: Size | None = None
+    num_hidden_layers: NumBlocks | None = None
+    num_attention_heads: Size | None = None
+    projection_dim: Size | None = None
+    hidden_act: PlainName | None = None
+    layer_norm_eps: PositiveFloat | None = None
+    attention_dropout: Fraction | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that config.json states."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@record
+class TextConfig(TowerConfig):
+    """The keys of a CLIP text tower."""
+
+    vocab_size: NumClasses | None = None
+    max_position_embeddings: Size | None = None
+    pad_token_id: NonNegativeInt | None = None
+    bos_token_id: NonNegativeInt | None = None
+    eos_token_id: NonNegativeInt | None = None
+
+
+@record
+class VisionConfig(TowerConfig):
+    """The keys of a CLIP image tower."""
+
+    num_channels: Size | None = None
+    image_size: Size | None = None
+    patch_size: Size | None = None
+
+
+@record
+class ModelConfig:
+    """The keys of a CLIP's config.json; a text tower alone has its keys at the top."""
+
+    text_config: dict[str, Any] | None = None
+    vision_config: dict[str, Any] | None = None
+    projection_dim: Size | None = None
+
+
+@record
+class ImageProcessorConfig:
+    """The keys of preprocessor_config.json that prepare images."""
+
+    image_mean: Channels
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
 
 Normalisation = tuple[Tensor, Tensor]
 """Mean and standard deviation of CLIP's training images in [0, 1], each (1, 3, 1, 1)."""
@@ -99,21 +165,25 @@ def load_text_encoder(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextEncoder:
     """Load CLIP's text tower `name`: a hub name, a local folder, or scenes/clip."""
-    # transformers' CLIP is imported where it is loaded: most training runs do not need it.
-    from transformers import CLIPTextModel, CLIPTokenizer
-
     folder = resolve_pretrained(name)
-    model = _load(CLIPTextModel, folder, device, dtype)
-    return TextEncoder(model, CLIPTokenizer.from_pretrained(folder), identify(name, folder))
+    model = load_text_tower(name, folder, dtype).to(device)
+    return TextEncoder(model, load_tokenizer(name, folder), identify(name, folder))
 
 
 def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScorer:
     """Load a whole CLIP model with its tokenizer and image normalisation for scoring."""
-    from transformers import CLIPModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPModel
 
     folder = resolve_pretrained(name)
-    model = _load(CLIPModel, folder, device, dtype)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    path, stored = folder / "config.json", read_model_config(ModelConfig, folder)
+    with reading(f"{path}: not a CLIP"):
+        config = CLIPConfig(
+            text_config=parse_known(TextConfig, stored.text_config or {}, str(path)).given,
+            vision_config=parse_known(VisionConfig, stored.vision_config or {}, str(path)).given,
+            **({"projection_dim": stored.projection_dim} if stored.projection_dim else {}),
+        )
+    model = _load(CLIPModel, config, name, folder, dtype).to(device)
+    tokenizer = load_tokenizer(name, folder)
     return ClipScorer(model, tokenizer, _read_normalisation(folder), identify(name, folder))
 
 
@@ -122,9 +192,7 @@ def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, 
 
     Start, end and padding tokens span no characters.
     """
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(resolve_pretrained(name))
+    tokenizer = load_tokenizer(name, resolve_pretrained(name))
 
     def token_spans(caption: str) -> list[tuple[int, int]]:
         batch = tokenizer(
@@ -140,21 +208,53 @@ def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, 
     return token_spans
 
 
-def _load(cls: Any, folder: Path, device: str, dtype: torch.dtype) -> Any:
+def load_text_tower(name: str, folder: Path, dtype: torch.dtype) -> Any:
+    """Load the text tower of a folder, alone or part of a CLIP; `name` is used in errors."""
+    # transformers' CLIP is imported where it is loaded: most training runs do not need it.
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    path = folder / "config.json"
+    whole = read_model_config(ModelConfig, folder).text_config
+    if whole is None:
+        given = read_model_config(TextConfig, folder).given
+    else:
+        given = parse_known(TextConfig, whole, str(path)).given
+    with reading(f"{path}: not a CLIP text tower"):
+        config = CLIPTextConfig(**given)
+    return _load(CLIPTextModel, config, name, folder, dtype)
+
+
+def load_tokenizer(name: str, folder: Path) -> "CLIPTokenizer":
+    """Load CLIP's tokenizer. Raises UserError if its files are missing or broken."""
+    from transformers import CLIPTokenizer
+
+    with reading(f"{name}: the tokenizer in {folder} does not load"):
+        return CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _load(cls: Any, config: Any, name: str, folder: Path, dtype: torch.dtype) -> Any:
     """Load a frozen model; `Any`, because transformers' types do not hold."""
+    with reading(f"{folder}/config.json: not a {cls.__name__}"), torch.device("meta"):
+        model = cls(config)
+    require_parameters(name, folder, model)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it counts tensors and takes a second
-    model = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return model.to(device).eval().requires_grad_(False)
+    with reading(f"{name}: {folder} does not load as a {cls.__name__}"):
+        model, loading = cls.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    require_tensors(name, folder, loading["missing_keys"])
+    return model.eval().requires_grad_(False)
 
 
 def _read_normalisation(folder: Path) -> Normalisation:
     # Read by hand, because transformers' image processor needs torchvision.
-    path = str(folder / "preprocessor_config.json")
-    stored = read_json(path)
-    try:
-        mean, std = torch.tensor([stored["image_mean"], stored["image_std"]]).view(2, 1, 3, 1, 1)
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        raise UserError(f"{path}: no image_mean and image_std of three channels") from None
+    stored = read_model_config(ImageProcessorConfig, folder, name="preprocessor_config.json")
+    mean, std = torch.tensor([stored.image_mean, stored.image_std]).view(2, 1, 3, 1, 1)
     return mean, std
 
 

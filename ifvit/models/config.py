@@ -4,46 +4,56 @@ A backbone's configuration decides its parameters and its arithmetic. Recipes, c
 weights/ store it; `ifvit.models.weights.build_backbone` turns it into a network.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-
-from ifvit.errors import UserError, require_positive
+from ifvit.errors import UserError
+from ifvit.records import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Rule,
+    parse_value,
+    parse_yaml,
+    record,
+    shorten,
+)
 
 Conditioning = Literal["concat", "cross_attention", "adaln"]
 
+# The bounds of sizes let a network be described, without memory, in a second at most. Whether its
+# parameters are those of a file is then checked before any is allocated.
+Size = Annotated[int, Rule("from 1 to 65536", lambda value: 1 <= value <= 2**16)]
+"""Number of channels, tokens or pixels."""
+NumBlocks = Annotated[int, Rule("from 1 to 1024", lambda value: 1 <= value <= 1024)]
+NumClasses = Annotated[int, Rule("from 1 to 16777216", lambda value: 1 <= value <= 2**24)]
 
-@dataclass(frozen=True, kw_only=True)
+
+@record
 class LatentsConfig:
     """Input and output of every backbone: latents (latent_channels, latent_size, latent_size)."""
 
-    latent_size: int
+    latent_size: Size
     """Height and width of the square latents."""
-    latent_channels: int = 4
+    latent_channels: Size = 4
     """Channels of the latents."""
 
-    def __post_init__(self) -> None:
-        """Raise UserError for a shape that cannot be built."""
-        require_positive(self, "latent_size", "latent_channels")
 
-
-@dataclass(frozen=True, kw_only=True)
+@record
 class PatchesConfig(LatentsConfig):
     """Transformer blocks over tokens, one token per patch of the latents."""
 
-    patch_size: int
+    patch_size: Size
     """Height and width of a patch in latent pixels."""
-    width: int
+    width: Size
     """Channels of every token."""
-    num_heads: int
+    num_heads: Size
     """Attention heads of every block."""
-    mlp_ratio: int = 4
+    mlp_ratio: NumBlocks = 4
     """Hidden width of a block's MLP, as a multiple of `width`."""
-    init_std: float = 0.02
+    init_std: PositiveFloat = 0.02
     """Standard deviation of the initial Linear weights. U-ViT's 0.02 fits width 512 and above;
     narrow backbones learn faster with about width**-0.5."""
     modulation: bool = False
@@ -53,7 +63,6 @@ class PatchesConfig(LatentsConfig):
     def __post_init__(self) -> None:
         """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
-        require_positive(self, "patch_size", "width", "num_heads", "mlp_ratio")
         if self.latent_size % self.patch_size:
             raise UserError(
                 f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
@@ -62,8 +71,6 @@ class PatchesConfig(LatentsConfig):
             raise UserError(
                 f"width {self.width} must be even and divisible by num_heads {self.num_heads}"
             )
-        if self.init_std <= 0:
-            raise UserError(f"init_std must be positive: {self.init_std}")
 
     @property
     def num_image_tokens(self) -> int:
@@ -74,15 +81,15 @@ class PatchesConfig(LatentsConfig):
 _CONDITIONS = ("num_classes", "context_length", "context_width")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ConditionConfig(LatentsConfig):
     """The condition of a backbone that knows either classes or captions."""
 
-    num_classes: int | None = None
+    num_classes: NumClasses | None = None
     """Number of classes. The network gets one more, the last, which means "no class"."""
-    context_length: int | None = None
+    context_length: Size | None = None
     """For captions instead of classes: text tokens per caption."""
-    context_width: int | None = None
+    context_width: Size | None = None
     """For captions instead of classes: channels of the text encoder's tokens."""
 
     def __post_init__(self) -> None:
@@ -94,7 +101,6 @@ class ConditionConfig(LatentsConfig):
                 "give either num_classes or both context_length and context_width, not "
                 + (" and ".join(given) or "nothing")
             )
-        require_positive(self, *given)
 
     @property
     def context_shape(self) -> tuple[int, int] | None:
@@ -104,7 +110,7 @@ class ConditionConfig(LatentsConfig):
         return self.context_length, self.context_width
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class FusionUViTConfig(PatchesConfig):
     """Configuration of `FusionUViT`.
 
@@ -115,39 +121,32 @@ class FusionUViTConfig(PatchesConfig):
     num_classes: ClassVar[None] = None
     architecture: Literal["fusion_uvit"] = "fusion_uvit"
     """fusion_uvit, token_transformer or unet; the other fields depend on it."""
-    depth: int
+    depth: NumBlocks
     """Blocks before and after the middle block, together; the middle block is not counted."""
-    context_length: int
+    context_length: Size
     """Text tokens per caption."""
-    context_width: int
+    context_width: Size
     """Channels of the text encoder's tokens."""
     conditioning: Conditioning
     """How fused blocks see text: as tokens of one sequence (concat), as additional keys and values
     (cross_attention), or through modulation by the mean text token (adaln)."""
-    num_image_blocks: int
+    num_image_blocks: NonNegativeInt
     """Blocks on each side of the U that see no text (N_image)."""
-    num_text_blocks: int
+    num_text_blocks: Annotated[int, Rule("from 0 to 1024", lambda value: 0 <= value <= 1024)]
     """Blocks of the text branch (N_text)."""
-    timestep_offset: int = 0
+    timestep_offset: NonNegativeInt = 0
     """Added to the timesteps 0 ... 999; U-ViT's published weights count from 1."""
 
     def __post_init__(self) -> None:
         """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
-        if self.conditioning not in ("concat", "cross_attention", "adaln"):
-            raise UserError(
-                f"conditioning must be concat, cross_attention or adaln: {self.conditioning}"
-            )
-        require_positive(self, "depth", "context_length", "context_width")
         if self.depth % 2:
             raise UserError(f"depth must be even, half of it on each side: {self.depth}")
-        if not 0 <= self.num_image_blocks <= self.depth // 2:
+        if self.num_image_blocks > self.depth // 2:
             raise UserError(
                 f"num_image_blocks must be in 0 ... {self.depth // 2}, half the depth: "
                 f"{self.num_image_blocks}"
             )
-        if self.num_text_blocks < 0:
-            raise UserError(f"num_text_blocks must not be negative: {self.num_text_blocks}")
 
     @property
     def context_shape(self) -> tuple[int, int]:
@@ -170,26 +169,23 @@ class FusionUViTConfig(PatchesConfig):
         return self.depth - 2 * self.num_image_blocks + 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class TokenTransformerConfig(PatchesConfig, ConditionConfig):
     """Configuration of `TokenTransformer`. Raises UserError for a shape that cannot be built."""
 
     architecture: Literal["token_transformer"] = "token_transformer"
     """fusion_uvit, token_transformer or unet; the other fields depend on it."""
-    depth: int
+    depth: NumBlocks
     """Number of blocks."""
     long_skip: bool = False
     """Connect block i with block depth - 1 - i by a long skip (U-ViT); needs an odd depth."""
     conditioning: Literal["tokens", "adaln"] = "tokens"
     """How blocks see the class or caption: as tokens of the sequence, or through modulation only,
-    as in DiT (adaln)."""
+    nearly as in DiT (adaln)."""
 
     def __post_init__(self) -> None:
         """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
-        require_positive(self, "depth")
-        if self.conditioning not in ("tokens", "adaln"):
-            raise UserError(f"conditioning must be tokens or adaln: {self.conditioning}")
         if self.long_skip and self.depth % 2 == 0:
             raise UserError(
                 f"depth must be odd with long_skip, to have a middle block: {self.depth}"
@@ -211,30 +207,28 @@ class TokenTransformerConfig(PatchesConfig, ConditionConfig):
         return self.num_condition_tokens + 1 + self.num_image_tokens
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class UNetConfig(ConditionConfig):
     """Configuration of `UNet`. Raises UserError for a shape that cannot be built."""
 
     architecture: Literal["unet"] = "unet"
     """fusion_uvit, token_transformer or unet; the other fields depend on it."""
-    channels: tuple[int, ...]
+    channels: tuple[Size, ...]
     """Channels at each resolution, from the latents' own downwards; each halves the side."""
-    num_attention_levels: int
+    num_attention_levels: PositiveInt
     """Number of resolutions, the coarsest ones, that also have transformer blocks."""
-    blocks_per_level: int = 2
+    blocks_per_level: Annotated[int, Rule("from 1 to 64", lambda value: 1 <= value <= 64)] = 2
     """Residual blocks at each resolution on the way down; the way up has one more."""
-    head_width: int = 64
+    head_width: Size = 64
     """Channels of an attention head."""
-    class_width: int = 512
+    class_width: Size = 512
     """Channels of the class token."""
 
     def __post_init__(self) -> None:
         """Raise UserError for a shape that cannot be built."""
         super().__post_init__()
-        object.__setattr__(self, "channels", tuple(self.channels))  # JSON and YAML have lists only
-        require_positive(self, "blocks_per_level", "head_width", "class_width")
         num_levels = len(self.channels)
-        if not 1 <= self.num_attention_levels <= num_levels:
+        if self.num_attention_levels > num_levels:
             raise UserError(
                 f"num_attention_levels must be in 1 ... {num_levels}, the number of channels: "
                 f"{self.num_attention_levels}"
@@ -243,7 +237,7 @@ class UNetConfig(ConditionConfig):
             raise UserError(
                 f"latent_size {self.latent_size} cannot be halved {num_levels - 1} times"
             )
-        if any(count < 1 or count % 32 or count % self.head_width for count in self.channels):
+        if any(count % 32 or count % self.head_width for count in self.channels):
             raise UserError(
                 f"channels {list(self.channels)} must be multiples of 32, the number of groups "
                 f"of its norms, and of head_width {self.head_width}"
@@ -263,25 +257,25 @@ _BY_ARCHITECTURE: dict[str, type[BackboneConfig]] = {
 }
 
 
-def restore_config(stored: Mapping[str, Any]) -> BackboneConfig:
+def restore_config(stored: Mapping[str, Any], where: str = "backbone") -> BackboneConfig:
     """Return the configuration that a recipe, a checkpoint or a backbone's config.json stores.
 
-    Unknown keys, such as those of diffusers, are ignored. Files from before `architecture` existed
-    describe a FusionUViT. Raises TypeError or ValueError (UserError) for anything else.
+    Keys that begin with an underscore belong to diffusers. Raises UserError naming `where` and the
+    key that is missing, unknown or of an impossible value.
     """
     name = stored.get("architecture", "fusion_uvit")
-    if name not in _BY_ARCHITECTURE:
-        raise UserError(f"architecture: expected one of {', '.join(_BY_ARCHITECTURE)}, not {name}")
-    cls = _BY_ARCHITECTURE[name]
-    names = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{key: value for key, value in stored.items() if key in names})
+    if not isinstance(name, str) or name not in _BY_ARCHITECTURE:
+        known = ", ".join(_BY_ARCHITECTURE)
+        raise UserError(f"{where}: architecture is {shorten(name)}; expected one of {known}")
+    own = {key: value for key, value in stored.items() if not key.startswith("_")}
+    return parse_value(_BY_ARCHITECTURE[name], own, where)
 
 
 def _read_presets(*names: str) -> dict[str, Any]:
     """Read configs/backbone/NAME.yaml, which recipes and `--backbone NAME` use as well."""
     folder = Path(__file__).parent.parent / "configs" / "backbone"
     files = {name: (folder / f"{name}.yaml").read_text() for name in names}
-    return {name: restore_config(yaml.safe_load(text)) for name, text in files.items()}
+    return {name: restore_config(parse_yaml(text, name)) for name, text in files.items()}
 
 
 PRESETS: dict[str, FusionUViTConfig] = _read_presets("tiny", "small", "mid", "large", "huge")
@@ -293,7 +287,7 @@ CLASS_PRESETS: dict[str, TokenTransformerConfig | UNetConfig] = _read_presets(
 """For classes; each U-Net has about as many parameters as the transformer of the same size."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ImportConfig:
     """Make a run directory from published weights of U-ViT or its fusion fork."""
 
@@ -301,22 +295,22 @@ class ImportConfig:
     """Path or URL of the backbone's state dict as those code bases save it (.pth, .safetensors)."""
     run: str
     """Folder or s3:// prefix of the run."""
-    step: int = 1_000_000
+    step: NonNegativeInt = 1_000_000
     """Optimizer steps that the weights were trained for."""
-    ema_decay: float | None = 0.9999
+    ema_decay: Fraction | None = 0.9999
     """Decay of the EMA weights; null if the file holds raw weights."""
-    scaling_factor: float = 0.23010
+    scaling_factor: PositiveFloat = 0.23010
     """Factor by which the autoencoder's latents were multiplied in training."""
     vae: str = "CompVis/stable-diffusion-v1-4/vae"
     """The autoencoder of the training: hub name, local folder, or scenes/vae."""
     text_encoder: str = "openai/clip-vit-large-patch14"
     """The text encoder of the training: hub name, local folder, or scenes/clip."""
-    num_heads: int | None = None
+    num_heads: Size | None = None
     """Attention heads, which the tensors do not show; unset: width / 64, as in all published
     weights."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class CostConfig:
     """Print parameters and GFLOPs of every preset with every kind of fusion."""
 

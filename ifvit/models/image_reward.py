@@ -7,9 +7,9 @@ Shapes: B batch, H, W image, D width of the text tower.
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,9 +21,15 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ifvit.errors import UserError
-from ifvit.models.pretrained import download_pretrained
-from ifvit.storage import read_json
+from ifvit.models.config import NumBlocks, NumClasses, Size
+from ifvit.models.pretrained import (
+    download_pretrained,
+    read_model_config,
+    read_pickled_tensors,
+    reading,
+    require_shapes,
+)
+from ifvit.records import Fraction, NonNegativeInt, PlainName, PositiveFloat, record
 
 _WEIGHTS, _TEXT_CONFIG = "ImageReward.pt", "med_config.json"
 _TOKENIZER = "bert-base-uncased"
@@ -44,6 +50,25 @@ _VISION_NAMES = {
     r"norm(?=\.)": "post_layernorm",
 }
 """Name patterns of BLIP's own vision tower => names in transformers; the text tower's agree."""
+
+
+@record
+class TextConfig:
+    """The keys of med_config.json that describe BLIP's text tower."""
+
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: NumBlocks
+    num_attention_heads: Size
+    max_position_embeddings: Size
+    vocab_size: NumClasses
+    hidden_act: PlainName = "gelu"
+    layer_norm_eps: PositiveFloat = 1e-12
+    hidden_dropout_prob: Fraction = 0.0
+    attention_probs_dropout_prob: Fraction = 0.0
+    pad_token_id: NonNegativeInt = 0
+    bos_token_id: NonNegativeInt = 30522
+    sep_token_id: NonNegativeInt = 102
 
 
 class ImageReward(nn.Module):
@@ -100,37 +125,31 @@ def load_image_reward(name: str, device: str = "cpu") -> ImageReward:
     folder = Path(name)
     if not folder.is_dir():
         folder = download_pretrained(name, files=(_WEIGHTS, _TEXT_CONFIG))
-    stored = _read_weights(folder / _WEIGHTS)
-    try:
-        text_config = read_json(str(folder / _TEXT_CONFIG))
-        text_config["encoder_hidden_size"] = stored[f"{_VISION}cls_token"].shape[-1]
-        text_config.pop("model_type", None)
-        model = ImageReward(
-            BlipVisionModel(_vision_config(stored)),
-            BlipTextModel(BlipTextConfig(**text_config), add_pooling_layer=False),
-            _load_tokenizer(folder),
-        )
+    path = folder / _WEIGHTS
+    stored = read_pickled_tensors(path)
+    settings = read_model_config(TextConfig, folder, name=_TEXT_CONFIG)
+    tokenizer = _load_tokenizer(folder)
+    with reading(f"{path}: not the weights of ImageReward"):
         # The file also holds BLIP's contrastive heads and queues, which no score needs.
-        model.load_state_dict(
-            {
-                _rename(key): value
-                for key, value in stored.items()
-                if key.startswith((_VISION, _TEXT, _HEAD)) and not key.endswith("position_ids")
-            }
-        )
-    except (KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{folder / _WEIGHTS}: not the weights of ImageReward ({reason})") from None
+        tensors = {
+            _rename(key): value
+            for key, value in stored.items()
+            if key.startswith((_VISION, _TEXT, _HEAD)) and not key.endswith("position_ids")
+        }
+        vision = _vision_config(stored)
+        text = BlipTextConfig(**asdict(settings), encoder_hidden_size=vision.hidden_size)
+        with torch.device("meta"):
+            described = _build(vision, text, tokenizer)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        require_shapes(f"{path}: not the weights of ImageReward", described, shapes)
+        model = _build(vision, text, tokenizer)
+        model.load_state_dict(tensors)
     return model.eval().requires_grad_(False).to(device)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        stored: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: cannot be read ({reason}); download it again") from None
-    return stored
+def _build(vision: BlipVisionConfig, text: BlipTextConfig, tokenizer: Any) -> ImageReward:
+    towers = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
+    return ImageReward(*towers, tokenizer)
 
 
 def _vision_config(stored: dict[str, Tensor]) -> BlipVisionConfig:
@@ -150,9 +169,10 @@ def _vision_config(stored: dict[str, Tensor]) -> BlipVisionConfig:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    if (folder / "vocab.txt").is_file():
-        return BertTokenizer(vocab=str(folder / "vocab.txt"))
-    return AutoTokenizer.from_pretrained(_TOKENIZER)
+    with reading(f"{folder}: BERT's tokenizer does not load"):
+        if (folder / "vocab.txt").is_file():
+            return BertTokenizer(vocab=str(folder / "vocab.txt"))
+        return AutoTokenizer.from_pretrained(_TOKENIZER, trust_remote_code=False)
 
 
 def _rename(key: str) -> str:

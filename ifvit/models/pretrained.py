@@ -1,17 +1,30 @@
-"""Folders of frozen pretrained models: local, from the Hugging Face hub, or shipped for scenes."""
+"""Folders and files of frozen pretrained models: local, from the Hugging Face hub, or shipped.
 
+Whoever loads one with diffusers or transformers reads its config.json by `read_model_config` first
+and checks by `require_parameters` that the weights are as large as that file claims. `reading`
+turns what these libraries raise for broken files into one line.
+"""
+
+import contextlib
 import hashlib
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 import ifvit.scenes
 from ifvit.errors import UserError
+from ifvit.records import PlainName, parse_json, parse_known, record, shorten
 from ifvit.shards.format import EncoderIdentity
-from ifvit.storage import sha256_of
+from ifvit.storage import read_bytes, sha256_of
 
+Config = TypeVar("Config")
 _SHIPPED = Path(ifvit.scenes.__file__).parent / "encoders"
 _SHIPPED_PREFIX = "scenes/"
 
@@ -40,13 +53,131 @@ def identify(name: str, folder: Path) -> EncoderIdentity:
 
     Raises UserError if the folder has no safetensors: a pickle could run code when it is loaded.
     """
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{name}: no *.safetensors in {folder}; pickled weights are not loaded")
     digest = hashlib.sha256()
-    for path in weights:
+    for path in weight_files(name, folder):
         digest.update(bytes.fromhex(sha256_of(path)))
     return EncoderIdentity(name=name, sha256=digest.hexdigest())
+
+
+def weight_files(name: str, folder: Path) -> list[Path]:
+    """Sorted safetensors of a folder. Raises UserError for an index that names other files."""
+    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if not files:
+        raise UserError(f"{name}: no *.safetensors in {folder}; pickled weights are not loaded")
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(
+            parse_json(_WeightIndex, read_bytes(str(index)), str(index)).weight_map.values()
+        )
+        if missing := shards - {path.name for path in files}:
+            raise UserError(f"{index}: names {shorten(min(missing))}, which is not in {folder}")
+    return files
+
+
+@record
+class _WeightIndex:
+    """Content of model.safetensors.index.json: the file of each tensor."""
+
+    metadata: dict[str, Any] | None = None
+    weight_map: dict[str, PlainName]
+
+
+def read_model_config(cls: type[Config], folder: Path, *, name: str = "config.json") -> Config:
+    """Read those keys of a model's config.json that the record `cls` has.
+
+    Libraries write further keys, which differ between their versions and are ignored. Raises
+    UserError that names the file and the key.
+    """
+    path = folder / name
+    stored = parse_json(dict[str, Any], read_bytes(str(path)), str(path))
+    return parse_known(cls, stored, str(path))
+
+
+def require_parameters(name: str, folder: Path, model: nn.Module) -> None:
+    """Raise UserError if `model`, built on the meta device, has more parameters than the files.
+
+    A config.json that claims a huge network is thus refused before memory is allocated for it.
+    """
+    stored = sum(
+        torch.Size(shape).numel()
+        for path in weight_files(name, folder)
+        for shape in read_shapes(path).values()
+    )
+    claimed = sum(parameter.numel() for parameter in model.parameters())
+    if claimed > stored:
+        raise UserError(
+            f"{name}: config.json describes {claimed} parameters, but the *.safetensors in "
+            f"{folder} hold {stored}; use files of the same model"
+        )
+
+
+def require_shapes(what: str, wanted: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError unless `found` are the tensors of a module on the meta device."""
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.state_dict().items()}
+    names = expected.keys() | found.keys()
+    differing = [name for name in names if expected.get(name) != found.get(name)]
+    if differing:
+        name = min(differing)
+        raise UserError(
+            f"{what}: {shorten(name)} has shape {found.get(name)}, but the configuration describes "
+            f"{expected.get(name)}; use files of the same model"
+        )
+
+
+def require_tensors(name: str, folder: Path, missing: Collection[str]) -> None:
+    """Raise UserError if tensors are missing, which libraries replace by random numbers."""
+    if missing:
+        raise UserError(
+            f"{name}: the *.safetensors in {folder} lack {len(missing)} tensors, such as "
+            f"{shorten(min(missing))}; use a complete folder"
+        )
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of a safetensors file, from its header."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            names = tensors.offset_keys()
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({_line(error)})") from None
+
+
+def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the state dict that torch.save wrote, without running pickled code.
+
+    Raises UserError for another file, and if memory would exceed twice the file: tensors may
+    repeat one number, and an archive may be compressed.
+    """
+    with reading(f"{path}: cannot be read as tensors of torch.save without pickled code"):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise UserError(f"{path}: a compressed archive; torch.save writes none")
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(stored, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        for key, value in stored.items()
+    ):
+        raise UserError(f"{path}: not a state dict; save nnet_ema.state_dict() by itself")
+    if sum(value.nbytes for value in stored.values()) > 2 * path.stat().st_size:
+        raise UserError(f"{path}: its tensors are larger than the file; save them contiguously")
+    return stored
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raise UserError, in one line, for whatever a library raises while it reads a broken file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return shorten(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
 
 
 def upload_pretrained(folder: Path, repository: str) -> None:

@@ -4,18 +4,17 @@ The authors' code base is a fork of U-ViT: the same tensors, with other block na
 of positions and, under cross-attention, queries apart from keys and values.
 """
 
-import io
 import math
-import pickle
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ifvit import storage
@@ -23,7 +22,7 @@ from ifvit.errors import UserError
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import FusionUViTConfig, ImportConfig
 from ifvit.models.fusion_transformer import FusionUViT
-from ifvit.models.pretrained import identify, resolve_pretrained
+from ifvit.models.pretrained import identify, read_pickled_tensors, reading, resolve_pretrained
 from ifvit.models.weights import (
     WeightsInfo,
     build_backbone,
@@ -45,7 +44,6 @@ _KNOWN = re.compile(
     r"|mid_block\.|((image|caption|joint|joint_skip|image_skip|in|out)_blocks\.\d+\.))"
 )
 _CLIP_TOKENS = 77
-_MAX_BYTES = 64 << 30
 _HEAD_WIDTH = 64
 _HUGE_WIDTH, _HUGE_HEADS = 1152, 16
 """U-ViT-H, the one size whose heads are not 64 channels wide."""
@@ -76,7 +74,8 @@ def from_published_state_dict(
     if unexpected or missing:
         raise _foreign_keys(unexpected, missing)
 
-    converted = {key: torch.cat([state_dict[name] for name in names[key]]) for key in wanted}
+    with reading("published weights: parts of one tensor do not fit each other"):
+        converted = {key: torch.cat([state_dict[name] for name in names[key]]) for key in wanted}
     for key, tensor in wanted.items():
         if converted[key].shape != tensor.shape:
             raise UserError(
@@ -88,6 +87,7 @@ def from_published_state_dict(
         image, time, text = torch.split(converted["pos_embed"], sizes, dim=1)
         converted["pos_embed"] = torch.cat([time, text, image], dim=1)
         _warn_of_fixed_queries(config)
+        _warn_of_other_heads(config)
     return cast(FusionUViT, restore_backbone(config, converted))
 
 
@@ -102,6 +102,8 @@ def _infer_config(
             raise UserError(
                 f"published weights: {key} has {state_dict[key].ndim} dimensions, not {rank}"
             )
+        if 0 in state_dict[key].shape:
+            raise UserError(f"published weights: {key} is empty; use a complete file")
 
     num_positions, width = state_dict["pos_embed"].shape[1:]
     _, channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
@@ -193,6 +195,16 @@ def _warn_of_fixed_queries(config: FusionUViTConfig) -> None:
         )
 
 
+def _warn_of_other_heads(config: FusionUViTConfig) -> None:
+    if config.width != config.num_heads * _HEAD_WIDTH:
+        warnings.warn(
+            f"heads of {config.width // config.num_heads} channels: tensors do not show num_heads, "
+            f"and all published weights of the fork have heads of {_HEAD_WIDTH}; check num_heads "
+            f"{config.num_heads} against the configuration of the training",
+            stacklevel=3,
+        )
+
+
 def _foreign_keys(unexpected: list[str], missing: list[str]) -> UserError:
     def first(keys: list[str]) -> str:
         return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
@@ -207,7 +219,13 @@ def import_weights(config: ImportConfig) -> None:
 
     Raises UserError for a file that does not hold the state dict of such a backbone alone.
     """
-    tensors = _read(config.file)
+    with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
+        path = Path(config.file)
+        if storage.is_remote(config.file):
+            path = Path(temporary, "weights")
+            storage.download(config.file, path)
+        tensors = _read(config.file, path)
+        digest = storage.sha256_of(path)
     text_encoder = load_text_encoder(config.text_encoder)
     backbone = from_published_state_dict(
         tensors,
@@ -220,7 +238,7 @@ def import_weights(config: ImportConfig) -> None:
         scaling_factor=config.scaling_factor,
         vae=identify(config.vae, resolve_pretrained(config.vae)),
         text_encoder=text_encoder.identity,
-        recipe_sha256="",
+        recipe_sha256=digest,
     )
     kind = "raw" if config.ema_decay is None else "ema"
     folder = storage.join(config.run, "weights", step_name(config.step), kind)
@@ -232,17 +250,8 @@ def import_weights(config: ImportConfig) -> None:
     )
 
 
-def _read(url: str) -> Mapping[str, Tensor]:
-    data = storage.read_bytes(url, _MAX_BYTES)
-    try:
-        if url.endswith(".safetensors"):
-            return safetensors.torch.load(data)
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, SafetensorError):
-        raise UserError(
-            f"{url}: cannot be read as tensors; expected a complete file of torch.save or "
-            "safetensors without pickled code"
-        ) from None
-    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
-        raise UserError(f"{url}: not a state dict; save nnet_ema.state_dict() by itself")
-    return found
+def _read(file: str, path: Path) -> Mapping[str, Tensor]:
+    if file.endswith(".safetensors"):
+        with reading(f"{file}: cannot be read as safetensors"):
+            return safetensors.torch.load_file(path)
+    return read_pickled_tensors(path)

@@ -1,20 +1,19 @@
 """Backbones with fresh weights, and the weights/ folders that everybody but the trainer loads.
 
 A folder has config.json and diffusion_pytorch_model.safetensors, which diffusers reads, and
-weights.json, which holds the provenance of the weights and the sha256 of their file. weights.json
+weights.json, which holds the provenance of the weights and the sha256 of both files. weights.json
 is written last and thus marks a complete folder.
 """
 
-import dataclasses
+import hashlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ifvit.errors import UserError
@@ -26,16 +25,27 @@ from ifvit.models.config import (
     restore_config,
 )
 from ifvit.models.fusion_transformer import FusionUViT, TokenTransformer
+from ifvit.models.pretrained import read_shapes, require_shapes
+from ifvit.records import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    Sha256,
+    dump_sealed,
+    parse_json,
+    parse_sealed,
+    record,
+)
 from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import (
     exists,
     join,
     list_names,
     local_copy,
-    read_json,
+    read_bytes,
     sha256_of,
     upload,
-    write_json,
+    write_bytes,
 )
 
 Kind = Literal["ema", "raw"]
@@ -43,18 +53,17 @@ Kind = Literal["ema", "raw"]
 _CONFIG = "config.json"
 _TENSORS = "diffusion_pytorch_model.safetensors"
 _INFO = "weights.json"
-_DIGEST = "tensors_sha256"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class WeightsInfo:
     """Provenance of weights: what sampling and evaluation must know about their training."""
 
-    step: int
+    step: NonNegativeInt
     """Optimizer steps that the weights were trained for."""
-    ema_decay: float | None
+    ema_decay: Fraction | None
     """Decay of the EMA weights; None for raw weights."""
-    scaling_factor: float
+    scaling_factor: PositiveFloat
     """Factor by which the autoencoder's latents were multiplied in training."""
     vae: EncoderIdentity
     """The autoencoder whose latents the backbone was trained on."""
@@ -62,8 +71,24 @@ class WeightsInfo:
     """The text encoder whose context the backbone was trained on; None for classes."""
     classes: tuple[str, ...] = ()
     """Names of the classes, by number."""
-    recipe_sha256: str
-    """Hash of the recipe that trained it."""
+    recipe_sha256: Sha256
+    """Hash of the recipe that trained it; for imported weights, of the imported file."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for weights of neither captions nor classes, or of both."""
+        if (self.text_encoder is None) == (not self.classes):
+            raise UserError("expected either a text_encoder or classes")
+
+
+@record
+class StoredWeights:
+    """Content of weights.json."""
+
+    info: WeightsInfo
+    config_sha256: Sha256
+    """Hash of config.json."""
+    tensors_sha256: Sha256
+    """Hash of diffusion_pytorch_model.safetensors, which names the weights in all results."""
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:
@@ -96,27 +121,89 @@ def save_weights(folder: str, backbone: Backbone, info: WeightsInfo) -> None:
         backbone.save_pretrained(local, max_shard_size="1TB")
         for name in (_TENSORS, _CONFIG):
             upload(Path(local, name), join(folder, name))
-        digest = sha256_of(Path(local, _TENSORS))
-    write_json(join(folder, _INFO), {**dataclasses.asdict(info), _DIGEST: digest})
+        stored = StoredWeights(
+            info=info,
+            config_sha256=sha256_of(Path(local, _CONFIG)),
+            tensors_sha256=sha256_of(Path(local, _TENSORS)),
+        )
+    write_bytes(join(folder, _INFO), dump_sealed(stored))
 
 
 def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[Backbone, WeightsInfo]:
     """Load a float32 backbone in eval mode and the provenance of its weights.
 
     `url` is a folder of `save_weights`, a step's folder that contains ema/ or raw/, or a run
-    directory, of which the newest step is loaded. Weights of an object store are kept in the cache
-    folder. Raises UserError if there are no complete weights, or if they do not fit config.json.
+    directory, of which the newest step is loaded. Raises UserError as `load_backbone` does.
     """
     folder = find_weights(url, prefer=prefer)
-    info, digest = _read_info(join(folder, _INFO))
-    stored = read_json(join(folder, _CONFIG))
-    path = local_copy(join(folder, _TENSORS), digest)
-    try:
-        tensors = safetensors.torch.load_file(path)
-        return restore_backbone(restore_config(stored), tensors), info
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: {_CONFIG} and {_TENSORS} do not load ({reason})") from None
+    stored = read_stored_weights(folder)
+    return load_backbone(folder, stored), stored.info
+
+
+def read_stored_weights(folder: str) -> StoredWeights:
+    """Read weights.json. Raises UserError if it is damaged or of another version."""
+    url = join(folder, _INFO)
+    return parse_sealed(StoredWeights, read_bytes(url), url)
+
+
+def load_backbone(folder: str, stored: StoredWeights) -> Backbone:
+    """Load a float32 backbone in eval mode from a folder of `save_weights`.
+
+    Weights of an object store are kept in the cache folder. Raises UserError if a file has another
+    hash than weights.json states, and if config.json describes other tensors than the file holds.
+    """
+    config = read_backbone_config(folder, stored.config_sha256)
+    _check_classes(folder, config, stored.info)
+    path = local_copy(join(folder, _TENSORS), stored.tensors_sha256)
+    check_sha256(path, stored.tensors_sha256)
+    check_shapes(config, path)
+    return restore_backbone(config, safetensors.torch.load_file(path))
+
+
+def read_backbone_config(folder: str, sha256: str | None = None) -> BackboneConfig:
+    """Read the config.json of a backbone.
+
+    Raises UserError if it describes no backbone, or has another hash than the given one.
+    """
+    url = join(folder, _CONFIG)
+    data = read_bytes(url)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{url}: damaged, weights.json states another sha256; restore the file")
+    return restore_config(parse_json(dict[str, Any], data, url), url)
+
+
+def check_shapes(config: BackboneConfig, *paths: Path) -> None:
+    """Raise UserError unless safetensors files together hold the tensors of the backbone.
+
+    Only the headers of the files are read, and no memory is allocated for parameters.
+    """
+    found = {name: shape for path in paths for name, shape in read_shapes(path).items()}
+    with torch.device("meta"):
+        wanted = build_backbone(config)
+    require_shapes(str(paths[0]), wanted, found)
+
+
+def check_sha256(path: Path, sha256: str) -> None:
+    """Raise UserError unless a local file has this hash; a file is read once per process."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; restore it")
+    status = path.stat()
+    if _sha256_of(path, status.st_size, status.st_mtime_ns) != sha256:
+        raise UserError(f"{path}: damaged, weights.json states another sha256; restore the file")
+
+
+@lru_cache(maxsize=64)
+def _sha256_of(path: Path, _size: int, _time: int) -> str:
+    return sha256_of(path)
+
+
+def _check_classes(folder: str, config: BackboneConfig, info: WeightsInfo) -> None:
+    """Raise UserError if a backbone has another number of classes than weights.json names."""
+    if (config.num_classes or 0) != len(info.classes):
+        raise UserError(
+            f"{folder}: {_INFO} names {len(info.classes)} classes, but {_CONFIG} describes "
+            f"{config.num_classes or 0}; use files of the same training"
+        )
 
 
 def find_weights(url: str, *, prefer: Kind = "ema") -> str:
@@ -141,16 +228,3 @@ def run_of(folder: str) -> str | None:
     """Return RUN for a folder RUN/weights/step_N; None for weights outside a run directory."""
     run, found, _ = folder.rpartition("/weights/step_")
     return run if found else None
-
-
-def _read_info(url: str) -> tuple[WeightsInfo, str]:
-    """Read weights.json: the provenance and the sha256 of the file of tensors."""
-    stored = read_json(url)
-    try:
-        digest = stored.pop(_DIGEST)
-        for key in ("vae", "text_encoder"):
-            stored[key] = stored[key] and EncoderIdentity(**stored[key])
-        stored["classes"] = tuple(stored.get("classes", ()))  # absent in files of older versions
-        return WeightsInfo(**stored), digest
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{url}: not a weights.json of ifvit ({error})") from None

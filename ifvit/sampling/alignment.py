@@ -100,28 +100,33 @@ class Date:
             self._original = evaluation.context
         if evaluation.index not in self._updates:
             return Change()
-        start = self._original if self._config.start == "original" else evaluation.context
+        latest = evaluation.context
+        start = self._original if self._config.start == "original" else latest
 
         def score(context: Tensor) -> Tensor:
             images = self._decode(evaluation.predict_clean(context))
             return self._objective(images, self._prompts)
 
-        return Change(context=update_context(start, score, self._config.radius))
+        return Change(context=update_context(start, latest, score, self._config.radius))
 
 
-def update_context(context: Tensor, score: Callable[[Tensor], Tensor], radius: float) -> Tensor:
-    """Take one step c + rho grad h(c) / |grad h(c)|; the norm is over all entries of a sample.
+def update_context(
+    start: Tensor, latest: Tensor, score: Callable[[Tensor], Tensor], radius: float
+) -> Tensor:
+    """Take one step start + rho g / |g| with g = grad h(latest), the norm over a sample's entries.
 
-    The step maximises the first-order expansion of the score h (B,) in the ball of radius rho
-    around c (B, M, D). A sample without gradient keeps its c. The result carries no graph.
+    Contexts are (B, M, D), scores h (B,). With start = latest, the step maximises the first-order
+    expansion of h in the ball of radius rho around it. The authors' --init_org starts from the
+    original context, but takes the gradient at the latest one, too. A sample without gradient gets
+    its start. The result carries no graph.
     """
-    start = context.detach().requires_grad_()
+    point = latest.detach().requires_grad_()
     with torch.enable_grad():
         # Samples are independent, so the gradient of the sum is each sample's own gradient.
-        (gradient,) = torch.autograd.grad(score(start).sum(), start)
+        (gradient,) = torch.autograd.grad(score(point).sum(), point)
     norm = gradient.flatten(1).norm(dim=1)[:, None, None]
     direction = torch.where(norm > 0, gradient / norm, 0.0)
-    return context + radius * direction
+    return start + radius * direction
 
 
 def clip_score_of(scorer: ClipScorer) -> Objective:

@@ -1,19 +1,24 @@
 """Settings of the verbs `generate` and `export`, and of the alignment methods. Imports no torch."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from typing import Any, Literal
 
 from ifvit.diffusion.config import SolverConfig
-from ifvit.errors import require_positive
+from ifvit.errors import UserError
+from ifvit.records import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, record
 
 Mass = Literal["preserve", "free"]
 MethodName = Literal["plain", "date", "regulate", "both"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class DateConfig:
-    """DATE, Diffusion Adaptive Text Embedding (Na et al. 2025), with its released defaults."""
+    """DATE, Diffusion Adaptive Text Embedding (Na et al. 2025).
+
+    Radius and frequency are those of the command in the authors' README; the defaults of their
+    arguments are radius 0.1 at every step.
+    """
 
     clip: str | None = None
     """CLIP model whose score DATE raises. Unset: the model whose text tower encodes the prompts."""
@@ -23,26 +28,24 @@ class DateConfig:
     """Folder or hub repository with ImageReward.pt and med_config.json."""
     image_reward_weight: float = 0.0
     """Weight of ImageReward in the objective; 0 removes it."""
-    radius: float = 0.5
+    radius: NonNegativeFloat = 0.5
     """Length rho of every update, in the space of the text encoder's output."""
-    every: int = 10
+    every: PositiveInt = 10
     """Update before the function evaluations 0, every, 2 every, …. A solver with three evaluations
     per step updates at the start of its next step."""
-    evaluations: tuple[int, ...] | None = None
+    evaluations: tuple[NonNegativeInt, ...] | None = None
     """Function evaluations to update before, counted from 0; replaces `every`."""
     start: Literal["latest", "original"] = "latest"
-    """Context that each update starts from. `original` keeps the context within radius rho."""
+    """Context that each update steps from, along the gradient at the latest context. `original`
+    (the authors' --init_org) keeps the context within radius rho of the prompt's own."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an impossible frequency or radius and for an empty objective."""
-        require_positive(self, "date.every")
-        if self.radius < 0:
-            raise ValueError(f"date.radius {self.radius} is negative")
+        """Raise UserError for an empty objective."""
         if not (self.clip_weight or self.image_reward_weight):
-            raise ValueError("date.clip_weight and date.image_reward_weight are both 0; set one")
+            raise UserError("date.clip_weight and date.image_reward_weight are both 0; set one")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class RegulationConfig:
     """Attention regulation (Zhang et al. 2024)."""
 
@@ -50,17 +53,10 @@ class RegulationConfig:
     """Words of the prompt to regulate, as in "bag apple". Unset: its nouns and numerals."""
     mass: Mass = "preserve"
     """Keep each image token's total attention to the text (preserve), or let it grow (free)."""
-    share_of_steps: float = 0.5
+    share_of_steps: Fraction = 0.5
     """Regulate this first fraction of the function evaluations."""
-    blocks: tuple[int, ...] | None = None
+    blocks: tuple[NonNegativeInt, ...] | None = None
     """Fused blocks to regulate, counted from 0 at the input. Unset: the middle five."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for an impossible fraction."""
-        if not 0 <= self.share_of_steps <= 1:
-            raise ValueError(
-                f"regulation.share_of_steps {self.share_of_steps} is not between 0 and 1"
-            )
 
 
 _USED_BY: dict[str, tuple[MethodName, ...]] = {
@@ -70,7 +66,7 @@ _USED_BY: dict[str, tuple[MethodName, ...]] = {
 """Fields of SamplingConfig that only some methods read, with these methods."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class SamplingConfig(SolverConfig):
     """Settings that decide an image, given weights, prompt and position; and the batch size."""
 
@@ -81,13 +77,8 @@ class SamplingConfig(SolverConfig):
     """Settings of DATE."""
     regulation: RegulationConfig = field(default_factory=RegulationConfig)
     """Settings of attention regulation."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images generated together. Changes speed and memory, not the images."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for values that no solver can use."""
-        super().__post_init__()
-        require_positive(self, "batch_size")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -101,7 +92,7 @@ class SamplingConfig(SolverConfig):
         return {name: value for name, value in given.items() if name in names - unused}
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class GenerateConfig(SamplingConfig):
     """Generate images for prompts or classes: PNG files, samples.jsonl and a grid."""
 
@@ -115,7 +106,7 @@ class GenerateConfig(SamplingConfig):
     """Class names or numbers, for weights trained on classes; also as --class NAME NAME."""
     output: str = "samples"
     """Folder or s3:// URL for the images."""
-    num_images: int = 1
+    num_images: PositiveInt = 1
     """Images per prompt, each from its own noise."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto uses a GPU if there is one."""
@@ -123,14 +114,13 @@ class GenerateConfig(SamplingConfig):
     """Compile the backbone first, on a GPU into CUDA graphs. Takes minutes once, then is faster."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless there is exactly one source of prompts."""
+        """Raise UserError unless there is exactly one source of prompts."""
         super().__post_init__()
         if [self.prompt is None, self.prompts is None, not self.classes].count(False) != 1:
-            raise ValueError("give one of prompt (a text), prompts (a text file) or class (names)")
-        require_positive(self, "num_images")
+            raise UserError("give one of prompt (a text), prompts (a text file) or class (names)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ExportConfig:
     """Write a trained backbone and its encoders to one folder that diffusers loads."""
 

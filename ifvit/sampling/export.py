@@ -1,18 +1,27 @@
 """The verb `export`: trained weights and encoders => a diffusers pipeline with a model card."""
 
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from ifvit import storage
 from ifvit.diffusion.solvers import SOLVERS
 from ifvit.models.config import BackboneConfig
 from ifvit.models.pretrained import upload_pretrained
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
+from ifvit.records import (
+    NonNegativeFloat,
+    parse_json,
+    parse_known,
+    parse_value,
+    parse_yaml,
+    printable,
+    record,
+)
 from ifvit.sampling.config import ExportConfig
 from ifvit.sampling.load import load_model, load_trained_autoencoder, load_trained_text_encoder
 from ifvit.sampling.pipeline import FusionPipeline
@@ -31,9 +40,17 @@ tags: [ifvit, {task}]
 from ifvit.sampling.pipeline import FusionPipeline
 
 pipeline = FusionPipeline.from_pretrained("THIS FOLDER, s3:// PREFIX OR HUB NAME")
-image = pipeline("{prompt}", guidance_scale=2.0).images[0]
+image = pipeline({prompt}, guidance_scale=2.0).images[0]
 ```
 """
+
+
+@record
+class _Estimate:
+    """The part of a metric's estimate that the card shows."""
+
+    value: float
+    standard_error: NonNegativeFloat
 
 
 def export(config: ExportConfig) -> None:
@@ -94,28 +111,34 @@ def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneCon
         "sha256 of the backbone": sha256,
         "sha256 of the recipe": info.recipe_sha256,
     } | asdict(config)
-    card = _HEAD.format(task=task, title=title, prompt=prompt) + _format_table(facts)
+    card = _HEAD.format(task=task, title=title, prompt=ascii(prompt)) + _format_table(facts)
     run = run_of(folder)
     recipe_url = storage.join(run, "config.yaml") if run else ""
     if run is None or not storage.exists(recipe_url):
         return card + "\nThe run that trained these weights is not available.\n"
-    recipe = storage.read_bytes(recipe_url).decode()
+    recipe = storage.read_bytes(recipe_url)
     return (
         card
-        + f"\n## Data\n{_format_data(str(yaml.safe_load(recipe)['shards']))}"
+        + f"\n## Data\n{_format_data(_read_shards(recipe, recipe_url))}"
         + f"\n## Metrics\n{_format_metrics(run, info.step, sha256)}"
-        + f"\n## Recipe\n```yaml\n{recipe}```\n"
+        + f"\n## Recipe\n{_format_code(recipe.decode(errors='replace'), 'yaml')}"
     )
+
+
+def _read_shards(recipe: bytes, where: str) -> str:
+    """Return the URL of the training's shards, the only key of config.yaml that is read here."""
+    stored = parse_value(dict[str, Any], parse_yaml(recipe, where), where)
+    return parse_value(str, stored.get("shards"), f"{where}: shards")
 
 
 def _format_data(shards: str) -> str:
     try:
         manifest = read_manifest(shards)
     except ShardError as error:
-        return f"The manifest of the shards `{shards}` could not be read ({error}).\n"
+        return f"The manifest of the shards could not be read ({_escape(error)}).\n"
     return _format_table(
         {
-            "shards": f"`{shards}`, {len(manifest.shards)} files",
+            "shards": f"{shards}, {len(manifest.shards)} files",
             "images": manifest.num_samples,
             "captions": manifest.num_captions,
             "image size": manifest.image_size,
@@ -132,21 +155,40 @@ def _format_metrics(run: str, step: int, sha256: str) -> str:
     for protocol in storage.list_names(evaluations):
         for scale in storage.list_names(storage.join(evaluations, protocol)):
             url = storage.join(evaluations, protocol, scale, f"{step_name(step)}.json")
-            row = storage.read_json(url) if storage.exists(url) else {}
+            if not storage.exists(url):
+                continue
+            row = parse_json(dict[str, Any], storage.read_bytes(url), url)
             if row.get("weights_sha256") != sha256:
                 continue
-            measured = {
-                name: f"{entry['value']:.4f} ± {entry['standard_error']:.4f}"
+            estimates = {
+                name: parse_known(_Estimate, entry, f"{url}: {name}")
                 for name, entry in row.items()
                 if isinstance(entry, dict) and "standard_error" in entry
             }
-            facts = row["protocol"] | row["protocol"]["sampling"]
-            del facts["sampling"]
+            measured = {
+                name: f"{estimate.value:.4f} ± {estimate.standard_error:.4f}"
+                for name, estimate in estimates.items()
+            }
+            facts = parse_value(dict[str, Any], row.get("protocol"), f"{url}: protocol")
+            facts |= parse_value(dict[str, Any], facts.pop("sampling", {}), f"{url}: sampling")
             found += f"\n### {protocol}, {scale}\n{_format_table(measured)}"
             found += f"\nProtocol:\n{_format_table(facts)}"
     return found or "These weights have not been evaluated.\n"
 
 
 def _format_table(rows: Mapping[str, object]) -> str:
-    lines = (f"| {name} | {value} |\n" for name, value in rows.items())
+    lines = (f"| {_escape(name)} | {_escape(value)} |\n" for name, value in rows.items())
     return "\n| | |\n|---|---|\n" + "".join(lines)
+
+
+def _format_code(text: str, language: str) -> str:
+    """Format a block of code whose fence is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    lines = "".join(f"{printable(line)}\n" for line in text.splitlines())
+    return f"{fence}{language}\n{lines}{fence}\n"
+
+
+def _escape(value: object) -> str:
+    """Return text of a file as Markdown that shows it: no HTML, link, code or further row."""
+    text = printable(str(value)).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*|\[\]~$!])", r"\\\1", text)

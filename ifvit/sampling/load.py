@@ -4,21 +4,25 @@ The verbs `generate`, `evaluate`, `export` and `analyze attention` and the sampl
 call this module. Encoders are opened by name and checked by hash.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ifvit.diffusion.sampler import Sampler
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.backbone import Backbone
 from ifvit.models.clip import TextEncoder, load_text_encoder
-from ifvit.models.weights import WeightsInfo, load_weights
+from ifvit.models.weights import (
+    WeightsInfo,
+    find_weights,
+    load_backbone,
+    read_stored_weights,
+)
 from ifvit.shards.format import EncoderIdentity
 
 
@@ -30,7 +34,7 @@ class Model:
     backbone: Backbone
     info: WeightsInfo
     sha256: str
-    """Hash of the backbone's parameters."""
+    """Hash of the file of the backbone's parameters, which weights.json states."""
 
 
 def load_model(url: str, device: str, *, compile: bool = False) -> Model:
@@ -38,12 +42,13 @@ def load_model(url: str, device: str, *, compile: bool = False) -> Model:
 
     Raises UserError for missing or broken weights.
     """
-    backbone, info = load_weights(url)
-    sha256 = weights_sha256(backbone)
+    folder = find_weights(url)
+    stored = read_stored_weights(folder)
+    backbone = load_backbone(folder, stored)
     backbone.requires_grad_(False).to(device)  # type: ignore[arg-type]  # diffusers' decorator
     if compile:
         compile_backbone(backbone)
-    return Model(url=url, backbone=backbone, info=info, sha256=sha256)
+    return Model(url=url, backbone=backbone, info=stored.info, sha256=stored.tensors_sha256)
 
 
 def compile_backbone(backbone: Backbone) -> None:
@@ -131,12 +136,3 @@ def check_identity(role: str, found: EncoderIdentity, trained_with: EncoderIdent
             f"{role} {found.name} has sha256 {found.sha256[:12]}…, but the weights were trained "
             f"with {trained_with.name} {trained_with.sha256[:12]}…; use that encoder"
         )
-
-
-def weights_sha256(backbone: nn.Module) -> str:
-    """Hash parameter names and values, independent of device and file format."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

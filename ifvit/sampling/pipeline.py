@@ -5,10 +5,11 @@ Shapes: B images, M text tokens, D context width, C latent channels, S latent si
 
 import inspect
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
@@ -19,14 +20,66 @@ from torch import Tensor, nn
 from ifvit import storage
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import AlignmentMethod, GuidedNoisePredictor
+from ifvit.errors import UserError
+from ifvit.models.autoencoders import load_vae
 from ifvit.models.backbone import Backbone
-from ifvit.models.clip import encode_captions
-from ifvit.models.pretrained import download_pretrained
+from ifvit.models.clip import encode_captions, load_text_tower, load_tokenizer
+from ifvit.models.pretrained import (
+    download_pretrained,
+    read_model_config,
+    reading,
+    weight_files,
+)
+from ifvit.models.weights import check_shapes, read_backbone_config
+from ifvit.records import Rule, parse_json, parse_value, path_inside, record
 from ifvit.sampling.load import number_classes
 
 Generators = torch.Generator | list[torch.Generator]
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
+
+
+_INDEX = "model_index.json"
+Named = tuple[str | None, str | None]
+"""Package and name of a component's class."""
+_CLASSES: dict[str, set[Named]] = {
+    "backbone": {
+        ("ifvit.models.fusion_transformer", "FusionUViT"),
+        ("ifvit.models.fusion_transformer", "TokenTransformer"),
+        ("ifvit.models.unet", "UNet"),
+    },
+    "vae": {("diffusers", "AutoencoderKL")},
+    "text_encoder": {("transformers", "CLIPTextModel")},
+    "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
+    "scheduler": {("diffusers", name) for name in dir(diffusers) if name.endswith("Scheduler")},
+}
+"""Component => classes that a file may choose: naming another one would import its code."""
+
+
+@record
+class PipelineIndex:
+    """Content of model_index.json without the keys of diffusers."""
+
+    backbone: Named
+    vae: Named
+    text_encoder: Named = (None, None)
+    tokenizer: Named = (None, None)
+    scheduler: Named
+    classes: tuple[str, ...] = ()
+
+    @property
+    def components(self) -> dict[str, Named]:
+        """The class of every component; a component is a folder of that name."""
+        return {name: getattr(self, name) for name in _CLASSES}
+
+
+@record
+class SchedulerConfig:
+    """The key of scheduler_config.json that decides how much a scheduler computes in advance."""
+
+    num_train_timesteps: Annotated[
+        int, Rule("from 1 to 1000", lambda value: 1 <= value <= 1000)
+    ] = 1000
 
 
 class FusionPipeline(DiffusionPipeline):
@@ -72,18 +125,27 @@ class FusionPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """Load from a folder, an `s3://` prefix or a hub name; `options` as in diffusers.
 
-        Raises UserError for a hub name that cannot be fetched and an s3:// prefix without files.
+        Pass components of your own classes as arguments: a file cannot name code to import.
+        Raises UserError for a hub name that cannot be fetched, and for a folder that is not a
+        complete pipeline of ifvit.
         """
         url = str(pretrained_model_name_or_path)
         if storage.is_remote(url):
             with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
                 _download(url, Path(folder))
-                return super().from_pretrained(folder, **options)
+                return cls._load(Path(folder), options)
         if not Path(url).is_dir():
             # diffusers' own download rejects components whose class is in an installed package.
             of_hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
             url = str(download_pretrained(url, **of_hub))
-        return super().from_pretrained(url, **options)
+        return cls._load(Path(url), options)
+
+    @classmethod
+    def _load(cls, folder: Path, options: dict[str, Any]) -> Any:
+        components = _load_components(folder, options)
+        safe = {"trust_remote_code": False, "use_safetensors": True}
+        with reading(f"{folder}: not a pipeline that diffusers loads"):
+            return super().from_pretrained(folder, **options | components | safe)
 
     @property
     def interrupt(self) -> bool:
@@ -121,14 +183,16 @@ class FusionPipeline(DiffusionPipeline):
         `latents` or `prompt_embeds` (B, M, D). Raises ValueError for contradictory arguments.
         """
         context = self._embed(prompt, prompt_embeds, "prompt")
-        context = context.repeat_interleave(num_images_per_prompt, dim=0)
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
         negative = self._embed(negative_prompt, negative_prompt_embeds, "negative_prompt")
+        if len(negative) not in (1, len(context)):
+            raise ValueError("give one negative prompt, or one for each prompt")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; give at least 1")
         if len(negative) > 1:
             negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
-            if len(negative) != len(context):
-                raise ValueError("give one negative prompt, or one for each prompt")
+        context = context.repeat_interleave(num_images_per_prompt, dim=0)
         predictor = GuidedNoisePredictor(
             self.backbone,
             context,
@@ -139,7 +203,7 @@ class FusionPipeline(DiffusionPipeline):
 
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        noise = self._sample_noise(len(context), generator) if latents is None else latents
+        noise = self._initial_noise(len(context), generator, latents)
         latents = noise.to(device, torch.float32) * self.scheduler.init_noise_sigma
         # Only schedulers that add noise take a generator.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -157,6 +221,7 @@ class FusionPipeline(DiffusionPipeline):
                 changed = callback_on_step_end(self, step, t, shown)
                 latents = changed.get("latents", latents)
                 if "prompt_embeds" in changed:
+                    self._check_rows("prompt_embeds", changed["prompt_embeds"], len(context))
                     context = changed["prompt_embeds"]
                     predictor.set_condition(context)
 
@@ -168,21 +233,41 @@ class FusionPipeline(DiffusionPipeline):
         if (prompt is None) == (embeds is None):
             raise ValueError(f"give either {name} or {name}_embeds")
         if embeds is not None:
+            self._check_rows(f"{name}_embeds", embeds)
             return embeds.to(self._execution_device)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        assert prompts is not None
+        if not prompts:
+            raise ValueError(f"{name} is empty; give at least one")
         if self.text_encoder is None:
             # The empty name is the null class.
             numbers = number_classes((*self.config["classes"], ""), prompts)
             return numbers.to(self._execution_device)
         return encode_captions(self.text_encoder, self.tokenizer, prompts)
 
-    def _sample_noise(self, count: int, generator: Generators | None) -> Tensor:
-        """Sample standard normal noise (count, C, S, S)."""
+    def _check_rows(self, name: str, embeds: Tensor, count: int | None = None) -> None:
+        """Raise ValueError unless there are `count` conditions, or at least one, of any shape.
+
+        The backbone checks the shape of contexts.
+        """
+        num_dims = 1 if self.text_encoder is None and self.config["classes"] else 3
+        if embeds.ndim != num_dims or not len(embeds) or count not in (None, len(embeds)):
+            raise ValueError(
+                f"{name} has shape {tuple(embeds.shape)}; expected {num_dims} dimensions and "
+                f"{count or 'at least one'} rows"
+            )
+
+    def _initial_noise(
+        self, count: int, generator: Generators | None, latents: Tensor | None
+    ) -> Tensor:
+        """Return latents that fit the images, or sample standard normal noise (count, C, S, S)."""
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} images; give one for each")
         config = self.backbone.config
         size = (count, config.latent_channels, config.latent_size, config.latent_size)
+        if latents is not None:
+            if tuple(latents.shape) != size:
+                raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {size}")
+            return latents
         noise: Tensor = randn_tensor(size, generator=generator, device=self._execution_device)
         return noise
 
@@ -197,7 +282,52 @@ class FusionPipeline(DiffusionPipeline):
 
 def _download(url: str, folder: Path) -> None:
     """Download the pipeline's index and the files of its components."""
-    storage.download(storage.join(url, "model_index.json"), folder / "model_index.json")
-    for component in storage.read_json(str(folder / "model_index.json")):
-        for name in storage.list_names(storage.join(url, component)):
-            storage.download(storage.join(url, component, name), folder / component / name)
+    storage.download(storage.join(url, _INDEX), folder / _INDEX)
+    for component, (library, _) in _read_index(folder).components.items():
+        for name in storage.list_names(storage.join(url, component)) if library else ():
+            path = path_inside(folder, f"{component}/{name}")
+            storage.download(storage.join(url, component, name), path)
+
+
+def _read_index(folder: Path) -> PipelineIndex:
+    path = folder / _INDEX
+    stored = parse_json(dict[str, Any], storage.read_bytes(str(path)), str(path))
+    if stored.get("_class_name") != FusionPipeline.__name__:
+        raise UserError(f"{path}: not the index of a {FusionPipeline.__name__}")
+    # Other keys that begin with an underscore belong to diffusers.
+    own = {key: value for key, value in stored.items() if not key.startswith("_")}
+    return parse_value(PipelineIndex, own, str(path))
+
+
+def _load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the autoencoder, text encoder and tokenizer, and check the other components.
+
+    Components that the caller passes in `options` are not read. Raises UserError for files that
+    are incomplete, or larger than they claim, and for other classes than those of `export`.
+    """
+    index = _read_index(folder)
+    dtypes = options.get("torch_dtype") or options.get("dtype") or torch.float32
+    if not isinstance(dtypes, Mapping):
+        dtypes = {"default": dtypes}
+    loaded: dict[str, Any] = {}
+    for name, named in index.components.items():
+        if name in options or named == (None, None):
+            continue
+        if named not in _CLASSES[name]:
+            raise UserError(
+                f"{folder / _INDEX}: {name} is a {'.'.join(map(str, named))}, a class that a file "
+                f"cannot choose; pass {name}=... to from_pretrained"
+            )
+        inside = path_inside(folder, name)
+        dtype = dtypes.get(name, dtypes.get("default", torch.float32))
+        if name == "backbone":
+            config = read_backbone_config(str(inside))
+            check_shapes(config, *weight_files(str(inside), inside))
+        elif name == "scheduler":
+            read_model_config(SchedulerConfig, inside, name="scheduler_config.json")
+        elif name == "tokenizer":
+            loaded[name] = load_tokenizer(str(inside), inside)
+        else:
+            load = load_vae if name == "vae" else load_text_tower
+            loaded[name] = load(str(inside), inside, dtype)
+    return loaded

@@ -179,5 +179,5 @@ def test_ddim_equals_diffusers_own_scheduler_for_equal_strides() -> None:
 
 @pytest.mark.parametrize("num_steps", [1, 1000])
 def test_numbers_of_steps_that_no_solver_can_use_are_refused(num_steps: int) -> None:
-    with pytest.raises(ValueError, match=f"num_steps {num_steps}"):
+    with pytest.raises(ValueError, match=f"num_steps is {num_steps}"):
         SolverConfig(num_steps=num_steps)

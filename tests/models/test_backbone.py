@@ -177,18 +177,19 @@ def test_latents_and_context_of_another_shape_or_number_are_one_clear_error(name
         (CROSS, {"patch_size": 3}, "not divisible by patch_size 3"),
         (CROSS, {"depth": 5}, "depth must be even"),
         (CROSS, {"num_image_blocks": 4}, r"in 0 \.\.\. 3"),
-        (CROSS, {"num_image_blocks": -1}, r"in 0 \.\.\. 3"),
-        (CROSS, {"num_text_blocks": -1}, "must not be negative"),
-        (CROSS, {"width": 0}, "width is 0; it must be at least 1"),
-        (CROSS, {"conditioning": "add"}, "concat, cross_attention or adaln"),
+        (CROSS, {"num_image_blocks": -1}, "num_image_blocks is -1"),
+        (CROSS, {"num_text_blocks": -1}, "num_text_blocks is -1"),
+        (CROSS, {"width": 0}, "width is 0; it must be from 1 to 65536"),
+        (CROSS, {"depth": 10**9}, "depth is 1000000000; it must be from 1 to 1024"),
+        (CROSS, {"init_std": float("nan")}, "init_std is NaN"),
         (TOKENS, {"long_skip": True, "depth": 4}, "depth must be odd with long_skip"),
         (TOKENS, {"num_classes": None}, "give either num_classes or both .*, not nothing"),
         (TOKENS, {"context_length": 5}, "not num_classes and context_length"),
         (TOKENS, {"num_classes": None, "context_length": 5}, "not context_length"),
-        (TOKENS, {"num_classes": 0}, "num_classes is 0; it must be at least 1"),
-        (TOKENS, {"depth": 0}, "depth is 0; it must be at least 1"),
+        (TOKENS, {"num_classes": 0}, "num_classes is 0; it must be from 1"),
+        (TOKENS, {"depth": 0}, "depth is 0; it must be from 1"),
         (UNET, {"channels": (32, 48)}, r"channels \[32, 48\] must be multiples of 32"),
-        (UNET, {"channels": (0, 32)}, "must be multiples of 32"),
+        (UNET, {"channels": (0, 32)}, r"channels\[0\] is 0"),
         (UNET, {"head_width": 64}, "of head_width 64"),
         (UNET, {"num_attention_levels": 3}, r"num_attention_levels must be in 1 \.\.\. 2"),
         (UNET, {"channels": (32,) * 5}, "latent_size 8 cannot be halved 4 times"),
@@ -204,5 +205,21 @@ def test_a_configuration_from_before_architectures_is_a_fusion_uvit():
     stored = dataclasses.asdict(CROSS)
     del stored["architecture"]
     assert restore_config(stored) == CROSS
-    with pytest.raises(UserError, match=r"expected one of fusion_uvit, .* not vit"):
-        restore_config({**stored, "architecture": "vit"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "vit"}, "architecture is vit; expected one of fusion_uvit"),
+        ({"architecture": ["vit"]}, "expected one of fusion_uvit"),
+        ({"conditioning": "add"}, "conditioning"),
+        ({"depth": 10**9}, "depth is 1000000000"),
+        ({"width": float("nan")}, "width"),
+        ({"width": "16"}, "width"),
+        ({"latent_size": None}, "latent_size"),
+        ({"colour": 3}, "colour"),
+    ],
+)
+def test_a_stored_configuration_is_checked_key_by_key(change, message):
+    with pytest.raises(UserError, match=f"backbone: .*{message}"):
+        restore_config(dataclasses.asdict(CROSS) | change)

@@ -63,17 +63,23 @@ def lengths(context: Tensor) -> Tensor:
 
 
 def test_every_sample_moves_by_the_radius_along_its_own_gradient() -> None:
-    step = update_context(CONTEXTS, closeness, 0.5) - CONTEXTS
+    step = update_context(CONTEXTS, CONTEXTS, closeness, 0.5) - CONTEXTS
     torch.testing.assert_close(lengths(step), torch.full((3,), 0.5))
     towards = (GOAL - CONTEXTS) / lengths(GOAL - CONTEXTS)[:, None, None]
     torch.testing.assert_close(step, 0.5 * towards, rtol=1e-4, atol=1e-5)
-    assert (closeness(update_context(CONTEXTS, closeness, 0.01)) > closeness(CONTEXTS)).all()
-    assert torch.equal(update_context(CONTEXTS, closeness, 0.0), CONTEXTS)
+    assert (
+        closeness(update_context(CONTEXTS, CONTEXTS, closeness, 0.01)) > closeness(CONTEXTS)
+    ).all()
+    assert torch.equal(update_context(CONTEXTS, CONTEXTS, closeness, 0.0), CONTEXTS)
 
 
 def test_a_sample_without_gradient_keeps_its_context() -> None:
     switch = torch.tensor([1.0, 0.0, 1.0])
-    updated = update_context(CONTEXTS, lambda context: switch * closeness(context), 0.5)
+
+    def score(context: Tensor) -> Tensor:
+        return switch * closeness(context)
+
+    updated = update_context(CONTEXTS, CONTEXTS, score, 0.5)
     torch.testing.assert_close(lengths(updated - CONTEXTS), 0.5 * switch)
 
 
@@ -174,6 +180,25 @@ def test_updates_add_up_or_stay_in_the_ball(
     assert len(distances) == 3
     assert 0.49 < distances[0] < 0.51
     assert distances[-1] <= furthest + 1e-3
+
+
+def test_an_update_from_the_original_follows_the_gradient_at_the_latest_context(
+    backbone: FusionUViT,
+) -> None:
+    # Equation of the authors' --init_org: c_original + rho g / |g| with g = grad h(c_latest).
+    recorder = Recorder(date(every=2, start="original"))
+    sample(backbone, recorder)
+    updates = [pair for pair in recorder.seen if pair[1].context is not None]
+    assert len(updates) == 3
+    for evaluation, change in updates:
+        assert change.context is not None
+        latest = evaluation.context.clone().requires_grad_()
+        with torch.enable_grad():
+            score = brightness(0.5 * evaluation.predict_clean(latest)).sum()
+            (gradient,) = torch.autograd.grad(score, latest)
+        step = 0.5 * gradient / lengths(gradient)[:, None, None]
+        torch.testing.assert_close(change.context, CONTEXTS + step, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(updates[1][0].context, CONTEXTS)
 
 
 def test_an_image_with_date_does_not_depend_on_its_batch(backbone: FusionUViT) -> None:
@@ -402,10 +427,10 @@ def test_flags_choose_the_method_and_its_settings() -> None:
 @pytest.mark.parametrize(
     ("config", "wrong", "message"),
     [
-        (DateConfig, {"every": 0}, "date.every is 0"),
-        (DateConfig, {"radius": -1.0}, "date.radius -1"),
+        (DateConfig, {"every": 0}, "every is 0"),
+        (DateConfig, {"radius": -1.0}, "radius is -1"),
         (DateConfig, {"clip_weight": 0.0}, "are both 0"),
-        (RegulationConfig, {"share_of_steps": 1.5}, "share_of_steps 1.5"),
+        (RegulationConfig, {"share_of_steps": 1.5}, "share_of_steps is 1.5"),
     ],
 )
 def test_impossible_settings_are_refused(

@@ -10,10 +10,9 @@ from untrained import save_untrained
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.models import pretrained
-from ifvit.models.weights import load_weights
+from ifvit.models.weights import find_weights, read_stored_weights
 from ifvit.sampling.config import ExportConfig
 from ifvit.sampling.export import export
-from ifvit.sampling.load import weights_sha256
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def test_the_card_describes_weights_recipe_and_missing_data(run: Path, tmp_path:
 
 
 def test_the_card_shows_metrics_of_the_exported_weights(run: Path, tmp_path: Path) -> None:
-    digest = weights_sha256(load_weights(str(run))[0])
+    digest = read_stored_weights(find_weights(str(run))).tensors_sha256
     card = read_card(run, tmp_path, evaluated=digest)
     assert "| clip_score | 0.2500 ± 0.0125 |" in card
     assert "| num_steps | 50 |" in card

@@ -261,4 +261,4 @@ def test_an_exported_pipeline_takes_class_names_and_numbers(classes: str, tmp_pa
     assert torch.equal(by_name, pipeline(**numbers, **options).images)
     card = (tmp_path / "README.md").read_text()
     assert "| classes | bird, cat, dog |" in card
-    assert 'pipeline("bird", guidance_scale=2.0)' in card
+    assert "pipeline('bird', guidance_scale=2.0)" in card
