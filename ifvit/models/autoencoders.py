@@ -105,21 +105,21 @@ def load_autoencoder(
     Raises UserError for a folder that does not hold a whole AutoencoderKL.
     """
     folder = resolve_pretrained(name)
-    vae: Any = load_vae(name, folder, dtype)
+    vae = load_vae(name, folder, dtype)
     vae.requires_grad_(False)
     # DATE differentiates through the decoder, whose activations are then most of the memory.
     vae.enable_gradient_checkpointing()
     return Autoencoder(vae.to(device).eval(), identify(name, folder))
 
 
-def load_vae(name: str, folder: Path, dtype: torch.dtype) -> "AutoencoderKL":
+def load_vae(name: str, folder: Path, dtype: torch.dtype) -> Any:
     """Load the AutoencoderKL of a folder; `name` is used in errors."""
     from diffusers import AutoencoderKL  # takes a second, which training without a grid saves
 
     settings = asdict(read_model_config(AutoencoderConfig, folder))
     del settings["quantization_config"]
     with reading(f"{folder}/config.json: not an AutoencoderKL"), torch.device("meta"):
-        model = AutoencoderKL(**settings)
+        model: Any = AutoencoderKL(**settings)  # type: ignore[no-untyped-call]
     require_parameters(name, folder, model)
     with reading(f"{name}: {folder} does not load as an AutoencoderKL"):
         vae, loading = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]

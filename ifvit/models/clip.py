@@ -176,11 +176,14 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 
     folder = resolve_pretrained(name)
     path, stored = folder / "config.json", read_model_config(ModelConfig, folder)
+    width: dict[str, Any] = (
+        {"projection_dim": stored.projection_dim} if stored.projection_dim else {}
+    )
     with reading(f"{path}: not a CLIP"):
         config = CLIPConfig(
             text_config=parse_known(TextConfig, stored.text_config or {}, str(path)).given,
             vision_config=parse_known(VisionConfig, stored.vision_config or {}, str(path)).given,
-            **({"projection_dim": stored.projection_dim} if stored.projection_dim else {}),
+            **({} if width is None else {"projection_dim": width}),  # type: ignore[arg-type]
         )
     model = _load(CLIPModel, config, name, folder, dtype).to(device)
     tokenizer = load_tokenizer(name, folder)
@@ -229,7 +232,8 @@ def load_tokenizer(name: str, folder: Path) -> "CLIPTokenizer":
     from transformers import CLIPTokenizer
 
     with reading(f"{name}: the tokenizer in {folder} does not load"):
-        return CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
 
 
 def _load(cls: Any, config: Any, name: str, folder: Path, dtype: torch.dtype) -> Any:

@@ -40,6 +40,9 @@ class LatentsConfig:
     latent_channels: Size = 4
     """Channels of the latents."""
 
+    def __post_init__(self) -> None:
+        """Check relations between fields; there are none here."""
+
 
 @record
 class PatchesConfig(LatentsConfig):
