@@ -11,8 +11,9 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows, samples_url
 from ifvit.evaluation.training_rows import TrainingRow, read_training_rows
-from ifvit.models.config import BackboneConfig, FusionUViTConfig, restore_config
+from ifvit.models.config import BackboneConfig, FusionUViTConfig
 from ifvit.models.cost import Cost, count_cost
+from ifvit.models.weights import newest_weights, read_backbone_config, read_stored_weights
 from ifvit.records import PositiveInt, parse_value, parse_yaml, record
 from ifvit.sampling import samples as sample_files
 
@@ -165,13 +166,7 @@ def read_samples(folder: str) -> list[Sample]:
 
 def _read_backbone(run: str) -> BackboneConfig | None:
     """The configuration of the newest weights, EMA weights first."""
-    folder = storage.join(run, "weights")
-    for step in reversed(storage.list_names(folder)):
-        for kind in ("ema", "raw"):
-            url = storage.join(folder, step, kind, "config.json")
-            if storage.exists(url):
-                try:
-                    return restore_config(storage.read_json(url))
-                except (TypeError, ValueError) as error:
-                    raise UserError(f"{url}: not a backbone's configuration ({error})") from None
-    return None
+    folder = newest_weights(run)
+    if folder is None:
+        return None
+    return read_backbone_config(folder, read_stored_weights(folder).config_sha256)

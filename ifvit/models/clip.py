@@ -176,9 +176,7 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 
     folder = resolve_pretrained(name)
     path, stored = folder / "config.json", read_model_config(ModelConfig, folder)
-    width: dict[str, Any] = (
-        {"projection_dim": stored.projection_dim} if stored.projection_dim else {}
-    )
+    width = stored.projection_dim
     with reading(f"{path}: not a CLIP"):
         config = CLIPConfig(
             text_config=parse_known(TextConfig, stored.text_config or {}, str(path)).given,

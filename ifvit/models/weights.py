@@ -31,9 +31,7 @@ from ifvit.records import (
     NonNegativeInt,
     PositiveFloat,
     Sha256,
-    dump_sealed,
     parse_json,
-    parse_sealed,
     record,
 )
 from ifvit.shards.format import EncoderIdentity
@@ -43,9 +41,10 @@ from ifvit.storage import (
     list_names,
     local_copy,
     read_bytes,
+    read_sealed,
     sha256_of,
     upload,
-    write_bytes,
+    write_sealed,
 )
 
 Kind = Literal["ema", "raw"]
@@ -126,7 +125,7 @@ def save_weights(folder: str, backbone: Backbone, info: WeightsInfo) -> None:
             config_sha256=sha256_of(Path(local, _CONFIG)),
             tensors_sha256=sha256_of(Path(local, _TENSORS)),
         )
-    write_bytes(join(folder, _INFO), dump_sealed(stored))
+    write_sealed(join(folder, _INFO), stored)
 
 
 def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[Backbone, WeightsInfo]:
@@ -142,8 +141,7 @@ def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[Backbone, WeightsIn
 
 def read_stored_weights(folder: str) -> StoredWeights:
     """Read weights.json. Raises UserError if it is damaged or of another version."""
-    url = join(folder, _INFO)
-    return parse_sealed(StoredWeights, read_bytes(url), url)
+    return read_sealed(StoredWeights, join(folder, _INFO))
 
 
 def load_backbone(folder: str, stored: StoredWeights) -> Backbone:
@@ -208,6 +206,14 @@ def _check_classes(folder: str, config: BackboneConfig, info: WeightsInfo) -> No
 
 def find_weights(url: str, *, prefer: Kind = "ema") -> str:
     """Return the folder that `load_weights(url)` reads. Raises UserError if there is none."""
+    found = newest_weights(url, prefer=prefer)
+    if found is None:
+        raise UserError(f"{url}: no weights there or in its weights/step_* folders; train first")
+    return found
+
+
+def newest_weights(url: str, *, prefer: Kind = "ema") -> str | None:
+    """Return the folder of the newest weights at `url`, as `load_weights` finds it, or None."""
     steps = [name for name in list_names(join(url, "weights")) if name.startswith("step_")]
     # By length first: names have 8 digits, but a run may take more steps than that.
     steps.sort(key=lambda name: (len(name), name), reverse=True)
@@ -216,7 +222,7 @@ def find_weights(url: str, *, prefer: Kind = "ema") -> str:
         for candidate in (folder, *(join(folder, kind) for kind in kinds)):
             if exists(join(candidate, _INFO)):
                 return candidate
-    raise UserError(f"{url}: no weights there or in its weights/step_* folders; train first")
+    return None
 
 
 def step_name(step: int) -> str:

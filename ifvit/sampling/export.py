@@ -10,12 +10,12 @@ from typing import Any
 
 from ifvit import storage
 from ifvit.diffusion.solvers import SOLVERS
+from ifvit.errors import UserError
 from ifvit.models.config import BackboneConfig
 from ifvit.models.pretrained import upload_pretrained
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.records import (
     NonNegativeFloat,
-    parse_json,
     parse_known,
     parse_value,
     parse_yaml,
@@ -25,7 +25,7 @@ from ifvit.records import (
 from ifvit.sampling.config import ExportConfig
 from ifvit.sampling.load import load_model, load_trained_autoencoder, load_trained_text_encoder
 from ifvit.sampling.pipeline import FusionPipeline
-from ifvit.shards.format import ShardError, read_manifest
+from ifvit.shards.format import read_manifest
 
 _INDEX = "model_index.json"
 _HEAD = """\
@@ -134,7 +134,7 @@ def _read_shards(recipe: bytes, where: str) -> str:
 def _format_data(shards: str) -> str:
     try:
         manifest = read_manifest(shards)
-    except ShardError as error:
+    except UserError as error:
         return f"The manifest of the shards could not be read ({_escape(error)}).\n"
     return _format_table(
         {
@@ -157,7 +157,7 @@ def _format_metrics(run: str, step: int, sha256: str) -> str:
             url = storage.join(evaluations, protocol, scale, f"{step_name(step)}.json")
             if not storage.exists(url):
                 continue
-            row = parse_json(dict[str, Any], storage.read_bytes(url), url)
+            row = storage.read_sealed(dict[str, Any], url)
             if row.get("weights_sha256") != sha256:
                 continue
             estimates = {

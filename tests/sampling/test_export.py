@@ -1,16 +1,28 @@
 """The model card of `ifvit export`, and the order and place in which it writes its files."""
 
+import ast
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub.errors import HFValidationError
 from untrained import save_untrained
 
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.models import pretrained
-from ifvit.models.weights import find_weights, read_stored_weights
+from ifvit.models.autoencoders import load_autoencoder
+from ifvit.models.config import CLASS_PRESETS
+from ifvit.models.weights import (
+    WeightsInfo,
+    build_backbone,
+    find_weights,
+    read_stored_weights,
+    save_weights,
+)
 from ifvit.sampling.config import ExportConfig
 from ifvit.sampling.export import export
 
@@ -29,7 +41,8 @@ def read_card(run: Path, folder: Path, evaluated: str) -> str:
     estimate = {"value": 0.25, "standard_error": 0.0125, "num_samples": 64}
     protocol = {"sampling": {"num_steps": 50}}
     row = {"weights_sha256": evaluated, "protocol": protocol, "clip_score": estimate}
-    storage.write_json(str(run / "evaluation/scenes/w2/step_00000003.json"), row)
+    url = str(run / "evaluation/scenes/w2/step_00000003.json")
+    storage.write_sealed(url, row)
     export(ExportConfig(weights=str(run), output=str(folder)))
     return (folder / "README.md").read_text()
 
@@ -50,6 +63,64 @@ def test_the_card_shows_metrics_of_the_exported_weights(run: Path, tmp_path: Pat
     assert "| clip_score | 0.2500 ± 0.0125 |" in card
     assert "| num_steps | 50 |" in card
     assert digest in card
+
+
+HOSTILE = "x')\n```\n__import__('os').system('touch hacked')\n| [a](http://b) <img src=c> \x1b[2J"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A run whose class names, recipe and evaluations hold Markdown, HTML and code."""
+    folder = tmp_path / "run/weights/step_00000003/ema"
+    config = dataclasses.replace(CLASS_PRESETS["token_tiny"], num_classes=2, width=32, num_heads=2)
+    info = WeightsInfo(
+        step=3,
+        ema_decay=None,
+        scaling_factor=0.5,
+        vae=load_autoencoder("scenes/vae").identity,
+        text_encoder=None,
+        classes=(HOSTILE, "b"),
+        recipe_sha256="0" * 64,
+    )
+    save_weights(str(folder), build_backbone(config), info)
+    recipe = {"shards": HOSTILE, "note": "````\n# Heading"}
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(recipe, default_style="|"))
+    estimate = {"value": 0.25, "standard_error": 0.0125, "num_samples": 64}
+    digest = read_stored_weights(str(folder)).tensors_sha256
+    row = {
+        "weights_sha256": digest,
+        "protocol": {"name": HOSTILE, "sampling": {HOSTILE: 1}},
+        HOSTILE: estimate,
+    }
+    url = str(tmp_path / "run/evaluation/scenes/w2/step_00000003.json")
+    storage.write_sealed(url, row)
+    return tmp_path / "run"
+
+
+def test_text_of_files_stays_text_in_the_card(hostile: Path, tmp_path: Path) -> None:
+    export(ExportConfig(weights=str(hostile), output=str(tmp_path / "out")))
+    card = (tmp_path / "out/README.md").read_text()
+    assert "\x1b" not in card
+    block = re.compile(r"^(`{3,})(\w+)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
+    (_, python, code), (_, yaml_, _) = block.findall(card)
+    assert (python, yaml_) == ("python", "yaml")
+    assert ast.unparse(ast.parse(code)).count("\n") == 2  # the import and two statements
+    prose = block.sub("", card)
+    assert "<img" not in prose
+    assert "\n# Heading" not in prose
+    assert not re.search(r"(?<!\\)[\[`]", prose.partition("---\n#")[2])
+    assert {line.count(" | ") for line in prose.splitlines() if line.startswith("| ")} <= {1, 2}
+
+
+@pytest.mark.parametrize(
+    "recipe", [b"", b"- 3", b"shards: 3", b"!!python/object:os.system x", b"\xff", b"a: [" * 5000]
+)
+def test_a_broken_recipe_is_one_line(hostile: Path, recipe: bytes, tmp_path: Path) -> None:
+    (hostile / "config.yaml").write_bytes(recipe)
+    with pytest.raises(UserError, match=r"config\.yaml") as error:
+        export(ExportConfig(weights=str(hostile), output=str(tmp_path / "out")))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_index_is_written_last(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

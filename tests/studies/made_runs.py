@@ -1,6 +1,7 @@
 """Makes run folders like those of training and evaluation, without training or evaluating."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url, write_row
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.config import PRESETS, BackboneConfig, FusionUViTConfig
-from ifvit.records import dump_rows
+from ifvit.models.weights import StoredWeights, WeightsInfo
+from ifvit.records import dump_rows, dump_sealed
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.samples import SampleRow, write_samples
+from ifvit.shards.format import EncoderIdentity
 from ifvit.studies.variants import Variant
 
 PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
@@ -79,13 +82,29 @@ def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
 
 
 def write_training(folder: Path, shape: BackboneConfig, seed: int = 1) -> None:
-    """Write the files of `ifvit train`; the weights are only a configuration."""
+    """Write the files of `ifvit train`; the weights have no tensors."""
     curve = [made_training_row(step) for step in range(10, 1201, 10)]
     backbone = json.dumps(dataclasses.asdict(shape))
+    encoder = EncoderIdentity(name="made-up", sha256="0" * 64)
+    info = WeightsInfo(
+        step=1200,
+        ema_decay=0.999,
+        scaling_factor=1.0,
+        vae=encoder,
+        text_encoder=encoder if shape.context_shape else None,
+        classes=tuple(map(str, range(shape.num_classes or 0))),
+        recipe_sha256="0" * 64,
+    )
+    stored = StoredWeights(
+        info=info,
+        config_sha256=hashlib.sha256(backbone.encode()).hexdigest(),
+        tensors_sha256="0" * 64,
+    )
     files = {
         folder / "config.yaml": f"seed: {seed}\nglobal_batch_size: 32\nbackbone: {backbone}\n",
         folder / "metrics.jsonl": dump_rows(curve).decode(),
         folder / "weights/step_00001200/ema/config.json": backbone,
+        folder / "weights/step_00001200/ema/weights.json": dump_sealed(stored).decode(),
     }
     for path, text in files.items():
         storage.write_bytes(str(path), text.encode())
