@@ -13,13 +13,24 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_HEAD_BYTES = 16_384
 """Largest request line and headers together."""
-_MIN_CONNECTIONS = 50
+
+
+_MAX_CONNECTIONS = 2000
 
 
 def raise_file_limit() -> None:
     """Raise the number of files and sockets that this process may open as far as it may."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def connection_limit() -> int:
+    """Largest number of connections, and of those that asyncio accepts at once.
+
+    asyncio accepts a second batch before the first is counted, and images need files, too.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(_MAX_CONNECTIONS, soft // 4)
 
 
 class LimitedConnection(H11Protocol):
@@ -33,7 +44,11 @@ class LimitedConnection(H11Protocol):
     """Time to send a whole request, from the opening of a connection or the previous response."""
     respond_seconds = 60.0
     """Time to take a whole response."""
-    max_connections = 2000
+
+    @property
+    def max_connections(self) -> int:
+        """Number of connections beyond which a new one closes a silent one."""
+        return connection_limit()
 
     _timer: asyncio.TimerHandle | None = None
     _receiving_since: float | None = None
@@ -42,7 +57,7 @@ class LimitedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Register the connection and start its timer."""
         super().connection_made(transport)
-        if len(self.connections) > min(self.max_connections, _num_affordable()):
+        if len(self.connections) > self.max_connections:
             slowest = min(
                 (other for other in self.connections if isinstance(other, LimitedConnection)),
                 key=lambda other: other._receiving_since or math.inf,
@@ -87,12 +102,6 @@ class LimitedConnection(H11Protocol):
         self._receiving_since = time.monotonic() if is_receiving else None
         seconds = self.receive_seconds if is_receiving else self.respond_seconds
         self._timer = self.loop.call_later(seconds, self.transport.abort)
-
-
-def _num_affordable() -> int:
-    """Number of connections that fit beside the image files that are open for them."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(_MIN_CONNECTIONS, soft // 2 - 64)
 
 
 class Allowance:

@@ -30,7 +30,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ifvit.errors import UserError
 from ifvit.rating.answers import Answer, Store
 from ifvit.rating.config import ServeConfig
-from ifvit.rating.limits import MAX_HEAD_BYTES, Allowance, LimitedConnection, raise_file_limit
+from ifvit.rating.limits import (
+    MAX_HEAD_BYTES,
+    Allowance,
+    LimitedConnection,
+    connection_limit,
+    raise_file_limit,
+)
 from ifvit.rating.pages import describe, render
 from ifvit.rating.results import StudyResults, summarise
 from ifvit.rating.study import (
@@ -92,6 +98,7 @@ def serve(config: ServeConfig) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        backlog=connection_limit(),
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_graceful_shutdown=5,
     )

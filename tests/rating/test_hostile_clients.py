@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ NOT_HTTP = (
     b"\r\n\r\n\x00\x00",
     b"",
 )
+HALF = b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "
 SAME = "ranking=0,1,2"
 
 
@@ -202,17 +204,25 @@ def test_a_client_may_go_away_at_any_byte(server: LiveServer, raters: list[Rater
 
 def test_idle_connections_lock_nobody_out(server: LiveServer, raters: list[Rater]) -> None:
     raise_file_limit()
-    connections = []
-    try:
+    with ExitStack() as connections:
         for _ in range(2200):
-            connections.append(server.connect())
-            connections[-1].sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+            connections.enter_context(server.connect()).sendall(HALF)
         start = time.monotonic()
         assert server.request(f"/r/{raters[1].code}/1")[0] == 200
         assert time.monotonic() - start < 5
-    finally:
-        for connection in connections:
-            connection.close()
+
+
+def test_few_files_are_enough(study: Study, raters: list[Rater]) -> None:
+    raise_file_limit()
+    with serving(study, max_files=1024) as server, ExitStack() as connections:
+        for _ in range(1100):
+            connections.enter_context(server.connect()).sendall(HALF)
+        start = time.monotonic()
+        for number in range(10):
+            image = sorted(study.image_files)[number]
+            assert server.request(f"/r/{raters[number].code}/images/{image}")[0] == 200
+        assert time.monotonic() - start < 5
+        assert server.read_log() == ""
 
 
 def test_a_rater_who_sends_too_much_waits(server: LiveServer, raters: list[Rater]) -> None:
