@@ -10,7 +10,7 @@ import hashlib
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Literal
 
 import numpy as np
@@ -59,6 +59,15 @@ class Failure:
 
 
 @record
+class Remark:
+    """What was changed or left out in some images of a shard: how many, and the first of them."""
+
+    text: str
+    num_images: PositiveInt
+    first: str
+
+
+@record
 class LatentSums:
     """Sums of z and z^2 over `count` elements of the latents z = mean + std * noise."""
 
@@ -97,12 +106,29 @@ def sum_latents(moments: Array) -> LatentSums:
 
 @record
 class CompletionMarker:
-    """A finished shard: the job that made it, its manifest entry, and the images left out."""
+    """A finished shard: the job that made it, its manifest entry, and the images left out.
+
+    `remarks` concern the images that it holds.
+    """
 
     job: Job
     shard: ShardEntry
     failures: tuple[Failure, ...]
     latent_sums: LatentSums
+    remarks: tuple[Remark, ...] = ()
+
+
+def sum_remarks(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
+    """Sum remarks of the same text; each keeps its first image."""
+    sums: dict[str, Remark] = {}
+    for remark in remarks:
+        earlier = sums.get(remark.text)
+        sums[remark.text] = (
+            replace(earlier, num_images=earlier.num_images + remark.num_images)
+            if earlier
+            else remark
+        )
+    return tuple(sums.values())
 
 
 def write_marker(output: str, marker: CompletionMarker) -> None:

@@ -1,17 +1,23 @@
 """Configuration of the verbs `encode` and `shards`; imports no torch."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
-from ifvit.errors import UserError, require_positive
+from ifvit.config import FLAG_ONLY
+from ifvit.records import NonNegativeInt, PositiveFloat, PositiveInt, Rule, record
+
+Side = Annotated[int, Rule("from 1 to 8192", lambda value: 1 <= value <= 8192)]
+NumThreads = Annotated[int, Rule("from 1 to 1024", lambda value: 1 <= value <= 1024)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class EncodeConfig:
     """Encode captioned images as shards of latents and caption embeddings; rerun to continue."""
 
     source: str = "coco"
     """Kind of image set: coco, folder, webdataset, table, or your own package.module:Class."""
+    allow_plugins: bool = field(default=False, metadata=FLAG_ONLY)
+    """Import and run the code of your own source. Only a flag may set this, no YAML file."""
     images: str
     """Folder or s3:// prefix of the images; for webdataset a folder or a pattern of tars."""
     captions: str | None = None
@@ -22,11 +28,11 @@ class EncodeConfig:
     """Autoencoder: hub name, local folder, or scenes/vae."""
     text_encoder: str | None = None
     """CLIP text encoder: hub name, local folder, or scenes/clip. Class labels need none."""
-    image_size: int = 256
+    image_size: Side = 256
     """Side of the square images in pixels; they are centre-cropped and resized with LANCZOS."""
-    samples_per_shard: int = 1000
+    samples_per_shard: PositiveInt = 1000
     """Images per shard. A killed job loses only the shards that it was writing."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Images that the encoders process at once. A rerun may use another batch size, because the
     batch size only changes how results are rounded."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -35,43 +41,43 @@ class EncodeConfig:
     """Number format in which the encoders compute."""
     flip: bool = False
     """Also store the moments of every image's horizontal flip."""
-    tolerate: int = 0
+    tolerate: NonNegativeInt = 0
     """Number of unreadable images that the finished dataset may leave out."""
+    max_megapixels: PositiveFloat = 100.0
+    """Largest area of an image in millions of pixels; its file may have 4 bytes per such pixel. A
+    worker uses up to 20 bytes of memory per pixel."""
+    allow_links: bool = False
+    """Also read images that symbolic links in the image folder lead to outside of it."""
+    allow_blank_captions: bool = False
+    """Encode images that have blank captions only; otherwise they count as unreadable."""
+    tar_keys: Literal["first_dot", "last_dot"] = "first_dot"
+    """Where the key of a tar's member ends in its file name: WebDataset's rule is the first dot."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the encoders; auto uses a GPU if there is one."""
-    num_workers: int = 4
+    num_workers: NumThreads = 4
     """Threads that read and resize images ahead of the encoders."""
-    num_tasks: int | None = None
+    num_tasks: PositiveInt | None = None
     """Number of tasks that share the work. Default: the length of the SLURM array, or 1."""
-    task: int | None = None
+    task: NonNegativeInt | None = None
     """Number of this task, from 0. Default: the position in the SLURM array."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "image_size", "samples_per_shard", "batch_size")
-        require_positive(self, "num_workers", "num_tasks")
-        if self.tolerate < 0:
-            raise UserError(f"tolerate is {self.tolerate}; it must be at least 0")
 
-
-@dataclass(frozen=True, kw_only=True)
+@record
 class ShardsConfig:
     """Check every byte of a dataset."""
 
     url: str
     """Folder or s3:// prefix of the dataset, which holds manifest.json."""
-    num_workers: int = 4
+    num_workers: NumThreads = 4
     """Shards or indexes that are read at once."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "num_workers")
 
-
-@dataclass(frozen=True, kw_only=True)
+@record
 class StatsConfig(ShardsConfig):
     """Print counts, caption lengths, latent statistics and sizes of a dataset."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class MergeConfig:
     """Merge datasets that were encoded with the same encoders and settings into one dataset."""
 
@@ -81,18 +87,15 @@ class MergeConfig:
     """Folder or s3:// prefix of the new dataset."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class InspectConfig:
     """Show the first samples of a dataset."""
 
     url: str
     """Folder or s3:// prefix of the dataset, which holds manifest.json."""
-    num_samples: int = 8
+    num_samples: PositiveInt = 8
     """Number of samples to show."""
     grid: str | None = None
     """PNG file for the samples, decoded from their latents."""
     vae: str | None = None
     """Autoencoder for the PNG file. Default: the one that the manifest names."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_samples")

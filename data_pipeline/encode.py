@@ -7,7 +7,9 @@ of all shards writes the manifest (`finish`).
 
 import hashlib
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from data_pipeline.completion import (
     list_marked,
     marker_url,
     read_markers,
+    sum_remarks,
 )
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import (
@@ -40,6 +43,7 @@ from data_pipeline.encoders import (
 from data_pipeline.shard_io import open_shard, read_samples, remove_leftovers
 from data_pipeline.sources import open_source
 from data_pipeline.sources.base import Source, Unit
+from data_pipeline.sources.preparation import open_unit
 from data_pipeline.writer import to_stored, write_shards
 from ifvit import storage
 from ifvit.arrays import npy_bytes
@@ -47,6 +51,7 @@ from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels
 from ifvit.models.autoencoders import Autoencoder
+from ifvit.records import printable, shorten
 from ifvit.shards.format import (
     COMPLETED,
     MANIFEST,
@@ -58,7 +63,8 @@ from ifvit.shards.format import (
 
 Item = TypeVar("Item")
 
-MAX_NAMED_FAILURES = 3
+MAX_NAMED = 3
+MAX_KINDS = 6
 MAX_ROUND_TRIPS = 8
 
 
@@ -78,7 +84,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
     job = _describe_job(config, source, encoders)
     units = source.units(config.samples_per_shard)
     own = partition.of(units)
-    markers = find_finished(config.output, own, job)
+    markers = find_finished(config, own, job)
     todo = [unit for unit in own if unit.name not in markers]
     _unmark(config.output, todo)
     with _open_progress(todo, own, partition) as progress:
@@ -146,31 +152,39 @@ def _describe_job(config: EncodeConfig, source: Source, encoders: Encoders) -> J
     )
 
 
-def find_finished(output: str, units: Iterable[Unit], job: Job) -> dict[str, CompletionMarker]:
+def find_finished(
+    config: EncodeConfig, units: Iterable[Unit], job: Job
+) -> dict[str, CompletionMarker]:
     """Read the markers, by name, of the units that are finished.
 
     A unit is encoded again when its marker is missing or damaged, when its shard is incomplete, or
     when an image that was left out can be read now. Raises UserError when a marker belongs to
     another job.
     """
+    output = config.output
     by_name = {unit.name: unit for unit in units}
     markers = read_markers(output, by_name, job)
 
     def is_finished(marker: CompletionMarker) -> bool:
         unit = by_name[marker.shard.name]
-        return is_intact(output, marker.shard) and not _became_readable(unit, marker)
+        return is_intact(output, marker.shard) and not _became_readable(unit, marker, config)
 
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         finished = list(pool.map(is_finished, markers.values()))
     return {name: markers[name] for name, kept in zip(markers, finished, strict=True) if kept}
 
 
-def _became_readable(unit: Unit, marker: CompletionMarker) -> bool:
-    if not (marker.failures and unit.is_listed):
+def _became_readable(unit: Unit, marker: CompletionMarker, config: EncodeConfig) -> bool:
+    """Whether an image that was left out can be read now.
+
+    A unit that is costly to open is opened again only if a flag may have changed this.
+    """
+    by_flag = any("--" in failure.reason for failure in marker.failures)
+    if not (marker.failures and (unit.is_listed or by_flag)):
         return False
     failed = {failure.image_id for failure in marker.failures}
-    left_out = [image for image in unit.open() if image.image_id in failed]
-    return any(isinstance(read_or_fail(image, 1), DecodedImage) for image in left_out)
+    left_out = [image for image in open_unit(unit, config) if image.image_id in failed]
+    return any(isinstance(read_or_fail(image, config), DecodedImage) for image in left_out)
 
 
 def _unmark(output: str, todo: list[Unit]) -> None:
@@ -200,7 +214,7 @@ def _encode_batches(
 ) -> Iterator[EncodedBatch]:
     for batch in decode_batches(todo, config):
         for failure in batch.failures:
-            progress.write(f"{failure.file}: {failure.reason}", file=sys.stderr)
+            progress.write(printable(f"{failure.file}: {failure.reason}"), file=sys.stderr)
         yield encoders.encode(batch)
         progress.update(len(batch.images))
 
@@ -239,6 +253,11 @@ def finish(
         f"{config.output}: {manifest.num_samples:,} images, {what} in {len(markers):,} shards; "
         f"latent std {manifest.latent_std:.4f}, scaling factor {manifest.scaling_factor:.5f}\n"
     )
+    for remark in sum_remarks(remark for marker in markers for remark in marker.remarks):
+        sys.stdout.write(
+            f"note: {remark.num_images:,} images: {remark.text}; the first is "
+            f"{shorten(remark.first)}\n"
+        )
     if is_new:
         report_round_trip(config, source, manifest, encoders.vae)
     return manifest
@@ -247,13 +266,17 @@ def finish(
 def _check_failures(config: EncodeConfig, markers: list[CompletionMarker]) -> None:
     failures = [failure for marker in markers for failure in marker.failures]
     num_readable = sum(marker.shard.num_samples for marker in markers)
-    named = [f"{failure.file} ({failure.reason})" for failure in failures[:MAX_NAMED_FAILURES]]
-    if len(failures) > MAX_NAMED_FAILURES:
+    named = [f"{shorten(failure.file)} ({failure.reason})" for failure in failures[:MAX_NAMED]]
+    if len(failures) > MAX_NAMED:
         named.append(f"… (all are listed in {COMPLETED}/*.json)")
+    kinds = Counter(re.sub(r"\d[\d,.]*", "N", failure.reason) for failure in failures)
+    counted = [f"{count:,} {reason}" for reason, count in kinds.most_common(MAX_KINDS)]
     text = (
         f"{len(failures):,} of {len(failures) + num_readable:,} images could not be read: "
         f"{', '.join(named)}"
     )
+    if len(failures) > MAX_NAMED:
+        text += f"; by reason: {', '.join(counted)}"
     if len(failures) > config.tolerate or not num_readable:
         raise UserError(f"{text}; repair them and run again, or leave them out with --tolerate")
     if failures:
@@ -282,11 +305,11 @@ def report_round_trip(
     num_images = min(MAX_ROUND_TRIPS, 1 + manifest.num_samples // 100)
     entry = next(entry for entry in manifest.shards if entry.num_samples)
     unit = next(u for u in source.units(config.samples_per_shard) if u.name == entry.name)
-    originals = {image.key: image for image in unit.open()}
+    originals = {image.key: image for image in open_unit(unit, config)}
     values = []
     with open_shard(config.output, entry) as folder:
         for sample in islice(read_samples(folder / f"{entry.name}.tar"), num_images):
-            original = read_or_fail(originals[sample.key], config.image_size)
+            original = read_or_fail(originals[sample.key], config)
             assert isinstance(original, DecodedImage), original
             values.append(psnr(decode_mean(vae, sample), original.pixels))
     sys.stdout.write(

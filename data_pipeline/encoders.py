@@ -16,13 +16,22 @@ from torch import Tensor
 from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import CaptionedImage, Unit
+from data_pipeline.sources.preparation import open_unit
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
-from ifvit.images import DecodedImage, Pixels, read_square, to_model_range, to_pixels
+from ifvit.images import (
+    DecodedImage,
+    ImageSizeError,
+    Pixels,
+    read_square,
+    to_model_range,
+    to_pixels,
+)
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
+from ifvit.records import shorten
 from ifvit.shards.format import LatentSample
-from ifvit.storage import StoreError
+from ifvit.storage import StoreError, TooLargeError
 
 BATCHES_AHEAD = 4
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,18 +96,19 @@ def map_ahead(
 
 def decode_batches(units: Sequence[Unit], config: EncodeConfig) -> Iterator[DecodedBatch]:
     """Decode all images of all units in order; a unit without images gives one empty batch."""
-    batches, ahead = tee(_divide(units, config.batch_size))
+    batches, ahead = tee(_divide(units, config))
     images = (image for batch in ahead for image in batch.images)
-    read = partial(read_or_fail, image_size=config.image_size)
+    read = partial(read_or_fail, config=config)
     results = map_ahead(read, images, config.num_workers, BATCHES_AHEAD * config.batch_size)
     for batch in batches:
         yield replace(batch, results=list(islice(results, len(batch.images))))
 
 
-def _divide(units: Sequence[Unit], batch_size: int) -> Iterator[DecodedBatch]:
+def _divide(units: Sequence[Unit], config: EncodeConfig) -> Iterator[DecodedBatch]:
     """Divide the images of each unit into batches that are not decoded yet."""
+    batch_size = config.batch_size
     # The next unit is opened while the current one is decoded: opening may be a download.
-    opened = map_ahead(lambda unit: unit.open(), units, num_threads=1, num_ahead=1)
+    opened = map_ahead(partial(open_unit, config=config), units, num_threads=1, num_ahead=1)
     for unit, images in zip(units, opened, strict=True):
         counts = Counter(caption for image in images for caption in image.captions)
         repeated = frozenset(caption for caption, count in counts.items() if count > 1)
@@ -111,17 +121,22 @@ def _divide(units: Sequence[Unit], batch_size: int) -> Iterator[DecodedBatch]:
             )
 
 
-def read_or_fail(image: CaptionedImage, image_size: int) -> DecodedImage | Failure:
+def read_or_fail(image: CaptionedImage, config: EncodeConfig) -> DecodedImage | Failure:
     """Read an image as a square, or return the reason why it is unreadable.
 
     Raises StoreError when the object store fails, which is not the fault of the image.
     """
+    reason = image.problem
     try:
-        return read_square(image.read(), image_size)
+        if not reason:
+            return read_square(image.read(), config.image_size, config.max_megapixels)
     except StoreError:
         raise
-    except Exception as error:  # decoders raise all kinds of errors for broken files
-        return Failure(image_id=image.image_id, file=image.name, reason=_reason(error))
+    except (ImageSizeError, TooLargeError) as error:
+        reason = f"{_reason(error)}; --max_megapixels allows more"
+    except Exception as error:  # sources of users raise all kinds of errors
+        reason = _reason(error)
+    return Failure(image_id=image.image_id, file=image.name, reason=shorten(reason, 200))
 
 
 def _reason(error: Exception) -> str:

@@ -21,7 +21,9 @@ from data_pipeline.completion import (
     Failure,
     Job,
     LatentSums,
+    Remark,
     sum_latents,
+    sum_remarks,
     write_marker,
 )
 from data_pipeline.config import EncodeConfig
@@ -97,6 +99,7 @@ def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -
         shard=entry,
         failures=tuple(samples.failures),
         latent_sums=samples.latent_sums,
+        remarks=sum_remarks(samples.remarks),
     )
     write_marker(config.output, marker)
     return marker
@@ -105,11 +108,12 @@ def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -
 class _Samples:
     """Iterates once over the samples of one shard.
 
-    `failures` and `latent_sums` are complete after the last sample.
+    `failures`, `remarks` and `latent_sums` are complete after the last sample.
     """
 
     def __init__(self, name: str, batches: _Batches, dtype: str) -> None:
         self.failures: list[Failure] = []
+        self.remarks: list[Remark] = []
         self.latent_sums = LatentSums()
         self._name, self._batches, self._dtype = name, batches, dtype
 
@@ -133,6 +137,10 @@ class _Samples:
         end = 0
         for row, (image, decoded) in enumerate(batch.decoded.readable):
             start, end = end, end + len(image.captions)
+            self.remarks += [
+                Remark(text=text, num_images=1, first=image.name)
+                for text in (*image.remarks, *decoded.remarks)
+            ]
             yield LatentSample(
                 key=image.key,
                 moments=moments[row],

@@ -43,11 +43,15 @@ class ImageSizeError(ImageError):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
-    """Square pixels (H, W, 3) uint8, and the width and height of the original file."""
+    """Square pixels (H, W, 3) uint8, and the width and height of the original file.
+
+    `remarks` say what was changed or left out, apart from the margins.
+    """
 
     pixels: Pixels
     width: int
     height: int
+    remarks: tuple[str, ...] = ()
 
 
 def open_image(file: Path | bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:

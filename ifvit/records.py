@@ -9,9 +9,10 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from itertools import repeat
 from pathlib import Path, PurePosixPath
 from types import UnionType
@@ -26,6 +27,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
+    overload,
 )
 
 import yaml
@@ -85,16 +87,27 @@ PlainName = Annotated[str, Rule("a plain file name", is_plain_name)]
 RelativePath = Annotated[str, Rule("a relative path without ..", is_relative_path)]
 
 
+@overload
+def record(cls: type[_Record], /) -> type[_Record]: ...
+@overload
+def record(*, ignore_unknown: bool) -> Callable[[type[_Record]], type[_Record]]: ...
 @dataclass_transform(
     kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
 )
-def record(cls: type[_Record]) -> type[_Record]:
+def record(cls: type[Any] | None = None, /, *, ignore_unknown: bool = False) -> Any:
     """Make `cls` a frozen, keyword-only dataclass whose fields are checked when it is built.
 
     Building one raises UserError when a field breaks the `Rule` of its annotation, when a number
-    is NaN or infinite, or when an integer exceeds 64 bits. `parse_json` refuses unknown keys and
-    values of another type. A field that admits NaN or infinity has the type `object`.
+    is NaN or infinite, or when an integer exceeds 64 bits. `parse_json` refuses unknown keys, or
+    drops them with `ignore_unknown`, and refuses values of another type. A field that admits NaN or
+    infinity has the type `object`.
     """
+    if cls is None:
+        return partial(_make_record, ignore_unknown=ignore_unknown)
+    return _make_record(cls, ignore_unknown=ignore_unknown)
+
+
+def _make_record(cls: type[_Record], *, ignore_unknown: bool) -> type[_Record]:
     owners = [cls] if "__post_init__" in cls.__dict__ else cls.__bases__
     checks = [owner.__post_init__ for owner in owners if hasattr(owner, "__post_init__")]
 
@@ -107,7 +120,7 @@ def record(cls: type[_Record]) -> type[_Record]:
         __post_init__ = wraps(checks[0])(__post_init__)
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     cls.__pydantic_config__ = {  # type: ignore[attr-defined]
-        "extra": "forbid",
+        "extra": "ignore" if ignore_unknown else "forbid",
         "strict": True,
     }
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
@@ -352,6 +365,11 @@ def path_inside(folder: Path, name: str) -> Path:
     place inside the folder.
     """
     path = folder / PurePosixPath(name)
-    if not is_relative_path(name) or not path.resolve().is_relative_to(folder.resolve()):
+    if not is_relative_path(name) or leads_out(folder, path):
         raise UserError(f"{folder}: the name {shorten(name)!r} does not lead inside this folder")
     return path
+
+
+def leads_out(folder: Path, path: Path) -> bool:
+    """Whether `path` leads, also through symbolic links, to a place outside of `folder`."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

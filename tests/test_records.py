@@ -260,3 +260,18 @@ def test_rules_of_the_same_words_keep_their_own_conditions() -> None:
 
     with pytest.raises(UserError, match="lower is 7"):
         Pair(low=7, lower=7)
+
+
+def test_a_record_may_ignore_keys_that_it_does_not_know() -> None:
+    @record(ignore_unknown=True)
+    class Entry:
+        count: PositiveInt
+
+    assert parse_json(Entry, '{"count": 3, "more": [1]}', "x").count == 3
+    with pytest.raises(UserError, match="count"):
+        parse_json(Entry, '{"count": 0, "more": 1}', "x")
+
+
+def test_a_loop_of_links_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert path_inside(tmp_path, "loop") == tmp_path / "loop"

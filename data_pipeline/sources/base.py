@@ -1,39 +1,58 @@
-"""Protocol of image sources, and a base class for sources that list all their images.
+"""Base classes of image sources: `Source` is what `encode` calls, `ListedSource` lists all images.
 
-`encode` calls the protocol. Your own source may be any class that follows it.
+Your own source derives from one of them.
 """
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
+from pathlib import Path, PurePosixPath
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.records import is_relative_path, leads_out, shorten
+
+MAX_CAPTION = 10_000
+"""Longest caption in characters; the rest is cut before tokenising, and is not stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadLimits:
+    """What the built-in sources read: the largest image file, and links out of the image folder."""
+
+    max_bytes: int = 400_000_000
+    allow_links: bool = False
+
+
+DEFAULT_LIMITS = ReadLimits()
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedImage:
     """One image with all its captions, or with the number of its class.
 
-    `key` is unique in its unit and contains no dot and no slash. Messages show `name`. `read`
-    returns the content of the image file. It is called from several threads, and again after a
-    restart; when it raises an error other than StoreError, the image
-    is left out and the error is recorded as the reason. Raises UserError for an image with neither
-    captions nor label.
+    `key` is the wish for the key in the shard; the encode job makes it safe and unique. Messages
+    show `name`. `read` returns the content of the image file. It is called from several threads,
+    and again after a restart; when it raises an error other than StoreError, the image is left out
+    and the error is recorded as the reason. `problem` is such a reason that is known before
+    reading. `remarks` say what the source changed or left out. Raises UserError for an image with
+    neither captions nor label nor problem.
     """
 
     key: str
     image_id: int | str
     name: str
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] = bytes
     captions: tuple[str, ...] = ()
     label: int | None = None
+    problem: str = ""
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.captions and self.label is None:
+        if not self.captions and self.label is None and not self.problem:
             raise UserError(f"{self.name}: no caption and no label; give every image one of them")
 
 
@@ -51,29 +70,31 @@ class Unit:
     is_listed: bool
 
 
-class Source(Protocol):
+class Source(ABC):
     """All images of one dataset; every process sees the same images in the same order.
 
     The constructor takes the fields `images` and `captions` of the recipe; `captions` may be None.
     It raises UserError, in one line, for missing or malformed input.
     """
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names in the order of the labels; empty if images have captions."""
+    classes: tuple[str, ...]
+    """Class names in the order of the labels; empty if images have captions."""
 
     @property
+    @abstractmethod
     def sha256(self) -> str:
         """Hash of ids, captions, labels and file names, independent of the folder."""
 
+    @abstractmethod
     def report(self) -> str:
         """Describe in a few lines how many images there are and which are missing."""
 
+    @abstractmethod
     def units(self, samples_per_shard: int) -> Sequence[Unit]:
         """Divide the images into units of work."""
 
 
-class ListedSource:
+class ListedSource(Source):
     """Base class of sources that list all their images, in the order in which they are encoded."""
 
     def __init__(self, images: Sequence[CaptionedImage]) -> None:
@@ -104,17 +125,50 @@ class ListedSource:
 
 
 def numbered_image(
-    number: int, folder: str, path: str, captions: tuple[str, ...] = (), label: int | None = None
+    number: int,
+    folder: str,
+    path: str,
+    limits: ReadLimits,
+    captions: tuple[str, ...] = (),
+    label: int | None = None,
 ) -> CaptionedImage:
     """Build an image whose id is its path below `folder`, which may be an `s3://` prefix."""
     return CaptionedImage(
         key=f"{number:012d}",
         image_id=path,
         name=path,
-        read=partial(storage.read_bytes, storage.join(folder, path)),
+        read=partial(read_image, folder, path, limits),
         captions=captions,
         label=label,
     )
+
+
+def read_image(folder: str, path: str, limits: ReadLimits) -> bytes:
+    """Read the file `path` below `folder`. Raises UserError for links out and for large files."""
+    if not (limits.allow_links or storage.is_remote(folder)) and leads_out(
+        Path(folder), Path(folder, path)
+    ):
+        raise UserError("a link leads out of the folder of the images; --allow_links allows it")
+    return storage.read_bytes(storage.join(folder, path), limits.max_bytes)
+
+
+def relative_path(folder: str, path: str, where: str) -> str:
+    """Path below `folder` of a path in a table, which may also be absolute.
+
+    Raises UserError naming `where` for a URL and for a path outside of the folder.
+    """
+    if "://" in path:
+        raise UserError(f"{where}: {shorten(path)} is a URL; download the images first")
+    relative = PurePosixPath(path)
+    if relative.is_absolute() and not storage.is_remote(folder):
+        root = Path(folder).absolute()
+        relative = relative.relative_to(root) if relative.is_relative_to(root) else relative
+    if not is_relative_path(str(relative)):
+        raise UserError(
+            f"{where}: path {shorten(path)} does not lead inside {folder}; name a folder that "
+            "holds all images with --images, and write paths relative to it"
+        )
+    return str(relative)
 
 
 def shard_name(number: int) -> str:

@@ -1,11 +1,12 @@
 """Source `folder`: one folder of images per class, `IMAGES/CLASS/*.jpg`, with labels."""
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-from data_pipeline.sources.base import ListedSource, numbered_image
+from data_pipeline.sources.base import DEFAULT_LIMITS, ListedSource, ReadLimits, numbered_image
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
+from ifvit.records import leads_out, shorten
 
 
 class ClassFolders(ListedSource):
@@ -16,15 +17,17 @@ class ClassFolders(ListedSource):
     for a folder without class folders, for a class without images, and when captions are given.
     """
 
-    def __init__(self, images: str, captions: str | None) -> None:
+    def __init__(
+        self, images: str, captions: str | None, limits: ReadLimits = DEFAULT_LIMITS
+    ) -> None:
         if captions is not None:
             raise UserError(f"captions: {captions} is set, but a folder source has class labels")
         self._folder = images
-        self.classes = tuple(_list_classes(images))
-        self._num_others = 0
+        folders, num_loose = _list_classes(images, limits)
+        self.classes = tuple(folders)
+        self._num_others = num_loose
         ranked = []  # (rank in its class, label, path)
-        for label, name in enumerate(self.classes):
-            files = storage.list_names(storage.join(images, name))
+        for label, (name, files) in enumerate(folders.items()):
             chosen = [file for file in files if _is_image(file)]
             if not chosen:
                 raise UserError(f"{images}/{name}: no images ({', '.join(IMAGE_SUFFIXES)})")
@@ -32,7 +35,7 @@ class ClassFolders(ListedSource):
             ranked += [(rank, label, f"{name}/{file}") for rank, file in enumerate(chosen)]
         super().__init__(
             [
-                numbered_image(number, images, path, label=label)
+                numbered_image(number, images, path, limits, label=label)
                 for number, (_, label, path) in enumerate(sorted(ranked))
             ]
         )
@@ -45,15 +48,34 @@ class ClassFolders(ListedSource):
         return text
 
 
-def _list_classes(images: str) -> list[str]:
-    entries = [name for name in storage.list_names(images) if not name.startswith(".")]
+def _list_classes(images: str, limits: ReadLimits) -> tuple[dict[str, list[str]], int]:
+    """List the files of each class folder, and count the files beside these folders."""
+    entries = [name for name in storage.list_names(images) if not _is_hidden(name)]
     if not entries:
         raise UserError(f"{images}: missing or empty folder; expected CLASS/*.jpg in it")
     loose = [name for name in entries if _is_image(name)]
     if loose:
         raise UserError(f"{images}/{loose[0]}: image without a class; move it to CLASS/*.jpg")
-    return entries
+    folders = {}
+    for name in entries:
+        place = storage.join(images, name)
+        if not name.isprintable():  # it is stored in the manifest as UTF-8 and printed
+            raise UserError(f"{images}/{shorten(name)}: rename this class in letters of UTF-8")
+        if not (storage.is_remote(images) or limits.allow_links) and leads_out(
+            Path(images), Path(place)
+        ):
+            raise UserError(f"{place}: a link leads out of {images}; --allow_links allows it")
+        files = storage.list_names(place)
+        if files != [name] or Path(place).is_dir():  # a file is listed as its own content
+            folders[name] = files
+    if not folders:
+        raise UserError(f"{images}: no folders of classes; expected CLASS/*.jpg in it")
+    return folders, len(entries) - len(folders)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    return not _is_hidden(name) and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES

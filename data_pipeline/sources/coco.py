@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
-from data_pipeline.sources.base import CaptionedImage, ListedSource
+from data_pipeline.sources.base import (
+    DEFAULT_LIMITS,
+    CaptionedImage,
+    ListedSource,
+    ReadLimits,
+    read_image,
+)
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.records import RelativePath, record
 
 COMPLETE_SPLITS = {
     "captions_train2014": (82_783, 414_113),
@@ -17,43 +23,81 @@ COMPLETE_SPLITS = {
 }
 """Number of images and of captions by file name, without .json."""
 
-Value = TypeVar("Value")
+
+@record(ignore_unknown=True)
+class CocoImage:
+    """Entry of the list `images`."""
+
+    id: int
+    file_name: RelativePath
+
+
+@record(ignore_unknown=True)
+class CocoCaption:
+    """Entry of the list `annotations`."""
+
+    image_id: int
+    caption: str
+
+
+@record(ignore_unknown=True)
+class CocoFile:
+    """The keys of an annotation file that are read; other keys are ignored."""
+
+    images: tuple[CocoImage, ...]
+    annotations: tuple[CocoCaption, ...]
+    info: object = None
+
+    def __post_init__(self) -> None:
+        known = {image.id for image in self.images}
+        if not known:
+            raise UserError("images: an empty list")
+        if len(known) < len(self.images):
+            raise UserError("images: an id is listed twice")
+        for caption in self.annotations:
+            if caption.image_id not in known:
+                raise UserError(f"annotations: image id {caption.image_id} is not in 'images'")
 
 
 class CocoCaptions(ListedSource):
     """The images of one annotation file, sorted by image id.
 
-    Raises UserError for a missing folder, for a file without COCO captions, for an image without
-    captions, and for a folder that contains none of the images.
+    An image without captions counts as unreadable. Raises UserError for a missing folder, for a
+    file without COCO captions, and for a folder that contains none of the images.
     """
 
     classes = ()
 
-    def __init__(self, images: str, captions: str | None) -> None:
+    def __init__(
+        self, images: str, captions: str | None, limits: ReadLimits = DEFAULT_LIMITS
+    ) -> None:
         if captions is None:
             raise UserError("captions: not set; a coco source needs a captions_*.json file")
         if not storage.is_remote(images) and not Path(images).is_dir():
             raise UserError(f"{images}: no such folder of images")
         if Path(captions).is_dir():
             raise UserError(f"{captions}: is a folder; name the captions_*.json file in it")
-        content = storage.read_json(captions)
-        names, texts = _read_annotations(content, captions)
+        content = storage.read_record(CocoFile, captions)
+        texts: dict[int, list[str]] = {image.id: [] for image in content.images}
+        for entry in content.annotations:
+            texts[entry.image_id].append(entry.caption)
         # Other image sets use the same file names, so the name alone does not identify COCO.
-        self._is_official = "COCO 20" in str(content.get("info"))
+        self._is_official = "COCO 20" in str(content.info)
         self._file = captions
         super().__init__(
             [
                 CaptionedImage(
-                    key=f"{image_id:012d}",
-                    image_id=image_id,
-                    name=names[image_id],
-                    read=partial(storage.read_bytes, storage.join(images, names[image_id])),
-                    captions=tuple(texts[image_id]),
+                    key=f"{image.id:012d}",
+                    image_id=image.id,
+                    name=image.file_name,
+                    read=partial(read_image, images, image.file_name, limits),
+                    captions=tuple(texts[image.id]),
+                    problem="" if texts[image.id] else "the annotations hold no caption of it",
                 )
-                for image_id in texts
+                for image in sorted(content.images, key=lambda image: image.id)
             ]
         )
-        self.missing = _find_missing(images, list(names.values()))
+        self.missing = _find_missing(images, [image.name for image in self.images])
         if len(self.missing) == len(self.images):
             raise UserError(
                 f"{images}: contains none of the {len(self.images)} images that {captions} lists"
@@ -83,39 +127,3 @@ def _find_missing(images: str, names: Sequence[str]) -> list[str]:
         for name in names
         if name not in present and not ("/" in name and storage.exists(storage.join(images, name)))
     ]
-
-
-def _read_annotations(content: Any, file: str) -> tuple[dict[int, str], dict[int, list[str]]]:
-    """Read the file name and the captions of each image id, both sorted by id."""
-    names: dict[int, str] = {}
-    for entry in _entries(content, "images", file):
-        image_id = _value(entry, "id", int, "images", file)
-        if image_id in names:
-            raise UserError(f"{file}: image id {image_id} is listed twice")
-        names[image_id] = _value(entry, "file_name", str, "images", file)
-    names = dict(sorted(names.items()))
-    captions: dict[int, list[str]] = {image_id: [] for image_id in names}
-    for entry in _entries(content, "annotations", file):
-        image_id = _value(entry, "image_id", int, "annotations", file)
-        if image_id not in captions:
-            raise UserError(f"{file}: a caption has image id {image_id}, which is not in 'images'")
-        captions[image_id].append(_value(entry, "caption", str, "annotations", file))
-    for image_id, texts in captions.items():
-        if not texts:
-            raise UserError(f"{file}: image id {image_id} ({names[image_id]}) has no caption")
-    return names, captions
-
-
-def _entries(content: Any, key: str, file: str) -> list[Any]:
-    if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
-        raise UserError(f"{file}: not COCO captions, needs a list under the key {key!r}")
-    return list(content[key])
-
-
-def _value(entry: Any, key: str, kind: type[Value], where: str, file: str) -> Value:
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, kind):
-        raise UserError(
-            f"{file}: not COCO captions, an entry of {where!r} has no {key!r} ({kind.__name__})"
-        )
-    return value

@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -10,16 +11,48 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO
+from typing import Literal
 
 from braceexpand import braceexpand
 
-from data_pipeline.sources.base import CaptionedImage, Unit, shard_name
+from data_pipeline.sources.base import (
+    DEFAULT_LIMITS,
+    MAX_CAPTION,
+    CaptionedImage,
+    ReadLimits,
+    Source,
+    Unit,
+    shard_name,
+)
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
+from ifvit.records import NonNegativeInt, parse_json, record, shorten
+
+KeyRule = Literal["first_dot", "last_dot"]
+Members = dict[str, tarfile.TarInfo]
+"""Members of one key, by suffix in small letters."""
 
 REQUESTS_AT_ONCE = 16
+MAX_JSON_BYTES = 1 << 24
+MAX_HEADER_BYTES = 1 << 20
+MAX_TEXT_BYTES = 4 * MAX_CAPTION + 8  # a character has at most 4 bytes
+SUFFIXES = tuple(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
+_DOTTED = tuple(f".{suffix}" for suffix in SUFFIXES)
+
+
+@record(ignore_unknown=True)
+class TarStatistics:
+    """NNNNN_stats.json of img2dataset."""
+
+    successes: NonNegativeInt | None = None
+
+
+@record(ignore_unknown=True)
+class TarMetadata:
+    """KEY.json of img2dataset."""
+
+    caption: str | tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +64,7 @@ class Tar:
     num_samples: int | None
 
 
-class WebDatasetTars:
+class WebDatasetTars(Source):
     """Captioned images in tars. Every tar becomes one shard; `samples_per_shard` has no effect.
 
     `images` is a folder or prefix, a pattern `FOLDER/*.tar`, or `FOLDER/{00000..00331}.tar`.
@@ -41,17 +74,23 @@ class WebDatasetTars:
 
     classes = ()
 
-    def __init__(self, images: str, captions: str | None) -> None:
+    def __init__(
+        self,
+        images: str,
+        captions: str | None,
+        limits: ReadLimits = DEFAULT_LIMITS,
+        keys: KeyRule = "first_dot",
+    ) -> None:
         if captions is not None:
             raise UserError(f"captions: {captions} is set, but tars contain their captions")
-        self._images = images
+        self._images, self._limits, self._keys = images, limits, keys
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             self._tars = list(pool.map(_describe_tar, _find_tars(images)))
 
     @property
     def sha256(self) -> str:
         """Hash of the names and sizes of the tars, because reading their content takes too long."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"" if self._keys == "first_dot" else self._keys.encode())
         for tar in self._tars:
             digest.update(json.dumps([Path(tar.url).name, tar.num_bytes]).encode())
         return digest.hexdigest()
@@ -70,7 +109,7 @@ class WebDatasetTars:
         return [
             Unit(
                 name=shard_name(number),
-                open=partial(open_tar, tar.url),
+                open=partial(open_tar, tar.url, self._limits, self._keys),
                 num_images=tar.num_samples,
                 is_listed=False,
             )
@@ -99,85 +138,150 @@ def _find_tars(images: str) -> list[str]:
 
 def _describe_tar(url: str) -> Tar:
     num_bytes, statistics = storage.file_size(url), url.removesuffix(".tar") + "_stats.json"
-    assert num_bytes is not None, url
-    content = storage.read_json(statistics) if storage.exists(statistics) else {}
-    return Tar(url=url, num_bytes=num_bytes, num_samples=content.get("successes"))
+    if num_bytes is None or not (storage.is_remote(url) or Path(url).is_file()):
+        raise UserError(f"{url}: not a regular file; expected a tar")
+    content = TarStatistics()
+    if storage.exists(statistics):
+        content = storage.read_record(TarStatistics, statistics)
+    return Tar(url=url, num_bytes=num_bytes, num_samples=content.successes)
 
 
-def open_tar(url: str) -> list[CaptionedImage]:
+class _TarFile(io.BufferedReader):
+    """An open tar; tarfile cannot read a header of more than MAX_HEADER_BYTES from it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read `size` bytes."""
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def open_tar(url: str, limits: ReadLimits, keys: KeyRule) -> list[CaptionedImage]:
     """List the images of a tar in order. Raises UserError if the tar is cut off or malformed."""
     file = _open_local(url)
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    samples: dict[str, Members] = {}
+    twice: dict[str, str] = {}
+    for member in _list_members(file, url):
+        folder, slash, name = member.name.rpartition("/")
+        if name.startswith(".") or "__MACOSX" in folder.split("/"):
+            continue  # files of macOS beside the images
+        stem, _, suffix = name.partition(".")
+        if keys == "last_dot" and "." in name:
+            stem, _, suffix = name.rpartition(".")
+        key = folder + slash + stem
+        members = samples.setdefault(key, {})
+        if suffix.lower() in members:
+            twice[key] = f"the tar contains {member.name} twice"
+        members[suffix.lower()] = member
+    return [
+        _build_image(key, members, twice.get(key, ""), file, url, limits)
+        for key, members in samples.items()
+    ]
+
+
+def _list_members(file: _TarFile, url: str) -> list[tarfile.TarInfo]:
+    """All members except folders."""
+    if file.peek(2)[:2] == b"\x1f\x8b":
+        raise UserError(f"{url}: a compressed tar; decompress it with gunzip")
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                members = samples.setdefault(folder + slash + stem, {})
-                if suffix.lower() in members:
-                    raise UserError(f"{url}: contains {member.name} twice")
-                members[suffix.lower()] = member
+            members = []
+            for member in tar:
+                if member.size < 0:
+                    raise tarfile.ReadError("a member of negative size")
+                if not member.isdir():
+                    members.append(member)
             # tarfile accepts a tar that is cut off between two members. A complete tar ends with
             # a block of zeros.
             end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
             if end != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("its end is missing")
-    except tarfile.TarError as error:
-        raise UserError(f"{url}: not a complete tar ({error}); download it again") from None
-    images = [_build_image(key, members, file, url) for key, members in samples.items()]
-    if len({image.key for image in images}) < len(images):
-        raise UserError(f"{url}: two keys differ only by / and _; rename one")
-    return images
+            return members
+    except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
+        reason = shorten(error)
+        raise UserError(f"{url}: not a complete tar ({reason}); download it again") from None
 
 
-def _open_local(url: str) -> IO[bytes]:
+def _open_local(url: str) -> _TarFile:
     """Open the tar or, if it is remote, a copy whose disk space is freed when it is closed."""
     if not storage.is_remote(url):
-        return Path(url).open("rb")
+        return _TarFile(io.FileIO(url))
     with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
         copy = Path(folder, "input.tar")
         storage.download(url, copy)
-        return copy.open("rb")
+        return _TarFile(io.FileIO(copy))
 
 
 def _build_image(
-    key: str, members: dict[str, tarfile.TarInfo], file: IO[bytes], url: str
+    key: str, members: Members, problem: str, file: _TarFile, url: str, limits: ReadLimits
 ) -> CaptionedImage:
-    suffix = next((s.lstrip(".") for s in IMAGE_SUFFIXES if s.lstrip(".") in members), None)
-    caption = _find_caption(key, members, file, url)
-    if suffix is None or caption is None:
-        missing = "image (jpg, png, webp)" if suffix is None else "caption (txt, or in json)"
-        read = partial(_fail, f"the tar contains no {missing} for this key")
-    else:
-        read = partial(_read_member, file, members[suffix])
+    captions: tuple[str, ...] = ()
+    suffix, others = _choose_image(members)
+    try:
+        if problem:
+            raise UserError(problem)
+        if suffix is None:
+            raise UserError(_describe_missing(others))
+        captions = _read_captions(members, file)
+    except UserError as error:
+        problem = str(error)
     return CaptionedImage(
-        key=key.replace("/", "_"),
+        key=key,
         image_id=key,
         name=f"{Path(url).name}/{key}",
-        read=read,
-        captions=(caption or "",),
+        read=partial(_read_member, file, members.get(suffix or ""), limits.max_bytes),
+        captions=captions,
+        problem=problem,
+        remarks=("images beside that of the same key were left out",) if others else (),
     )
 
 
-def _find_caption(
-    key: str, members: dict[str, tarfile.TarInfo], file: IO[bytes], url: str
-) -> str | None:
-    try:
-        if "txt" in members:
-            return _read_member(file, members["txt"]).decode()
-        if "json" in members:
-            content = json.loads(_read_member(file, members["json"]))
-            caption = content.get("caption")
-            return caption if isinstance(caption, str) else None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{url}: {key}: malformed caption ({error})") from None
-    return None
+def _choose_image(members: Members) -> tuple[str | None, list[str]]:
+    """Suffix of the image, None if there is none or no single one, and the names of the others."""
+    images = [suffix for suffix in SUFFIXES if suffix in members]
+    others = [m.name for s, m in members.items() if s not in images and s.endswith(_DOTTED)]
+    if len(images) > 1:
+        return None, [members[suffix].name for suffix in images] + others
+    return (images[0] if images else None), others
 
 
-def _read_member(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
+def _describe_missing(images: list[str]) -> str:
+    if not images:
+        return "the tar contains no image (jpg, png, webp) for this key"
+    names = f"{len(images)} images have this key, {images[0]} and others"
+    if len(images) == 1:
+        names = f"{images[0]} has a dot in its name"
+    return shorten(f"{names}; keys end at the first dot, --tar_keys last_dot changes this", 200)
+
+
+def _read_captions(members: Members, file: _TarFile) -> tuple[str, ...]:
+    if "txt" in members:
+        # A longer text is cut anyway; at its new end may be a part of a character.
+        data = _read_member(file, members["txt"], MAX_TEXT_BYTES, cut=True)
+        try:
+            return (data.decode("utf-8-sig"),)
+        except UnicodeDecodeError as error:
+            if error.start < MAX_TEXT_BYTES - 4:
+                raise UserError(f"the caption is not UTF-8 ({error.reason})") from None
+            return (data.decode("utf-8-sig", "ignore"),)
+    found = None
+    if "json" in members:
+        data = _read_member(file, members["json"], MAX_JSON_BYTES)
+        found = parse_json(TarMetadata, data, "malformed json of the key").caption
+    if not found:
+        raise UserError("the tar contains no caption (txt, or in json) for this key")
+    return (found,) if isinstance(found, str) else found
+
+
+def _read_member(
+    file: _TarFile, member: tarfile.TarInfo | None, max_bytes: int, *, cut: bool = False
+) -> bytes:
+    """Read a regular member of at most `max_bytes`, or with `cut` that many bytes of it."""
+    assert member is not None
+    if not member.isreg() or member.issparse():
+        kind = "a link" if member.issym() or member.islnk() else "no regular file"
+        raise UserError(f"{member.name} is {kind} in the tar")
+    if member.size > max_bytes and not cut:
+        raise storage.TooLargeError(f"{member.name} is larger than {max_bytes:,} bytes")
     # pread takes the offset as an argument, so threads can share the open file.
-    return os.pread(file.fileno(), member.size, member.offset_data)
-
-
-def _fail(reason: str) -> bytes:
-    raise ValueError(reason)
+    return os.pread(file.fileno(), min(member.size, max_bytes), member.offset_data)

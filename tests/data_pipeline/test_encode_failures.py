@@ -59,13 +59,13 @@ def test_tolerated_failures_are_left_out_of_a_finished_dataset(config: EncodeCon
         encode(replace(config, tolerate=10, output=config.output + "_of_nothing"))
 
 
-def test_a_failing_store_does_not_count_as_a_broken_image() -> None:
+def test_a_failing_store_does_not_count_as_a_broken_image(config: EncodeConfig) -> None:
     def fail() -> bytes:
         raise StoreError("unreachable")
 
     image = CaptionedImage(key="0", image_id=0, name="x.jpg", read=fail, label=0)
     with pytest.raises(StoreError, match="unreachable"):
-        read_or_fail(image, image_size=8)
+        read_or_fail(image, config)
 
 
 def test_only_the_shard_of_a_repaired_image_is_encoded_again(

@@ -35,6 +35,9 @@ def labelled(config: EncodeConfig) -> EncodeConfig:
 
 def test_images_alternate_between_sorted_classes(labelled: EncodeConfig) -> None:
     Path(labelled.images, "ant", "notes.txt").touch()
+    Path(labelled.images, "README.txt").touch()
+    Path(labelled.images, "__MACOSX").mkdir()
+    Path(labelled.images, "ant", "._3.v1.JPEG").touch()
     source = ClassFolders(labelled.images, None)
     images = [image for unit in source.units(4) for image in unit.open()]
     assert source.classes == ("ant", "zebra")
@@ -42,7 +45,7 @@ def test_images_alternate_between_sorted_classes(labelled: EncodeConfig) -> None
     names = ["ant/3.v1.JPEG", "zebra/0.v1.JPEG", "ant/5.v1.JPEG"]
     assert [image.name for image in images[:3]] == names
     assert "9 images in 2 classes" in source.report()
-    assert "1 files are not images" in source.report()
+    assert "3 files are not images" in source.report()
 
 
 def test_shards_hold_labels_and_flips(
@@ -90,6 +93,16 @@ def test_flipped_moments_are_those_of_the_flipped_image(labelled: EncodeConfig) 
         (shutil.rmtree, "missing or empty folder"),
         (lambda folder: (folder / "bee").mkdir(), "bee: no images"),
         (lambda folder: (folder / "loose.png").touch(), "loose.png: image without a class"),
+        (
+            lambda folder: (folder / "out").symlink_to("/etc"),
+            "out: a link leads out .*--allow_links",
+        ),
+        (lambda folder: (folder / "loop").symlink_to("loop"), "loop: Too many levels"),
+        (lambda folder: (folder / "a\033[2J").mkdir(), r"a\\x1b\[2J: rename this class"),
+        (
+            lambda folder: (folder / "x\udce9").mkdir(),
+            r"x\\udce9: rename this class",
+        ),
     ],
 )
 def test_a_malformed_folder_is_one_line(

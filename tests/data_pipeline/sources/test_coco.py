@@ -1,11 +1,13 @@
 """Source `coco`: order, completeness, and one clear line for each kind of wrong file."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipeline.sources.base import ReadLimits
 from data_pipeline.sources.coco import CocoCaptions
 from ifvit.errors import UserError
 
@@ -64,13 +66,20 @@ def test_an_incomplete_split_is_reported_before_encoding(coco: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda content: content.pop("annotations"), "needs a list under the key 'annotations'"),
-        (lambda content: content.pop("images"), "needs a list under the key 'images'"),
-        (lambda content: content["images"][0].pop("file_name"), "'images' has no 'file_name'"),
-        (lambda content: content["annotations"][0].pop("caption"), "has no 'caption'"),
-        (lambda content: content["annotations"].pop(0), r"image id 3 \(.*\) has no caption"),
-        (lambda content: content["images"].append(content["images"][0]), "is listed twice"),
-        (lambda content: content["images"].pop(), "a caption has image id 3, which is not in"),
+        (lambda content: content.pop("annotations"), "annotations: Field required"),
+        (lambda content: content.pop("images"), "images: Field required"),
+        (lambda content: content.update(images=[]), "images: an empty list"),
+        (lambda content: content["images"][0].pop("file_name"), "images.0.file_name: Field"),
+        (lambda content: content["images"][0].update(id="3"), "images.0.id: .* valid integer"),
+        (lambda content: content["images"][0].update(id=2**64), "id is .*beyond 64 bits"),
+        (lambda content: content["annotations"][0].pop("caption"), "annotations.0.caption: Field"),
+        (lambda content: content["annotations"][0].update(caption=None), "0.caption: .* string"),
+        (lambda content: content["images"].append(content["images"][0]), "an id is listed twice"),
+        (lambda content: content["images"].pop(), "image id 3 is not in 'images'"),
+        *[
+            (lambda content, name=name: content["images"][0].update(file_name=name), "file_name is")
+            for name in ("../x.jpg", "/etc/x.jpg", "a//b.jpg", "x\0.jpg", "", "http://x/y.jpg")
+        ],
     ],
 )
 def test_wrong_annotations_are_one_line_that_names_the_key(
@@ -84,11 +93,52 @@ def test_wrong_annotations_are_one_line_that_names_the_key(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{not json", "[]", '"text"'])
-def test_a_file_without_coco_captions_is_an_error(coco: Path, text: str) -> None:
-    (coco / "captions_train2014.json").write_text(text)
-    with pytest.raises(UserError, match=r"captions_train2014\.json: (not|Invalid)"):
+@pytest.mark.parametrize(
+    "text", ["{not json", "[]", '"text"', "", b"\xff", "[" * 100_000, '{"images": ' * 100_000]
+)
+def test_a_file_without_coco_captions_is_an_error(coco: Path, text: str | bytes) -> None:
+    data = text if isinstance(text, bytes) else text.encode()
+    (coco / "captions_train2014.json").write_bytes(data)
+    with pytest.raises(UserError, match=r"captions_train2014\.json: "):
         read(coco)
+
+
+def test_an_image_without_captions_is_left_out_by_name(coco: Path) -> None:
+    content = load(coco)
+    content["annotations"].pop(0)
+    save(coco, content)
+    image = read(coco).images[0]
+    assert (image.captions, image.problem) == ((), "the annotations hold no caption of it")
+
+
+def test_a_link_out_of_the_folder_is_read_only_when_allowed(coco: Path) -> None:
+    path = coco / "images" / "COCO_train2014_000000000003.jpg"
+    path.rename(coco / "outside.jpg")
+    path.symlink_to(coco / "outside.jpg")
+    with pytest.raises(UserError, match=r"a link leads out .*--allow_links"):
+        read(coco).images[0].read()
+    captions = str(coco / "captions_train2014.json")
+    source = CocoCaptions(str(coco / "images"), captions, ReadLimits(allow_links=True))
+    assert source.images[0].read() == (coco / "outside.jpg").read_bytes()
+
+
+def test_a_file_as_large_as_coco_is_parsed_within_seconds_and_half_a_gigabyte(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "000000000000.jpg").touch()
+    images = [{"id": n, "file_name": f"{n:012d}.jpg", "license": 3} for n in range(8_000)]
+    annotations = [
+        {"id": n, "image_id": n // 5, "caption": f"a photo of a dog on a beach number {n}"}
+        for n in range(40_000)
+    ]
+    save(tmp_path, {"images": images, "annotations": annotations})
+    tracemalloc.start()
+    source = read(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source.images) == 8_000
+    assert peak < 50e6  # a tenth of COCO's training split
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,11 @@ def images(tmp_path: Path) -> str:
 
 def write(folder: str, suffix: str) -> str:
     path = Path(folder, f"table.{suffix}")
-    if suffix == "csv":
+    if suffix == "tsv":
+        path.write_text(
+            'caption\tpath\n"a ""fox"", red"\tb/2.jpg\nKäse\t1.jpg\n"two\nlines"\tb/2.jpg'
+        )
+    elif suffix == "csv":
         path.write_text(
             'caption,path\n"a ""fox"", red",b/2.jpg\nKäse,1.jpg\n"two\nlines",b/2.jpg\n',
             encoding="utf-8-sig",  # as spreadsheets export it
@@ -43,7 +47,7 @@ def write(folder: str, suffix: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 def test_rows_of_one_path_are_its_captions(images: str, suffix: str) -> None:
     source = CaptionTable(images, write(images, suffix))
     first, second = source.images
@@ -73,14 +77,24 @@ def test_a_table_is_encoded(config: EncodeConfig) -> None:
         ("t.csv", 'path,caption\n1.jpg,"a\n', "not CSV"),
         ("t.csv", "path,caption\n", "no rows"),
         ("t.csv", "path,caption\n,x\n", "no text in column 'path'"),
-        ("t.csv", "path,caption\n/1.jpg,x\n", "path /1.jpg is absolute"),
+        ("t.csv", "path,caption\n/1.jpg,x\n", "t.csv:2: path /1.jpg does not lead .*--images"),
+        ("t.csv", "path,caption\n../1.jpg,x\n", "t.csv:2: path ../1.jpg does not lead inside"),
+        ("t.csv", "path,caption\nb/../../1.jpg,x\n", "does not lead inside"),
+        ("t.csv", "path,caption\nhttp://x/1.jpg,x\n", "is a URL; download the images first"),
+        ("t.csv", "path,caption\n1\0.jpg,x\n", r"path 1\\x00.jpg does not lead inside"),
+        ("t.jsonl", '{"path": ' * 100_000, "t.jsonl:1: "),
+        ("t.jsonl", '{"path": "1.jpg", "caption": "x", "n": ' + "9" * 5000 + "}", "t.jsonl:1: "),
         ("t.csv", "path,caption\nnone.jpg,x\n", "none.jpg: no such file; paths in .* start at"),
-        ("t.jsonl", '{"path": "1.jpg", "caption": "x"}\n{', "t.jsonl:2: not JSON"),
-        ("t.jsonl", "[1]", "t.jsonl:1: not a JSON object"),
+        ("t.jsonl", '{"path": "1.jpg", "caption": "x"}\n{', "t.jsonl:2: Invalid JSON"),
+        ("t.jsonl", "[1]", "t.jsonl:1: .*object"),
         ("t.jsonl", '{"path": "1.jpg", "caption": 3}', "t.jsonl:1: no text in column 'caption'"),
         ("t.parquet", "PAR1", "t.parquet: not Parquet"),
         ("t.csv", b"path,caption\n1.jpg,K\xe4se\n", "t.csv: not UTF-8"),
-        ("t.xlsx", "", r"t.xlsx; a table source needs a file of type \.csv, \.jsonl, \.parquet"),
+        (
+            "t.xlsx",
+            "",
+            r"t.xlsx; a table source needs a file of type \.csv, \.tsv, \.jsonl",
+        ),
     ],
 )
 def test_a_malformed_table_is_one_line(
@@ -99,3 +113,22 @@ def test_parquet_without_pyarrow_says_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"Parquet needs pyarrow; pip install 'ifvit\[table\]'"):
         CaptionTable(images, table)
+
+
+@pytest.mark.parametrize("path", ["./1.jpg", "{images}/1.jpg"])
+def test_paths_may_be_absolute_or_written_oddly_inside_the_folder(images: str, path: str) -> None:
+    table = Path(images, "t.csv")
+    table.write_text(f"path,caption\n{path.format(images=images)},x\n")
+    assert [image.name for image in CaptionTable(images, str(table)).images] == ["1.jpg"]
+
+
+def test_a_parquet_file_that_expands_without_bound_is_refused(
+    images: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"path": "1.jpg", "caption": "x" * 10_000}
+    table = Path(images, "t.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([row] * 10_000), table)
+    assert table.stat().st_size < 20_000
+    monkeypatch.setattr("data_pipeline.sources.table.MAX_BYTES", 1_000_000)
+    with pytest.raises(UserError, match=r"more than 1,000,000 characters; divide the table"):
+        CaptionTable(images, str(table))

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +12,15 @@ from pathlib import Path
 import pytest
 from encoded_files import finish, image_files
 
+from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
+from data_pipeline.encoders import read_or_fail
+from data_pipeline.sources.preparation import open_unit
 from data_pipeline.sources.tars import WebDatasetTars
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.images import DecodedImage
 from ifvit.shards.reader import ShardReader
 
 Members = dict[str, bytes]
@@ -126,6 +132,123 @@ def test_missing_tars_and_superfluous_captions_are_named(
         WebDatasetTars(tars.images + pattern, captions)
 
 
+def add_special(path: Path, name: str, kind: bytes, size: int = 0) -> None:
+    """Add a member that is no regular file."""
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.type, info.size, info.linkname = kind, size, "/etc/passwd"
+        tar.addfile(info, io.BytesIO(bytes(size)))
+
+
+def huge_header() -> bytes:
+    """A tar of one block whose long name claims 8 GiB."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1 << 33
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(10240)
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"x.jpg": b"", "x.json": b"{"}, "Invalid JSON"),
+        ({"x.jpg": b"", "x.json": b"\xff\xfe"}, "Invalid JSON"),
+        ({"x.jpg": b"", "x.json": b"[" * 100_000}, "recursion limit"),
+        ({"x.jpg": b"", "x.json": b"[]"}, "object"),
+        ({"x.jpg": b"", "x.json": b'{"caption": 3}'}, "string"),
+        ({"x.jpg": b"", "x.json": b'{"caption": null}'}, "no caption"),
+        ({"x.jpg": b"", "x.json": bytes((1 << 24) + 1)}, "larger than 16,777,216 bytes"),
+        ({"x.jpg": b"", "x.txt": b"x\xe9"}, "not UTF-8"),
+        ({"x.jpg": b"", "x.txt": b" \n"}, "blank; --allow_blank_captions"),
+        ({"x.jpg": b"", "x.png": b"", "x.txt": b"x"}, "2 images have this key, x.jpg"),
+        ({"v1.5_1.jpg": b"", "v1.5_1.txt": b"x"}, "v1.5_1.jpg has a dot .*--tar_keys last_dot"),
+    ],
+)
+def test_a_sample_that_cannot_be_used_is_one_failure_with_a_reason(
+    tars: EncodeConfig, members: Members, reason: str
+) -> None:
+    write_tar(Path(tars.images, "00000.tar"), members)
+    images = open_unit(WebDatasetTars(tars.images, None).units(1)[0], tars)
+    failures = [read_or_fail(image, tars) for image in images]
+    assert len(failures) == 1
+    assert isinstance(failures[0], Failure)
+    assert re.search(reason, failures[0].reason)
+
+
+def test_links_sparse_files_and_other_members_are_failures_and_not_read(
+    tars: EncodeConfig, samples: list[Members]
+) -> None:
+    path = Path(tars.images, "00000.tar")
+    write_tar(path, {f"{key}.txt": b"x" for key in "abcd"} | samples[0])
+    add_special(path, "a.jpg", tarfile.SYMTYPE)
+    add_special(path, "b.jpg", tarfile.LNKTYPE)
+    add_special(path, "c.jpg", tarfile.CHRTYPE)
+    add_special(path, "d.jpg", tarfile.FIFOTYPE)
+    images = open_unit(WebDatasetTars(tars.images, None).units(1)[0], tars)
+    found = {image.key: read_or_fail(image, tars) for image in images}
+    reasons = [found[key].reason for key in "abcd"]  # type: ignore[union-attr]
+    assert reasons == [
+        "a.jpg is a link in the tar",
+        "b.jpg is a link in the tar",
+        "c.jpg is no regular file in the tar",
+        "d.jpg is no regular file in the tar",
+    ]
+    assert isinstance(found["000000000"], DecodedImage)
+
+
+def test_a_huge_image_in_a_tar_is_refused_by_its_size_and_a_flag_admits_it(
+    tars: EncodeConfig, samples: list[Members]
+) -> None:
+    small = replace(
+        tars, max_megapixels=1500e-6, tolerate=5
+    )  # the images have 36 x 40 to 36 x 46 pixels
+    manifest = finish(small)
+    assert manifest.num_samples == 2
+    marker = storage.read_json(f"{tars.output}/completed/shard-00000.json")
+    assert all("--max_megapixels allows more" in each["reason"] for each in marker["failures"])
+    assert finish(replace(small, max_megapixels=100.0)).num_samples == 7
+
+
+def test_files_of_macos_are_no_images(tars: EncodeConfig, samples: list[Members]) -> None:
+    hidden = {"._000000000.jpg": b"x", ".DS_Store": b"x", "__MACOSX/a/b.jpg": b"x"}
+    write_tar(Path(tars.images, "00000.tar"), hidden | samples[0])
+    images = WebDatasetTars(tars.images, None).units(1)[0].open()
+    assert [image.key for image in images] == ["000000000"]
+
+
+def test_images_that_share_a_key_are_all_named_and_the_last_dot_separates_them(
+    tars: EncodeConfig, samples: list[Members]
+) -> None:
+    image = next(iter(samples[0].values()))
+    members = {}
+    for number in range(20):
+        members |= {f"v1.5_{number}.jpg": image, f"v1.5_{number}.txt": b"x"}
+    write_tar(Path(tars.images, "00000.tar"), members)
+    (only,) = WebDatasetTars(tars.images, None).units(1)[0].open()
+    assert only.problem.startswith("20 images have this key, v1.5_0.jpg and others; keys end at")
+    manifest = finish(replace(tars, tar_keys="last_dot"))
+    assert manifest.num_samples == 24
+    keys = [ShardReader(tars.output).metadata(number).image_id for number in range(20)]
+    assert keys == [f"v1.5_{number}" for number in range(20)]
+
+
+def test_a_second_image_beside_that_of_the_key_is_counted(
+    tars: EncodeConfig, samples: list[Members], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(Path(tars.images, "00000.tar"), {**samples[0], "000000000.mask.png": b"x"})
+    finish(tars)
+    out = capsys.readouterr().out
+    assert (
+        "1 images: images beside that of the same key were left out; the first is 00000.ta" in out
+    )
+
+
+def test_captions_in_json_may_be_a_list(tars: EncodeConfig, samples: list[Members]) -> None:
+    image = next(iter(samples[0].values()))
+    captions = json.dumps({"caption": ["one", "two"], "nan": float("nan")}).encode()
+    write_tar(Path(tars.images, "00000.tar"), {"x.jpg": image, "x.json": captions})
+    assert WebDatasetTars(tars.images, None).units(1)[0].open()[0].captions == ("one", "two")
+
+
 def cut_between_members(path: Path) -> None:
     with tarfile.open(path) as tar:
         end = tar.getmembers()[3].offset
@@ -138,16 +261,22 @@ def cut_between_members(path: Path) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:3000]), "not a complete tar"),
         (cut_between_members, "not a complete tar"),
         (lambda path: path.write_bytes(b"<html>not found" * 100), "not a complete tar"),
-        (lambda path: write_tar(path, {"000000001.txt": b""}, "a"), "contains 000000001.txt twice"),
-        (lambda path: write_tar(path, {"x.jpg": b"", "x.json": b"{"}), "x: malformed caption"),
-        (lambda path: write_tar(path, {"a/b.jpg": b"", "a_b.jpg": b""}), "differ only by / and _"),
+        (lambda path: write_tar(path, {}, "w:gz"), "a compressed tar; decompress it with gunzip"),
+        (lambda path: path.write_bytes(b""), "not a complete tar"),
+        (lambda path: path.write_bytes(huge_header()), "a header of 8589934592 bytes"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
+        (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
+        (
+            lambda path: path.with_name("00000_stats.json").write_text("[1]"),
+            "s.json: .*object",
+        ),
     ],
 )
 def test_a_malformed_tar_is_one_line(
     tars: EncodeConfig, damage: Callable[[Path], object], named: str
 ) -> None:
     damage(Path(tars.images, "00000.tar"))
-    with pytest.raises(UserError, match=f"00000.tar: .*{named}") as caught:
+    with pytest.raises(UserError, match=f"00000.*{named}") as caught:
         encode(tars)
     assert "\n" not in str(caught.value)
 
