@@ -8,6 +8,7 @@ from ifvit.records import PositiveInt, Rule, record
 
 MAX_MODELS = 6
 RepeatShare = Annotated[float, Rule("from 0 to 0.5", lambda value: 0 <= value <= 0.5)]
+Port = Annotated[int, Rule("from 0 to 65535", lambda value: 0 <= value <= 65535)]
 NumRaters = Annotated[int, Rule("from 1 to 10000", lambda value: 1 <= value <= 10_000)]
 
 
@@ -72,7 +73,7 @@ class ServeConfig(RateReportConfig):
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 accepts other machines."""
 
-    port: int = 8000
+    port: Port = 8000
     """Port to listen on; 0: any free port."""
 
 

@@ -10,8 +10,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.parse
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -28,8 +26,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ifvit.errors import UserError
-from ifvit.rating.answers import Answer, Store
+from ifvit.rating.answers import Store
 from ifvit.rating.config import ServeConfig
+from ifvit.rating.forms import form_value, is_foreign, read_answer, read_fields
 from ifvit.rating.limits import (
     MAX_HEAD_BYTES,
     Allowance,
@@ -47,11 +46,9 @@ from ifvit.rating.study import (
     Task,
     check_images,
     read_study,
-    skip_reasons,
 )
 from ifvit.records import path_inside
 
-_MAX_FORM_BYTES = 4096
 _REQUESTS_PER_SECOND = 20.0
 _REQUEST_BURST = 200.0
 """A page with six images takes nine requests."""
@@ -111,10 +108,9 @@ def _listen(config: ServeConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
-    except OSError as error:
+    except (OSError, TypeError) as error:
         raise UserError(
-            f"{config.host}:{config.port}: cannot listen ({error.strerror}); "
-            "give another --host or --port"
+            f"{config.host}:{config.port}: cannot listen ({error}); give another --host or --port"
         ) from None
     listener.listen()  # requests wait from now on until the server has started
     return listener
@@ -252,7 +248,7 @@ class _Site:
             num_done=len(visit.answered),
             item=task.item,
             images=[task.item.images[name] for name in task.shown],
-            earlier=_form_value(task, earlier),
+            earlier=form_value(task, earlier),
             skip_reason=earlier.skip_reason if earlier else None,
             skip_reasons=SKIP_REASONS[task.item.kind],
             cannot_tell=CANNOT_TELL,
@@ -262,10 +258,10 @@ class _Site:
 
     async def answer(self, request: Request) -> Response:
         """Store the answer to a question; the response is sent after the commit."""
-        if _is_foreign(request):
+        if is_foreign(request):
             raise HTTPException(403, "This form comes from another site.")
         try:
-            form = await _read_fields(request)
+            form = await read_fields(request)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         return await run_in_threadpool(self._record, request, form)
@@ -342,69 +338,3 @@ class _Site:
         if not is_number or not 1 <= int(number) <= len(visit.tasks):
             raise HTTPException(404, "There is no such question.")
         return int(number) - 1
-
-
-def _is_foreign(request: Request) -> bool:
-    """Return whether the browser reports that the form is on a page of another site."""
-    origin, host = request.headers.get("origin"), request.headers.get("host")
-    if origin is not None and origin.partition("://")[2] != host:
-        return True
-    return request.headers.get("sec-fetch-site", "same-origin") != "same-origin"
-
-
-async def _read_fields(request: Request) -> dict[str, str]:
-    """Read the fields of a small form. Raises HTTPException with 400 or 413."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_FORM_BYTES:
-            raise HTTPException(413, "This form is too large.")
-    try:
-        fields = urllib.parse.parse_qsl(body.decode(), strict_parsing=True)
-    except ValueError:
-        raise HTTPException(400, "This is not a form.") from None
-    if len(dict(fields)) < len(fields):
-        raise HTTPException(400, "A field of this form occurs twice.")
-    return dict(fields)
-
-
-def read_answer(form: Mapping[str, str], task: Task, rater: int) -> Answer:
-    """Convert a form with one field, `skip_reason`, `count` or `ranking`, into an answer.
-
-    `ranking` lists places on the page from best to worst, counted from 0: "2,0,1".
-    Raises HTTPException with 400 for any other form.
-    """
-    kind = task.item.kind
-    value: int | tuple[str, ...] | None = None
-    if set(form) == {"skip_reason"}:
-        if form["skip_reason"] not in skip_reasons(kind):
-            raise HTTPException(400, "This is not an answer: unknown reason.")
-    elif kind == "preference" and set(form) == {"ranking"}:
-        places = form["ranking"].split(",")
-        if sorted(places) != [str(place) for place in range(len(task.shown))]:
-            raise HTTPException(400, "This is not an answer: rank every image once.")
-        value = tuple(task.shown[int(place)] for place in places)
-    elif kind == "counting" and set(form) == {"count"}:
-        text = form["count"]
-        if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_COUNT))):
-            raise HTTPException(400, f"This is not an answer: count from 0 to {MAX_COUNT}.")
-        value = int(text)
-    else:
-        raise HTTPException(400, "This is not an answer: unknown fields.")
-    return Answer(
-        rater=rater,
-        item=task.item.number,
-        repetition=task.repetition,
-        shown=task.shown,
-        value=value,
-        skip_reason=form.get("skip_reason"),
-    )
-
-
-def _form_value(task: Task, answer: Answer | None) -> str:
-    """Return the value of the form field that produces this answer."""
-    if answer is None or answer.value is None:
-        return ""
-    if isinstance(answer.value, int):
-        return str(answer.value)
-    return ",".join(str(task.shown.index(name)) for name in answer.value)

@@ -113,6 +113,7 @@ def test_a_mistake_is_named(
         {"preference": dict.fromkeys("abcdefg", "x")},
         {"counting": {"a": "x"}, "repeat_share": 0.6},
         {"counting": {"a": "x"}, "raters": 0},
+        {"counting": {"a": "x"}, "raters": 10_001},
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:

@@ -13,9 +13,12 @@ from live_server import LiveServer, serving
 from made_study import add, make_study
 from starlette.exceptions import HTTPException
 
+from ifvit.errors import UserError
 from ifvit.rating.answers import Rater, Store
+from ifvit.rating.config import ServeConfig
+from ifvit.rating.forms import read_answer
 from ifvit.rating.results import read_results
-from ifvit.rating.server import read_answer
+from ifvit.rating.server import serve
 from ifvit.rating.study import Item, Kind, Study, Task
 
 NUM_RATERS = 50
@@ -285,6 +288,14 @@ def test_saved_answers_survive_kill_9(tmp_path_factory: pytest.TempPathFactory) 
     total = len(study.tasks(1))
     assert [progress.done for progress in read_results(str(study.folder)).progress] == 4 * [total]
     store.close()
+
+
+@pytest.mark.parametrize(("host", "port"), [("no such host", 0), (70 * "é", 0), ("::1::", 1)])
+def test_an_address_that_cannot_be_used_is_named(host: str, port: int, study: Study) -> None:
+    with pytest.raises(UserError, match="give another --host or --port"):
+        serve(ServeConfig(study=str(study.folder), host=host, port=port))
+    with pytest.raises(UserError, match="from 0 to 65535"):
+        ServeConfig(study=str(study.folder), port=65536)
 
 
 def test_a_file_that_breaks_while_it_is_served_gives_a_page_and_a_line(
