@@ -54,8 +54,8 @@ class ProtocolConfig:
     """CLIP of CLIP Score, retrieval, Fréchet distance and CMMD."""
 
     inception: str | None = None
-    """TorchScript Inception of FID and KID: a file, or `inception-2015-12-05`, which is downloaded
-    once; unset: no FID and KID."""
+    """Inception of FID and KID: `inception-2015-12-05`, which is downloaded once, its file, or a
+    .safetensors file with the tensors of pytorch-fid's network; unset: no FID and KID."""
 
     paper_prefix: str = "A photo depicts "
     """Text before the captions in the paper's CLIP Score. Leave it empty for a CLIP whose tokenizer

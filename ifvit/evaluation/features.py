@@ -4,14 +4,18 @@
 Shapes: N, n images, F features, B batch, H, W image.
 """
 
+import hashlib
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,6 +23,7 @@ from ifvit import storage
 from ifvit.distributed import ProcessGroup
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
+from ifvit.evaluation.inception import IMAGE_SIZE, Inception
 from ifvit.evaluation.metrics import (
     KID_SUBSET,
     KID_SUBSETS,
@@ -28,6 +33,7 @@ from ifvit.evaluation.metrics import (
 )
 from ifvit.images import Pixels, to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
+from ifvit.records import shorten
 from ifvit.shards.format import EncoderIdentity
 
 CLIP, INCEPTION = "clip", "inception"
@@ -80,35 +86,44 @@ def load_networks(protocol: ProtocolConfig, device: str) -> Networks:
 
 
 def load_inception(name: str, device: str = "cpu") -> FeatureNetwork:
-    """Load a TorchScript file, or `inception-2015-12-05`, which is downloaded once and checked.
+    """Load `inception-2015-12-05`, which is downloaded once, its file, or a safetensors file.
 
-    Its features are those of the last pooling layer, (B, 2048) for the original network. Raises
-    UserError if the file is missing, damaged or not TorchScript, or cannot be downloaded.
+    Its features are those of the last pooling layer, (B, 2048) for the original network. A
+    TorchScript file is code, so only the published one is loaded, known by its sha256. Raises
+    UserError if the file is missing, damaged or another, or cannot be downloaded.
     """
     path = _download() if name == ORIGINAL else Path(name)
-    if not path.is_file():
-        raise UserError(f"inception {name}: no such file; give a TorchScript file or {ORIGINAL}")
-    try:
-        network = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"inception {name}: not a TorchScript file ({reason})") from None
-    digest = storage.sha256_of(path)
-    if name == ORIGINAL and digest != _SHA256:
-        raise UserError(f"{path}: damaged, its sha256 is not {_SHA256}; delete it")
+    data = storage.read_bytes(str(path))
+    digest = hashlib.sha256(data).hexdigest()
+    network: Callable[[Tensor], Tensor]
+    if digest == _SHA256:
+        original = torch.jit.load(io.BytesIO(data), map_location=device).eval()  # type: ignore[no-untyped-call]
+        network = partial(original, return_features=True)
+    elif path.suffix == ".safetensors":
+        try:
+            network = Inception(safetensors.torch.load(data), device)
+        except (SafetensorError, UserError) as error:
+            raise UserError(
+                f"inception {name}: not the tensors of Inception v3 ({shorten(error)})"
+            ) from None
+    else:
+        raise UserError(
+            f"inception {path}: damaged or another network, its sha256 is not {_SHA256}; give "
+            f"{ORIGINAL}, its file, or the tensors of pytorch-fid's network as .safetensors"
+        )
     identity = EncoderIdentity(name=name, sha256=digest)
     return FeatureNetwork(embed=partial(_embed_by_inception, network), identity=identity)
 
 
-def _embed_by_inception(network: torch.jit.ScriptModule, images: Tensor) -> Tensor:
+def _embed_by_inception(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] => (B, F); the network itself takes values in [0, 255].
 
     Images are resized to 299 x 299 as pytorch-fid does it: bilinear, without antialiasing,
     before any rounding.
     """
-    resized = functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
-    features: Tensor = network((resized + 1.0) * 127.5, return_features=True)
-    return features
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    resized = functional.interpolate(images, size, mode="bilinear", align_corners=False)
+    return network((resized + 1.0) * 127.5)
 
 
 def _download() -> Path:

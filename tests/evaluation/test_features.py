@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_inception import NUM_FEATURES, Network, save_inception
+from made_inception import NUM_FEATURES, inception_tensors, save_inception, save_script
 from made_statistics import frechet_distance, statistics
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -24,6 +25,7 @@ from ifvit.evaluation.features import (
     collect_features,
     load_inception,
 )
+from ifvit.evaluation.inception import Inception
 from ifvit.evaluation.metrics import estimate_frechet
 from ifvit.images import Pixels, to_model_range
 from ifvit.shards.format import EncoderIdentity
@@ -48,9 +50,11 @@ def test_a_network_is_identified_by_its_hash_and_gives_features(path: str) -> No
 
 def test_images_are_resized_as_pytorch_fid_does_it(path: str) -> None:
     pixels = sample_images(1, 255)
-    # Bilinear without antialiasing is what PIL does when it enlarges, up to its rounding.
-    enlarged = np.asarray(Image.fromarray(pixels[0]).resize((299, 299), Image.Resampling.BILINEAR))
-    expected = Network()(torch.from_numpy(enlarged.astype(np.float32)).permute(2, 0, 1)[None], True)
+    # Bilinear without antialiasing is what PIL does when it enlarges; its mode F does not round.
+    channels = [Image.fromarray(pixels[0, :, :, c].astype(np.float32)) for c in range(3)]
+    size, bilinear = (299, 299), Image.Resampling.BILINEAR
+    enlarged = np.stack([np.asarray(channel.resize(size, bilinear)) for channel in channels])
+    expected = Inception(inception_tensors())(torch.from_numpy(enlarged)[None])
     found = load_inception(path).embed(to_model_range(pixels))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
 
@@ -74,8 +78,9 @@ def test_fid_is_that_of_torchmetrics_with_the_same_network(path: str) -> None:
 
 
 def test_the_original_network_is_downloaded_once_and_checked(
-    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path = save_script(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(features, "_URL", Path(path).as_uri())
     with pytest.raises(UserError, match=r"cannot be downloaded \(invalid hash value"):
@@ -87,20 +92,59 @@ def test_the_original_network_is_downloaded_once_and_checked(
     assert found.identity.name == "inception-2015-12-05"
 
 
+def test_torchscript_is_loaded_only_if_it_is_the_published_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the code of a stranger ran")
+
+    script = Path(save_script(tmp_path))
+    renamed = tmp_path / "script.safetensors"
+    renamed.write_bytes(script.read_bytes())
+    monkeypatch.setattr(torch.jit, "load", load)
+    with pytest.raises(UserError, match=r"inception\.pt: .* its sha256 is not f58cb9b6"):
+        load_inception(str(script))
+    with pytest.raises(UserError, match=r"script\.safetensors: not the tensors of Inception"):
+        load_inception(str(renamed))
+
+
+def test_the_network_is_that_of_torch_fidelity() -> None:
+    tensors = inception_tensors()
+    assert sum(name.endswith("conv.weight") for name in tensors) == 94
+    side = torch.arange(299.0)
+    channels = [side[:, None] % 256 + 0 * side, side % 97 * 2 + 0 * side[:, None]]
+    image = torch.stack([*channels, (side[:, None] + side) % 256])
+    found = Inception(tensors)(image[None])
+    assert found.shape == (1, NUM_FEATURES)
+    # FeatureExtractorInceptionV3 of torch-fidelity 0.4.0 with these tensors and this image.
+    golden = torch.tensor([0.14405981, 0.00244566, 2.54810977, 0.0])
+    torch.testing.assert_close(found[0, :4], golden, rtol=1e-4, atol=1e-5)
+    assert float(found.mean()) == pytest.approx(0.47420281, rel=1e-4)
+    assert float(found.std()) == pytest.approx(0.72266376, rel=1e-4)
+
+
 def test_a_file_that_is_not_a_network_is_one_line(
     tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"nowhere\.pt: no such file"):
         load_inception("nowhere.pt")
-    (tmp_path / "text.pt").write_text("no network")
-    with pytest.raises(UserError, match=r"text\.pt: not a TorchScript file") as caught:
-        load_inception(str(tmp_path / "text.pt"))
-    assert "\n" not in str(caught.value)
+    tensors = inception_tensors()
+    name = "Mixed_6c.branch7x7_2.conv.weight"
+    wrong = {
+        "no tensor": {key: value for key, value in tensors.items() if key != name},
+        "do not fit": tensors | {name: torch.zeros(3, 3)},
+        "fit": tensors | {name: torch.zeros(4, 5, 1, 7)},
+    }
+    for words, content in wrong.items():
+        save_file(content, path)
+        with pytest.raises(UserError, match=f"not the tensors of Inception v3 .*{words}") as caught:
+            load_inception(path)
+        assert str(caught.value).isprintable()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     kept = tmp_path / "hub" / "checkpoints" / f"{ORIGINAL}.pt"
     kept.parent.mkdir(parents=True)
     Path(path).rename(kept)
-    with pytest.raises(UserError, match="damaged, its sha256 is not f58cb9b6"):
+    with pytest.raises(UserError, match="damaged or another network, its sha256 is not f58cb9b6"):
         load_inception(ORIGINAL)
     kept.unlink()
     monkeypatch.setattr(features, "_URL", (tmp_path / "gone.pt").as_uri())
