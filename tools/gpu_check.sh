@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 device=cuda
 [ "${1:-}" = --cpu ] && { device=cpu; shift; }
 out=${1:-runs/gpu_check} python=${PYTHON:-.venv/bin/python}
-export TOKENIZERS_PARALLELISM=false
+# DeepSpeed compiles here, so that a step that is killed leaves no lock where other programs would wait for it.
+export TOKENIZERS_PARALLELISM=false TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(realpath -m "$out")/extensions}
 fail() { echo "gpu_check: $1" >&2; exit 2; }
 [ $device = cpu ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     fail "torch sees no CUDA device; --cpu proves the commands without one"
@@ -22,8 +23,7 @@ record() { # NAME RESULT SECONDS REASON
 }
 
 step() { # NAME COMMAND...: run it; the reason of a failure is the last line of its log
-    local name=$1 start=$SECONDS log=$out/logs/$1.log
-    shift
+    local name=$1 start=$SECONDS log=$out/logs/$1.log && shift
     if timeout 240 "$@" >"$log" 2>&1; then
         record "$name" passed $((SECONDS - start)) ""
     else
@@ -133,8 +133,7 @@ targets = [
      "met": None if device == "cpu" else bool(value is not None and (value >= goal if sign == ">=" else value <= goal))}
     for name, value, sign, goal in goals
 ]
-git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-where = bench["train"].get("device", device)
+git, where = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True), bench["train"].get("device", device)
 report = {"device": where, "torch": version("torch"), "commit": git.stdout.strip(), "seconds": seconds,
           "steps": steps, "bench": bench, "targets": targets}
 (out / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -7,6 +7,7 @@ from functools import partial
 from ifvit.bench.config import BenchCheckpointConfig, BenchTrainConfig
 from ifvit.bench.measurement import print_result, seconds_on
 from ifvit.bench.training_speed import EngineSteps, build_recipe
+from ifvit.errors import UserError
 from ifvit.models.config import PRESETS
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards.format import MANIFEST, EncoderIdentity
@@ -29,6 +30,8 @@ def bench_checkpoint(config: BenchCheckpointConfig) -> None:
     relative increase of the remaining time, because the saving threads share the machine.
     `last_save_seconds` is the time that the end of a run waits for the last save.
     """
+    if config.run and list_names(config.run):
+        raise UserError(f"{config.run}: not empty; the benchmark writes to an empty folder only")
     with tempfile.TemporaryDirectory() as folder:
         recipe = _build_recipe(config.run or folder, config)
         training = EngineSteps(recipe)

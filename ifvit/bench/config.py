@@ -82,7 +82,7 @@ class BenchCheckpointConfig(BenchConfig):
     """
 
     run: str | None = None
-    """Folder or s3://bucket/prefix to save to. Default: a temporary folder."""
+    """Empty folder or s3://bucket/prefix to save to. Default: a temporary folder."""
     every: PositiveInt = 20
     """Steps between saves."""
     num_steps: PositiveInt = 40

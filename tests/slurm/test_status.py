@@ -197,6 +197,19 @@ def test_a_log_cannot_command_the_terminal(home: Path, capfd: pytest.CaptureFixt
     assert capfd.readouterr().out.splitlines()[1:] == [r"\x1b[2Jloss 1", "        loss 2", "\ufffd"]
 
 
+@pytest.mark.parametrize(
+    "recipe", ["", "[1]", "max_steps: .inf", "max_steps: 0\nglobal_batch_size: 1", "a: !!python/x"]
+)
+def test_a_damaged_recipe_of_a_run_is_shown_in_its_line(
+    recipe: str, home: Path, command: Command
+) -> None:
+    command("sacct", f"cat <<'E'\n{SACCT}E")
+    command("squeue", f"cat <<'E'\n{SQUEUE}E")
+    (home / "metrics.jsonl").write_bytes(dump_rows([made_training_row(1)]))
+    (home / "config.yaml").write_text(recipe)
+    assert {status.progress[:12] for status in read_statuses(str(home))} == {str(home)[:12]}
+
+
 def test_logs_are_those_of_the_newest_job_with_a_log(home: Path) -> None:
     assert find_log(LogsConfig(run=str(home))).name == "80_1_0_log.out"
     with pytest.raises(UserError, match="no log of job 81 yet"):
