@@ -31,7 +31,7 @@ from ifvit.evaluation.features import (
     load_networks,
 )
 from ifvit.evaluation.metrics import FeatureStatistics
-from ifvit.images import IMAGE_SUFFIXES, Pixels, read_square
+from ifvit.images import IMAGE_SUFFIXES, MAX_MEGAPIXELS, Pixels, read_square
 from ifvit.records import PositiveInt, Sha256, parse_value, path_inside, record
 from ifvit.sampling.samples import batched
 from ifvit.shards.format import RESIZE
@@ -215,8 +215,14 @@ def hash_images(paths: Sequence[Path], image_size: int, group: ProcessGroup) -> 
     world = group.world
     hidden, partition = not world.is_main, paths[world.rank :: world.size]
     shown = tqdm(partition, "hash real images", unit="image", leave=False, disable=hidden)
-    digests = group.gather([storage.sha256_of(path) for path in shown])
+    digests = group.gather([_hash_image(path) for path in shown])
     total = hashlib.sha256(f"{RESIZE} {image_size}".encode())
     for position in range(len(paths)):
         total.update(digests[position % world.size][position // world.size].encode())
     return total.hexdigest()
+
+
+def _hash_image(path: Path) -> str:
+    """SHA-256 of a file that is small enough for an image."""
+    data = storage.read_bytes(str(path), 4_000_000 * MAX_MEGAPIXELS)
+    return hashlib.sha256(data).hexdigest()

@@ -21,6 +21,7 @@ from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.references import find_image, read_real_image
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.weights import WeightsInfo
+from ifvit.records import shorten
 from ifvit.rng import Stream, uniform_array
 from ifvit.sampling.alignment import build_method
 from ifvit.sampling.config import SamplingConfig
@@ -141,7 +142,7 @@ def _check_fit(model: Model, reader: ShardReader) -> None:
 
 
 def _describe_classes(classes: tuple[str, ...]) -> str:
-    return f"{len(classes)} classes, such as {classes[0]}" if classes else "captions"
+    return f"{len(classes)} classes, such as {shorten(classes[0])}" if classes else "captions"
 
 
 def generate_missing(

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 
 from ifvit.errors import UserError
+from ifvit.records import shorten
 from ifvit.scenes.drawings import COLOURS, KINDS, Group, Relation, Scene
 
 NUM_CAPTIONS = 5
@@ -76,7 +77,7 @@ def parse_caption(text: str) -> Scene:
         if wanted in map(_spell_out, write_captions(scene)):
             return scene
     raise UserError(
-        f'caption "{text}" follows no template of the scenes; '
+        f'caption "{shorten(text)}" follows no template of the scenes; '
         'write for example "two red circles left of a blue square"'
     )
 

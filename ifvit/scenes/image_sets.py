@@ -4,6 +4,7 @@ The demo and the test suite call `render_scene_set` and `render_class_set` direc
 """
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ifvit.errors import UserError
+from ifvit.records import path_inside
 from ifvit.scenes.captions import write_captions
 from ifvit.scenes.config import ScenesConfig
 from ifvit.scenes.drawings import (
@@ -24,7 +26,7 @@ from ifvit.scenes.drawings import (
     render_sampled_scene,
     render_scene,
 )
-from ifvit.storage import read_json, write_json
+from ifvit.storage import read_sealed, write_json, write_sealed
 
 # Image ids of a split start behind this multiple of _SPLIT_CAPACITY: no two splits share an id.
 _SPLITS = {"train2014": 0, "val2014": 1, "train2017": 2, "val2017": 3}
@@ -78,7 +80,7 @@ def render_class_set(folder: str | Path, split: str, num_images: int, seed: int 
         return
     names, scenes = zip(*class_scenes().items(), strict=True)
     for name in names:
-        Path(folder, split, name).mkdir(exist_ok=True)
+        path_inside(Path(folder), f"{split}/{name}").mkdir(exist_ok=True)
     for number, image_id in enumerate(tqdm(ids, desc=f"render {split}")):
         choice = number % len(names)
         rendered = render_scene(scenes[choice], np.random.default_rng((seed, image_id)))
@@ -107,19 +109,23 @@ def _image_ids(split: str, num_images: int) -> range:
 def _start_set(folder: str | Path, info: dict[str, Any], result: Path) -> bool:
     """Empty the folder of the set => True; False when the set is finished already.
 
-    `annotations/scenes_SPLIT.json` with `info`, written first, marks the folder as ours, and
-    `result` is written last. Raises UserError for a folder with images of another origin.
+    `annotations/scenes_SPLIT.json` with `info` and its seal, written first, marks the folder as
+    ours, and `result` is written last. Only files with names of the set are deleted. Raises
+    UserError for a folder with images of another origin, and for links out of it.
     """
     split = info["split"]
-    images, mark = Path(folder, split), Path(folder, "annotations", f"scenes_{split}.json")
+    images = path_inside(Path(folder), split)
+    mark = path_inside(Path(folder), f"annotations/scenes_{split}.json")
     is_ours = mark.exists()
     if not is_ours and (result.exists() or any(images.glob("*"))):
         raise UserError(f"{images}: holds images of another origin; choose another folder")
-    if result.exists() and is_ours and read_json(str(mark)) == info:
+    if is_ours and read_sealed(dict[str, Any], str(mark)) == info and result.exists():
         return False
-    for stale in (result, *images.rglob("*.jpg")):
-        stale.unlink(missing_ok=True)
-    write_json(str(mark), info)
+    result.unlink(missing_ok=True)
+    for stale in images.rglob("*.jpg"):
+        if re.fullmatch(rf"(COCO_{split}_)?[0-9]{{12}}\.jpg", stale.name):
+            stale.unlink()
+    write_sealed(str(mark), info)
     images.mkdir(parents=True, exist_ok=True)
     return True
 

@@ -145,3 +145,27 @@ def test_a_model_that_is_not_a_detector_is_refused(tmp_path: Path) -> None:
     YolosModel(YolosConfig(**TRANSFORMER, image_size=[64, 64])).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no weights for bbox_predictor"):
         open_counter(str(tmp_path), None, "cpu")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"model_type": "yolos", "auto_map": {"AutoConfig": "evil.Evil"}}',
+        '{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}',
+        '{"model_type": "yolos", "hidden_size": "a"}',
+        '{"model_type": "yolos", "id2label": [1]}',
+        '{"model_type": ["yolos"]}',
+        "[]",
+        "[" * 5000,
+        "",
+    ],
+)
+def test_a_strangers_detector_runs_no_code_and_asks_nothing(content: str, tmp_path: Path) -> None:
+    folder = Path(save_yolos(tmp_path / "model"))
+    (folder / "config.json").write_text(content)
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n\n\nclass Evil:\n    pass\n")
+    with pytest.raises(UserError, match="does not load") as raised:
+        open_counter(str(folder), None, "cpu")
+    assert str(raised.value).isprintable()
+    assert not ran.exists()

@@ -67,6 +67,19 @@ def test_one_evaluation_writes_its_row_its_images_and_their_prompts(
     assert set(samples[0]["scores"]) == {"count", "colour", "kind", "relation"}  # type: ignore[call-overload]
 
 
+def test_a_row_that_exists_needs_no_autoencoder(
+    config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = dataclasses.replace(with_protocol(config, num_samples=2, scenes=False), images=None)
+    rows = evaluate(few)
+
+    def load(*args: object) -> None:
+        raise AssertionError("the autoencoder was opened")
+
+    monkeypatch.setattr("ifvit.evaluation.evaluate.load_sampler", load)
+    assert evaluate(few) == rows
+
+
 def test_only_what_is_missing_is_generated_or_measured(config: EvaluateConfig, run: str) -> None:
     row = measure(config)
     folder = Path(run, "evaluation/test/w2/step_00000007")

@@ -15,12 +15,14 @@ from made_inception import NUM_FEATURES, save_inception
 
 from ifvit.cli import main
 from ifvit.config import dump_config
+from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
 from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.features import FeatureNetwork, Networks
 from ifvit.evaluation.references import (
     find_image,
+    hash_images,
     list_images,
     make_reference,
     read_real_image,
@@ -191,6 +193,14 @@ def test_statistics_that_no_images_have_are_one_line(
     with pytest.raises(UserError, match=rf"x\.npz: .*{named}") as raised:
         read_reference(write(STORED | change), 64, NETWORKS)
     assert str(raised.value).isprintable()
+
+
+def test_a_huge_file_is_refused_before_it_is_hashed(tmp_path: Path) -> None:
+    huge = tmp_path / "huge.jpg"
+    huge.touch()
+    os.truncate(huge, 1 << 40)
+    with pytest.raises(UserError, match=r"huge\.jpg: larger than"):
+        hash_images([huge], 64, ProcessGroup(World(rank=0, size=1, local_rank=0)))
 
 
 def test_only_real_images_count_as_reference_images(tmp_path: Path) -> None:

@@ -117,3 +117,26 @@ def test_images_of_another_origin_are_never_touched(render: Render, tmp_path: Pa
 def test_an_impossible_set_is_a_user_error(tmp_path: Path, split: str, count: int) -> None:
     with pytest.raises(UserError, match="need a split of"):
         render_scene_set(tmp_path, split, count, seed=1)
+
+
+def test_only_files_of_the_set_are_deleted_and_none_through_a_link(tmp_path: Path) -> None:
+    folder, private = tmp_path / "set", tmp_path / "private"
+    render_class_set(folder, "train2014", 2)
+    private.mkdir()
+    own, precious = folder / "train2014/mine.jpg", private / "000000000001.jpg"
+    for path in (own, precious):
+        path.write_bytes(b"precious")
+    render_class_set(folder, "train2014", 3)
+    assert own.read_bytes() == b"precious"
+    for place in (folder / "train2014", folder / "train2014/one_red_circle"):
+        place.rename(tmp_path / "moved")
+        place.symlink_to(private)
+        with pytest.raises(UserError, match="does not lead inside"):
+            render_class_set(folder, "train2014", 4)
+        place.unlink()
+        (tmp_path / "moved").rename(place)
+    mark = folder / "annotations/scenes_train2014.json"
+    mark.write_text(mark.read_text().replace('"num_images": 4', '"num_images": 5'))
+    with pytest.raises(UserError, match=r"scenes_train2014\.json: damaged"):
+        render_class_set(folder, "train2014", 5)
+    assert precious.read_bytes() == own.read_bytes() == b"precious"
