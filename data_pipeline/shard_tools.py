@@ -90,6 +90,7 @@ def inspect_shards(config: InspectConfig) -> None:
 def _read_all(url: str, manifest: Manifest) -> Iterator[LatentSample]:
     for entry in manifest.shards:
         with open_shard(url, entry) as folder:
+            check_shard_files(folder, entry)
             yield from read_samples(folder / f"{entry.name}.tar")
 
 

@@ -10,6 +10,7 @@ protocols of fsspec that URLs may have, such as `gs,az`; a recipe of a stranger 
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -156,24 +157,30 @@ def read_bytes(url: str, max_bytes: int = MAX_BYTES) -> bytes:
     try:
         if is_remote(url):
             return _retry(url, lambda files: _read_object(files, url, max_bytes))
-        return _read_local(url, max_bytes)
-    except (FileNotFoundError, NotADirectoryError):
+        with open_file(url) as file:
+            _check_size(url, os.fstat(file.fileno()).st_size, max_bytes)
+            return file.read()
+    except FileNotFoundError:
         raise UserError(f"{url}: no such file") from None
     except OSError as error:
         raise UserError(f"{url}: cannot be read ({error.strerror})") from None
 
 
-def _read_local(path: str, max_bytes: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
+def open_file(path: str | Path) -> io.BufferedReader:
+    """Open a local file to read. Raises UserError when it is absent or no regular file.
+
+    Unlike `open`, this does not wait for the writer of a pipe.
+    """
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: not a regular file")
-        _check_size(path, status.st_size, max_bytes)
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise UserError(f"{path}: not a regular file")
 
 
 def _read_object(files: FileSystem, url: str, max_bytes: int) -> bytes:
@@ -541,7 +548,7 @@ def _expected_etag(path: Path) -> str:
 
 
 def _digest(path: Path, name: str) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, name).hexdigest()
 
 

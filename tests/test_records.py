@@ -177,8 +177,10 @@ def test_no_link_and_no_name_leads_out_of_a_folder(tmp_path: Path) -> None:
     outside.mkdir()
     (inside / "link").symlink_to(outside)
     (inside / "near").symlink_to(inside / "file")
+    (inside / "loop").symlink_to(inside / "loop")
     assert path_inside(inside, "file") == inside / "file"
     assert path_inside(inside, "near") == inside / "near"
+    assert path_inside(inside, "loop") == inside / "loop"  # cannot be opened
     for name in ("../out", "link/x", "link", "/etc/passwd", ""):
         with pytest.raises(UserError, match="does not lead inside"):
             path_inside(inside, name)

@@ -185,6 +185,8 @@ def test_only_regular_files_of_a_bounded_size_are_read(kind: str, tmp_path: Path
     if kind != "large":
         with pytest.raises(UserError, match="x: not a regular file"):
             storage.download(str(path), tmp_path / "copy")
+        with pytest.raises(UserError, match="x: not a regular file"):
+            storage.sha256_of(path)
     with pytest.raises(UserError, match="x/y: no such file"):
         storage.read_bytes(f"{tmp_path}/x/y")
 

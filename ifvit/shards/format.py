@@ -296,8 +296,10 @@ def _read_members(path: Path) -> Iterator[tuple[str, Member]]:
     tarfile's reader would follow sparse files, which fill the memory, and its regular expressions
     for extended headers take quadratic time.
     """
-    num_bytes, long_name = path.stat().st_size, None
-    with path.open("rb") as file:
+    long_name = None
+    with storage.open_file(path) as file:
+        num_bytes = file.seek(0, io.SEEK_END)
+        file.seek(0)
         while (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
             try:
                 info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
