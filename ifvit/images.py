@@ -102,13 +102,17 @@ def read_square(
     if image.mode.startswith(("I", "F")):  # PIL would clip these to white
         where = f"{file}: " if isinstance(file, Path) else ""
         raise ImageError(f"{where}mode {image.mode} has more than 8 bits; convert it to 8 bits")
-    square = resize(center_crop(image).convert("RGB"), image_size)
-    return DecodedImage(pixels=np.asarray(square), width=image.width, height=image.height)
+    width, height = image.size
+    image = center_crop(image)  # first, because every copy of a large image counts
+    square = resize(image if image.mode == "RGB" else image.convert("RGB"), image_size)
+    return DecodedImage(pixels=np.asarray(square), width=width, height=height)
 
 
 def center_crop(image: Image.Image) -> Image.Image:
     """Crop the largest centred square; the larger margin is right or below, as in U-ViT."""
     side = min(image.size)
+    if image.size == (side, side):
+        return image
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 

@@ -157,6 +157,8 @@ def relative_path(folder: str, path: str, where: str) -> str:
 
     Raises UserError naming `where` for a URL and for a path outside of the folder.
     """
+    if is_relative_path(path):
+        return path
     if "://" in path:
         raise UserError(f"{where}: {shorten(path)} is a URL; download the images first")
     relative = PurePosixPath(path)
