@@ -42,6 +42,9 @@ class TowerConfig:
     hidden_act: PlainName | None = None
     layer_norm_eps: PositiveFloat | None = None
     attention_dropout: Fraction | None = None
+    attn_implementation: None = None
+    """Other values name code, or a package of code on the hub."""
+    quantization_config: None = None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -76,6 +79,8 @@ class ModelConfig:
     text_config: dict[str, Any] | None = None
     vision_config: dict[str, Any] | None = None
     projection_dim: Size | None = None
+    attn_implementation: None = None
+    quantization_config: None = None
 
 
 @record

@@ -27,7 +27,7 @@ Conditioning = Literal["concat", "cross_attention", "adaln"]
 # parameters are those of a file is then checked before any is allocated.
 Size = Annotated[int, Rule("from 1 to 65536", lambda value: 1 <= value <= 2**16)]
 """Number of channels, tokens or pixels."""
-NumBlocks = Annotated[int, Rule("from 1 to 1024", lambda value: 1 <= value <= 1024)]
+NumBlocks = Annotated[int, Rule("from 1 to 256", lambda value: 1 <= value <= 256)]
 NumClasses = Annotated[int, Rule("from 1 to 16777216", lambda value: 1 <= value <= 2**24)]
 
 
@@ -135,7 +135,7 @@ class FusionUViTConfig(PatchesConfig):
     (cross_attention), or through modulation by the mean text token (adaln)."""
     num_image_blocks: NonNegativeInt
     """Blocks on each side of the U that see no text (N_image)."""
-    num_text_blocks: Annotated[int, Rule("from 0 to 1024", lambda value: 0 <= value <= 1024)]
+    num_text_blocks: Annotated[int, Rule("from 0 to 256", lambda value: 0 <= value <= 256)]
     """Blocks of the text branch (N_text)."""
     timestep_offset: NonNegativeInt = 0
     """Added to the timesteps 0 ... 999; U-ViT's published weights count from 1."""

@@ -180,7 +180,7 @@ def test_latents_and_context_of_another_shape_or_number_are_one_clear_error(name
         (CROSS, {"num_image_blocks": -1}, "num_image_blocks is -1"),
         (CROSS, {"num_text_blocks": -1}, "num_text_blocks is -1"),
         (CROSS, {"width": 0}, "width is 0; it must be from 1 to 65536"),
-        (CROSS, {"depth": 10**9}, "depth is 1000000000; it must be from 1 to 1024"),
+        (CROSS, {"depth": 10**9}, "depth is 1000000000; it must be from 1 to 256"),
         (CROSS, {"init_std": float("nan")}, "init_std is NaN"),
         (TOKENS, {"long_skip": True, "depth": 4}, "depth must be odd with long_skip"),
         (TOKENS, {"num_classes": None}, "give either num_classes or both .*, not nothing"),

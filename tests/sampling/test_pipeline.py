@@ -1,7 +1,9 @@
 """The exported pipeline, used as any diffusers pipeline."""
 
 import inspect
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ifvit import storage
 from ifvit.diffusion.guidance import Change, FunctionEvaluation
+from ifvit.errors import UserError
 from ifvit.models import pretrained
 from ifvit.models.clip import encode_captions
+from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.rng import Stream, normal
 from ifvit.sampling.config import ExportConfig, GenerateConfig, SamplingConfig
 from ifvit.sampling.export import export
@@ -139,6 +144,18 @@ def test_each_prompt_may_have_its_own_negative_prompt(pipeline: FusionPipeline) 
         ({"prompt": None}, "either prompt"),
         ({"prompt_embeds": torch.zeros(1, 16, 64)}, "either prompt"),
         ({"negative_prompt": ["a", "b"]}, "one negative prompt"),
+        ({"negative_prompt": []}, "negative_prompt is empty"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": ["x", "y"], "negative_prompt": ["a", "b", "c"]}, "one negative prompt"),
+        ({"prompt": ["x", "y"], "latents": torch.zeros(4, 4, 8, 8)}, "latents have shape"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, "latents have shape"),
+        ({"latents": torch.zeros(4, 8, 8)}, "latents have shape"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"generator": generators(1, 2), "latents": torch.zeros(1, 4, 8, 8)}, "2 generators"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(16, 64)}, "prompt_embeds has shape"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(0, 16, 64)}, "prompt_embeds has shape"),
+        ({"negative_prompt_embeds": torch.zeros(2, 16, 64)}, "one negative prompt"),
+        ({"negative_prompt_embeds": torch.zeros(16, 64)}, "negative_prompt_embeds has shape"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(
@@ -146,6 +163,12 @@ def test_arguments_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         pipeline(**{"prompt": "x", **STEPS, **wrong})
+
+
+def test_a_callback_cannot_change_the_number_of_prompts(pipeline: FusionPipeline) -> None:
+    changed = {"prompt_embeds": torch.zeros(2, 16, 64)}
+    with pytest.raises(ValueError, match="prompt_embeds has shape"):
+        pipeline("x", num_inference_steps=2, callback_on_step_end=lambda *call: changed)
 
 
 def test_a_callback_sees_every_step_and_may_change_latents_and_prompt(
@@ -247,6 +270,102 @@ def test_the_documented_custom_backbone_works(pipeline: FusionPipeline) -> None:
     images = generate_arrays(custom, PROMPTS)
     assert images.shape == (2, 64, 64, 3)
     assert np.isfinite(images).all()
+
+
+@pytest.fixture
+def copy(folder: str, tmp_path: Path) -> Path:
+    """A copy of the exported pipeline whose files may be changed."""
+    shutil.copytree(folder, tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"vae": ["os", "system"]}, "pass vae="),
+        ({"backbone": ["stranger", "Code"]}, "pass backbone="),
+        ({"backbone": ["ifvit.cli", "main"]}, "pass backbone="),
+        ({"scheduler": ["diffusers", "DiffusionPipeline"]}, "pass scheduler="),
+        ({"text_encoder": "CLIP"}, "text_encoder"),
+        ({"../../outside": ["diffusers", "AutoencoderKL"]}, "outside"),
+        ({"_class_name": ["code", "Pipeline"]}, "not the index"),
+        ({"_class_name": "StableDiffusionPipeline"}, "not the index"),
+        ({"classes": [3]}, "classes"),
+        ({"vae": [None, None], "scheduler": 3}, "scheduler"),
+    ],
+)
+def test_an_index_that_names_other_classes_or_folders_is_one_line(
+    copy: Path, changes: dict[str, object], named: str
+) -> None:
+    (copy / "code.py").write_text("raise SystemExit('stranger code has run')")
+    change_json(copy / "model_index.json", **changes)
+    with pytest.raises(UserError, match=named) as error:
+        FusionPipeline.from_pretrained(copy)
+    assert "model_index.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("vae/config.json", {"scaling_factor": 0}),
+        ("vae/config.json", {"scaling_factor": -0.2}),
+        ("vae/config.json", {"scaling_factor": float("nan")}),
+        ("vae/config.json", {"layers_per_block": 10**9}),
+        ("backbone/config.json", {"depth": 10**9}),
+        ("backbone/config.json", {"width": 64}),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**9}),
+        ("text_encoder/config.json", {"attn_implementation": "stranger/kernels"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}),
+        ("tokenizer/tokenizer.json", {"model": 3}),
+    ],
+)
+def test_a_component_with_an_impossible_configuration_is_one_line(
+    copy: Path, file: str, changes: dict[str, object]
+) -> None:
+    change_json(copy / file, **changes)
+    with pytest.raises(UserError) as error:
+        FusionPipeline.from_pretrained(copy)
+    assert str(copy / file.partition("/")[0]) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_component_outside_the_folder_is_not_read(copy: Path) -> None:
+    shutil.move(copy / "vae", copy.parent / "secret")
+    (copy / "vae").symlink_to(copy.parent / "secret")
+    with pytest.raises(UserError, match="does not lead inside"):
+        FusionPipeline.from_pretrained(copy)
+
+
+class OwnBackbone(FusionUViT):
+    """A class that only its author's program has."""
+
+
+def test_a_component_of_the_callers_own_class_is_passed_as_an_argument(
+    copy: Path, components: dict[str, Any]
+) -> None:
+    change_json(copy / "model_index.json", backbone=[__name__, OwnBackbone.__name__])
+    with pytest.raises(UserError, match="pass backbone="):
+        FusionPipeline.from_pretrained(copy)
+    own = OwnBackbone(components["backbone"].config)
+    assert FusionPipeline.from_pretrained(copy, backbone=own).backbone is own
+
+
+@pytest.mark.s3
+def test_names_in_an_object_store_lead_to_no_other_folder(
+    copy: Path, s3_bucket: str, tmp_path: Path
+) -> None:
+    change_json(copy / "model_index.json", **{"../../outside": ["diffusers", "AutoencoderKL"]})
+    for path in copy.rglob("*"):
+        if path.is_file():
+            storage.upload(path, storage.join(s3_bucket, str(path.relative_to(copy))))
+    storage.write_bytes(storage.join(s3_bucket, "../../outside/config.json"), b"{}")
+    with pytest.raises(UserError, match="outside"):
+        FusionPipeline.from_pretrained(s3_bucket)
 
 
 @pytest.mark.s3
