@@ -123,7 +123,11 @@ def load_vae(name: str, folder: Path, dtype: torch.dtype) -> Any:
     require_parameters(name, folder, model)
     with reading(f"{name}: {folder} does not load as an AutoencoderKL"):
         vae, loading = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
-            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     require_tensors(name, folder, loading["missing_keys"])
     return vae

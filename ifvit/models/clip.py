@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.utils.logging import disable_progress_bar
 
+from ifvit.errors import UserError
 from ifvit.models.config import NumBlocks, NumClasses, Size
 from ifvit.models.pretrained import (
     identify,
@@ -234,8 +235,12 @@ def load_tokenizer(name: str, folder: Path) -> "CLIPTokenizer":
     """Load CLIP's tokenizer. Raises UserError if its files are missing or broken."""
     from transformers import CLIPTokenizer
 
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise UserError(f"{name}: neither tokenizer.json nor vocab.json in {folder}; restore them")
     with reading(f"{name}: the tokenizer in {folder} does not load"):
-        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     return tokenizer
 
 
@@ -251,6 +256,7 @@ def _load(cls: Any, config: Any, name: str, folder: Path, dtype: torch.dtype) ->
             config=config,
             dtype=dtype,
             use_safetensors=True,
+            local_files_only=True,
             output_loading_info=True,
             trust_remote_code=False,
         )

@@ -7,7 +7,7 @@ import inspect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import diffusers
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ifvit import storage
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import AlignmentMethod, GuidedNoisePredictor
+from ifvit.diffusion.schedules import BETA_END, BETA_START
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import load_vae
 from ifvit.models.backbone import Backbone
@@ -75,11 +76,14 @@ class PipelineIndex:
 
 @record
 class SchedulerConfig:
-    """The key of scheduler_config.json that decides how much a scheduler computes in advance."""
+    """The keys of scheduler_config.json that are Stable Diffusion's noise schedule."""
 
-    num_train_timesteps: Annotated[
-        int, Rule("from 1 to 1000", lambda value: 1 <= value <= 1000)
-    ] = 1000
+    num_train_timesteps: Literal[1000]
+    beta_schedule: Literal["scaled_linear"]
+    beta_start: Annotated[float, Rule(f"{BETA_START}", lambda value: value == BETA_START)]
+    beta_end: Annotated[float, Rule(f"{BETA_END}", lambda value: value == BETA_END)]
+    prediction_type: Literal["epsilon"] = "epsilon"
+    trained_betas: None = None
 
 
 class FusionPipeline(DiffusionPipeline):
@@ -143,7 +147,7 @@ class FusionPipeline(DiffusionPipeline):
     @classmethod
     def _load(cls, folder: Path, options: dict[str, Any]) -> Any:
         components = _load_components(folder, options)
-        safe = {"trust_remote_code": False, "use_safetensors": True}
+        safe = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
         with reading(f"{folder}: not a pipeline that diffusers loads"):
             return super().from_pretrained(folder, **options | components | safe)
 

@@ -321,6 +321,8 @@ def test_an_index_that_names_other_classes_or_folders_is_one_line(
         ("text_encoder/config.json", {"num_hidden_layers": 10**9}),
         ("text_encoder/config.json", {"attn_implementation": "stranger/kernels"}),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
         ("tokenizer/tokenizer.json", {"model": 3}),
     ],
 )
@@ -334,11 +336,40 @@ def test_a_component_with_an_impossible_configuration_is_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "backbone/config.json",
+        "backbone/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ],
+)
+@pytest.mark.parametrize("content", [None, b"", b"7", b"{}"])
+def test_a_missing_or_broken_file_is_one_line(copy: Path, file: str, content: bytes | None) -> None:
+    (copy / file).unlink()
+    if content is not None:
+        (copy / file).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        FusionPipeline.from_pretrained(copy)
+    assert str(copy / file.rpartition("/")[0]) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_a_component_outside_the_folder_is_not_read(copy: Path) -> None:
     shutil.move(copy / "vae", copy.parent / "secret")
     (copy / "vae").symlink_to(copy.parent / "secret")
     with pytest.raises(UserError, match="does not lead inside"):
         FusionPipeline.from_pretrained(copy)
+
+
+ModelMixin = diffusers.ModelMixin
+"""diffusers looks for it in the module of a component's class."""
 
 
 class OwnBackbone(FusionUViT):
