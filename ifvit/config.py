@@ -327,6 +327,7 @@ def _explain(error: Exception) -> str:
     if not found:
         return shorten(text, 400)
     types = re.sub(r"<class '(\w+)'>", r"\1", _without_annotated(found["types"]))
-    types = types.replace("typing.", "").replace("NoneType", "null").replace(", ", " or ")
+    types = types.replace("typing.", "").replace("NoneType", "null")
     types = re.sub(r"Literal\[(.*?)\]", r"\1", types)
+    types = re.sub(r", (?![^\[]*\])", " or ", types)  # not within tuple[int, int]
     return f"{found['key']} is {shorten(found['value'])}; expected {shorten(types, 200)}"

@@ -21,14 +21,3 @@ class UserError(ValueError):
     """
 
     exit_code = 2
-
-
-def require_positive(config: object, *names: str) -> None:
-    """Raise UserError for the first of these fields whose value is below 1; None is accepted.
-
-    A name may carry the flag's prefix: `date.every` is the field `every`.
-    """
-    for name in names:
-        value = getattr(config, name.rpartition(".")[2])
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")

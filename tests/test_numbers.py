@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
+from ifvit.config import read_config
 from ifvit.errors import UserError
-from ifvit.models.config import PRESETS
+from ifvit.models.config import CLASS_PRESETS, PRESETS
 from ifvit.records import field_hints
 from ifvit.verbs import VERBS, load
 
@@ -19,6 +20,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "SubmitEvaluateConfig": {"shards": "x"},
     "AttentionConfig": {"shards": "x"},
     "PlanConfig": {"width": 512, "depth": 12},
+    **{
+        type(preset).__name__: vars(preset) for preset in (*CLASS_PRESETS.values(), PRESETS["tiny"])
+    },
 }
 """Values that a class needs although their fields have defaults."""
 
@@ -58,7 +62,7 @@ def build(cls: Any, **given: Any) -> Any:
     values = dict(REQUIRED.get(cls.__name__, {}))
     for field in dataclasses.fields(cls):
         has_default = {field.default, field.default_factory} != {dataclasses.MISSING}
-        if field.init and not has_default:
+        if field.init and not has_default and field.name not in values:
             values[field.name] = example(hints[field.name])
     return cls(**values | given)
 
@@ -87,10 +91,11 @@ def wrap(hint: Any, value: object) -> object:
     return value
 
 
-def is_record(cls: Any) -> bool:
-    return all(
-        "__pydantic_config__" in vars(base)
-        for base in cls.__mro__
+def is_inherited(cls: Any, field: str) -> bool:
+    """Whether another configuration class of the verbs has the field, and this one inherits it."""
+    return any(
+        base.__name__ in CLASSES and field in field_hints(base)
+        for base in cls.__mro__[1:]
         if dataclasses.is_dataclass(base)
     )
 
@@ -98,9 +103,37 @@ def is_record(cls: Any) -> bool:
 CASES = [
     (name, field)
     for name, cls in sorted(CLASSES.items())
-    if is_record(cls)
     for field in number_fields(cls)
+    if not is_inherited(cls, field)
 ]
+MAY_BE_NEGATIVE = {
+    "CreateConfig": "seed",
+    "DateConfig": "clip_weight image_reward_weight",
+    "EvaluateConfig": "guidance_scales",
+    "SamplingConfig": "guidance_scale seed",
+    "TrainConfig": "seed",
+}
+"""Class => fields that accept -1."""
+MAY_BE_ZERO = {
+    "AttentionConfig": "trim",
+    "ClusterConfig": "exit_wait_s gpus_per_node signal_delay_s",
+    "CreateConfig": "repeat_share seed",
+    "DateConfig": "evaluations image_reward_weight radius",
+    "EncodeConfig": "task tolerate",
+    "EvaluateConfig": "guidance_scales steps task",
+    "FusionUViTConfig": "num_image_blocks num_text_blocks timestep_offset",
+    "ImportConfig": "ema_decay step",
+    "LogsConfig": "lines task",
+    "ObjectCountConfig": "threshold",
+    "OptimConfig": "betas cooldown_steps learning_rate warmup_steps weight_decay",
+    "RegulationConfig": "blocks share_of_steps",
+    "SampleGridConfig": "every guidance_scale",
+    "SamplingConfig": "guidance_high guidance_low guidance_scale seed",
+    "ScenesConfig": "seed",
+    "ServeConfig": "port",
+    "TrainConfig": "caption_dropout ema_decays keep_every seed tolerate_nonfinite",
+}
+"""Class => fields that accept 0."""
 
 
 def refusal(name: str, field: str, value: float) -> str | None:
@@ -117,5 +150,17 @@ def refusal(name: str, field: str, value: float) -> str | None:
 def test_a_number_is_finite_and_a_refusal_names_its_field(name: str, field: str) -> None:
     errors = [refusal(name, field, value) for value in (math.nan, math.inf, -math.inf, 10**30)]
     assert None not in errors
-    for error in (*errors, refusal(name, field, 0), refusal(name, field, -1)):
+    zero, negative = refusal(name, field, 0), refusal(name, field, -1)
+    assert (negative is None) == (field in MAY_BE_NEGATIVE.get(name, "").split())
+    assert (zero is None) == (field in MAY_BE_ZERO.get(name, "").split())
+    for error in (*errors, zero, negative):
         assert error is None or (field in error and error.isprintable() and len(error) < 300)
+
+
+@pytest.mark.parametrize(("name", "field"), CASES, ids=map(".".join, CASES))
+def test_a_word_in_place_of_a_number_is_named(name: str, field: str) -> None:
+    word = wrap(field_hints(CLASSES[name])[field], "x")
+    word = word if isinstance(word, str) else f"[{', '.join(word)}]"
+    with pytest.raises(UserError, match=rf"^verb: {field} is .*x.*; expected") as raised:
+        read_config(CLASSES[name], [f"--{field}", word], prog="verb")
+    assert len(str(raised.value)) < 300
