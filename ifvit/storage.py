@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import random
+import re
 import secrets
 import shutil
 import stat
@@ -42,6 +43,10 @@ FileSystem = Any
 CACHE_MARKER = "ifvit-cache"
 """File that marks a folder as a cache, whose files may be deleted."""
 _PROTOCOLS = ("s3", "hf")
+# An object store refuses other names only after the patience, as if it failed.
+_REMOTE_PATH = re.compile(
+    r"[\w.@:-]*[\w.@-](/[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{0,1000})?", re.ASCII
+)
 
 PART_BYTES = 64 << 20
 """Part size of multipart uploads; a file of less than two parts is sent in one request."""
@@ -96,6 +101,8 @@ def is_remote(url: str) -> bool:
             f"{shorten(url)}: expected a local path or a URL of {', '.join(allowed)}; to allow "
             "another protocol, name it in the environment variable IFVIT_PROTOCOLS"
         )
+    if not _REMOTE_PATH.fullmatch(path):
+        raise UserError(f"{shorten(url)}: expected {protocol}://bucket/prefix of printable text")
     return True
 
 
