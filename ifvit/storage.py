@@ -102,7 +102,7 @@ def is_remote(url: str) -> bool:
             "another protocol, name it in the environment variable IFVIT_PROTOCOLS"
         )
     if not _REMOTE_PATH.fullmatch(path):
-        raise UserError(f"{shorten(url)}: expected {protocol}://bucket/prefix of printable text")
+        raise UserError(f"{shorten(url)}: expected a printable name, as {protocol}://bucket/prefix")
     return True
 
 
