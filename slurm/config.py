@@ -23,6 +23,16 @@ from ifvit.training.config import TrainConfig
 _OWN_OPTIONS = "job-name|output|error|open-mode|array|signal|dependency|wrap"
 
 Line = Annotated[str, Rule("text without control characters", str.isprintable)]
+Setting = Annotated[
+    str,
+    Rule(
+        "text without white space and quotes", re.compile(r"[\w.,:;=+@%/()&|*~^\[\]-]+").fullmatch
+    ),
+]
+"""Value of an option of sbatch, which takes several options from one line."""
+Folder = Annotated[
+    str, Rule("a path without quotes", re.compile(r"[^\x00-\x1f\x7f'\"\\]+").fullmatch)
+]
 Variable = Annotated[
     str, Rule("a variable's name", re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch)
 ]
@@ -42,11 +52,11 @@ JobId = Annotated[
 class ClusterConfig:
     """How jobs run on a cluster; usually a YAML file of configs/cluster."""
 
-    partition: Line | None = None
+    partition: Setting | None = None
     """Partition; unset: the cluster's default."""
-    account: Line | None = None
+    account: Setting | None = None
     """Account to charge."""
-    exclude: Line | None = None
+    exclude: Setting | None = None
     """Nodes that jobs must avoid, for example gpu[07,12]."""
     nodes: PositiveInt = 1
     """Number of nodes of a training job; jobs of other verbs have one task."""
@@ -75,9 +85,9 @@ class ClusterConfig:
     """Mounts of the container, in the notation of pyxis."""
     python: Line = sys.executable
     """Python interpreter of the tasks; it must exist on all nodes."""
-    sbatch: dict[Option, Line] = field(default_factory=dict)
+    sbatch: dict[Option, Setting] = field(default_factory=dict)
     """Other long options of sbatch, for example {qos: high, constraint: h200}."""
-    folder: Line = "~/ifvit_jobs"
+    folder: Folder = "~/ifvit_jobs"
     """Folder for code snapshots, job files and logs; all nodes must see it."""
 
     def __post_init__(self) -> None:

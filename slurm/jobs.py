@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -32,7 +32,7 @@ PACKAGES = ("ifvit", "data_pipeline", "slurm")
 ROOT = Path(__file__).parent.parent
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class VerbJob:
     """Runs a verb in every task of a job.
 
@@ -44,7 +44,7 @@ class VerbJob:
     """Name in `ifvit.verbs.VERBS`."""
     config: Any
     """Configuration of the verb."""
-    run: str
+    run: Line
     """Run or dataset folder that shows the progress of the job."""
     cluster: ClusterConfig
     last_weights: Mapping[str, str] = field(default_factory=dict)

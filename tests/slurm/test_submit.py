@@ -156,6 +156,11 @@ def test_without_slurm_a_job_can_run_in_this_process(recipe: Path, tmp_path: Pat
         ("sbatch", {"qos=high\nrm": "x"}),
         ("sbatch", {"job-name": "other"}),
         ("partition", "gpu\ntouch x"),
+        ("partition", "gpu --wrap='touch x'"),
+        ("account", "a\t--uid=0"),
+        ("exclude", "n1'"),
+        ("sbatch", {"qos": "high --wrap=x"}),
+        ("folder", "jobs' --wrap='x"),
         ("folder", "jobs\ntouch x"),
         ("container_image", "image\x1b[31m"),
     ],
@@ -169,3 +174,13 @@ def test_the_name_of_a_run_of_a_sweep_is_a_plain_name() -> None:
     argv = ["--config", TRAIN, "--axes", json.dumps([{"../../x": {"seed": 1}}])]
     with pytest.raises(UserError, match=r"axes\[0\] is \.\./\.\./x"):
         read_config(SubmitTrainConfig, argv, prog="submit")
+
+
+def test_a_run_whose_name_has_a_line_end_is_refused_before_jobs_are_submitted(
+    queue: Path, tmp_path: Path
+) -> None:
+    argv = ["--config", TRAIN, "--cluster.folder", str(tmp_path / "jobs")]
+    config = read_config(SubmitTrainConfig, argv, prog="submit")
+    with pytest.raises(UserError, match="run"):
+        submit_train(replace(config, run=f"{tmp_path}/x\ny"))
+    assert not list(queue.glob("*.sh"))
