@@ -45,7 +45,7 @@ class EncodeConfig:
     """Number of unreadable images that the finished dataset may leave out."""
     max_megapixels: PositiveFloat = 100.0
     """Largest area of an image in millions of pixels; its file may have 4 bytes per such pixel. A
-    worker uses up to 20 bytes of memory per pixel."""
+    worker uses up to 16 bytes of memory per pixel."""
     allow_links: bool = False
     """Also read images that symbolic links in the image folder lead to outside of it."""
     allow_blank_captions: bool = False

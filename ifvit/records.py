@@ -4,6 +4,7 @@ Files come from strangers. Every reader of JSON, JSON lines or YAML parses throu
 that the code behind it meets only records with the right keys, types, ranges, names and hashes.
 """
 
+import codecs
 import csv
 import dataclasses
 import hashlib
@@ -206,6 +207,8 @@ def parse_json(
 
     if len(data) > MAX_BYTES:
         raise error(f"{where}: {len(data)} bytes are more than the allowed {MAX_BYTES}")
+    if isinstance(data, bytes):
+        data = data.removeprefix(codecs.BOM_UTF8)  # which editors of Windows write
     try:
         return cast(_Record, _adapter(cast(Hashable, cls)).validate_json(data))
     except ValidationError as problems:

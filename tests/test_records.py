@@ -270,6 +270,7 @@ def test_a_record_may_ignore_keys_that_it_does_not_know() -> None:
         count: PositiveInt
 
     assert parse_json(Entry, '{"count": 3, "more": [1]}', "x").count == 3
+    assert parse_json(Entry, b'\xef\xbb\xbf{"count": 3}\r\n', "x").count == 3  # of Windows
     with pytest.raises(UserError, match="count"):
         parse_json(Entry, '{"count": 0, "more": 1}', "x")
 

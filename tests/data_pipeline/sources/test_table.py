@@ -1,5 +1,6 @@
 """Source `table`: three formats give the same images, and each mistake gives one clear line."""
 
+import codecs
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,17 @@ def test_parquet_without_pyarrow_says_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"Parquet needs pyarrow; pip install 'ifvit\[table\]'"):
         CaptionTable(images, table)
+
+
+def test_lines_end_where_the_format_says(images: str) -> None:
+    caption = "one\u2028two\x85three\x0cfour"
+    table = Path(images, "t.jsonl")
+    rows = [json.dumps({"path": "1.jpg", "caption": caption}, ensure_ascii=False)] * 2
+    table.write_bytes(codecs.BOM_UTF8 + "\r\n".join(rows).encode())
+    assert CaptionTable(images, str(table)).images[0].captions == (caption, caption)
+    table = Path(images, "t.csv")
+    table.write_bytes(f"path,caption\r\n1.jpg,{caption}\r\n".encode())
+    assert CaptionTable(images, str(table)).images[0].captions == (caption,)
 
 
 @pytest.mark.parametrize("path", ["./1.jpg", "{images}/1.jpg"])

@@ -147,6 +147,13 @@ def huge_header() -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT) + bytes(10240)
 
 
+def huge_pax_size() -> bytes:
+    """A tar whose extended header gives a member a size of 30 digits."""
+    info = tarfile.TarInfo("x.jpg")
+    info.pax_headers = {"size": "9" * 30}
+    return info.tobuf(tarfile.PAX_FORMAT) + bytes(10240)
+
+
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
@@ -264,6 +271,7 @@ def cut_between_members(path: Path) -> None:
         (lambda path: write_tar(path, {}, "w:gz"), "a compressed tar; decompress it with gunzip"),
         (lambda path: path.write_bytes(b""), "not a complete tar"),
         (lambda path: path.write_bytes(huge_header()), "a header of 8589934592 bytes"),
+        (lambda path: path.write_bytes(huge_pax_size()), "not a complete tar"),
         (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
         (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
         (
