@@ -17,16 +17,8 @@ from webdataset import TarWriter
 from ifvit import storage
 from ifvit.arrays import npy_bytes, parse_npy
 from ifvit.records import MAX_BYTES
-from ifvit.shards.format import (
-    LatentSample,
-    ShardEntry,
-    ShardError,
-    index_bytes,
-    index_tar,
-    parse_label,
-    parse_metadata,
-    read_tar,
-)
+from ifvit.shards.format import LatentSample, ShardEntry, ShardError, parse_metadata
+from ifvit.shards.index import index_bytes, index_tar, parse_label, read_tar
 
 BUFFER_BYTES = 8 << 20
 """Size of one write. Files that were written in large blocks are read faster afterwards."""

@@ -32,13 +32,11 @@ from ifvit.shards.format import (
     Manifest,
     ShardEntry,
     ShardError,
-    ShardIndex,
-    index_bytes,
-    index_tar,
     read_manifest,
     remedy_for,
     write_manifest,
 )
+from ifvit.shards.index import ShardIndex, index_bytes, index_tar
 from ifvit.storage import StoreError
 
 GRID_COLUMNS = 8

@@ -26,11 +26,10 @@ from ifvit.shards.format import (
     Manifest,
     ShardEntry,
     ShardError,
-    ShardIndex,
     TextEncoding,
-    parse_index,
     remedy_for,
 )
+from ifvit.shards.index import ShardIndex, parse_index
 from ifvit.storage import StoreError
 
 MAX_OPEN = 256

@@ -15,15 +15,13 @@ from ifvit.arrays import Array
 from ifvit.shards.cache import open_files, read_index, read_null_context, require_text
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import (
-    ABSENT,
     SampleMetadata,
     ShardError,
-    ShardIndex,
     TextEncoding,
-    checksum,
     parse_metadata,
     read_manifest,
 )
+from ifvit.shards.index import ABSENT, ShardIndex, checksum
 
 
 class ShardReader:

@@ -20,10 +20,10 @@ from ifvit.shards.format import (
     SampleMetadata,
     ShardEntry,
     ShardError,
-    index_bytes,
     read_manifest,
     write_manifest,
 )
+from ifvit.shards.index import index_bytes
 from ifvit.shards.reader import ShardReader
 
 Capture = pytest.CaptureFixture[str]

@@ -21,11 +21,11 @@ from ifvit.shards.cache import read_index
 from ifvit.shards.format import (
     LatentSample,
     ShardError,
-    parse_index,
     parse_metadata,
     read_manifest,
     write_manifest,
 )
+from ifvit.shards.index import parse_index
 from ifvit.shards.reader import ShardReader
 
 MOMENTS_SHAPE = (8, 4, 4)
