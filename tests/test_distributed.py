@@ -3,8 +3,10 @@
 import os
 
 import pytest
+import torch
 
-from ifvit.distributed import World, first_host
+from ifvit.distributed import World, choose_device, first_host
+from ifvit.errors import UserError
 
 STEP = {
     "SLURM_PROCID": "5",
@@ -47,6 +49,32 @@ def test_a_batch_script_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"):
         monkeypatch.setenv(name, STEP[name])
     assert World.from_environment() == World(rank=0, size=1, local_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "local_rank", "chosen"),
+    [
+        ("auto", 0, 0, "cpu"),
+        ("auto", 8, 5, "cuda:5"),
+        ("cuda", 8, 7, "cuda:7"),
+        ("cuda", 1, 5, "cuda:0"),  # the launcher shows each process its own GPU only
+        ("cuda:2", 8, 5, "cuda:2"),
+        ("cpu", 8, 5, "cpu"),
+    ],
+)
+def test_every_process_of_a_node_uses_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, visible: int, local_rank: int, chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert choose_device(device) == chosen
+
+
+def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device cuda: torch sees no GPU"):
+        choose_device("cuda")
 
 
 @pytest.mark.parametrize(

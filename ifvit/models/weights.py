@@ -42,6 +42,7 @@ from ifvit.storage import (
     local_copy,
     read_bytes,
     read_sealed,
+    remove,
     sha256_of,
     upload,
     write_sealed,
@@ -101,15 +102,18 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     return UNet(config)
 
 
-def restore_backbone(config: BackboneConfig, state_dict: Mapping[str, Tensor]) -> Backbone:
-    """Build a float32 backbone in eval mode with a copy of `state_dict` as its weights.
+def restore_backbone(
+    config: BackboneConfig, state_dict: Mapping[str, Tensor], *, copy: bool = True
+) -> Backbone:
+    """Build a float32 backbone in eval mode with a copy of `state_dict`, or itself, as weights.
 
     Raises RuntimeError if keys or shapes differ from those of `config`.
     """
     with torch.device("meta"):  # saves the time of drawing weights that are replaced at once
         backbone = build_backbone(config)
-    backbone.to_empty(device="cpu")
-    backbone.load_state_dict(state_dict)
+    if copy:
+        backbone.to_empty(device="cpu")
+    backbone.load_state_dict(state_dict, assign=not copy)
     backbone.eval()
     return backbone
 
@@ -126,6 +130,12 @@ def save_weights(folder: str, backbone: Backbone, info: WeightsInfo) -> None:
             tensors_sha256=sha256_of(Path(local, _TENSORS)),
         )
     write_sealed(join(folder, _INFO), stored)
+
+
+def remove_weights(folder: str) -> None:
+    """Remove what `save_weights` wrote, the mark of a complete folder first."""
+    for name in (_INFO, _CONFIG, _TENSORS):
+        remove(join(folder, name))
 
 
 def load_weights(url: str, *, prefer: Kind = "ema") -> tuple[Backbone, WeightsInfo]:

@@ -134,7 +134,12 @@ def commit(checkpoint: Checkpoint) -> None:
 
 def saved_steps(run: str) -> list[int]:
     """Steps that have a checkpoint folder, complete or not, in rising order."""
-    names = list_names(join(run, "checkpoints"))
+    return step_folders(join(run, "checkpoints"))
+
+
+def step_folders(url: str) -> list[int]:
+    """Steps of the folders `step_N` in folder `url`, in rising order."""
+    names = list_names(url)
     steps = [int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{8,18}", name)]
     return sorted(step for step in steps if step_name(step) in names)
 

@@ -36,12 +36,12 @@ from ifvit.training.guards import StopRequest
 from ifvit.training.lease import Lease
 from ifvit.training.loop import StepReport
 from ifvit.training.metrics_log import MetricsLog
-from ifvit.training.retention import check_retention, prune_checkpoints
+from ifvit.training.retention import check_retention, prune_checkpoints, prune_exports
 from ifvit.training.train_state import TrainState
 
 
 class SaveCheckpoint:
-    """Writes a checkpoint and exports weights, EMA and raw, every `checkpoint_every` steps.
+    """Writes a checkpoint every `checkpoint_every` steps, and exports weights, EMA and raw.
 
     Training waits only while the state is copied to host memory. Then a thread on every process
     writes this process's partition of the state as one part; when all parts are written, the main
@@ -102,7 +102,7 @@ class SaveCheckpoint:
         Raises UserError when the previous save failed.
         """
         self.wait()
-        partition = self._copy_state()
+        partition = self._copy_state(state.step)
         checkpoint = Checkpoint(
             url=step_url(self._config.run, state.step),
             state=state,
@@ -115,13 +115,14 @@ class SaveCheckpoint:
         self._engine.synchronize()
         self._pending = self._thread.submit(self._write, checkpoint, partition)
 
-    def _copy_state(self) -> list[str]:
+    def _copy_state(self, step: int) -> list[str]:
         """Copy to host memory what this process writes => the names of its partition.
 
         Partitions have about equal sizes. The main process also copies the weights to export.
         """
         world = self._engine.world
-        exported = tuple(map(weights_prefix, self._exports.values()))
+        prefixes = map(weights_prefix, self._exports.values())
+        exported = tuple(prefixes) if self._is_exported(step) else ()
         sizes = [0] * world.size
         partition = []
         for name, tensor in self._engine.iter_state():
@@ -156,16 +157,23 @@ class SaveCheckpoint:
 
     def _complete(self, checkpoint: Checkpoint) -> None:
         """Export, commit and prune, once all parts are written; on the main process only."""
+        step = checkpoint.state.step
         with self._named_errors(checkpoint):
-            self._export_weights(checkpoint.state.step)
+            if self._is_exported(step):
+                self._export_weights(step)
             self._metrics.publish()
             self._lease.check()
             commit(checkpoint)
         try:
             prune_checkpoints(self._config, checkpoint)
+            prune_exports(self._config, self._exports.keys(), replace(self._info, step=step))
         except (UserError, OSError) as error:  # for example a file that NFS still holds open
-            message = f"older checkpoints stay until the next save ({error})"
+            message = f"older checkpoints and weights stay until the next save ({error})"
             sys.stderr.write(f"{self._config.run}: {message}\n")
+
+    def _is_exported(self, step: int) -> bool:
+        every = self._config.export_every
+        return every is None or step % every == 0 or step == self._config.max_steps
 
     def _export_weights(self, step: int) -> None:
         folder = join(self._config.run, "weights", step_name(step))
@@ -176,7 +184,7 @@ class SaveCheckpoint:
                 for key, tensor in self._host.items()
                 if key.startswith(prefix)
             }
-            backbone = restore_backbone(self._config.backbone, weights)
+            backbone = restore_backbone(self._config.backbone, weights, copy=False)
             info = replace(self._info, step=step, ema_decay=decay)
             save_weights(join(folder, name), backbone, info)
 

@@ -1,24 +1,32 @@
-"""Which checkpoints of a run are kept, and the removal of the others.
+"""Which checkpoints and exported weights of a run are kept, and the removal of the others.
 
 Only files and folders of the names that training writes are removed.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows
-from ifvit.storage import is_remote, join, list_names
+from ifvit.models.weights import (
+    WeightsInfo,
+    read_stored_weights,
+    remove_weights,
+    step_name,
+)
+from ifvit.storage import StoreError, is_remote, join, list_names
 from ifvit.training.checkpoint import (
     MANIFEST,
     Checkpoint,
     is_committed,
     is_part_name,
     saved_steps,
+    step_folders,
     step_url,
 )
 from ifvit.training.config import TrainConfig
@@ -62,6 +70,42 @@ def _remove_files(url: str, kept: Sequence[str]) -> None:
         written = re.sub(r"^\.(.+)\.\w{8}$", r"\1", name)
         if written == MANIFEST or is_part_name(written):
             storage.remove(join(url, name))
+    _remove_empty(url)
+
+
+def prune_exports(config: TrainConfig, kinds: Set[str], info: WeightsInfo) -> None:
+    """Remove the exported weights that need not be kept; `info` describes those exported last.
+
+    Only weights whose weights.json names this step and this run's encoders and scaling are removed.
+    """
+    folder = join(config.run, "weights")
+    steps = [step for step in step_folders(folder) if step <= info.step]
+    kept = {*steps[-config.keep_exports :]}
+    if config.keep_best:
+        kept.update(_steps_by_metric(config.run, config.keep_best, steps)[:1])
+    for step in set(steps) - kept:
+        url = join(folder, step_name(step))
+        for kind in kinds & set(list_names(url)):
+            if _is_own_export(join(url, kind), replace(info, step=step)):
+                remove_weights(join(url, kind))
+                _remove_empty(join(url, kind))
+        _remove_empty(url)
+
+
+def _is_own_export(url: str, info: WeightsInfo) -> bool:
+    """Whether weights.json in folder `url` says what `info` does, apart from decay and recipe."""
+    try:
+        stored = read_stored_weights(url).info
+    except StoreError:
+        raise
+    except UserError:
+        return False
+    own = replace(info, ema_decay=stored.ema_decay, recipe_sha256=stored.recipe_sha256)
+    return stored == own
+
+
+def _remove_empty(url: str) -> None:
+    """Remove a local folder that is empty; an object store has no empty folders."""
     if not is_remote(url):
         with suppress(OSError):
             Path(url).rmdir()

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,38 @@ def small_recipe(run: str, shards: str, **fields: object) -> TrainConfig:
 
 
 def write_evaluation(run: str, step: int, metric: str, value: float | None) -> None:
-    """An evaluation of a step's weights that has measured `metric` only; None: not even that."""
-    found = value and Estimate(value=value, standard_error=0.1, num_samples=9, low=0.0, high=9.9)
-    unknown = dict.fromkeys(Protocol.__dataclass_fields__)
-    protocol = Protocol(**{**unknown, "sampling": SamplingConfig().settings})  # type: ignore[arg-type]
-    unmeasured = dict.fromkeys(MetricsRow.__dataclass_fields__)
-    row = {**unmeasured, "step": step, metric: found, "protocol": protocol}
-    write_row(row_url(f"{run}/{FOLDER}", "scenes", 1.5, step), MetricsRow(**row))  # type: ignore[arg-type]
+    """An evaluation of a step's weights that has measured `metric` besides the CLIP Score."""
+    protocol = Protocol(
+        name="scenes",
+        num_samples=9,
+        prompts_sha256="a" * 64,
+        caption_rule="first",
+        score_caption="same",
+        sampling=SamplingConfig(guidance_scale=1.5).settings,
+        image_size=64,
+        resize="center_crop+lanczos",
+        features="scenes/clip",
+        features_sha256="b" * 64,
+        paper_prefix="",
+        inception=None,
+        inception_sha256=None,
+        num_reference_images=None,
+        reference_sha256=None,
+    )
+    low = Estimate(value=0.1, standard_error=0.1, num_samples=9, low=0.0, high=9.9)
+    row = MetricsRow(
+        weights="ema",
+        weights_sha256="c" * 64,
+        step=step,
+        ema_decay=None,
+        protocol=protocol,
+        frechet_distance=None,
+        clip_score=low,
+        clip_score_paper=low,
+        retrieval_at_16=None,
+    )
+    measured = {} if value is None else {metric: replace(low, value=value)}
+    write_row(row_url(f"{run}/{FOLDER}", "scenes", 1.5, step), replace(row, **measured))
 
 
 def rows(config: TrainConfig) -> dict[int, dict[str, Any]]:

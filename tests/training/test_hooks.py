@@ -24,7 +24,7 @@ from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.images import decode_png, make_grid
-from ifvit.models.weights import WeightsInfo, load_weights
+from ifvit.models.weights import WeightsInfo, load_weights, step_name
 from ifvit.sampling.config import SamplingConfig
 from ifvit.shards.format import EncoderIdentity
 from ifvit.shards.reader import ShardReader
@@ -151,7 +151,7 @@ def exports(request: pytest.FixtureRequest) -> Iterator[Exports]:
     recorded = Exports()
     with pytest.MonkeyPatch.context() as patched:
         if "recipe" not in request.fixturenames:
-            patched.setattr(hooks, "restore_backbone", lambda config, weights: weights)
+            patched.setattr(hooks, "restore_backbone", lambda config, weights, copy: weights)
             patched.setattr(hooks, "save_weights", recorded.save_weights)
         yield recorded
 
@@ -308,7 +308,7 @@ def test_old_checkpoints_that_cannot_be_removed_stay_until_the_next_save(
     with monkeypatch.context() as patched:
         patched.setattr(storage, "remove", refuse)
         save(one, 2)
-    assert "older checkpoints stay until the next save" in capsys.readouterr().err
+    assert "older checkpoints and weights stay until the next save" in capsys.readouterr().err
     assert saved_steps(run) == [1, 2]
     save(one, 3)
     assert saved_steps(run) == [3]
@@ -374,7 +374,7 @@ def test_a_kill_at_any_request_of_a_remote_save_leaves_a_complete_checkpoint(
         except UserError:
             pass
         else:
-            if "older checkpoints stay" not in capsys.readouterr().err:
+            if "older checkpoints" not in capsys.readouterr().err:
                 break
         finally:
             faulty_s3.plan()
@@ -458,6 +458,50 @@ def test_the_newest_every_mth_and_the_best_checkpoints_are_kept(
         write_evaluation(run, step, metric, value)
         save(ranks(run, **{"keep_checkpoints": 1, **fields}), step)
     assert saved_steps(run) == kept
+
+
+@pytest.mark.parametrize(
+    ("fields", "exported"),
+    [
+        ({}, [2, 4, 5, 6, 7]),
+        ({"keep_best": None, "keep_exports": 1}, [7]),
+        ({"export_every": 2, "keep_exports": 3}, [2, 4, 6, 7]),
+    ],
+)
+def test_the_last_the_newest_and_the_best_exports_are_kept(
+    recipe: Callable[..., TrainConfig], fields: dict[str, Any], exported: list[int]
+) -> None:
+    config = recipe(
+        **{
+            **{"max_steps": 7, "checkpoint_every": 1, "keep_exports": 4},
+            **{"keep_best": "clip_score", **fields},
+        }
+    )
+    write_evaluation(config.run, 2, "clip_score", 0.9)
+    write_evaluation(config.run, 6, "clip_score", 0.5)
+    train(config)
+    folder = Path(config.run, "weights")
+    assert sorted(path.name for path in folder.iterdir()) == list(map(step_name, exported))
+    for step in exported:
+        for kind in ("raw", "ema"):
+            assert load_weights(str(folder / step_name(step) / kind))[1].step == step
+
+
+def test_weights_of_others_are_not_pruned(recipe: Callable[..., TrainConfig]) -> None:
+    config = recipe(max_steps=1)
+    train(config)
+    folder = Path(config.run, "weights")
+    (folder / step_name(1)).rename(folder / step_name(0))  # says step 1
+    (folder / "step_3").mkdir()
+    (folder / step_name(2) / "ema").mkdir(parents=True)
+    (folder / step_name(2) / "ema" / "thesis.tex").write_text("precious")
+    train(replace(config, max_steps=5, checkpoint_every=1, keep_exports=1))
+    found = {path.name for path in folder.iterdir()}
+    assert found == {step_name(0), step_name(2), "step_3", step_name(5)}
+    assert (folder / step_name(2) / "ema" / "thesis.tex").read_text() == "precious"
+    assert {path.name for path in (folder / step_name(0) / "ema").iterdir()} == {
+        *("config.json", "weights.json", "diffusion_pytorch_model.safetensors")
+    }
 
 
 def test_a_metric_that_no_evaluation_has_is_an_error(tmp_path: Path, ranks: Ranks) -> None:

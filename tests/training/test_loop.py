@@ -32,6 +32,29 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(recipe: Recipe, whole: Trai
     assert state.loss_mean == pytest.approx(sum(losses(whole)) / 8)
 
 
+def test_a_logged_loss_is_the_mean_over_all_steps_since_the_last_row(
+    recipe: Recipe, whole: TrainConfig
+) -> None:
+    config = recipe(log_every=3, checkpoint_every=2)
+    train(replace(config, max_steps=5))  # the row of step 5 is not a multiple of log_every
+    remove(join(config.run, "checkpoints", "step_00000005"))
+    train(config)
+    single, table = losses(whole), rows(config)
+    assert list(table) == [3, 6, 8]
+    for step, count in ((3, 3), (6, 3), (8, 2)):
+        assert table[step]["loss"] == pytest.approx(sum(single[step - count : step]) / count)
+    steps = [rows(whole)[step] for step in (1, 2, 3)]
+    times = [uniform(whole.seed, step, torch.arange(8), Stream.TIMESTEP, 1) for step in range(3)]
+    counts = [(time[:, 0] * 4).long().bincount(minlength=4).tolist() for time in times]
+    for n in range(4):
+        sums = [
+            (row[f"loss_q{n}"] or 0.0) * count[n] for row, count in zip(steps, counts, strict=True)
+        ]
+        mean = sum(sums) / sum(count[n] for count in counts)
+        assert table[3][f"loss_q{n}"] == pytest.approx(mean, rel=1e-5)
+    assert table[3]["grad_norm"] == steps[2]["grad_norm"]
+
+
 def test_losses_do_not_depend_on_the_micro_batch_size(recipe: Recipe, whole: TrainConfig) -> None:
     split = recipe(micro_batch_size=2)
     train(split)

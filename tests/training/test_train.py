@@ -1,6 +1,7 @@
 """The verb `train` from recipe to weights: every backbone, fine-tuning, failing saves, kills."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from made_backbone import SMALL_TOKENS, SMALL_UNET
@@ -24,6 +26,7 @@ from ifvit.storage import read_sealed, write_sealed
 from ifvit.training import hooks
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.lease import Holder
+from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.train import initial_backbone, train
 
 Recipe = Callable[..., TrainConfig]
@@ -139,6 +142,38 @@ def test_a_killed_run_continues_on_another_number_of_processes(recipe: Recipe) -
     assert finish(launch(replace(halfway, engine=EngineConfig(backend="deepspeed")), 2)) == [0, 0]
     train(killed)
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def run_with_a_fault(recipe: str, log: str, faulty_rank: int) -> None:
+    """Run `ifvit train`; on rank 1 a shard is damaged, on rank 0 the disk fills up."""
+    rank = int(os.environ["RANK"])
+    os.dup2(os.open(f"{log}{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    if rank == faulty_rank == 1:
+        ShardReader.read_moments = Mock(side_effect=UserError("shard 7: damaged"))  # type: ignore[method-assign]
+    elif rank == faulty_rank == 0:
+        full = OSError(28, "No space left on device")
+        MetricsLog.__call__ = Mock(side_effect=full)  # type: ignore[method-assign]
+    main(["train", "--config", recipe])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("faulty_rank", "cause"), [(0, "No space left on device"), (1, "shard 7: damaged")]
+)
+def test_all_processes_end_with_one_line_when_one_of_them_fails(
+    recipe: Recipe, tmp_path: Path, faulty_rank: int, cause: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_config(recipe(micro_batch_size=4)))
+    log = tmp_path / "log"
+    processes = start(run_with_a_fault, (str(path), str(log), faulty_rank), 2)
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [2, 2]
+    lines = [Path(f"{log}{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert cause in lines[faulty_rank][-1]
+    assert "another process of this launch has ended" in lines[1 - faulty_rank][-1]
+    assert "Traceback" not in "".join(lines[0] + lines[1])
 
 
 @pytest.mark.s3
