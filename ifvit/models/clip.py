@@ -28,6 +28,8 @@ from ifvit.shards.format import EncoderIdentity
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+MAX_CHARACTERS = 10_000
+"""Longer captions are cut before they are tokenised; only their first tokens count anyway."""
 Channels = tuple[float, float, float]
 
 
@@ -203,7 +205,7 @@ def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, 
 
     def token_spans(caption: str) -> list[tuple[int, int]]:
         batch = tokenizer(
-            caption,
+            caption[:MAX_CHARACTERS],
             padding="max_length",
             truncation=True,
             max_length=length,
@@ -274,7 +276,11 @@ def _read_normalisation(folder: Path) -> Normalisation:
 def _tokenize(tokenizer: "CLIPTokenizer", captions: list[str], length: int) -> Tensor:
     """Token ids (B, length), padded; a long caption is truncated and keeps its end token."""
     batch = tokenizer(
-        captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        [caption[:MAX_CHARACTERS] for caption in captions],
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_tensors="pt",
     )
     tokens: Tensor = batch.input_ids
     return tokens

@@ -235,8 +235,11 @@ class TokenTransformer(PatchTransformer):
     """Self-attention over condition, time and image tokens in all blocks (arXiv 2212.14678).
 
     The condition is one class token, or the tokens of a caption. With `long_skip` this is
-    class-conditional U-ViT (Bao et al. 2023); with `conditioning: adaln` it is DiT (Peebles and
-    Xie 2023) with a time token.
+    class-conditional U-ViT (Bao et al. 2023). With `conditioning: adaln` it is near to DiT (Peebles
+    and Xie 2023) and differs in: a time token in the sequence, no bias of qkv, learned instead of
+    sin-cos positions, normal instead of Xavier initialisation, sinusoids of full width instead of
+    256, a linear layer on the condition, exact instead of tanh GELU, and a head that does not start
+    at zero.
     """
 
     config: TokenTransformerConfig

@@ -21,6 +21,7 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ifvit.models.clip import MAX_CHARACTERS
 from ifvit.models.config import NumBlocks, NumClasses, Size
 from ifvit.models.pretrained import (
     download_pretrained,
@@ -93,7 +94,7 @@ class ImageReward(nn.Module):
         would stop gradients.
         """
         tokens = self.tokenizer(
-            list(prompts),
+            [prompt[:MAX_CHARACTERS] for prompt in prompts],
             padding="max_length",
             truncation=True,
             max_length=_MAX_TOKENS,

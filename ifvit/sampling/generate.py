@@ -11,6 +11,7 @@ from ifvit.diffusion.sampler import ConditionBatch, generate_images
 from ifvit.distributed import World, choose_device
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
+from ifvit.models.clip import MAX_CHARACTERS
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.alignment import build_method
 from ifvit.sampling.config import GenerateConfig
@@ -115,6 +116,11 @@ def _read_prompts(config: GenerateConfig, info: WeightsInfo) -> list[str]:
         prompts = read_prompt_file(config.prompts)
     if info.text_encoder is None:
         number_classes(info.classes, prompts)
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) > MAX_CHARACTERS:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} characters; give at most {MAX_CHARACTERS}"
+            )
     return prompts
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,13 @@ def test_encoders_are_frozen() -> None:
     for model in models:
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_huge_caption_is_cut_before_it_is_tokenised() -> None:
+    encoder = load_text_encoder("scenes/clip")
+    start = time.perf_counter()
+    assert torch.equal(encoder.encode(["red " * 10**7]), encoder.encode(["red " * 100]))
+    assert time.perf_counter() - start < 5
 
 
 def test_a_caption_that_is_too_long_is_truncated_and_keeps_its_end_token() -> None:

@@ -226,6 +226,12 @@ def test_captions_and_methods_are_refused_for_classes(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_huge_prompt_is_refused_before_it_is_tokenised(weights: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n" + "circle " * 10**6)
+    with pytest.raises(UserError, match="prompt 2 has 6999999 characters; give at most 10000"):
+        generate(read_flags(weights, tmp_path, "--prompts", str(tmp_path / "prompts.txt")))
+
+
 def test_classes_are_refused_for_captions(weights: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trained on captions; give --prompt"):
         generate(read_flags(weights, tmp_path, "--class", "cat"))
