@@ -157,6 +157,9 @@ def write_samples(folder: str, samples: Iterable[SampleRow]) -> None:
 
 
 def read_samples(folder: str) -> list[SampleRow]:
-    """Read samples.jsonl; empty without it. Raises UserError if it is damaged."""
+    """Read samples.jsonl, one row per position; empty without it. Raises UserError if damaged."""
     url = storage.join_inside(folder, _LIST)
-    return storage.read_rows(SampleRow, url) if storage.exists(url) else []
+    rows = storage.read_rows(SampleRow, url) if storage.exists(url) else []
+    if any(row.position != position for position, row in enumerate(rows)):
+        raise UserError(f"{url}: damaged, rows are missing or repeated; restore the file")
+    return rows

@@ -81,6 +81,13 @@ def test_a_list_of_samples_names_files_of_its_own_folder_only(tmp_path: Path) ->
             read_samples(str(tmp_path))
 
 
+def test_a_lost_row_is_seen(tmp_path: Path) -> None:
+    rows = [SampleRow(file=f"{n}.png", prompt="a", position=n) for n in range(3)]
+    write_samples(str(tmp_path), [rows[0], rows[2]])
+    with pytest.raises(UserError, match=r"samples\.jsonl: damaged, rows are missing"):
+        read_samples(str(tmp_path))
+
+
 def test_settings_with_a_flipped_digit_are_refused(tmp_path: Path) -> None:
     claim_folder(str(tmp_path), {"seed": 17})
     claim_folder(str(tmp_path), {"seed": 17})
