@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,23 +96,18 @@ class Answer:
         return kind == "counting" and self.value in range(MAX_COUNT + 1)
 
 
-class Store:
-    """The file study.sqlite of a study. Several threads may share one object.
+class _Database:
+    """A connection to the file. Several threads share it, one statement at a time.
 
-    Every statement is its own transaction and is synced to disk: what a method has written when it
-    returns survives a kill of the process. All methods raise UserError for a damaged file.
+    Every statement is its own transaction, is synced to disk, and has a deadline.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / _DATABASE
-        _check_files(self._path)
-        self._lock = threading.Lock()  # one statement at a time, each with its own deadline
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
         self._deadline = 0.0
-        self._raters: dict[bytes, int] = {}
-        """Hash of a rater's code => id. The time of a look-up says nothing about the code."""
-        self._loaded_at = -_RELOAD_SECONDS
         self._connection = sqlite3.connect(
-            f"{self._path.absolute().as_uri()}?mode=rw",
+            f"{path.absolute().as_uri()}?mode=rw",
             uri=True,
             timeout=_STATEMENT_SECONDS,
             isolation_level=None,
@@ -121,11 +117,59 @@ class Store:
             lambda: int(time.monotonic() > self._deadline), 10_000
         )
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_ROW_BYTES)
-        try:
-            self._check_content()
-        except UserError:
-            self.close()
-            raise
+        # A view, trigger or virtual table of a stranger would run its own SQL in our statements.
+        self.execute("PRAGMA trusted_schema = OFF")
+        self.execute("PRAGMA cell_size_check = ON")
+        self.execute("PRAGMA foreign_keys = ON")
+        self.execute("PRAGMA synchronous = FULL")
+        # Each write reaches the file itself, because SQLite drops a damaged journal in silence.
+        self.execute("PRAGMA wal_autocheckpoint = 1")
+
+    def execute(self, statement: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement and return its rows. Raises UserError naming the file."""
+        with self._lock:
+            self._deadline = time.monotonic() + _STATEMENT_SECONDS
+            try:
+                return self._connection.execute(statement, parameters).fetchall()
+            except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{self._path}: cannot be used ({shorten(error)}); restore it from a copy"
+                ) from None
+
+    def close(self) -> None:
+        """Close the connection; the last one merges the journal into the file."""
+        self._connection.close()
+
+    def check(self) -> None:
+        """Raise UserError unless the file is intact and has our tables and nothing else."""
+        found = self.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
+        expected = {("table", name, name, statement) for name, statement in _TABLES.items()}
+        if len(found) != len(expected) or set(found) != expected:
+            raise UserError(f"{self._path}: not a study's answers of this version; restore it")
+        ((verdict,),) = self.execute("PRAGMA integrity_check(1)")
+        if verdict != "ok":
+            raise UserError(f"{self._path}: damaged ({shorten(verdict)}); restore it from a copy")
+
+
+class Store:
+    """The file study.sqlite of a study. Several threads may share one object.
+
+    What a method has written when it returns survives a kill of the process. All methods raise
+    UserError for a damaged file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _DATABASE
+        _check_files(self._path)
+        self._raters: dict[bytes, int] = {}
+        """Hash of a rater's code => id. The time of a look-up says nothing about the code."""
+        self._loaded_at = -_RELOAD_SECONDS
+        with ExitStack() as opened:  # two connections, so that pages do not wait for a disk's sync
+            self._writer = opened.enter_context(closing(_Database(self._path)))
+            self._writer.check()
+            self._writer.execute("PRAGMA journal_mode = WAL")
+            self._reader = opened.enter_context(closing(_Database(self._path)))
+            self._connections = opened.pop_all()
 
     @classmethod
     def create(cls, folder: Path) -> "Store":
@@ -152,46 +196,20 @@ class Store:
             connection.close()
         return cls(folder)
 
-    def _check_content(self) -> None:
-        """Raise UserError unless the file is intact and has our tables and nothing else."""
-        # A view, trigger or virtual table of a stranger would run its own SQL in our statements.
-        self._execute("PRAGMA trusted_schema = OFF")
-        self._execute("PRAGMA cell_size_check = ON")
-        found = self._execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
-        expected = {("table", name, name, statement) for name, statement in _TABLES.items()}
-        if len(found) != len(expected) or set(found) != expected:
-            raise UserError(f"{self._path}: not a study's answers of this version; restore it")
-        ((verdict,),) = self._execute("PRAGMA integrity_check(1)")
-        if verdict != "ok":
-            raise UserError(f"{self._path}: damaged ({shorten(verdict)}); restore it from a copy")
-        self._execute("PRAGMA journal_mode = WAL")
-        self._execute("PRAGMA synchronous = FULL")
-        self._execute("PRAGMA foreign_keys = ON")
-
-    def _execute(self, statement: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        with self._lock:
-            self._deadline = time.monotonic() + _STATEMENT_SECONDS
-            try:
-                return self._connection.execute(statement, parameters).fetchall()
-            except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"{self._path}: cannot be used ({shorten(error)}); restore it from a copy"
-                ) from None
-
     def close(self) -> None:
         """Merge the journal into the file and close it."""
-        self._connection.close()
+        self._connections.close()
 
     def add_raters(self, number: int) -> None:
         """Add raters with random codes of 128 bits."""
         first = 1 + max((rater.id for rater in self.raters()), default=0)
         for id_ in range(first, first + number):
             rater = Rater(id=id_, code=secrets.token_urlsafe(16))
-            self._execute("INSERT INTO rater VALUES (?, ?)", (id_, _dump(rater)))
+            self._writer.execute("INSERT INTO rater VALUES (?, ?)", (id_, _dump(rater)))
 
     def raters(self) -> list[Rater]:
         """List all raters by id."""
-        rows = self._execute("SELECT id, CAST(content AS TEXT) FROM rater ORDER BY id")
+        rows = self._reader.execute("SELECT id, CAST(content AS TEXT) FROM rater ORDER BY id")
         raters = [self._parse(Rater, content, f"rater {id_}") for id_, content in rows]
         if [rater.id for rater in raters] != [id_ for id_, _ in rows]:
             raise UserError(f"{self._path}: damaged, raters have other ids; restore it from a copy")
@@ -207,7 +225,7 @@ class Store:
 
     def admin_token(self) -> str:
         """Return the secret in the admin's link."""
-        rows = self._execute("SELECT CAST(content AS TEXT) FROM admin")
+        rows = self._reader.execute("SELECT CAST(content AS TEXT) FROM admin")
         if len(rows) != 1:
             raise UserError(f"{self._path}: damaged, {len(rows)} admins; restore it from a copy")
         return self._parse(Admin, rows[0][0], "admin").token
@@ -218,7 +236,7 @@ class Store:
         if earlier is not None and replace(earlier, answered_at="") == answer:
             return
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        self._execute(
+        self._writer.execute(
             "INSERT OR REPLACE INTO answer VALUES (?, ?, ?, ?)",
             (
                 answer.rater,
@@ -235,7 +253,7 @@ class Store:
 
     def answered(self, rater: int) -> set[tuple[int, int]]:
         """Item and repetition of the tasks that this rater has answered."""
-        rows = self._execute("SELECT item, repetition FROM answer WHERE rater = ?", (rater,))
+        rows = self._reader.execute("SELECT item, repetition FROM answer WHERE rater = ?", (rater,))
         return {(item, repetition) for item, repetition in rows}
 
     def answers(self, rater: int | None = None) -> list[Answer]:
@@ -243,13 +261,13 @@ class Store:
         found = self._select("? IS NULL OR rater = ?", rater, rater)
         return sorted(found, key=lambda each: each.answered_at)
 
-    def change_count(self) -> tuple[int, int]:
-        """Return two numbers of which one grows with each write of this or another process."""
-        ((others,),) = self._execute("PRAGMA data_version")
-        return int(others), self._connection.total_changes
+    def change_count(self) -> int:
+        """Return a number that changes with each write of this or another process."""
+        ((count,),) = self._reader.execute("PRAGMA data_version")
+        return int(count)
 
     def _select(self, condition: str, *parameters: int | None) -> list[Answer]:
-        rows = self._execute(
+        rows = self._reader.execute(
             "SELECT rater, item, repetition, CAST(content AS TEXT) FROM answer"
             f" WHERE {condition} ORDER BY rater, item, repetition",
             parameters,

@@ -241,6 +241,26 @@ def test_flipped_bytes_give_the_same_study_or_one_line(
     assert num_refused > 50
 
 
+def test_a_damaged_journal_of_a_killed_server_loses_no_answer(study: Study, tmp_path: Path) -> None:
+    folder = copy_study(study, tmp_path)
+    store = Store(folder)
+    for rater in store.raters():
+        for task in study.tasks(rater.id):
+            add(store, task, rater.id, None, "other")
+    expected = read_all(folder)
+    files = {path: path.read_bytes() for path in folder.glob("study.sqlite*")}
+    store.close()
+    journal = folder / "study.sqlite-wal"
+    rng = random.Random(0)
+    for _ in range(30):
+        for path, content in files.items():
+            path.write_bytes(content)
+        data = bytearray(files[journal])
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        journal.write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
+        assert read_all(folder) == expected
+
+
 def test_answers_to_another_study_are_refused(study: Study, tmp_path: Path) -> None:
     other = make_study(tmp_path, num_preference=8, seed=1)
     shutil.copy(study.folder / "study.sqlite", other.folder)
