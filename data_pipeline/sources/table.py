@@ -109,22 +109,24 @@ def _read_jsonl(data: bytes, file: str) -> Iterator[Row]:
 
 def _read_parquet(data: bytes, file: str) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowException, BufferReader, parquet
+        from pyarrow import BufferReader, parquet
     except ImportError:
         raise UserError(f"{file}: Parquet needs pyarrow; pip install 'ifvit[table]'") from None
     number = 0
     try:
+        names = parquet.read_schema(BufferReader(data)).names
+        if not set(COLUMNS) <= set(names):
+            found = shorten(", ".join(names))
+            raise UserError(f"{file}: needs the columns {', '.join(COLUMNS)}; it has {found}")
         # As dictionaries, because a text that many rows repeat would fill the memory.
         table = parquet.ParquetFile(BufferReader(data), read_dictionary=list(COLUMNS))
-        is_complete = set(COLUMNS) <= set(table.schema_arrow.names)
-        columns = list(COLUMNS) if is_complete else None
-        for batch in table.iter_batches(_BATCH_ROWS, columns=columns):
+        for batch in table.iter_batches(_BATCH_ROWS, columns=list(COLUMNS)):
             for row in _rows(batch):
                 yield f"{file}:{number}", row
                 number += 1
-    except (ArrowException, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises all kinds of errors for broken files
         raise UserError(f"{file}: not Parquet ({shorten(error, 200)})") from None
 
 

@@ -134,6 +134,13 @@ def test_paths_may_be_absolute_or_written_oddly_inside_the_folder(images: str, p
     assert [image.name for image in CaptionTable(images, str(table)).images] == ["1.jpg"]
 
 
+def test_a_parquet_file_without_captions_names_its_columns(images: str) -> None:
+    table = Path(images, "t.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([{"path": "1.jpg", "text": "x"}]), table)
+    with pytest.raises(UserError, match="needs the columns path, caption; it has path, text"):
+        CaptionTable(images, str(table))
+
+
 def test_a_parquet_file_that_expands_without_bound_is_refused(
     images: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
