@@ -155,7 +155,8 @@ def open_process_group() -> Iterator[ProcessGroup]:
     if world.size > 1:
         dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
-        yield ProcessGroup(world)
+        with one_line_for_lost_processes():
+            yield ProcessGroup(world)
     finally:
         if world.size > 1:
             dist.destroy_process_group()

@@ -299,7 +299,7 @@ def _choose_checkpoint(config: TrainConfig, cache: Path, group: ProcessGroup) ->
             f"{checkpoint.url}: trained on other shards than {config.shards} holds now; restore "
             "them or train a new run with initial_weights"
         )
-    if restore_config(checkpoint.backbone) != config.backbone:
+    if restore_config(checkpoint.backbone, checkpoint.url) != config.backbone:
         raise UserError(f"{checkpoint.url}: has another backbone than the recipe; set it to match")
     return checkpoint
 

@@ -144,7 +144,7 @@ def replay(config: ReplayConfig) -> None:
     Raises UserError when the file was not written by a failed training step, or is damaged.
     """
     failed, tensors = _read_failure(config.file)
-    shape = restore_config(failed.backbone)
+    shape = restore_config(failed.backbone, config.file)
     device = torch.device(choose_device("auto"))
     batch = _restore_batch(config.file, tensors, shape, device)
     backbone = nn.Module.to(restore_backbone(shape, tensors), device)

@@ -1,6 +1,8 @@
 """Which checkpoint a run resumes from, and which checkpoints are kept."""
 
+import hashlib
 import math
+import random
 import socket
 import tempfile
 import uuid
@@ -115,6 +117,8 @@ def change(manifest: dict[str, Any], **changes: Any) -> dict[str, Any]:
         lambda stored: change(stored, parts=stored["parts"] * 2),
         lambda stored: change(stored, parts=[]),
         lambda stored: change(stored, shards_sha256="0"),
+        lambda stored: change(stored, backbone={"architecture": ["unet"]}),
+        lambda stored: change(stored, backbone={}),
         lambda stored: {},
     ],
 )
@@ -131,6 +135,37 @@ def test_a_manifest_that_contradicts_itself_or_its_folder_is_one_line(
         train(replace(config, max_steps=2))
     assert str(error.value).isprintable()
     assert config.run in str(error.value)
+
+
+def test_flipped_bytes_of_a_manifest_are_found(recipe: Recipe) -> None:
+    config = recipe(max_steps=1)
+    train(config)
+    path = Path(step_url(config.run, 1), "manifest.json")
+    saved, data, chance = read_checkpoint(str(path.parent)), path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        flipped = bytearray(data)
+        flipped[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert read_checkpoint(str(path.parent)) == saved
+        except UserError as error:
+            assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("header", [b"", b"{}", b"[" * 9000, b"\xff", b'{"backbone.a": {}}'])
+def test_a_part_whose_hash_fits_but_whose_header_is_broken_is_one_line(
+    recipe: Recipe, header: bytes
+) -> None:
+    config = recipe(max_steps=1)
+    train(config)
+    saved = read_checkpoint(step_url(config.run, 1))
+    (part,) = saved.parts
+    data = len(header).to_bytes(8, "little") + header
+    Path(saved.url, part.name).write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    commit(replace(saved, parts=(replace(part, bytes=len(data), sha256=digest),)))
+    with pytest.raises(UserError, match="step_00000001"):
+        train(replace(config, max_steps=2))
 
 
 def test_tensors_of_another_shape_or_type_are_not_loaded(recipe: Recipe) -> None:
