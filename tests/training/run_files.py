@@ -45,6 +45,7 @@ def small_recipe(run: str, shards: str, **fields: object) -> TrainConfig:
         "ema_decays": (0.9,),
         "log_every": 1,
         "checkpoint_every": 100,
+        "keep_exports": 100,
         "num_workers": 1,
         "trackers": (),
     }
