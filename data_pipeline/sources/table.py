@@ -26,7 +26,7 @@ COLUMNS = ("path", "caption")
 NUM_PROBES = 8
 MAX_BYTES = 1 << 31
 """Largest table, and largest sum of its texts, which a Parquet file may hold compressed."""
-_BATCH_ROWS = 1024
+_BATCH_ROWS = 1 << 16
 
 Row = tuple[str, dict[str, Any]]
 """File and line of the row, for messages, and the values by column."""
