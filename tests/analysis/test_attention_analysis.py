@@ -49,6 +49,7 @@ def save(folder: Path, shape: BackboneConfig, text_encoder: EncoderIdentity | No
         scaling_factor=0.5,
         vae=EncoderIdentity(name="made-up", sha256="0" * 64),
         text_encoder=text_encoder,
+        classes=tuple(map(str, range(shape.num_classes or 0))),
         recipe_sha256="0" * 64,
     )
     save_weights(str(folder / "weights/step_00000003/ema"), build_backbone(shape), info)
