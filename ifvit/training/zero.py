@@ -71,7 +71,7 @@ class ZeroEngine(Engine):
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         for name, value in (*alone.items(), ("MASTER_PORT", str(get_free_port()))):
             os.environ.setdefault(name, value)
-        return Accelerator(
+        accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(config)),
             gradient_accumulation_steps=self._num_micro_batches,
             kwargs_handlers=[
@@ -80,6 +80,9 @@ class ZeroEngine(Engine):
                 )
             ],
         )
+        # Otherwise transformers loads every text encoder without its weights under stage 3.
+        accelerator.state.deepspeed_plugin.dschf = None
+        return accelerator
 
     def _deepspeed_config(self, config: EngineConfig) -> dict[str, Any]:
         partitioning: dict[str, Any] = {"stage": config.zero_stage}
