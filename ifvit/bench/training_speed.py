@@ -136,8 +136,8 @@ def build_recipe(shape: FusionUViTConfig, config: BenchTrainConfig) -> TrainConf
     """Build the recipe of one process with plain PyTorch, without run folder and shards."""
     precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     return TrainConfig(
-        run="",
-        shards="",
+        run="bench",
+        shards="bench",
         backbone=shape,
         engine=EngineConfig(
             backend="plain",

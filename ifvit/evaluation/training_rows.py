@@ -4,7 +4,10 @@
 seal (see `ifvit.records`).
 """
 
+from itertools import pairwise
+
 from ifvit import storage
+from ifvit.errors import UserError
 from ifvit.records import (
     Fraction,
     NonNegativeFloat,
@@ -63,11 +66,16 @@ class TrainingRow:
 def read_training_rows(run: str, newest: int | None = None) -> list[TrainingRow]:
     """Read the rows of a run, or only its `newest` ones; [] before the first row.
 
-    An unfinished last line is left out. Raises UserError that names a damaged line.
+    An unfinished last line is left out. Raises UserError that names a damaged line, and when steps
+    do not rise.
     """
     url = storage.join(run, FILE)
     data = storage.read_bytes(url) if storage.exists(url) else b""
     if newest is not None:
         complete, _, _ = data.rpartition(b"\n")
         data = b"\n".join([*complete.split(b"\n")[-newest:], b""])
-    return parse_rows(TrainingRow, data, url)
+    rows = parse_rows(TrainingRow, data, url)
+    for before, row in pairwise(rows):
+        if row.step <= before.step:
+            raise UserError(f"{url}: step {row.step} follows step {before.step}; restore the file")
+    return rows

@@ -40,6 +40,7 @@ from ifvit.records import (
     parse_value,
     path_inside,
     record,
+    shorten,
 )
 from ifvit.storage import StoreError, is_remote, join, list_names
 from ifvit.training.config import TrainConfig
@@ -238,7 +239,7 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
             try:
                 file = files.enter_context(safe_open(path, "pt"))
             except SafetensorError as error:
-                raise UserError(f"{path}: not a safetensors file ({error})") from None
+                raise UserError(f"{path}: not a safetensors file ({shorten(error)})") from None
             file_of.update(dict.fromkeys(part.tensors, file))
 
         def read(name: str) -> Tensor:
@@ -250,7 +251,9 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
             try:
                 tensor: Tensor = file_of[name].get_tensor(name)
             except SafetensorError as error:
-                raise UserError(f"{checkpoint.url}: {name} cannot be read ({error})") from None
+                raise UserError(
+                    f"{checkpoint.url}: {name} cannot be read ({shorten(error)})"
+                ) from None
             return tensor
 
         yield read

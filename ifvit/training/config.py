@@ -16,6 +16,14 @@ from ifvit.records import (
 )
 from ifvit.shards.config import CacheConfig
 
+Location = Annotated[
+    str,
+    Rule(
+        "a path or URL without control characters", lambda text: text != "" and text.isprintable()
+    ),
+]
+NumSamples = Annotated[int, Rule("from 1 to 16777216", lambda value: 1 <= value <= 2**24)]
+Factor = Annotated[float, Rule("from 1e-6 to 1e6", lambda value: 1e-6 <= value <= 1e6)]
 Decay = Annotated[float, Rule("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Minutes = Annotated[float, Rule("above 0 and at most 10080", lambda value: 0 < value <= 10080)]
 NumThreads = Annotated[int, Rule("from 1 to 256", lambda value: 1 <= value <= 256)]
@@ -88,9 +96,9 @@ class SampleGridConfig:
 class TrainConfig:
     """Train a backbone on pre-encoded shards; run the same command again to resume."""
 
-    run: str
+    run: Location
     """Run directory: config, metrics, checkpoints, weights, samples."""
-    shards: str
+    shards: Location
     """Folder of the training shards, local or s3://; the one that holds manifest.json."""
     vae: str | None = None
     """The VAE that the shards must come from; unset: any."""
@@ -106,15 +114,15 @@ class TrainConfig:
     """Images generated during training."""
     max_steps: PositiveInt = 1_000_000
     """Optimizer steps of the whole run."""
-    global_batch_size: PositiveInt = 256
+    global_batch_size: NumSamples = 256
     """Samples per optimizer step, over all processes."""
-    micro_batch_size: PositiveInt = 256
+    micro_batch_size: NumSamples = 256
     """Samples per forward pass and process; smaller values accumulate gradients."""
     caption_dropout: Fraction = 0.1
     """Fraction of samples trained without their caption or class, for guidance."""
     min_snr_gamma: PositiveFloat | None = None
     """Weight samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: all equally."""
-    scaling_factor: PositiveFloat | None = None
+    scaling_factor: Factor | None = None
     """Factor on the latents; unset: 1 / their standard deviation, from the manifest."""
     ema_decays: tuple[Decay, ...] = (0.9999,)
     """Decays per step, one for each set of EMA weights; the first one is the default."""

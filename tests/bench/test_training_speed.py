@@ -25,8 +25,8 @@ VARIANTS = [
 def recipe() -> TrainConfig:
     """The smallest backbone with two samples per step."""
     return TrainConfig(
-        run="",
-        shards="",
+        run="bench",
+        shards="bench",
         backbone=PRESETS["tiny"],
         engine=EngineConfig(backend="plain", attention="math"),
         global_batch_size=2,

@@ -40,6 +40,12 @@ def test_a_broken_row_is_named_by_its_line(tmp_path: Path, row: bytes) -> None:
     assert str(error.value).isprintable()
 
 
+def test_rows_whose_steps_do_not_rise_are_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(2 * dump_rows(ROWS))
+    with pytest.raises(UserError, match=rf"{FILE}: step 10 follows step 30"):
+        read_training_rows(str(tmp_path))
+
+
 def test_flipped_bytes_of_rows_never_change_them(tmp_path: Path) -> None:
     chance, data = random.Random(0), dump_rows(ROWS)
     for _ in range(300):

@@ -30,7 +30,7 @@ from ifvit.training.train import train
 
 ALONE = World(rank=0, size=1, local_rank=0)
 Recipe = Callable[..., TrainConfig]
-SMALL = small_recipe("", "").backbone
+SMALL = small_recipe("run", "shards").backbone
 
 
 def test_another_recipe_in_the_same_run_directory_is_an_error(recipe: Recipe) -> None:
@@ -78,6 +78,11 @@ def test_a_broken_config_of_a_run_is_one_line(recipe: Recipe, content: bytes) ->
         *(("max_steps", value) for value in (0, -1, 10**30)),
         *(("ema_decays", value) for value in ((), (1.0,), (math.nan,), (0.5, 0.5))),
         ("caption_dropout", 1.5),
+        ("scaling_factor", 1e-320),
+        ("global_batch_size", 10**12),
+        ("micro_batch_size", 10**12),
+        ("shards", ""),
+        ("shards", "x\ny"),
         ("min_snr_gamma", 0.0),
         ("shuffle_window", 0),
         ("num_workers", 10**9),

@@ -83,7 +83,7 @@ def build_all(
 def build_hops(folder: Path, shards: str, micro_batch_size: int) -> list[TrainConfig]:
     """One run as four recipes; wide enough for DeepSpeed to keep some parameters partitioned."""
     engines = [ENGINES[name] for name in HOPS] + [EngineConfig(backend="plain")]
-    wide = replace(small_recipe("", "").backbone, width=160)
+    wide = replace(small_recipe("run", "shards").backbone, width=160)
     return [
         build(
             folder,
