@@ -15,7 +15,7 @@ from ifvit.errors import UserError
 
 IMAGE_SIZE = 299
 _EPSILON = 1e-3
-"""Of the batch norms."""
+"""Constant that batch normalisation adds to the variance."""
 
 # A block is a row of branches whose outputs are concatenated. A branch is a row of steps: names of
 # convolutions (`+`: two of them side by side, `/2`: stride 2 without padding) and poolings.
