@@ -20,7 +20,7 @@ from ifvit.verbs import VERBS, check_packages, load
 _DISK_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EISDIR),
-    *(errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
 }
 """Errors of a folder or its disk that the user can repair, whatever the verb writes there."""
 

@@ -289,8 +289,15 @@ def _count_nodes(value: Any, where: str) -> None:
 
 def seal_of(content: Mapping[str, Any]) -> str:
     """sha256 of a JSON object without its seal; the order of keys does not matter."""
-    rest = {key: value for key, value in content.items() if key != SEAL}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return _seal(_canonical({key: value for key, value in content.items() if key != SEAL}))
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True)
+
+
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def dump_sealed(content: Any) -> bytes:
@@ -304,9 +311,11 @@ def parse_sealed(
 ) -> _Record:
     """Parse what `dump_sealed` wrote. Raises `error` when its content does not fit its seal."""
     content = dict(parse_json(dict[str, Any], data, where, error=error))
-    if content.pop(SEAL, None) != seal_of(content):
+    seal = content.pop(SEAL, None)
+    text = _canonical(content)
+    if seal != _seal(text):
         raise error(f"{where}: damaged, its content does not match its {SEAL}; restore the file")
-    return parse_value(cls, content, where, error=error)
+    return parse_json(cls, text, where, error=error)
 
 
 def dump_rows(rows: Iterable[Any]) -> bytes:
