@@ -7,6 +7,7 @@ back; random access for training is in `ifvit.shards.reader`.
 import contextlib
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -52,10 +53,14 @@ def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> Sha
 
 
 def remove_leftovers(url: str, name: str) -> None:
-    """Delete unfinished local files of `name` or `name.*` that a killed process left in `url`."""
+    """Delete unfinished local files of `name` or `name.*` that a killed process left in `url`.
+
+    The random ending of 8 digits that `storage` gives them tells them from files of the user.
+    """
     if not storage.is_remote(url):
-        for leftover in Path(url).glob(f".{name}.*"):
-            leftover.unlink()
+        for path in Path(url).glob(f".{name}.*"):
+            if re.fullmatch(r"\.[0-9a-f]{8}", path.suffix):
+                path.unlink()
 
 
 def pack_sample(sample: LatentSample) -> dict[str, str | bytes]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from submitit.core.utils import JobPaths
 
+from ifvit import storage
 from ifvit.errors import EXIT_PREEMPTED, EXIT_STORE, UserError
 from ifvit.records import NonNegativeFloat, dump_rows, parse_rows, printable, record
 from slurm.jobs import VerbJob, load_job
@@ -88,7 +89,9 @@ def _starts_file(folder: Path, job_id: str) -> Path:
 def read_starts(folder: Path, job_id: str) -> list[Start]:
     """Read the starts of a job that have ended, oldest first."""
     path = _starts_file(folder, job_id)
-    return parse_rows(Start, path.read_bytes(), str(path)) if path.exists() else []
+    if not path.exists():
+        return []
+    return parse_rows(Start, storage.read_bytes(str(path)), str(path))
 
 
 def reason_to_stop(starts: Sequence[Start], max_stalled: int) -> str | None:

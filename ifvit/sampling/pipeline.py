@@ -32,7 +32,7 @@ from ifvit.models.pretrained import (
     weight_files,
 )
 from ifvit.models.weights import check_shapes, read_backbone_config
-from ifvit.records import Rule, parse_json, parse_value, path_inside, record
+from ifvit.records import Rule, parse_json, parse_value, path_inside, record, shorten
 from ifvit.sampling.load import number_classes
 
 Generators = torch.Generator | list[torch.Generator]
@@ -319,8 +319,8 @@ def _load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]
             continue
         if named not in _CLASSES[name]:
             raise UserError(
-                f"{folder / _INDEX}: {name} is a {'.'.join(map(str, named))}, a class that a file "
-                f"cannot choose; pass {name}=... to from_pretrained"
+                f"{folder / _INDEX}: {name} is a {shorten('.'.join(map(str, named)))}, a class "
+                f"that a file cannot choose; pass {name}=... to from_pretrained"
             )
         inside = path_inside(folder, name)
         dtype = dtypes.get(name, dtypes.get("default", torch.float32))

@@ -252,7 +252,7 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
                 tensor: Tensor = file_of[name].get_tensor(name)
             except SafetensorError as error:
                 raise UserError(
-                    f"{checkpoint.url}: {name} cannot be read ({shorten(error)})"
+                    f"{checkpoint.url}: {shorten(name)} cannot be read ({shorten(error)})"
                 ) from None
             return tensor
 

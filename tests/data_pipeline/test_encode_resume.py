@@ -64,16 +64,26 @@ def test_cut_shards_damaged_markers_and_leftovers_are_replaced(config: EncodeCon
     marker = output / "completed" / "shard-00002.json"
     marker.write_text(marker.read_text().replace("e", "f", 1))
     for name in ("shard-00001.tar", "shard-00001.index.npz", "manifest.json", "null_context.npy"):
-        (output / f".{name}.k1ll3d").write_bytes(b"half")
-    (output / "completed" / ".shard-00001.json.k1ll3d").write_bytes(b"half")
+        (output / f".{name}.0a1b2c3d").write_bytes(b"half")
+    (output / "completed" / ".shard-00001.json.0a1b2c3d").write_bytes(b"half")
     encode(config)
     assert hashes(config) == before
+
+
+def test_hidden_files_of_the_user_are_kept(config: EncodeConfig) -> None:
+    output = Path(config.output)
+    output.mkdir()
+    names = (".manifest.json.backup", ".shard-00000.tar.notes", ".shard-00000")
+    for name in names:
+        (output / name).write_text("mine")
+    encode(config)
+    assert all((output / name).read_text() == "mine" for name in names)
 
 
 def test_unfinished_files_of_another_process_are_kept(config: EncodeConfig) -> None:
     config = replace(config, num_tasks=2)
     encode(replace(config, task=0))
-    manifest = Path(config.output, ".manifest.json.living")
+    manifest = Path(config.output, ".manifest.json.0a1b2c3d")
     manifest.write_bytes(b"half")
     finish(replace(config, task=1))
     assert manifest.exists()
