@@ -50,12 +50,26 @@ class Job:
 
 
 @record
+class UnitIdentity:
+    """What the shard of a unit was made from.
+
+    `files_sha256` stands for the sizes and times, or ETags, of the input files, `images_sha256` for
+    the content of the images that could be read, `texts_sha256` for keys, captions and labels.
+    """
+
+    files_sha256: Sha256
+    images_sha256: Sha256
+    texts_sha256: Sha256
+
+
+@record
 class Failure:
-    """An image that was left out, and the reason."""
+    """An image, or `num_images` images of one file, that were left out, and the reason."""
 
     image_id: int | str
     file: str
     reason: str
+    num_images: PositiveInt = 1
 
 
 @record
@@ -112,6 +126,7 @@ class CompletionMarker:
     """
 
     job: Job
+    unit: UnitIdentity
     shard: ShardEntry
     failures: tuple[Failure, ...]
     latent_sums: LatentSums

@@ -12,8 +12,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,9 +29,11 @@ from data_pipeline.completion import (
     marker_url,
     read_markers,
     sum_remarks,
+    write_marker,
 )
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import (
+    DecodedBatch,
     EncodedBatch,
     Encoders,
     decode_batches,
@@ -44,6 +46,7 @@ from data_pipeline.shard_io import open_shard, read_samples, remove_leftovers
 from data_pipeline.sources import open_source
 from data_pipeline.sources.base import Source, Unit
 from data_pipeline.sources.preparation import open_unit
+from data_pipeline.units import FileStates, identify
 from data_pipeline.writer import to_stored, write_shards
 from ifvit import storage
 from ifvit.arrays import npy_bytes
@@ -57,6 +60,7 @@ from ifvit.shards.format import (
     MANIFEST,
     NULL_CONTEXT,
     Manifest,
+    ShardEntry,
     TextEncoding,
     write_manifest,
 )
@@ -84,11 +88,13 @@ def encode(config: EncodeConfig) -> Manifest | None:
     job = _describe_job(config, source, encoders)
     units = source.units(config.samples_per_shard)
     own = partition.of(units)
-    markers = find_finished(config, own, job)
+    states = FileStates()
+    markers, earlier = find_finished(config, own, job, states)
     todo = [unit for unit in own if unit.name not in markers]
     _unmark(config.output, todo)
     with _open_progress(todo, own, partition) as progress:
-        batches = _encode_batches(todo, config, encoders, progress)
+        decoded = _reuse_moments(decode_batches(todo, config, states), config.output, earlier)
+        batches = _encode_batches(decoded, encoders, progress)
         written = write_shards(batches, config, job)
     markers |= {marker.shard.name: marker for marker in written}
     others = [unit.name for unit in units if unit.name not in markers]
@@ -153,25 +159,39 @@ def _describe_job(config: EncodeConfig, source: Source, encoders: Encoders) -> J
 
 
 def find_finished(
-    config: EncodeConfig, units: Iterable[Unit], job: Job
-) -> dict[str, CompletionMarker]:
-    """Read the markers, by name, of the units that are finished.
+    config: EncodeConfig, units: Iterable[Unit], job: Job, states: FileStates
+) -> tuple[dict[str, CompletionMarker], dict[str, ShardEntry]]:
+    """Read the markers, by name, of the units that are finished, and of those with other captions.
 
-    A unit is encoded again when its marker is missing or damaged, when its shard is incomplete, or
-    when an image that was left out can be read now. Raises UserError when a marker belongs to
-    another job.
+    A unit is encoded again when its marker is missing or damaged, when its shard is incomplete,
+    when its images or captions have changed, or when an image that was left out can be read now. If
+    only captions have changed, the moments of its shard are used again. Raises UserError when a
+    marker belongs to another job.
     """
     output = config.output
     by_name = {unit.name: unit for unit in units}
     markers = read_markers(output, by_name, job)
 
-    def is_finished(marker: CompletionMarker) -> bool:
+    def update(marker: CompletionMarker) -> CompletionMarker | None:
         unit = by_name[marker.shard.name]
-        return is_intact(output, marker.shard) and not _became_readable(unit, marker, config)
+        if not is_intact(output, marker.shard) or _became_readable(unit, marker, config):
+            return None
+        failed = {failure.image_id for failure in marker.failures}
+        return replace(marker, unit=identify(unit, marker.unit, failed, config, states))
 
+    finished: dict[str, CompletionMarker] = {}
+    earlier: dict[str, ShardEntry] = {}
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        finished = list(pool.map(is_finished, markers.values()))
-    return {name: markers[name] for name, kept in zip(markers, finished, strict=True) if kept}
+        for marker, now in zip(markers.values(), pool.map(update, markers.values()), strict=True):
+            if now is None or now.unit.images_sha256 != marker.unit.images_sha256:
+                continue
+            if now.unit.texts_sha256 != marker.unit.texts_sha256:
+                earlier[marker.shard.name] = marker.shard
+                continue
+            if now != marker:  # copied files: other times, equal contents
+                write_marker(output, now)
+            finished[marker.shard.name] = now
+    return finished, earlier
 
 
 def _became_readable(unit: Unit, marker: CompletionMarker, config: EncodeConfig) -> bool:
@@ -209,10 +229,28 @@ def _open_progress(todo: list[Unit], own: Sequence[Unit], partition: Partition) 
     )
 
 
+def _reuse_moments(
+    batches: Iterable[DecodedBatch], output: str, earlier: dict[str, ShardEntry]
+) -> Iterator[DecodedBatch]:
+    """Add the samples of the earlier shards to their batches, wherever the keys agree."""
+    for name, shard in groupby(batches, key=lambda batch: batch.shard):
+        if name not in earlier:
+            yield from shard
+            continue
+        with open_shard(output, earlier[name]) as folder:
+            tar = folder / f"{name}.tar"
+            is_damaged = not tar.is_file() or storage.sha256_of(tar) != earlier[name].sha256
+            samples = iter(()) if is_damaged else read_samples(tar)
+            for batch in shard:
+                stored = list(islice(samples, len(batch.readable)))
+                agree = [s.key for s in stored] == [image.key for image, _ in batch.readable]
+                yield replace(batch, stored=stored if agree else ())
+
+
 def _encode_batches(
-    todo: list[Unit], config: EncodeConfig, encoders: Encoders, progress: "tqdm[Any]"
+    batches: Iterable[DecodedBatch], encoders: Encoders, progress: "tqdm[Any]"
 ) -> Iterator[EncodedBatch]:
-    for batch in decode_batches(todo, config):
+    for batch in batches:
         for failure in batch.failures:
             progress.write(printable(f"{failure.file}: {failure.reason}"), file=sys.stderr)
         yield encoders.encode(batch)
@@ -265,6 +303,7 @@ def finish(
 
 def _check_failures(config: EncodeConfig, markers: list[CompletionMarker]) -> None:
     failures = [failure for marker in markers for failure in marker.failures]
+    num_failed = sum(failure.num_images for failure in failures)
     num_readable = sum(marker.shard.num_samples for marker in markers)
     named = [f"{shorten(failure.file)} ({failure.reason})" for failure in failures[:MAX_NAMED]]
     if len(failures) > MAX_NAMED:
@@ -272,12 +311,12 @@ def _check_failures(config: EncodeConfig, markers: list[CompletionMarker]) -> No
     kinds = Counter(re.sub(r"\d[\d,.]*", "N", failure.reason) for failure in failures)
     counted = [f"{count:,} {reason}" for reason, count in kinds.most_common(MAX_KINDS)]
     text = (
-        f"{len(failures):,} of {len(failures) + num_readable:,} images could not be read: "
+        f"{num_failed:,} of {num_failed + num_readable:,} images could not be read: "
         f"{', '.join(named)}"
     )
     if len(failures) > MAX_NAMED:
         text += f"; by reason: {', '.join(counted)}"
-    if len(failures) > config.tolerate or not num_readable:
+    if num_failed > config.tolerate or not num_readable:
         raise UserError(f"{text}; repair them and run again, or leave them out with --tolerate")
     if failures:
         sys.stdout.write(f"warning: tolerated, {text}\n")

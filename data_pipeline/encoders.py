@@ -16,7 +16,8 @@ from torch import Tensor
 from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import CaptionedImage, Unit
-from data_pipeline.sources.preparation import open_unit
+from data_pipeline.units import FileStates, OpenUnit, open_with_identity
+from ifvit.arrays import Array
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.images import (
@@ -44,14 +45,21 @@ Result = TypeVar("Result")
 class DecodedBatch:
     """Some images of one shard, each with its pixels or with the reason why it is unreadable.
 
-    `repeated` are the captions that occur more than once in the shard.
+    `repeated` are the captions that occur more than once in the shard. `stored` may hold the
+    readable images as an earlier shard has them; then only their captions are encoded.
     """
 
-    shard: str
+    unit: OpenUnit
     repeated: frozenset[str]
     is_last: bool
     images: Sequence[CaptionedImage]
     results: Sequence[DecodedImage | Failure] = ()
+    stored: Sequence[LatentSample] = ()
+
+    @property
+    def shard(self) -> str:
+        """Name of the shard."""
+        return self.unit.name
 
     @property
     def readable(self) -> list[tuple[CaptionedImage, DecodedImage]]:
@@ -61,8 +69,9 @@ class DecodedBatch:
 
     @property
     def failures(self) -> list[Failure]:
-        """The images that could not be read."""
-        return [found for found in self.results if isinstance(found, Failure)]
+        """The images, or the whole unit, that could not be read."""
+        problem = [self.unit.problem] if self.unit.problem else []
+        return problem + [found for found in self.results if isinstance(found, Failure)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +103,11 @@ def map_ahead(
             yield pending.popleft().result()
 
 
-def decode_batches(units: Sequence[Unit], config: EncodeConfig) -> Iterator[DecodedBatch]:
+def decode_batches(
+    units: Sequence[Unit], config: EncodeConfig, states: FileStates
+) -> Iterator[DecodedBatch]:
     """Decode all images of all units in order; a unit without images gives one empty batch."""
-    batches, ahead = tee(_divide(units, config))
+    batches, ahead = tee(_divide(units, config, states))
     images = (image for batch in ahead for image in batch.images)
     read = partial(read_or_fail, config=config)
     results = map_ahead(read, images, config.num_workers, BATCHES_AHEAD * config.batch_size)
@@ -104,17 +115,20 @@ def decode_batches(units: Sequence[Unit], config: EncodeConfig) -> Iterator[Deco
         yield replace(batch, results=list(islice(results, len(batch.images))))
 
 
-def _divide(units: Sequence[Unit], config: EncodeConfig) -> Iterator[DecodedBatch]:
+def _divide(
+    units: Sequence[Unit], config: EncodeConfig, states: FileStates
+) -> Iterator[DecodedBatch]:
     """Divide the images of each unit into batches that are not decoded yet."""
     batch_size = config.batch_size
     # The next unit is opened while the current one is decoded: opening may be a download.
-    opened = map_ahead(partial(open_unit, config=config), units, num_threads=1, num_ahead=1)
-    for unit, images in zip(units, opened, strict=True):
+    open_one = partial(open_with_identity, config=config, states=states)
+    for unit in map_ahead(open_one, units, num_threads=1, num_ahead=1):
+        images = unit.images
         counts = Counter(caption for image in images for caption in image.captions)
         repeated = frozenset(caption for caption, count in counts.items() if count > 1)
         for start in range(0, max(len(images), 1), batch_size):
             yield DecodedBatch(
-                shard=unit.name,
+                unit=unit,
                 repeated=repeated,
                 is_last=start + batch_size >= len(images),
                 images=images[start : start + batch_size],
@@ -158,12 +172,17 @@ class Encoders:
     def encode(self, batch: DecodedBatch) -> EncodedBatch:
         """Encode the readable images and their captions, equal captions of a shard only once."""
         moments = flipped = contexts = None
-        if batch.readable:
+        if batch.readable and batch.stored:
+            moments = _stack([sample.moments for sample in batch.stored])
+            flips = [s.flipped for s in batch.stored if s.flipped is not None]
+            flipped = _stack(flips) if flips else None
+        elif batch.readable:
             stacked = np.stack([found.pixels for _, found in batch.readable])
             pixels = to_model_range(stacked, self.device)
             moments = self.vae.encode(pixels)
             flipped = self.vae.encode(pixels.flip(-1)) if self._flip else None
-            contexts = self._encode_captions(batch, self.text) if self.text else None
+        if batch.readable and self.text:
+            contexts = self._encode_captions(batch, self.text)
         if batch.is_last:
             self._kept = {}
         return EncodedBatch(decoded=batch, moments=moments, flipped=flipped, contexts=contexts)
@@ -175,6 +194,10 @@ class Encoders:
         for caption in batch.repeated.intersection(new):
             self._kept[caption] = contexts[caption].clone()  # a view would keep the whole batch
         return torch.stack([contexts[caption] for caption in captions])
+
+
+def _stack(arrays: list[Array]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
 
 
 def load_encoders(config: EncodeConfig, *, has_classes: bool) -> Encoders:

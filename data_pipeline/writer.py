@@ -29,6 +29,7 @@ from data_pipeline.completion import (
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import EncodedBatch
 from data_pipeline.shard_io import write_shard
+from data_pipeline.units import OpenUnit
 from ifvit import storage
 from ifvit.arrays import Array
 from ifvit.errors import UserError
@@ -96,6 +97,7 @@ def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -
         entry = write_shard(Path(config.output), name, samples)
     marker = CompletionMarker(
         job=job,
+        unit=samples.unit.identity(),
         shard=entry,
         failures=tuple(samples.failures),
         latent_sums=samples.latent_sums,
@@ -108,8 +110,10 @@ def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -
 class _Samples:
     """Iterates once over the samples of one shard.
 
-    `failures`, `remarks` and `latent_sums` are complete after the last sample.
+    `unit`, `failures`, `remarks` and `latent_sums` are complete after the last sample.
     """
+
+    unit: OpenUnit
 
     def __init__(self, name: str, batches: _Batches, dtype: str) -> None:
         self.failures: list[Failure] = []
@@ -123,6 +127,7 @@ class _Samples:
             batch = self._batches.get()
             if batch is None:
                 raise InterruptedError(f"{self._name}: the encoders stopped before its last image")
+            self.unit = batch.decoded.unit
             self.failures += batch.decoded.failures
             yield from self._convert(batch)
             is_last = batch.decoded.is_last

@@ -153,6 +153,22 @@ def list_names(url: str) -> list[str]:
     return sorted(Path(entry).name for entry in entries)
 
 
+def list_states(url: str) -> dict[str, str]:
+    """Size and ETag, or time, of the files directly in folder `url` of a store, by name."""
+    try:
+        entries = _retry(url, lambda files: files.ls(url, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    times = ("LastModified", "last_modified", "mtime")
+    return {
+        Path(entry["name"]).name: " ".join(
+            [str(entry["size"]), _etag(entry) or str([entry.get(key) for key in times])]
+        )
+        for entry in entries
+        if entry["type"] == "file"
+    }
+
+
 def count_files(url: str) -> int:
     """Number of files in folder `url` and below, without hidden ones, which are unfinished."""
     paths = _retry(url, lambda files: files.find(url))

@@ -38,8 +38,9 @@ class CaptionedImage:
     show `name`. `read` returns the content of the image file. It is called from several threads,
     and again after a restart; when it raises an error other than StoreError, the image is left out
     and the error is recorded as the reason. `problem` is such a reason that is known before
-    reading. `remarks` say what the source changed or left out. Raises UserError for an image with
-    neither captions nor label nor problem.
+    reading. `remarks` say what the source changed or left out. `file` is the path or URL of the
+    file; without it a rerun does not see that the image has changed. Raises UserError for an image
+    with neither captions nor label nor problem.
     """
 
     key: str
@@ -50,6 +51,7 @@ class CaptionedImage:
     label: int | None = None
     problem: str = ""
     remarks: tuple[str, ...] = ()
+    file: str = ""
 
     def __post_init__(self) -> None:
         if not self.captions and self.label is None and not self.problem:
@@ -61,13 +63,16 @@ class Unit:
     """The images of one output shard, which `open` returns in order.
 
     `num_images` is None if it is unknown before `open`. `is_listed` says that `open` costs nothing;
-    then every start of the job checks whether images that failed before can be read now.
+    then every start of the job checks whether images that failed before can be read now, and
+    whether captions have changed. `files` are the paths or URLs of the input files of the unit: a
+    rerun makes the shard again when their content has changed.
     """
 
     name: str
     open: Callable[[], Sequence[CaptionedImage]]
     num_images: int | None
     is_listed: bool
+    files: Sequence[str] = ()
 
 
 class Source(ABC):
@@ -83,7 +88,11 @@ class Source(ABC):
     @property
     @abstractmethod
     def sha256(self) -> str:
-        """Hash of ids, captions, labels and file names, independent of the folder."""
+        """Hash of ids, labels and file names in order, independent of the folder.
+
+        An output folder holds shards of one such hash. Captions and contents of files belong to
+        the identity of each unit.
+        """
 
     @abstractmethod
     def report(self) -> str:
@@ -102,10 +111,10 @@ class ListedSource(Source):
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of ids, file names, captions and labels."""
+        """Hash of ids, file names and labels."""
         digest = hashlib.sha256()
         for image in self.images:
-            row = [image.image_id, image.name, image.captions, image.label]
+            row = [image.image_id, image.name, image.label]
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
@@ -119,6 +128,7 @@ class ListedSource(Source):
                 open=partial(list, images),
                 num_images=len(images),
                 is_listed=True,
+                files=[image.file for image in images if image.file],
             )
             for number, images in enumerate(parts)
         ]
@@ -140,6 +150,7 @@ def numbered_image(
         read=partial(read_image, folder, path, limits),
         captions=captions,
         label=label,
+        file=storage.join(folder, path),
     )
 
 

@@ -92,6 +92,7 @@ class CocoCaptions(ListedSource):
                     name=image.file_name,
                     read=partial(read_image, images, image.file_name, limits),
                     captions=tuple(texts[image.id]),
+                    file=storage.join(images, image.file_name),
                     problem="" if texts[image.id] else "the annotations hold no caption of it",
                 )
                 for image in sorted(content.images, key=lambda image: image.id)

@@ -89,10 +89,10 @@ class WebDatasetTars(Source):
 
     @property
     def sha256(self) -> str:
-        """Hash of the names and sizes of the tars, because reading their content takes too long."""
+        """Hash of the names of the tars."""
         digest = hashlib.sha256(b"" if self._keys == "first_dot" else self._keys.encode())
         for tar in self._tars:
-            digest.update(json.dumps([Path(tar.url).name, tar.num_bytes]).encode())
+            digest.update(json.dumps(Path(tar.url).name).encode())
         return digest.hexdigest()
 
     def report(self) -> str:
@@ -112,6 +112,7 @@ class WebDatasetTars(Source):
                 open=partial(open_tar, tar.url, self._limits, self._keys),
                 num_images=tar.num_samples,
                 is_listed=False,
+                files=(tar.url,),
             )
             for number, tar in enumerate(self._tars)
         ]
@@ -205,7 +206,7 @@ def _list_members(file: _TarFile, url: str) -> list[tarfile.TarInfo]:
 def _open_local(url: str) -> _TarFile:
     """Open the tar or, if it is remote, a copy whose disk space is freed when it is closed."""
     if not storage.is_remote(url):
-        return _TarFile(io.FileIO(url))
+        return _TarFile(storage.open_file(url).detach())
     with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
         copy = Path(folder, "input.tar")
         storage.download(url, copy)

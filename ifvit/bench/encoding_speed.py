@@ -16,6 +16,7 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from data_pipeline.encoders import DecodedBatch, Encoders, decode_batches, load_encoders, one_thread
 from data_pipeline.sources import open_source
+from data_pipeline.units import FileStates
 from ifvit import storage
 from ifvit.bench.config import BenchEncodeConfig
 from ifvit.bench.measurement import measure_rounds, median_ratio, print_result, seconds_on
@@ -34,7 +35,7 @@ def bench_encode(config: BenchEncodeConfig) -> None:
         recipe = _render_images(Path(name), config)
         encoders = load_encoders(recipe, has_classes=False)
         units = open_source(recipe).units(recipe.samples_per_shard)
-        batches = list(decode_batches(units, recipe))
+        batches = list(decode_batches(units, recipe, FileStates()))
         _time_models(batches, encoders)  # first use of the device
         contenders = {
             "job": partial(_time_job, recipe),

@@ -2,9 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
+from data_pipeline.shard_io import write_shard
 from ifvit.shards.format import Manifest
 from ifvit.storage import sha256_of
 
@@ -40,6 +44,18 @@ def truncate(path: Path) -> bytes:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     return data
+
+
+def record_shards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that are written from now on."""
+    names: list[str] = []
+
+    def record(folder: Path, name: str, samples: Any) -> Any:
+        names.append(name)
+        return write_shard(folder, name, samples)
+
+    monkeypatch.setattr("data_pipeline.writer.write_shard", record)
+    return names
 
 
 def flip_bit(path: Path, position: int, bit: int = 0) -> None:

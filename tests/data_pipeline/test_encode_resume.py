@@ -152,6 +152,8 @@ def test_an_output_of_another_job_is_an_error_that_names_the_difference(
         with pytest.raises(UserError, match=rf"\({what}\); choose another output folder"):
             encode(replace(config, **fields))
     annotations = Path(config.captions)
-    annotations.write_text(annotations.read_text().replace("a dog", "a fox"))
+    annotations.write_text(
+        annotations.read_text().replace("COCO_train2014_000000000003", "renamed")
+    )
     with pytest.raises(UserError, match="source_sha256"):
         encode(config)

@@ -44,7 +44,7 @@ def test_the_2017_layout_is_read_the_same_way(coco: Path) -> None:
     assert read(coco).missing == []
 
 
-def test_the_hash_depends_on_captions_but_not_on_the_folder(coco: Path) -> None:
+def test_the_hash_depends_on_ids_but_not_on_captions_or_the_folder(coco: Path) -> None:
     before = read(coco).sha256
     moved = (coco / "images").rename(coco / "moved")
     assert CocoCaptions(str(moved), str(coco / "captions_train2014.json")).sha256 == before
@@ -52,6 +52,8 @@ def test_the_hash_depends_on_captions_but_not_on_the_folder(coco: Path) -> None:
     content = load(coco)
     content["annotations"][0]["caption"] += "!"
     save(coco, content)
+    assert read(coco).sha256 == before
+    save(coco, {**content, "images": content["images"] + [{"id": 1, "file_name": "x.jpg"}]})
     assert read(coco).sha256 != before
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from encoded_files import finish, image_files
+from encoded_files import finish, image_files, record_shards
 
 from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
@@ -107,7 +107,9 @@ def test_a_sample_without_image_or_caption_is_a_named_failure(
         "the tar contains no image (jpg, png, webp) for this key",
         "the tar contains no caption (txt, or in json) for this key",
     ]
-    path.write_bytes(b"x" * path.stat().st_size)  # an error if a rerun read the tar again
+    before = path.stat()
+    path.write_bytes(b"x" * before.st_size)  # an error if a rerun read the tar again
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert finish(replace(tars, tolerate=2)) == manifest
 
 
@@ -289,8 +291,32 @@ def test_a_malformed_tar_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_replaced_tar_is_another_job(tars: EncodeConfig) -> None:
+def test_a_tar_that_does_not_open_stops_no_other_and_is_encoded_once_it_is_mended(
+    tars: EncodeConfig, samples: list[Members], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars = replace(tars, batch_size=1)
+    broken = Path(tars.images, "00001.tar")
+    data = broken.read_bytes()
+    write_tar(Path(tars.images, "00002.tar"), samples[0])
+    broken.write_bytes(data[: len(data) // 2])
+    Path(tars.images, "00000.tar").write_bytes(b"")  # its statistics promise 3 images
+    named = (
+        r"4 of 5 images .*00000\.tar \(not a .*; all its 3 images are missing\), 00001\.tar \(not"
+    )
+    with pytest.raises(UserError, match=named):
+        encode(tars)
+    written = record_shards(monkeypatch)
+    with pytest.raises(UserError, match=r"4 of 5 .*download it again; counts as one"):
+        encode(replace(tars, tolerate=3))
+    tolerant = replace(tars, tolerate=4)
+    assert (finish(tolerant).num_samples, written) == (1, [])
+    broken.write_bytes(data)
+    assert [entry.num_samples for entry in finish(tolerant).shards] == [0, 4, 1]
+    assert written == ["shard-00001"]
+
+
+def test_other_tars_are_another_job(tars: EncodeConfig) -> None:
     finish(tars)
-    write_tar(Path(tars.images, "00001.tar"), {"new.txt": bytes(10240)}, "a")
+    Path(tars.images, "00001.tar").rename(Path(tars.images, "00002.tar"))
     with pytest.raises(UserError, match="source_sha256"):
         encode(tars)

@@ -1,0 +1,161 @@
+"""Units as the encode job opens them: their images, their identity, and those that do not open.
+
+The identity of a unit in its completion marker decides whether its shard is up to date.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+from data_pipeline.completion import Failure, UnitIdentity
+from data_pipeline.config import EncodeConfig
+from data_pipeline.sources.base import CaptionedImage, Unit
+from data_pipeline.sources.preparation import open_unit
+from ifvit import storage
+from ifvit.records import shorten
+from ifvit.storage import StoreError
+
+_NO_FAULT_OF_THE_UNIT = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class FileStates:
+    """Sizes and modification times, or ETags, of input files.
+
+    Each folder of a store is listed once. If a file changes after that, its stored state is old, so
+    that the next run compares the contents.
+    """
+
+    def __init__(self) -> None:
+        self._listed: dict[str, dict[str, str]] = {}
+        self._lock = threading.Lock()
+
+    def find(self, url: str) -> str:
+        """State of a file; "" when it is absent or may not be read."""
+        if not storage.is_remote(url):
+            try:
+                found = Path(url).stat()
+            except (OSError, ValueError):
+                return ""
+            return f"{found.st_size} {found.st_mtime_ns}" if os.access(url, os.R_OK) else ""
+        folder, _, name = url.rpartition("/")
+        with self._lock:
+            if folder not in self._listed:
+                self._listed[folder] = storage.list_states(folder)
+        return self._listed[folder].get(name, "")
+
+    def sha256(self, urls: Iterable[str]) -> str:
+        """Hash of the states of some files, which does not depend on their names."""
+        return _hash([self.find(url) for url in urls])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenUnit:
+    """The images of a unit, or the problem why it could not be opened.
+
+    `digests` are the hashes of the images that were read so far, by key.
+    """
+
+    name: str
+    files_sha256: str
+    images: Sequence[CaptionedImage] = ()
+    problem: Failure | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def texts_sha256(self) -> str:
+        """Hash of everything that is known of the images before they are read."""
+        rows = [[i.key, i.image_id, i.captions, i.label, i.problem] for i in self.images]
+        return _hash([rows, self.problem.reason if self.problem else None])
+
+    def identity(self) -> UnitIdentity:
+        """Identity of the unit, once all its images were read."""
+        return UnitIdentity(
+            files_sha256=self.files_sha256,
+            images_sha256=_hash([[i.key, self.digests.get(i.key)] for i in self.images]),
+            texts_sha256=self.texts_sha256,
+        )
+
+
+def open_with_identity(unit: Unit, config: EncodeConfig, states: FileStates) -> OpenUnit:
+    """Open a unit. One that cannot be opened has a problem; other units are not concerned.
+
+    Raises StoreError when the object store fails, and OSError when this machine lacks space.
+    """
+    files_sha256 = states.sha256(unit.files)  # before the files are read
+    opened = OpenUnit(name=unit.name, files_sha256=files_sha256)
+    try:
+        images = open_unit(unit, config)
+    except (StoreError, MemoryError):
+        raise
+    except Exception as error:  # sources of users raise all kinds of errors
+        if isinstance(error, OSError) and error.errno in _NO_FAULT_OF_THE_UNIT:
+            raise
+        return replace(opened, problem=_describe(unit, error))
+    hashing = [
+        replace(image, read=partial(_read_hashed, image, opened.digests)) for image in images
+    ]
+    return replace(opened, images=hashing)
+
+
+def _describe(unit: Unit, error: Exception) -> Failure:
+    file = unit.files[0] if len(unit.files) == 1 else unit.name
+    reason = shorten(str(error).removeprefix(f"{file}: ") or type(error).__name__, 200)
+    count = (
+        f"all its {unit.num_images:,} images are missing" if unit.num_images else "counts as one"
+    )
+    return Failure(
+        image_id=unit.name,
+        file=file.rpartition("/")[2],
+        reason=f"{reason}; {count}",
+        num_images=unit.num_images or 1,
+    )
+
+
+def _read_hashed(image: CaptionedImage, digests: dict[str, str]) -> bytes:
+    data = image.read()
+    digests[image.key] = hashlib.sha256(data).hexdigest()
+    return data
+
+
+def identify(
+    unit: Unit, before: UnitIdentity, failed: Collection[int | str], config: EncodeConfig,
+    states: FileStates,
+) -> UnitIdentity:  # fmt: skip
+    """Return the identity of a unit that had the identity `before`.
+
+    The images are read only when a file has another size or time than before. A file that is gone
+    since does not change the identity, unless its image is among the `failed`, which had no file.
+    """
+    is_unchanged = states.sha256(unit.files) == before.files_sha256
+    if is_unchanged and not unit.is_listed:
+        return before
+    opened = open_with_identity(unit, config, states)
+    if is_unchanged:
+        return replace(before, texts_sha256=opened.texts_sha256)
+    kept = [image for image in opened.images if image.file and image.image_id not in failed]
+    if not all(states.find(image.file) for image in kept):
+        return before
+    with ThreadPoolExecutor(config.num_workers) as pool:
+        list(pool.map(_try_to_read, opened.images))
+    return opened.identity()
+
+
+def _try_to_read(image: CaptionedImage) -> None:
+    try:
+        if not image.problem:
+            image.read()
+    except StoreError:
+        raise
+    except Exception:  # it has no digest then
+        pass
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
