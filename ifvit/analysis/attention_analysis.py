@@ -40,6 +40,7 @@ from ifvit.figures import INK, RUN_COLOURS, house_style, literal, to_png
 from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.records import dump_csv
+from ifvit.sampling.config import EncoderPlaces
 from ifvit.sampling.generate import read_prompt_file
 from ifvit.sampling.load import (
     check_identity,
@@ -93,7 +94,7 @@ def analyze_attention(config: AttentionConfig) -> dict[str, AttentionSummary]:
 def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSummary:
     """Record the attention of the run's newest weights, or read the file of an equal analysis."""
     device = choose_device(config.device)
-    model = load_model(run, device)
+    model = load_model(run, device, EncoderPlaces(text_encoder=config.text_encoder))
     backbone, info = model.backbone, model.info
     if not isinstance(backbone, FusionUViT):
         raise UserError(

@@ -100,6 +100,9 @@ class AttentionConfig:
     output: str | None = None
     """Folder for all files. Unset: analysis/attention in each run's folder."""
 
+    text_encoder: str | None = None
+    """Text encoder of the runs: hub name or folder. Unset: where the training found it."""
+
     trim: NonNegativeInt = 1
     """Patches left out at each edge of the latent grid, because padding attracts attention."""
 

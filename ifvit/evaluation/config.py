@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from ifvit.errors import UserError
 from ifvit.records import NonNegativeInt, PlainName, PositiveInt, Rule, record
-from ifvit.sampling.config import MethodName, SamplingConfig
+from ifvit.sampling.config import EncoderPlaces, MethodName, SamplingConfig
 
 
 @record
@@ -70,7 +70,7 @@ class ProtocolConfig:
 
 
 @record
-class EvaluateConfig:
+class EvaluateConfig(EncoderPlaces):
     """Generate images for held-out captions and measure them; run it again to continue."""
 
     weights: str

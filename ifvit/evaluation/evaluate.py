@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig) -> list[MetricsRow | ObjectCountRow]:
         measurement = ObjectCounting(config, group) if counts else CaptionMetrics(config, group)
         partition = measurement.prompts[config.task :: config.num_tasks][world.rank :: world.size]
         for weights in _list_weights(config):
-            model = load_model(weights, choose_device(config.device))
+            model = load_model(weights, choose_device(config.device), config)
             opened = None
             for protocol in _list_protocols(config):
                 sampling, step = protocol.sampling, model.info.step

@@ -104,7 +104,7 @@ def load_autoencoder(
 
     Raises UserError for a folder that does not hold a whole AutoencoderKL.
     """
-    folder = resolve_pretrained(name)
+    folder = resolve_pretrained(name, "--vae")
     vae = load_vae(name, folder, dtype)
     vae.requires_grad_(False)
     # DATE differentiates through the decoder, whose activations are then most of the memory.

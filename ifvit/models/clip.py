@@ -173,7 +173,7 @@ def load_text_encoder(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextEncoder:
     """Load CLIP's text tower `name`: a hub name, a local folder, or scenes/clip."""
-    folder = resolve_pretrained(name)
+    folder = resolve_pretrained(name, "--text_encoder")
     model = load_text_tower(name, folder, dtype).to(device)
     return TextEncoder(model, load_tokenizer(name, folder), identify(name, folder))
 
@@ -182,7 +182,7 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     """Load a whole CLIP model with its tokenizer and image normalisation for scoring."""
     from transformers import CLIPConfig, CLIPModel
 
-    folder = resolve_pretrained(name)
+    folder = resolve_pretrained(name, "the field clip")
     path, stored = folder / "config.json", read_model_config(ModelConfig, folder)
     width = stored.projection_dim
     with reading(f"{path}: not a CLIP"):
@@ -201,7 +201,7 @@ def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, 
 
     Start, end and padding tokens span no characters.
     """
-    tokenizer = load_tokenizer(name, resolve_pretrained(name))
+    tokenizer = load_tokenizer(name, resolve_pretrained(name, "--text_encoder"))
 
     def token_spans(caption: str) -> list[tuple[int, int]]:
         batch = tokenizer(

@@ -7,6 +7,7 @@ turns what these libraries raise for broken files into one line.
 
 import contextlib
 import hashlib
+import os
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -29,34 +30,46 @@ _SHIPPED = Path(ifvit.scenes.__file__).parent / "encoders"
 _SHIPPED_PREFIX = "scenes/"
 
 
-def resolve_pretrained(name: str) -> Path:
+def resolve_pretrained(name: str, flag: str | None = None) -> Path:
     """Return the folder with `config.json` and safetensors weights of the model `name`.
 
     `name` is a local folder, `scenes/vae` or `scenes/clip` (shipped with the package), or a hub
     repository `org/name`, with a folder inside it as `org/name/subfolder`.
-    Raises UserError if there is no such folder or it has no `config.json`.
+    Raises UserError, which advises to use `flag`, if there is no such folder, and if it has no
+    `config.json`.
     """
-    folder = Path(name)
+    folder, remedy = Path(name), f"; name its place with {flag}" if flag else ""
     if name.startswith(_SHIPPED_PREFIX) and not folder.exists():
         folder = _SHIPPED / name.removeprefix(_SHIPPED_PREFIX)
+    elif name.startswith(("/", "./", "../")) and not folder.exists():
+        raise UserError(f"{name}: no such folder{remedy}")
     elif not folder.exists():
         organisation, _, rest = name.partition("/")
         repository, _, subfolder = rest.partition("/")
-        folder = download_pretrained(f"{organisation}/{repository}", subfolder)
+        try:
+            folder = download_pretrained(f"{organisation}/{repository}", subfolder)
+        except UserError as error:
+            raise UserError(f"{error}{remedy}") from None
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: no config.json in {folder}; expected a Hugging Face model folder")
     return folder
 
 
+def place_of(name: str) -> str:
+    """Hub name, or absolute path of a local folder, by which other directories find the model."""
+    # Path.resolve would follow links, which stay when the disk behind them changes.
+    return os.path.abspath(name) if Path(name).exists() else name  # noqa: PTH100
+
+
 def identify(name: str, folder: Path) -> EncoderIdentity:
-    """Return name and hash of the weights, which manifests and weights.json store.
+    """Return place and hash of the weights, which manifests and weights.json store.
 
     Raises UserError if the folder has no safetensors: a pickle could run code when it is loaded.
     """
     digest = hashlib.sha256()
     for path in weight_files(name, folder):
         digest.update(bytes.fromhex(sha256_of(path)))
-    return EncoderIdentity(name=name, sha256=digest.hexdigest())
+    return EncoderIdentity(name=place_of(name), sha256=digest.hexdigest())
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:

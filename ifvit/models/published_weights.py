@@ -236,7 +236,7 @@ def import_weights(config: ImportConfig) -> None:
         step=config.step,
         ema_decay=config.ema_decay,
         scaling_factor=config.scaling_factor,
-        vae=identify(config.vae, resolve_pretrained(config.vae)),
+        vae=identify(config.vae, resolve_pretrained(config.vae, "--vae")),
         text_encoder=text_encoder.identity,
         recipe_sha256=digest,
     )

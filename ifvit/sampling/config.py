@@ -93,7 +93,17 @@ class SamplingConfig(SolverConfig):
 
 
 @record
-class GenerateConfig(SamplingConfig):
+class EncoderPlaces:
+    """Where the frozen encoders of the weights are; they must be those of the training."""
+
+    vae: str | None = None
+    """Autoencoder: hub name or folder. Unset: where the training found it."""
+    text_encoder: str | None = None
+    """Text encoder: hub name or folder. Unset: where the training found it."""
+
+
+@record
+class GenerateConfig(SamplingConfig, EncoderPlaces):
     """Generate images for prompts or classes: PNG files, samples.jsonl and a grid."""
 
     weights: str
@@ -121,7 +131,7 @@ class GenerateConfig(SamplingConfig):
 
 
 @record
-class ExportConfig:
+class ExportConfig(EncoderPlaces):
     """Write a trained backbone and its encoders to one folder that diffusers loads."""
 
     weights: str

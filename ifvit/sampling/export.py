@@ -60,7 +60,7 @@ def export(config: ExportConfig) -> None:
     hub refuses the upload.
     """
     weights = find_weights(config.weights, prefer=config.kind)
-    model = load_model(weights, "cpu")
+    model = load_model(weights, "cpu", config)
     info = model.info
     text_encoder = load_trained_text_encoder(info, "cpu") if info.text_encoder else None
     vae = load_trained_autoencoder(info, "cpu").vae

@@ -48,7 +48,7 @@ def generate(config: GenerateConfig) -> list[str]:
     Raises UserError for missing prompts, weights or encoders, and if the folder holds images of
     other settings.
     """
-    model = load_model(config.weights, choose_device(config.device), compile=config.compile)
+    model = load_model(config.weights, choose_device(config.device), config, compile=config.compile)
     prompts = _read_prompts(config, model.info)
     conditions = load_conditions(model.info, str(model.backbone.device))
     sampler = load_sampler(model, conditions.null)

@@ -1,11 +1,11 @@
 """Load a trained backbone and the frozen encoders it was trained with, ready to generate images.
 
 The verbs `generate`, `evaluate`, `export` and `analyze attention` and the sample grid of training
-call this module. Encoders are opened by name and checked by hash.
+call this module. Encoders are opened where they were, or where the user says, and checked by hash.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 
@@ -17,12 +17,14 @@ from ifvit.errors import UserError
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.backbone import Backbone
 from ifvit.models.clip import TextEncoder, load_text_encoder
+from ifvit.models.pretrained import place_of
 from ifvit.models.weights import (
     WeightsInfo,
     find_weights,
     load_backbone,
     read_stored_weights,
 )
+from ifvit.sampling.config import EncoderPlaces
 from ifvit.shards.format import EncoderIdentity
 
 
@@ -37,10 +39,13 @@ class Model:
     """Hash of the file of the backbone's parameters, which weights.json states."""
 
 
-def load_model(url: str, device: str, *, compile: bool = False) -> Model:
+def load_model(
+    url: str, device: str, places: EncoderPlaces | None = None, *, compile: bool = False
+) -> Model:
     """Load the weights at `url`: a run, a weights/step_… folder or a folder with config.json.
 
-    Raises UserError for missing or broken weights.
+    `places` replace those of the encoders in `Model.info`. Raises UserError for missing or broken
+    weights.
     """
     folder = find_weights(url)
     stored = read_stored_weights(folder)
@@ -48,7 +53,17 @@ def load_model(url: str, device: str, *, compile: bool = False) -> Model:
     backbone.requires_grad_(False).to(device)  # type: ignore[arg-type]  # diffusers' decorator
     if compile:
         compile_backbone(backbone)
-    return Model(url=url, backbone=backbone, info=stored.info, sha256=stored.tensors_sha256)
+    info = _replace_places(stored.info, places or EncoderPlaces())
+    return Model(url=url, backbone=backbone, info=info, sha256=stored.tensors_sha256)
+
+
+def _replace_places(info: WeightsInfo, places: EncoderPlaces) -> WeightsInfo:
+    if places.vae:
+        info = replace(info, vae=replace(info.vae, name=place_of(places.vae)))
+    if places.text_encoder:
+        moved = replace(require_text_encoder(info), name=place_of(places.text_encoder))
+        info = replace(info, text_encoder=moved)
+    return info
 
 
 def compile_backbone(backbone: Backbone) -> None:
@@ -132,7 +147,8 @@ def number_classes(classes: tuple[str, ...], names: list[str]) -> Tensor:
 def check_identity(role: str, found: EncoderIdentity, trained_with: EncoderIdentity) -> None:
     """Raise UserError unless `found` has the weights that the backbone was trained with."""
     if found.sha256 != trained_with.sha256:
+        name = "" if found.name == trained_with.name else f"{trained_with.name}, "
         raise UserError(
             f"{role} {found.name} has sha256 {found.sha256[:12]}…, but the weights were trained "
-            f"with {trained_with.name} {trained_with.sha256[:12]}…; use that encoder"
+            f"with {name}sha256 {trained_with.sha256[:12]}…; use that encoder"
         )

@@ -4,6 +4,7 @@ Shapes: B images, M text tokens, D context width, C latent channels, S latent si
 """
 
 import inspect
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,11 @@ OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 _INDEX = "model_index.json"
+_MODULE = """\
+# DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True) finds the class here.
+from ifvit.sampling.pipeline import FusionPipeline
+"""
+_CLASS_NAME = ["pipeline", "FusionPipeline"]
 Named = tuple[str | None, str | None]
 """Package and name of a component's class."""
 _CLASSES: dict[str, set[Named]] = {
@@ -151,6 +157,18 @@ class FusionPipeline(DiffusionPipeline):
         with reading(f"{folder}: not a pipeline that diffusers loads"):
             return super().from_pretrained(folder, **options | components | safe)
 
+    @classmethod
+    def load_config(cls, *args: Any, **options: Any) -> Any:
+        """Read the index as the index of this class; the code that it names is not loaded."""
+        config = super().load_config(*args, **options)  # type: ignore[no-untyped-call]
+        return {**config, "_class_name": cls.__name__}
+
+    def to_json_file(self, json_file_path: Any) -> None:
+        """Write the index, and beside it the module in which DiffusionPipeline finds this class."""
+        index = json.loads(self.to_json_string()) | {"_class_name": _CLASS_NAME}
+        storage.write_json(str(json_file_path), index)
+        storage.write_bytes(str(Path(json_file_path).with_name("pipeline.py")), _MODULE.encode())
+
     @property
     def interrupt(self) -> bool:
         """Whether a callback has set `_interrupt`, which skips the remaining steps."""
@@ -160,9 +178,14 @@ class FusionPipeline(DiffusionPipeline):
     def __call__(  # noqa: PLR0913  the arguments every diffusers pipeline has
         self,
         prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         *,
         negative_prompt: str | list[str] | None = None,
         num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        eta: float = 0.0,
         guidance_scale: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 999.0),
         num_images_per_prompt: int = 1,
@@ -181,11 +204,14 @@ class FusionPipeline(DiffusionPipeline):
         A prompt is a caption or, for a class-conditional backbone, a class name or number.
         `prompt_embeds` (prompts, M, D) replaces the prompts, `negative_prompt` the empty caption.
         `guidance_scale` is w in eps_uncond + w (eps_cond - eps_uncond); it applies at the timesteps
-        of `guidance_interval` (0 ... 999). `generator` is one generator, or a list with one per
+        of `guidance_interval` (0 ... 999). `height` and `width` may only be those of the training.
+        `timesteps` or `sigmas` replace the scheduler's own, and `eta` is that of DDIM, where the
+        scheduler takes them. `generator` is one generator, or a list with one per
         image. `latents` (B, C, S, S) replaces the standard normal noise. `output_type` is pil, np,
         pt or latent. `callback_on_step_end(pipeline, step, timestep, tensors)` may return new
         `latents` or `prompt_embeds` (B, M, D). Raises ValueError for contradictory arguments.
         """
+        self._check_size(height, width)
         context = self._embed(prompt, prompt_embeds, "prompt")
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
@@ -206,12 +232,10 @@ class FusionPipeline(DiffusionPipeline):
         )
 
         device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        options = self._step_options(eta, generator)
         noise = self._initial_noise(len(context), generator, latents)
         latents = noise.to(device, torch.float32) * self.scheduler.init_noise_sigma
-        # Only schedulers that add noise take a generator.
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} if takes_generator else {}
         self._interrupt = False
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
@@ -231,6 +255,35 @@ class FusionPipeline(DiffusionPipeline):
 
         images = self._decode(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_size(self, height: int | None, width: int | None) -> None:
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = factor * self.backbone.config.latent_size
+        if not {height, width} <= {None, side}:
+            raise ValueError(f"height and width are {height} and {width}; leave them out or {side}")
+
+    def _set_timesteps(
+        self, num_steps: int, timesteps: list[int] | None, sigmas: list[float] | None
+    ) -> None:
+        """Set as many steps, or those given. Raises ValueError if the scheduler takes no list."""
+        lists = {"timesteps": timesteps, "sigmas": sigmas}
+        given = {name: values for name, values in lists.items() if values is not None}
+        if len(given) > 1:
+            raise ValueError("give timesteps or sigmas, not both")
+        takes = inspect.signature(self.scheduler.set_timesteps).parameters
+        for name, values in given.items():
+            if name not in takes or not len(values):
+                raise ValueError(f"{name}: {type(self.scheduler).__name__} takes no such list")
+        options: dict[str, Any] = given or {"num_inference_steps": num_steps}
+        self.scheduler.set_timesteps(**options, device=self._execution_device)
+
+    def _step_options(self, eta: float, generator: Generators | None) -> dict[str, Any]:
+        """Options of the scheduler's step; only schedulers that add noise take a generator."""
+        takes = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in takes:
+            raise ValueError(f"eta is {eta}, which {type(self.scheduler).__name__} does not take")
+        options = {"generator": generator} | ({"eta": eta} if eta else {})
+        return {name: value for name, value in options.items() if name in takes}
 
     def _embed(self, prompt: str | list[str] | None, embeds: Tensor | None, name: str) -> Tensor:
         """Return the conditions of prompts: contexts (prompts, M, D) or classes (prompts,)."""
@@ -296,7 +349,7 @@ def _download(url: str, folder: Path) -> None:
 def _read_index(folder: Path) -> PipelineIndex:
     path = folder / _INDEX
     stored = parse_json(dict[str, Any], storage.read_bytes(str(path)), str(path))
-    if stored.get("_class_name") != FusionPipeline.__name__:
+    if stored.get("_class_name") not in (_CLASS_NAME, FusionPipeline.__name__):
         raise UserError(f"{path}: not the index of a {FusionPipeline.__name__}")
     # Other keys that begin with an underscore belong to diffusers.
     own = {key: value for key, value in stored.items() if not key.startswith("_")}

@@ -48,7 +48,11 @@ class ShardError(UserError):
 
 @record
 class EncoderIdentity:
-    """Frozen encoder that made the data: the name it was loaded by, the sha256 of its weights."""
+    """Frozen encoder that made the data: its hub name or absolute folder, and its sha256.
+
+    The hash of the weights identifies it. A verb that opens the encoder takes another folder with
+    the same weights, because the data may move to another machine.
+    """
 
     name: str
     sha256: Sha256

@@ -20,7 +20,7 @@ from ifvit.config import dump_config
 from ifvit.distributed import World
 from ifvit.errors import EXIT_PREEMPTED, UserError
 from ifvit.models.cost import count_cost
-from ifvit.models.pretrained import identify, resolve_pretrained
+from ifvit.models.pretrained import identify, place_of, resolve_pretrained
 from ifvit.records import parse_value, parse_yaml, shorten
 from ifvit.shards.format import EncoderIdentity
 from ifvit.shards.reader import ShardReader
@@ -131,9 +131,9 @@ def _require_shape(what: str, found: tuple[int, ...], wanted: tuple[int, ...], k
 
 
 def _require_encoder(key: str, name: str | None, encoder: EncoderIdentity, shards: str) -> None:
-    if name is None or name == encoder.name:
+    if name is None or place_of(name) == encoder.name:
         return
-    if identify(name, resolve_pretrained(name)).sha256 != encoder.sha256:
+    if identify(name, resolve_pretrained(name, f"--{key}")).sha256 != encoder.sha256:
         raise UserError(
             f"{shards}: encoded with {key} {encoder.name}, but the recipe names {name}; "
             f"encode again or change {key}"

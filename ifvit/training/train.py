@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import World, one_line_for_lost_processes
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
+from ifvit.models.pretrained import place_of
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
@@ -149,13 +150,19 @@ def _build_batches(config: TrainConfig, reader: ShardReader) -> Batches:
 
 
 def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:
-    text = reader.manifest.text
+    """What weights.json states; encoders are where the recipe names them, or the shards do."""
+    vae, text = reader.manifest.vae, reader.manifest.text
+    encoder = text.encoder if text else None
+    if config.vae:
+        vae = replace(vae, name=place_of(config.vae))
+    if config.text_encoder and encoder:
+        encoder = replace(encoder, name=place_of(config.text_encoder))
     return WeightsInfo(
         step=0,
         ema_decay=None,
         scaling_factor=_scaling_factor(config, reader),
-        vae=reader.manifest.vae,
-        text_encoder=text.encoder if text else None,
+        vae=vae,
+        text_encoder=encoder,
         classes=reader.manifest.classes,
         recipe_sha256=hashlib.sha256(dump_config(config).encode()).hexdigest(),
     )

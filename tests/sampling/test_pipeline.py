@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -73,19 +74,28 @@ def generate_arrays(
     return pipeline(prompt, **given).images
 
 
-def test_a_fresh_process_generates_the_same_image(pipeline: FusionPipeline, folder: str) -> None:
+def test_a_fresh_process_loads_the_folder_with_diffusers_and_with_ifvit(
+    pipeline: FusionPipeline, folder: str, tmp_path: Path
+) -> None:
     program = (
         "import sys, torch\n"
+        "from diffusers import DiffusionPipeline\n"
+        "assert 'ifvit' not in sys.modules\n"
+        "of_diffusers = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "from ifvit.sampling.pipeline import FusionPipeline\n"
-        "pipeline = FusionPipeline.from_pretrained(sys.argv[1])\n"
-        "generator = torch.Generator().manual_seed(0)\n"
-        "image = pipeline('a blue square', num_inference_steps=3, generator=generator).images[0]\n"
-        "image.save(sys.argv[2])\n"
+        "for pipe in (of_diffusers, FusionPipeline.from_pretrained(sys.argv[1])):\n"
+        "    seed = torch.Generator().manual_seed(0)\n"
+        "    image = pipe('a blue square', num_inference_steps=3, generator=seed).images[0]\n"
+        "    image.save(f'{sys.argv[2]}/{pipe is of_diffusers}.png')\n"
     )
-    file = Path(folder, "generated.png")
-    subprocess.run([sys.executable, "-c", program, folder, file], check=True, capture_output=True)
-    found = read_images([str(file)])[0].astype(int)
-    assert np.abs(found - (generate_arrays(pipeline)[0] * 255).round()).max() <= 1
+    subprocess.run(
+        [sys.executable, "-c", program, folder, tmp_path],
+        env={**os.environ, "HF_HOME": str(tmp_path)},
+        check=True,
+        capture_output=True,
+    )
+    found = read_images([f"{tmp_path}/True.png", f"{tmp_path}/False.png"]).astype(int)
+    assert np.abs(found - (generate_arrays(pipeline) * 255).round()).max() <= 1
 
 
 def test_the_pipeline_generates_the_images_of_generate(
@@ -155,6 +165,12 @@ def test_each_prompt_may_have_its_own_negative_prompt(pipeline: FusionPipeline) 
         ({"prompt": None, "prompt_embeds": torch.zeros(16, 64)}, "prompt_embeds has shape"),
         ({"prompt": None, "prompt_embeds": torch.zeros(0, 16, 64)}, "prompt_embeds has shape"),
         ({"negative_prompt_embeds": torch.zeros(2, 16, 64)}, "one negative prompt"),
+        ({"height": 512}, "height and width are 512 and None; leave them out or 64"),
+        ({"height": 64, "width": 63}, "height and width"),
+        ({"eta": 0.5}, "eta is 0.5, which DPMSolverMultistepScheduler does not take"),
+        ({"sigmas": [1.0, 0.5]}, "sigmas: DPMSolverMultistepScheduler takes"),
+        ({"timesteps": []}, "timesteps"),
+        ({"timesteps": [900, 300], "sigmas": [1.0, 0.5]}, "not both"),
         ({"negative_prompt_embeds": torch.zeros(16, 64)}, "negative_prompt_embeds has shape"),
     ],
 )
@@ -219,6 +235,25 @@ def test_schedulers_of_diffusers_work_and_use_the_generator(
     first, again = (generate_arrays(pipeline, num_inference_steps=5) for _ in range(2))
     assert np.isfinite(first).all()
     np.testing.assert_array_equal(first, again)
+
+
+def test_eta_timesteps_and_sigmas_are_those_of_the_scheduler(pipeline: FusionPipeline) -> None:
+    plain = pipeline.scheduler
+    timesteps = [900, 500, 100]
+    pipeline("x", timesteps=timesteps, height=64, width=64, output_type="latent")
+    assert pipeline.scheduler.timesteps.tolist() == timesteps
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(plain.config)
+    pipeline("x", sigmas=[10.0, 3.0, 1.0, 0.0], output_type="latent")
+    np.testing.assert_allclose(pipeline.scheduler.sigmas, [10.0, 3.0, 1.0, 0.0])
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(plain.config)
+    noisy, plain = generate_arrays(pipeline, eta=1.0), generate_arrays(pipeline)
+    assert np.abs(noisy - plain).max() > 0.01
+    np.testing.assert_array_equal(noisy, generate_arrays(pipeline, eta=1.0))
+
+
+def test_code_in_a_folder_does_not_run(copy: Path) -> None:
+    (copy / "pipeline.py").write_text("raise SystemExit('stranger code has run')")
+    assert FusionPipeline.from_pretrained(copy).config["classes"] == []
 
 
 def test_an_alignment_method_is_called_at_every_step(pipeline: FusionPipeline) -> None:
@@ -301,7 +336,8 @@ def change_json(path: Path, **changes: object) -> None:
 def test_an_index_that_names_other_classes_or_folders_is_one_line(
     copy: Path, changes: dict[str, object], named: str
 ) -> None:
-    (copy / "code.py").write_text("raise SystemExit('stranger code has run')")
+    for name in ("code.py", "pipeline.py"):
+        (copy / name).write_text("raise SystemExit('stranger code has run')")
     change_json(copy / "model_index.json", **changes)
     with pytest.raises(UserError, match=named) as error:
         FusionPipeline.from_pretrained(copy)

@@ -10,12 +10,11 @@ from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import PRESETS
 from ifvit.models.fusion_transformer import FusionUViT
 from ifvit.models.weights import WeightsInfo, save_weights
-from ifvit.shards.format import EncoderIdentity
 
 
-def save_untrained(folder: Path, vae: EncoderIdentity | None = None) -> str:
-    """Weights for 64 x 64 pixels; `vae` is who they say their autoencoder is."""
-    encoder, autoencoder = load_text_encoder("scenes/clip"), load_autoencoder("scenes/vae")
+def save_untrained(folder: Path, vae: str = "scenes/vae", clip: str = "scenes/clip") -> str:
+    """Weights for 64 x 64 pixels of the named encoders."""
+    encoder, autoencoder = load_text_encoder(clip), load_autoencoder(vae)
     channels, size, _ = autoencoder.latent_shape(64)
     length, width = encoder.context_shape
     shape = dataclasses.replace(
@@ -26,7 +25,7 @@ def save_untrained(folder: Path, vae: EncoderIdentity | None = None) -> str:
         step=3,
         ema_decay=None,
         scaling_factor=0.5,
-        vae=vae or autoencoder.identity,
+        vae=autoencoder.identity,
         text_encoder=encoder.identity,
         recipe_sha256="0" * 64,
     )
