@@ -160,7 +160,7 @@ class FusionPipeline(DiffusionPipeline):
     @classmethod
     def load_config(cls, *args: Any, **options: Any) -> Any:
         """Read the index as the index of this class; the code that it names is not loaded."""
-        config = super().load_config(*args, **options)  # type: ignore[no-untyped-call]
+        config: Any = super().load_config(*args, **options)
         return {**config, "_class_name": cls.__name__}
 
     def to_json_file(self, json_file_path: Any) -> None:
