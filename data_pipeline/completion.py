@@ -20,7 +20,15 @@ from data_pipeline.shard_io import remove_leftovers
 from ifvit import storage
 from ifvit.arrays import Array
 from ifvit.errors import UserError
-from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Sha256, record
+from ifvit.image_rules import ImageRules
+from ifvit.records import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Sha256,
+    record,
+)
 from ifvit.shards.format import (
     COMPLETED,
     ShardEntry,
@@ -47,6 +55,7 @@ class Job:
     precision: Literal["fp32", "bf16"]
     samples_per_shard: PositiveInt
     flip: bool
+    image_rules: ImageRules
 
 
 @record
@@ -122,7 +131,8 @@ def sum_latents(moments: Array) -> LatentSums:
 class CompletionMarker:
     """A finished shard: the job that made it, its manifest entry, and the images left out.
 
-    `remarks` concern the images that it holds.
+    `remarks` concern the images that it holds. `min_side` and `max_aspect_ratio` are the limits
+    that these passed.
     """
 
     job: Job
@@ -131,6 +141,8 @@ class CompletionMarker:
     failures: tuple[Failure, ...]
     latent_sums: LatentSums
     remarks: tuple[Remark, ...] = ()
+    min_side: PositiveInt
+    max_aspect_ratio: PositiveFloat | None
 
 
 def sum_remarks(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
@@ -198,11 +210,11 @@ def list_marked(output: str) -> set[str]:
 
 
 def _check_same_job(output: str, existing: Job, job: Job) -> None:
-    before, now = asdict(existing), asdict(job)
+    before, now = (asdict(each) | asdict(each.image_rules) for each in (existing, job))
     differences = [
         f"{name} is {str(before[name])[:12]} there, {str(now[name])[:12]} now"
         for name in now
-        if before[name] != now[name]
+        if before[name] != now[name] and name != "image_rules"
     ]
     if differences:
         raise UserError(

@@ -4,9 +4,11 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from ifvit.config import FLAG_ONLY
+from ifvit.image_rules import ImageRules
 from ifvit.records import NonNegativeInt, PositiveFloat, PositiveInt, Rule, record
 
 Side = Annotated[int, Rule("from 1 to 8192", lambda value: 1 <= value <= 8192)]
+AspectRatio = Annotated[float, Rule("at least 1", lambda value: value >= 1)]
 NumThreads = Annotated[int, Rule("from 1 to 1024", lambda value: 1 <= value <= 1024)]
 
 
@@ -46,6 +48,12 @@ class EncodeConfig:
     max_megapixels: PositiveFloat = 100.0
     """Largest area of an image in millions of pixels; its file may have 4 bytes per such pixel. A
     worker uses up to 16 bytes of memory per pixel."""
+    min_side: PositiveInt | None = None
+    """Leave out images whose shorter side has fewer pixels. Default: half of image_size."""
+    max_aspect_ratio: AspectRatio | None = None
+    """Leave out images whose longer side exceeds the shorter one by this factor. Default: none."""
+    image_rules: ImageRules = field(default_factory=ImageRules)
+    """What becomes of transparency, EXIF orientation and colour profiles."""
     allow_links: bool = False
     """Also read images that symbolic links in the image folder lead to outside of it."""
     allow_blank_captions: bool = False
@@ -60,6 +68,11 @@ class EncodeConfig:
     """Number of tasks that share the work. Default: the length of the SLURM array, or 1."""
     task: NonNegativeInt | None = None
     """Number of this task, from 0. Default: the position in the SLURM array."""
+
+    @property
+    def least_side(self) -> int:
+        """Smallest shorter side of an image that is encoded, in pixels."""
+        return self.min_side or -(-self.image_size // 2)
 
 
 @record

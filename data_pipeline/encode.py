@@ -6,6 +6,7 @@ of all shards writes the manifest (`finish`).
 """
 
 import hashlib
+import math
 import os
 import re
 import sys
@@ -155,6 +156,7 @@ def _describe_job(config: EncodeConfig, source: Source, encoders: Encoders) -> J
         precision=config.precision,
         samples_per_shard=config.samples_per_shard,
         flip=config.flip,
+        image_rules=config.image_rules,
     )
 
 
@@ -164,9 +166,9 @@ def find_finished(
     """Read the markers, by name, of the units that are finished, and of those with other captions.
 
     A unit is encoded again when its marker is missing or damaged, when its shard is incomplete,
-    when its images or captions have changed, or when an image that was left out can be read now. If
-    only captions have changed, the moments of its shard are used again. Raises UserError when a
-    marker belongs to another job.
+    when its images or captions have changed, when the limits of sides are stricter now, or when an
+    image that was left out can be read now. If only captions have changed, the moments of its shard
+    are used again. Raises UserError when a marker belongs to another job.
     """
     output = config.output
     by_name = {unit.name: unit for unit in units}
@@ -174,7 +176,12 @@ def find_finished(
 
     def update(marker: CompletionMarker) -> CompletionMarker | None:
         unit = by_name[marker.shard.name]
-        if not is_intact(output, marker.shard) or _became_readable(unit, marker, config):
+        is_stricter = config.least_side > marker.min_side or (
+            (config.max_aspect_ratio or math.inf) < (marker.max_aspect_ratio or math.inf)
+        )
+        if is_stricter or not is_intact(output, marker.shard):
+            return None
+        if _became_readable(unit, marker, config):
             return None
         failed = {failure.image_id for failure in marker.failures}
         return replace(marker, unit=identify(unit, marker.unit, failed, config, states))
@@ -274,6 +281,7 @@ def finish(
         text=_write_null_context(config, encoders),
         classes=source.classes,
         image_size=config.image_size,
+        image_rules=config.image_rules,
         flipped=config.flip,
         dtype=config.dtype,
         moments_shape=(2 * channels, height, width),

@@ -138,7 +138,7 @@ def _recipe_rows(manifest: Manifest) -> Rows:
         stored += ", horizontal flips"
     return [
         *rows,
-        ("image", f"{manifest.image_size} px, {manifest.resize}"),
+        ("image", f"{manifest.image_size} px, {manifest.resize}, {manifest.image_rules}"),
         ("stored", f"{stored}, {manifest.dtype}"),
     ]
 
@@ -297,7 +297,7 @@ def _check_alike(urls: list[str], manifests: list[Manifest]) -> None:
 
 def _encoding(manifest: Manifest) -> dict[str, object]:
     """Return the properties that datasets must share to be merged."""
-    same = ("classes", "image_size", "resize", "flipped", "dtype", "moments_shape")
+    same = ("classes", "image_size", "resize", "image_rules", "flipped", "dtype", "moments_shape")
     text = manifest.text
     return {key: getattr(manifest, key) for key in same} | {
         "vae": manifest.vae.sha256,

@@ -102,6 +102,8 @@ def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -
         failures=tuple(samples.failures),
         latent_sums=samples.latent_sums,
         remarks=sum_remarks(samples.remarks),
+        min_side=config.least_side,
+        max_aspect_ratio=config.max_aspect_ratio,
     )
     write_marker(config.output, marker)
     return marker

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.image_rules import FIRST_FRAME, TURNED, ImageRules, find_bits, to_rgb, turn_upright
 from ifvit.records import shorten
 
 Pixels = NDArray[np.uint8]
@@ -28,6 +29,9 @@ PSD, JPEG 2000 and the rest have large or rarely tested decoders, or states that
 """
 MAX_MEGAPIXELS = 100
 """Default limit of an image's area, in millions of pixels."""
+_BITS = "bits per channel"
+"""Key of `image.info`, which keeps what Pillow forgets after decoding."""
+_ANIMATED = ("GIF", "PNG", "WEBP")
 _GRID_GAP = 2
 
 Image.MAX_IMAGE_PIXELS = None  # open_image has its own limit, which users can raise
@@ -43,7 +47,7 @@ class ImageSizeError(ImageError):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
-    """Square pixels (H, W, 3) uint8, and the width and height of the original file.
+    """Square pixels (H, W, 3) uint8, and the width and height of the whole upright image.
 
     `remarks` say what was changed or left out, apart from the margins.
     """
@@ -69,6 +73,7 @@ def open_image(file: Path | bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Im
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height <= max_pixels:
+            image.info[_BITS] = find_bits(image)
             image.load()
             return image
     except UnidentifiedImageError:
@@ -91,21 +96,29 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
 
 
 def read_square(
-    file: Path | bytes, image_size: int, max_megapixels: float = MAX_MEGAPIXELS
+    file: Path | bytes, image_size: int, rules: ImageRules, max_megapixels: float = MAX_MEGAPIXELS
 ) -> DecodedImage:
     """Read an image file as RGB, crop the centre square and resize it to `image_size`.
 
-    The rotation in EXIF data is ignored, as in U-ViT. Raises ImageError as `open_image` does, and
-    for an image of more than 8 bits.
+    Raises ImageError as `open_image` and `to_rgb` do.
     """
     image = open_image(file, max_megapixels)
-    if image.mode.startswith(("I", "F")):  # PIL would clip these to white
-        where = f"{file}: " if isinstance(file, Path) else ""
-        raise ImageError(f"{where}mode {image.mode} has more than 8 bits; convert it to 8 bits")
+    bits, remarks = image.info[_BITS], []
+    if image.format in _ANIMATED and getattr(image, "is_animated", False):
+        remarks.append(FIRST_FRAME)
+    turned = turn_upright(image) if rules.exif_orientation else None
+    if turned is not None:
+        image = turned
+        remarks.append(TURNED)
     width, height = image.size
     image = center_crop(image)  # first, because every copy of a large image counts
-    square = resize(image if image.mode == "RGB" else image.convert("RGB"), image_size)
-    return DecodedImage(pixels=np.asarray(square), width=width, height=height)
+    try:
+        image, changes = to_rgb(image, rules, bits)
+    except UserError as error:
+        where = f"{file}: " if isinstance(file, Path) else ""
+        raise ImageError(f"{where}{error}") from None
+    pixels = np.asarray(resize(image, image_size))
+    return DecodedImage(pixels=pixels, width=width, height=height, remarks=(*remarks, *changes))
 
 
 def center_crop(image: Image.Image) -> Image.Image:

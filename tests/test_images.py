@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ifvit.image_rules import ImageRules
 from ifvit.images import (
     FORMATS,
     ImageError,
@@ -47,22 +48,6 @@ def test_resize_is_lanczos_and_leaves_equal_sizes_alone() -> None:
     assert resize(image, 16) is image
     expected = image.resize((8, 8), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(np.asarray(resize(image, 8)), np.asarray(expected))
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
-def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("image.jpg" if mode in {"L", "CMYK"} else "image.png")
-    sample_image(12, 9).convert(mode).save(path)
-    decoded = read_square(path, 4)
-    assert decoded.pixels.shape == (4, 4, 3)
-    assert (decoded.width, decoded.height) == (12, 9)
-
-
-def test_more_than_8_bits_are_refused_and_not_clipped_to_white(tmp_path: Path) -> None:
-    path = tmp_path / "image.png"
-    Image.fromarray(np.arange(256).reshape(16, 16).astype(np.uint16)).save(path)
-    with pytest.raises(ImageError, match=r"image\.png: .*more than 8 bits"):
-        read_square(path, 8)
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n%%EOF\n"
@@ -161,7 +146,7 @@ def test_a_truncated_jpeg_is_an_error(tmp_path: Path) -> None:
     sample_image(64, 64).save(path)
     path.write_bytes(path.read_bytes()[:-400])
     with pytest.raises(ImageError, match="truncated"):
-        read_square(path, 8)
+        read_square(path, 8, ImageRules())
 
 
 def test_pixels_survive_model_range_and_png() -> None:

@@ -4,6 +4,7 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from ifvit.errors import UserError
+from ifvit.image_rules import ImageRules
 from ifvit.records import NonNegativeInt, PlainName, PositiveInt, Rule, record
 from ifvit.sampling.config import EncoderPlaces, MethodName, SamplingConfig
 
@@ -133,6 +134,9 @@ class MakeReferenceConfig:
 
     image_size: PositiveInt = 256
     """Pixels to which they are cropped and resized: the image size of the shards."""
+
+    image_rules: ImageRules = field(default_factory=ImageRules)
+    """How the shards' images were read, as their manifest says."""
 
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     """Only its fields clip, inception and sampling.batch_size are read."""

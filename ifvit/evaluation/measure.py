@@ -7,7 +7,7 @@ conditions, and turns a folder of samples into a row. All processes call its met
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from ifvit.evaluation.references import (
     embed_real_images,
     hash_images,
     list_images,
+    read_real_image,
     read_reference,
 )
 from ifvit.evaluation.rows import MetricsRow
@@ -95,9 +96,12 @@ class CaptionMetrics:
         def compute() -> MetricsRow:
             cosines = metrics.cosines(sampled[CLIP].part, self._texts)
             scores = self._score_scenes(folder) if protocol.scenes else []
-            size = self._reader.manifest.image_size
+            manifest = self._reader.manifest
+            read_real = partial(
+                read_real_image, image_size=manifest.image_size, rules=manifest.image_rules
+            )
             sample_set.write_overview(
-                folder, self.prompts, cosines.tolist(), scores, self._real_images, size
+                folder, self.prompts, cosines.tolist(), scores, self._real_images, read_real
             )
             found = scene_accuracies(scores) if scores else {}
             found |= self._compute_metrics(sampled, real)
@@ -125,9 +129,11 @@ class CaptionMetrics:
         """The real images that the recipe names, if any."""
         manifest, paths = self._reader.manifest, self._real_images
         if self._config.reference:
-            return read_reference(self._config.reference, manifest.image_size, self._networks)
+            return read_reference(
+                self._config.reference, manifest.image_size, manifest.image_rules, self._networks
+            )
         if paths:
-            digest = hash_images(paths, manifest.image_size, self._group)
+            digest = hash_images(paths, manifest.image_size, manifest.image_rules, self._group)
             return Reference(num_images=len(paths), sha256=digest, features=None)
         return None
 
@@ -138,8 +144,15 @@ class CaptionMetrics:
             return {}
         if self._reference.features is not None:
             return self._reference.features
-        size, paths = self._reader.manifest.image_size, self._real_images
-        return embed_real_images(paths, size, self._batch_size, self._networks, self._group)
+        manifest = self._reader.manifest
+        return embed_real_images(
+            self._real_images,
+            manifest.image_size,
+            manifest.image_rules,
+            self._batch_size,
+            self._networks,
+            self._group,
+        )
 
     @cached_property
     def _texts(self) -> metrics.Features:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,9 @@ from ifvit.evaluation.features import (
     load_networks,
 )
 from ifvit.evaluation.metrics import FeatureStatistics
+from ifvit.image_rules import ImageRules
 from ifvit.images import IMAGE_SUFFIXES, MAX_MEGAPIXELS, Pixels, read_square
-from ifvit.records import PositiveInt, Sha256, parse_value, path_inside, record
+from ifvit.records import PositiveInt, Sha256, parse_value, path_inside, record, shorten
 from ifvit.sampling.samples import batched
 from ifvit.shards.format import RESIZE
 
@@ -58,11 +59,11 @@ def make_reference(config: MakeReferenceConfig) -> None:
     Raises UserError for a folder without images or with one that cannot be read.
     """
     networks = load_networks(config.protocol, choose_device(config.device))
-    paths, size = list_images(config.images), config.image_size
+    paths, size, rules = list_images(config.images), config.image_size, config.image_rules
     with open_process_group() as group:
-        digest = hash_images(paths, size, group)
+        digest = hash_images(paths, size, rules, group)
         batch_size = config.protocol.sampling.batch_size
-        features = embed_real_images(paths, size, batch_size, networks, group)
+        features = embed_real_images(paths, size, rules, batch_size, networks, group)
         if not group.world.is_main:
             return
         arrays: dict[str, object] = {
@@ -70,6 +71,7 @@ def make_reference(config: MakeReferenceConfig) -> None:
             "images_sha256": digest,
             "image_size": size,
             "resize": RESIZE,
+            "image_rules": str(rules),
         }
         for name, found in features.items():
             arrays |= {
@@ -92,12 +94,13 @@ class _Facts:
     images_sha256: Sha256
     image_size: PositiveInt
     resize: str
+    image_rules: str
 
 
-def read_reference(url: str, image_size: int, networks: Networks) -> Reference:
+def read_reference(url: str, image_size: int, rules: ImageRules, networks: Networks) -> Reference:
     """Read a file that `make_reference` wrote.
 
-    Raises UserError for a file of other images or networks, or one that is damaged.
+    Raises UserError for a file of other sizes, rules or networks, or one that is damaged.
     """
     arrays = parse_npz(storage.read_bytes(url, _MAX_BYTES), url, max_bytes=_MAX_BYTES)
     stored = {name: array.item() for name, array in arrays.items() if array.shape == ()}
@@ -107,6 +110,11 @@ def read_reference(url: str, image_size: int, networks: Networks) -> Reference:
         raise UserError(
             f"{url}: its images have {facts.image_size} pixels, those of the shards {image_size}; "
             f"{_REMEDY}"
+        )
+    if facts.image_rules != str(rules):
+        raise UserError(
+            f"{url}: its images were read with {shorten(facts.image_rules, 200)}, those of the "
+            f"shards with {rules}; {_REMEDY} and the same --image_rules"
         )
     for name, network in networks.features.items():
         if stored.get(f"{name}.sha256") != network.identity.sha256:
@@ -148,12 +156,17 @@ def _largest(values: NDArray[np.floating]) -> float:
 
 
 def embed_real_images(
-    paths: Sequence[Path], image_size: int, batch_size: int, networks: Networks, group: ProcessGroup
+    paths: Sequence[Path],
+    image_size: int,
+    rules: ImageRules,
+    batch_size: int,
+    networks: Networks,
+    group: ProcessGroup,
 ) -> dict[str, FeatureSet]:
     """Embed real images, a partition on each process; all processes call this together."""
     world = group.world
     positions = range(len(paths))[world.rank :: world.size]
-    batches = read_batches(paths[world.rank :: world.size], image_size, batch_size)
+    batches = read_batches(paths[world.rank :: world.size], image_size, rules, batch_size)
     shown = show_progress(batches, len(positions), "embed real images", world)
     return collect_features(networks, shown, positions, choose_parts(len(paths)), group)
 
@@ -194,19 +207,24 @@ def find_image(paths: Sequence[Path], image_id: int | str) -> Path | None:
     return next((path for path in paths if str(path.with_suffix("")).endswith(ending)), None)
 
 
-def read_real_image(path: Path, image_size: int) -> Pixels:
+def read_real_image(path: Path, image_size: int, rules: ImageRules) -> Pixels:
     """Pixels (image_size, image_size, 3). Raises UserError naming a file that cannot be read."""
-    return read_square(path, image_size).pixels
+    return read_square(path, image_size, rules).pixels
 
 
-def read_batches(paths: Sequence[Path], image_size: int, batch_size: int) -> Iterator[Pixels]:
+def read_batches(
+    paths: Sequence[Path], image_size: int, rules: ImageRules, batch_size: int
+) -> Iterator[Pixels]:
     """The images in order, in batches (B, image_size, image_size, 3), read by several threads."""
+    read = partial(read_real_image, image_size=image_size, rules=rules)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         for batch in batched(paths, batch_size):
-            yield np.stack(list(pool.map(read_real_image, batch, repeat(image_size))))
+            yield np.stack(list(pool.map(read, batch)))
 
 
-def hash_images(paths: Sequence[Path], image_size: int, group: ProcessGroup) -> str:
+def hash_images(
+    paths: Sequence[Path], image_size: int, rules: ImageRules, group: ProcessGroup
+) -> str:
     """SHA-256 of the contents of the files, in order, and of how they become pixels.
 
     The features are not hashed, because their last bits differ between machines. Each process
@@ -216,7 +234,7 @@ def hash_images(paths: Sequence[Path], image_size: int, group: ProcessGroup) -> 
     hidden, partition = not world.is_main, paths[world.rank :: world.size]
     shown = tqdm(partition, "hash real images", unit="image", leave=False, disable=hidden)
     digests = group.gather([_hash_image(path) for path in shown])
-    total = hashlib.sha256(f"{RESIZE} {image_size}".encode())
+    total = hashlib.sha256(f"{RESIZE} {image_size} {rules}".encode())
     for position in range(len(paths)):
         total.update(digests[position % world.size][position // world.size].encode())
     return total.hexdigest()

@@ -6,7 +6,7 @@ Shapes: B batch, M text tokens, D context width, H, W image.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ifvit import storage
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
-from ifvit.evaluation.references import find_image, read_real_image
+from ifvit.evaluation.references import find_image
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.weights import WeightsInfo
 from ifvit.records import shorten
@@ -189,21 +189,21 @@ def write_overview(
     clip_scores: Sequence[float] = (),
     scene_scores: Sequence[SceneScore] = (),
     real_images: Sequence[Path] = (),
-    image_size: int = 0,
+    read_real: Callable[[Path], Pixels] | None = None,
 ) -> None:
     """Write samples.jsonl, grid.png and the real images of the prompts in the grid.
 
-    The scores are those of the samples in the order of `prompts`, where they were computed. Real
-    images become `image_size` pixels wide.
+    The scores are those of the samples in the order of `prompts`, where they were computed.
+    `read_real` reads a real image at the size of the samples.
     """
     shown = prompts[:_NUM_SHOWN]
     real: dict[int, str] = {}
     for prompt in shown:
         path = find_image(real_images, prompt.image_id)
-        if path is not None:
+        if path is not None and read_real is not None:
             real[prompt.position] = f"real_{image_name(prompt.position)}"
-            pixels = read_real_image(path, image_size)
-            storage.write_bytes(storage.join(folder, real[prompt.position]), encode_png(pixels))
+            png = encode_png(read_real(path))
+            storage.write_bytes(storage.join(folder, real[prompt.position]), png)
     rows = (
         SampleRow(
             file=image_name(prompt.position),

@@ -4,13 +4,14 @@ The encode job (data_pipeline) writes these files and `ShardReader` reads them. 
 `manifest.json`, the null context, and `NAME.tar` and `NAME.index.npz` for each shard.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Annotated, Literal
 
 from ifvit import storage
 from ifvit.arrays import Array
 from ifvit.errors import UserError
+from ifvit.image_rules import ImageRules
 from ifvit.records import (
     PositiveInt,
     Rule,
@@ -62,7 +63,7 @@ class EncoderIdentity:
 class SampleMetadata:
     """Content of `KEY.json`; `captions` is empty in a dataset with class labels.
 
-    `width` and `height` are the size of the original image in pixels.
+    `width` and `height` are the size of the upright original image in pixels.
     """
 
     image_id: int | str
@@ -129,6 +130,7 @@ class Manifest:
     classes: tuple[str, ...] = ()
     image_size: PositiveInt
     resize: str = RESIZE
+    image_rules: ImageRules = field(default_factory=ImageRules)
     flipped: bool = False
     dtype: Literal["float16", "float32"]
     moments_shape: tuple[PositiveInt, PositiveInt, PositiveInt]

@@ -13,6 +13,7 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode, psnr
 from data_pipeline.encoders import DecodedBatch, EncodedBatch, Encoders
 from ifvit.errors import UserError
+from ifvit.image_rules import ImageRules
 from ifvit.images import read_square, to_model_range
 from ifvit.models.autoencoders import load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
@@ -33,7 +34,7 @@ def test_shards_hold_the_outputs_of_the_encoders(config: EncodeConfig) -> None:
     assert reader.manifest == manifest
     assert (len(reader), manifest.num_captions, len(manifest.shards)) == (10, 19, 3)
     for sample, path in enumerate(image_files(config)):
-        image = read_square(path, 32)
+        image = read_square(path, 32, ImageRules())
         moments = vae.encode(to_model_range(np.stack([image.pixels])))[0]
         np.testing.assert_allclose(reader.moments(sample), moments, rtol=2e-3, atol=2e-4)
         metadata = reader.metadata(sample)

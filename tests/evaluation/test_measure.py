@@ -17,6 +17,7 @@ from ifvit.evaluation.measure import scene_accuracies, score_scenes
 from ifvit.evaluation.metrics import retrieval_accuracy
 from ifvit.evaluation.references import list_images, read_batches
 from ifvit.evaluation.rows import MetricsRow
+from ifvit.image_rules import ImageRules
 from ifvit.images import decode_png, to_model_range
 from ifvit.models.clip import load_clip
 from ifvit.models.pretrained import resolve_pretrained
@@ -50,7 +51,7 @@ def test_every_share_counts_what_it_is_named_after() -> None:
 def test_real_scenes_get_the_best_scores(held_out: HeldOut) -> None:
     reader = ShardReader(held_out.shards)
     captions = [reader.metadata(i).captions[0] for i in range(len(reader))]
-    images = np.concatenate(list(read_batches(list_images(held_out.images), 64, 10)))
+    images = np.concatenate(list(read_batches(list_images(held_out.images), 64, ImageRules(), 10)))
     accuracies = scene_accuracies(score_scenes(images, captions))
     assert [one.value for one in accuracies.values() if one] == [1, 1, 1, 1, 1]
 

@@ -29,6 +29,7 @@ from ifvit.evaluation.references import (
     read_reference,
 )
 from ifvit.evaluation.rows import MetricsRow, estimates_of, read_row
+from ifvit.image_rules import ImageRules
 from ifvit.shards.format import EncoderIdentity
 
 
@@ -134,7 +135,7 @@ def test_a_file_that_is_not_a_reference_is_one_line(
 def test_a_broken_real_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
     with pytest.raises(UserError, match=r"broken\.jpg"):
-        read_real_image(tmp_path / "broken.jpg", 64)
+        read_real_image(tmp_path / "broken.jpg", 64, ImageRules())
 
 
 STORED: dict[str, Any] = {
@@ -189,9 +190,9 @@ def test_statistics_that_no_images_have_are_one_line(
         np.savez(path, **{key.replace("eye.", "clip."): value for key, value in stored.items()})
         return str(path)
 
-    assert read_reference(write(STORED), 64, NETWORKS).num_images == 3
+    assert read_reference(write(STORED), 64, ImageRules(), NETWORKS).num_images == 3
     with pytest.raises(UserError, match=rf"x\.npz: .*{named}") as raised:
-        read_reference(write(STORED | change), 64, NETWORKS)
+        read_reference(write(STORED | change), 64, ImageRules(), NETWORKS)
     assert str(raised.value).isprintable()
 
 
@@ -200,7 +201,7 @@ def test_a_huge_file_is_refused_before_it_is_hashed(tmp_path: Path) -> None:
     huge.touch()
     os.truncate(huge, 1 << 40)
     with pytest.raises(UserError, match=r"huge\.jpg: larger than"):
-        hash_images([huge], 64, ProcessGroup(World(rank=0, size=1, local_rank=0)))
+        hash_images([huge], 64, ImageRules(), ProcessGroup(World(rank=0, size=1, local_rank=0)))
 
 
 def test_only_real_images_count_as_reference_images(tmp_path: Path) -> None:
