@@ -47,7 +47,7 @@ class EncodeConfig:
     """Number of unreadable images that the finished dataset may leave out."""
     max_megapixels: PositiveFloat = 100.0
     """Largest area of an image in millions of pixels; its file may have 4 bytes per such pixel. A
-    worker uses up to 16 bytes of memory per pixel."""
+    worker uses up to 24 bytes of memory per pixel."""
     min_side: PositiveInt | None = None
     """Leave out images whose shorter side has fewer pixels. Default: half of image_size."""
     max_aspect_ratio: AspectRatio | None = None
