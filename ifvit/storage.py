@@ -123,6 +123,22 @@ def join_inside(url: str, name: str) -> str:
     return join(url, name)
 
 
+def require_no_links_out(url: str) -> None:
+    """Raise UserError when a folder below a local `url` is a symbolic link that leads out of it.
+
+    Files are written and removed in these folders, also when the run comes from a stranger.
+    """
+    if is_remote(url):
+        return
+    for parent, folders, _ in os.walk(url):
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink() and records.leads_out(Path(url), path):
+                raise UserError(
+                    f"{path}: a link that leads out of {url}, where files are removed; put a "
+                    "folder in its place, or make the whole run a link"
+                )
+
+
 def exists(url: str) -> bool:
     """Whether a file or folder exists. Raises UserError when a local disk fails to answer.
 
@@ -485,7 +501,7 @@ def _retry(url: str, action: Callable[[FileSystem], Result]) -> Result:
             raise
         except OSError as error:
             raise UserError(f"{url}: {error.strerror or error}; check the disk") from None
-    patience = float(os.environ.get("IFVIT_STORE_PATIENCE", "600"))
+    patience = _patience()
     deadline = time.monotonic() + patience
     pause = 0.2
     while True:
@@ -510,6 +526,14 @@ def _retry(url: str, action: Callable[[FileSystem], Result]) -> Result:
             log.warning("%s: %s; trying again in %.1f s", url, reason, pause)
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(pause * 2, 15.0)
+
+
+def _patience() -> float:
+    given = os.environ.get("IFVIT_STORE_PATIENCE", "600")
+    with contextlib.suppress(ValueError):
+        if float(given) >= 0:
+            return float(given)
+    raise UserError(f"IFVIT_STORE_PATIENCE is {shorten(given)}; it must be a number of seconds")
 
 
 def _send(url: str, action: Callable[[FileSystem], Result]) -> Result:

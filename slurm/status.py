@@ -33,6 +33,10 @@ _ENDED = (
 """States of ended jobs. A requeued job has not ended: its state comes from squeue."""
 
 
+_MAX_ARGUMENT = 100_000
+"""Characters of one argument of a command; Linux allows 131,071 bytes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobStatus:
     """One line of the table."""
@@ -95,10 +99,12 @@ def find_log(config: LogsConfig) -> Path:
 
 
 def cancel(config: CancelConfig) -> None:
-    """Cancel all jobs that have not ended. Raises UserError when there is no SLURM."""
+    """Cancel all jobs that have not ended. Raises UserError when SLURM does not do so."""
     jobs = [status.job_id for status in read_statuses(config.run) if not status.has_ended]
     if jobs:
-        subprocess.run(["scancel", *jobs], check=True)
+        ended = _run("scancel", *jobs)
+        if ended.returncode:
+            raise UserError(f"scancel: {shorten(ended.stderr, 300)}; see ifvit submit status")
     sys.stdout.write(f"cancelled: {' '.join(jobs) or 'no jobs were left'}\n")
 
 
@@ -131,7 +137,10 @@ def _read_status(
 def _count_requeues(submission: SubmissionRecord, job: JobRecord) -> int:
     """Return the number of starts in the log of task 0, except the first."""
     path = submission.log(job.job_id)
-    starts = path.read_text(errors="replace").count(TASK_START) if path else 0
+    if path is None:
+        return 0
+    with path.open(errors="replace") as log:  # which may be larger than the memory
+        starts = sum(TASK_START in line for line in log)
     return max(0, starts - 1)
 
 
@@ -149,6 +158,8 @@ def ask_slurm(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
     jobs are not known. Raises UserError when SLURM does not answer.
     """
     arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
+    if len(arrays) > _MAX_ARGUMENT:
+        raise UserError(f"jobs: {len(job_ids)} are too many to ask SLURM about at once")
     columns = "JobID,State,NodeList,JobName"
     try:
         ended = _run("sacct", "-X", "--parsable2", "-o", columns, "-j", arrays)

@@ -146,7 +146,8 @@ def add_evaluate(
 
 def _evaluation_home(recipe: EvaluateConfig) -> str:
     """Return the output folder of the rows, by default the run of the measured weights."""
-    return absolute(recipe.output or recipe.weights.partition("/weights/")[0])
+    run = recipe.weights.rpartition("/weights/step_")[0]
+    return absolute(recipe.output or run or recipe.weights)
 
 
 def absolute(url: str) -> str:

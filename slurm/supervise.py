@@ -31,6 +31,9 @@ HARDWARE_FAILURE = re.compile(
 )
 """Messages in the log of a task whose node has broken hardware."""
 
+_LOG_BYTES = 1 << 20
+"""Bytes at the end of a log that are searched; a log may be larger than the memory."""
+
 TASK_START = "Starting with JobEnvironment("
 """The first line that submitit writes into a task's log at every start."""
 
@@ -112,7 +115,9 @@ def find_bad_nodes(folder: Path, job_id: str) -> tuple[str, ...]:
     found = set()
     pattern = JobPaths(folder, job_id).stdout.name.replace("_0_log", "_*_log")
     for log in folder.glob(pattern):
-        text = log.read_bytes()[-(1 << 20) :].decode(errors="replace")
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LOG_BYTES))
+            text = file.read(_LOG_BYTES).decode(errors="replace")
         last_start = text.rpartition(TASK_START)[2]
         host = re.search(r"hostname=([^,.]+)", last_start)
         if host and HARDWARE_FAILURE.search(last_start):

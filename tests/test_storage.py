@@ -439,3 +439,12 @@ def test_a_name_from_a_file_stays_in_its_folder_here_and_in_an_object_store(tmp_
                 storage.join_inside(folder, name)
     with pytest.raises(UserError, match="does not lead inside"):
         storage.join_inside(str(tmp_path / "run"), "link/x")
+
+
+@pytest.mark.parametrize("patience", ["ten", "nan", "-1"])
+def test_a_patience_that_is_no_number_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, patience: str
+) -> None:
+    monkeypatch.setenv("IFVIT_STORE_PATIENCE", patience)
+    with pytest.raises(UserError, match=f"IFVIT_STORE_PATIENCE is {patience}; it must be"):
+        storage.exists("s3://bucket/x")

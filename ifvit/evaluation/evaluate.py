@@ -36,8 +36,9 @@ def evaluate(config: EvaluateConfig) -> list[MetricsRow | ObjectCountRow]:
     Raises UserError for shards of other encoders than the backbone's, or for samples of other
     settings in the folder of a row.
     """
-    # Weights need not belong to a run.
-    output = config.output or storage.join(run_of(find_weights(config.weights)) or ".", FOLDER)
+    run = run_of(find_weights(config.weights))  # weights need not belong to a run
+    output = config.output or storage.join(run or ".", FOLDER)
+    storage.require_no_links_out(config.output or run or output)
     rows: list[MetricsRow | ObjectCountRow] = []
     urls = []
     with open_process_group() as group:

@@ -20,6 +20,8 @@ from ifvit.records import (
 
 FILE = "metrics.jsonl"
 """Name of the file in a run directory."""
+_MAX_BYTES = 1 << 30
+"""Largest file that is read; a million rows take 0.9 GB."""
 
 
 @record
@@ -70,7 +72,7 @@ def read_training_rows(run: str, newest: int | None = None) -> list[TrainingRow]
     do not rise.
     """
     url = storage.join(run, FILE)
-    data = storage.read_bytes(url) if storage.exists(url) else b""
+    data = storage.read_bytes(url, _MAX_BYTES) if storage.exists(url) else b""
     if newest is not None:
         complete, _, _ = data.rpartition(b"\n")
         data = b"\n".join([*complete.split(b"\n")[-newest:], b""])

@@ -47,6 +47,7 @@ _MAX_BYTES = 1 << 28
 _MAX_ROW_BYTES = 1 << 16
 _STATEMENT_SECONDS = 30.0
 _RELOAD_SECONDS = 1.0
+_DISK_ERRORS = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN)
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00)?", re.ASCII)
 _Row = TypeVar("_Row")
 
@@ -132,8 +133,12 @@ class _Database:
             try:
                 return self._connection.execute(statement, parameters).fetchall()
             except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError) as error:
+                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+                remedy = "restore it from a copy"
+                if code in _DISK_ERRORS:
+                    remedy = "check the disk, or use a copy of the folder that you may write to"
                 raise UserError(
-                    f"{self._path}: cannot be used ({shorten(error)}); restore it from a copy"
+                    f"{self._path}: cannot be used ({shorten(error)}); {remedy}"
                 ) from None
 
     def close(self) -> None:

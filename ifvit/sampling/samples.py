@@ -142,8 +142,8 @@ def _is_intact(data: bytes) -> bool:
 
 
 def image_url(folder: str, position: int) -> str:
-    """`FOLDER/00042.png`"""
-    return storage.join(folder, image_name(position))
+    """`FOLDER/00042.png`. Raises UserError for a link that leads out of the folder."""
+    return storage.join_inside(folder, image_name(position))
 
 
 def image_name(position: int) -> str:

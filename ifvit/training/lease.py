@@ -202,7 +202,8 @@ def process_identity(pid: int) -> str | None:
 
 def _generations(run: str) -> list[int]:
     names = list_names(join(run, "lease"))
-    return [int(name[:6]) for name in names if re.fullmatch(r"[0-9]{6}\.json", name)]
+    pattern = r"([0-9]{6}|[1-9][0-9]{6,})\.json"
+    return [int(name[:-5]) for name in names if re.fullmatch(pattern, name)]
 
 
 def _newest(run: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import torch
 
+from ifvit import storage
 from ifvit.config import dump_config
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NoiseSchedule
@@ -62,6 +63,7 @@ def _train_on(reader: ShardReader, config: TrainConfig) -> TrainState:
         num_micro_batches=batches.num_micro_batches,
         tolerate_nonfinite=config.tolerate_nonfinite,
     )
+    engine.group.on_main(lambda: storage.require_no_links_out(config.run))
     lease = engine.group.on_main(lambda: Lease.acquire(config.run))
     with lease.held() if engine.world.is_main else nullcontext():
         return _train(config, reader, batches, engine, lease)

@@ -67,6 +67,16 @@ def test_one_evaluation_writes_its_row_its_images_and_their_prompts(
     assert set(samples[0]["scores"]) == {"count", "colour", "kind", "relation"}  # type: ignore[call-overload]
 
 
+def test_nothing_is_written_where_a_link_of_the_run_leads(
+    config: EvaluateConfig, run: str, tmp_path: Path
+) -> None:
+    (tmp_path / "outside").mkdir()
+    Path(run, "evaluation").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="evaluation: a link that leads out of"):
+        evaluate(config)
+    assert not any((tmp_path / "outside").iterdir())
+
+
 def test_a_row_that_exists_needs_no_autoencoder(
     config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from made_training_rows import made_training_row
 
 from ifvit.errors import UserError
 from ifvit.evaluation.training_rows import FILE, read_training_rows
-from ifvit.records import dump_rows
+from ifvit.records import MAX_BYTES, dump_rows
 
 ROWS = [made_training_row(step, loss=None if step == 20 else 0.5) for step in (10, 20, 30)]
 
@@ -57,3 +57,9 @@ def test_flipped_bytes_of_rows_never_change_them(tmp_path: Path) -> None:
         except UserError:
             continue
         assert found in (ROWS, ROWS[:2])  # a changed line end leaves the last row unfinished
+
+
+def test_the_log_of_a_run_that_logs_every_step_can_be_continued(tmp_path: Path) -> None:
+    filling = b" " * MAX_BYTES + b"\n"  # as long as 300,000 rows
+    (tmp_path / FILE).write_bytes(filling + dump_rows([made_training_row(1)]))
+    assert [row.step for row in read_training_rows(str(tmp_path))] == [1]

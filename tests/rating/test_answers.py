@@ -189,6 +189,14 @@ def read_all(folder: Path) -> object:
         store.close()
 
 
+def test_a_file_that_cannot_be_written_is_not_called_damaged(tmp_path: Path) -> None:
+    store = Store.create(tmp_path)
+    store._writer.execute("PRAGMA query_only = ON")  # as on a read-only disk, also for root
+    with pytest.raises(UserError, match=r"readonly database.*; check the disk, or use a copy of"):
+        store.add_raters(1)
+    store.close()
+
+
 def copy_study(study: Study, to: Path) -> Path:
     folder = to / "copy"
     shutil.copytree(study.folder, folder)

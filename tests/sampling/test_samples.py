@@ -12,6 +12,7 @@ from ifvit.records import dump_rows
 from ifvit.sampling.samples import (
     SampleRow,
     claim_folder,
+    image_url,
     missing_images,
     open_writer,
     read_images,
@@ -79,6 +80,13 @@ def test_a_list_of_samples_names_files_of_its_own_folder_only(tmp_path: Path) ->
         (tmp_path / "samples.jsonl").write_bytes(data)
         with pytest.raises(UserError, match=r"samples\.jsonl, line 1: "):
             read_samples(str(tmp_path))
+
+
+def test_an_image_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "00000.png").symlink_to(tmp_path / "private.png")
+    with pytest.raises(UserError, match="does not lead inside"):
+        image_url(str(tmp_path / "samples"), 0)
 
 
 def test_a_lost_row_is_seen(tmp_path: Path) -> None:

@@ -103,6 +103,14 @@ def test_a_controller_that_is_down_is_one_clear_line(home: Path, command: Comman
         read_statuses(str(home))
 
 
+def test_more_jobs_than_a_command_can_name_are_one_clear_line(home: Path) -> None:
+    [own] = read_records(str(home))
+    jobs = tuple(replace(own.jobs[0], job_id=str(10**6 + n)) for n in range(20_000))
+    write_record(str(home), replace(own, jobs=jobs), "")
+    with pytest.raises(UserError, match="jobs: 20000 are too many to ask SLURM about at once"):
+        read_statuses(str(home))
+
+
 def test_a_reader_of_a_log_may_stop_early(home: Path) -> None:
     log = next(home.parent.glob("jobs/*/80_1_0_log.out"))
     log.write_text("line\n" * 100_000)
@@ -164,6 +172,16 @@ def test_own_jobs_are_cancelled(home: Path, command: Command, tmp_path: Path) ->
     command("scancel", f"echo $* >{tmp_path}/cancelled")
     cancel(CancelConfig(run=str(home)))
     assert (tmp_path / "cancelled").read_text().split() == ["80_1", "80_2", "80_3"]
+
+
+def test_a_job_that_ends_before_it_is_cancelled_is_one_clear_line(
+    home: Path, command: Command
+) -> None:
+    command("sacct", f"cat <<'E'\n{SACCT}E")
+    command("squeue", f"cat <<'E'\n{SQUEUE}E")
+    command("scancel", "echo 'error: Invalid job id' >&2; exit 1")
+    with pytest.raises(UserError, match=r"^scancel: error: Invalid job id.*; see ifvit submit"):
+        cancel(CancelConfig(run=str(home)))
 
 
 @pytest.mark.parametrize(

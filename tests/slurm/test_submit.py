@@ -10,11 +10,12 @@ import pytest
 from ifvit.cli import main
 from ifvit.config import read_config
 from ifvit.errors import UserError
+from ifvit.evaluation.config import EvaluateConfig
 from ifvit.models.config import PRESETS
 from ifvit.training.config import TrainConfig
 from slurm.config import ClusterConfig, PipelineConfig, SubmitConfig, SubmitTrainConfig
 from slurm.jobs import ROOT, read_records
-from slurm.submit import expand_axes, submit_pipeline, submit_train
+from slurm.submit import _evaluation_home, expand_axes, submit_pipeline, submit_train
 
 CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
 TRAIN = str(ROOT / "configs" / "train" / "coco256_early.yaml")
@@ -24,6 +25,12 @@ def dry_run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Return the scripts that `ifvit submit … --dry_run` prints."""
     main(["submit", *argv, "--dry_run"])
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", ["run", "run/weights/step_00000002", "run/weights/step_2/ema"])
+def test_the_jobs_of_an_evaluation_are_recorded_in_the_run(weights: str) -> None:
+    recipe = EvaluateConfig(weights=f"/data/weights/{weights}", shards="shards")
+    assert _evaluation_home(recipe) == "/data/weights/run"
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(

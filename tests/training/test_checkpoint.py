@@ -186,7 +186,23 @@ def test_tensors_of_another_shape_or_type_are_not_loaded(recipe: Recipe) -> None
         train(replace(config, max_steps=2))
 
 
-def test_only_files_that_training_writes_are_pruned(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["lease", "checkpoints/step_00000001", "weights/step_00000001"])
+def test_a_run_with_a_link_to_another_one_is_refused_before_anything_is_written(
+    recipe: Recipe, tmp_path: Path, place: str
+) -> None:
+    config, victim = recipe(max_steps=1), tmp_path / "victim"
+    train(replace(config, run=str(victim)))
+    before = {path: path.stat().st_mtime_ns for path in victim.rglob("*")}
+    Path(config.run, place).parent.mkdir(parents=True)
+    Path(config.run, place).symlink_to(victim / place)
+    with pytest.raises(UserError, match=f"{place}: a link that leads out of"):
+        train(replace(config, max_steps=2, keep_exports=1, keep_checkpoints=1))
+    assert {path: path.stat().st_mtime_ns for path in victim.rglob("*")} == before
+    (tmp_path / "home").symlink_to(victim)  # a run that is itself a link is an honest one
+    assert train(replace(config, run=str(tmp_path / "home"), max_steps=2)).step == 2
+
+
+def test_only_files_that_training_writes_are_pruned(recipe: Recipe) -> None:
     config = recipe(max_steps=3, checkpoint_every=1, keep_checkpoints=1)
     mine = [
         "checkpoints/step_00000001/thesis.tex",
@@ -198,12 +214,8 @@ def test_only_files_that_training_writes_are_pruned(recipe: Recipe, tmp_path: Pa
     ]
     for name in mine:
         write_bytes(join(config.run, name), b"precious")
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "thesis.tex").write_text("precious")
-    Path(config.run, "checkpoints", "step_00000002").symlink_to(outside)
     train(config)
-    for path in (*(Path(config.run, name) for name in mine), outside / "thesis.tex"):
+    for path in (Path(config.run, name) for name in mine):
         assert path.read_text() == "precious" if path.suffix == ".tex" else path.exists()
     assert not Path(config.run, mine[0]).with_name("manifest.json").exists()
     assert read_checkpoint(step_url(config.run, 3)).state.step == 3

@@ -53,6 +53,17 @@ def test_a_second_job_gets_an_error_that_names_the_first(run: str) -> None:
         Lease.acquire(run, BEAT)
 
 
+def test_a_run_whose_generations_have_seven_digits_is_taken(run: str) -> None:
+    leave_lease(run, ELSEWHERE, generation=999_999)
+    write_sealed(join(run, "lease", "999999.beat"), Beat(released=True))
+    for _ in range(2):
+        lease = Lease.acquire(run)
+        lease.check()
+        with lease.held():
+            pass
+    assert list_names(join(run, "lease"))[0] == "1000000.beat"
+
+
 def test_a_released_lease_is_free_at_once_and_the_last_two_generations_stay(
     run: str, no_waiting: list[float]
 ) -> None:
