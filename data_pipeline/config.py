@@ -17,13 +17,17 @@ class EncodeConfig:
     """Encode captioned images as shards of latents and caption embeddings; rerun to continue."""
 
     source: str = "coco"
-    """Kind of image set: coco, folder, webdataset, table, or your own package.module:Class."""
+    """Kind of image set: coco, folder, captioned_folder, webdataset, table, parquet, or your own
+    package.module:Class."""
     allow_plugins: bool = field(default=False, metadata=FLAG_ONLY)
     """Import and run the code of your own source. Only a flag may set this, no YAML file."""
     images: str
-    """Folder or s3:// prefix of the images; for webdataset a folder or a pattern of tars."""
+    """Folder or s3:// prefix of the images; for webdataset and parquet a folder or a pattern."""
     captions: str | None = None
     """Captions: the captions_*.json of COCO, or the CSV, JSONL or Parquet file of a table."""
+    caption_key: str | None = None
+    """Where the captions are if not in the usual place: columns of a table or of Parquet files,
+    suffixes or JSON keys in tars, suffixes of text files. Separate several by commas."""
     output: str
     """Folder or s3:// prefix of the shards; the manifest is written last."""
     vae: str

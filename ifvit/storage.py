@@ -191,6 +191,69 @@ def count_files(url: str) -> int:
     return sum(not Path(path).name.startswith(".") for path in paths)
 
 
+def walk_files(url: str) -> list[str]:
+    """Sorted relative paths of the files in folder `url` and below; [] for an absent folder.
+
+    Links to folders are listed as files and not followed.
+    """
+    if is_remote(url):
+        paths = _retry(url, lambda files: files.find(url))
+        start = len(url.partition("://")[2].rstrip("/")) + 1
+        return sorted(path[start:] for path in paths)
+    names = []
+    for place, folders, files in os.walk(url, onerror=_raise_walk_error):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        names += [Path(place, name).relative_to(url).as_posix() for name in [*files, *links]]
+    return sorted(names)
+
+
+def _raise_walk_error(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+def open_ranges(url: str) -> io.RawIOBase | io.BufferedReader:
+    """Open a file of which parts are read; each read of a remote file is one request.
+
+    Raises UserError when it is absent or no regular file.
+    """
+    return _RemoteFile(url) if is_remote(url) else open_file(url)
+
+
+class _RemoteFile(io.RawIOBase):
+    def __init__(self, url: str) -> None:
+        self._url, self._position = url, 0
+        try:
+            self._num_bytes = _retry(url, lambda files: _size_of_file(files, url))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{url}: no such file") from None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._position = offset + (0, self._position, self._num_bytes)[whence]
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        start, end = self._position, min(self._position + len(buffer), self._num_bytes)
+        if start >= end:
+            return 0
+
+        def get(files: FileSystem) -> bytes:
+            data = bytes(files.cat_file(self._url, start=start, end=end))
+            if len(data) != end - start:
+                raise OSError(f"{len(data)} of {end - start} bytes arrived")
+            return data
+
+        buffer[: end - start] = _retry(self._url, get)
+        self._position = end
+        return end - start
+
+
 def read_bytes(url: str, max_bytes: int = MAX_BYTES) -> bytes:
     """Read a whole file. Raises UserError when it is absent, no regular file, or too large."""
     try:

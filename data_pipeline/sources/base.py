@@ -3,16 +3,20 @@
 Your own source derives from one of them.
 """
 
+import fnmatch
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
+
+from braceexpand import braceexpand
 
 from ifvit import storage
 from ifvit.errors import UserError
+from ifvit.images import IMAGE_SUFFIXES
 from ifvit.records import is_relative_path, leads_out, shorten
 
 MAX_CAPTION = 10_000
@@ -21,10 +25,14 @@ MAX_CAPTION = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class ReadLimits:
-    """What the built-in sources read: the largest image file, and links out of the image folder."""
+    """What the built-in sources read: the largest image file, and links out of the image folder.
+
+    `caption_names` are the columns, suffixes or keys of captions; by default the usual ones.
+    """
 
     max_bytes: int = 400_000_000
     allow_links: bool = False
+    caption_names: tuple[str, ...] = ()
 
 
 DEFAULT_LIMITS = ReadLimits()
@@ -163,6 +171,21 @@ def read_image(folder: str, path: str, limits: ReadLimits) -> bytes:
     return storage.read_bytes(storage.join(folder, path), limits.max_bytes)
 
 
+def captions_of(values: Iterable[object], where: str) -> list[str]:
+    """Captions from cells of a table, each a text or a list of texts; null is a blank caption.
+
+    Raises UserError naming `where` for anything else.
+    """
+    texts = []
+    for value in values:
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(text, str | None):
+                kind = type(text).__name__
+                raise UserError(f"{where}: the caption is no text and no list of texts ({kind})")
+            texts.append(text or "")
+    return texts or [""]
+
+
 def relative_path(folder: str, path: str, where: str) -> str:
     """Path below `folder` of a path in a table, which may also be absolute.
 
@@ -182,6 +205,40 @@ def relative_path(folder: str, path: str, where: str) -> str:
             "holds all images with --images, and write paths relative to it"
         )
     return str(relative)
+
+
+def find_files(images: str, suffix: str) -> list[str]:
+    """Sorted URLs of the files that end in `suffix`, from a folder, a pattern or a name.
+
+    Raises UserError when a folder or pattern has no such file.
+    """
+    try:
+        patterns = list(braceexpand(images))
+    except ValueError as error:
+        raise UserError(f"{images}: {error}") from None
+    list_names = lru_cache(storage.list_names)
+    urls: list[str] = []
+    for pattern in patterns:
+        folder, _, name = pattern.rpartition("/")
+        if not name.endswith(suffix):
+            folder, name = pattern.rstrip("/"), f"*{suffix}"
+        names = [file for file in list_names(folder or ".") if not file.startswith(".")]
+        found = fnmatch.filter(names, name)
+        if not found:
+            raise UserError(f"{pattern}: no such {suffix} file; name a folder or a pattern of them")
+        urls += [f"{folder}/{file}" if folder else file for file in found]
+    return sorted(urls)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or made by an archiver of macOS."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def is_image(path: str) -> bool:
+    """Whether a path has the suffix of an image and is not hidden."""
+    pure = PurePosixPath(path)
+    return not is_hidden(pure.name) and pure.suffix.lower() in IMAGE_SUFFIXES
 
 
 def shard_name(number: int) -> str:

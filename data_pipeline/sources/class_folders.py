@@ -1,8 +1,15 @@
 """Source `folder`: one folder of images per class, `IMAGES/CLASS/*.jpg`, with labels."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from data_pipeline.sources.base import DEFAULT_LIMITS, ListedSource, ReadLimits, numbered_image
+from data_pipeline.sources.base import (
+    DEFAULT_LIMITS,
+    ListedSource,
+    ReadLimits,
+    is_hidden,
+    is_image,
+    numbered_image,
+)
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
@@ -28,7 +35,7 @@ class ClassFolders(ListedSource):
         self._num_others = num_loose
         ranked = []  # (rank in its class, label, path)
         for label, (name, files) in enumerate(folders.items()):
-            chosen = [file for file in files if _is_image(file)]
+            chosen = [file for file in files if is_image(file)]
             if not chosen:
                 raise UserError(f"{images}/{name}: no images ({', '.join(IMAGE_SUFFIXES)})")
             self._num_others += len(files) - len(chosen)
@@ -50,12 +57,15 @@ class ClassFolders(ListedSource):
 
 def _list_classes(images: str, limits: ReadLimits) -> tuple[dict[str, list[str]], int]:
     """List the files of each class folder, and count the files beside these folders."""
-    entries = [name for name in storage.list_names(images) if not _is_hidden(name)]
+    entries = [name for name in storage.list_names(images) if not is_hidden(name)]
     if not entries:
         raise UserError(f"{images}: missing or empty folder; expected CLASS/*.jpg in it")
-    loose = [name for name in entries if _is_image(name)]
+    loose = [name for name in entries if is_image(name)]
     if loose:
-        raise UserError(f"{images}/{loose[0]}: image without a class; move it to CLASS/*.jpg")
+        raise UserError(
+            f"{images}/{loose[0]}: image without a class; move it to CLASS/*.jpg, or "
+            "use --source captioned_folder for images with texts beside them"
+        )
     folders = {}
     for name in entries:
         place = storage.join(images, name)
@@ -71,11 +81,3 @@ def _list_classes(images: str, limits: ReadLimits) -> tuple[dict[str, list[str]]
     if not folders:
         raise UserError(f"{images}: no folders of classes; expected CLASS/*.jpg in it")
     return folders, len(entries) - len(folders)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _is_image(name: str) -> bool:
-    return not _is_hidden(name) and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES

@@ -1,6 +1,5 @@
 """Source `webdataset`: tars of images with captions as img2dataset writes them, local or `s3://`."""
 
-import fnmatch
 import hashlib
 import io
 import json
@@ -9,11 +8,9 @@ import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Literal
-
-from braceexpand import braceexpand
+from typing import Any, Literal
 
 from data_pipeline.sources.base import (
     DEFAULT_LIMITS,
@@ -22,6 +19,8 @@ from data_pipeline.sources.base import (
     ReadLimits,
     Source,
     Unit,
+    captions_of,
+    find_files,
     shard_name,
 )
 from ifvit import storage
@@ -48,13 +47,6 @@ class TarStatistics:
     successes: NonNegativeInt | None = None
 
 
-@record(ignore_unknown=True)
-class TarMetadata:
-    """KEY.json of img2dataset."""
-
-    caption: str | tuple[str, ...] | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Tar:
     """One input tar; `num_samples` comes from NNNNN_stats.json and is None without that file."""
@@ -69,7 +61,8 @@ class WebDatasetTars(Source):
 
     `images` is a folder or prefix, a pattern `FOLDER/*.tar`, or `FOLDER/{00000..00331}.tar`.
     A sample is `KEY.jpg` (or jpeg, png, webp) with its caption in `KEY.txt`, or under "caption" in
-    `KEY.json`. Raises UserError when a tar is missing, and when `captions` is set.
+    `KEY.json`; `limits.caption_names` are other suffixes or keys, which are all read.
+    Raises UserError when a tar is missing, and when `captions` is set.
     """
 
     classes = ()
@@ -85,12 +78,13 @@ class WebDatasetTars(Source):
             raise UserError(f"captions: {captions} is set, but tars contain their captions")
         self._images, self._limits, self._keys = images, limits, keys
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            self._tars = list(pool.map(_describe_tar, _find_tars(images)))
+            self._tars = list(pool.map(_describe_tar, find_files(images, ".tar")))
 
     @property
     def sha256(self) -> str:
         """Hash of the names of the tars."""
         digest = hashlib.sha256(b"" if self._keys == "first_dot" else self._keys.encode())
+        digest.update("".join(f"{name}," for name in self._limits.caption_names).encode())
         for tar in self._tars:
             digest.update(json.dumps(Path(tar.url).name).encode())
         return digest.hexdigest()
@@ -116,25 +110,6 @@ class WebDatasetTars(Source):
             )
             for number, tar in enumerate(self._tars)
         ]
-
-
-def _find_tars(images: str) -> list[str]:
-    """Find the tars and sort their URLs. Raises UserError when a named tar is missing."""
-    try:
-        patterns = list(braceexpand(images))
-    except ValueError as error:
-        raise UserError(f"{images}: {error}") from None
-    list_names = lru_cache(storage.list_names)
-    urls: list[str] = []
-    for pattern in patterns:
-        folder, _, name = pattern.rpartition("/")
-        if not name.endswith(".tar"):
-            folder, name = pattern.rstrip("/"), "*.tar"
-        found = fnmatch.filter(list_names(folder or "."), name)
-        if not found:
-            raise UserError(f"{pattern}: no such tar; give a folder of tars or a pattern of tars")
-        urls += [f"{folder}/{tar}" if folder else tar for tar in found]
-    return sorted(urls)
 
 
 def _describe_tar(url: str) -> Tar:
@@ -223,7 +198,7 @@ def _build_image(
             raise UserError(problem)
         if suffix is None:
             raise UserError(_describe_missing(others))
-        captions = _read_captions(members, file)
+        captions = _read_captions(members, file, limits.caption_names)
     except UserError as error:
         problem = str(error)
     return CaptionedImage(
@@ -255,23 +230,35 @@ def _describe_missing(images: list[str]) -> str:
     return shorten(f"{names}; keys end at the first dot, --tar_keys last_dot changes this", 200)
 
 
-def _read_captions(members: Members, file: _TarFile) -> tuple[str, ...]:
-    if "txt" in members:
-        # A longer text is cut anyway; at its new end may be a part of a character.
-        data = _read_member(file, members["txt"], MAX_TEXT_BYTES, cut=True)
-        try:
-            return (data.decode("utf-8-sig"),)
-        except UnicodeDecodeError as error:
-            if error.start < MAX_TEXT_BYTES - 4:
-                raise UserError(f"the caption is not UTF-8 ({error.reason})") from None
-            return (data.decode("utf-8-sig", "ignore"),)
-    found = None
-    if "json" in members:
+def _read_captions(members: Members, file: _TarFile, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Captions under all `names`; without names KEY.txt, or else "caption" in KEY.json."""
+    if not names:
+        names = ("txt",) if "txt" in members else ("caption",)
+    found: list[object] = []
+    metadata: dict[str, Any] = {}
+    if "json" in members and not all(name.lower() in members for name in names):
         data = _read_member(file, members["json"], MAX_JSON_BYTES)
-        found = parse_json(TarMetadata, data, "malformed json of the key").caption
+        metadata = parse_json(dict[str, Any], data, "malformed json of the key")
+    for name in names:
+        if name.lower() in members:
+            found.append(_read_text(members[name.lower()], file))
+        elif metadata.get(name):
+            found.append(metadata[name])
     if not found:
-        raise UserError("the tar contains no caption (txt, or in json) for this key")
-    return (found,) if isinstance(found, str) else found
+        searched = ", ".join(names) if names != ("caption",) else "txt, or in json"
+        raise UserError(f"the tar contains no caption ({shorten(searched)}) for this key")
+    return tuple(captions_of(found, "json of the key"))
+
+
+def _read_text(member: tarfile.TarInfo, file: _TarFile) -> str:
+    # A longer text is cut anyway; at its new end may be a part of a character.
+    data = _read_member(file, member, MAX_TEXT_BYTES, cut=True)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < MAX_TEXT_BYTES - 4:
+            raise UserError(f"the caption is not UTF-8 ({error.reason})") from None
+        return data.decode("utf-8-sig", "ignore")
 
 
 def _read_member(

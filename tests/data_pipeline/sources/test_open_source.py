@@ -56,7 +56,7 @@ def test_your_own_source_is_encoded(own: EncodeConfig, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("source", "named"),
     [
-        ("cocoa", "expected one of coco, folder, webdataset, table, or package.module:Class"),
+        ("cocoa", "expected one of coco, folder, webdataset, table, .* or package.module:Class"),
         ("no_such_module:Class", "No module named 'no_such_module'; is its folder in PYTHONPATH"),
         ("own_source_of_a_test:Missing", "no attribute 'Missing'"),
         ("os:popen", "expected a subclass of data_pipeline.sources.base.Source"),

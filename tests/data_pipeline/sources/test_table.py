@@ -9,8 +9,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data_pipeline.config import EncodeConfig
+from data_pipeline.config import EncodeConfig, ShardsConfig
 from data_pipeline.encode import encode
+from data_pipeline.shard_tools import verify
+from data_pipeline.sources.base import ReadLimits
 from data_pipeline.sources.table import CaptionTable
 from ifvit.errors import UserError
 from ifvit.shards.reader import ShardReader
@@ -72,8 +74,12 @@ def test_a_table_is_encoded(config: EncodeConfig) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
-        ("t.csv", "path,text\n1.jpg,x\n", "t.csv:2: no text in column 'caption'; .* path, text"),
-        ("t.csv", "path,caption\n1.jpg\n", "t.csv:2: no text in column 'caption'"),
+        (
+            "t.csv",
+            "path,text\n1.jpg,x\n",
+            "t.csv:2: no column 'caption'; .*--caption_key",
+        ),
+        ("t.csv", "path,caption\n1.jpg\n", "t.csv:2: fewer cells than columns"),
         ("t.csv", "path,caption\n1.jpg,a,b\n", "t.csv:2: more cells than columns"),
         ("t.csv", 'path,caption\n1.jpg,"a\n', "not CSV"),
         ("t.csv", "path,caption\n", "no rows"),
@@ -88,7 +94,11 @@ def test_a_table_is_encoded(config: EncodeConfig) -> None:
         ("t.csv", "path,caption\nnone.jpg,x\n", "none.jpg: no such file; paths in .* start at"),
         ("t.jsonl", '{"path": "1.jpg", "caption": "x"}\n{', "t.jsonl:2: Invalid JSON"),
         ("t.jsonl", "[1]", "t.jsonl:1: .*object"),
-        ("t.jsonl", '{"path": "1.jpg", "caption": 3}', "t.jsonl:1: no text in column 'caption'"),
+        (
+            "t.jsonl",
+            '{"path": "1.jpg", "caption": 3}',
+            "t.jsonl:1: the caption is no text and no list",
+        ),
         ("t.parquet", "PAR1", "t.parquet: not Parquet"),
         ("t.csv", b"path,caption\n1.jpg,K\xe4se\n", "t.csv: not UTF-8"),
         (
@@ -151,3 +161,39 @@ def test_a_parquet_file_that_expands_without_bound_is_refused(
     monkeypatch.setattr("data_pipeline.sources.table.MAX_BYTES", 1_000_000)
     with pytest.raises(UserError, match=r"more than 1,000,000 characters; divide the table"):
         CaptionTable(images, str(table))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_captions_come_from_several_columns_and_lists(images: str, suffix: str) -> None:
+    rows = [
+        {"path": "1.jpg", "short": "a fox", "long": ["a red fox", "a fox\u2028runs"]},
+        {"path": "b/2.jpg", "short": "", "long": []},
+        {"path": "b/2.jpg", "short": None, "long": None},
+    ]
+    table = Path(images, f"t.{suffix}")
+    if suffix == "jsonl":
+        table.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    source = CaptionTable(images, str(table), ReadLimits(caption_names=("long", "short")))
+    assert source.images[0].captions == ("a red fox", "a fox\u2028runs", "a fox")
+    assert source.images[1].captions == ("", "", "")
+    with pytest.raises(UserError, match=r"column.*caption.* short, long"):
+        CaptionTable(images, str(table))
+
+
+def test_rows_without_a_caption_cost_their_image_only(
+    config: EncodeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(path.name for path in Path(config.images).iterdir())
+    captions = [None, "", ["two", "texts"], *["one"] * 7]
+    table = Path(config.images).parent / "table.jsonl"
+    rows = [{"path": p, "text": c} for p, c in zip(names, captions, strict=True)]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    recipe = replace(config, source="table", captions=str(table), caption_key="text", tolerate=2)
+    encode(recipe)
+    verify(ShardsConfig(url=config.output))
+    out = capsys.readouterr().out
+    assert "2 of 10 images could not be read" in out
+    assert "all its captions are blank" in out
+    assert "8 images, 9 captions: every hash" in out

@@ -16,6 +16,7 @@ from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from data_pipeline.encoders import read_or_fail
+from data_pipeline.sources import open_source
 from data_pipeline.sources.preparation import open_unit
 from data_pipeline.sources.tars import WebDatasetTars
 from ifvit import storage
@@ -121,8 +122,8 @@ def test_an_empty_tar_is_an_empty_shard(tars: EncodeConfig) -> None:
 @pytest.mark.parametrize(
     ("pattern", "captions", "named"),
     [
-        ("nowhere", None, "nowhere: no such tar"),
-        ("/{00000..00002}.tar", None, "00002.tar: no such tar"),
+        ("nowhere", None, "nowhere: no such .tar file"),
+        ("/{00000..00002}.tar", None, "00002.tar: no such .tar file"),
         ("/{00000.tar", None, "Unbalanced braces"),
         ("", "captions.json", r"captions\.json is set, but tars contain their captions"),
     ],
@@ -163,7 +164,7 @@ def huge_pax_size() -> bytes:
         ({"x.jpg": b"", "x.json": b"\xff\xfe"}, "Invalid JSON"),
         ({"x.jpg": b"", "x.json": b"[" * 100_000}, "recursion limit"),
         ({"x.jpg": b"", "x.json": b"[]"}, "object"),
-        ({"x.jpg": b"", "x.json": b'{"caption": 3}'}, "string"),
+        ({"x.jpg": b"", "x.json": b'{"caption": 3}'}, "no text and no list of texts"),
         ({"x.jpg": b"", "x.json": b'{"caption": null}'}, "no caption"),
         ({"x.jpg": b"", "x.json": bytes((1 << 24) + 1)}, "larger than 16,777,216 bytes"),
         ({"x.jpg": b"", "x.txt": b"x\xe9"}, "not UTF-8"),
@@ -320,3 +321,30 @@ def test_other_tars_are_another_job(tars: EncodeConfig) -> None:
     Path(tars.images, "00001.tar").rename(Path(tars.images, "00002.tar"))
     with pytest.raises(UserError, match="source_sha256"):
         encode(tars)
+
+
+def test_captions_have_the_suffixes_or_keys_that_the_recipe_names(
+    tars: EncodeConfig, samples: list[Members]
+) -> None:
+    (image,) = (data for name, data in samples[0].items() if name.endswith(".jpg"))
+    members = {
+        "a.jpg": image,
+        "a.txt": b"an address",
+        "a.cap": b"\xef\xbb\xbfa text",
+        "a.json": b'{"alt": ["one", "two"], "caption": "unused"}',
+        "b.jpg": image,
+        "b.CAP": b"only text",
+        "c.jpg": image,
+        "c.txt": b"an address",
+    }
+    write_tar(Path(tars.images, "00000.tar"), members)
+    recipe = replace(tars, caption_key=".cap, alt", tolerate=1)
+    unit = open_source(recipe).units(10)[0]
+    found = unit.open()
+    assert [image.captions for image in found] == [("a text", "one", "two"), ("only text",), ()]
+    assert found[2].problem == "the tar contains no caption (cap, alt) for this key"
+    assert open_source(recipe).sha256 != open_source(tars).sha256
+    with pytest.raises(UserError, match="caption_key: 'a,' has an empty name"):
+        open_source(replace(tars, caption_key="a,"))
+    with pytest.raises(UserError, match=r"caption_key: alt .*coco has no use for it"):
+        open_source(replace(tars, source="coco", captions="x.json", caption_key="alt"))
