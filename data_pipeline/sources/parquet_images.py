@@ -32,7 +32,8 @@ from ifvit.errors import UserError
 from ifvit.records import shorten
 
 IMAGE = "image"
-_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 4 << 20
+"""Bytes that one read of a column asks for; a larger page is read as a whole."""
 REQUESTS_AT_ONCE = 16
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
 
@@ -118,6 +119,7 @@ class ParquetImages(Source):
                 open=partial(_open_rows, part, start, samples_per_shard, self._limits),
                 num_images=part.num_rows and min(samples_per_shard, part.num_rows - start),
                 is_listed=False,
+                files=(part.url,),
             )
             for number, part in enumerate(self._parts)
             for start in range(0, part.num_rows or 1, samples_per_shard)
@@ -185,7 +187,8 @@ def _open_rows(
 ) -> list[CaptionedImage]:
     """List up to `num_rows` rows from `start` on, after copying their images to a temporary file.
 
-    The file on disk is freed with the list. Raises UserError when the Parquet file is broken.
+    The file on disk is freed with the list. Raises UserError when the Parquet file is broken, and
+    OSError when the disk is full.
     """
     if part.problem:
         raise UserError(part.problem)
@@ -202,7 +205,7 @@ def _open_rows(
             raise UserError(f"{part.url}: more than {MAX_BYTES:,} characters in one shard")
         offset = copies.tell()
         if data and len(data) <= limits.max_bytes:
-            _write(copies, data)
+            copies.write(data)
         images.append(
             CaptionedImage(
                 key=f"{_name(part.url).removesuffix('.parquet')}-{number:08d}",
@@ -213,6 +216,7 @@ def _open_rows(
                 problem="" if data else "the row holds no bytes of an image",
             )
         )
+    copies.flush()
     if len(images) < num_rows:
         raise UserError(f"{part.url}: not Parquet (rows are missing)")
     return images
@@ -222,7 +226,8 @@ def _read_rows(part: ParquetPart, start: int) -> Iterator[dict[str, Any]]:
     """Rows from `start` on, read page by page; earlier row groups are skipped."""
     columns = [part.image, *part.captions]
     with reading_parquet(part.url) as pyarrow, storage.open_ranges(part.url) as file:
-        table = pyarrow.parquet.ParquetFile(file, metadata=part.metadata, buffer_size=_BUFFER_BYTES)
+        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}  # reads page by page
+        table = pyarrow.parquet.ParquetFile(file, metadata=part.metadata, **options)
         first = 0
         for group in range(table.num_row_groups):
             end = first + part.metadata.row_group(group).num_rows
@@ -234,15 +239,6 @@ def _read_rows(part: ParquetPart, start: int) -> Iterator[dict[str, Any]]:
                 rows = (row for batch in batches for row in batch.to_pylist())
                 yield from islice(rows, max(0, start - first), None)
             first = end
-
-
-def _write(file: Any, data: bytes) -> None:
-    try:
-        file.write(data)
-        file.flush()
-    except OSError as error:
-        folder = tempfile.gettempdir()
-        raise UserError(f"{folder}: {error.strerror}; set TMPDIR to a larger disk") from None
 
 
 def _read_copy(file: Any, offset: int, num_bytes: int, max_bytes: int) -> bytes:
