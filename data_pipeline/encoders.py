@@ -80,14 +80,15 @@ class EncodedBatch:
     """Moments (B, 2C, h, w) of the B readable images of a batch and, if asked, of their flips.
 
     `contexts` (T, M, D) embeds the T captions of these images, image after image. Fields are None
-    where there is nothing to encode. Tensors stay on the device, so the encoders need not wait for
-    the copy to the CPU.
+    where there is nothing to encode. `cut` are the captions of too many tokens. Tensors stay on the
+    device, so the encoders need not wait for the copy to the CPU.
     """
 
     decoded: DecodedBatch
     moments: Tensor | None
     flipped: Tensor | None
     contexts: Tensor | None
+    cut: frozenset[str] = frozenset()
 
 
 def map_ahead(
@@ -193,6 +194,7 @@ class Encoders:
     def encode(self, batch: DecodedBatch) -> EncodedBatch:
         """Encode the readable images and their captions, equal captions of a shard only once."""
         moments = flipped = contexts = None
+        cut: frozenset[str] = frozenset()
         if batch.readable and batch.stored:
             moments = _stack([sample.moments for sample in batch.stored])
             flips = [s.flipped for s in batch.stored if s.flipped is not None]
@@ -204,9 +206,14 @@ class Encoders:
             flipped = self.vae.encode(pixels.flip(-1)) if self._flip else None
         if batch.readable and self.text:
             contexts = self._encode_captions(batch, self.text)
+            cut = self.text.find_cut(
+                {text for image, _ in batch.readable for text in image.captions}
+            )
         if batch.is_last:
             self._kept = {}
-        return EncodedBatch(decoded=batch, moments=moments, flipped=flipped, contexts=contexts)
+        return EncodedBatch(
+            decoded=batch, moments=moments, flipped=flipped, contexts=contexts, cut=cut
+        )
 
     def _encode_captions(self, batch: DecodedBatch, encoder: TextEncoder) -> Tensor:
         captions = [caption for image, _ in batch.readable for caption in image.captions]

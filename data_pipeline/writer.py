@@ -37,6 +37,7 @@ from ifvit.shards.format import LatentSample, SampleMetadata
 
 SHARDS_AT_ONCE = 2
 BATCHES_QUEUED = 2
+TOO_LONG = "captions have more tokens than the text encoder reads; their ends have no effect"
 
 _Batches = queue.Queue[EncodedBatch | None]
 """Batches of one shard on their way to its thread; None tells the thread to give up."""
@@ -144,9 +145,10 @@ class _Samples:
         end = 0
         for row, (image, decoded) in enumerate(batch.decoded.readable):
             start, end = end, end + len(image.captions)
+            too_long = [TOO_LONG] if batch.cut.intersection(image.captions) else []
             self.remarks += [
                 Remark(text=text, num_images=1, first=image.name)
-                for text in (*image.remarks, *decoded.remarks)
+                for text in (*image.remarks, *decoded.remarks, *too_long)
             ]
             yield LatentSample(
                 key=image.key,

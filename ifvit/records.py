@@ -248,6 +248,24 @@ def _describe(problems: Any) -> str:
     return shorten(f"{key}: {words}" if key else words, 300)
 
 
+def decode_text(data: bytes, where: str) -> str:
+    """Decode UTF-8 with or without a byte order mark. Raises UserError naming `where`."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 at byte {error.start:,} ({error.reason}); convert the text"
+        ) from None
+
+
+def decode_lines(data: bytes, where: str) -> list[str]:
+    r"""Decode the lines of a text, which end in \n, \r\n or \r.
+
+    `str.splitlines` would also divide lines at form feeds, U+0085 and U+2028.
+    """
+    return decode_text(data, where).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Refuses merge keys, which a few hundred bytes can multiply to billions of entries."""
 

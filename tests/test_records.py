@@ -17,6 +17,7 @@ from ifvit.records import (
     RelativePath,
     Rule,
     Sha256,
+    decode_lines,
     dump_csv,
     dump_rows,
     dump_sealed,
@@ -278,3 +279,11 @@ def test_a_record_may_ignore_keys_that_it_does_not_know() -> None:
 def test_a_loop_of_links_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     assert path_inside(tmp_path, "loop") == tmp_path / "loop"
+
+
+def test_lines_of_text_end_as_editors_end_them_and_nowhere_else() -> None:
+    inside = "a\x0cb\x0bc\x85d\u2028e\u2029f\x1cg"
+    data = f"\ufeff{inside}\r\n\r\nsecond\rthird\nlast".encode()
+    assert decode_lines(data, "x.txt") == [inside, "", "second", "third", "last"]
+    with pytest.raises(UserError, match=r"x\.txt: not UTF-8 at byte 3 .*convert"):
+        decode_lines("caf\xe9".encode("latin-1"), "x.txt")

@@ -5,6 +5,7 @@ prompts; `studies` plots the rows. Imports no torch.
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -22,6 +23,8 @@ from ifvit.records import (
     PositiveInt,
     Rule,
     Sha256,
+    decode_lines,
+    decode_text,
     parse_json,
     parse_value,
     record,
@@ -34,7 +37,9 @@ MAX_ASKED = 16
 _MAX_OBJECTS = 200
 """Different objects in a set of prompts; each is a plot of the report."""
 
-Line = Annotated[str, Rule("one line of text", lambda value: len(value.strip().splitlines()) == 1)]
+Line = Annotated[
+    str, Rule("one line of text", lambda value: value.strip() and not {*"\r\n"} & {*value.strip()})
+]
 AskedCount = Annotated[int, Rule(f"from 1 to {MAX_ASKED}", lambda value: 1 <= value <= MAX_ASKED)]
 
 _PAPER_OBJECTS = {
@@ -201,22 +206,23 @@ def _read_prompts(source: str) -> list[CountPrompt]:
     """The prompts of a file; its ending names the format."""
     if not source.endswith((".csv", ".jsonl")):
         raise UserError(f"prompts {source}: give paper, scenes or a .jsonl or .csv file")
-    try:
-        lines = storage.read_bytes(source).decode("utf-8-sig").splitlines()
-        table = list(csv.DictReader(lines, strict=True)) if source.endswith(".csv") else []
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{source}: not readable ({error}); write prompt, object and count"
-        ) from None
+    data = storage.read_bytes(source)
     if source.endswith(".jsonl"):
         found: list[Any] = [
             parse_json(dict[str, Any], line, f"{source}, line {number}")
-            for number, line in enumerate(lines, 1)
+            for number, line in enumerate(decode_lines(data, source), 1)
             if line.strip()
         ]
     else:  # a CSV file has text only
+        text = io.StringIO(decode_text(data, source), newline="")
+        try:
+            table = list(csv.DictReader(text, strict=True))
+        except csv.Error as error:
+            raise UserError(
+                f"{source}: not readable ({error}); write prompt, object and count"
+            ) from None
         found = [
-            {key: int(text) if _is_count(key, text) else text for key, text in row.items()}
+            {key: int(cell) if _is_count(key, cell) else cell for key, cell in row.items()}
             for row in table
         ]
     return [

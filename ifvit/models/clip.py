@@ -3,7 +3,7 @@
 Shapes: B batch, M context tokens, D context width, E feature width, H, W image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,19 @@ class TextEncoder:
     def encode(self, captions: list[str]) -> Tensor:
         """B captions => context (B, M, D), after CLIP's final layer norm."""
         return encode_captions(self.model, self.tokenizer, captions)
+
+    def find_cut(self, captions: Iterable[str]) -> frozenset[str]:
+        """Captions of more tokens than the tower reads, whose last tokens have no effect."""
+        length = self.context_shape[0]
+        # Each token stands for one byte or more; two tokens mark start and end.
+        long = [caption for caption in captions if len(caption.encode()) + 2 > length]
+        if not long:
+            return frozenset()
+        texts = [caption[:MAX_CHARACTERS] for caption in long]
+        tokens = self.tokenizer(texts, verbose=False).input_ids
+        return frozenset(
+            caption for caption, ids in zip(long, tokens, strict=True) if len(ids) > length
+        )
 
     def null_context(self) -> Tensor:
         """(M, D) context of the empty caption, which stands for "no text" under guidance."""

@@ -13,6 +13,7 @@ from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.clip import MAX_CHARACTERS
 from ifvit.models.weights import WeightsInfo
+from ifvit.records import decode_lines
 from ifvit.sampling.alignment import build_method
 from ifvit.sampling.config import GenerateConfig
 from ifvit.sampling.load import (
@@ -126,10 +127,7 @@ def _read_prompts(config: GenerateConfig, info: WeightsInfo) -> list[str]:
 
 def read_prompt_file(url: str) -> list[str]:
     """Read the non-empty lines of a text file. Raises UserError if there are none."""
-    try:
-        lines = storage.read_bytes(url).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{url}: not UTF-8 text ({error}); convert the file") from None
+    lines = decode_lines(storage.read_bytes(url), url)
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{url}: no prompts in this file; write one per line")

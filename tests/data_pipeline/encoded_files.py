@@ -27,6 +27,11 @@ def hashes(config: EncodeConfig) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_of(path) for path in files}
 
 
+def without_markers(found: dict[str, str]) -> dict[str, str]:
+    """Hashes of the data set itself; markers hold the times of the input files."""
+    return {name: value for name, value in found.items() if not name.startswith("completed")}
+
+
 def undisturbed_hashes(config: EncodeConfig) -> dict[str, str]:
     """Hashes after one process has encoded the same dataset into a folder of its own."""
     config = replace(config, output=config.output + "_undisturbed")

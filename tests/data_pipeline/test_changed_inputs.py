@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoded_files import finish, flip_bit, hashes, image_files, record_shards, truncate
+from encoded_files import (
+    finish,
+    flip_bit,
+    hashes,
+    image_files,
+    record_shards,
+    truncate,
+    without_markers,
+)
 
 from data_pipeline.completion import read_marker
 from data_pipeline.config import EncodeConfig
@@ -38,10 +46,6 @@ def vae_batches(written: list[str], monkeypatch: pytest.MonkeyPatch) -> list[int
 
     monkeypatch.setattr(Autoencoder, "encode", record)
     return sizes
-
-
-def shards_only(config: EncodeConfig) -> dict[str, str]:
-    return {name: value for name, value in hashes(config).items() if "completed" not in name}
 
 
 def rewrite_caption(config: EncodeConfig, old: str, new: str) -> None:
@@ -76,13 +80,13 @@ def test_an_image_of_equal_size_is_known_by_its_time(
 def test_a_copied_folder_with_new_times_costs_no_encoding(
     config: EncodeConfig, written: list[str]
 ) -> None:
-    before = shards_only(config)
+    before = without_markers(hashes(config))
     for path in image_files(config):
         os.utime(path, ns=(1, 1))
     finish(config)
     marker = read_marker(config.output, "shard-00000")
     finish(config)  # the new times are stored, so that no image is read again
-    assert (written, shards_only(config)) == ([], before)
+    assert (written, without_markers(hashes(config))) == ([], before)
     assert read_marker(config.output, "shard-00000") == marker
 
 
@@ -120,10 +124,10 @@ def test_moments_of_a_damaged_shard_are_not_used_again(
 def test_images_that_are_gone_keep_their_latents_and_broken_ones_do_not(
     config: EncodeConfig, written: list[str]
 ) -> None:
-    before = shards_only(config)
+    before = without_markers(hashes(config))
     image_files(config)[5].unlink()
     finish(config)
-    assert (written, shards_only(config)) == ([], before)
+    assert (written, without_markers(hashes(config))) == ([], before)
     truncate(image_files(config)[-1])
     with pytest.raises(UserError, match=r"1 of 10 images .*truncated"):
         encode(config)

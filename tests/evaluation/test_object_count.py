@@ -97,6 +97,7 @@ def test_prompts_of_scenes_ask_for_what_their_captions_say() -> None:
         ("list.jsonl", "\n\n".join(json.dumps(vars(one)) for one in LIST)),
         ("list.csv", '\ufeffcount,object,prompt\n2,clock,"two clocks, one above the other"\n'
                      "12,egg,a dozen eggs\n"),
+        ("windows.jsonl", "\ufeff" + "\r\n".join(json.dumps(vars(one)) for one in LIST)),
     ],
 )  # fmt: skip
 def test_a_list_of_prompts_is_the_same_in_every_format(
@@ -104,6 +105,16 @@ def test_a_list_of_prompts_is_the_same_in_every_format(
 ) -> None:
     (tmp_path / name).write_text(text)
     assert read_count_prompts(str(tmp_path / name)) == LIST
+
+
+def test_rare_characters_inside_a_prompt_do_not_end_its_line(tmp_path: Path) -> None:
+    prompt = CountPrompt(prompt="two\u2028clocks\x85or\x0cmore", object="clock", count=2)
+    for name, text in (
+        ("a.jsonl", json.dumps(vars(prompt), ensure_ascii=False)),
+        ("a.csv", f"prompt,object,count\n{prompt.prompt},clock,2\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_count_prompts(str(tmp_path / name)) == [prompt]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import build_backbone, load_weights, save_weights
 from ifvit.sampling.config import DateConfig, ExportConfig, GenerateConfig, SamplingConfig
 from ifvit.sampling.export import export
-from ifvit.sampling.generate import generate
+from ifvit.sampling.generate import generate, read_prompt_file
 from ifvit.sampling.load import load_conditions
 from ifvit.sampling.pipeline import FusionPipeline
 from ifvit.sampling.samples import read_settings
@@ -45,6 +45,13 @@ def read_rows(folder: Path) -> list[dict[str, object]]:
 def assert_same_picture(one: bytes, other: bytes) -> None:
     """Allow one unit per pixel: another batch size may round a value differently."""
     assert abs(decode_png(one).astype(int) - decode_png(other)).max() <= 1
+
+
+def test_three_lines_of_prompts_are_three_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    prompts = ["a red\u2028circle", "two\x85squares", "a\x0cstar"]
+    path.write_bytes("\r\n".join(prompts).encode("utf-8-sig"))
+    assert read_prompt_file(str(path)) == prompts
 
 
 def test_prompts_become_files_rows_and_a_grid(weights: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Images of any source get safe keys and bounded, valid captions before they are encoded."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from data_pipeline.shard_tools import verify
 from data_pipeline.sources.base import MAX_CAPTION, CaptionedImage, Unit
 from data_pipeline.sources.preparation import open_unit
 from ifvit.errors import UserError
+from ifvit.models.clip import load_text_encoder
 from ifvit.shards.reader import ShardReader
 
 
@@ -76,6 +78,24 @@ def test_the_summary_counts_what_was_changed_once_and_names_the_first(
     assert len(ShardReader(config.output).metadata(0).captions[0]) == MAX_CAPTION
     finish(config)  # a rerun that encodes nothing counts the same
     assert "2 images: captions of more than 10,000 characters" in capsys.readouterr().out
+
+
+def test_captions_of_too_many_tokens_are_counted_and_the_first_is_named(
+    config: EncodeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(str(config.captions))
+    content = json.loads(path.read_text())
+    captions = ["red " * 14, "red " * 15, "é" * 8, "word " * 50]  # the tower reads 16 tokens
+    for entry, caption in zip(content["annotations"][:4], captions, strict=True):
+        entry["caption"] = caption
+    path.write_text(json.dumps(content))
+    finish(config)
+    encoder = load_text_encoder(str(config.text_encoder))
+    assert encoder.find_cut(captions) == set(captions[1:])
+    assert re.search(
+        r"2 images: captions have more tokens .*; the first is COCO_.*10\.jpg",
+        (capsys.readouterr().out),
+    )
 
 
 def test_rejected_images_are_counted_by_reason(config: EncodeConfig) -> None:
