@@ -14,6 +14,7 @@ from data_pipeline.config import EncodeConfig, InspectConfig, MergeConfig, Shard
 from data_pipeline.shard_io import write_shard
 from data_pipeline.shard_tools import check_unique, inspect_shards, merge, stats, verify
 from ifvit.errors import UserError
+from ifvit.image_rules import ImageRules
 from ifvit.shards.cache import read_index
 from ifvit.shards.format import (
     LatentSample,
@@ -205,6 +206,7 @@ def test_datasets_that_were_encoded_differently_are_not_merged(
     others = {
         "dtype": replace(config, dtype="float32"),
         "flipped": replace(config, flip=True),
+        "image_rules": replace(config, image_rules=ImageRules(background="black")),
         "null_context": replace(config, precision="bf16"),
         "vae": replace(config, vae=other_encoders.vae),
         "text_encoder": replace(config, text_encoder=other_encoders.text_encoder),

@@ -198,6 +198,18 @@ def test_statistics_that_no_images_have_are_one_line(
     assert str(raised.value).isprintable()
 
 
+def test_the_hash_of_real_images_covers_their_content_size_and_rules(tmp_path: Path) -> None:
+    path, group = tmp_path / "a.png", ProcessGroup(World(rank=0, size=1, local_rank=0))
+    path.write_bytes(b"any")
+    digests = {
+        hash_images([path], 64, ImageRules(background=name), group) for name in ("red", "tan")
+    }
+    digests.add(hash_images([path], 32, ImageRules(background="red"), group))
+    path.write_bytes(b"other")
+    digests.add(hash_images([path], 64, ImageRules(background="red"), group))
+    assert len(digests) == 4
+
+
 def test_a_huge_file_is_refused_before_it_is_hashed(tmp_path: Path) -> None:
     huge = tmp_path / "huge.jpg"
     huge.touch()
