@@ -115,7 +115,7 @@ def load_job(folder: Path, job_id: str) -> VerbJob:
 
 def write_snapshot(folder: Path) -> Path:
     """Copy the packages to FOLDER/HASH and return that path; equal code is copied only once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(0o755, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new_", dir=folder) as new:
         copy = Path(new, "code")
         for package in PACKAGES:
@@ -123,6 +123,8 @@ def write_snapshot(folder: Path) -> Path:
             shutil.copytree(
                 ROOT / package, copy / package, ignore=ignored, copy_function=_copy_read_only
             )
+        for path in (copy, *filter(Path.is_dir, copy.rglob("*"))):
+            path.chmod(0o755)  # whatever the umask: nobody else may change the code of our jobs
         target = folder / _hash(copy)
         try:
             copy.rename(target)

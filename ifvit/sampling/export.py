@@ -119,7 +119,7 @@ def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneCon
     recipe = storage.read_bytes(recipe_url)
     return (
         card
-        + f"\n## Data\n{_format_data(_read_shards(recipe, recipe_url))}"
+        + f"\n## Data\n{_format_data(run, _read_shards(recipe, recipe_url))}"
         + f"\n## Metrics\n{_format_metrics(run, info.step, sha256)}"
         + f"\n## Recipe\n{_format_code(recipe.decode(errors='replace'), 'yaml')}"
     )
@@ -131,8 +131,11 @@ def _read_shards(recipe: bytes, where: str) -> str:
     return parse_value(str, stored.get("shards"), f"{where}: shards")
 
 
-def _format_data(shards: str) -> str:
+def _format_data(run: str, shards: str) -> str:
+    """Describe the shards; a local run makes no request to the store that its recipe names."""
     try:
+        if storage.is_remote(shards) and not storage.is_remote(run):
+            return _format_table({"shards": shards})
         manifest = read_manifest(shards)
     except UserError as error:
         return f"The manifest of the shards could not be read ({_escape(error)}).\n"

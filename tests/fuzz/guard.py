@@ -24,8 +24,8 @@ import torch
 
 from ifvit.errors import UserError
 
-SECONDS = 5.0
-"""A reader that takes longer has hung."""
+SECONDS = 20.0
+"""A reader that takes longer has hung; the slowest takes one second on an idle machine."""
 MEMORY = 500 << 20
 """Bytes that a reader may take besides what the process had before."""
 MESSAGE = 600

@@ -57,6 +57,16 @@ def test_the_card_describes_weights_recipe_and_missing_data(run: Path, tmp_path:
     assert json.loads((tmp_path / "vae/config.json").read_text())["scaling_factor"] == 0.5
 
 
+def test_a_local_run_asks_no_store_that_its_recipe_names(run: Path, tmp_path: Path) -> None:
+    recipe = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text("shards: s3://store-of-a-stranger/shards\n")
+    try:
+        card = read_card(run, tmp_path, evaluated="other weights")
+    finally:
+        (run / "config.yaml").write_text(recipe)
+    assert "| shards | s3://store-of-a-stranger/shards |" in card
+
+
 def test_the_card_shows_metrics_of_the_exported_weights(run: Path, tmp_path: Path) -> None:
     digest = read_stored_weights(find_weights(str(run))).tensors_sha256
     card = read_card(run, tmp_path, evaluated=digest)

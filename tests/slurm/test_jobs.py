@@ -127,6 +127,15 @@ def test_a_job_runs_the_snapshot_although_its_working_directory_is_a_checkout(
     assert str(ROOT / "slurm") not in ran.stderr
 
 
+def test_nobody_else_can_change_the_code_of_jobs(tmp_path: Path) -> None:
+    umask = os.umask(0o002)
+    try:
+        code = write_snapshot(tmp_path / "code")
+    finally:
+        os.umask(umask)
+    assert not any(path.stat().st_mode & 0o022 for path in (code.parent, code, *code.rglob("*")))
+
+
 def test_equal_code_has_one_snapshot_and_edited_code_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,7 @@ def test_axes_give_one_run_per_combination() -> None:
     assert (early.backbone.conditioning, early.backbone.num_image_blocks) == ("concat", 0)
     assert intermediate.backbone.conditioning == "cross_attention"
     assert (intermediate.backbone.num_image_blocks, intermediate.backbone.num_text_blocks) == (4, 1)
-    same = {"run": "", "seed": 0, "backbone": None}
+    same = {"run": "runs/any", "seed": 0, "backbone": None}
     assert replace(early, **same) == replace(intermediate, **same)
 
 
