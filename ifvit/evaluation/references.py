@@ -188,7 +188,8 @@ def list_images(folder: str) -> list[Path]:
 
 def _is_reference(folder: Path, path: Path) -> bool:
     name = path.relative_to(folder)
-    if path.suffix.lower() not in IMAGE_SUFFIXES or any(part[0] == "." for part in name.parts):
+    is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
+    if is_hidden or path.suffix.lower() not in IMAGE_SUFFIXES:
         return False
     is_overview = path.name == "grid.png" or path.name.startswith("real_")
     if is_overview and path.with_name("samples.jsonl").exists():

@@ -128,6 +128,10 @@ def test_images_that_are_gone_keep_their_latents_and_broken_ones_do_not(
     image_files(config)[5].unlink()
     finish(config)
     assert (written, without_markers(hashes(config))) == ([], before)
+    Path(config.output, "manifest.json").unlink()
+    image_files(config)[0].unlink()
+    finish(config)  # the round trip leaves this image out
+    assert (written, without_markers(hashes(config))) == ([], before)
     truncate(image_files(config)[-1])
     with pytest.raises(UserError, match=r"1 of 10 images .*truncated"):
         encode(config)

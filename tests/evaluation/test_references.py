@@ -221,7 +221,7 @@ def test_a_huge_file_is_refused_before_it_is_hashed(tmp_path: Path) -> None:
 def test_only_real_images_count_as_reference_images(tmp_path: Path) -> None:
     for name in (
         *("a.png", "two_cats/b.JPG", "real_life.png", "grid.png"),
-        *(".hidden.png", ".trash/c.png", "deep/.trash/d.png", "e.txt"),
+        *(".hidden.png", ".trash/c.png", "deep/.trash/d.png", "__MACOSX/f.png", "e.txt"),
         *("samples/00000.png", "samples/grid.png", "samples/real_00000.png"),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
