@@ -574,10 +574,11 @@ def _retry(url: str, action: Callable[[FileSystem], Result]) -> Result:
             raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            if isinstance(error, PermissionError) or type(error).__name__ in _CREDENTIAL_ERRORS:
+            if _is_refusal(error):
+                needed = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
                 raise StoreError(
-                    f"{url}: the store refuses access ({reason}); set AWS_ACCESS_KEY_ID, "
-                    "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL to credentials with access"
+                    f"{url}: the store refuses access ({reason}); set "
+                    f"{'HF_TOKEN' if url.startswith('hf:') else needed} to credentials with access"
                 ) from error
             if not _is_transient(error):
                 raise
@@ -633,11 +634,18 @@ def _is_precondition_failed(error: Exception) -> bool:
     return bool(response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412)
 
 
+def _is_refusal(error: Exception) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of the hub
+    names_credentials = type(error).__name__ in _CREDENTIAL_ERRORS
+    return isinstance(error, PermissionError) or names_credentials or status in (401, 403)
+
+
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, OSError):  # includes TimeoutError, and s3fs's EIO for unknown answers
         return True
     return any(
-        cls.__module__.split(".")[0] in ("botocore", "aiohttp") for cls in type(error).__mro__
+        cls.__module__.split(".")[0] in ("botocore", "aiohttp", "httpx", "httpx2")
+        for cls in type(error).__mro__
     )
 
 

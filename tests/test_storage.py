@@ -448,3 +448,12 @@ def test_a_patience_that_is_no_number_is_one_line(
     monkeypatch.setenv("IFVIT_STORE_PATIENCE", patience)
     with pytest.raises(UserError, match=f"IFVIT_STORE_PATIENCE is {patience}; it must be"):
         storage.exists("s3://bucket/x")
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("IFVIT_STORE_PATIENCE", "0.1")
+    fsspec.get_filesystem_class("hf").clear_instance_cache()
+    with pytest.raises(StoreError, match=r"hf://datasets/team/name: the store fails"):
+        storage.list_names("hf://datasets/team/name")
+    fsspec.get_filesystem_class("hf").clear_instance_cache()

@@ -128,3 +128,17 @@ def test_a_folder_in_a_store_gives_the_same_shards(recipe: EncodeConfig, s3_buck
     assert storage.walk_files(f"{s3_bucket}/photos/") == storage.walk_files(recipe.images)
     remote = replace(recipe, images=f"{s3_bucket}/photos", output=recipe.output + "2")
     assert finish(remote) == finish(recipe)
+
+
+def test_a_text_that_is_added_costs_its_shard_only(recipe: EncodeConfig) -> None:
+    text = Path(recipe.images, "v1.3.txt")
+    content = text.read_bytes()
+    text.unlink()
+    with pytest.raises(UserError, match=r"1 of 6 images .*v1.3.JPG \(no text file"):
+        encode(recipe)
+    shard = Path(recipe.output, "shard-00000.tar")
+    before = shard.stat().st_mtime_ns
+    text.write_bytes(content)
+    manifest = finish(recipe)
+    assert (manifest.num_samples, manifest.num_captions) == (6, 21)
+    assert shard.stat().st_mtime_ns == before

@@ -54,6 +54,21 @@ def make_tar(path: Path, config: EncodeConfig) -> EncodeConfig:
     return replace(config, source="webdataset", images=str(path), captions=None)
 
 
+def make_parquet(path: Path, config: EncodeConfig) -> EncodeConfig:
+    images = sorted(Path(config.images).iterdir())[:3]
+    rows = [{"image": {"bytes": image.read_bytes()}, "caption": ["x"]} for image in images]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return replace(config, source="parquet", images=str(path), captions=None)
+
+
+def make_texts(path: Path, config: EncodeConfig) -> EncodeConfig:
+    for image in Path(config.images).iterdir():
+        image.rename(path.with_name(image.name))
+        path.with_name(image.name).with_suffix(".txt").write_text("one\ntwo")
+    path.write_text("one\ntwo")
+    return replace(config, source="captioned_folder", images=str(path.parent), captions=None)
+
+
 def make_coco(path: Path, config: EncodeConfig) -> EncodeConfig:
     path.write_bytes(Path(str(config.captions)).read_bytes())
     return replace(config, captions=str(path))
@@ -67,6 +82,8 @@ def make_coco(path: Path, config: EncodeConfig) -> EncodeConfig:
         ("t.parquet", make_table),
         ("t.tar", make_tar),
         ("c.json", make_coco),
+        ("images.parquet", make_parquet),
+        ("COCO_train2014_000000000003.txt", make_texts),
     ],
 )
 def test_every_damage_is_an_image_a_failure_or_one_line(

@@ -13,6 +13,7 @@ from faulty_proxy import Fault, FaultyProxy
 from pyarrow import parquet
 
 from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig
+from data_pipeline.encode import encode
 from data_pipeline.encoders import read_or_fail
 from data_pipeline.shard_tools import inspect_shards, verify
 from data_pipeline.sources import open_source
@@ -209,3 +210,20 @@ def test_files_come_from_a_store_by_ranges(
     data = storage.read_bytes(f"{s3_bucket}/data/train-00000-of-00002.parquet")
     storage.write_bytes(f"{s3_bucket}/data/train-00000-of-00002.parquet", data[:-100])
     assert "not Parquet" in open_source(remote).report()
+
+
+def test_a_mended_file_alone_is_encoded_again(
+    recipe: EncodeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(recipe.images, "train-00000-of-00002.parquet")
+    data = path.read_bytes()
+    path.write_bytes(data[:-100])
+    with pytest.raises(UserError, match=r"1 of 4 images .*00000-of-00002.parquet \(not Parquet"):
+        encode(recipe)
+    shard = Path(recipe.output, "shard-00001-00000.tar")
+    before = shard.stat().st_mtime_ns
+    path.write_bytes(data)
+    manifest = finish(recipe)
+    assert (manifest.num_samples, shard.stat().st_mtime_ns) == (10, before)
+    verify(ShardsConfig(url=recipe.output))
+    assert "10 images, 15 captions: every hash" in capsys.readouterr().out
