@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.config import SizeLimits
 from data_pipeline.shard_io import remove_leftovers
 from ifvit import storage
 from ifvit.arrays import Array
@@ -24,7 +25,6 @@ from ifvit.image_rules import ImageRules
 from ifvit.records import (
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Sha256,
     record,
@@ -131,8 +131,7 @@ def sum_latents(moments: Array) -> LatentSums:
 class CompletionMarker:
     """A finished shard: the job that made it, its manifest entry, and the images left out.
 
-    `remarks` concern the images that it holds. `min_side` and `max_aspect_ratio` are the limits
-    that these passed.
+    `remarks` concern the images that it holds; these are within `size_limits`.
     """
 
     job: Job
@@ -141,8 +140,7 @@ class CompletionMarker:
     failures: tuple[Failure, ...]
     latent_sums: LatentSums
     remarks: tuple[Remark, ...] = ()
-    min_side: PositiveInt
-    max_aspect_ratio: PositiveFloat | None
+    size_limits: SizeLimits
 
 
 def sum_remarks(remarks: Iterable[Remark]) -> tuple[Remark, ...]:

@@ -1,5 +1,6 @@
 """Configuration of the verbs `encode` and `shards`; imports no torch."""
 
+import math
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -8,8 +9,34 @@ from ifvit.image_rules import ImageRules
 from ifvit.records import NonNegativeInt, PositiveFloat, PositiveInt, Rule, record
 
 Side = Annotated[int, Rule("from 1 to 8192", lambda value: 1 <= value <= 8192)]
+SIZE_FLAGS = ("--min_side", "--max_aspect_ratio")
 AspectRatio = Annotated[float, Rule("at least 1", lambda value: value >= 1)]
 NumThreads = Annotated[int, Rule("from 1 to 1024", lambda value: 1 <= value <= 1024)]
+
+
+@record
+class SizeLimits:
+    """Smallest shorter side of an image in pixels, and largest aspect ratio; None: any."""
+
+    min_side: PositiveInt
+    max_aspect_ratio: AspectRatio | None
+
+    def refuse(self, width: int, height: int) -> str:
+        """Give the reason why an image of this size is left out; empty if it is not."""
+        shorter, longer = sorted((width, height))
+        size = f"{width} x {height} pixels"
+        if shorter < self.min_side:
+            least = self.min_side
+            return f"{size}: the shorter side has fewer than {least}; {SIZE_FLAGS[0]} allows less"
+        if longer > shorter * (self.max_aspect_ratio or math.inf):
+            ratio = f"{self.max_aspect_ratio:g}"
+            return f"{size}: the aspect ratio is above {ratio}; {SIZE_FLAGS[1]} allows more"
+        return ""
+
+    def leave_out_more_than(self, other: "SizeLimits") -> bool:
+        """Whether these limits leave out an image that the other ones admit."""
+        ratio, other_ratio = (each.max_aspect_ratio or math.inf for each in (self, other))
+        return self.min_side > other.min_side or ratio < other_ratio
 
 
 @record
@@ -74,9 +101,10 @@ class EncodeConfig:
     """Number of this task, from 0. Default: the position in the SLURM array."""
 
     @property
-    def least_side(self) -> int:
-        """Smallest shorter side of an image that is encoded, in pixels."""
-        return self.min_side or -(-self.image_size // 2)
+    def size_limits(self) -> SizeLimits:
+        """The sizes that images must have."""
+        least = self.min_side or -(-self.image_size // 2)
+        return SizeLimits(min_side=least, max_aspect_ratio=self.max_aspect_ratio)
 
 
 @record

@@ -6,7 +6,6 @@ of all shards writes the manifest (`finish`).
 """
 
 import hashlib
-import math
 import os
 import re
 import sys
@@ -32,7 +31,7 @@ from data_pipeline.completion import (
     sum_remarks,
     write_marker,
 )
-from data_pipeline.config import EncodeConfig
+from data_pipeline.config import SIZE_FLAGS, EncodeConfig
 from data_pipeline.encoders import (
     DecodedBatch,
     EncodedBatch,
@@ -176,9 +175,7 @@ def find_finished(
 
     def update(marker: CompletionMarker) -> CompletionMarker | None:
         unit = by_name[marker.shard.name]
-        is_stricter = config.least_side > marker.min_side or (
-            (config.max_aspect_ratio or math.inf) < (marker.max_aspect_ratio or math.inf)
-        )
+        is_stricter = config.size_limits.leave_out_more_than(marker.size_limits)
         if is_stricter or not is_intact(output, marker.shard):
             return None
         if _became_readable(unit, marker, config, states):
@@ -208,7 +205,10 @@ def _became_readable(
 
     A unit that is costly to open is opened again only if a flag may have changed this.
     """
-    by_flag = any("--" in failure.reason for failure in marker.failures)
+    reasons = [failure.reason for failure in marker.failures]
+    if not marker.size_limits.leave_out_more_than(config.size_limits):  # no flag has raised them
+        reasons = [r for r in reasons if not any(flag in r for flag in SIZE_FLAGS)]
+    by_flag = any("--" in reason for reason in reasons)
     if not (marker.failures and (unit.is_listed or by_flag)):
         return False
     failed = {failure.image_id for failure in marker.failures}

@@ -1,7 +1,6 @@
 """Decoding of images in threads, and the frozen encoders; `encode` calls both batch by batch."""
 
 import contextlib
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -148,7 +147,7 @@ def read_or_fail(image: CaptionedImage, config: EncodeConfig) -> DecodedImage | 
             found = read_square(
                 image.read(), config.image_size, config.image_rules, config.max_megapixels
             )
-            reason = _refuse_shape(found.width, found.height, config)
+            reason = config.size_limits.refuse(found.width, found.height)
             if not reason:
                 return found
     except StoreError:
@@ -158,21 +157,6 @@ def read_or_fail(image: CaptionedImage, config: EncodeConfig) -> DecodedImage | 
     except Exception as error:  # sources of users raise all kinds of errors
         reason = _reason(error)
     return Failure(image_id=image.image_id, file=image.name, reason=shorten(reason, 200))
-
-
-def _refuse_shape(width: int, height: int, config: EncodeConfig) -> str:
-    shorter, longer = sorted((width, height))
-    if shorter < config.least_side:
-        return (
-            f"{width} x {height} pixels: the shorter side has fewer than {config.least_side}; "
-            "--min_side allows less"
-        )
-    if longer > shorter * (config.max_aspect_ratio or math.inf):
-        return (
-            f"{width} x {height} pixels: the aspect ratio is above {config.max_aspect_ratio:g}; "
-            "--max_aspect_ratio allows more"
-        )
-    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -103,8 +103,7 @@ def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -
         failures=tuple(samples.failures),
         latent_sums=samples.latent_sums,
         remarks=sum_remarks(samples.remarks),
-        min_side=config.least_side,
-        max_aspect_ratio=config.max_aspect_ratio,
+        size_limits=config.size_limits,
     )
     write_marker(config.output, marker)
     return marker

@@ -1,6 +1,8 @@
 """The encode job counts the images that each rule touched, and leaves out small and long ones."""
 
+import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from encoded_files import finish, image_files
@@ -50,3 +52,20 @@ def test_small_and_long_images_are_left_out_counted_and_allowed_by_a_field(
     assert finish(replace(narrow, tolerate=3)).num_samples == 7
     assert read_marker(config.output, "shard-00002").failures[0].file == files[9].name
     assert finish(replace(config, min_side=12)).num_samples == 10
+
+
+def test_a_tar_is_opened_again_for_its_small_images_only_when_the_limit_was_lowered(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key, side in (("large", 40), ("small", 9)):
+            Image.new("RGB", (side, side)).save(tmp_path / f"{key}.png")
+            (tmp_path / f"{key}.txt").write_text("a dog")
+            for suffix in ("png", "txt"):
+                tar.add(tmp_path / f"{key}.{suffix}", f"{key}.{suffix}")
+    config = replace(config, source="webdataset", images=str(tmp_path / "a.tar"), captions=None)
+    assert finish(replace(config, tolerate=1)).num_samples == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.sources.tars.open_tar", lambda *_: pytest.fail("opened"))
+        assert finish(replace(config, tolerate=1)).num_samples == 1
+    assert finish(replace(config, min_side=9)).num_samples == 2
