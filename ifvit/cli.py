@@ -19,7 +19,7 @@ from ifvit.verbs import VERBS, check_packages, load
 
 _DISK_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
 }
 """Errors of a folder or its disk that the user can repair, whatever the verb writes there."""
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             # As a process that SIGPIPE kills; the interpreter must not write the rest at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        if error.errno not in _DISK_ERRORS:
+        no_tmpdir = "temporary directory" in str(error)  # of tempfile, with the code ENOENT
+        if error.errno not in _DISK_ERRORS and not no_tmpdir:
             raise
         _fail(f"{error}; repair that or choose another folder", UserError.exit_code)
     except KeyboardInterrupt:

@@ -66,7 +66,8 @@ _S3_OPTIONS = {
 _PERMANENT_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, TypeError, ValueError)
 _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 
-_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+# macOS has both ENOTSUP and EOPNOTSUPP.
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 _connecting = threading.Lock()
 

@@ -36,9 +36,9 @@ from ifvit.sampling.samples import (
     batched,
     image_name,
     image_url,
-    missing_images,
     open_writer,
     read_images,
+    unfinished_images,
     write_samples,
 )
 from ifvit.scenes.score import SceneScore
@@ -158,7 +158,7 @@ def generate_missing(
     Returns None if no image was missing.
     """
     by_position = {prompt.position: prompt for prompt in prompts}
-    missing = [by_position[position] for position in missing_images(folder, by_position)]
+    missing = [by_position[position] for position in unfinished_images(folder, list(by_position))]
     if not missing:
         return None
     started = time.perf_counter()

@@ -179,7 +179,7 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Raise UserError, in one line, for whatever a library raises while it reads a broken file."""
+    """Raise UserError, in one line, for what a library raises on a broken file or a full disk."""
     try:
         yield
     except UserError:

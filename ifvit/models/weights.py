@@ -25,7 +25,7 @@ from ifvit.models.config import (
     restore_config,
 )
 from ifvit.models.fusion_transformer import FusionUViT, TokenTransformer
-from ifvit.models.pretrained import read_shapes, require_shapes
+from ifvit.models.pretrained import read_shapes, reading, require_shapes
 from ifvit.records import (
     Fraction,
     NonNegativeInt,
@@ -121,7 +121,8 @@ def restore_backbone(
 def save_weights(folder: str, backbone: Backbone, info: WeightsInfo) -> None:
     """Write a folder (local or s3://) that `load_weights` and diffusers' from_pretrained read."""
     with tempfile.TemporaryDirectory() as local:
-        backbone.save_pretrained(local, max_shard_size="1TB")
+        with reading(f"{local}: cannot hold the weights; set TMPDIR to a folder on a larger disk"):
+            backbone.save_pretrained(local, max_shard_size="1TB")
         for name in (_TENSORS, _CONFIG):
             upload(Path(local, name), join(folder, name))
         stored = StoredWeights(

@@ -12,7 +12,7 @@ from ifvit import storage
 from ifvit.diffusion.solvers import SOLVERS
 from ifvit.errors import UserError
 from ifvit.models.config import BackboneConfig
-from ifvit.models.pretrained import upload_pretrained
+from ifvit.models.pretrained import reading, upload_pretrained
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.records import (
     NonNegativeFloat,
@@ -75,7 +75,10 @@ def export(config: ExportConfig) -> None:
     )
     with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
         folder = Path(temporary)
-        pipeline.save_pretrained(folder)
+        with reading(
+            f"{folder}: cannot hold the pipeline; set TMPDIR to a folder on a larger disk"
+        ):
+            pipeline.save_pretrained(folder)
         card = format_card(weights, info, model.sha256, model.backbone.config)
         (folder / "README.md").write_text(card)
         # The index is uploaded last, so that a folder that can be loaded is complete.

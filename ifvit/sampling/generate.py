@@ -33,6 +33,7 @@ from ifvit.sampling.samples import (
     missing_images,
     open_writer,
     read_images,
+    unfinished_images,
     write_samples,
 )
 
@@ -44,7 +45,7 @@ def generate(config: GenerateConfig) -> list[str]:
     """Generate `num_images` images per prompt; return the URLs of the PNG files in order.
 
     Image k of prompt i has position k * num_prompts + i, so the first images stay when more images
-    of the same prompts are requested. Existing images are kept. Several processes (torchrun, srun)
+    of the same prompts are requested. Undamaged images are kept. Several processes (torchrun, srun)
     generate a partition each; the last one to finish writes samples.jsonl and the grid.
     Raises UserError for missing prompts, weights or encoders, and if the folder holds images of
     other settings.
@@ -63,7 +64,7 @@ def generate(config: GenerateConfig) -> list[str]:
 
     world = World.from_environment()
     positions = range(len(prompts) * config.num_images)
-    partition = missing_images(config.output, positions[world.rank :: world.size])
+    partition = unfinished_images(config.output, positions[world.rank :: world.size])
     batches = _encode_batches(prompts, conditions, partition, config.batch_size)
     with open_writer(config.output, partition) as write:
         for images in generate_images(sampler, batches, config, method):

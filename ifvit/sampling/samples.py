@@ -20,7 +20,7 @@ from ifvit.errors import UserError
 from ifvit.images import ImageError, Pixels, decode_png, encode_png
 from ifvit.records import NonNegativeInt, PlainName, dump_rows, dump_sealed, record
 
-_NUM_WRITERS = 4
+_NUM_THREADS = 4
 _LIST, _SETTINGS = "samples.jsonl", "settings.json"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _T = TypeVar("_T")
@@ -76,6 +76,17 @@ def read_settings(folder: str) -> dict[str, Any]:
     return storage.read_sealed(dict[str, Any], url) if storage.exists(url) else {}
 
 
+def unfinished_images(folder: str, positions: Sequence[int]) -> list[int]:
+    """List the positions without a PNG file in the folder, or with a damaged one."""
+    missing = set(missing_images(folder, positions))
+    kept = [position for position in positions if position not in missing]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        urls = [image_url(folder, position) for position in kept]
+        intact = list(pool.map(lambda url: _is_intact(storage.read_bytes(url)), urls))
+    missing.update(position for position, whole in zip(kept, intact, strict=True) if not whole)
+    return [position for position in positions if position in missing]
+
+
 def missing_images(folder: str, positions: Iterable[int]) -> list[int]:
     """List the positions without a PNG file in the folder."""
     present = set(storage.list_names(folder))
@@ -100,7 +111,7 @@ def open_writer(folder: str, positions: Sequence[int]) -> Iterator[Callable[[Pix
         progress.update(len(batch))
 
     progress = tqdm(total=len(positions), unit="image", desc="generate", leave=False)
-    with progress, ThreadPoolExecutor(_NUM_WRITERS) as pool:
+    with progress, ThreadPoolExecutor(_NUM_THREADS) as pool:
         yield write
         list(writes)
 

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import resource
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -33,7 +34,7 @@ from ifvit.shards.index import ShardIndex, parse_index
 from ifvit.storage import StoreError
 
 MAX_OPEN = 256
-"""Tars that a reader keeps open: a quarter of the usual limit of descriptors of a process."""
+"""Tars that a reader keeps open, or a quarter of the process's descriptors if these are fewer."""
 _NUM_TRIES = 3
 """Reads of a small object before it counts as damaged at rest, not in transfer."""
 
@@ -124,10 +125,10 @@ class OpenFile:
 class ShardFiles(ABC):
     """Opens the files of a dataset; raises ShardError where one contradicts the manifest."""
 
-    max_open = MAX_OPEN
-
     def __init__(self, url: str) -> None:
         self.url = url
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # 256 on macOS; -1 is no limit
+        self.max_open = min(MAX_OPEN, soft // 4) if soft > 0 else MAX_OPEN
 
     @abstractmethod
     def open_tar(self, entry: ShardEntry) -> OpenFile:
@@ -170,7 +171,7 @@ class CachedFiles(ShardFiles):
         sizes = [entry.num_bytes for entry in manifest.shards]
         self._cache.check_space(sum(sizes))
         # An open file still takes disk space after its eviction, so the cache bounds open files.
-        self.max_open = min(MAX_OPEN, self._cache.num_bytes // max(sizes, default=1))
+        self.max_open = min(self.max_open, self._cache.num_bytes // max(sizes, default=1))
 
     def open_tar(self, entry: ShardEntry) -> OpenFile:
         """Open the copy in the cache, downloading it first if it is absent."""

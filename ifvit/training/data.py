@@ -290,6 +290,6 @@ def _check_dataset(reader: ShardReader, order: BatchOrder) -> None:
     num_shards = min(2 * order.shuffle_window, len(order.shard_sizes))
     if num_shards > reader.max_open:
         raise UserError(
-            f"{reader.url}: cache.gigabytes has room for {reader.max_open} shards, but two windows "
-            f"take {num_shards}; raise cache.gigabytes or lower shuffle_window"
+            f"{reader.url}: {reader.max_open} shards may be open, by cache.gigabytes and a quarter "
+            f"of ulimit -n, but two windows take {num_shards}; raise these or lower shuffle_window"
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ifvit.evaluation.sample_set import ShardConditions, read_prompts
 from ifvit.images import decode_png
 from ifvit.models.clip import load_clip
 from ifvit.models.config import CLASS_PRESETS
+from ifvit.models.pretrained import resolve_pretrained
 from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
 from ifvit.sampling.config import RegulationConfig, SamplingConfig
 from ifvit.sampling.load import load_model
@@ -75,6 +77,17 @@ def test_nothing_is_written_where_a_link_of_the_run_leads(
     with pytest.raises(UserError, match="evaluation: a link that leads out of"):
         evaluate(config)
     assert not any((tmp_path / "outside").iterdir())
+
+
+def test_an_autoencoder_that_moved_is_named_by_a_flag(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    few = dataclasses.replace(with_protocol(config, num_samples=2, scenes=False), images=None)
+    moved = dataclasses.replace(few, vae=str(tmp_path / "vae"))
+    with pytest.raises(UserError, match=r"/vae: no such folder; .*--vae$"):
+        evaluate(moved)
+    shutil.copytree(resolve_pretrained("scenes/vae"), tmp_path / "vae")
+    assert len(evaluate(moved)) == 1
 
 
 def test_a_row_that_exists_needs_no_autoencoder(

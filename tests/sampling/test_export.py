@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import json
 import re
+import resource
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from untrained import save_untrained
 
 from ifvit import storage
+from ifvit.cli import main
 from ifvit.errors import UserError
 from ifvit.models import pretrained
 from ifvit.models.autoencoders import load_autoencoder
@@ -131,6 +134,39 @@ def test_a_broken_recipe_is_one_line(hostile: Path, recipe: bytes, tmp_path: Pat
         export(ExportConfig(weights=str(hostile), output=str(tmp_path / "out")))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4096])
+def test_a_full_temporary_folder_is_one_line(
+    run: Path,
+    num_bytes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, unlimited[1]))
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            main(["export", "--weights", str(run), "--output", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match("error: .*(No usable temporary directory|set TMPDIR to a folder)", error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("keep")
+    output = ["--weights", str(run), "--output", str(tmp_path / "out")]
+    for verb in (["export"], ["generate", "--prompt", "x", "--num_steps", "2"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*verb, *output])
+        assert re.match(rf"error: .*{tmp_path}/out", capsys.readouterr().err.splitlines()[-1])
+    assert (tmp_path / "out").read_text() == "keep"
 
 
 def test_the_index_is_written_last(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

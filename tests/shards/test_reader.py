@@ -5,7 +5,8 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,6 @@ from made_shards import make_samples, write_shards
 
 from ifvit import storage
 from ifvit.arrays import npy_bytes
-from ifvit.shards import cache as shard_files
 from ifvit.shards.cache import read_index
 from ifvit.shards.format import (
     LatentSample,
@@ -96,17 +96,23 @@ def num_open() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_few_files_are_open_however_many_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shard_files.LocalFiles, "max_open", 3)
-    samples = make_samples(20)
-    write_shards(tmp_path, samples, [1] * 20)
+@pytest.fixture
+def limit_of_macos() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("limit_of_macos")
+def test_few_files_are_open_however_many_shards(tmp_path: Path) -> None:
+    samples = make_samples(300)
+    write_shards(tmp_path, samples, [1] * 300)
     before = num_open()
     reader = ShardReader(str(tmp_path))
     for number, sample in enumerate(samples):
         np.testing.assert_array_equal(reader.moments(number), sample.moments)
-    assert num_open() == before + 3
+    assert num_open() == before + 64
     del reader
     assert num_open() == before
 

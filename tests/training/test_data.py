@@ -302,7 +302,7 @@ def test_shards_are_fetched_once_and_before_they_are_used() -> None:
     ("gigabytes", "window", "message"),
     [
         (1.0, None, "shards of an object store need shuffle_window"),
-        (1e-4, 2, "cache.gigabytes has room for 1 shards, .* 4; raise cache.gigabytes or lower"),
+        (1e-4, 2, "1 shards may be open, by cache.gigabytes .* 4; raise these or lower"),
     ],
 )
 def test_a_remote_dataset_needs_a_window_that_fits_twice_into_the_cache(
