@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,14 +14,16 @@ from unittest.mock import Mock
 
 import pytest
 from made_backbone import SMALL_TOKENS, SMALL_UNET
-from run_files import CONTEXT_SHAPE, finish, losses, start
+from run_files import CONTEXT_SHAPE, finish, losses, start, write_dataset
 
 from ifvit.cli import main
 from ifvit.config import dump_config
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.config import BackboneConfig
+from ifvit.models.pretrained import identify, resolve_pretrained
 from ifvit.models.weights import WeightsInfo, load_weights
+from ifvit.shards.format import read_manifest, write_manifest
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import read_sealed, write_sealed
 from ifvit.training import hooks
@@ -54,6 +57,19 @@ def test_a_resumed_run_on_classes_repeats_the_uninterrupted_one(
     loaded, info = load_weights(whole.run)
     assert loaded.config == backbone
     assert (info.text_encoder, info.classes) == (None, ("cat", "dog"))
+
+
+def test_weights_state_where_the_recipe_finds_the_autoencoder(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, folder = write_dataset(tmp_path / "shards"), resolve_pretrained("scenes/vae")
+    made_by = replace(identify("scenes/vae", folder), name="/gone/vae")
+    write_manifest(shards, replace(read_manifest(shards), vae=made_by))
+    shutil.copytree(folder, tmp_path / "vae")
+    monkeypatch.chdir(tmp_path)
+    config = recipe(shards=shards, vae="vae", max_steps=1)
+    train(config)
+    assert load_weights(config.run)[1].vae == replace(made_by, name=f"{tmp_path}/vae")
 
 
 @every_architecture
