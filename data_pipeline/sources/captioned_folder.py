@@ -1,6 +1,5 @@
 """Source `captioned_folder`: images with their captions in text files beside them."""
 
-import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from data_pipeline.sources.base import (
 )
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.records import shorten
+from ifvit.records import decode_lines, shorten
 
 SUFFIX = "txt"
 MAX_TEXT_BYTES = 1 << 20
@@ -106,12 +105,9 @@ def _read_captions(
     try:
         for path in paths:
             data = read_image(folder, path, replace(limits, max_bytes=MAX_TEXT_BYTES))
-            # A text of Python ends lines at \n, \r\n and \r only, unlike str.splitlines.
-            lines += io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read().split("\n")
+            lines += decode_lines(data, path)
     except storage.StoreError:
         raise
     except UserError as error:
         return (), f"its text: {str(error).rpartition(': ')[2]}"
-    except UnicodeDecodeError as error:
-        return (), f"its text is not UTF-8 ({error.reason})"
     return tuple(line for line in lines if line.strip()), ""

@@ -1,4 +1,4 @@
-"""200 images from four kinds of source, 20 inputs of which are bad: exact counts, exact repairs."""
+"""300 images from all kinds of source, 30 inputs of which are bad: exact counts and repairs."""
 
 import csv
 import io
@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from encoded_files import finish, hashes, record_shards, undisturbed_hashes, without_markers
 from PIL import Image
@@ -77,6 +79,45 @@ def write_table(folder: Path, config: EncodeConfig, *, is_good: bool) -> EncodeC
     return replace(config, source="table", images=images, captions=str(folder / "c.csv"))
 
 
+def write_texts(folder: Path, config: EncodeConfig, *, is_good: bool) -> EncodeConfig:
+    """NAME.txt beside NAME.png; one text is missing, because a missing image is not listed."""
+    images = folder / "texts"
+    write_images(images, "{:03}.png".format, is_good=is_good)
+    for number in range(NUM_IMAGES):
+        text = f"\ufeff{caption(number, is_good=is_good)}\r\nthe same\u2028again\r\n"
+        (images / f"{number:03}.txt").write_bytes(text.encode())
+    (images / "021.png").write_bytes(make_picture(21))
+    if not is_good:
+        (images / "021.txt").unlink()
+        (images / "025.txt").write_bytes(b"caf\xe9")
+    (images / "._000.png").write_bytes(b"x")
+    return replace(config, source="captioned_folder", images=str(images), captions=None)
+
+
+def write_parquet(folder: Path, config: EncodeConfig, *, is_good: bool) -> EncodeConfig:
+    """Five files of ten rows, the third of which is cut off."""
+    (folder / "parquet").mkdir(parents=True, exist_ok=True)
+    bad = {number: broken(number) for number in (0, 3, 7)} if not is_good else {}
+    for first in range(0, NUM_IMAGES, 10):
+        numbers = range(first, first + 10)
+        table = pyarrow.table(
+            {
+                "image": [
+                    {"bytes": bad.get(n, make_picture(n)), "path": f"{n}.png"} for n in numbers
+                ],
+                "caption": [f"picture {n}" if is_good or n != 9 else "" for n in numbers],
+            }
+        )
+        path = folder / "parquet" / f"{first // 10}.parquet"
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(table, buffer)
+        data = buffer.getvalue()[: 5000 if first == 20 and not is_good else None]
+        if not path.exists() or path.read_bytes() != data:
+            path.write_bytes(data)
+    images = str(folder / "parquet")
+    return replace(config, source="parquet", images=images, captions=None)
+
+
 def write_classes(folder: Path, config: EncodeConfig, *, is_good: bool) -> EncodeConfig:
     """Ten classes of five images; units hold the images of equal rank."""
 
@@ -127,12 +168,20 @@ def write_tars(folder: Path, config: EncodeConfig, *, is_good: bool) -> EncodeCo
 
 
 @pytest.mark.parametrize(
-    ("write", "num_bad"),
-    [(write_coco, 5), (write_table, 5), (write_classes, 5), (write_tars, 4 + 10)],
+    ("write", "num_bad", "num_known"),
+    [
+        (write_coco, 5, NUM_IMAGES),
+        (write_table, 5, NUM_IMAGES),
+        (write_classes, 5, NUM_IMAGES),
+        (write_texts, 5, NUM_IMAGES),
+        (write_tars, 4 + 10, NUM_IMAGES),  # statistics tell how many images the bad tar has
+        (write_parquet, 4 + 1, NUM_IMAGES - 10 + 1),
+    ],
 )
 def test_counts_are_exact_and_mended_inputs_alone_are_encoded(
     write: Callable[..., EncodeConfig],
     num_bad: int,
+    num_known: int,
     config: EncodeConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -140,15 +189,15 @@ def test_counts_are_exact_and_mended_inputs_alone_are_encoded(
     folder = tmp_path / "mixed"
     config = replace(config, samples_per_shard=10, batch_size=8)
     recipe = write(folder, config, is_good=False)
-    with pytest.raises(UserError, match=rf"^{num_bad} of {NUM_IMAGES} images could not be read"):
+    with pytest.raises(UserError, match=rf"^{num_bad} of {num_known} images could not be read"):
         encode(recipe)
     assert not Path(recipe.output, "manifest.json").exists()
     written = record_shards(monkeypatch)
-    assert finish(replace(recipe, tolerate=num_bad)).num_samples == NUM_IMAGES - num_bad
+    assert finish(replace(recipe, tolerate=num_bad)).num_samples == num_known - num_bad
     assert written == []
     verify(ShardsConfig(url=recipe.output))
     recipe = write(folder, config, is_good=True)
     assert finish(recipe).num_samples == NUM_IMAGES
-    assert written == ["shard-00000", "shard-00002"]
+    assert [name[:11] for name in written] == ["shard-00000", "shard-00002"]
     verify(ShardsConfig(url=recipe.output))
     assert without_markers(hashes(recipe)) == without_markers(undisturbed_hashes(recipe))

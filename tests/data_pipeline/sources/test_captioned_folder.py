@@ -73,7 +73,7 @@ def test_images_and_texts_without_counterpart_are_counted_and_named(
     assert "warning: 1 files are neither images nor texts; the first is notes.csv" in captured.out
     assert "v1.2.JPG: no text file of the same name beside it" in captured.err
     assert "v1.3.JPG: all its captions are blank" in captured.err
-    assert "b/v1.4.JPG: its text is not UTF-8" in captured.err
+    assert "b/v1.4.JPG: its text: not UTF-8" in captured.err
     assert "b/v1.5.JPG: its text: larger than the allowed 1,048,576 bytes" in captured.err
     manifest = finish(replace(recipe, tolerate=4))
     assert (manifest.num_samples, manifest.num_captions) == (2, 3)
