@@ -285,5 +285,5 @@ def test_lines_of_text_end_as_editors_end_them_and_nowhere_else() -> None:
     inside = "a\x0cb\x0bc\x85d\u2028e\u2029f\x1cg"
     data = f"\ufeff{inside}\r\n\r\nsecond\rthird\nlast".encode()
     assert decode_lines(data, "x.txt") == [inside, "", "second", "third", "last"]
-    with pytest.raises(UserError, match=r"x\.txt: not UTF-8 at byte 3 .*convert"):
-        decode_lines("caf\xe9".encode("latin-1"), "x.txt")
+    with pytest.raises(UserError, match=r"x\.txt: not UTF-8 at byte 1 .*convert"):
+        decode_lines("K\xe4se".encode("latin-1"), "x.txt")

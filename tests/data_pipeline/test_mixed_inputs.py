@@ -89,7 +89,7 @@ def write_texts(folder: Path, config: EncodeConfig, *, is_good: bool) -> EncodeC
     (images / "021.png").write_bytes(make_picture(21))
     if not is_good:
         (images / "021.txt").unlink()
-        (images / "025.txt").write_bytes(b"caf\xe9")
+        (images / "025.txt").write_bytes(b"K\xe4se")
     (images / "._000.png").write_bytes(b"x")
     return replace(config, source="captioned_folder", images=str(images), captions=None)
 
@@ -140,7 +140,7 @@ def write_tars(folder: Path, config: EncodeConfig, *, is_good: bool) -> EncodeCo
     """Five tars of ten images; with bad captions in the first, and the third is cut off."""
     bad = {
         0: {"0.png": broken(0)},
-        1: {"1.txt": "caf\xe9".encode("latin-1")},
+        1: {"1.txt": "K\xe4se".encode("latin-1")},
         2: {"2.txt": None, "2.json": b'["a", "list"]'},
         3: {"3.txt": None},
     }
