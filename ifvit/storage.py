@@ -171,12 +171,12 @@ def list_names(url: str) -> list[str]:
 
 
 def list_states(url: str) -> dict[str, str]:
-    """Size and ETag, or time, of the files directly in folder `url` of a store, by name."""
+    """Size and ETag, or other version, of the files directly in a folder of a store, by name."""
     try:
         entries = _retry(url, lambda files: files.ls(url, detail=True))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    times = ("LastModified", "last_modified", "mtime")
+    times = ("blob_id", "LastModified", "last_modified", "mtime")
     return {
         Path(entry["name"]).name: " ".join(
             [str(entry["size"]), _etag(entry) or str([entry.get(key) for key in times])]
