@@ -19,7 +19,7 @@ from ifvit.image_rules import FIRST_FRAME, TURNED, ImageRules, find_bits, to_rgb
 from ifvit.records import shorten
 
 Pixels = NDArray[np.uint8]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Suffixes of the files that count as images in a folder."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats of Pillow that are decoded, whatever the suffix of the file.

@@ -60,8 +60,8 @@ class WebDatasetTars(Source):
     """Captioned images in tars. Every tar becomes one shard; `samples_per_shard` has no effect.
 
     `images` is a folder or prefix, a pattern `FOLDER/*.tar`, or `FOLDER/{00000..00331}.tar`.
-    A sample is `KEY.jpg` (or jpeg, png, webp) with its caption in `KEY.txt`, or under "caption" in
-    `KEY.json`; `limits.caption_names` are other suffixes or keys, which are all read.
+    A sample is `KEY.jpg` (or another of IMAGE_SUFFIXES) with its caption in `KEY.txt`, or under
+    "caption" in `KEY.json`; `limits.caption_names` are other suffixes or keys, which are all read.
     Raises UserError when a tar is missing, and when `captions` is set.
     """
 
