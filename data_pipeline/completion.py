@@ -20,6 +20,7 @@ from data_pipeline.config import SizeLimits
 from data_pipeline.shard_io import remove_leftovers
 from ifvit import storage
 from ifvit.arrays import Array
+from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.image_rules import ImageRules
 from ifvit.records import (
@@ -34,7 +35,6 @@ from ifvit.shards.format import (
     ShardEntry,
     ShardError,
 )
-from ifvit.storage import StoreError
 
 REQUESTS_AT_ONCE = 16
 

@@ -18,6 +18,7 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import CaptionedImage, Unit
 from data_pipeline.units import FileStates, OpenUnit, open_with_identity
 from ifvit.arrays import Array
+from ifvit.connections import StoreError
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.images import (
@@ -32,7 +33,7 @@ from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
 from ifvit.records import shorten
 from ifvit.shards.format import LatentSample
-from ifvit.storage import StoreError, TooLargeError
+from ifvit.storage import TooLargeError
 
 BATCHES_AHEAD = 4
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.arrays import npy_bytes, parse_npy
 from ifvit.records import MAX_BYTES
 from ifvit.shards.format import LatentSample, ShardEntry, ShardError, parse_metadata
@@ -57,7 +57,7 @@ def remove_leftovers(url: str, name: str) -> None:
 
     The random ending of 8 digits that `storage` gives them tells them from files of the user.
     """
-    if not storage.is_remote(url):
+    if not connections.is_remote(url):
         for path in Path(url).glob(f".{name}.*"):
             if re.fullmatch(r"\.[0-9a-f]{8}", path.suffix):
                 path.unlink()
@@ -86,7 +86,7 @@ def open_shard(url: str, entry: ShardEntry) -> Iterator[Path]:
     Nothing is checked. A file that is missing in the store, or that has another size than the
     manifest states, is missing in the folder.
     """
-    if not storage.is_remote(url):
+    if not connections.is_remote(url):
         yield Path(url)
         return
     with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:

@@ -20,6 +20,7 @@ from data_pipeline.shard_io import open_shard, read_samples
 from data_pipeline.sources.base import shard_name
 from ifvit import storage
 from ifvit.arrays import Array
+from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.autoencoders import load_autoencoder
@@ -37,7 +38,6 @@ from ifvit.shards.format import (
     write_manifest,
 )
 from ifvit.shards.index import ShardIndex, index_bytes, index_tar
-from ifvit.storage import StoreError
 
 GRID_COLUMNS = 8
 CAPTION_WIDTH = 60

@@ -18,9 +18,9 @@ from data_pipeline.completion import Failure, UnitIdentity
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import CaptionedImage, Unit
 from data_pipeline.sources.preparation import open_unit
-from ifvit import storage
+from ifvit import connections, storage
+from ifvit.connections import StoreError
 from ifvit.records import shorten
-from ifvit.storage import StoreError
 
 _NO_FAULT_OF_THE_UNIT = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -38,7 +38,7 @@ class FileStates:
 
     def find(self, url: str) -> str:
         """State of a file; "" when it is absent or may not be read."""
-        if not storage.is_remote(url):
+        if not connections.is_remote(url):
             try:
                 found = Path(url).stat()
             except (OSError, ValueError):

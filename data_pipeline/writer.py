@@ -30,7 +30,7 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import EncodedBatch
 from data_pipeline.shard_io import write_shard
 from data_pipeline.units import OpenUnit
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.arrays import Array
 from ifvit.errors import UserError
 from ifvit.shards.format import LatentSample, SampleMetadata
@@ -89,7 +89,7 @@ def _give_up(batches: _Batches) -> None:
 def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -> CompletionMarker:
     """Write one shard and then its marker; runs in a thread."""
     samples = _Samples(name, batches, config.dtype)
-    if storage.is_remote(config.output):
+    if connections.is_remote(config.output):
         with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
             entry = write_shard(Path(folder), name, samples)
             for file in (f"{name}.index.npz", f"{name}.tar"):

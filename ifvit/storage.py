@@ -3,8 +3,7 @@
 All packages read and write files of datasets and runs through this module. A file is written whole
 or not at all: locally under a temporary name, synced and renamed; in an object store by one request
 or multipart upload. Every transfer is checked by size and hash. Failed requests to an object
-store are repeated for IFVIT_STORE_PATIENCE seconds (default 600). IFVIT_PROTOCOLS names further
-protocols of fsspec that URLs may have, such as `gs,az`; a recipe of a stranger cannot add one.
+store are repeated for IFVIT_STORE_PATIENCE seconds (default 600).
 """
 
 import contextlib
@@ -12,42 +11,23 @@ import errno
 import hashlib
 import io
 import json
-import logging
 import os
-import random
-import re
 import secrets
 import shutil
 import stat
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from ifvit import records
-from ifvit.errors import EXIT_STORE, UserError
+from ifvit.connections import FileSystem, Result, StoreError, is_remote, retry
+from ifvit.errors import UserError
 from ifvit.records import MAX_BYTES, shorten
 
-log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 Record = TypeVar("Record")
-FileSystem = Any
-"""An fsspec file system; fsspec has no types."""
-
 CACHE_MARKER = "ifvit-cache"
 """File that marks a folder as a cache, whose files may be deleted."""
-_PROTOCOLS = ("s3", "hf")
-# An object store refuses other names only after the patience, as if it failed.
-_REMOTE_PATH = re.compile(
-    r"[\w.@:-]*[\w.@-](/[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{0,1000})?", re.ASCII
-)
-
 PART_BYTES = 64 << 20
 """Part size of multipart uploads; a file of less than two parts is sent in one request."""
 STALL_SECONDS = 60.0
@@ -55,27 +35,8 @@ _MIN_BYTES_PER_SECOND = 1 << 20
 """An upload has stalled after STALL_SECONDS plus its size divided by this rate."""
 _NUM_DOWNLOADS = 3
 """Downloads with a wrong hash before the object itself counts as damaged."""
-_S3_OPTIONS = {
-    "config_kwargs": {
-        "connect_timeout": 5,
-        "read_timeout": 30,
-        "retries": {"max_attempts": 2, "mode": "standard"},
-    }
-}
-# ValueError includes UserError.
-_PERMANENT_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, TypeError, ValueError)
-_CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
-
 # macOS has both ENOTSUP and EOPNOTSUPP.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
-
-_connecting = threading.Lock()
-
-
-class StoreError(UserError):
-    """An object store refuses access, or has failed for longer than the patience."""
-
-    exit_code = EXIT_STORE
 
 
 class ContentError(UserError):
@@ -84,27 +45,6 @@ class ContentError(UserError):
 
 class TooLargeError(UserError):
     """A file has more bytes than its reader allows."""
-
-
-def is_remote(url: str) -> bool:
-    """Whether `url` names an object store rather than the local file system.
-
-    Raises UserError for a protocol that is not allowed and for a text that is no path.
-    """
-    protocol, separator, path = url.partition("://")
-    if url.startswith(("~", "file:", "local:")) or "\0" in url:
-        raise UserError(f"{shorten(url)}: expected a plain path, without ~ and file:")
-    if not separator:
-        return False
-    allowed = (*_PROTOCOLS, *filter(None, os.environ.get("IFVIT_PROTOCOLS", "").split(",")))
-    if protocol not in allowed or "::" in path:
-        raise UserError(
-            f"{shorten(url)}: expected a local path or a URL of {', '.join(allowed)}; to allow "
-            "another protocol, name it in the environment variable IFVIT_PROTOCOLS"
-        )
-    if not _REMOTE_PATH.fullmatch(path):
-        raise UserError(f"{shorten(url)}: expected a printable name, as {protocol}://bucket/prefix")
-    return True
 
 
 def join(url: str, *parts: str) -> str:
@@ -147,7 +87,7 @@ def exists(url: str) -> bool:
     as absent and overwrite it.
     """
     try:
-        _retry(url, lambda files: files.info(url))
+        retry(url, lambda files: files.info(url))
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
@@ -156,7 +96,7 @@ def exists(url: str) -> bool:
 def file_size(url: str) -> int | None:
     """Size of a file in bytes, None when it is absent."""
     try:
-        return _retry(url, lambda files: int(files.info(url)["size"]))
+        return retry(url, lambda files: int(files.info(url)["size"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -164,7 +104,7 @@ def file_size(url: str) -> int | None:
 def list_names(url: str) -> list[str]:
     """Sorted names of the files and folders directly in folder `url`; [] for an absent folder."""
     try:
-        entries = _retry(url, lambda files: files.ls(url, detail=False))
+        entries = retry(url, lambda files: files.ls(url, detail=False))
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(Path(entry).name for entry in entries)
@@ -173,7 +113,7 @@ def list_names(url: str) -> list[str]:
 def list_states(url: str) -> dict[str, str]:
     """Size and ETag, or other version, of the files directly in a folder of a store, by name."""
     try:
-        entries = _retry(url, lambda files: files.ls(url, detail=True))
+        entries = retry(url, lambda files: files.ls(url, detail=True))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     times = ("blob_id", "LastModified", "last_modified", "mtime")
@@ -188,7 +128,7 @@ def list_states(url: str) -> dict[str, str]:
 
 def count_files(url: str) -> int:
     """Number of files in folder `url` and below, without hidden ones, which are unfinished."""
-    paths = _retry(url, lambda files: files.find(url))
+    paths = retry(url, lambda files: files.find(url))
     return sum(not Path(path).name.startswith(".") for path in paths)
 
 
@@ -198,7 +138,7 @@ def walk_files(url: str) -> list[str]:
     Links to folders are listed as files and not followed.
     """
     if is_remote(url):
-        paths = _retry(url, lambda files: files.find(url))
+        paths = retry(url, lambda files: files.find(url))
         start = len(url.partition("://")[2].rstrip("/")) + 1
         return sorted(path[start:] for path in paths)
     names = []
@@ -225,7 +165,7 @@ class _RemoteFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self._url, self._position = url, 0
         try:
-            self._num_bytes = _retry(url, lambda files: _size_of_file(files, url))
+            self._num_bytes = retry(url, lambda files: _size_of_file(files, url))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{url}: no such file") from None
 
@@ -250,7 +190,7 @@ class _RemoteFile(io.RawIOBase):
                 raise OSError(f"{len(data)} of {end - start} bytes arrived")
             return data
 
-        buffer[: end - start] = _retry(self._url, get)
+        buffer[: end - start] = retry(self._url, get)
         self._position = end
         return end - start
 
@@ -259,7 +199,7 @@ def read_bytes(url: str, max_bytes: int = MAX_BYTES) -> bytes:
     """Read a whole file. Raises UserError when it is absent, no regular file, or too large."""
     try:
         if is_remote(url):
-            return _retry(url, lambda files: _read_object(files, url, max_bytes))
+            return retry(url, lambda files: _read_object(files, url, max_bytes))
         with open_file(url) as file:
             _check_size(url, os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
@@ -341,7 +281,7 @@ def download(url: str, path: Path, sha256: str | None = None, max_bytes: int | N
 
     with write_file(str(path)) as temporary:
         try:
-            is_intact = any(_retry(url, get) for _ in range(_NUM_DOWNLOADS))
+            is_intact = any(retry(url, get) for _ in range(_NUM_DOWNLOADS))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{url}: no such file") from None
         if not is_intact:
@@ -505,7 +445,7 @@ def remove(url: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             files.rm(url, recursive=True)
 
-    _retry(url, delete)
+    retry(url, delete)
 
 
 @contextlib.contextmanager
@@ -529,81 +469,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def filesystem(url: str) -> FileSystem:
-    """Return the fsspec file system of `url`, without cached listings: others write there too.
-
-    All threads of a process share one S3 client; fsspec would connect in each thread, at 0.2 s.
-    """
-    if not is_remote(url):
-        return LocalFileSystem()
-    if not url.startswith("s3://"):
-        return fsspec.core.url_to_fs(url, use_listings_cache=False)[0]
-    settings = tuple(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_"))
-    with _connecting:
-        return _connect(os.getpid(), settings)
-
-
-@lru_cache(maxsize=4)
-def _connect(_pid: int, _settings: tuple[tuple[str, str], ...]) -> FileSystem:
-    files = fsspec.filesystem(
-        "s3", use_listings_cache=False, skip_instance_cache=True, **_S3_OPTIONS
-    )
-    files.connect()
-    return files
-
-
-def _retry(url: str, action: Callable[[FileSystem], Result]) -> Result:
-    """Run `action` until it succeeds, with growing pauses; once on the local file system.
-
-    Raises StoreError when the store refuses access or has failed for IFVIT_STORE_PATIENCE seconds.
-    Permanent errors such as FileNotFoundError are raised without a retry.
-    """
-    if not is_remote(url):
-        try:
-            return action(filesystem(url))
-        except (FileNotFoundError, NotADirectoryError):
-            raise
-        except OSError as error:
-            raise UserError(f"{url}: {error.strerror or error}; check the disk") from None
-    patience = _patience()
-    deadline = time.monotonic() + patience
-    pause = 0.2
-    while True:
-        try:
-            return action(filesystem(url))
-        except (FileNotFoundError, *_PERMANENT_ERRORS):
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if _is_refusal(error):
-                needed = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
-                raise StoreError(
-                    f"{url}: the store refuses access ({reason}); set "
-                    f"{'HF_TOKEN' if url.startswith('hf:') else needed} to credentials with access"
-                ) from error
-            if not _is_transient(error):
-                raise
-            if time.monotonic() + pause > deadline:
-                raise StoreError(
-                    f"{url}: the store fails ({reason}), tried for {patience:.0f} s; nothing is "
-                    "lost, run the same command again when the store answers"
-                ) from error
-            log.warning("%s: %s; trying again in %.1f s", url, reason, pause)
-        time.sleep(pause * random.uniform(0.5, 1.0))
-        pause = min(pause * 2, 15.0)
-
-
-def _patience() -> float:
-    given = os.environ.get("IFVIT_STORE_PATIENCE", "600")
-    with contextlib.suppress(ValueError):
-        if float(given) >= 0:
-            return float(given)
-    raise UserError(f"IFVIT_STORE_PATIENCE is {shorten(given)}; it must be a number of seconds")
-
-
 def _send(url: str, action: Callable[[FileSystem], Result]) -> Result:
     try:
-        return _retry(url, action)
+        return retry(url, action)
     except FileNotFoundError:
         raise StoreError(f"{url}: no such bucket; create it first") from None
 
@@ -633,21 +501,6 @@ def _is_precondition_failed(error: Exception) -> bool:
     """Whether the store answered 412; s3fs has several exceptions for that."""
     response = getattr(error.__cause__, "response", None) or {}
     return bool(response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412)
-
-
-def _is_refusal(error: Exception) -> bool:
-    status = getattr(getattr(error, "response", None), "status_code", None)  # of the hub
-    names_credentials = type(error).__name__ in _CREDENTIAL_ERRORS
-    return isinstance(error, PermissionError) or names_credentials or status in (401, 403)
-
-
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, OSError):  # includes TimeoutError, and s3fs's EIO for unknown answers
-        return True
-    return any(
-        cls.__module__.split(".")[0] in ("botocore", "aiohttp", "httpx", "httpx2")
-        for cls in type(error).__mro__
-    )
 
 
 def _etag(info: dict[str, str]) -> str:

@@ -23,7 +23,7 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from data_pipeline.config import EncodeConfig
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.analysis.config import AttentionConfig
 from ifvit.config import dump_config, read_config
 from ifvit.errors import UserError
@@ -152,7 +152,7 @@ def _evaluation_home(recipe: EvaluateConfig) -> str:
 
 def absolute(url: str) -> str:
     """Return a path as an absolute path, because jobs run in another folder; return a URL as is."""
-    return url if storage.is_remote(url) else str(Path(url).absolute())
+    return url if connections.is_remote(url) else str(Path(url).absolute())
 
 
 class Submission:

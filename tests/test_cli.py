@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ifvit.cli import main
+from ifvit.connections import StoreError
 from ifvit.errors import EXIT_STORE, UserError
-from ifvit.storage import StoreError
 from ifvit.verbs import VERBS
 
 RECIPE = Path(__file__).parent.parent / "configs" / "train" / "coco256_early.yaml"

@@ -28,7 +28,7 @@ ROOMS = {
         "ifvit/models/unet.py",
         "ifvit/sampling/pipeline.py",
     ],
-    "fsspec": ["ifvit/storage.py"],
+    "fsspec": ["ifvit/connections.py"],
     "huggingface_hub": ["ifvit/models/pretrained.py"],
     "jinja2": ["ifvit/rating/pages.py", "ifvit/studies/report.py"],
     "jsonargparse": ["ifvit/config.py"],

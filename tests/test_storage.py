@@ -16,9 +16,10 @@ from aiohttp import ClientPayloadError
 from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ifvit import storage
+from ifvit import connections, storage
+from ifvit.connections import StoreError
 from ifvit.errors import UserError
-from ifvit.storage import ContentError, StoreError
+from ifvit.storage import ContentError
 
 
 class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
@@ -150,7 +151,7 @@ def test_a_url_of_a_protocol_that_the_user_has_not_allowed_is_refused(
     url: str, tmp_path: Path
 ) -> None:
     actions: list[Callable[[], object]] = [
-        lambda: storage.is_remote(url),
+        lambda: connections.is_remote(url),
         lambda: storage.exists(url),
         lambda: storage.read_bytes(url),
         lambda: storage.write_bytes(url, b""),
@@ -167,13 +168,13 @@ def test_a_url_of_a_protocol_that_the_user_has_not_allowed_is_refused(
 
 
 def test_a_protocol_that_the_environment_names_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert storage.is_remote("memory://x")
+    assert connections.is_remote("memory://x")
     monkeypatch.delenv("IFVIT_PROTOCOLS")
     with pytest.raises(UserError, match="IFVIT_PROTOCOLS"):
-        storage.is_remote("memory://x")
-    assert storage.is_remote("s3://bucket/x")
-    assert storage.is_remote("hf://datasets/team/name")
-    assert not storage.is_remote("folder/a::b")
+        connections.is_remote("memory://x")
+    assert connections.is_remote("s3://bucket/x")
+    assert connections.is_remote("hf://datasets/team/name")
+    assert not connections.is_remote("folder/a::b")
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device", "large"])
@@ -417,15 +418,15 @@ def test_clients_are_shared_by_threads_but_not_by_processes_or_accounts(
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "one")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    first = storage.filesystem("s3://bucket/x")
-    assert storage.filesystem("s3://bucket/y") is first
+    first = connections.filesystem("s3://bucket/x")
+    assert connections.filesystem("s3://bucket/y") is first
     assert not first.dircache.use_listings_cache  # other writers exist
     monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a forked child
-    assert storage.filesystem("s3://bucket/x") is not first
+    assert connections.filesystem("s3://bucket/x") is not first
     monkeypatch.undo()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "two")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    assert storage.filesystem("s3://bucket/x") is not first
+    assert connections.filesystem("s3://bucket/x") is not first
 
 
 def test_a_name_from_a_file_stays_in_its_folder_here_and_in_an_object_store(tmp_path: Path) -> None:

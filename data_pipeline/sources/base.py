@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
 from ifvit.records import is_relative_path, leads_out, shorten
@@ -164,7 +164,7 @@ def numbered_image(
 
 def read_image(folder: str, path: str, limits: ReadLimits) -> bytes:
     """Read the file `path` below `folder`. Raises UserError for links out and for large files."""
-    if not (limits.allow_links or storage.is_remote(folder)) and leads_out(
+    if not (limits.allow_links or connections.is_remote(folder)) and leads_out(
         Path(folder), Path(folder, path)
     ):
         raise UserError("a link leads out of the folder of the images; --allow_links allows it")
@@ -196,7 +196,7 @@ def relative_path(folder: str, path: str, where: str) -> str:
     if "://" in path:
         raise UserError(f"{where}: {shorten(path)} is a URL; download the images first")
     relative = PurePosixPath(path)
-    if relative.is_absolute() and not storage.is_remote(folder):
+    if relative.is_absolute() and not connections.is_remote(folder):
         root = Path(folder).absolute()
         relative = relative.relative_to(root) if relative.is_relative_to(root) else relative
     if not is_relative_path(str(relative)):

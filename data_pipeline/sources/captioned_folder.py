@@ -14,7 +14,7 @@ from data_pipeline.sources.base import (
     numbered_image,
     read_image,
 )
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.records import decode_lines, shorten
 
@@ -106,7 +106,7 @@ def _read_captions(
         for path in paths:
             data = read_image(folder, path, replace(limits, max_bytes=MAX_TEXT_BYTES))
             lines += decode_lines(data, path)
-    except storage.StoreError:
+    except connections.StoreError:
         raise
     except UserError as error:
         return (), f"its text: {str(error).rpartition(': ')[2]}"

@@ -10,7 +10,7 @@ from data_pipeline.sources.base import (
     is_image,
     numbered_image,
 )
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
 from ifvit.records import leads_out, shorten
@@ -71,7 +71,7 @@ def _list_classes(images: str, limits: ReadLimits) -> tuple[dict[str, list[str]]
         place = storage.join(images, name)
         if not name.isprintable():  # it is stored in the manifest as UTF-8 and printed
             raise UserError(f"{images}/{shorten(name)}: rename this class in letters of UTF-8")
-        if not (storage.is_remote(images) or limits.allow_links) and leads_out(
+        if not (connections.is_remote(images) or limits.allow_links) and leads_out(
             Path(images), Path(place)
         ):
             raise UserError(f"{place}: a link leads out of {images}; --allow_links allows it")

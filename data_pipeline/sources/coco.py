@@ -11,7 +11,7 @@ from data_pipeline.sources.base import (
     ReadLimits,
     read_image,
 )
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.records import RelativePath, record
 
@@ -73,7 +73,7 @@ class CocoCaptions(ListedSource):
     ) -> None:
         if captions is None:
             raise UserError("captions: not set; a coco source needs a captions_*.json file")
-        if not storage.is_remote(images) and not Path(images).is_dir():
+        if not connections.is_remote(images) and not Path(images).is_dir():
             raise UserError(f"{images}: no such folder of images")
         if Path(captions).is_dir():
             raise UserError(f"{captions}: is a folder; name the captions_*.json file in it")

@@ -27,7 +27,7 @@ from data_pipeline.sources.base import (
     shard_name,
 )
 from data_pipeline.sources.table import CAPTION, MAX_BYTES, reading_parquet
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.records import shorten
 
@@ -140,7 +140,7 @@ def _describe(url: str, limits: ReadLimits) -> ParquetPart:
             metadata, schema = found.metadata, found.schema_arrow
             if not 0 <= metadata.num_rows <= num_bytes:  # bounds the number of units
                 raise ValueError(f"{metadata.num_rows} rows in {num_bytes} bytes")
-    except storage.StoreError:
+    except connections.StoreError:
         raise
     except UserError as error:
         return ParquetPart(url=url, problem=str(error))

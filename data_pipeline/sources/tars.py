@@ -23,7 +23,7 @@ from data_pipeline.sources.base import (
     find_files,
     shard_name,
 )
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
 from ifvit.records import NonNegativeInt, parse_json, record, shorten
@@ -114,7 +114,7 @@ class WebDatasetTars(Source):
 
 def _describe_tar(url: str) -> Tar:
     num_bytes, statistics = storage.file_size(url), url.removesuffix(".tar") + "_stats.json"
-    if num_bytes is None or not (storage.is_remote(url) or Path(url).is_file()):
+    if num_bytes is None or not (connections.is_remote(url) or Path(url).is_file()):
         raise UserError(f"{url}: not a regular file; expected a tar")
     content = TarStatistics()
     if storage.exists(statistics):
@@ -180,7 +180,7 @@ def _list_members(file: _TarFile, url: str) -> list[tarfile.TarInfo]:
 
 def _open_local(url: str) -> _TarFile:
     """Open the tar or, if it is remote, a copy whose disk space is freed when it is closed."""
-    if not storage.is_remote(url):
+    if not connections.is_remote(url):
         return _TarFile(storage.open_file(url).detach())
     with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
         copy = Path(folder, "input.tar")

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import FusionUViTConfig, ImportConfig
@@ -221,7 +221,7 @@ def import_weights(config: ImportConfig) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
         path = Path(config.file)
-        if storage.is_remote(config.file):
+        if connections.is_remote(config.file):
             path = Path(temporary, "weights")
             storage.download(config.file, path)
         tensors = _read(config.file, path)

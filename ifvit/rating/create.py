@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.evaluation.object_count import read_count_prompts
 from ifvit.images import ImageError, decode_png, encode_png
@@ -46,7 +46,7 @@ def create(config: CreateConfig) -> None:
     Raises UserError when the folder holds a study with other settings, when a folder of samples is
     missing, or when the models have no prompt in common.
     """
-    if storage.is_remote(config.study):
+    if connections.is_remote(config.study):
         raise UserError(f"study {config.study}: not a local folder, which SQLite needs; name one")
     is_new = not study_exists(config.study)
     if is_new:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.diffusion.solvers import SOLVERS
 from ifvit.errors import UserError
 from ifvit.models.config import BackboneConfig
@@ -137,7 +137,7 @@ def _read_shards(recipe: bytes, where: str) -> str:
 def _format_data(run: str, shards: str) -> str:
     """Describe the shards; a local run makes no request to the store that its recipe names."""
     try:
-        if storage.is_remote(shards) and not storage.is_remote(run):
+        if connections.is_remote(shards) and not connections.is_remote(run):
             return _format_table({"shards": shards})
         manifest = read_manifest(shards)
     except UserError as error:

@@ -18,7 +18,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import AlignmentMethod, GuidedNoisePredictor
 from ifvit.diffusion.schedules import BETA_END, BETA_START
@@ -140,7 +140,7 @@ class FusionPipeline(DiffusionPipeline):
         complete pipeline of ifvit.
         """
         url = str(pretrained_model_name_or_path)
-        if storage.is_remote(url):
+        if connections.is_remote(url):
             with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
                 _download(url, Path(folder))
                 return cls._load(Path(folder), options)

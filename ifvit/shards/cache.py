@@ -17,8 +17,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.arrays import Array, parse_npy
+from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.records import is_sha256
 from ifvit.shards.config import CacheConfig
@@ -31,7 +32,6 @@ from ifvit.shards.format import (
     remedy_for,
 )
 from ifvit.shards.index import ShardIndex, parse_index
-from ifvit.storage import StoreError
 
 MAX_OPEN = 256
 """Tars that a reader keeps open, or a quarter of the process's descriptors if these are fewer."""
@@ -194,7 +194,7 @@ class CachedFiles(ShardFiles):
 
 def open_files(url: str, manifest: Manifest, cache: CacheConfig) -> ShardFiles:
     """Open the dataset at `url`, which is a local folder or a prefix in an object store."""
-    if storage.is_remote(url):
+    if connections.is_remote(url):
         return CachedFiles(url, manifest, cache)
     return LocalFiles(url, manifest)
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ifvit import storage
+from ifvit import connections
 from ifvit.arrays import Array
 from ifvit.shards.cache import open_files, read_index, read_null_context, require_text
 from ifvit.shards.config import CacheConfig
@@ -59,7 +59,7 @@ class ShardReader:
     @property
     def is_remote(self) -> bool:
         """Whether shards are downloaded before they are read."""
-        return storage.is_remote(self.url)
+        return connections.is_remote(self.url)
 
     @property
     def max_open(self) -> int:

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ifvit import storage
+from ifvit.connections import StoreError, is_remote
 from ifvit.distributed import ALONE, ProcessGroup
 from ifvit.errors import UserError
 from ifvit.models.config import restore_config
@@ -42,7 +43,7 @@ from ifvit.records import (
     record,
     shorten,
 )
-from ifvit.storage import StoreError, is_remote, join, list_names
+from ifvit.storage import join, list_names
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine, EngineScalars
 from ifvit.training.train_state import TrainState

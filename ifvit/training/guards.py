@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from ifvit.config import dump_config
+from ifvit.connections import is_remote
 from ifvit.distributed import World
 from ifvit.errors import EXIT_PREEMPTED, UserError
 from ifvit.models.cost import count_cost
@@ -24,7 +25,7 @@ from ifvit.models.pretrained import identify, place_of, resolve_pretrained
 from ifvit.records import parse_value, parse_yaml, shorten
 from ifvit.shards.format import EncoderIdentity
 from ifvit.shards.reader import ShardReader
-from ifvit.storage import exists, is_remote, join, read_bytes, write_bytes
+from ifvit.storage import exists, join, read_bytes, write_bytes
 from ifvit.training.config import TrainConfig
 
 MAY_CHANGE = frozenset(

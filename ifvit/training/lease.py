@@ -23,18 +23,10 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Annotated, TypeVar
 
+from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.records import NonNegativeInt, PositiveInt, Rule, dump_sealed, record, shorten
-from ifvit.storage import (
-    StoreError,
-    create,
-    exists,
-    join,
-    list_names,
-    read_sealed,
-    remove,
-    write_sealed,
-)
+from ifvit.storage import create, exists, join, list_names, read_sealed, remove, write_sealed
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
+from ifvit.connections import is_remote
 from ifvit.errors import UserError
 from ifvit.evaluation.training_rows import FILE, TrainingRow, read_training_rows
 from ifvit.models.cost import count_cost
 from ifvit.records import dump_rows
-from ifvit.storage import is_remote, join, write_bytes
+from ifvit.storage import join, write_bytes
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.loop import StepReport

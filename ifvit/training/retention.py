@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ifvit import storage
+from ifvit.connections import StoreError, is_remote
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows
@@ -19,7 +20,7 @@ from ifvit.models.weights import (
     remove_weights,
     step_name,
 )
-from ifvit.storage import StoreError, is_remote, join, list_names
+from ifvit.storage import join, list_names
 from ifvit.training.checkpoint import (
     MANIFEST,
     Checkpoint,

@@ -20,9 +20,9 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from data_pipeline.encoders import read_or_fail
 from data_pipeline.sources.base import CaptionedImage
+from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.shards.reader import ShardReader
-from ifvit.storage import StoreError
 
 
 def test_a_broken_image_fails_the_end_of_the_job_by_name(

@@ -14,8 +14,8 @@ from data_pipeline.config import EncodeConfig, InspectConfig, MergeConfig, Shard
 from data_pipeline.encode import encode
 from data_pipeline.shard_tools import inspect_shards, merge, stats, verify
 from ifvit import storage
+from ifvit.connections import StoreError
 from ifvit.errors import UserError
-from ifvit.storage import StoreError
 
 pytestmark = pytest.mark.s3
 

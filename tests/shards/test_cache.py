@@ -16,12 +16,12 @@ from faulty_proxy import Fault, FaultyProxy
 from made_shards import make_samples, write_shards
 
 from ifvit import storage
+from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.shards.cache import FileCache
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import LatentSample, ShardError
 from ifvit.shards.reader import ShardReader
-from ifvit.storage import StoreError
 
 NUM_SHARDS = 6
 

@@ -18,7 +18,7 @@ from faulty_proxy import Fault, FaultyProxy
 from run_files import small_recipe, write_evaluation
 from torch import Tensor
 
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.diffusion.config import SolverConfig
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.distributed import ProcessGroup, World
@@ -435,7 +435,7 @@ def test_a_store_that_is_away_too_long_is_no_reason_to_take_an_older_checkpoint(
         save(ranks(s3_bucket), step)
     monkeypatch.setenv("IFVIT_STORE_PATIENCE", "0.5")
     faulty_s3.plan(Fault("status", method="GET", key="*/step_00000002/part-*", times=None))
-    with pytest.raises(storage.StoreError, match="the store fails"):
+    with pytest.raises(connections.StoreError, match="the store fails"):
         fetch_newest(s3_bucket, cache)
 
 
