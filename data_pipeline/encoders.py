@@ -157,7 +157,12 @@ def read_or_fail(image: CaptionedImage, config: EncodeConfig) -> DecodedImage | 
         reason = f"{_reason(error)}; --max_megapixels allows more"
     except Exception as error:  # sources of users raise all kinds of errors
         reason = _reason(error)
-    return Failure(image_id=image.image_id, file=image.name, reason=shorten(reason, 200))
+    return Failure(
+        image_id=image.image_id,
+        file=image.name,
+        reason=shorten(reason, 200),
+        num_images=image.num_images if image.problem else 1,
+    )
 
 
 def _reason(error: Exception) -> str:

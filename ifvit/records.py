@@ -43,6 +43,9 @@ MAX_YAML_BYTES = 1 << 20
 """Largest YAML document, in bytes; its parser takes 9 s for this."""
 _MAX_NODES = 1_000_000
 _MAX_INT = 2**63
+_ESCAPES = re.compile(
+    rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
 _NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]|::")
 _Record = TypeVar("_Record")
 
@@ -213,6 +216,14 @@ def parse_json(
         return cast(_Record, _adapter(cast(Hashable, cls)).validate_json(data))
     except ValidationError as problems:
         raise error(f"{where}: {_describe(problems)}") from None
+
+
+def replace_lone_surrogates(data: bytes) -> bytes:
+    r"""Replace escapes of JSON that are no character by \ufffd, which stands for such ones.
+
+    Programs write the half of an emoji where they cut texts by UTF-16 units.
+    """
+    return _ESCAPES.sub(lambda found: rb"\ufffd" if found["lone"] else found[0], data)
 
 
 def parse_value(

@@ -32,6 +32,7 @@ from ifvit.records import (
     path_inside,
     printable,
     record,
+    replace_lone_surrogates,
 )
 
 
@@ -287,3 +288,17 @@ def test_lines_of_text_end_as_editors_end_them_and_nowhere_else() -> None:
     assert decode_lines(data, "x.txt") == [inside, "", "second", "third", "last"]
     with pytest.raises(UserError, match=r"x\.txt: not UTF-8 at byte 1 .*convert"):
         decode_lines("K\xe4se".encode("latin-1"), "x.txt")
+
+
+def test_halves_of_emojis_in_json_are_replaced_and_nothing_else_is() -> None:
+    texts = [
+        "\ud83d",
+        "a \udc00\ud83d b",
+        "\U0001f600",
+        "\\ud83d",
+        "\\\ud83d",
+        "\ud83d\ud83d\ude00",
+    ]
+    data = replace_lone_surrogates(json.dumps(texts).encode())
+    valid = ["\ufffd", "a \ufffd\ufffd b", *texts[2:4], "\\\ufffd", "\ufffd\U0001f600"]
+    assert parse_json(list[str], data, "x.json") == valid

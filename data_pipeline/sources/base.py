@@ -46,9 +46,9 @@ class CaptionedImage:
     show `name`. `read` returns the content of the image file. It is called from several threads,
     and again after a restart; when it raises an error other than StoreError, the image is left out
     and the error is recorded as the reason. `problem` is such a reason that is known before
-    reading. `remarks` say what the source changed or left out. `file` is the path or URL of the
-    file; without it a rerun does not see that the image has changed. Raises UserError for an image
-    with neither captions nor label nor problem.
+    reading; it may concern `num_images` images. `remarks` say what the source changed or left out.
+    `file` is the path or URL of the file; without it a rerun does not see that the image has
+    changed. Raises UserError for an image with neither captions nor label nor problem.
     """
 
     key: str
@@ -58,6 +58,7 @@ class CaptionedImage:
     captions: tuple[str, ...] = ()
     label: int | None = None
     problem: str = ""
+    num_images: int = 1
     remarks: tuple[str, ...] = ()
     file: str = ""
 

@@ -13,7 +13,7 @@ from data_pipeline.sources.base import (
 )
 from ifvit import connections, storage
 from ifvit.errors import UserError
-from ifvit.records import RelativePath, record
+from ifvit.records import RelativePath, parse_json, record, replace_lone_surrogates
 
 COMPLETE_SPLITS = {
     "captions_train2014": (82_783, 414_113),
@@ -77,7 +77,8 @@ class CocoCaptions(ListedSource):
             raise UserError(f"{images}: no such folder of images")
         if Path(captions).is_dir():
             raise UserError(f"{captions}: is a folder; name the captions_*.json file in it")
-        content = storage.read_record(CocoFile, captions)
+        data = replace_lone_surrogates(storage.read_bytes(captions))
+        content = parse_json(CocoFile, data, captions)
         texts: dict[int, list[str]] = {image.id: [] for image in content.images}
         for entry in content.annotations:
             texts[entry.image_id].append(entry.caption)

@@ -11,6 +11,8 @@ from data_pipeline.sources.base import MAX_CAPTION, CaptionedImage, Unit
 
 CUT = f"captions of more than {MAX_CAPTION:,} characters were cut"
 REPLACED = "captions had characters that are no Unicode; these were replaced"
+NO_CHARACTER = "\ufffd"
+"""What sources and this module write in place of bytes or escapes that are no Unicode."""
 BLANK = "blank captions beside others were left out"
 MAX_CAPTIONS = 1000
 """Largest number of captions of an image; all are encoded in one batch."""
@@ -50,7 +52,7 @@ def _prepare(image: CaptionedImage, key: str, config: EncodeConfig) -> Captioned
     if len(kept) > MAX_CAPTIONS:
         problem = f"it has {len(kept):,} captions, more than {MAX_CAPTIONS:,}"
     remarks = {
-        REPLACED: valid != list(image.captions),
+        REPLACED: any(NO_CHARACTER in caption for caption in valid),
         CUT: captions != valid,
         BLANK: len(kept) < len(captions),
     }

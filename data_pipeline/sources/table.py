@@ -23,7 +23,7 @@ from data_pipeline.sources.base import (
 )
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.records import parse_json, shorten
+from ifvit.records import parse_json, replace_lone_surrogates, shorten
 
 PATH, CAPTION = "path", "caption"
 NUM_PROBES = 8
@@ -120,7 +120,7 @@ def _read_jsonl(data: bytes, file: str, _columns: Sequence[str]) -> Iterator[Row
     for number, line in enumerate(io.BytesIO(data.removeprefix(codecs.BOM_UTF8)), start=1):
         if line.strip():
             where = f"{file}:{number}"
-            yield where, parse_json(dict[str, Any], line, where)
+            yield where, parse_json(dict[str, Any], replace_lone_surrogates(line), where)
 
 
 def _read_parquet(data: bytes, file: str, columns: Sequence[str]) -> Iterator[Row]:

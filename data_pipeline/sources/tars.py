@@ -26,7 +26,13 @@ from data_pipeline.sources.base import (
 from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
-from ifvit.records import NonNegativeInt, parse_json, record, shorten
+from ifvit.records import (
+    NonNegativeInt,
+    parse_json,
+    record,
+    replace_lone_surrogates,
+    shorten,
+)
 
 KeyRule = Literal["first_dot", "last_dot"]
 Members = dict[str, tarfile.TarInfo]
@@ -208,6 +214,7 @@ def _build_image(
         read=partial(_read_member, file, members.get(suffix or ""), limits.max_bytes),
         captions=captions,
         problem=problem,
+        num_images=1 if suffix else max(1, len(others)),
         remarks=("images beside that of the same key were left out",) if others else (),
     )
 
@@ -238,6 +245,7 @@ def _read_captions(members: Members, file: _TarFile, names: tuple[str, ...]) -> 
     metadata: dict[str, Any] = {}
     if "json" in members and not all(name.lower() in members for name in names):
         data = _read_member(file, members["json"], MAX_JSON_BYTES)
+        data = replace_lone_surrogates(data)
         metadata = parse_json(dict[str, Any], data, "malformed json of the key")
     for name in names:
         if name.lower() in members:
