@@ -87,6 +87,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
     encoders = load_encoders(config, has_classes=bool(source.classes))
     job = _describe_job(config, source, encoders)
     units = source.units(config.samples_per_shard)
+    _check_output(config.output, units)
     own = partition.of(units)
     states = FileStates()
     markers, earlier = find_finished(config, own, job, states)
@@ -217,12 +218,28 @@ def _became_readable(
     return any(isinstance(read_or_fail(image, config), DecodedImage) for image in left_out)
 
 
+def _check_output(output: str, units: Sequence[Unit]) -> None:
+    """Raise UserError where the job would replace its input tars or files that it did not write."""
+    if storage.exists(storage.join(output, MANIFEST)) and not list_marked(output):
+        raise UserError(
+            f"{output}: holds a {MANIFEST} that no encode job wrote there; choose another folder"
+        )
+    names = {f"{unit.name}.tar" for unit in units}
+    for file in (file for unit in units for file in unit.files):
+        folder, _, name = file.rpartition("/")
+        if name in names and os.path.realpath(folder) == os.path.realpath(output):
+            raise UserError(f"{file}: a shard would replace this input; choose another output")
+
+
 def _unmark(output: str, todo: list[Unit]) -> None:
-    """Delete the completion markers of the shards to encode, and then the manifest."""
+    """Delete the manifest and the completion markers of the shards to encode."""
+    if not todo:
+        return
+    # First, because without markers it would not count as ours if the job were killed here.
+    storage.remove(storage.join(output, MANIFEST))
     for name in list_marked(output).intersection(unit.name for unit in todo):
         storage.remove(marker_url(output, name))
-    if todo:
-        storage.remove(storage.join(output, MANIFEST))
+    storage.remove(storage.join(output, MANIFEST))  # another process may have written it since
 
 
 def _open_progress(todo: list[Unit], own: Sequence[Unit], partition: Partition) -> "tqdm[Any]":

@@ -27,6 +27,7 @@ from ifvit.models.autoencoders import load_autoencoder
 from ifvit.records import printable, shorten
 from ifvit.shards.cache import check_shard_files, read_index, read_null_context
 from ifvit.shards.format import (
+    COMPLETED,
     MANIFEST,
     NULL_CONTEXT,
     LatentSample,
@@ -258,6 +259,8 @@ def merge(config: MergeConfig) -> None:
         raise UserError("urls: name at least two datasets to merge")
     if storage.exists(storage.join(config.output, MANIFEST)):
         raise UserError(f"{config.output}: already contains a dataset; choose another output")
+    if storage.list_names(storage.join(config.output, COMPLETED)):
+        raise UserError(f"{config.output}: holds shards of an encode job; choose another output")
     manifests = [read_manifest(url) for url in config.urls]
     _check_alike(config.urls, manifests)
     sources = [

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data_pipeline.completion import Failure, UnitIdentity
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import CaptionedImage, Unit
 from data_pipeline.sources.preparation import open_unit
 from ifvit import connections, storage
 from ifvit.connections import StoreError
+from ifvit.errors import UserError
 from ifvit.records import shorten
 
 _NO_FAULT_OF_THE_UNIT = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -130,8 +134,9 @@ def identify(
 ) -> UnitIdentity:  # fmt: skip
     """Return the identity of a unit that had the identity `before`.
 
-    The images are read only when a file has another size or time than before. A file that is gone
-    since does not change the identity, unless its image is among the `failed`, which had no file.
+    The images are read only when a file has another size or time than before, and if none is gone
+    since but those of the `failed`, which had no file. Raises UserError when texts have changed,
+    but an image is gone that the shard holds.
     """
     is_unchanged = states.sha256(unit.files) == before.files_sha256
     if is_unchanged and not unit.is_listed:
@@ -140,7 +145,13 @@ def identify(
     if is_unchanged:
         return replace(before, texts_sha256=opened.texts_sha256)
     kept = [image for image in opened.images if image.file and image.image_id not in failed]
-    if not all(states.find(image.file) for image in kept):
+    is_there = [bool(states.find(image.file)) for image in kept]
+    if not all(is_there):
+        gone = f"{unit.name}: {is_there.count(False):,} of its image files are gone"
+        if opened.texts_sha256 != before.texts_sha256:
+            raise UserError(f"{gone}, so its new captions cannot be encoded; restore the images")
+        if any(is_there):
+            tqdm.write(f"warning: {gone}, so the others are not compared", file=sys.stderr)
         return before
     with ThreadPoolExecutor(config.num_workers) as pool:
         list(pool.map(_try_to_read, opened.images))

@@ -30,15 +30,14 @@ class ClassFolders(ListedSource):
         if captions is not None:
             raise UserError(f"captions: {captions} is set, but a folder source has class labels")
         self._folder = images
-        folders, num_loose = _list_classes(images, limits)
+        folders, self._others = _list_classes(images, limits)
         self.classes = tuple(folders)
-        self._num_others = num_loose
         ranked = []  # (rank in its class, label, path)
         for label, (name, files) in enumerate(folders.items()):
             chosen = [file for file in files if is_image(file)]
             if not chosen:
                 raise UserError(f"{images}/{name}: no images ({', '.join(IMAGE_SUFFIXES)})")
-            self._num_others += len(files) - len(chosen)
+            self._others += [f"{name}/{file}" for file in sorted({*files}.difference(chosen))]
             ranked += [(rank, label, f"{name}/{file}") for rank, file in enumerate(chosen)]
         super().__init__(
             [
@@ -50,13 +49,16 @@ class ClassFolders(ListedSource):
     def report(self) -> str:
         """Describe the numbers of images, classes and ignored files."""
         text = f"{self._folder}: {len(self.images):,} images in {len(self.classes):,} classes"
-        if self._num_others:
-            text += f"\nwarning: {self._num_others:,} files are not images and are ignored"
+        if self._others:
+            text += (
+                f"\nwarning: {len(self._others):,} files and folders are not images and are "
+                f"ignored; the first is {shorten(self._others[0])}"
+            )
         return text
 
 
-def _list_classes(images: str, limits: ReadLimits) -> tuple[dict[str, list[str]], int]:
-    """List the files of each class folder, and count the files beside these folders."""
+def _list_classes(images: str, limits: ReadLimits) -> tuple[dict[str, list[str]], list[str]]:
+    """List the files of each class folder, and the files beside these folders."""
     entries = [name for name in storage.list_names(images) if not is_hidden(name)]
     if not entries:
         raise UserError(f"{images}: missing or empty folder; expected CLASS/*.jpg in it")
@@ -80,4 +82,4 @@ def _list_classes(images: str, limits: ReadLimits) -> tuple[dict[str, list[str]]
             folders[name] = files
     if not folders:
         raise UserError(f"{images}: no folders of classes; expected CLASS/*.jpg in it")
-    return folders, len(entries) - len(folders)
+    return folders, [name for name in entries if name not in folders]

@@ -97,12 +97,22 @@ def _check_columns(row: dict[str, Any], columns: Sequence[str], where: str) -> N
         raise UserError(f"{where}: no text in column {PATH!r}")
 
 
+def _check_unique(names: Sequence[str], columns: Sequence[str], file: str) -> None:
+    for column in columns:
+        if names.count(column) > 1:
+            raise UserError(
+                f"{file}: two columns are called {column!r}; rename one, and name both with "
+                "--caption_key if they are captions"
+            )
+
+
 def _read_csv(
-    data: bytes, file: str, _columns: Sequence[str], delimiter: str = ","
+    data: bytes, file: str, columns: Sequence[str], delimiter: str = ","
 ) -> Iterator[Row]:
     text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
     reader = csv.DictReader(text, strict=True, delimiter=delimiter)
     try:
+        _check_unique(reader.fieldnames or (), columns, file)
         for row in reader:
             where = f"{file}:{reader.line_num}"
             if None in row:
@@ -133,6 +143,7 @@ def _read_parquet(data: bytes, file: str, columns: Sequence[str]) -> Iterator[Ro
                 f"{file}: needs the columns {', '.join(columns)}; it has {found}; --caption_key "
                 "names those of the captions"
             )
+        _check_unique(names, columns, file)
         paths = [schema.column(number).path for number in range(len(schema))]
         # As dictionaries, because a text that many rows repeat would fill the memory.
         texts = [path for path in paths if path.split(".")[0] in columns]

@@ -178,10 +178,13 @@ def _list_members(file: _TarFile, url: str) -> list[tarfile.TarInfo]:
             end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
             if end != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("its end is missing")
-            return members
+            follows = os.pread(file.fileno(), MAX_HEADER_BYTES, tar.offset)
     except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
         reason = shorten(error)
         raise UserError(f"{url}: not a complete tar ({reason}); download it again") from None
+    if follows.strip(b"\0"):
+        raise UserError(f"{url}: another tar follows its end; unpack both and pack them as one")
+    return members
 
 
 def _open_local(url: str) -> _TarFile:

@@ -138,6 +138,17 @@ def test_images_that_are_gone_keep_their_latents_and_broken_ones_do_not(
     assert written == ["shard-00002"]
 
 
+def test_new_captions_beside_an_image_that_is_gone_are_refused_and_nothing_is_lost(
+    config: EncodeConfig, written: list[str]
+) -> None:
+    before = hashes(config)
+    image_files(config)[5].unlink()
+    rewrite_caption(config, "cat number 4", "a bird")
+    with pytest.raises(UserError, match=r"shard-00001: 1 of its image files are gone"):
+        encode(config)
+    assert (written, hashes(config)) == ([], before)
+
+
 def test_a_blank_caption_that_is_filled_in_admits_its_image(config: EncodeConfig) -> None:
     rewrite_caption(config, "cat number 4", "")
     rewrite_caption(config, "a dog", "")

@@ -27,6 +27,15 @@ def test_a_rerun_encodes_nothing_and_changes_no_byte(
     assert hashes(config) == before
 
 
+def test_a_manifest_without_completion_markers_is_not_replaced(config: EncodeConfig) -> None:
+    manifest = Path(config.output, "manifest.json")
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"name": "another program"}')
+    with pytest.raises(UserError, match=r"holds a manifest.json that no encode job wrote there"):
+        encode(config)
+    assert manifest.read_text() == '{"name": "another program"}'
+
+
 @pytest.mark.parametrize(
     "lost",
     [

@@ -227,5 +227,8 @@ def test_a_damaged_shard_is_not_copied(parts: list[str], tmp_path: Path) -> None
 def test_merge_needs_two_datasets_and_a_new_output(parts: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already contains a dataset"):
         merge(MergeConfig(urls=parts, output=parts[0]))
+    Path(parts[0], "manifest.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(UserError, match="holds shards of an encode job"):
+        merge(MergeConfig(urls=[parts[1], parts[1]], output=parts[0]))
     with pytest.raises(UserError, match="at least two"):
         merge(MergeConfig(urls=parts[:1], output=str(tmp_path / "merged")))

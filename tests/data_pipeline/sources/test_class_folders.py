@@ -45,7 +45,13 @@ def test_images_alternate_between_sorted_classes(labelled: EncodeConfig) -> None
     names = ["ant/3.v1.JPEG", "zebra/0.v1.JPEG", "ant/5.v1.JPEG"]
     assert [image.name for image in images[:3]] == names
     assert "9 images in 2 classes" in source.report()
-    assert "3 files are not images" in source.report()
+    assert "3 files and folders are not images" in source.report()
+
+
+def test_a_folder_inside_a_class_is_counted_and_named(labelled: EncodeConfig) -> None:
+    Path(labelled.images, "ant", "more").mkdir()
+    report = ClassFolders(labelled.images, None).report()
+    assert "1 files and folders are not images and are ignored; the first is ant/more" in report
 
 
 def test_shards_hold_labels_and_flips(

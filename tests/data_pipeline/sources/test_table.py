@@ -83,6 +83,7 @@ def test_a_table_is_encoded(config: EncodeConfig) -> None:
         ("t.csv", "path,caption\n1.jpg,a,b\n", "t.csv:2: more cells than columns"),
         ("t.csv", 'path,caption\n1.jpg,"a\n', "not CSV"),
         ("t.csv", "path,caption\n", "no rows"),
+        ("t.csv", "path,caption,caption\n1.jpg,x,y\n", "two columns are called 'caption'"),
         ("t.csv", "path,caption\n,x\n", "no text in column 'path'"),
         ("t.csv", "path,caption\n/1.jpg,x\n", "t.csv:2: path /1.jpg does not lead .*--images"),
         ("t.csv", "path,caption\n../1.jpg,x\n", "t.csv:2: path ../1.jpg does not lead inside"),

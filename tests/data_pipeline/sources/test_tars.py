@@ -259,6 +259,10 @@ def test_captions_in_json_may_be_a_list(tars: EncodeConfig, samples: list[Member
     assert WebDatasetTars(tars.images, None).units(1)[0].open()[0].captions == ("one", "two")
 
 
+def join_with_next(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + path.with_name("00001.tar").read_bytes())
+
+
 def cut_between_members(path: Path) -> None:
     with tarfile.open(path) as tar:
         end = tar.getmembers()[3].offset
@@ -270,6 +274,7 @@ def cut_between_members(path: Path) -> None:
     [
         (lambda path: path.write_bytes(path.read_bytes()[:3000]), "not a complete tar"),
         (cut_between_members, "not a complete tar"),
+        (join_with_next, "another tar follows its end"),
         (lambda path: path.write_bytes(b"<html>not found" * 100), "not a complete tar"),
         (lambda path: write_tar(path, {}, "w:gz"), "a compressed tar; decompress it with gunzip"),
         (lambda path: path.write_bytes(b""), "not a complete tar"),
@@ -314,6 +319,14 @@ def test_a_tar_that_does_not_open_stops_no_other_and_is_encoded_once_it_is_mende
     broken.write_bytes(data)
     assert [entry.num_samples for entry in finish(tolerant).shards] == [0, 4, 1]
     assert written == ["shard-00001"]
+
+
+def test_the_shards_do_not_replace_their_input_tars(tars: EncodeConfig) -> None:
+    path = Path(tars.images, "00000.tar").rename(Path(tars.images, "shard-00000.tar"))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"shard-00000.tar: a shard would replace this input"):
+        encode(replace(tars, output=f"{tars.images}/."))
+    assert path.read_bytes() == before
 
 
 def test_other_tars_are_another_job(tars: EncodeConfig) -> None:
