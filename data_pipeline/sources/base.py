@@ -225,6 +225,8 @@ def find_files(images: str, suffix: str) -> list[str]:
             folder, name = pattern.rstrip("/"), f"*{suffix}"
         names = [file for file in list_names(folder or ".") if not file.startswith(".")]
         found = fnmatch.filter(names, name)
+        if name == f"*{suffix}":
+            found = [file for file in names if file.lower().endswith(suffix)]
         if not found:
             raise UserError(f"{pattern}: no such {suffix} file; name a folder or a pattern of them")
         urls += [f"{folder}/{file}" if folder else file for file in found]

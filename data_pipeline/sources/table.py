@@ -110,6 +110,7 @@ def _read_csv(
     data: bytes, file: str, columns: Sequence[str], delimiter: str = ","
 ) -> Iterator[Row]:
     text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
+    csv.field_size_limit(MAX_BYTES)  # by default 131,072 characters; longer captions are cut later
     reader = csv.DictReader(text, strict=True, delimiter=delimiter)
     try:
         _check_unique(reader.fieldnames or (), columns, file)
@@ -119,6 +120,10 @@ def _read_csv(
                 raise UserError(f"{where}: more cells than columns; quote captions with commas")
             if None in row.values():
                 raise UserError(f"{where}: fewer cells than columns; quote captions of many lines")
+            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in row.values()):
+                raise UserError(
+                    f"{where}: a quote joins rows; double it inside quotes, or use JSONL"
+                )
             yield where, row
     except csv.Error as error:
         raise UserError(f"{file}:{reader.line_num}: not CSV ({error})") from None

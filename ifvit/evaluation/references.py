@@ -176,7 +176,7 @@ def list_images(folder: str) -> list[Path]:
 
     Hidden files and folders do not count, nor do the grid and the real images that `evaluate`
     writes beside its samples. Raises UserError if there are fewer than 2, and for a symbolic link
-    that leads out of the folder.
+    that leads out of the folder or to a folder, which is not followed.
     """
     if not Path(folder).is_dir():
         raise UserError(f"images {folder}: no such folder; name one with real images")
@@ -189,6 +189,8 @@ def list_images(folder: str) -> list[Path]:
 def _is_reference(folder: Path, path: Path) -> bool:
     name = path.relative_to(folder)
     is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
+    if path.is_symlink() and path.is_dir() and not is_hidden:
+        raise UserError(f"{path}: a link to a folder; put the folder itself there")
     if is_hidden or path.suffix.lower() not in IMAGE_SUFFIXES:
         return False
     is_overview = path.name == "grid.png" or path.name.startswith("real_")

@@ -236,6 +236,10 @@ def test_only_real_images_count_as_reference_images(tmp_path: Path) -> None:
     (tmp_path / "out.png").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match=r"out\.png' does not lead inside"):
         list_images(str(tmp_path))
+    (tmp_path / "out.png").unlink()
+    (tmp_path / "cats").symlink_to("two_cats")
+    with pytest.raises(UserError, match=r"cats: a link to a folder; put the folder itself there"):
+        list_images(str(tmp_path))
 
 
 @pytest.mark.parametrize("image_id", ["", ".", "..", "/", "a/..", "x" * 10_000, -1, 10**18])

@@ -84,6 +84,7 @@ def test_a_table_is_encoded(config: EncodeConfig) -> None:
         ("t.csv", 'path,caption\n1.jpg,"a\n', "not CSV"),
         ("t.csv", "path,caption\n", "no rows"),
         ("t.csv", "path,caption,caption\n1.jpg,x,y\n", "two columns are called 'caption'"),
+        ("t.tsv", 'path\tcaption\n1.jpg\t"x\n2.jpg\ty"\n', "t.tsv:3: a quote joins rows"),
         ("t.csv", "path,caption\n,x\n", "no text in column 'path'"),
         ("t.csv", "path,caption\n/1.jpg,x\n", "t.csv:2: path /1.jpg does not lead .*--images"),
         ("t.csv", "path,caption\n../1.jpg,x\n", "t.csv:2: path ../1.jpg does not lead inside"),
@@ -136,6 +137,8 @@ def test_lines_end_where_the_format_says(images: str) -> None:
     table = Path(images, "t.csv")
     table.write_bytes(f"path,caption\r\n1.jpg,{caption}\r\n".encode())
     assert CaptionTable(images, str(table)).images[0].captions == (caption,)
+    table.write_text(f"path,caption\n1.jpg,{'x' * 200_000}\n")
+    assert len(CaptionTable(images, str(table)).images[0].captions[0]) == 200_000  # is cut later
 
 
 @pytest.mark.parametrize("path", ["./1.jpg", "{images}/1.jpg"])

@@ -85,6 +85,11 @@ def test_tars_are_found_by_folder_and_by_pattern(tars: EncodeConfig, pattern: st
     assert [unit.num_images for unit in units] == [3, None]
 
 
+def test_suffixes_of_tars_may_be_in_capitals(tars: EncodeConfig) -> None:
+    Path(tars.images, "00001.tar").rename(Path(tars.images, "00001.TAR"))
+    assert len(WebDatasetTars(tars.images, None).units(1)) == 2
+
+
 def test_captions_come_from_json_when_there_is_no_text(
     tars: EncodeConfig, samples: list[Members]
 ) -> None:
