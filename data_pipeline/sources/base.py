@@ -238,6 +238,11 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+def is_readme(path: str) -> bool:
+    """Whether a path names a text about the data set."""
+    return PurePosixPath(path).stem.upper().startswith(("README", "LICENSE"))
+
+
 def is_image(path: str) -> bool:
     """Whether a path has the suffix of an image and is not hidden."""
     pure = PurePosixPath(path)

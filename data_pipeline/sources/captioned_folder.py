@@ -11,6 +11,7 @@ from data_pipeline.sources.base import (
     ReadLimits,
     is_hidden,
     is_image,
+    is_readme,
     numbered_image,
     read_image,
 )
@@ -59,8 +60,8 @@ class CaptionedFolder(ListedSource):
         stems = [str(PurePosixPath(path).with_suffix("")) for path in paths]
         wanted = [[f"{stem}.{n}" for n in names if f"{stem}.{n}" in texts] for stem in stems]
         unused = set(texts).difference(*wanted)
-        self._unused = [texts[key] for key in sorted(unused) if not _is_readme(key)]
-        self._others = [path for path in others if not _is_readme(path)]
+        self._unused = [texts[key] for key in sorted(unused) if not is_readme(key)]
+        self._others = [path for path in others if not is_readme(path)]
         read = partial(_read_captions, images, limits=limits)
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             found = list(pool.map(read, [[texts[key] for key in keys] for keys in wanted]))
@@ -89,10 +90,6 @@ class CaptionedFolder(ListedSource):
             if paths:
                 lines.append(f"warning: {len(paths):,} {what}; the first is {shorten(paths[0])}")
         return "\n".join(lines)
-
-
-def _is_readme(path: str) -> bool:
-    return PurePosixPath(path).stem.upper().startswith(("README", "LICENSE"))
 
 
 def _read_captions(

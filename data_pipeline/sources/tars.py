@@ -21,6 +21,7 @@ from data_pipeline.sources.base import (
     Unit,
     captions_of,
     find_files,
+    is_readme,
     shard_name,
 )
 from ifvit import connections, storage
@@ -158,6 +159,7 @@ def open_tar(url: str, limits: ReadLimits, keys: KeyRule) -> list[CaptionedImage
     return [
         _build_image(key, members, twice.get(key, ""), file, url, limits)
         for key, members in samples.items()
+        if not (is_readme(key) and _choose_image(members) == (None, []))
     ]
 
 
@@ -253,7 +255,7 @@ def _read_captions(members: Members, file: _TarFile, names: tuple[str, ...]) -> 
     for name in names:
         if name.lower() in members:
             found.append(_read_text(members[name.lower()], file))
-        elif metadata.get(name):
+        elif name in metadata:
             found.append(metadata[name])
     if not found:
         searched = ", ".join(names) if names != ("caption",) else "txt, or in json"

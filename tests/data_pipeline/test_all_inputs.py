@@ -237,6 +237,10 @@ TARS: list[Row] = [
     ("mark.png", RGB, {"txt": b"\xef\xbb\xbfa dog\r\n"}, encoded(1)),
     ("empty.png", RGB, {"txt": b"", "json": b'{"caption": "a dog"}'}, left_out(ALL_BLANK)),
     ("json.png", RGB, {"json": b'{"caption": ["a", "b", ""]}'}, encoded(2, BLANK, first="a")),
+    ("null.png", RGB, {"json": b'{"caption": null}'}, left_out(ALL_BLANK)),
+    ("blank.png", RGB, {"json": b'{"caption": " "}'}, left_out(ALL_BLANK)),
+    ("none.png", RGB, {"json": b'{"title": "a"}'}, left_out("the tar contains no caption")),
+    ("./dotted/x.png", RGB, {"txt": b"a"}, encoded(1)),
     ("emoji.png", RGB, {"json": b'{"caption": "a \\ud83d"}'}, encoded(1, REPLACED)),
     ("number.png", RGB, {"json": b'{"caption": 7}'}, left_out("no text and no list of texts")),
     ("list.png", RGB, {"json": b'["a"]'}, left_out("malformed json")),
@@ -250,6 +254,10 @@ TARS: list[Row] = [
     ("link.png", LINK_OUT, {"txt": b"a"}, left_out("a link in the tar")),
     ("._plain.png", b"x", {}, IGNORED_FILE),
     ("__MACOSX/plain.png", b"x", {}, IGNORED_FILE),
+    ("README.md", b"x", {"txt": b"x"}, IGNORED_FILE),
+    ("LICENSE", b"x", {}, IGNORED_FILE),
+    ("readme.1.png", RGB, {}, left_out("readme.1.png has a dot .*--tar_keys last_dot")),
+    ("licenses.png", RGB, {"txt": b"a"}, encoded(1)),
 ]
 LAST_DOT: list[Row] = [
     (name, image, {"txt": texts[0].encode()}, result) for name, image, texts, result in NAMES
@@ -388,7 +396,7 @@ def test_every_input_is_encoded_or_named_as_its_row_says(
     expected = {name_id(number, row[0]): row[3] for number, row in enumerate(rows)}
     names = {row[0]: name_id(number, row[0]) for number, row in enumerate(rows)}
     config = replace(
-        write(tmp_path / "rows", config, rows),
+        write(tmp_path / "rows #1 [50%20] ré?*", config, rows),
         image_size=16,
         samples_per_shard=1000,
         batch_size=16,

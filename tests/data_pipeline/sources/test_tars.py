@@ -170,7 +170,7 @@ def huge_pax_size() -> bytes:
         ({"x.jpg": b"", "x.json": b"[" * 100_000}, "recursion limit"),
         ({"x.jpg": b"", "x.json": b"[]"}, "object"),
         ({"x.jpg": b"", "x.json": b'{"caption": 3}'}, "no text and no list of texts"),
-        ({"x.jpg": b"", "x.json": b'{"caption": null}'}, "no caption"),
+        ({"x.jpg": b"", "x.json": b'{"caption": null}'}, "blank; --allow_blank_captions"),
         ({"x.jpg": b"", "x.json": bytes((1 << 24) + 1)}, "larger than 16,777,216 bytes"),
         ({"x.jpg": b"", "x.txt": b"x\xe9"}, "not UTF-8"),
         ({"x.jpg": b"", "x.txt": b" \n"}, "blank; --allow_blank_captions"),
