@@ -312,7 +312,8 @@ def _encoding(manifest: Manifest) -> dict[str, object]:
 def check_unique(entries: list[tuple[str, ShardEntry]]) -> None:
     """Raise UserError if a shard that contains images occurs twice."""
     counts = Counter(entry.sha256 for _, entry in entries if entry.num_samples)
-    twice = [f"{url}/{entry.name}.tar" for url, entry in entries if counts[entry.sha256] > 1]
+    first = next((entry.sha256 for _, entry in entries if counts[entry.sha256] > 1), None)
+    twice = [f"{url}/{entry.name}.tar" for url, entry in entries if entry.sha256 == first]
     if twice:
         raise UserError(f"{twice[0]} and {twice[1]}: the same shard; its images would count twice")
 

@@ -189,6 +189,8 @@ def test_a_shard_that_would_count_twice_is_an_error(parts: list[str], tmp_path: 
         with pytest.raises(UserError, match=r"a/shard-00000.tar and .*the same shard"):
             merge(MergeConfig(urls=urls, output=str(tmp_path / "merged")))
     assert not (tmp_path / "merged").exists()
+    with pytest.raises(UserError, match=r"a/(shard-\d+)\.tar and .*a/\1\.tar: the same shard"):
+        merge(MergeConfig(urls=[*parts, *parts], output=str(tmp_path / "merged")))
     empty = ShardEntry(
         name="s",
         num_samples=0,
