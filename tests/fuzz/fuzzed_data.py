@@ -15,17 +15,19 @@ from data_pipeline.completion import (
     CompletionMarker,
     Job,
     LatentSums,
+    UnitIdentity,
     marker_url,
     read_marker,
     write_marker,
 )
-from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig, StatsConfig
+from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig, SizeLimits, StatsConfig
 from data_pipeline.shard_tools import inspect_shards, stats, verify
 from data_pipeline.sources import open_source
 from ifvit.config import read_config
 from ifvit.evaluation.object_count import (
     read_count_prompts,
 )
+from ifvit.image_rules import ImageRules
 from ifvit.images import read_square
 from ifvit.sampling.generate import read_prompt_file
 from ifvit.shards.reader import ShardReader
@@ -75,9 +77,14 @@ def make_marker(folder: Path) -> list[Format]:
     job = Job(
         source_sha256="0" * 64, vae_sha256="1" * 64, text_encoder_sha256="2" * 64, image_size=32,
         dtype="float16", precision="fp32", samples_per_shard=2, flip=False,
+        image_rules=ImageRules(),
     )  # fmt: skip
     sums = LatentSums(count=256, first=3.0, second=300.0)
-    marker = CompletionMarker(job=job, shard=entry, failures=(), latent_sums=sums)
+    unit = UnitIdentity(files_sha256="3" * 64, images_sha256="4" * 64, texts_sha256="5" * 64)
+    marker = CompletionMarker(
+        job=job, unit=unit, shard=entry, failures=(), latent_sums=sums,
+        size_limits=SizeLimits(min_side=16, max_aspect_ratio=None),
+    )  # fmt: skip
     write_marker(str(folder), marker)
     file = Path(marker_url("", entry.name)).relative_to("/").as_posix()
     return [
@@ -229,7 +236,7 @@ def make_images(folder: Path) -> list[Format]:
         def read_image(box: Path) -> object:
             from ifvit.evaluation.references import read_real_image
 
-            return read_real_image(box / name, 16)
+            return read_real_image(box / name, 16, ImageRules())
 
         return read_image
 

@@ -35,6 +35,7 @@ from ifvit.evaluation.object_count import (
 from ifvit.evaluation.references import read_reference
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url, write_row
 from ifvit.evaluation.runs import read_run
+from ifvit.image_rules import ImageRules
 from ifvit.images import decode_png, encode_png
 from ifvit.models.weights import load_weights
 from ifvit.records import dump_rows
@@ -283,6 +284,7 @@ def make_reference(folder: Path) -> list[Format]:
     with (folder / "reference.npz").open("wb") as file:
         np.savez(
             file, num_images=9, images_sha256="a" * 64, image_size=16, resize="center_crop+lanczos",
+            image_rules=str(ImageRules()),
             **{"clip.mean": values.mean(axis=0), "clip.covariance": np.cov(values.T),
                "clip.part": values.astype(np.float32), "clip.encoder": "scenes/clip",
                "clip.sha256": "b" * 64},
@@ -297,7 +299,7 @@ def read_statistics(box: Path) -> object:
     identity = EncoderIdentity(name="scenes/clip", sha256="b" * 64)
     network = FeatureNetwork(embed=lambda images: images, identity=identity)
     networks = SimpleNamespace(features={CLIP: network}, clip=None, device="cpu")
-    return read_reference(str(box / "reference.npz"), 16, networks)  # type: ignore[arg-type]
+    return read_reference(str(box / "reference.npz"), 16, ImageRules(), networks)  # type: ignore[arg-type]
 
 
 def make_slurm(folder: Path) -> list[Format]:

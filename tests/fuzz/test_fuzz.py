@@ -8,7 +8,7 @@ its bytes are changed, or values of its JSON are replaced by odd ones. The verdi
 - other: another result, which is legal where the file is the user's own (a table, captions, a
   recipe, a tar, prompts, an image, a pipeline that diffusers writes), where an attacker made seals
   and hashes fit (every second mutation), and where only whole rows are missing or repeated;
-- BAD: any other exception, another result of a sealed file, more than 5 s or 500 MB, control
+- BAD: any other exception, another result of a sealed file, more than 20 s or 500 MB, control
   characters on the terminal, a process or a connection, and reading or writing outside the folder.
 """
 
