@@ -220,9 +220,11 @@ def _became_readable(
 
 def _check_output(output: str, units: Sequence[Unit]) -> None:
     """Raise UserError where the job would replace its input tars or files that it did not write."""
-    if storage.exists(storage.join(output, MANIFEST)) and not list_marked(output):
+    manifest, completed = (storage.join(output, name) for name in (MANIFEST, COMPLETED))
+    if storage.exists(manifest) and not storage.exists(completed):
         raise UserError(
-            f"{output}: holds a {MANIFEST} that no encode job wrote there; choose another folder"
+            f"{output}: holds a {MANIFEST} that no encode job wrote there; choose another folder, "
+            "or remove that file"
         )
     names = {f"{unit.name}.tar" for unit in units}
     for file in (file for unit in units for file in unit.files):

@@ -27,6 +27,15 @@ def test_a_rerun_encodes_nothing_and_changes_no_byte(
     assert hashes(config) == before
 
 
+def test_the_marker_of_the_only_shard_may_be_deleted(config: EncodeConfig) -> None:
+    config = replace(config, samples_per_shard=100)
+    encode(config)
+    before = undisturbed_hashes(config)
+    Path(config.output, "completed/shard-00000.json").unlink()
+    encode(config)
+    assert hashes(config) == before
+
+
 def test_a_manifest_without_completion_markers_is_not_replaced(config: EncodeConfig) -> None:
     manifest = Path(config.output, "manifest.json")
     manifest.parent.mkdir(parents=True)
