@@ -34,10 +34,10 @@ class CocoImage:
 
 @record(ignore_unknown=True)
 class CocoCaption:
-    """Entry of the list `annotations`."""
+    """Entry of the list `annotations`; null is a blank caption."""
 
     image_id: int
-    caption: str
+    caption: str | None
 
 
 @record(ignore_unknown=True)
@@ -81,7 +81,7 @@ class CocoCaptions(ListedSource):
         content = parse_json(CocoFile, data, captions)
         texts: dict[int, list[str]] = {image.id: [] for image in content.images}
         for entry in content.annotations:
-            texts[entry.image_id].append(entry.caption)
+            texts[entry.image_id].append(entry.caption or "")
         # Other image sets use the same file names, so the name alone does not identify COCO.
         self._is_official = "COCO 20" in str(content.info)
         self._file = captions

@@ -25,6 +25,7 @@ from data_pipeline.sources.base import (
     shard_name,
 )
 from ifvit import connections, storage
+from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
 from ifvit.records import (
@@ -56,11 +57,15 @@ class TarStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Tar:
-    """One input tar; `num_samples` comes from NNNNN_stats.json and is None without that file."""
+    """One input tar; `num_samples` comes from NNNNN_stats.json and is None without that file.
+
+    `problem` says why that file could not be read.
+    """
 
     url: str
     num_bytes: int
     num_samples: int | None
+    problem: str = ""
 
 
 class WebDatasetTars(Source):
@@ -103,6 +108,9 @@ class WebDatasetTars(Source):
         text = f"{self._images}: {len(self._tars):,} tars, {gigabytes:,.2f} GB"
         if counts:
             text += f"; {sum(counts):,} samples in the {len(counts):,} tars with statistics"
+        problems = [tar.problem for tar in self._tars if tar.problem]
+        if problems:
+            text += f"\nwarning: {len(problems):,} statistics could not be read: {problems[0]}"
         return text
 
     def units(self, samples_per_shard: int) -> list[Unit]:
@@ -123,10 +131,15 @@ def _describe_tar(url: str) -> Tar:
     num_bytes, statistics = storage.file_size(url), url.removesuffix(".tar") + "_stats.json"
     if num_bytes is None or not (connections.is_remote(url) or Path(url).is_file()):
         raise UserError(f"{url}: not a regular file; expected a tar")
-    content = TarStatistics()
+    content, problem = TarStatistics(), ""
     if storage.exists(statistics):
-        content = storage.read_record(TarStatistics, statistics)
-    return Tar(url=url, num_bytes=num_bytes, num_samples=content.successes)
+        try:
+            content = storage.read_record(TarStatistics, statistics)
+        except StoreError:
+            raise
+        except UserError as error:
+            problem = str(error)
+    return Tar(url=url, num_bytes=num_bytes, num_samples=content.successes, problem=problem)
 
 
 class _TarFile(io.BufferedReader):

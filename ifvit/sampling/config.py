@@ -132,7 +132,9 @@ class GenerateConfig(SamplingConfig, EncoderPlaces):
 
 @record
 class ExportConfig(EncoderPlaces):
-    """Write a trained backbone and its encoders to one folder that diffusers loads."""
+    """Write a trained backbone and its encoders to one folder that diffusers loads, with ifvit
+    installed.
+    """
 
     weights: str
     """Run folder (its newest weights), weights/step_… folder, or a folder with config.json."""

@@ -75,7 +75,7 @@ def test_an_incomplete_split_is_reported_before_encoding(coco: Path) -> None:
         (lambda content: content["images"][0].update(id="3"), "images.0.id: .* valid integer"),
         (lambda content: content["images"][0].update(id=2**64), "id is .*beyond 64 bits"),
         (lambda content: content["annotations"][0].pop("caption"), "annotations.0.caption: Field"),
-        (lambda content: content["annotations"][0].update(caption=None), "0.caption: .* string"),
+        (lambda content: content["annotations"][0].update(caption=7), "0.caption: .* string"),
         (lambda content: content["images"].append(content["images"][0]), "an id is listed twice"),
         (lambda content: content["images"].pop(), "image id 3 is not in 'images'"),
         *[
@@ -111,6 +111,14 @@ def test_an_image_without_captions_is_left_out_by_name(coco: Path) -> None:
     save(coco, content)
     image = read(coco).images[0]
     assert (image.captions, image.problem) == ((), "the annotations hold no caption of it")
+
+
+def test_a_caption_of_null_is_blank(coco: Path) -> None:
+    content = load(coco)
+    content["annotations"][0]["caption"] = None
+    save(coco, content)
+    captions = {image.image_id: image.captions for image in read(coco).images}
+    assert "" in captions[content["annotations"][0]["image_id"]]
 
 
 def test_a_link_out_of_the_folder_is_read_only_when_allowed(coco: Path) -> None:
