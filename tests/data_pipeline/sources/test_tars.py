@@ -193,19 +193,21 @@ def test_links_sparse_files_and_other_members_are_failures_and_not_read(
     tars: EncodeConfig, samples: list[Members]
 ) -> None:
     path = Path(tars.images, "00000.tar")
-    write_tar(path, {f"{key}.txt": b"x" for key in "abcd"} | samples[0])
+    write_tar(path, {f"{key}.txt": b"x" for key in "abcde"} | samples[0])
     add_special(path, "a.jpg", tarfile.SYMTYPE)
     add_special(path, "b.jpg", tarfile.LNKTYPE)
     add_special(path, "c.jpg", tarfile.CHRTYPE)
     add_special(path, "d.jpg", tarfile.FIFOTYPE)
+    add_special(path, "e.jpg", tarfile.GNUTYPE_SPARSE)
     images = open_unit(WebDatasetTars(tars.images, None).units(1)[0], tars)
     found = {image.key: read_or_fail(image, tars) for image in images}
-    reasons = [found[key].reason for key in "abcd"]  # type: ignore[union-attr]
+    reasons = [found[key].reason for key in "abcde"]  # type: ignore[union-attr]
     assert reasons == [
         "a.jpg is a link in the tar",
         "b.jpg is a link in the tar",
         "c.jpg is no regular file in the tar",
         "d.jpg is no regular file in the tar",
+        "e.jpg is no regular file in the tar",
     ]
     assert isinstance(found["000000000"], DecodedImage)
 
