@@ -259,11 +259,6 @@ def read_rows(cls: type[Record], url: str, *, error: type[UserError] = UserError
     return records.parse_rows(cls, read_bytes(url), url, error=error)
 
 
-def read_json(url: str) -> Any:
-    """Parse a JSON file of unknown keys. Raises UserError when it is absent or malformed."""
-    return records.parse_json(object, read_bytes(url), url)
-
-
 def download(url: str, path: Path, sha256: str | None = None, max_bytes: int | None = None) -> None:
     """Copy `url` to the local `path`, whole or not at all, and check its size.
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import random
 import stat
@@ -70,7 +71,7 @@ def test_round_trip(root: str, tmp_path: Path, store: type[FaultyFileSystem]) ->
     assert not storage.exists(url)
     assert storage.file_size(url) is None
     storage.write_json(url, {"n": 1})
-    assert storage.read_json(url) == {"n": 1}
+    assert json.loads(storage.read_bytes(url)) == {"n": 1}
     assert storage.file_size(url) == len(storage.read_bytes(url))
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"content")

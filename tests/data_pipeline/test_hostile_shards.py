@@ -60,7 +60,7 @@ def dataset(datasets: Path, tmp_path: Path) -> Path:
 def change_manifest(dataset: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the content of the manifest and seal it again."""
     url = str(dataset / "manifest.json")
-    content = storage.read_json(url)
+    content = json.loads(storage.read_bytes(url))
     change(content)
     storage.write_sealed(url, content)
 

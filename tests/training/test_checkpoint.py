@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes from, and which checkpoints are kept."""
 
 import hashlib
+import json
 import math
 import random
 import socket
@@ -21,7 +22,7 @@ from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import read_run
 from ifvit.models.weights import load_weights
-from ifvit.storage import join, list_names, read_bytes, read_json, remove, write_bytes, write_sealed
+from ifvit.storage import join, list_names, read_bytes, remove, write_bytes, write_sealed
 from ifvit.training.checkpoint import (
     commit,
     fetch,
@@ -92,7 +93,7 @@ def test_no_name_in_a_manifest_leads_out_of_its_checkpoint(
     config = replace(recipe(max_steps=1), run=f"memory://{uuid.uuid4().hex}")
     train(config)
     manifest = join(step_url(config.run, 1), "manifest.json")
-    stored = read_json(manifest)
+    stored = json.loads(read_bytes(manifest))
     stored["parts"][0][key] = int(value) if key == "bytes" else value
     write_sealed(manifest, {name: stored[name] for name in stored if name != "seal"})
     with pytest.raises(UserError, match=rf"manifest\.json: parts.*{key}"):
@@ -128,7 +129,7 @@ def test_a_manifest_that_contradicts_itself_or_its_folder_is_one_line(
     config = recipe(max_steps=1)
     train(config)
     manifest = join(step_url(config.run, 1), "manifest.json")
-    stored = read_json(manifest)
+    stored = json.loads(read_bytes(manifest))
     del stored["seal"]
     write_sealed(manifest, build(stored))
     with pytest.raises(UserError) as error:
@@ -317,7 +318,7 @@ def test_a_run_that_another_job_holds_is_left_alone(recipe: Recipe) -> None:
         train(config)
     assert not Path(config.run, "config.yaml").exists()
     train(replace(config, max_steps=1))
-    assert read_json(join(config.run, "lease", "000002.beat"))["released"]
+    assert json.loads(read_bytes(join(config.run, "lease", "000002.beat")))["released"]
 
 
 class Member(ProcessGroup):

@@ -1,5 +1,6 @@
 """One job per run directory, whichever job dies, sleeps or has a wrong clock."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from ifvit.errors import UserError
 from ifvit.records import dump_sealed
-from ifvit.storage import join, list_names, read_json, write_sealed
+from ifvit.storage import join, list_names, read_bytes, write_sealed
 from ifvit.training import lease as lease_module
 from ifvit.training.lease import BEAT_SECONDS, SILENT_BEATS, Beat, Holder, Lease, process_identity
 
@@ -83,7 +84,7 @@ def test_a_job_elsewhere_loses_the_run_after_some_silent_beats_of_its_own_length
     lease = Lease.acquire(run, BEAT)
     assert no_waiting == [7.0] * SILENT_BEATS
     assert lease.token != ELSEWHERE.token
-    assert read_json(join(run, "lease", "000002.json"))["pid"] == os.getpid()
+    assert json.loads(read_bytes(join(run, "lease", "000002.json")))["pid"] == os.getpid()
 
 
 def test_of_many_takers_of_a_free_run_one_wins(run: str) -> None:

@@ -108,7 +108,7 @@ def test_a_sample_without_image_or_caption_is_a_named_failure(
         encode(tars)
     manifest = finish(replace(tars, tolerate=2))
     assert manifest.num_samples == 5
-    marker = storage.read_json(f"{tars.output}/completed/shard-00000.json")
+    marker = json.loads(storage.read_bytes(f"{tars.output}/completed/shard-00000.json"))
     assert [failure["reason"] for failure in marker["failures"]] == [
         "the tar contains no image (jpg, png, webp) for this key",
         "the tar contains no caption (txt, or in json) for this key",
@@ -220,7 +220,7 @@ def test_a_huge_image_in_a_tar_is_refused_by_its_size_and_a_flag_admits_it(
     )  # the images have 36 x 40 to 36 x 46 pixels
     manifest = finish(small)
     assert manifest.num_samples == 2
-    marker = storage.read_json(f"{tars.output}/completed/shard-00000.json")
+    marker = json.loads(storage.read_bytes(f"{tars.output}/completed/shard-00000.json"))
     assert all("--max_megapixels allows more" in each["reason"] for each in marker["failures"])
     assert finish(replace(small, max_megapixels=100.0)).num_samples == 7
 
