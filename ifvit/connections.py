@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from ifvit.errors import EXIT_STORE, UserError
 from ifvit.records import shorten
@@ -94,6 +95,24 @@ def _connect(_pid: int, _settings: tuple[tuple[str, str], ...]) -> FileSystem:
     )
     files.connect()
     return files
+
+
+class RemoteFile(AbstractBufferedFile):  # type: ignore[misc]
+    """A file of a store; each read is one request, which is repeated as in `retry`."""
+
+    def __init__(self, url: str, num_bytes: int) -> None:
+        super().__init__(None, url, cache_type="none", size=num_bytes)
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        end = min(end, self.size)
+
+        def get(files: FileSystem) -> bytes:
+            data = bytes(files.cat_file(self.path, start=start, end=end))
+            if len(data) != end - start:
+                raise OSError(f"{len(data)} of {end - start} bytes arrived")
+            return data
+
+        return retry(self.path, get)
 
 
 def retry(url: str, action: Callable[[FileSystem], Result]) -> Result:

@@ -2,8 +2,7 @@
 
 All packages read and write files of datasets and runs through this module. A file is written whole
 or not at all: locally under a temporary name, synced and renamed; in an object store by one request
-or multipart upload. Every transfer is checked by size and hash. Failed requests to an object
-store are repeated for IFVIT_STORE_PATIENCE seconds (default 600).
+or multipart upload. Every transfer is checked by size and hash.
 """
 
 import contextlib
@@ -16,18 +15,17 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ifvit import records
-from ifvit.connections import FileSystem, Result, StoreError, is_remote, retry
+from ifvit.connections import FileSystem, RemoteFile, Result, StoreError, is_remote, retry
 from ifvit.errors import UserError
 from ifvit.records import MAX_BYTES, shorten
 
 Record = TypeVar("Record")
-CACHE_MARKER = "ifvit-cache"
-"""File that marks a folder as a cache, whose files may be deleted."""
+Absent = TypeVar("Absent")
 PART_BYTES = 64 << 20
 """Part size of multipart uploads; a file of less than two parts is sent in one request."""
 STALL_SECONDS = 60.0
@@ -35,6 +33,7 @@ _MIN_BYTES_PER_SECOND = 1 << 20
 """An upload has stalled after STALL_SECONDS plus its size divided by this rate."""
 _NUM_DOWNLOADS = 3
 """Downloads with a wrong hash before the object itself counts as damaged."""
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 # macOS has both ENOTSUP and EOPNOTSUPP.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
@@ -83,53 +82,39 @@ def require_no_links_out(url: str) -> None:
 def exists(url: str) -> bool:
     """Whether a file or folder exists. Raises UserError when a local disk fails to answer.
 
-    fsspec's `exists` returns False on such a failure. Callers would then treat a file that is there
-    as absent and overwrite it.
+    On such a failure fsspec's `exists` returns False, and callers would overwrite the file.
     """
-    try:
-        retry(url, lambda files: files.info(url))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+    return _ask(url, lambda files: files.info(url), None) is not None
 
 
 def file_size(url: str) -> int | None:
     """Size of a file in bytes, None when it is absent."""
-    try:
-        return retry(url, lambda files: int(files.info(url)["size"]))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    return _ask(url, lambda files: int(files.info(url)["size"]), None)
 
 
 def list_names(url: str) -> list[str]:
     """Sorted names of the files and folders directly in folder `url`; [] for an absent folder."""
-    try:
-        entries = retry(url, lambda files: files.ls(url, detail=False))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(Path(entry).name for entry in entries)
+    return sorted(Path(entry).name for entry in _ask(url, lambda files: files.ls(url, False), []))
 
 
 def list_states(url: str) -> dict[str, str]:
     """Size and ETag, or other version, of the files directly in a folder of a store, by name."""
-    try:
-        entries = retry(url, lambda files: files.ls(url, detail=True))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    times = ("blob_id", "LastModified", "last_modified", "mtime")
+    versions = ("blob_id", "LastModified", "last_modified", "mtime")
     return {
         Path(entry["name"]).name: " ".join(
-            [str(entry["size"]), _etag(entry) or str([entry.get(key) for key in times])]
+            [str(entry["size"]), _etag(entry) or str([entry.get(key) for key in versions])]
         )
-        for entry in entries
+        for entry in _ask(url, lambda files: files.ls(url, True), [])
         if entry["type"] == "file"
     }
 
 
-def count_files(url: str) -> int:
-    """Number of files in folder `url` and below, without hidden ones, which are unfinished."""
-    paths = retry(url, lambda files: files.find(url))
-    return sum(not Path(path).name.startswith(".") for path in paths)
+def _ask(url: str, question: Callable[[FileSystem], Result], absent: Absent) -> Result | Absent:
+    """Answer to a question about a file or folder; `absent` when there is none."""
+    try:
+        return retry(url, question)
+    except _ABSENT:
+        return absent
 
 
 def walk_files(url: str) -> list[str]:
@@ -141,72 +126,42 @@ def walk_files(url: str) -> list[str]:
         paths = retry(url, lambda files: files.find(url))
         start = len(url.partition("://")[2].rstrip("/")) + 1
         return sorted(path[start:] for path in paths)
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, _ABSENT):
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
     names = []
-    for place, folders, files in os.walk(url, onerror=_raise_walk_error):
+    for place, folders, files in os.walk(url, onerror=fail):
         links = [name for name in folders if Path(place, name).is_symlink()]
         names += [Path(place, name).relative_to(url).as_posix() for name in [*files, *links]]
     return sorted(names)
 
 
-def _raise_walk_error(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-
-
-def open_ranges(url: str) -> io.RawIOBase | io.BufferedReader:
+def open_ranges(url: str) -> io.IOBase:
     """Open a file of which parts are read; each read of a remote file is one request.
 
     Raises UserError when it is absent or no regular file.
     """
-    return _RemoteFile(url) if is_remote(url) else open_file(url)
-
-
-class _RemoteFile(io.RawIOBase):
-    def __init__(self, url: str) -> None:
-        self._url, self._position = url, 0
-        try:
-            self._num_bytes = retry(url, lambda files: _size_of_file(files, url))
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{url}: no such file") from None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self._position = offset + (0, self._position, self._num_bytes)[whence]
-        return self._position
-
-    def readinto(self, buffer: Any, /) -> int:
-        start, end = self._position, min(self._position + len(buffer), self._num_bytes)
-        if start >= end:
-            return 0
-
-        def get(files: FileSystem) -> bytes:
-            data = bytes(files.cat_file(self._url, start=start, end=end))
-            if len(data) != end - start:
-                raise OSError(f"{len(data)} of {end - start} bytes arrived")
-            return data
-
-        buffer[: end - start] = retry(self._url, get)
-        self._position = end
-        return end - start
+    if not is_remote(url):
+        return open_file(url)
+    with _one_line(url):
+        return RemoteFile(url, retry(url, lambda files: _size_of_file(files, url)))
 
 
 def read_bytes(url: str, max_bytes: int = MAX_BYTES) -> bytes:
     """Read a whole file. Raises UserError when it is absent, no regular file, or too large."""
-    try:
+
+    def read(files: FileSystem) -> bytes:
+        _check_size(url, _size_of_file(files, url), max_bytes)
+        return bytes(files.cat_file(url))
+
+    with _one_line(url):
         if is_remote(url):
-            return retry(url, lambda files: _read_object(files, url, max_bytes))
+            return retry(url, read)
         with open_file(url) as file:
             _check_size(url, os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
-    except FileNotFoundError:
-        raise UserError(f"{url}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{url}: cannot be read ({error.strerror})") from None
 
 
 def open_file(path: str | Path) -> io.BufferedReader:
@@ -214,21 +169,23 @@ def open_file(path: str | Path) -> io.BufferedReader:
 
     Unlike `open`, this does not wait for the writer of a pipe.
     """
-    try:
+    with _one_line(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     raise UserError(f"{path}: not a regular file")
 
 
-def _read_object(files: FileSystem, url: str, max_bytes: int) -> bytes:
-    _check_size(url, _size_of_file(files, url), max_bytes)
-    return bytes(files.cat_file(url))
+@contextlib.contextmanager
+def _one_line(url: str | Path) -> Iterator[None]:
+    """Turn the error of a file that cannot be read into a UserError."""
+    try:
+        yield
+    except _ABSENT:
+        raise UserError(f"{url}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{url}: cannot be read ({error.strerror})") from None
 
 
 def _size_of_file(files: FileSystem, url: str) -> int:
@@ -244,18 +201,13 @@ def _check_size(url: str, num_bytes: int, max_bytes: int) -> None:
         raise TooLargeError(f"{url}: larger than the allowed {max_bytes:,} bytes")
 
 
-def read_record(cls: type[Record], url: str, *, error: type[UserError] = UserError) -> Record:
-    """Parse a JSON file into the record, or other type, `cls`. Raises `error` naming the file."""
-    return records.parse_json(cls, read_bytes(url), url, error=error)
-
-
 def read_sealed(cls: type[Record], url: str, *, error: type[UserError] = UserError) -> Record:
     """Parse a file of `write_sealed`. Raises `error` when its content does not fit its seal."""
     return records.parse_sealed(cls, read_bytes(url), url, error=error)
 
 
 def read_rows(cls: type[Record], url: str, *, error: type[UserError] = UserError) -> list[Record]:
-    """Parse the complete lines of a file of `write_rows`. Raises `error` naming the line."""
+    """Parse the complete sealed lines of a file. Raises `error` naming the line."""
     return records.parse_rows(cls, read_bytes(url), url, error=error)
 
 
@@ -275,50 +227,10 @@ def download(url: str, path: Path, sha256: str | None = None, max_bytes: int | N
         return sha256 is None or sha256_of(temporary) == sha256
 
     with write_file(str(path)) as temporary:
-        try:
+        with _one_line(url):
             is_intact = any(retry(url, get) for _ in range(_NUM_DOWNLOADS))
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{url}: no such file") from None
         if not is_intact:
             raise ContentError(f"{url}: damaged, its content does not have the sha256 {sha256}")
-
-
-def local_copy(url: str, sha256: str) -> Path:
-    """Path of a local `url`, or of its verified copy in the cache, downloaded when absent.
-
-    The cache is IFVIT_CACHE, or ifvit in XDG_CACHE_HOME or ~/.cache. Raises as `download` and
-    `open_cache` do.
-    """
-    if not is_remote(url):
-        return Path(url)
-    if not records.is_sha256(sha256):
-        raise UserError(f"{url}: its sha256 is {shorten(sha256)}; it must be 64 hexadecimal digits")
-    caches = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    folder = Path(os.environ.get("IFVIT_CACHE", f"{caches}/ifvit"))
-    open_cache(folder, "IFVIT_CACHE")
-    if not (folder / sha256).is_file():
-        download(url, folder / sha256, sha256)
-    return folder / sha256
-
-
-def open_cache(folder: Path, setting: str) -> None:
-    """Create a cache folder with its marker file, or check that `folder` is one of this user.
-
-    Only files of such a folder may be evicted. Raises UserError naming `setting` for a folder that
-    another user owns or may write to, and for one that holds files but no marker.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & stat.S_IWOTH:
-        raise UserError(f"{folder}: other users own or may change it; set {setting} to another")
-    names = {path.name for path in folder.iterdir()}
-    if names and CACHE_MARKER not in names:
-        raise UserError(
-            f"{folder}: holds files, but no {CACHE_MARKER} that marks a cache whose files may be "
-            f"deleted; empty it, or set {setting} to a new folder"
-        )
-    if not names:
-        (folder / CACHE_MARKER).write_text("ifvit may delete the files in this folder.\n")
 
 
 def sha256_of(path: Path) -> str:
@@ -328,19 +240,8 @@ def sha256_of(path: Path) -> str:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Create or replace `url`; a reader sees either the old content or the new."""
-    if not is_remote(url):
-        with write_file(url) as path:
-            path.write_bytes(data)
-        return
-    etag = hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-    def put(files: FileSystem) -> None:
-        files.pipe_file(url, data, **_timeout(url, len(data)))
-        stored = files.info(url)
-        if stored["size"] != len(data) or (_etag(stored) != etag and files.cat_file(url) != data):
-            raise OSError("the store holds other bytes than were sent")
-
-    _send(url, put)
+    with write_file(url) as path:
+        path.write_bytes(data)
 
 
 def write_json(url: str, value: Any) -> None:
@@ -351,11 +252,6 @@ def write_json(url: str, value: Any) -> None:
 def write_sealed(url: str, content: Any) -> None:
     """Write a record or JSON object with its seal, for `read_sealed`."""
     write_bytes(url, records.dump_sealed(content))
-
-
-def write_rows(url: str, rows: Iterable[Any]) -> None:
-    """Write records or JSON objects as JSON lines with seals, for `read_rows`."""
-    write_bytes(url, records.dump_rows(rows))
 
 
 @contextlib.contextmanager
@@ -388,13 +284,15 @@ def upload(path: Path, url: str) -> None:
     etag, num_bytes = _expected_etag(path), path.stat().st_size
 
     def put(files: FileSystem) -> None:
-        options = {"chunksize": PART_BYTES} if url.startswith("s3://") else {}
-        files.put_file(str(path), url, **options, **_timeout(url, num_bytes))
+        parts = {"chunksize": PART_BYTES} if url.startswith("s3://") else {}
+        files.put_file(str(path), url, **parts, **_timeout(url, num_bytes))
         stored = files.info(url)
-        if stored["size"] != num_bytes:
-            raise OSError(f"the store holds {stored['size']} bytes of {num_bytes}")
-        # The ETag of an encrypting store is not an MD5; then the object is read back.
-        if _etag(stored) != etag and _remote_sha256(files, url) != sha256_of(path):
+        is_equal = stored["size"] == num_bytes
+        if is_equal and _etag(stored) != etag:
+            # The ETag of an encrypting store is not an MD5; then the object is read back.
+            with files.open(url, "rb") as file:
+                is_equal = hashlib.file_digest(file, "sha256").hexdigest() == sha256_of(path)
+        if not is_equal:
             raise OSError("the store holds other bytes than were sent")
 
     _send(url, put)
@@ -408,39 +306,57 @@ def create(url: str, data: bytes) -> bool:
     """
     if is_remote(url):
         return _create_object(url, data)
-    with _temporary_beside(Path(url)) as temporary:
+    with _temporary_beside(Path(url)) as temporary, contextlib.suppress(FileExistsError):
         temporary.write_bytes(data)
         _sync(temporary)
         try:
             os.link(temporary, url)
-        except FileExistsError:
-            return False
         except OSError as error:
             if error.errno not in _NO_HARD_LINKS:
                 raise
-            return _create_in_place(url, data)
-    return True
+            with Path(url).open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        return True
+    return False
 
 
-def _create_in_place(path: str, data: bytes) -> bool:
+def _create_object(url: str, data: bytes) -> bool:
+    def put(files: FileSystem) -> bool:
+        try:
+            files.pipe_file(url, data, mode="create", **_timeout(url, len(data)))
+        except OSError as error:
+            # s3fs has several exceptions for the answer 412, which means that the object exists.
+            answer = getattr(error.__cause__, "response", None) or {}
+            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if not isinstance(error, FileExistsError) and status != 412:
+                raise
+            # An earlier try may have created the object, and only its answer was lost.
+            return bool(files.cat_file(url) == data)
+        return True
+
+    return _send(url, put)
+
+
+def _send(url: str, action: Callable[[FileSystem], Result]) -> Result:
     try:
-        with Path(path).open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError:
-        return False
-    return True
+        return retry(url, action)
+    except FileNotFoundError:
+        raise StoreError(f"{url}: no such bucket; create it first") from None
+
+
+def _timeout(url: str, num_bytes: int) -> dict[str, float]:
+    """Option for sending by s3fs, whose read timeout starts only when all bytes are sent."""
+    if not url.startswith("s3://"):
+        return {}
+    return {"timeout": STALL_SECONDS + num_bytes / _MIN_BYTES_PER_SECOND}
 
 
 def remove(url: str) -> None:
     """Remove a file, or a folder with its content; an absent one is not an error."""
-
-    def delete(files: FileSystem) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            files.rm(url, recursive=True)
-
-    retry(url, delete)
+    with contextlib.suppress(FileNotFoundError):
+        retry(url, lambda files: files.rm(url, recursive=True))
 
 
 @contextlib.contextmanager
@@ -464,40 +380,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _send(url: str, action: Callable[[FileSystem], Result]) -> Result:
-    try:
-        return retry(url, action)
-    except FileNotFoundError:
-        raise StoreError(f"{url}: no such bucket; create it first") from None
-
-
-def _create_object(url: str, data: bytes) -> bool:
-    def put(files: FileSystem) -> bool:
-        try:
-            files.pipe_file(url, data, mode="create", **_timeout(url, len(data)))
-        except OSError as error:
-            if not (isinstance(error, FileExistsError) or _is_precondition_failed(error)):
-                raise
-            # An earlier try may have created the object, and only its answer was lost.
-            return bool(files.cat_file(url) == data)
-        return True
-
-    return _send(url, put)
-
-
-def _timeout(url: str, num_bytes: int) -> dict[str, float]:
-    """Option for sending by s3fs, whose read timeout starts only when all bytes are sent."""
-    if not url.startswith("s3://"):
-        return {}
-    return {"timeout": STALL_SECONDS + num_bytes / _MIN_BYTES_PER_SECOND}
-
-
-def _is_precondition_failed(error: Exception) -> bool:
-    """Whether the store answered 412; s3fs has several exceptions for that."""
-    response = getattr(error.__cause__, "response", None) or {}
-    return bool(response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412)
-
-
 def _etag(info: dict[str, str]) -> str:
     return info.get("ETag", "").strip('"')
 
@@ -517,8 +399,3 @@ def _expected_etag(path: Path) -> str:
 def _digest(path: Path, name: str) -> str:
     with open_file(path) as file:
         return hashlib.file_digest(file, name).hexdigest()
-
-
-def _remote_sha256(files: FileSystem, url: str) -> str:
-    with files.open(url, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

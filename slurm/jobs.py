@@ -92,7 +92,8 @@ class VerbJob:
         if self.verb == "encode":
             return str(len(storage.list_names(storage.join(self.run, "completed"))))
         folders = {self.run, *getattr(self.config, "runs", ())}
-        return str(sum(storage.count_files(folder) for folder in folders))
+        names = [url.rpartition("/")[2] for each in folders for url in storage.walk_files(each)]
+        return str(sum(not name.startswith(".") for name in names))  # a hidden file is unfinished
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

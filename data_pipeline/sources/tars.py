@@ -134,7 +134,7 @@ def _describe_tar(url: str) -> Tar:
     content, problem = TarStatistics(), ""
     if storage.exists(statistics):
         try:
-            content = storage.read_record(TarStatistics, statistics)
+            content = parse_json(TarStatistics, storage.read_bytes(statistics), statistics)
         except StoreError:
             raise
         except UserError as error:

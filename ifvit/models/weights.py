@@ -34,12 +34,12 @@ from ifvit.records import (
     parse_json,
     record,
 )
+from ifvit.shards.cache import local_copy
 from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import (
     exists,
     join,
     list_names,
-    local_copy,
     read_bytes,
     read_sealed,
     remove,

@@ -10,6 +10,7 @@ import hashlib
 import os
 import resource
 import shutil
+import stat
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ MAX_OPEN = 256
 """Tars that a reader keeps open, or a quarter of the process's descriptors if these are fewer."""
 _NUM_TRIES = 3
 """Reads of a small object before it counts as damaged at rest, not in transfer."""
+_MARKER = "ifvit-cache"
+"""File that marks a folder as a cache, whose files may be deleted."""
 
 
 class FileCache:
@@ -51,13 +54,13 @@ class FileCache:
         default = Path(tempfile.gettempdir(), f"ifvit-cache-{os.getuid()}")
         self.folder = Path(config.folder) if config.folder else default
         self.num_bytes = int(config.gigabytes * 1e9)
-        storage.open_cache(self.folder, "cache.folder")
+        _open_cache(self.folder)
         self._locks = self.folder / "locks"
         self._locks.mkdir(exist_ok=True)
 
     def check_space(self, num_bytes: int) -> None:
         """Raise UserError unless the disk can hold `num_bytes`, or the whole cache if smaller."""
-        cached = sum(stat.st_size for _, stat in self._files())
+        cached = sum(found.st_size for _, found in self._files())
         room = shutil.disk_usage(self.folder).free + cached
         if room < min(num_bytes, self.num_bytes):
             raise UserError(
@@ -96,13 +99,13 @@ class FileCache:
 
     def _make_room(self, num_bytes: int) -> None:
         files = sorted(self._files(), key=lambda file: file[1].st_mtime_ns)
-        excess = sum(stat.st_size for _, stat in files) + num_bytes - self.num_bytes
-        for path, stat in files:
+        excess = sum(found.st_size for _, found in files) + num_bytes - self.num_bytes
+        for path, found in files:
             if excess <= 0:
                 return
             if is_sha256(path.name):  # another process is downloading the others
                 path.unlink(missing_ok=True)
-                excess -= stat.st_size
+                excess -= found.st_size
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self.folder.iterdir():
@@ -110,6 +113,35 @@ class FileCache:
                 # Unfinished downloads are named .SHA256.xxxxxxxx.
                 if is_sha256(path.name.removeprefix(".")[:64]) and path.is_file():
                     yield path, path.lstat()
+
+
+def _open_cache(folder: Path) -> None:
+    """Create a cache folder with its marker file, or check that `folder` is one of this user.
+
+    Raises UserError for a folder that another user owns or may write to, and for one that holds
+    files but no marker.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & stat.S_IWOTH:
+        raise UserError(f"{folder}: other users own or may change it; set cache.folder to another")
+    names = {path.name for path in folder.iterdir()}
+    if names and _MARKER not in names:
+        raise UserError(
+            f"{folder}: holds files, but no {_MARKER} that marks a cache whose files may be "
+            "deleted; empty it, or set cache.folder to a new folder"
+        )
+    if not names:
+        (folder / _MARKER).write_text("ifvit may delete the files in this folder.\n")
+
+
+def local_copy(url: str, sha256: str) -> Path:
+    """Path of a local `url`, or of its verified copy in the default cache folder."""
+    if not connections.is_remote(url):
+        return Path(url)
+    cache = FileCache(CacheConfig())
+    os.close(cache.open(url, sha256, storage.file_size(url) or 0))
+    return cache.folder / sha256
 
 
 class OpenFile:

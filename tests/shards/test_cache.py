@@ -1,8 +1,10 @@
 """Shards of an object store are fetched once, checked on arrival, shared, and bounded."""
 
+import hashlib
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +20,11 @@ from made_shards import make_samples, write_shards
 from ifvit import storage
 from ifvit.connections import StoreError
 from ifvit.errors import UserError
-from ifvit.shards.cache import FileCache
+from ifvit.shards.cache import FileCache, local_copy
 from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import LatentSample, ShardError
 from ifvit.shards.reader import ShardReader
+from ifvit.storage import ContentError
 
 NUM_SHARDS = 6
 
@@ -284,3 +287,24 @@ def test_a_faulty_store_changes_nothing(
     assert_reads(reader, samples)
     assert len(faulty_s3.hits) == 6
     assert len(list(tmp_path.iterdir())) == NUM_SHARDS + 2  # and the locks and the marker
+
+
+def test_a_local_copy_is_fetched_once_and_only_if_it_is_whole(
+    remote: str, tmp_path: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    url = f"{remote}/manifest.json"
+    content = storage.read_bytes(url)
+    sha256 = hashlib.sha256(content).hexdigest()
+    for _ in range(2):
+        assert local_copy(url, sha256).read_bytes() == content
+    assert downloads == ["manifest.json"]
+    assert local_copy("somewhere/x", sha256) == Path("somewhere/x")
+    with pytest.raises(ContentError, match="damaged"):
+        local_copy(url, "0" * 64)
+    with pytest.raises(UserError, match="no such file"):
+        local_copy(f"{remote}/nothing", "0" * 64)
+    [cache] = tmp_path.glob("ifvit-cache-*")
+    (cache / "ifvit-cache").unlink()
+    with pytest.raises(UserError, match=r"set cache\.folder to a new folder"):
+        local_copy(url, sha256)

@@ -22,6 +22,7 @@ from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import read_run
 from ifvit.models.weights import load_weights
+from ifvit.records import is_sha256
 from ifvit.storage import join, list_names, read_bytes, remove, write_bytes, write_sealed
 from ifvit.training.checkpoint import (
     commit,
@@ -380,7 +381,7 @@ def test_a_run_in_a_store_is_resumed_and_read_from_there(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("IFVIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     far = replace(recipe(), run=s3_bucket)
     train(replace(far, max_steps=5))
     train(far)
@@ -389,7 +390,8 @@ def test_a_run_in_a_store_is_resumed_and_read_from_there(
         (here, _), (there, info) = load_weights(whole.run), load_weights(far.run)
         assert info.step == 8
         assert all(map(torch.equal, here.parameters(), there.parameters()))
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # the weights and the marker
+    [cache] = tmp_path.glob("ifvit-cache-*")
+    assert len([file for file in cache.iterdir() if is_sha256(file.name)]) == 1  # the weights
     run = read_run(far.run, "far")
     assert run.recipe is not None
     assert len(run.curve) == 8
