@@ -14,7 +14,7 @@ from threading import Thread
 
 from data_pipeline.config import EncodeConfig
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
-from ifvit.models.config import PRESETS, BackboneConfig
+from ifvit.models.config import PRESETS, BackboneConfig, with_setting
 from ifvit.records import PositiveFloat, record
 from ifvit.sampling.config import SamplingConfig
 from ifvit.storage import join, write_json
@@ -68,9 +68,7 @@ def demo(config: DemoConfig) -> None:
     started = time.perf_counter()
     images, shards = join(config.folder, "images"), join(config.folder, "shards")
     backbones: dict[str, BackboneConfig] = {
-        "early": replace(
-            PRESETS["tiny"], conditioning="concat", num_image_blocks=0, num_text_blocks=0
-        ),
+        "early": with_setting(PRESETS["tiny"], "concat_early"),
         "intermediate": PRESETS["tiny"],
     }
     runs = [join(config.folder, name) for name in backbones]

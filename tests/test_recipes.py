@@ -141,10 +141,10 @@ def test_a_backbone_of_another_architecture_replaces_that_of_the_recipe() -> Non
     )
     assert config.backbone == dataclasses.replace(CLASS_PRESETS["unet_tiny"], head_width=16)
     config = read_config(TrainConfig, ["--config", early, "--config", classes], prog="test")
-    assert config.backbone == CLASS_PRESETS["token_tiny"]
+    assert config.backbone == CLASS_PRESETS["class_tiny"]
     assert config.text_encoder == "openai/clip-vit-large-patch14"
     config = read_config(TrainConfig, ["--config", classes, "--backbone.depth", "9"], prog="test")
-    assert config.backbone == dataclasses.replace(CLASS_PRESETS["token_tiny"], depth=9)
+    assert config.backbone == dataclasses.replace(CLASS_PRESETS["class_tiny"], depth=9)
 
 
 BROKEN = {

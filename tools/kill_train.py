@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from ifvit.evaluation.training_rows import read_training_rows
-from ifvit.models.config import FusionUViTConfig
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import exists, join, list_names, read_bytes
 from ifvit.training.checkpoint import MANIFEST, fetch_newest, open_tensors, saved_steps, step_url
@@ -82,7 +82,7 @@ def recipe(run: str, shards: str, steps: int, every: int) -> TrainConfig:
     reader = ShardReader(shards)
     channels, side, _ = reader.manifest.moments_shape
     length, width = reader.text.context_shape
-    shape = FusionUViTConfig(
+    shape = FusionTransformerConfig(
         latent_channels=channels // 2,
         latent_size=side,
         patch_size=2,

@@ -37,7 +37,7 @@ from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import short_names
 from ifvit.figures import INK, RUN_COLOURS, house_style, literal, to_png
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.records import dump_csv
 from ifvit.sampling.config import EncoderPlaces
@@ -96,7 +96,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
     device = choose_device(config.device)
     model = load_model(run, device, EncoderPlaces(text_encoder=config.text_encoder))
     backbone, info = model.backbone, model.info
-    if not isinstance(backbone, FusionUViT):
+    if not isinstance(backbone, FusionTransformer):
         raise UserError(
             f"{run}: weights of a {type(backbone).__name__}; attention to text is analysed only "
             "for fusion backbones; leave this run out"
@@ -133,7 +133,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
 
 @torch.no_grad()
 def record_layers(
-    backbone: FusionUViT, prompts: Prompts, config: AttentionConfig
+    backbone: FusionTransformer, prompts: Prompts, config: AttentionConfig
 ) -> tuple[LayerAttention, ...]:
     """Generate images for the prompts, batch by batch, and average the attention of each layer."""
     shape = backbone.config

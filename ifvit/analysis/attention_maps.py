@@ -25,7 +25,7 @@ from ifvit.arrays import parse_npz
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import Settings
 from ifvit.models.attention import Attend, logits_of
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Rule, Sha256, record
 
 Floats = NDArray[np.float64]
@@ -210,7 +210,7 @@ def _join(layer: LayerNumbers, image_map: Floats, text_map: Floats | None) -> La
 
 
 @contextmanager
-def watch_attention(backbone: FusionUViT, watch: Watch) -> Iterator[None]:
+def watch_attention(backbone: FusionTransformer, watch: Watch) -> Iterator[None]:
     """Call `watch` whenever a block outside the text branch computes attention."""
     layers = [block.attn for block in (*backbone.in_blocks, backbone.mid_block)]
     layers += [block.attn for block in backbone.out_blocks]

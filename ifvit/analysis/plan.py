@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from ifvit.analysis.config import HardwareConfig, PlanConfig
-from ifvit.models.config import PRESETS, FusionUViTConfig
+from ifvit.models.config import PRESETS, FusionTransformerConfig
 from ifvit.models.cost import count_cost
 
 VALUE = 4
@@ -74,7 +74,7 @@ def plan_rows(config: PlanConfig) -> Iterator[PlanRow]:
             yield plan_row(name, shape, gpus, config)
 
 
-def plan_row(name: str, shape: FusionUViTConfig, gpus: int, config: PlanConfig) -> PlanRow:
+def plan_row(name: str, shape: FusionTransformerConfig, gpus: int, config: PlanConfig) -> PlanRow:
     """Return the row of one backbone on `gpus` GPUs."""
     cost, hardware, num_ema = count_cost(shape), config.hardware, config.num_ema
     params, batch, precision = cost.params, config.batch_per_gpu, config.precision
@@ -138,7 +138,7 @@ def cast_bytes(params: int, precision: Precision) -> int:
 
 
 def activation_bytes(
-    shape: FusionUViTConfig, batch: int, precision: Precision, *, checkpointing: bool
+    shape: FusionTransformerConfig, batch: int, precision: Precision, *, checkpointing: bool
 ) -> int:
     """Return the bytes that the forward pass keeps for the backward pass, attention fused.
 
@@ -206,20 +206,20 @@ def stall_seconds(
     return collective_seconds(gathered, gpus, hardware) + copied / hardware.host_bytes_per_s
 
 
-def sample_bytes(shape: FusionUViTConfig) -> int:
+def sample_bytes(shape: FusionTransformerConfig) -> int:
     """Return the bytes of a sample in the shards: float16 moments and one caption's context."""
     moments = 2 * shape.latent_channels * shape.latent_size**2
     return 2 * (moments + shape.context_length * shape.context_width)
 
 
-def _shapes(config: PlanConfig) -> dict[str, FusionUViTConfig]:
+def _shapes(config: PlanConfig) -> dict[str, FusionTransformerConfig]:
     if config.width is not None and config.depth is not None:
         return {f"{config.width}x{config.depth}": _shape(config.width, config.depth)}
     sizes = {"1b": _shape(1536, 32), "8b": _shape(3072, 64)}
     return {name: sizes.get(name) or PRESETS[name] for name in config.presets}
 
 
-def _shape(width: int, depth: int) -> FusionUViTConfig:
+def _shape(width: int, depth: int) -> FusionTransformerConfig:
     """Return a backbone like the presets, with 64 channels per head and a third of the blocks on
     each side image-only."""
     return replace(

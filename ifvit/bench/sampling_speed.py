@@ -3,7 +3,6 @@
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,7 +21,7 @@ from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.diffusion.solvers import NoisePredictor
 from ifvit.distributed import choose_device
 from ifvit.models.backbone import Backbone
-from ifvit.models.config import PRESETS
+from ifvit.models.config import PRESETS, with_setting
 from ifvit.models.weights import build_backbone
 from ifvit.sampling.load import compile_backbone
 from ifvit.training.profiling import device_name
@@ -40,7 +39,7 @@ def bench_generate(config: BenchGenerateConfig) -> None:
     backbone.to(device).to(DTYPES[config.precision])  # type: ignore[arg-type]  # as generate
     if config.compile:
         compile_backbone(backbone)
-    contexts = torch.randn(config.batch_size + 1, *shape.context_shape, device=device)
+    contexts = torch.randn(config.batch_size + 1, *(shape.context_shape or ()), device=device)
     context, null_context = contexts[:-1], contexts[-1:]
     null_text = backbone.encode_condition(null_context)
     guidance = Guidance(scale=GUIDANCE_SCALE)
@@ -49,7 +48,7 @@ def bench_generate(config: BenchGenerateConfig) -> None:
         "no_cache": partial(guide_plainly, backbone, context, null_context),
     }
     if device.type == "cuda":
-        uvit = replace(shape, conditioning="concat", num_image_blocks=0, num_text_blocks=0)
+        uvit = with_setting(shape, "concat_early")
         eager = build_backbone(uvit).eval()
         eager.to(device)  # type: ignore[arg-type]  # as above
         contenders["eager_fp16"] = partial(guide_like_uvit, eager, context, null_context)

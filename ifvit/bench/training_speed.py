@@ -8,7 +8,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -32,7 +31,7 @@ from ifvit.bench.measurement import (
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.distributed import choose_device
-from ifvit.models.config import PRESETS, FusionUViTConfig
+from ifvit.models.config import PRESETS, SETTINGS, FusionTransformerConfig, with_setting
 from ifvit.models.cost import count_cost
 from ifvit.models.weights import build_backbone
 from ifvit.training.config import EngineConfig, TrainConfig
@@ -120,19 +119,12 @@ def _measure(
     return rows, ratios
 
 
-def _variants(config: BenchTrainConfig) -> dict[str, FusionUViTConfig]:
+def _variants(config: BenchTrainConfig) -> dict[str, FusionTransformerConfig]:
     """The four backbones that the paper compares, in the size of the preset."""
-    intermediate = PRESETS[config.preset]
-    early = replace(intermediate, num_image_blocks=0, num_text_blocks=0)
-    return {
-        EARLY: replace(early, conditioning="concat"),
-        "concat_intermediate": replace(intermediate, conditioning="concat"),
-        "cross_attention_early": early,
-        INTERMEDIATE: intermediate,
-    }
+    return {name: with_setting(PRESETS[config.preset], name) for name in SETTINGS[:4]}
 
 
-def build_recipe(shape: FusionUViTConfig, config: BenchTrainConfig) -> TrainConfig:
+def build_recipe(shape: FusionTransformerConfig, config: BenchTrainConfig) -> TrainConfig:
     """Build the recipe of one process with plain PyTorch, without run folder and shards."""
     precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     return TrainConfig(
@@ -328,7 +320,7 @@ def _relate_to_hardware(
     state and step that `ifvit cost --plan` calculates.
     """
     shape, precision, batch_size = recipe.backbone, recipe.engine.precision, recipe.micro_batch_size
-    assert isinstance(shape, FusionUViTConfig)  # as all presets are
+    assert isinstance(shape, FusionTransformerConfig)  # as all presets are
     cost, num_ema = count_cost(shape), len(recipe.ema_decays)
     # A backward pass costs as much as two forward passes.
     flops, layer_flops = (3 * count * batch_size for count in (cost.flops, cost.layer_flops))

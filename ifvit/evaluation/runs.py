@@ -11,7 +11,7 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows, samples_url
 from ifvit.evaluation.training_rows import TrainingRow, read_training_rows
-from ifvit.models.config import BackboneConfig, FusionUViTConfig
+from ifvit.models.config import BackboneConfig, FusionTransformerConfig
 from ifvit.models.cost import Cost, count_cost
 from ifvit.models.weights import newest_weights, read_backbone_config, read_stored_weights
 from ifvit.records import PositiveInt, parse_value, parse_yaml, record
@@ -88,9 +88,9 @@ class Run:
     def fusion(self) -> str | None:
         """Name of the fusion in the paper's table; None for a backbone that fuses no text."""
         config = self.backbone
-        if not isinstance(config, FusionUViTConfig):
+        if not isinstance(config, FusionTransformerConfig):
             return None
-        return FUSIONS[config.num_image_blocks > 0, config.num_text_blocks > 0]
+        return FUSIONS[config.blocks[0] == "image", config.num_text_blocks > 0]
 
 
 def read_runs(urls: list[str]) -> list[Run]:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -23,8 +23,9 @@ class EncodedCondition:
 
     tokens: Tensor
     """(B, M, D): text tokens after the text branch, or the class token."""
-    keys_values: tuple[KeysValues | None, ...] = ()
-    """One entry per fused block, in order of use; None unless the block cross-attends to text."""
+    keys_values: Mapping[int, KeysValues] = field(default_factory=dict)
+    """Keys and values of the text by number of the block; blocks that are missing here compute
+    theirs, because the text has changed before them."""
     pooled: Tensor | None = None
     """(B, D): pooled condition for the conditioning vector; None without modulation."""
 
@@ -39,15 +40,16 @@ class EncodedCondition:
 
 def _map_tensors(function: Callable[..., Tensor], *encoded: EncodedCondition) -> EncodedCondition:
     """Apply `function` to the tensors of the same field and block."""
-
-    def map_block(*blocks: KeysValues | None) -> KeysValues | None:
-        keys_values = list(zip(*(block for block in blocks if block), strict=True))
-        return (function(*keys_values[0]), function(*keys_values[1])) if keys_values else None
-
-    pooled = [one.pooled for one in encoded if one.pooled is not None]
+    first, pooled = encoded[0], [one.pooled for one in encoded if one.pooled is not None]
     return EncodedCondition(
         tokens=function(*(one.tokens for one in encoded)),
-        keys_values=tuple(map(map_block, *(one.keys_values for one in encoded))),
+        keys_values={
+            block: (
+                function(*(one.keys_values[block][0] for one in encoded)),
+                function(*(one.keys_values[block][1] for one in encoded)),
+            )
+            for block in first.keys_values
+        },
         pooled=function(*pooled) if pooled else None,
     )
 
@@ -91,7 +93,7 @@ class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their con
         """Choose the attention backend. Raises UserError if this machine does not have it."""
 
     @abstractmethod
-    def blocks(self) -> list[nn.Module]:
+    def parts(self) -> list[nn.Module]:
         """Return the parts that are compiled, or recomputed in the backward pass, one by one."""
 
     def _encode(self, latents: Tensor, condition: Tensor | EncodedCondition) -> EncodedCondition:

@@ -4,9 +4,13 @@ A backbone's configuration decides its parameters and its arithmetic. Recipes, c
 weights/ store it; `ifvit.models.weights.build_backbone` turns it into a network.
 """
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from ifvit.errors import UserError
 from ifvit.records import (
@@ -21,73 +25,68 @@ from ifvit.records import (
     shorten,
 )
 
-Conditioning = Literal["concat", "cross_attention", "adaln"]
+Fusion = Literal[
+    "image", "concat", "cross_attention", "separate_cross_attention", "dual_stream", "adaln"
+]
+"""How text takes part in one block; `models/layers.py` has a class for each."""
+TEXT_KEYS: frozenset[Fusion] = frozenset(get_args(Fusion)) - {"image", "adaln"}
+"""Blocks in which image tokens attend to text tokens."""
+UPDATES_TEXT: frozenset[Fusion] = frozenset({"concat", "dual_stream"})
+"""Blocks after which the text tokens have other values."""
+
+NullContext = Literal["empty_caption", "zeros"]
+"""Context of samples without a caption: that of the caption "", or zeros."""
 
 # The bounds of sizes let a network be described, without memory, in a second at most. Whether its
 # parameters are those of a file is then checked before any is allocated.
 Size = Annotated[int, Rule("from 1 to 65536", lambda value: 1 <= value <= 2**16)]
 """Number of channels, tokens or pixels."""
-NumBlocks = Annotated[int, Rule("from 1 to 256", lambda value: 1 <= value <= 256)]
+MAX_BLOCKS = 256
+NumBlocks = Annotated[int, Rule("from 0 to 256", lambda value: 0 <= value <= MAX_BLOCKS)]
+Ratio = Annotated[int, Rule("from 1 to 256", lambda value: 1 <= value <= 256)]
 NumClasses = Annotated[int, Rule("from 1 to 16777216", lambda value: 1 <= value <= 2**24)]
 
-
-@record
-class LatentsConfig:
-    """Input and output of every backbone: latents (latent_channels, latent_size, latent_size)."""
-
-    latent_size: Size
-    """Height and width of the square latents."""
-    latent_channels: Size = 4
-    """Channels of the latents."""
-
-    def __post_init__(self) -> None:
-        """Check relations between fields; there are none here."""
+_RUN = re.compile(r"(?:([1-9]\d{0,2})\*)?([a-z_]+)")
 
 
-@record
-class PatchesConfig(LatentsConfig):
-    """Transformer blocks over tokens, one token per patch of the latents."""
+@lru_cache
+def parse_fusion(text: str) -> tuple[Fusion, ...]:
+    """Return the entries of a fusion map, one per block: "2*image concat" => image, image, concat.
 
-    patch_size: Size
-    """Height and width of a patch in latent pixels."""
-    width: Size
-    """Channels of every token."""
-    num_heads: Size
-    """Attention heads of every block."""
-    mlp_ratio: NumBlocks = 4
-    """Hidden width of a block's MLP, as a multiple of `width`."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial Linear weights. U-ViT's 0.02 fits width 512 and above;
-    narrow backbones learn faster with about width**-0.5."""
-    modulation: bool = False
-    """Modulate every block by time, and blocks that see the condition also by the pooled
-    condition: adaLN-Zero (Peebles and Xie 2023). Always on with `conditioning: adaln`."""
-
-    def __post_init__(self) -> None:
-        """Raise UserError for a shape that cannot be built."""
-        super().__post_init__()
-        if self.latent_size % self.patch_size:
+    Raises UserError that names the part which is not N*ENTRY or ENTRY.
+    """
+    entries: list[Fusion] = []
+    for part in text.split():
+        match = _RUN.fullmatch(part)
+        known: dict[str, Fusion] = {entry: entry for entry in get_args(Fusion)}
+        if match is None or match[2] not in known:
             raise UserError(
-                f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
+                f'fusion: {shorten(part)} is not an entry like "image" or "4*image"; '
+                f"entries are {', '.join(known)}"
             )
-        if self.width % self.num_heads or self.width % 2:
-            raise UserError(
-                f"width {self.width} must be even and divisible by num_heads {self.num_heads}"
-            )
+        entries += [known[match[2]]] * int(match[1] or 1)
+    if not 1 <= len(entries) <= MAX_BLOCKS:
+        raise UserError(f"fusion: {len(entries)} blocks; give 1 to {MAX_BLOCKS}")
+    return tuple(entries)
 
-    @property
-    def num_image_tokens(self) -> int:
-        """Number of patches of one sample's latents (L)."""
-        return (self.latent_size // self.patch_size) ** 2
+
+def format_fusion(entries: tuple[Fusion, ...]) -> str:
+    """Return the compact notation of a fusion map: equal neighbours are written once."""
+    runs = [(entry, len(list(group))) for entry, group in groupby(entries)]
+    return " ".join(f"{count}*{entry}" if count > 1 else entry for entry, count in runs)
 
 
 _CONDITIONS = ("num_classes", "context_length", "context_width")
 
 
 @record
-class ConditionConfig(LatentsConfig):
-    """The condition of a backbone that knows either classes or captions."""
+class ConditionConfig:
+    """Latents, and the condition of a backbone that knows either classes or captions."""
 
+    latent_size: Size
+    """Height and width of the square latents."""
+    latent_channels: Size = 4
+    """Channels of the latents."""
     num_classes: NumClasses | None = None
     """Number of classes. The network gets one more, the last, which means "no class"."""
     context_length: Size | None = None
@@ -97,7 +96,6 @@ class ConditionConfig(LatentsConfig):
 
     def __post_init__(self) -> None:
         """Raise UserError unless classes or captions are configured, and not both."""
-        super().__post_init__()
         given = [name for name in _CONDITIONS if getattr(self, name) is not None]
         if given not in (["num_classes"], ["context_length", "context_width"]):
             raise UserError(
@@ -114,100 +112,159 @@ class ConditionConfig(LatentsConfig):
 
 
 @record
-class FusionUViTConfig(PatchesConfig):
-    """Configuration of `FusionUViT`.
+class FusionTransformerConfig(ConditionConfig):
+    """Configuration of `FusionTransformer`: a fusion map, sizes, and options of the blocks.
 
-    Early fusion has num_image_blocks = num_text_blocks = 0. The intermediate fusion of
-    arXiv 2403.16530 has 4 and 1 at depth 12. Raises UserError for a shape that cannot be built.
+    The options are off in the settings of arXiv 2403.16530. Raises UserError for a shape that
+    cannot be built.
     """
 
-    num_classes: ClassVar[None] = None
-    architecture: Literal["fusion_uvit"] = "fusion_uvit"
-    """fusion_uvit, token_transformer or unet; the other fields depend on it."""
-    depth: NumBlocks
-    """Blocks before and after the middle block, together; the middle block is not counted."""
-    context_length: Size
-    """Text tokens per caption."""
-    context_width: Size
-    """Channels of the text encoder's tokens."""
-    conditioning: Conditioning
-    """How fused blocks see text: as tokens of one sequence (concat), as additional keys and values
-    (cross_attention), or through modulation by the mean text token (adaln)."""
-    num_image_blocks: NonNegativeInt
-    """Blocks on each side of the U that see no text (N_image)."""
-    num_text_blocks: Annotated[int, Rule("from 0 to 256", lambda value: 0 <= value <= 256)]
-    """Blocks of the text branch (N_text)."""
+    architecture: Literal["fusion_transformer"] = "fusion_transformer"
+    """fusion_transformer or unet; the other fields depend on it."""
+    fusion: str
+    """The fusion map: how text takes part in each block, in order, such as
+    "4*image 5*cross_attention 4*image". Entries are image, concat, cross_attention,
+    separate_cross_attention, dual_stream and adaln (docs/fusion.md)."""
+    num_text_blocks: NumBlocks = 0
+    """Blocks of the text branch, in front of the first block that sees text (N_text)."""
+    long_skip: bool = True
+    """Join the output of block i to the input of its mirror, as in U-ViT."""
+    patch_size: Size
+    """Height and width of a patch in latent pixels."""
+    width: Size
+    """Channels of every token."""
+    num_heads: Size
+    """Attention heads of every block."""
+    mlp_ratio: Ratio = 4
+    """Hidden width of a block's MLP, as a multiple of `width`."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Kind of MLP. swiglu: two thirds of the hidden width, so that the size stays equal."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """Norms of the blocks."""
+    qk_norm: bool = False
+    """Normalise queries and keys of each head by an affine RMSNorm, before the rotation."""
+    rotary: bool = False
+    """Rotate queries and keys of image tokens by row and column (RoPE); text is not rotated."""
+    num_registers: NumBlocks = 0
+    """Learned tokens that take part in every block beside the image tokens."""
+    modulation: Literal["none", "adaln_zero", "shared"] = "none"
+    """Modulate every block by time, and blocks that see text also by pooled text. adaln_zero: a
+    projection per block (Peebles and Xie 2023). shared: one projection, and a table per block
+    (PixArt). adaln blocks are modulated in any case."""
+    init_std: PositiveFloat | Literal["auto"] = "auto"
+    """Standard deviation of the initial Linear weights. auto: U-ViT's 0.02 from width 512 on, and
+    in inverse proportion to the width below."""
     timestep_offset: NonNegativeInt = 0
     """Added to the timesteps 0 ... 999; U-ViT's published weights count from 1."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for a shape that cannot be built."""
+        """Write the map in compact notation. Raise UserError for a shape that cannot be built."""
         super().__post_init__()
-        if self.depth % 2:
-            raise UserError(f"depth must be even, half of it on each side: {self.depth}")
-        if self.num_image_blocks > self.depth // 2:
+        object.__setattr__(self, "fusion", format_fusion(parse_fusion(self.fusion)))
+        if self.latent_size % self.patch_size:
             raise UserError(
-                f"num_image_blocks must be in 0 ... {self.depth // 2}, half the depth: "
-                f"{self.num_image_blocks}"
+                f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
             )
+        if self.width % self.num_heads or self.width % 2:
+            raise UserError(
+                f"width {self.width} must be even and divisible by num_heads {self.num_heads}"
+            )
+        if self.rotary and self.width // self.num_heads % 4:
+            raise UserError(
+                f"rotary: heads have {self.width // self.num_heads} channels; "
+                "choose num_heads so that they are a multiple of 4"
+            )
+        if self.num_text_blocks and not self.text_blocks:
+            raise UserError("num_text_blocks: no block of the fusion map sees text; set it to 0")
 
     @property
-    def context_shape(self) -> tuple[int, int]:
-        """(M, D) of a caption's context."""
-        return self.context_length, self.context_width
+    def blocks(self) -> tuple[Fusion, ...]:
+        """The fusion map, one entry per block."""
+        return parse_fusion(self.fusion)
+
+    @property
+    def text_blocks(self) -> tuple[int, ...]:
+        """Numbers of the blocks that see text."""
+        return tuple(i for i, entry in enumerate(self.blocks) if entry != "image")
+
+    @property
+    def text_key_blocks(self) -> tuple[int, ...]:
+        """Numbers of the blocks in which image tokens attend to text tokens."""
+        return tuple(i for i, entry in enumerate(self.blocks) if entry in TEXT_KEYS)
+
+    @property
+    def mirrors(self) -> dict[int, int]:
+        """Number of each block that takes a long skip => number of the block it comes from."""
+        depth = len(self.blocks)
+        return {depth - 1 - i: i for i in range(depth // 2)} if self.long_skip else {}
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Number of patches of one sample's latents (L)."""
+        return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def first_image_token(self) -> int:
+        """Number of tokens in front of the image tokens: time and registers."""
+        return 1 + self.num_registers
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Tokens of the condition (M): those of a caption, 1 for a class, 0 if no block sees it."""
+        return (self.context_length or 1) if self.text_blocks else 0
 
     @property
     def num_tokens(self) -> int:
-        """Number of positions: time, text and image tokens of one sample."""
-        return 1 + self.num_image_tokens + self.context_length
+        """Number of time, register, image and text tokens of one sample."""
+        return self.first_image_token + self.num_image_tokens + self.num_text_tokens
 
-    @property
-    def is_modulated(self) -> bool:
-        """Whether blocks are modulated by a conditioning vector (adaLN)."""
-        return self.modulation or self.conditioning == "adaln"
-
-    @property
-    def num_fused_blocks(self) -> int:
-        """Number of blocks that see both image and text, including the middle block."""
-        return self.depth - 2 * self.num_image_blocks + 1
+    def is_modulated(self, entry: Fusion) -> bool:
+        """Whether a block of this kind is modulated by a conditioning vector (adaLN)."""
+        return self.modulation != "none" or entry == "adaln"
 
 
-@record
-class TokenTransformerConfig(PatchesConfig, ConditionConfig):
-    """Configuration of `TokenTransformer`. Raises UserError for a shape that cannot be built."""
+_SETTINGS: dict[str, tuple[Fusion, bool, bool]] = {
+    "concat_early": ("concat", False, False),
+    "concat_intermediate": ("concat", True, True),
+    "cross_attention_early": ("cross_attention", False, False),
+    "cross_attention_intermediate": ("cross_attention", True, True),
+    "concat_image_blocks_only": ("concat", True, False),
+    "concat_text_branch_only": ("concat", False, True),
+    "cross_attention_image_blocks_only": ("cross_attention", True, False),
+    "cross_attention_text_branch_only": ("cross_attention", False, True),
+}
+SETTINGS = tuple(_SETTINGS)
+"""Names of the four settings of arXiv 2403.16530, and of the halves of its ablation."""
 
-    architecture: Literal["token_transformer"] = "token_transformer"
-    """fusion_uvit, token_transformer or unet; the other fields depend on it."""
-    depth: NumBlocks
-    """Number of blocks."""
-    long_skip: bool = False
-    """Connect block i with block depth - 1 - i by a long skip (U-ViT); needs an odd depth."""
-    conditioning: Literal["tokens", "adaln"] = "tokens"
-    """How blocks see the class or caption: as tokens of the sequence, or through modulation only,
-    nearly as in DiT (adaln)."""
 
-    def __post_init__(self) -> None:
-        """Raise UserError for a shape that cannot be built."""
-        super().__post_init__()
-        if self.long_skip and self.depth % 2 == 0:
-            raise UserError(
-                f"depth must be odd with long_skip, to have a middle block: {self.depth}"
-            )
+def with_setting(config: FusionTransformerConfig, name: str) -> FusionTransformerConfig:
+    """Return `config` with the fusion map and text branch of a setting, at the same depth.
 
-    @property
-    def is_modulated(self) -> bool:
-        """Whether blocks are modulated by a conditioning vector (adaLN)."""
-        return self.modulation or self.conditioning == "adaln"
+    Intermediate fusion has as many image-only blocks on each side as `config` has in front or, if
+    it has none, a third of its blocks; and as many text blocks as `config`, or one.
+    """
+    entry, has_image_blocks, has_text_branch = _SETTINGS[name]
+    depth = len(config.blocks)
+    side = (config.text_blocks or (0,))[0] or round((depth - 1) / 3)
+    images: tuple[Fusion, ...] = ("image",) * side if has_image_blocks else ()
+    middle = (entry,) * (depth - 2 * len(images))
+    return replace(
+        config,
+        fusion=format_fusion((*images, *middle, *images)),
+        num_text_blocks=(config.num_text_blocks or 1) if has_text_branch else 0,
+    )
 
-    @property
-    def num_condition_tokens(self) -> int:
-        """Condition tokens in the sequence: 1 for a class, M for a caption, 0 under adaln."""
-        return 0 if self.conditioning == "adaln" else self.context_length or 1
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of positions: condition, time and image tokens of one sample."""
-        return self.num_condition_tokens + 1 + self.num_image_tokens
+def setting_of(config: FusionTransformerConfig) -> str | None:
+    """Return the name of the setting that a backbone's map and text branch are, or None."""
+    entry = config.blocks[len(config.blocks) // 2]
+    side = (config.text_blocks or (0,))[0]
+    found = (entry, side > 0, config.num_text_blocks > 0)
+    images: tuple[Fusion, ...] = ("image",) * side
+    middle = (entry,) * (len(config.blocks) - 2 * side)
+    if config.blocks != (*images, *middle, *images) or not config.long_skip:
+        return None
+    return next((name for name, setting in _SETTINGS.items() if setting == found), None)
 
 
 @record
@@ -215,7 +272,7 @@ class UNetConfig(ConditionConfig):
     """Configuration of `UNet`. Raises UserError for a shape that cannot be built."""
 
     architecture: Literal["unet"] = "unet"
-    """fusion_uvit, token_transformer or unet; the other fields depend on it."""
+    """fusion_transformer or unet; the other fields depend on it."""
     channels: tuple[Size, ...]
     """Channels at each resolution, from the latents' own downwards; each halves the side."""
     num_attention_levels: PositiveInt
@@ -252,10 +309,9 @@ class UNetConfig(ConditionConfig):
         return self.latent_size**2
 
 
-BackboneConfig = FusionUViTConfig | TokenTransformerConfig | UNetConfig
+BackboneConfig = FusionTransformerConfig | UNetConfig
 _BY_ARCHITECTURE: dict[str, type[BackboneConfig]] = {
-    "fusion_uvit": FusionUViTConfig,
-    "token_transformer": TokenTransformerConfig,
+    "fusion_transformer": FusionTransformerConfig,
     "unet": UNetConfig,
 }
 
@@ -266,7 +322,7 @@ def restore_config(stored: Mapping[str, Any], where: str = "backbone") -> Backbo
     Keys that begin with an underscore belong to diffusers. Raises UserError naming `where` and the
     key that is missing, unknown or of an impossible value.
     """
-    name = stored.get("architecture", "fusion_uvit")
+    name = stored.get("architecture", "fusion_transformer")
     if not isinstance(name, str) or name not in _BY_ARCHITECTURE:
         known = ", ".join(_BY_ARCHITECTURE)
         raise UserError(f"{where}: architecture is {shorten(name)}; expected one of {known}")
@@ -281,11 +337,14 @@ def _read_presets(*names: str) -> dict[str, Any]:
     return {name: restore_config(parse_yaml(text, name)) for name, text in files.items()}
 
 
-PRESETS: dict[str, FusionUViTConfig] = _read_presets("tiny", "small", "mid", "large", "huge")
-"""For captions: widths, depths and heads of U-ViT (Bao et al. 2023, Table 1); `small` is the
-paper's size. All fuse by cross-attention in the middle third of the blocks."""
-CLASS_PRESETS: dict[str, TokenTransformerConfig | UNetConfig] = _read_presets(
-    "token_tiny", "token_small", "token_base", "token_large", "unet_tiny", "unet_base"
+PRESETS: dict[str, FusionTransformerConfig] = _read_presets(
+    "tiny", "small", "mid", "large", "huge", "1b", "3b"
+)
+"""For captions. tiny to huge have widths, depths and heads of U-ViT (Bao et al. 2023, Table 1) and
+fuse by cross-attention in the middle third of the blocks; `small` is the paper's size. 1b and 3b
+have the options of today's backbones."""
+CLASS_PRESETS: dict[str, FusionTransformerConfig | UNetConfig] = _read_presets(
+    "class_tiny", "class_small", "class_base", "class_large", "unet_tiny", "unet_base"
 )
 """For classes; each U-Net has about as many parameters as the transformer of the same size."""
 
@@ -308,6 +367,9 @@ class ImportConfig:
     """The autoencoder of the training: hub name, local folder, or scenes/vae."""
     text_encoder: str = "openai/clip-vit-large-patch14"
     """The text encoder of the training: hub name, local folder, or scenes/clip."""
+    null_context: NullContext | None = None
+    """Context of samples without a caption in the training: of "" (empty_caption), as in U-ViT, or
+    zeros, as the fork's script writes. Unset: zeros for tensors named as in the fork."""
     num_heads: Size | None = None
     """Attention heads, which the tensors do not show; unset: width / 64, as in all published
     weights."""

@@ -9,15 +9,16 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from ifvit.models.config import (
     CLASS_PRESETS,
     PRESETS,
+    SETTINGS,
     BackboneConfig,
-    Conditioning,
     CostConfig,
-    FusionUViTConfig,
+    FusionTransformerConfig,
+    setting_of,
+    with_setting,
 )
 
 
@@ -40,38 +41,14 @@ class Cost:
 
 @functools.cache
 def count_cost(config: BackboneConfig) -> Cost:
-    """Count the parameters of a backbone and the operations of one sample's forward pass.
-
-    Blocks of one kind cost the same. For a fusion backbone, networks of one to three blocks are
-    counted, and the cost of each kind of block is multiplied by its number.
-    """
-    if not isinstance(config, FusionUViTConfig):
-        return _count_network(config)
-    shallow = dataclasses.replace(config, depth=2, num_image_blocks=0, num_text_blocks=0)
-    further = {  # networks with one more block, or pair of blocks => number of these blocks
-        dataclasses.replace(shallow, depth=4): config.depth // 2 - 1,
-        dataclasses.replace(shallow, num_image_blocks=1): config.num_image_blocks,
-        dataclasses.replace(shallow, num_text_blocks=1): config.num_text_blocks,
-    }
-    start = vars(_count_network(shallow))
-    total = dict(start)
-    for network, num_blocks in further.items():
-        for name, count in vars(_count_network(network)).items() if num_blocks else ():
-            total[name] += num_blocks * (count - start[name])
-    return Cost(**total)
-
-
-@functools.cache
-def _count_network(config: BackboneConfig) -> Cost:
-    """Count the operations that torch dispatches on its meta device, without memory for weights."""
+    """Count parameters, and the operations that torch dispatches on its meta device per sample."""
     # Imported here, because the modules that read results run without torch until they need costs.
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ifvit.models.weights import build_backbone
+    from ifvit.models.weights import describe_backbone
 
-    with torch.device("meta"):
-        backbone = build_backbone(config)
+    backbone = describe_backbone(config)
     backbone.set_attention("math")  # its matrix products are the only batched ones (bmm)
     size, context = config.latent_size, config.context_shape
     latents = torch.empty(1, config.latent_channels, size, size, device="meta")
@@ -92,16 +69,16 @@ def _count_network(config: BackboneConfig) -> Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
-    """Cost of one preset with one kind of fusion; GFLOPs are for one forward pass of one image."""
+    """Cost of one preset with one fusion map; GFLOPs are for one forward pass of one image."""
 
     preset: str
     """Name of a file in configs/backbone."""
-    conditioning: Conditioning | Literal["classes"]
-    """How blocks see text; "classes" for class-conditional presets."""
-    num_image_blocks: int | None
-    """None for class-conditional presets, which have no fusion."""
+    setting: str | None
+    """Name of the paper's setting that the fusion map is; None for other maps."""
+    fusion: str | None
+    """The fusion map; None for U-Nets."""
     num_text_blocks: int | None
-    """None for class-conditional presets."""
+    """None for U-Nets."""
     params: int
     """Trainable parameters."""
     gflops_paper: float
@@ -118,36 +95,24 @@ def cost(config: CostConfig) -> None:
 
 
 def cost_rows() -> Iterator[CostRow]:
-    """Yield four rows per caption preset and conditioning, then one per class-conditional preset.
-
-    The four are early fusion, intermediate fusion, the text branch alone, and image-only blocks
-    alone. Intermediate fusion has the preset's own number of image blocks: 4 at the paper's depth
-    of 12, the same third of the depth elsewhere.
-    """
-    conditionings: tuple[Conditioning, ...] = ("concat", "cross_attention", "adaln")
+    """Yield a row per caption preset and setting, then one per class-conditional preset."""
     for preset, base in PRESETS.items():
-        image, text = base.num_image_blocks, base.num_text_blocks
-        for conditioning in conditionings:
-            for num_image, num_text in ((0, 0), (image, text), (0, text), (image, 0)):
-                config = dataclasses.replace(
-                    base,
-                    conditioning=conditioning,
-                    num_image_blocks=num_image,
-                    num_text_blocks=num_text,
-                )
-                yield _count_row(preset, config)
+        for setting in SETTINGS:
+            yield _count_row(preset, with_setting(base, setting))
+        if setting_of(base) is None:
+            yield _count_row(preset, base)
     for preset, class_config in CLASS_PRESETS.items():
         yield _count_row(preset, class_config)
 
 
 def _count_row(preset: str, config: BackboneConfig) -> CostRow:
     counted = count_cost(config)
-    fusion = config if isinstance(config, FusionUViTConfig) else None
+    transformer = config if isinstance(config, FusionTransformerConfig) else None
     return CostRow(
         preset=preset,
-        conditioning=fusion.conditioning if fusion else "classes",
-        num_image_blocks=fusion.num_image_blocks if fusion else None,
-        num_text_blocks=fusion.num_text_blocks if fusion else None,
+        setting=setting_of(transformer) if transformer else None,
+        fusion=transformer.fusion if transformer else None,
+        num_text_blocks=transformer.num_text_blocks if transformer else None,
         params=counted.params,
         gflops_paper=counted.layer_flops / 1e9,
         gflops=counted.flops / 1e9,
@@ -155,12 +120,14 @@ def _count_row(preset: str, config: BackboneConfig) -> CostRow:
 
 
 def _format_table(rows: list[CostRow]) -> str:
-    heading = f"{'preset':13}{'conditioning':17}{'N_image':>7}{'N_text':>8}"
-    lines = [f"{heading}{'parameters':>14}{'GFLOPs':>10}{'+ attention':>13}"]
+    lines = [f"{'preset':13}{'parameters':>14}{'GFLOPs':>10}{'+ attention':>13}  fusion map"]
     for row in rows:
-        blocks = ("-" if n is None else n for n in (row.num_image_blocks, row.num_text_blocks))
-        fusion = f"{row.preset:13}{row.conditioning:17}" + "{:>7}{:>8}".format(*blocks)
-        lines.append(f"{fusion}{row.params:14,}{row.gflops_paper:10.2f}{row.gflops:13.2f}")
+        fusion = row.fusion or "U-Net"
+        if row.num_text_blocks:
+            fusion += f", {row.num_text_blocks} text blocks"
+        lines.append(
+            f"{row.preset:13}{row.params:14,}{row.gflops_paper:10.2f}{row.gflops:13.2f}  {fusion}"
+        )
     lines += [
         "",
         "GFLOPs: one forward pass, one image, 2 x multiply-accumulates of Linear and Conv2d",

@@ -1,17 +1,20 @@
-"""Layers of the transformer backbones: patch and time embedding, attention, MLP, adaLN, block.
+"""Blocks of the fusion transformer, one class per way in which text takes part, and their layers.
 
-Shapes: B batch, L tokens, M text tokens, D width, H heads, E = D / H channels per head.
-Where k captions share the latents of one sample, text has k * B rows and image tokens have B:
-row i of the text belongs to row i mod B of the image tokens.
+Shapes: B batch, L image tokens with time and registers, M text tokens, D width, H heads,
+E = D / H channels per head. Where k captions share the latents of one sample, text has k * B rows
+and image tokens have B: row i of the text belongs to row i mod B of the image tokens. A block that
+sees text returns k * B rows.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ifvit.models.attention import Bias, attend_biased, load_attention
+from ifvit.models.config import TEXT_KEYS, UPDATES_TEXT, FusionTransformerConfig
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text tokens for one block, each (B, M, H, E)."""
@@ -46,25 +49,78 @@ class PatchEmbed(nn.Module):
         return tokens.flatten(2).transpose(1, 2)
 
 
+def rotation_table(
+    side: int, num_before: int, num_after: int, head_width: int, device: torch.device
+) -> Tensor:
+    """Cosines and sines (2, L + M, E / 2) of 2-D rotary positions (Su et al. 2021; theta 10,000).
+
+    The first half of the angles follows an image token's row, the second half its column. The
+    `num_before` tokens in front of the side x side image tokens, and the `num_after` tokens behind
+    them, have angle 0.
+    """
+    channels = torch.arange(0, head_width // 2, 2, device=device)
+    frequencies = 10_000.0 ** -(channels / (head_width // 2))
+    angles = torch.arange(side, device=device)[:, None] * frequencies
+    rows = angles[:, None].expand(side, side, -1)
+    columns = angles[None].expand(side, side, -1)
+    image = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    angles = functional.pad(image, (0, 0, num_before, num_after))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor | None) -> Tensor:
+    """Rotate neighbouring channels of queries or keys (B, L, H, E) by the first L angles."""
+    if rotation is None:
+        return x
+    cos, sin = rotation[:, : x.shape[1], None].unbind(0)
+    first, second = x.float()[..., ::2], x.float()[..., 1::2]
+    rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def build_norm(config: FusionTransformerConfig, *, affine: bool) -> nn.Module:
+    """Build the configured norm over D channels, with or without weights."""
+    if config.norm == "rms_norm":
+        return nn.RMSNorm(config.width, eps=1e-6, elementwise_affine=affine)
+    return nn.LayerNorm(config.width, elementwise_affine=affine)
+
+
+class HeadNorm(nn.RMSNorm):
+    """Affine RMSNorm of queries or keys (B, L, H, E) over E (QK-norm); their type stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
+
+def _build_head_norm(config: FusionTransformerConfig) -> nn.Module:
+    head_width = config.width // config.num_heads
+    return HeadNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens to themselves and, if given, to text keys and values."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, config: FusionTransformerConfig) -> None:
         super().__init__()
-        self.width = width
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.width = config.width
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.norm_q, self.norm_k = _build_head_norm(config), _build_head_norm(config)
+        self.proj = nn.Linear(config.width, config.width)
         self.attend = load_attention("sdpa")
 
     def forward(
-        self, tokens: Tensor, text: KeysValues | None = None, bias: Bias | None = None
+        self,
+        tokens: Tensor,
+        text: KeysValues | None = None,
+        bias: Bias | None = None,
+        rotation: Tensor | None = None,
     ) -> Tensor:
         """Tokens (B, L, D) to (B, L, D), by one softmax over all keys, with the text's keys last.
 
         Text of k * B rows gives k * B rows: queries, keys and values of the tokens are repeated.
         """
-        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        query, key, value = self.project(tokens, rotation)
         if text is not None:
             query, key, value = (repeat_rows(x, len(text[0])) for x in (query, key, value))
             key = torch.cat([key, text[0]], dim=1)
@@ -73,11 +129,51 @@ class Attention(nn.Module):
         attended: Tensor = self.proj(heads.flatten(2))
         return attended
 
-    def keys_values(self, tokens: Tensor) -> KeysValues:
-        """Keys and values of tokens (B, M, D), computed with this layer's weights."""
-        projected = functional.linear(tokens, self.qkv.weight[self.width :])
-        key, value = projected.view(*tokens.shape[:2], 2, self.num_heads, -1).unbind(2)
-        return key, value
+    def project(self, tokens: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, L, H, E) of tokens (B, L, D)."""
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return rotate(self.norm_q(query), rotation), rotate(self.norm_k(key), rotation), value
+
+    def keys_values(self, text: Tensor) -> KeysValues:
+        """Keys and values of text tokens (B, M, D), computed with this layer's weights."""
+        projected = functional.linear(text, self.qkv.weight[self.width :])
+        key, value = projected.view(*text.shape[:2], 2, self.num_heads, -1).unbind(2)
+        return self.norm_k(key), value
+
+
+class TextKeys(nn.Module):
+    """Keys and values of text tokens, with weights of their own."""
+
+    def __init__(self, config: FusionTransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.kv = nn.Linear(config.width, 2 * config.width, bias=False)
+        self.norm_k = _build_head_norm(config)
+
+    def forward(self, text: Tensor) -> KeysValues:
+        """Text tokens (B, M, D) to keys and values."""
+        key, value = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return self.norm_k(key), value
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of image tokens to text alone, with weights of its own."""
+
+    def __init__(self, config: FusionTransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(config.width, config.width, bias=False)
+        self.norm_q = _build_head_norm(config)
+        self.text = TextKeys(config)
+        self.proj = nn.Linear(config.width, config.width)
+        self.attend = load_attention("sdpa")
+
+    def forward(self, tokens: Tensor, text: KeysValues, bias: Bias | None = None) -> Tensor:
+        """Tokens (B, L, D) and text of k * B rows to (k * B, L, D)."""
+        query = self.norm_q(self.q(tokens).unflatten(-1, (self.num_heads, -1)))
+        query = repeat_rows(query, len(text[0]))
+        attended: Tensor = self.proj(attend_biased(self.attend, bias, query, *text).flatten(2))
+        return attended
 
 
 class Mlp(nn.Module):
@@ -93,6 +189,25 @@ class Mlp(nn.Module):
         return hidden
 
 
+class SwiGLU(nn.Module):
+    """fc2(a * silu(b)) with (a, b) = fc1(x), without biases (Shazeer 2020).
+
+    Its three matrices have as many weights as the two of `Mlp`: two thirds of the hidden width,
+    rounded down to a multiple of 8 for tensor cores.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        hidden = 2 * hidden // 3 // 8 * 8
+        self.fc1 = nn.Linear(width, 2 * hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        value, gate = self.fc1(tokens).chunk(2, dim=-1)
+        hidden: Tensor = self.fc2(value * functional.silu(gate))
+        return hidden
+
+
 class Modulation(nn.Module):
     """Shifts, scales and gates from a conditioning vector: adaLN-Zero (Peebles and Xie 2023).
 
@@ -105,9 +220,25 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(width, count * width)
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Conditioning vector (B, D) to `count` tensors (B, 1, D)."""
+        """Fusion vector (B, D) to `count` tensors (B, 1, D)."""
         outputs: Tensor = self.linear(functional.silu(vector))
         return outputs[:, None].chunk(self.count, dim=-1)
+
+
+class SharedModulation(nn.Module):
+    """Shifts, scales and gates of one block: a projection that all blocks share, plus a table.
+
+    adaLN-single (PixArt, Chen et al. 2023): the table starts as normal numbers / sqrt(D).
+    """
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(count, width))
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """The projected conditioning vector (B, 6 D) to tensors (B, 1, D), one per row."""
+        shared = vector.view(len(vector), 6, -1)[:, : len(self.table)]
+        return (shared + self.table)[:, :, None].unbind(1)
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -115,72 +246,247 @@ def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return tokens * (1 + scale) + shift
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block; with `has_skip`, it also takes the output of its mirror block.
+def build_modulation(config: FusionTransformerConfig, count: int) -> nn.Module:
+    """Build the modulation of one block, with `count` vectors."""
+    kind = SharedModulation if config.modulation == "shared" else Modulation
+    return kind(config.width, count)
 
-    With `is_modulated` the norms have no weights of their own. Shifts, scales and gates from the
-    conditioning vector take their place for the block's own tokens. Keys and values of the text
-    are normalised only, so that they do not depend on time and can be computed once per prompt.
+
+@dataclass(frozen=True, kw_only=True)
+class BlockInputs:
+    """What a block takes beside the tokens (B, L, D); a block ignores what it does not use."""
+
+    text: Tensor | None = None
+    """(k * B, M, D): text tokens, which concat and dual_stream blocks update."""
+    keys_values: KeysValues | None = None
+    """Keys and values of the text for cross_attention and separate_cross_attention blocks."""
+    skip: Tensor | None = None
+    """(B, L, D): image tokens after the mirror block."""
+    text_skip: Tensor | None = None
+    """(k * B, M, D): text tokens after the mirror block, if both blocks update text."""
+    vector: Tensor | None = None
+    """Fusion vector of a modulated block, (B, D), or (B, 6 D) after a shared projection."""
+    rotation: Tensor | None = None
+    """Cosines and sines of `rotation_table`."""
+    bias: Bias | None = None
+    """Addend to the logits of the attention in which image tokens attend to text."""
+
+
+class Stream(nn.Module):
+    """What the streams of all blocks begin with: the long skip, a norm, and its modulation.
+
+    With modulation the norms have no weights of their own: shifts and scales take their place.
     """
 
     def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_ratio: int,
-        *,
-        has_skip: bool,
-        is_modulated: bool = False,
+        self, config: FusionTransformerConfig, *, has_skip: bool, num_modulations: int
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=not is_modulated)
-        self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=not is_modulated)
-        self.modulation = Modulation(width, 6) if is_modulated else None
-        self.mlp = Mlp(width, mlp_ratio * width)
+        width = config.width
         self.skip_linear = nn.Linear(2 * width, width) if has_skip else None
+        self.norm1 = build_norm(config, affine=not num_modulations)
+        self.modulation = build_modulation(config, num_modulations) if num_modulations else None
 
-    def forward(
-        self,
-        tokens: Tensor,
-        text: KeysValues | None = None,
-        skip: Tensor | None = None,
-        bias: Bias | None = None,
-        vector: Tensor | None = None,
-    ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D).
+    def begin(
+        self, tokens: Tensor, skip: Tensor | None, vector: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Tokens joined to the skip, the same normalised, and the shifts, scales and gates.
 
-        `skip` (B, L, D) is the output of the mirror block, `vector` (B, D) the conditioning vector
-        of a modulated block. Tokens and skip may have fewer rows than text and vector; they are
-        repeated here, at the first block that needs it.
+        `skip` (B, L, D) is the output of the mirror block, `vector` the conditioning vector of a
+        modulated block. Tokens and skip may have fewer rows than the vector.
         """
         if self.skip_linear is not None:
             assert skip is not None
-            tokens = self._join(self.skip_linear, tokens, skip)
-        updated: Tensor
+            tokens = join_skip(self.skip_linear, tokens, skip)
+        return self.modulated_norm(tokens, vector)
+
+    def modulated_norm(
+        self, tokens: Tensor, vector: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Tokens, the same normalised and modulated, and all shifts, scales and gates."""
         if self.modulation is None:
-            attended = self.attn(self.norm1(tokens), text, bias)
-            tokens = repeat_rows(tokens, len(attended)) + attended
-            updated = tokens + self.mlp(self.norm2(tokens))
-        else:
-            assert vector is not None
-            tokens = repeat_rows(tokens, len(vector))
-            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vector)
-            attended = self.attn(modulate(self.norm1(tokens), shift1, scale1), text, bias)
-            tokens = tokens + gate1 * attended
-            updated = tokens + gate2 * self.mlp(modulate(self.norm2(tokens), shift2, scale2))
-        return updated
+            return tokens, self.norm1(tokens), ()
+        assert vector is not None
+        tokens = repeat_rows(tokens, len(vector))
+        outputs: tuple[Tensor, ...] = self.modulation(vector)
+        return tokens, modulate(self.norm1(tokens), *outputs[:2]), outputs
 
-    @staticmethod
-    def _join(linear: nn.Linear, tokens: Tensor, skip: Tensor) -> Tensor:
-        """Apply `linear` to [tokens, skip]; a skip shared by several rows is multiplied once."""
-        if len(skip) == len(tokens):
-            joined: Tensor = linear(torch.cat([tokens, skip], dim=-1))
-            return joined
-        token_weight, skip_weight = linear.weight.chunk(2, dim=1)
-        shared = functional.linear(skip, skip_weight, linear.bias)
-        return functional.linear(tokens, token_weight) + repeat_rows(shared, len(tokens))
 
-    def text_keys_values(self, tokens: Tensor) -> KeysValues:
+def join_skip(linear: nn.Linear, tokens: Tensor, skip: Tensor) -> Tensor:
+    """Apply `linear` to [tokens, skip]; a skip shared by several rows is multiplied once."""
+    if len(skip) == len(tokens):
+        joined: Tensor = linear(torch.cat([tokens, skip], dim=-1))
+        return joined
+    token_weight, skip_weight = linear.weight.chunk(2, dim=1)
+    shared = functional.linear(skip, skip_weight, linear.bias)
+    return functional.linear(tokens, token_weight) + repeat_rows(shared, len(tokens))
+
+
+class Block(Stream):
+    """A pre-norm transformer block: `image`, `cross_attention` and `adaln` of a fusion map.
+
+    Text keys and values make it the paper's cross-attention: one softmax over image and text, one
+    set of weights. There the text is only normalised, not modulated, so that its keys and values
+    do not depend on time and are computed once per prompt.
+    """
+
+    def __init__(
+        self, config: FusionTransformerConfig, *, has_skip: bool, is_modulated: bool
+    ) -> None:
+        super().__init__(config, has_skip=has_skip, num_modulations=6 if is_modulated else 0)
+        self.attn = Attention(config)
+        self.norm2 = build_norm(config, affine=not is_modulated)
+        mlp = SwiGLU if config.mlp == "swiglu" else Mlp
+        self.mlp = mlp(config.width, config.mlp_ratio * config.width)
+
+    def forward(self, tokens: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, L, D) to the image tokens (B or k * B, L, D) and text after the block."""
+        tokens, normalised, modulation = self.begin(tokens, inputs.skip, inputs.vector)
+        attended = self.attn(normalised, inputs.keys_values, inputs.bias, inputs.rotation)
+        tokens = self.add_attention(tokens, attended, modulation)
+        return self.add_mlp(tokens, modulation), inputs.text
+
+    def add_attention(
+        self, tokens: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Add the gated output of attention, which may have more rows, to the tokens."""
+        gated = modulation[2] * attended if modulation else attended
+        return repeat_rows(tokens, len(attended)) + gated
+
+    def add_mlp(self, tokens: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """Add the gated output of the MLP to the tokens."""
+        normalised = self.norm2(tokens)
+        if not modulation:
+            updated: Tensor = tokens + self.mlp(normalised)
+            return updated
+        shift, scale, gate = modulation[3:]
+        return tokens + gate * self.mlp(modulate(normalised, shift, scale))
+
+    def text_keys_values(self, text: Tensor) -> KeysValues:
         """Keys and values of the text tokens (B, M, D) for this block's attention."""
-        return self.attn.keys_values(self.norm1(tokens))
+        return self.attn.keys_values(self.norm1(text))
+
+
+class SeparateBlock(Block):
+    """`separate_cross_attention`: self-attention, cross-attention to text, MLP (PixArt).
+
+    The cross-attention has weights of its own, neither norm nor gate, and an output projection
+    that starts at zero.
+    """
+
+    def __init__(
+        self, config: FusionTransformerConfig, *, has_skip: bool, is_modulated: bool
+    ) -> None:
+        super().__init__(config, has_skip=has_skip, is_modulated=is_modulated)
+        self.cross_attn = CrossAttention(config)
+
+    def forward(self, tokens: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, L, D) to the image tokens (k * B, L, D) and the unchanged text."""
+        assert inputs.keys_values is not None
+        tokens, normalised, modulation = self.begin(tokens, inputs.skip, inputs.vector)
+        attended = self.attn(normalised, rotation=inputs.rotation)
+        tokens = self.add_attention(tokens, attended, modulation)
+        attended = self.cross_attn(tokens, inputs.keys_values, inputs.bias)
+        tokens = repeat_rows(tokens, len(attended)) + attended
+        return self.add_mlp(tokens, modulation), inputs.text
+
+    def text_keys_values(self, text: Tensor) -> KeysValues:
+        """Keys and values of the text tokens (B, M, D) for the cross-attention."""
+        keys_values: KeysValues = self.cross_attn.text(text)
+        return keys_values
+
+
+class ConcatBlock(Block):
+    """`concat`: image and text tokens are one sequence with one set of weights (U-ViT)."""
+
+    def forward(self, tokens: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, L, D) to the image tokens (k * B, L, D) and text after the block.
+
+        Without `text_skip` only the image tokens take the skip.
+        """
+        text, num_tokens = inputs.text, tokens.shape[1]
+        assert text is not None
+        if self.skip_linear is not None:
+            assert inputs.skip is not None
+            tokens = join_skip(self.skip_linear, tokens, inputs.skip)
+            if inputs.text_skip is not None:
+                text = join_skip(self.skip_linear, text, inputs.text_skip)
+        sequence = torch.cat([repeat_rows(tokens, len(text)), text], dim=1)
+        sequence, normalised, modulation = self.modulated_norm(sequence, inputs.vector)
+        attended = self.attn(normalised, None, inputs.bias, inputs.rotation)
+        sequence = self.add_mlp(self.add_attention(sequence, attended, modulation), modulation)
+        return sequence[:, :num_tokens], sequence[:, num_tokens:]
+
+
+class TextKeysStream(Stream):
+    """The text stream of the last `dual_stream` block: no block uses what it would compute more."""
+
+    def __init__(
+        self, config: FusionTransformerConfig, *, has_skip: bool, is_modulated: bool
+    ) -> None:
+        super().__init__(config, has_skip=has_skip, num_modulations=2 if is_modulated else 0)
+        self.attn = TextKeys(config)
+
+
+class DualStreamBlock(nn.Module):
+    """`dual_stream`: image and text have weights of their own and one joint attention (SD3)."""
+
+    def __init__(
+        self,
+        config: FusionTransformerConfig,
+        *,
+        has_skip: bool,
+        has_text_skip: bool,
+        is_modulated: bool,
+        is_last: bool,
+    ) -> None:
+        super().__init__()
+        self.image = Block(config, has_skip=has_skip, is_modulated=is_modulated)
+        stream = TextKeysStream if is_last else Block
+        self.text = stream(config, has_skip=has_text_skip, is_modulated=is_modulated)
+
+    def forward(self, tokens: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, L, D) to the image tokens (k * B, L, D) and text after the block."""
+        assert inputs.text is not None
+        image, vector = self.image, inputs.vector
+        tokens, normalised, modulation = image.begin(tokens, inputs.skip, vector)
+        text, text_normalised, text_modulation = self.text.begin(
+            inputs.text, inputs.text_skip, vector
+        )
+        tokens, normalised = (repeat_rows(x, len(text)) for x in (tokens, normalised))
+        query, key, value = image.attn.project(normalised, inputs.rotation)
+        if isinstance(self.text, Block):
+            text_query, *keys_values = self.text.attn.project(text_normalised, None)
+            query = torch.cat([query, text_query], dim=1)
+        else:
+            keys_values = self.text.attn(text_normalised)
+        key, value = (
+            torch.cat(pair, dim=1) for pair in zip((key, value), keys_values, strict=True)
+        )
+        heads = attend_biased(image.attn.attend, inputs.bias, query, key, value).flatten(2)
+        attended = image.attn.proj(heads[:, : tokens.shape[1]])
+        tokens = image.add_mlp(image.add_attention(tokens, attended, modulation), modulation)
+        if isinstance(self.text, Block):
+            attended = self.text.attn.proj(heads[:, tokens.shape[1] :])
+            text = self.text.add_attention(text, attended, text_modulation)
+            text = self.text.add_mlp(text, text_modulation)
+        return tokens, text
+
+
+def build_block(
+    config: FusionTransformerConfig, number: int
+) -> Block | SeparateBlock | ConcatBlock | DualStreamBlock:
+    """Build block `number` of the fusion map."""
+    entries, mirror = config.blocks, config.mirrors.get(number)
+    entry = entries[number]
+    has_skip, is_modulated = mirror is not None, config.is_modulated(entry)
+    if entry == "dual_stream":
+        return DualStreamBlock(
+            config,
+            has_skip=has_skip,
+            has_text_skip=mirror is not None and entries[mirror] in UPDATES_TEXT,
+            is_modulated=is_modulated,
+            is_last=not TEXT_KEYS.intersection(entries[number + 1 :]),
+        )
+    kinds = {"concat": ConcatBlock, "separate_cross_attention": SeparateBlock}
+    return kinds.get(entry, Block)(config, has_skip=has_skip, is_modulated=is_modulated)

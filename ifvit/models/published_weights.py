@@ -20,12 +20,12 @@ from torch import Tensor
 from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.models.clip import load_text_encoder
-from ifvit.models.config import FusionUViTConfig, ImportConfig
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.config import Fusion, FusionTransformerConfig, ImportConfig, format_fusion
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.pretrained import identify, read_pickled_tensors, reading, resolve_pretrained
 from ifvit.models.weights import (
     WeightsInfo,
-    build_backbone,
+    describe_backbone,
     restore_backbone,
     save_weights,
     step_name,
@@ -43,6 +43,8 @@ _KNOWN = re.compile(
     r"(pos_embed$|(patch_embed\.proj|context_embed|norm|decoder_pred|final_layer)\.(weight|bias)$"
     r"|mid_block\.|((image|caption|joint|joint_skip|image_skip|in|out)_blocks\.\d+\.))"
 )
+_BLOCK = re.compile(r"(?:text_)?blocks\.\d+")
+"""Name of one of our blocks, at the start of a parameter's name."""
 _CLIP_TOKENS = 77
 _HEAD_WIDTH = 64
 _HUGE_WIDTH, _HUGE_HEADS = 1152, 16
@@ -55,7 +57,7 @@ def from_published_state_dict(
     *,
     num_heads: int | None = None,
     context_length: int | None = None,
-) -> FusionUViT:
+) -> FusionTransformer:
     """Build the backbone, in eval mode, that weights of U-ViT or its fork describe.
 
     Call it as model(latents, timesteps, context) with timesteps 0 ... 999; it adds the 1 from which
@@ -65,9 +67,9 @@ def from_published_state_dict(
     Raises UserError that lists unexpected and missing keys for any other weights.
     """
     config = _infer_config(state_dict, num_heads, context_length)
-    with torch.device("meta"):
-        wanted = build_backbone(config).state_dict()
-    names = {key: _published_names(key, config, state_dict) for key in wanted}
+    wanted = describe_backbone(config).state_dict()
+    blocks = _published_blocks(config, is_fork=_is_fork(state_dict))
+    names = {key: _published_names(key, blocks, state_dict) for key in wanted}
     expected = {name for parts in names.values() for name in parts}
     unexpected = [key for key in state_dict if key not in expected]
     missing = [name for name in sorted(expected) if name not in state_dict]
@@ -83,17 +85,17 @@ def from_published_state_dict(
                 f"{tuple(converted[key].shape)}; the other tensors imply {tuple(tensor.shape)}"
             )
     if _is_fork(state_dict):
-        sizes = [config.num_image_tokens, 1, config.context_length]
+        sizes = [config.num_image_tokens, 1, config.num_text_tokens]
         image, time, text = torch.split(converted["pos_embed"], sizes, dim=1)
         converted["pos_embed"] = torch.cat([time, text, image], dim=1)
         _warn_of_fixed_queries(config)
         _warn_of_other_heads(config)
-    return cast(FusionUViT, restore_backbone(config, converted))
+    return cast(FusionTransformer, restore_backbone(config, converted))
 
 
 def _infer_config(
     state_dict: Mapping[str, Tensor], num_heads: int | None, context_length: int | None
-) -> FusionUViTConfig:
+) -> FusionTransformerConfig:
     missing = [key for key in _RANKS if key not in state_dict]
     if missing:
         raise _foreign_keys([key for key in state_dict if not _KNOWN.match(key)], missing)
@@ -109,20 +111,21 @@ def _infer_config(
     _, channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     if context_length is None:
         context_length = _guess_context_length(num_positions)
-    stacks = ("image_blocks", "joint_blocks") if _is_fork(state_dict) else ("in_blocks",)
-    return FusionUViTConfig(
+    sides = {stack: _count_blocks(state_dict, stack) for stack in ("image", "joint", "in")}
+    text: Fusion = "cross_attention" if _splits_queries(state_dict) else "concat"
+    images: tuple[Fusion, ...] = ("image",) * sides["image"]
+    middle: tuple[Fusion, ...] = (text,) * (2 * (sides["joint"] + sides["in"]) + 1)
+    return FusionTransformerConfig(
+        fusion=format_fusion((*images, *middle, *images)),
+        num_text_blocks=_count_blocks(state_dict, "caption"),
         latent_size=math.isqrt(max(num_positions - 1 - context_length, 0)) * patch_size,
         latent_channels=channels,
         patch_size=patch_size,
         width=width,
-        depth=2 * sum(_count_blocks(state_dict, stack) for stack in stacks),
         num_heads=num_heads or _guess_num_heads(width),
         mlp_ratio=state_dict["mid_block.mlp.fc1.weight"].shape[0] // width,
         context_length=context_length,
         context_width=state_dict["context_embed.weight"].shape[1],
-        conditioning="cross_attention" if _splits_queries(state_dict) else "concat",
-        num_image_blocks=_count_blocks(state_dict, "image_blocks"),
-        num_text_blocks=_count_blocks(state_dict, "caption_blocks"),
         timestep_offset=1,
     )
 
@@ -136,7 +139,8 @@ def _splits_queries(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def _count_blocks(state_dict: Mapping[str, Tensor], stack: str) -> int:
-    return len({key.split(".")[1] for key in state_dict if key.startswith(f"{stack}.")})
+    prefix = f"{stack}_blocks."
+    return len({key.split(".")[1] for key in state_dict if key.startswith(prefix)})
 
 
 def _guess_context_length(num_positions: int) -> int:
@@ -157,36 +161,40 @@ def _guess_num_heads(width: int) -> int:
     return width // _HEAD_WIDTH
 
 
+def _published_blocks(config: FusionTransformerConfig, *, is_fork: bool) -> dict[str, str]:
+    """Names of our blocks => names of the published ones."""
+    half = len(config.blocks) // 2
+
+    def names(stack: str, count: int) -> list[str]:
+        return [f"{stack}_blocks.{number}" for number in range(count)]
+
+    if is_fork:
+        num_image = config.text_blocks[0]
+        num_joint = half - num_image
+        first = names("image", num_image) + names("joint", num_joint)
+        last = names("joint_skip", num_joint) + names("image_skip", num_image)
+    else:
+        first, last = names("in", half), names("out", half)
+    published = {f"blocks.{n}": name for n, name in enumerate([*first, "mid_block", *last])}
+    for number in range(config.num_text_blocks):
+        published[f"text_blocks.{number}"] = f"caption_blocks.{number}"
+    return published
+
+
 def _published_names(
-    key: str, config: FusionUViTConfig, state_dict: Mapping[str, Tensor]
+    key: str, blocks: Mapping[str, str], state_dict: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
     """Names of the published tensors that, concatenated in this order, are our tensor `key`."""
-    stack, is_block, rest = key.partition("_blocks.")
-    if is_block and _is_fork(state_dict):
-        number, _, tensor = rest.partition(".")
-        key = f"{_fork_block(stack, int(number), config)}.{tensor}"
+    if match := _BLOCK.match(key):
+        key = blocks[match[0]] + key[match.end() :]
+    key = key.removeprefix("head_") if key.startswith("head_norm.") else key
     if _splits_queries(state_dict) and key.endswith(".attn.qkv.weight"):
         return key.replace(".qkv.", ".q."), key.replace(".qkv.", ".kv.")
     return (key,)
 
 
-def _fork_block(stack: str, index: int, config: FusionUViTConfig) -> str:
-    """The fork's name of our block `{stack}_blocks.{index}`."""
-    num_image = config.num_image_blocks
-    num_fused = config.depth // 2 - num_image
-    if stack == "text":
-        return f"caption_blocks.{index}"
-    if stack == "in" and index < num_image:
-        return f"image_blocks.{index}"
-    if stack == "in":
-        return f"joint_blocks.{index - num_image}"
-    if index < num_fused:
-        return f"joint_skip_blocks.{index}"
-    return f"image_skip_blocks.{index - num_fused}"
-
-
-def _warn_of_fixed_queries(config: FusionUViTConfig) -> None:
-    if config.conditioning == "cross_attention" and 1 + config.num_image_tokens != _FORK_QUERIES:
+def _warn_of_fixed_queries(config: FusionTransformerConfig) -> None:
+    if "cross_attention" in config.blocks and 1 + config.num_image_tokens != _FORK_QUERIES:
         warnings.warn(
             f"the fork's cross-attention code fixes its middle block at {_FORK_QUERIES} queries; "
             f"with {1 + config.num_image_tokens} image tokens it also updates text there, "
@@ -195,7 +203,7 @@ def _warn_of_fixed_queries(config: FusionUViTConfig) -> None:
         )
 
 
-def _warn_of_other_heads(config: FusionUViTConfig) -> None:
+def _warn_of_other_heads(config: FusionTransformerConfig) -> None:
     if config.width != config.num_heads * _HEAD_WIDTH:
         warnings.warn(
             f"heads of {config.width // config.num_heads} channels: tensors do not show num_heads, "
@@ -232,8 +240,10 @@ def import_weights(config: ImportConfig) -> None:
         num_heads=config.num_heads,
         context_length=text_encoder.context_shape[0],
     )
+    null_context = config.null_context or ("zeros" if _is_fork(tensors) else "empty_caption")
     info = WeightsInfo(
         step=config.step,
+        null_context=null_context,
         ema_decay=config.ema_decay,
         scaling_factor=config.scaling_factor,
         vae=identify(config.vae, resolve_pretrained(config.vae, "--vae")),
@@ -245,8 +255,8 @@ def import_weights(config: ImportConfig) -> None:
     save_weights(folder, backbone, info)
     found = backbone.config
     sys.stdout.write(
-        f"{folder}: {found.conditioning}, {found.num_image_blocks} image-only blocks on each side, "
-        f"{found.num_text_blocks} text blocks, {backbone.num_parameters():,} parameters\n"
+        f"{folder}: {found.fusion}, {found.num_text_blocks} text blocks, "
+        f"{backbone.num_parameters():,} parameters, null context {null_context}\n"
     )
 
 

@@ -48,7 +48,7 @@ class UNet(Backbone):
         """Choose the attention backend of all transformer blocks."""
         self.unet.set_attn_processor(_Processor(load_attention(backend)))
 
-    def blocks(self) -> list[nn.Module]:
+    def parts(self) -> list[nn.Module]:
         """Return the resolutions on the way down, the middle, and those on the way up."""
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 

@@ -7,10 +7,10 @@ is written last and thus marks a complete folder.
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import safetensors.torch
 import torch
@@ -20,11 +20,11 @@ from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.config import (
     BackboneConfig,
-    FusionUViTConfig,
-    TokenTransformerConfig,
+    FusionTransformerConfig,
+    NullContext,
     restore_config,
 )
-from ifvit.models.fusion_transformer import FusionUViT, TokenTransformer
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.pretrained import read_shapes, reading, require_shapes
 from ifvit.records import (
     Fraction,
@@ -69,6 +69,8 @@ class WeightsInfo:
     """The autoencoder whose latents the backbone was trained on."""
     text_encoder: EncoderIdentity | None
     """The text encoder whose context the backbone was trained on; None for classes."""
+    null_context: NullContext = "empty_caption"
+    """What stands for no caption in training: the context of "", or zeros."""
     classes: tuple[str, ...] = ()
     """Names of the classes, by number."""
     recipe_sha256: Sha256
@@ -91,12 +93,36 @@ class StoredWeights:
     """Hash of diffusion_pytorch_model.safetensors, which names the weights in all results."""
 
 
-def build_backbone(config: BackboneConfig) -> Backbone:
-    """Build a backbone with fresh weights, drawn from torch's global generator."""
-    if isinstance(config, FusionUViTConfig):
-        return FusionUViT(config)
-    if isinstance(config, TokenTransformerConfig):
-        return TokenTransformer(config)
+def build_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
+    """Build a backbone with fresh float32 weights, a function of the configuration and the seed."""
+    initial = initial_weights(config, seed)
+    names = [name for name, _ in describe_backbone(config).named_parameters()]
+    backbone = restore_backbone(config, {name: initial(name) for name in names}, copy=False)
+    return backbone.train()
+
+
+def describe_backbone(config: BackboneConfig) -> Backbone:
+    """Build a backbone on torch's meta device: shapes without memory for weights."""
+    with torch.device("meta"):
+        return _construct(config)
+
+
+def initial_weights(config: BackboneConfig, seed: int) -> Callable[[str], Tensor]:
+    """Return a function from the name of a parameter to its initial value, on the CPU.
+
+    Parameters of one name and shape have equal values in all fusion transformers, so that runs that
+    differ in other fields can be compared in pairs.
+    """
+    if isinstance(config, FusionTransformerConfig):
+        return partial(cast(FusionTransformer, describe_backbone(config)).initial_tensor, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _construct(config).state_dict().__getitem__
+
+
+def _construct(config: BackboneConfig) -> Backbone:
+    if isinstance(config, FusionTransformerConfig):
+        return FusionTransformer(config)
     from ifvit.models.unet import UNet  # the import of diffusers' U-Nets takes a second
 
     return UNet(config)
@@ -109,8 +135,7 @@ def restore_backbone(
 
     Raises RuntimeError if keys or shapes differ from those of `config`.
     """
-    with torch.device("meta"):  # saves the time of drawing weights that are replaced at once
-        backbone = build_backbone(config)
+    backbone = describe_backbone(config)
     if copy:
         backbone.to_empty(device="cpu")
     backbone.load_state_dict(state_dict, assign=not copy)
@@ -187,8 +212,7 @@ def check_shapes(config: BackboneConfig, *paths: Path) -> None:
     Only the headers of the files are read, and no memory is allocated for parameters.
     """
     found = {name: shape for path in paths for name, shape in read_shapes(path).items()}
-    with torch.device("meta"):
-        wanted = build_backbone(config)
+    wanted = describe_backbone(config)
     require_shapes(str(paths[0]), wanted, found)
 
 

@@ -19,7 +19,7 @@ from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
 from ifvit.diffusion.sampler import BuildMethod, Sampler
 from ifvit.errors import UserError
 from ifvit.models.clip import ClipScorer, load_clip, load_token_spans
-from ifvit.models.config import FusionUViTConfig
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.image_reward import load_image_reward
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.config import DateConfig, SamplingConfig
@@ -181,7 +181,7 @@ def _regulation_builder(
 ) -> Callable[[Sequence[str]], Regulation]:
     """Check the settings against the backbone, and prepare what all batches share."""
     backbone = sampler.backbone.config
-    if not isinstance(backbone, FusionUViTConfig):
+    if not isinstance(backbone, FusionTransformerConfig):
         raise UserError(
             f"method {config.method}: attention regulation knows the blocks of a fusion backbone, "
             f"not those of a {type(sampler.backbone).__name__}; use date or plain"

@@ -51,7 +51,7 @@ Named = tuple[str | None, str | None]
 """Package and name of a component's class."""
 _CLASSES: dict[str, set[Named]] = {
     "backbone": {
-        ("ifvit.models.fusion_transformer", "FusionUViT"),
+        ("ifvit.models.fusion_transformer", "FusionTransformer"),
         ("ifvit.models.fusion_transformer", "TokenTransformer"),
         ("ifvit.models.unet", "UNet"),
     },

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ifvit.evaluation.rows import describe_field
 from ifvit.evaluation.runs import Run
-from ifvit.models.config import PRESETS
+from ifvit.models.config import PRESETS, with_setting
 from ifvit.models.cost import count_cost
 from ifvit.studies.comparisons import (
     CLIP_SCORE,
@@ -148,10 +148,7 @@ def differs_in_backbone(sheet: Sheet) -> str | None:
     for variant, runs in sheet.variants.items():
         ours = backbone_of(runs[0])
         expected = replace(
-            paper,
-            conditioning=variant.conditioning,
-            num_image_blocks=paper.num_image_blocks if variant.image_blocks else 0,
-            num_text_blocks=paper.num_text_blocks if variant.text_blocks else 0,
+            with_setting(paper, variant.slug),
             init_std=ours.init_std,
             timestep_offset=ours.timestep_offset,
         )

@@ -27,7 +27,7 @@ from ifvit.evaluation.rows import MetricsRow, describe_field, describe_value
 from ifvit.evaluation.runs import Run, read_runs
 from ifvit.figures import RUN_COLOURS, house_style, to_png, to_svg
 from ifvit.images import ImageError, open_image
-from ifvit.models.config import FusionUViTConfig
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.records import shorten
 from ifvit.studies import object_counts
 from ifvit.studies.comparisons import (
@@ -149,17 +149,15 @@ def settings_lines(runs: Sequence[Run]) -> list[Line]:
         ]
         return Line(title=title, cells=cells)
 
-    shapes = [b if isinstance(b := run.backbone, FusionUViTConfig) else None for run in runs]
+    shapes = [b if isinstance(b := run.backbone, FusionTransformerConfig) else None for run in runs]
     costs = [run.cost for run in runs]
     ends = [run.curve[-1] if run.curve else None for run in runs]
     return [
         line("Architecture", [run.backbone and run.backbone.architecture for run in runs]),
         line("Fusion", [run.fusion for run in runs]),
-        line("Conditioning", [s and s.conditioning.replace("_", "-") for s in shapes]),
-        line("Adaptive norms", [s and ("yes" if s.is_modulated else "no") for s in shapes]),
-        line("Image-only blocks per side", [s and s.num_image_blocks for s in shapes]),
+        line("Fusion", [s and s.fusion for s in shapes]),
         line("Text-branch blocks", [s and s.num_text_blocks for s in shapes]),
-        line("Blocks, width", [s and f"{s.depth + 1}, {s.width}" for s in shapes]),
+        line("Blocks, width", [s and f"{len(s.blocks)}, {s.width}" for s in shapes]),
         line("Parameters", [c and c.params for c in costs], "{:,}"),
         line("GFLOPs", [c and c.layer_flops / 1e9 for c in costs], "{:.3f}"),
         line("GFLOPs with attention", [c and c.flops / 1e9 for c in costs], "{:.3f}"),

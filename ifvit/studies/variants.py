@@ -11,7 +11,7 @@ from typing import TypeVar
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import MetricsRow, Protocol, differences
 from ifvit.evaluation.runs import FUSIONS, Run
-from ifvit.models.config import Conditioning, FusionUViTConfig
+from ifvit.models.config import Fusion, FusionTransformerConfig, setting_of
 from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
 
 _Found = TypeVar("_Found")
@@ -27,7 +27,7 @@ class Variant:
     Early fusion has neither image-only blocks nor a text branch, intermediate fusion has both.
     """
 
-    conditioning: Conditioning
+    conditioning: Fusion
     image_blocks: bool
     text_blocks: bool
 
@@ -82,8 +82,8 @@ def group_runs(runs: Iterable[Run]) -> dict[Variant, list[Run]]:
     groups: dict[Variant, list[Run]] = {variant: [] for variant in VARIANTS}
     for run in runs:
         backbone = backbone_of(run)
-        image, text = backbone.num_image_blocks > 0, backbone.num_text_blocks > 0
-        groups[Variant(backbone.conditioning, image, text)].append(run)
+        slug = setting_of(backbone)
+        groups[next(variant for variant in VARIANTS if variant.slug == slug)].append(run)
     for variant, members in groups.items():
         # The initial standard deviation does not change the shape.
         if len({replace(backbone_of(run), init_std=1.0) for run in members}) > 1:
@@ -92,10 +92,10 @@ def group_runs(runs: Iterable[Run]) -> dict[Variant, list[Run]]:
     return {variant: members for variant, members in groups.items() if members}
 
 
-def backbone_of(run: Run) -> FusionUViTConfig:
+def backbone_of(run: Run) -> FusionTransformerConfig:
     """Return the run's backbone. Raises UserError if it is not one of the paper's kinds."""
     backbone = run.backbone
-    if not isinstance(backbone, FusionUViTConfig) or backbone.is_modulated:
+    if not isinstance(backbone, FusionTransformerConfig) or setting_of(backbone) is None:
         raise UserError(
             f"{run.url}/weights: no backbone that fuses text by concat or cross_attention alone, "
             "so the run is not one of the paper's variants; leave this run out"

@@ -147,7 +147,7 @@ def prepare_forward(backbone: Backbone, config: EngineConfig, device: torch.devi
             f"engine.compile: torch.compile on the CPU needs {compiler}, which is not on PATH; "
             "install it or set engine.compile to false"
         )
-    for block in backbone.blocks():
+    for block in backbone.parts():
         if config.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if config.compile:

@@ -5,8 +5,6 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 
-import torch
-
 from ifvit import storage
 from ifvit.config import dump_config
 from ifvit.diffusion.objectives import NoisePrediction
@@ -51,7 +49,6 @@ def train(config: TrainConfig) -> TrainState:
 
 def _train_on(reader: ShardReader, config: TrainConfig) -> TrainState:
     check_dataset(reader, config)
-    torch.manual_seed(config.seed)  # for the initial weights; nothing else uses this generator
     backbone = initial_backbone(config, reader)
     backbone.set_attention(config.engine.attention)
     batches = _build_batches(config, reader)
@@ -121,7 +118,7 @@ def initial_backbone(config: TrainConfig, reader: ShardReader) -> Backbone:
 
     Raises UserError when these weights have another configuration or latents of another scale.
     """
-    backbone = build_backbone(config.backbone)
+    backbone = build_backbone(config.backbone, config.seed)
     if config.initial_weights is None or saved_steps(config.run):
         return backbone
     loaded, info = load_weights(config.initial_weights)

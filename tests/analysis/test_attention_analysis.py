@@ -14,7 +14,7 @@ from ifvit.analysis.attention_maps import read_attention
 from ifvit.analysis.config import AttentionConfig
 from ifvit.cli import main
 from ifvit.models.clip import load_text_encoder
-from ifvit.models.config import BackboneConfig, TokenTransformerConfig
+from ifvit.models.config import BackboneConfig, FusionTransformerConfig
 from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
 from ifvit.sampling.config import SamplingConfig
 from ifvit.shards.format import EncoderIdentity
@@ -179,7 +179,7 @@ def test_runs_that_do_not_fit_the_prompts_are_refused(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = EncoderIdentity(name="other", sha256="2" * 64)
-    classes = TokenTransformerConfig(
+    classes = FusionTransformerConfig(
         latent_size=8, patch_size=2, width=16, depth=2, num_heads=2, num_classes=3
     )
     runs = {

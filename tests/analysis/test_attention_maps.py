@@ -31,8 +31,8 @@ from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents
 from ifvit.errors import UserError
-from ifvit.models.config import Conditioning
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.config import Fusion
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.layers import Attention
 from ifvit.sampling.config import SamplingConfig
 from ifvit.storage import read_sealed, sha256_of, write_sealed
@@ -50,7 +50,7 @@ FUSIONS = pytest.mark.parametrize("fusion", ["early", "intermediate"])
 CONDITIONINGS = pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
 
 
-def build_backbone(conditioning: Conditioning, fusion: str = "intermediate") -> FusionUViT:
+def build_backbone(conditioning: Fusion, fusion: str = "intermediate") -> FusionTransformer:
     torch.manual_seed(0)
     num_blocks = int(fusion == "intermediate")
     config = small_shape(
@@ -62,7 +62,7 @@ def build_backbone(conditioning: Conditioning, fusion: str = "intermediate") -> 
         num_text_blocks=num_blocks,
         init_std=0.3,
     )
-    return FusionUViT(config).eval()
+    return FusionTransformer(config).eval()
 
 
 def build_config(batch_size: int = NUM_PROMPTS, trim: int = 1) -> AttentionConfig:
@@ -70,13 +70,13 @@ def build_config(batch_size: int = NUM_PROMPTS, trim: int = 1) -> AttentionConfi
     return AttentionConfig(runs=["run"], prompts="prompts.txt", trim=trim, sampling=sampling)
 
 
-def sample(backbone: FusionUViT) -> Tensor:
+def sample(backbone: FusionTransformer) -> Tensor:
     null_text = backbone.encode_condition(NULL[None])
     batch = ConditionBatch(positions=torch.arange(NUM_PROMPTS), condition=CONTEXTS)
     return sample_latents(backbone, batch, null_text, SAMPLING)
 
 
-def record_all_at_once(backbone: FusionUViT) -> list[np.ndarray]:
+def record_all_at_once(backbone: FusionTransformer) -> list[np.ndarray]:
     """Return the attention of each layer: (prompts, NFE, heads, queries, keys) in float64."""
     calls: list[list[np.ndarray]] = [[] for _ in range(5)]
 
@@ -95,7 +95,7 @@ def record_all_at_once(backbone: FusionUViT) -> list[np.ndarray]:
 @FUSIONS
 @pytest.mark.parametrize("batch_size", [2, NUM_PROMPTS])
 def test_means_by_batch_equal_means_over_all_prompts(
-    conditioning: Conditioning, fusion: str, batch_size: int
+    conditioning: Fusion, fusion: str, batch_size: int
 ) -> None:
     backbone = build_backbone(conditioning, fusion)
     layers = record_layers(backbone, PROMPTS, build_config(batch_size))
@@ -126,7 +126,7 @@ def test_means_by_batch_equal_means_over_all_prompts(
 @CONDITIONINGS
 @FUSIONS
 def test_attention_shares_of_time_image_and_text_sum_to_one(
-    conditioning: Conditioning, fusion: str
+    conditioning: Fusion, fusion: str
 ) -> None:
     layers = record_layers(build_backbone(conditioning, fusion), PROMPTS, build_config(trim=0))
     names = ["in 0", "in 1", "mid", "out 0", "out 1"]
@@ -143,7 +143,7 @@ def test_attention_shares_of_time_image_and_text_sum_to_one(
 
 
 @CONDITIONINGS
-def test_recording_does_not_change_the_images(conditioning: Conditioning) -> None:
+def test_recording_does_not_change_the_images(conditioning: Fusion) -> None:
     backbone = build_backbone(conditioning)
     before = sample(backbone)
     rows = PromptRows(NUM_PROMPTS, inner_tokens(SIDE, 0))
@@ -157,7 +157,7 @@ def test_recording_does_not_change_the_images(conditioning: Conditioning) -> Non
 
 
 @CONDITIONINGS
-def test_only_the_conditional_half_is_recorded(conditioning: Conditioning) -> None:
+def test_only_the_conditional_half_is_recorded(conditioning: Fusion) -> None:
     backbone = build_backbone(conditioning)
     x_t = torch.randn(NUM_PROMPTS, 2, 8, 8, generator=torch.Generator().manual_seed(2))
     null_text = backbone.encode_condition(NULL[None])

@@ -24,7 +24,7 @@ from ifvit.analysis.plan import (
     update_bytes,
 )
 from ifvit.bench.measurement import kept_bytes
-from ifvit.models.config import PRESETS, FusionUViTConfig
+from ifvit.models.config import PRESETS, FusionTransformerConfig
 from ifvit.models.cost import count_cost
 from ifvit.models.weights import build_backbone
 
@@ -52,7 +52,7 @@ def test_stage_3_halves_partitioned_state_with_twice_the_gpus() -> None:
     assert most == pytest.approx(6e9, rel=1e-6)
 
 
-def concat(**fields: object) -> FusionUViTConfig:
+def concat(**fields: object) -> FusionTransformerConfig:
     """Return a backbone with 17 image and time tokens, 3 text tokens, and 3 fused blocks."""
     shape = dataclasses.replace(
         PRESETS["tiny"],

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from captioned_backbone import CONTEXTS, NULL, build_backbone
-from made_backbone import SMALL_TOKENS, SMALL_UNET
+from made_backbone import SMALL_CLASSES, SMALL_UNET
 from torch import Tensor
 
 from ifvit.diffusion.config import Guidance, SolverConfig
@@ -17,8 +17,8 @@ from ifvit.diffusion.guidance import (
 )
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.diffusion.solvers import solve
-from ifvit.models.config import BackboneConfig, Conditioning
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.config import BackboneConfig, Fusion
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.weights import build_backbone as build
 
 X_T = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(3))
@@ -27,7 +27,10 @@ CONDITIONINGS = pytest.mark.parametrize("conditioning", ["concat", "cross_attent
 
 
 def build_predictor(
-    backbone: FusionUViT, scale: float, method: AlignmentMethod | None = None, high: float = 999
+    backbone: FusionTransformer,
+    scale: float,
+    method: AlignmentMethod | None = None,
+    high: float = 999,
 ) -> GuidedNoisePredictor:
     null = backbone.encode_condition(NULL[None])
     return GuidedNoisePredictor(backbone, CONTEXTS, null, Guidance(scale, high=high), method)
@@ -35,7 +38,7 @@ def build_predictor(
 
 @pytest.mark.parametrize("scale", [3.0, 0.5])
 @CONDITIONINGS
-def test_guidance_is_its_equation(conditioning: Conditioning, scale: float) -> None:
+def test_guidance_is_its_equation(conditioning: Fusion, scale: float) -> None:
     backbone = build_backbone(conditioning)
     with torch.no_grad():
         guided = build_predictor(backbone, scale)(X_T, TIMESTEPS)
@@ -45,7 +48,7 @@ def test_guidance_is_its_equation(conditioning: Conditioning, scale: float) -> N
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [SMALL_TOKENS, SMALL_UNET], ids=lambda config: type(config))
+@pytest.mark.parametrize("config", [SMALL_CLASSES, SMALL_UNET], ids=lambda config: type(config))
 def test_class_guidance_steers_away_from_the_null_class(config: BackboneConfig) -> None:
     torch.manual_seed(0)
     backbone = build(replace(config, num_classes=3)).eval()
@@ -107,7 +110,7 @@ def test_guidance_applies_everywhere_by_default_and_else_in_its_interval() -> No
         SolverConfig(guidance_low=6.0, guidance_high=5.0)
 
 
-def sample_on_meta(guidance: Guidance, conditioning: Conditioning = "concat") -> Tensor:
+def sample_on_meta(guidance: Guidance, conditioning: Fusion = "concat") -> Tensor:
     """Four steps on the meta device, which has no values: reading a value from it raises."""
     with torch.device("meta"):
         backbone = build_backbone(conditioning)
@@ -119,7 +122,7 @@ def sample_on_meta(guidance: Guidance, conditioning: Conditioning = "concat") ->
 
 
 @CONDITIONINGS
-def test_guided_steps_never_wait_for_the_device(conditioning: Conditioning) -> None:
+def test_guided_steps_never_wait_for_the_device(conditioning: Fusion) -> None:
     assert sample_on_meta(Guidance(2.0), conditioning).is_meta
 
 
@@ -144,7 +147,7 @@ class Recorder:
 @pytest.mark.parametrize("high", [999.0, 399.0])
 @CONDITIONINGS
 def test_a_method_gets_clean_latents_with_a_gradient_to_the_context(
-    conditioning: Conditioning, high: float
+    conditioning: Fusion, high: float
 ) -> None:
     method = Recorder(Change())
     backbone = build_backbone(conditioning)
@@ -170,7 +173,7 @@ def test_a_changed_context_stays_until_the_next_change() -> None:
 
 
 @pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
-def test_biases_change_the_conditional_half_only(conditioning: Conditioning) -> None:
+def test_biases_change_the_conditional_half_only(conditioning: Fusion) -> None:
     backbone = build_backbone(conditioning)
     seen: list[tuple[Tensor, Tensor]] = []
 

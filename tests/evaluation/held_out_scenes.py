@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from made_backbone import small_shape
 
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.weights import WeightsInfo, save_weights
 from ifvit.shards.format import EncoderIdentity, Manifest
 
@@ -44,6 +44,6 @@ def save_run(
         text_encoder=manifest.text.encoder,
         recipe_sha256="0" * 64,
     )
-    backbone = FusionUViT(shape)
+    backbone = FusionTransformer(shape)
     save_weights(str(folder / "weights" / f"step_{step:08d}" / "ema"), backbone, info)
     return str(folder)

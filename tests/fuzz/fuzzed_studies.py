@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from made_backbone import SMALL_TOKENS
+from made_backbone import SMALL_CLASSES
 from mutations import Format
 
 from ifvit.images import encode_png
@@ -96,7 +96,7 @@ def make_pipeline(folder: Path) -> list[Format]:
     from ifvit.models.weights import build_backbone
 
     torch.manual_seed(0)
-    shape = replace(SMALL_TOKENS, latent_size=4, width=8, num_heads=1)
+    shape = replace(SMALL_CLASSES, latent_size=4, width=8, num_heads=1)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     pipeline = FusionPipeline(
         backbone=build_backbone(shape), vae=vae, text_encoder=None, tokenizer=None,

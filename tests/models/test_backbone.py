@@ -7,7 +7,7 @@ import torch
 from made_backbone import small_shape
 
 from ifvit.errors import UserError
-from ifvit.models.config import TokenTransformerConfig, UNetConfig, restore_config
+from ifvit.models.config import FusionTransformerConfig, UNetConfig, restore_config
 from ifvit.models.weights import build_backbone
 
 CROSS = small_shape(
@@ -15,7 +15,7 @@ CROSS = small_shape(
 )
 CONCAT = dataclasses.replace(CROSS, conditioning="concat")
 ADALN = dataclasses.replace(CROSS, conditioning="adaln")
-TOKENS = TokenTransformerConfig(
+TOKENS = FusionTransformerConfig(
     latent_size=8, num_classes=3, patch_size=2, width=16, num_heads=2, depth=5
 )
 CAPTIONS = dataclasses.replace(TOKENS, num_classes=None, context_length=5, context_width=12)

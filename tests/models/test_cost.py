@@ -9,7 +9,7 @@ from ifvit.models.config import CLASS_PRESETS, PRESETS, CostConfig
 from ifvit.models.cost import CostRow, cost_rows, count_cost
 from ifvit.models.weights import build_backbone
 
-TINY, TOKEN_TINY = PRESETS["tiny"], CLASS_PRESETS["token_tiny"]
+TINY, TOKEN_TINY = PRESETS["tiny"], CLASS_PRESETS["class_tiny"]
 # Parameters, operations of layers, operations of attention. Those of transformers come from
 # formulas that counted multiply-accumulates block by block.
 COUNTS = {
@@ -18,10 +18,10 @@ COUNTS = {
     "mid": (PRESETS["mid"], 137_857_700, 69_162_663_936, 3_893_099_520),
     "large": (PRESETS["large"], 299_196_580, 150_935_994_368, 6_272_946_176),
     "huge": (PRESETS["huge"], 516_589_220, 263_585_562_624, 9_856_645_632),
-    "token_tiny": (TOKEN_TINY, 1_016_452, 33_005_568, 943_488),
-    "token_small": (CLASS_PRESETS["token_small"], 40_572_580, 19_491_225_600, 1_635_876_864),
-    "token_base": (CLASS_PRESETS["token_base"], 90_743_204, 43_848_597_504, 2_453_815_296),
-    "token_large": (CLASS_PRESETS["token_large"], 311_954_596, 155_860_631_552, 6_543_507_456),
+    "class_tiny": (TOKEN_TINY, 1_016_452, 33_005_568, 943_488),
+    "class_small": (CLASS_PRESETS["class_small"], 40_572_580, 19_491_225_600, 1_635_876_864),
+    "class_base": (CLASS_PRESETS["class_base"], 90_743_204, 43_848_597_504, 2_453_815_296),
+    "class_large": (CLASS_PRESETS["class_large"], 311_954_596, 155_860_631_552, 6_543_507_456),
     "unet_tiny": (CLASS_PRESETS["unet_tiny"], 1_006_692, 40_779_776, 270_336),
     "unet_base": (CLASS_PRESETS["unet_base"], 91_916_804, 35_247_685_632, 542_343_168),
     "modulated concat": (
@@ -84,7 +84,7 @@ def test_attention_operations_are_two_products_of_queries_and_keys_in_every_bloc
 def small_rows(monkeypatch: pytest.MonkeyPatch) -> list[CostRow]:
     """The rows of the paper's size and of one class-conditional preset."""
     monkeypatch.setattr(cost, "PRESETS", {"small": PRESETS["small"]})
-    monkeypatch.setattr(cost, "CLASS_PRESETS", {"token_tiny": TOKEN_TINY})
+    monkeypatch.setattr(cost, "CLASS_PRESETS", {"class_tiny": TOKEN_TINY})
     return list(cost_rows())
 
 
@@ -124,8 +124,8 @@ def test_the_table_has_a_line_for_every_row(small_rows, capsys):
     cost.cost(CostConfig())
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
     assert ["small", "concat", "0", "0", "44,692,644", "29.49", "32.46"] in lines
-    named = [words[0] for words in lines if words[0] in ("small", "token_tiny")]
-    assert named == ["small"] * 12 + ["token_tiny"]
+    named = [words[0] for words in lines if words[0] in ("small", "class_tiny")]
+    assert named == ["small"] * 12 + ["class_tiny"]
 
 
 def test_the_json_flag_needs_no_value():

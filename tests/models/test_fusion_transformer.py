@@ -9,13 +9,13 @@ from test_backbone import CONCAT, CROSS, TOKENS, inputs, loud_backbone
 from test_backbone import CONFIGS as BACKBONES
 from uvit_oracle import Oracle, TokenOracle, random_weights, uvit_layout
 
-from ifvit.models.config import FusionUViTConfig, TokenTransformerConfig
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.layers import timestep_embedding
 from ifvit.models.weights import build_backbone, restore_backbone
 
-FUSION = {name: c for name, c in BACKBONES.items() if isinstance(c, FusionUViTConfig)}
+FUSION = {name: c for name, c in BACKBONES.items() if isinstance(c, FusionTransformerConfig)}
 MODULATED = {name: config for name, config in FUSION.items() if config.is_modulated}
-CLASSES = {name: c for name, c in BACKBONES.items() if isinstance(c, TokenTransformerConfig)}
+CLASSES = {name: c for name, c in BACKBONES.items() if isinstance(c, FusionTransformerConfig)}
 
 
 @pytest.mark.parametrize("config", FUSION.values(), ids=FUSION)

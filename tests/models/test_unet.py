@@ -26,7 +26,7 @@ def test_our_attention_is_that_of_diffusers(config):
 
 def test_blocks_are_all_but_the_ends():
     backbone = build_backbone(UNET)
-    inside = {part for block in backbone.blocks() for part in block.modules()}
+    inside = {part for block in backbone.parts() for part in block.modules()}
     assert {m for m in backbone.modules() if isinstance(m, ResnetBlock2D | Attention)} < inside
 
 

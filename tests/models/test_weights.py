@@ -7,7 +7,7 @@ from made_backbone import small_shape
 
 from ifvit.errors import UserError
 from ifvit.models import weights
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
 from ifvit.records import dump_sealed
 from ifvit.shards.format import EncoderIdentity
@@ -48,7 +48,7 @@ def test_weights_and_their_provenance_round_trip(saved, backbone):
 
 
 def test_saved_weights_are_a_diffusers_model(saved, backbone):
-    assert same_weights(FusionUViT.from_pretrained(saved), backbone)
+    assert same_weights(FusionTransformer.from_pretrained(saved), backbone)
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ifvit.models.config import TokenTransformerConfig
-
 Array = NDArray[np.float64]
 
 
@@ -259,44 +257,6 @@ class Oracle:
                 window = padded[:, y : y + 3, x : x + 3]
                 noise[:, y, x] = np.einsum("ocij,cij->o", kernel, window) + bias
         return noise
-
-
-class TokenOracle(Oracle):
-    """A token transformer, seen as early fusion by concat.
-
-    The class embedding is a text of one token. Without long skips, the U has no way out.
-    """
-
-    def __init__(self, weights: Mapping[str, Array], config: TokenTransformerConfig) -> None:
-        num_skips = config.depth // 2 if config.long_skip else 0
-        middle = config.depth - num_skips - 1
-        layout = Layout(
-            conditioning="adaln" if config.conditioning == "adaln" else "concat",
-            positions=("text", "time", "image"),
-            fused_in=[f"in_blocks.{i}" for i in range(middle)],
-            fused_out=[f"out_blocks.{i}" for i in range(num_skips)],
-            is_modulated=config.is_modulated,
-        )
-        renamed = {
-            name.replace(f"in_blocks.{middle}.", "mid_block."): w for name, w in weights.items()
-        }
-        if "label_emb.weight" in weights:
-            identity = np.eye(config.width)
-            renamed |= {"context_embed.weight": identity, "context_embed.bias": identity[0] * 0}
-        if config.conditioning == "adaln":  # its condition is not in the sequence
-            nowhere = np.zeros((1, config.context_length or 1, config.width))
-            renamed |= {"pos_embed": np.hstack([nowhere, weights["pos_embed"]])}
-        super().__init__(renamed, layout, config.num_heads)
-
-    def _embed_time(self, timestep: float) -> Array | None:
-        return self._time(timestep) if self.layout.is_modulated else None
-
-    def _add_pooled(self, time: Array | None, text: Array) -> Array | None:
-        return super()._add_pooled(time, text - self.weights["pos_embed"][0, : len(text)])
-
-    def _time(self, timestep: float) -> Array:
-        hidden = self._linear("time_embed.0", super()._time(timestep)[None])
-        return self._linear("time_embed.2", _silu(hidden))[0]
 
 
 def _silu(values: Array) -> Array:

@@ -5,7 +5,7 @@ import torch
 from made_backbone import small_shape
 from untrained import save_untrained
 
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.fusion_transformer import FusionTransformer
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +15,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(params=["concat", "cross_attention"])
-def backbone(request: pytest.FixtureRequest) -> FusionUViT:
+def backbone(request: pytest.FixtureRequest) -> FusionTransformer:
     """Latents 2 x 8 x 8, context 6 x 16."""
     torch.manual_seed(0)
     config = small_shape(latent_channels=2, conditioning=request.param, init_std=0.2)
-    return FusionUViT(config).eval()
+    return FusionTransformer(config).eval()

@@ -22,7 +22,7 @@ from ifvit.images import to_model_range
 from ifvit.models.attention import logits_of
 from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.clip import ClipScorer, load_clip
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.image_reward import load_image_reward
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.alignment import (
@@ -87,7 +87,7 @@ def test_a_sample_without_gradient_keeps_its_context() -> None:
 
 
 def sample(
-    backbone: FusionUViT,
+    backbone: FusionTransformer,
     method: AlignmentMethod | None,
     positions: tuple[int, ...] = (0, 1, 2),
     config: SamplingConfig = CONFIG,
@@ -125,14 +125,14 @@ class Recorder:
         return change
 
 
-def test_date_with_radius_zero_changes_no_bit(backbone: FusionUViT) -> None:
+def test_date_with_radius_zero_changes_no_bit(backbone: FusionTransformer) -> None:
     assert torch.equal(sample(backbone, date(radius=0.0, every=2)), sample(backbone, None))
 
 
 @pytest.mark.parametrize("backbone", ["cross_attention"], indirect=True)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_date_raises_the_score_of_the_images_with_every_solver(
-    backbone: FusionUViT, solver: str
+    backbone: FusionTransformer, solver: str
 ) -> None:
     config = dataclasses.replace(CONFIG, solver=solver)
     plain = brightness(sample(backbone, None, config=config))
@@ -140,7 +140,7 @@ def test_date_raises_the_score_of_the_images_with_every_solver(
     assert (aligned > plain).all()
 
 
-def test_each_update_raises_the_predicted_score(backbone: FusionUViT) -> None:
+def test_each_update_raises_the_predicted_score(backbone: FusionTransformer) -> None:
     recorder = Recorder(date(every=1, radius=0.01))
     sample(backbone, recorder)
     for evaluation, change in recorder.seen:
@@ -171,7 +171,7 @@ def test_a_step_of_several_evaluations_sees_one_context() -> None:
 
 @pytest.mark.parametrize(("start", "furthest"), [("original", 0.5), ("latest", 1.5)])
 def test_updates_add_up_or_stay_in_the_ball(
-    backbone: FusionUViT, start: str, furthest: float
+    backbone: FusionTransformer, start: str, furthest: float
 ) -> None:
     recorder = Recorder(date(every=2, start=start))
     sample(backbone, recorder)
@@ -183,7 +183,7 @@ def test_updates_add_up_or_stay_in_the_ball(
 
 
 def test_an_update_from_the_original_follows_the_gradient_at_the_latest_context(
-    backbone: FusionUViT,
+    backbone: FusionTransformer,
 ) -> None:
     # Equation of the authors' --init_org: c_original + rho g / |g| with g = grad h(c_latest).
     recorder = Recorder(date(every=2, start="original"))
@@ -201,12 +201,14 @@ def test_an_update_from_the_original_follows_the_gradient_at_the_latest_context(
     assert not torch.equal(updates[1][0].context, CONTEXTS)
 
 
-def test_an_image_with_date_does_not_depend_on_its_batch(backbone: FusionUViT) -> None:
+def test_an_image_with_date_does_not_depend_on_its_batch(backbone: FusionTransformer) -> None:
     together, alone = sample(backbone, date(every=2)), sample(backbone, date(every=2), (1,))
     torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
 
 
-def test_regulation_changes_captions_with_targets_only_and_then_ends(backbone: FusionUViT) -> None:
+def test_regulation_changes_captions_with_targets_only_and_then_ends(
+    backbone: FusionTransformer,
+) -> None:
     recorder = Recorder(regulation(num_evaluations=3))
     plain, regulated = sample(backbone, None), sample(backbone, recorder)
     changed = (regulated - plain).flatten(1).abs().amax(dim=1)
@@ -264,7 +266,7 @@ INFO = WeightsInfo(
 
 
 @pytest.fixture
-def sampler(backbone: FusionUViT) -> Sampler:
+def sampler(backbone: FusionTransformer) -> Sampler:
     torch.manual_seed(0)
     vae = AutoencoderKL(latent_channels=2, block_out_channels=(8,), norm_num_groups=4)
     autoencoder = Autoencoder(vae.eval(), CLIP)
@@ -330,7 +332,7 @@ def test_regulation_applies_to_the_first_share_of_the_evaluations(
 
 def test_regulation_uses_the_map_of_the_backbone_and_the_configured_mass(sampler: Sampler) -> None:
     shape = small_shape(latent_channels=2, patch_size=4)  # a map of 2 x 2
-    coarse = dataclasses.replace(sampler, backbone=FusionUViT(shape))
+    coarse = dataclasses.replace(sampler, backbone=FusionTransformer(shape))
     query, key = torch.randn(2, 2, 11, 2, 16, generator=torch.Generator().manual_seed(0))
     sums = {}
     for mass in ("preserve", "free"):
@@ -405,7 +407,7 @@ def test_regulation_that_fits_neither_backbone_nor_prompt_is_refused(
     sampler: Sampler, changes: dict[str, object], settings: dict[str, object], message: str
 ) -> None:
     shape = small_shape(latent_channels=2, **changes)
-    sampler = dataclasses.replace(sampler, backbone=FusionUViT(shape))
+    sampler = dataclasses.replace(sampler, backbone=FusionTransformer(shape))
     with pytest.raises(UserError, match=message):
         build(sampler, method="regulate", regulation=RegulationConfig(**settings))
 

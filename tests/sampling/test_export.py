@@ -85,7 +85,7 @@ HOSTILE = "x')\n```\n__import__('os').system('touch hacked')\n| [a](http://b) <i
 def hostile(tmp_path: Path) -> Path:
     """A run whose class names, recipe and evaluations hold Markdown, HTML and code."""
     folder = tmp_path / "run/weights/step_00000003/ema"
-    config = dataclasses.replace(CLASS_PRESETS["token_tiny"], num_classes=2, width=32, num_heads=2)
+    config = dataclasses.replace(CLASS_PRESETS["class_tiny"], num_classes=2, width=32, num_heads=2)
     info = WeightsInfo(
         step=3,
         ema_decay=None,

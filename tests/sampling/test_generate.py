@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_backbone import SMALL_TOKENS, SMALL_UNET
+from made_backbone import SMALL_CLASSES, SMALL_UNET
 
 from ifvit.config import read_config
 from ifvit.distributed import choose_device
@@ -166,7 +166,7 @@ def test_a_file_without_prompts_is_a_user_error(weights: str, tmp_path: Path) ->
 # Backbones trained on classes.
 
 NAMES = ("bird", "cat", "dog")
-TOKENS = dataclasses.replace(SMALL_TOKENS, num_classes=3, init_std=0.2)
+TOKENS = dataclasses.replace(SMALL_CLASSES, num_classes=3, init_std=0.2)
 UNET = dataclasses.replace(SMALL_UNET, num_classes=3)
 
 

@@ -21,7 +21,7 @@ from ifvit.diffusion.guidance import Change, FunctionEvaluation
 from ifvit.errors import UserError
 from ifvit.models import pretrained
 from ifvit.models.clip import encode_captions
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.rng import Stream, normal
 from ifvit.sampling.config import ExportConfig, GenerateConfig, SamplingConfig
 from ifvit.sampling.export import export
@@ -408,7 +408,7 @@ ModelMixin = diffusers.ModelMixin
 """diffusers looks for it in the module of a component's class."""
 
 
-class OwnBackbone(FusionUViT):
+class OwnBackbone(FusionTransformer):
     """A class that only its author's program has."""
 
 

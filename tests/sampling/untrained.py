@@ -8,7 +8,7 @@ import torch
 from ifvit.models.autoencoders import load_autoencoder
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import PRESETS
-from ifvit.models.fusion_transformer import FusionUViT
+from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.weights import WeightsInfo, save_weights
 
 
@@ -30,5 +30,5 @@ def save_untrained(folder: Path, vae: str = "scenes/vae", clip: str = "scenes/cl
         recipe_sha256="0" * 64,
     )
     torch.manual_seed(0)
-    save_weights(str(folder), FusionUViT(shape), info)
+    save_weights(str(folder), FusionTransformer(shape), info)
     return str(folder)

@@ -12,7 +12,7 @@ from ifvit import storage
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url, write_row
 from ifvit.images import Pixels, encode_png, make_grid
-from ifvit.models.config import PRESETS, BackboneConfig, FusionUViTConfig
+from ifvit.models.config import PRESETS, BackboneConfig, FusionTransformerConfig
 from ifvit.models.weights import StoredWeights, WeightsInfo
 from ifvit.records import dump_rows, dump_sealed
 from ifvit.sampling.config import SamplingConfig
@@ -63,7 +63,7 @@ def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsR
     )
 
 
-def backbone_of(variant: Variant, preset: str = "tiny") -> FusionUViTConfig:
+def backbone_of(variant: Variant, preset: str = "tiny") -> FusionTransformerConfig:
     config = PRESETS[preset]
     return dataclasses.replace(
         config,

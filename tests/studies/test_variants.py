@@ -40,7 +40,7 @@ def test_two_shapes_of_one_variant_are_refused(tmp_path: Path) -> None:
     [
         dataclasses.replace(PRESETS["tiny"], conditioning="adaln"),
         dataclasses.replace(PRESETS["tiny"], modulation=True),
-        CLASS_PRESETS["token_tiny"],
+        CLASS_PRESETS["class_tiny"],
     ],
     ids=["adaln", "modulated", "token_transformer"],
 )

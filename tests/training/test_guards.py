@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_backbone import SMALL_TOKENS
+from made_backbone import SMALL_CLASSES
 from run_files import losses, rows, small_recipe
 
 from ifvit.distributed import World
@@ -132,14 +132,14 @@ def test_an_impossible_number_in_a_part_of_a_recipe_is_named(
         ),
         (
             "shards",
-            {"backbone": SMALL_TOKENS},
+            {"backbone": SMALL_CLASSES},
             r"holds captions, not classes; set backbone\.context_length",
         ),
         ("shards", {"vae": "scenes/vae"}, "with vae made-up, but the recipe names scenes/vae"),
         ("labelled", {}, "holds class labels, not captions"),
         (
             "labelled",
-            {"backbone": replace(SMALL_TOKENS, num_classes=3)},
+            {"backbone": replace(SMALL_CLASSES, num_classes=3)},
             r"has 2 classes, but the backbone 3; set backbone\.num_classes",
         ),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from made_backbone import SMALL_TOKENS, SMALL_UNET
+from made_backbone import SMALL_CLASSES, SMALL_UNET
 from run_files import CONTEXT_SHAPE, finish, losses, start, write_dataset
 
 from ifvit.cli import main
@@ -34,7 +34,7 @@ from ifvit.training.train import initial_backbone, train
 
 Recipe = Callable[..., TrainConfig]
 LENGTH, WIDTH = CONTEXT_SHAPE
-TOKENS = replace(SMALL_TOKENS, long_skip=True)
+TOKENS = replace(SMALL_CLASSES, long_skip=True)
 every_architecture = pytest.mark.parametrize(
     "backbone", [TOKENS, SMALL_UNET], ids=lambda config: config.architecture
 )
