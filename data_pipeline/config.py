@@ -12,6 +12,15 @@ Side = Annotated[int, Rule("from 1 to 8192", lambda value: 1 <= value <= 8192)]
 SIZE_FLAGS = ("--min_side", "--max_aspect_ratio")
 AspectRatio = Annotated[float, Rule("at least 1", lambda value: value >= 1)]
 NumThreads = Annotated[int, Rule("from 1 to 1024", lambda value: 1 <= value <= 1024)]
+BYTES_PER_PIXEL = 4
+
+
+def _split(names: str) -> tuple[str, ...]:
+    """`" .cap, alt"` => `("cap", "alt")`."""
+    return tuple(name.strip().lstrip(".") for name in names.split(","))
+
+
+Names = Annotated[str, Rule("names separated by commas", lambda value: all(_split(value)))]
 
 
 @record
@@ -52,7 +61,7 @@ class EncodeConfig:
     """Folder or s3:// prefix of the images; for webdataset and parquet a folder or a pattern."""
     captions: str | None = None
     """Captions: the captions_*.json of COCO, or the CSV, JSONL or Parquet file of a table."""
-    caption_key: str | None = None
+    caption_key: Names | None = None
     """Where the captions are if not in the usual place: columns of a table or of Parquet files,
     suffixes or JSON keys in tars, suffixes of text files. Separate several by commas."""
     output: str
@@ -99,6 +108,16 @@ class EncodeConfig:
     """Number of tasks that share the work. Default: the length of the SLURM array, or 1."""
     task: NonNegativeInt | None = None
     """Number of this task, from 0. Default: the position in the SLURM array."""
+
+    @property
+    def caption_names(self) -> tuple[str, ...]:
+        """Columns, suffixes or keys of captions; () for the usual ones."""
+        return _split(self.caption_key) if self.caption_key is not None else ()
+
+    @property
+    def max_image_bytes(self) -> int:
+        """Size of the largest image file that is read."""
+        return int(BYTES_PER_PIXEL * self.max_megapixels * 1_000_000)
 
     @property
     def size_limits(self) -> SizeLimits:

@@ -20,7 +20,6 @@ from data_pipeline.shard_io import open_shard, read_samples
 from data_pipeline.sources.base import shard_name
 from ifvit import storage
 from ifvit.arrays import Array
-from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.autoencoders import load_autoencoder
@@ -147,7 +146,13 @@ def _recipe_rows(manifest: Manifest) -> Rows:
 def verify(config: ShardsConfig) -> None:
     """Print every problem of the dataset on one line. Raises UserError with their number."""
     manifest = read_manifest(config.url)
-    problems = _manifest_problems(config.url, manifest)
+    problems = []
+    try:
+        null_context = read_null_context(config.url, manifest)
+        if null_context is not None and not np.isfinite(null_context).all():
+            problems.append(f"{config.url}/{NULL_CONTEXT}: values are not finite; encode again")
+    except ShardError as error:
+        problems.append(str(error))
     check = partial(_verify_shard, config.url, manifest)
     with ThreadPoolExecutor(config.num_workers) as pool:
         found = pool.map(check, manifest.shards)
@@ -163,18 +168,6 @@ def verify(config: ShardsConfig) -> None:
         f"{config.url}: {len(manifest.shards):,} shards, {manifest.num_samples:,} images, "
         f"{what}: every hash, shape and count is right\n"
     )
-
-
-def _manifest_problems(url: str, manifest: Manifest) -> list[str]:
-    problems = []
-    try:
-        if manifest.text and not np.isfinite(read_null_context(url, manifest)).all():
-            problems.append(f"{url}/{NULL_CONTEXT}: values are not finite; encode again")
-    except StoreError:
-        raise
-    except UserError as error:
-        problems.append(str(error))
-    return problems
 
 
 def _verify_shard(url: str, manifest: Manifest, entry: ShardEntry) -> list[str]:

@@ -29,7 +29,7 @@ class Verb:
 
 VERBS = {
     "demo": Verb("ifvit.demo:DemoConfig", "ifvit.demo:demo"),
-    "scenes": Verb("ifvit.scenes.config:ScenesConfig", "ifvit.scenes.image_sets:render_scenes"),
+    "scenes": Verb("ifvit.scenes:ScenesConfig", "ifvit.scenes.image_sets:render_scenes"),
     "encode": Verb("data_pipeline.config:EncodeConfig", "data_pipeline.encode:encode"),
     "shards inspect": Verb(
         "data_pipeline.config:InspectConfig", "data_pipeline.shard_tools:inspect_shards", "url"

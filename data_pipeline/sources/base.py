@@ -11,31 +11,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from braceexpand import braceexpand
 
+from data_pipeline.config import EncodeConfig
 from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
-from ifvit.records import is_relative_path, leads_out, shorten
+from ifvit.records import leads_out, shorten
 
 MAX_CAPTION = 10_000
 """Longest caption in characters; the rest is cut before tokenising, and is not stored."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadLimits:
-    """What the built-in sources read: the largest image file, and links out of the image folder.
-
-    `caption_names` are the columns, suffixes or keys of captions; by default the usual ones.
-    """
-
-    max_bytes: int = 400_000_000
-    allow_links: bool = False
-    caption_names: tuple[str, ...] = ()
-
-
-DEFAULT_LIMITS = ReadLimits()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +114,11 @@ class ListedSource(Source):
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
+    def counts(self) -> str:
+        """Numbers of the images and of their captions, for the report."""
+        num_captions = sum(len(image.captions) for image in self.images if not image.problem)
+        return f"{len(self.images):,} images, {num_captions:,} captions"
+
     def units(self, samples_per_shard: int) -> list[Unit]:
         """Divide the list into shards; the last one may be smaller."""
         starts = range(0, len(self.images), samples_per_shard)
@@ -143,33 +135,32 @@ class ListedSource(Source):
         ]
 
 
-def numbered_image(
-    number: int,
-    folder: str,
-    path: str,
-    limits: ReadLimits,
-    captions: tuple[str, ...] = (),
-    label: int | None = None,
+def image_in(
+    config: EncodeConfig, path: str, *, key: str, image_id: int | None = None, **fields: Any
 ) -> CaptionedImage:
-    """Build an image whose id is its path below `folder`, which may be an `s3://` prefix."""
+    """Build the image `path` below the folder of the recipe; its id is the path by default."""
     return CaptionedImage(
-        key=f"{number:012d}",
-        image_id=path,
+        key=key,
+        image_id=path if image_id is None else image_id,
         name=path,
-        read=partial(read_image, folder, path, limits),
-        captions=captions,
-        label=label,
-        file=storage.join(folder, path),
+        read=partial(read_file, config, path, config.max_image_bytes),
+        file=storage.join(config.images, path),
+        **fields,
     )
 
 
-def read_image(folder: str, path: str, limits: ReadLimits) -> bytes:
-    """Read the file `path` below `folder`. Raises UserError for links out and for large files."""
-    if not (limits.allow_links or connections.is_remote(folder)) and leads_out(
-        Path(folder), Path(folder, path)
-    ):
+def read_file(config: EncodeConfig, path: str, max_bytes: int) -> bytes:
+    """Read the file `path` below the folder of the recipe. Raises UserError for a link out."""
+    check_link(config, path)
+    return storage.read_bytes(storage.join(config.images, path), max_bytes)
+
+
+def check_link(config: EncodeConfig, path: str) -> None:
+    """Raise UserError for a link out of the folder of the recipe, unless it allows such links."""
+    if config.allow_links or connections.is_remote(config.images):
+        return
+    if leads_out(Path(config.images), Path(config.images, path)):
         raise UserError("a link leads out of the folder of the images; --allow_links allows it")
-    return storage.read_bytes(storage.join(folder, path), limits.max_bytes)
 
 
 def captions_of(values: Iterable[object], where: str) -> list[str]:
@@ -187,27 +178,6 @@ def captions_of(values: Iterable[object], where: str) -> list[str]:
     return texts or [""]
 
 
-def relative_path(folder: str, path: str, where: str) -> str:
-    """Path below `folder` of a path in a table, which may also be absolute.
-
-    Raises UserError naming `where` for a URL and for a path outside of the folder.
-    """
-    if is_relative_path(path):
-        return path
-    if "://" in path:
-        raise UserError(f"{where}: {shorten(path)} is a URL; download the images first")
-    relative = PurePosixPath(path)
-    if relative.is_absolute() and not connections.is_remote(folder):
-        root = Path(folder).absolute()
-        relative = relative.relative_to(root) if relative.is_relative_to(root) else relative
-    if not is_relative_path(str(relative)):
-        raise UserError(
-            f"{where}: path {shorten(path)} does not lead inside {folder}; name a folder that "
-            "holds all images with --images, and write paths relative to it"
-        )
-    return str(relative)
-
-
 def find_files(images: str, suffix: str) -> list[str]:
     """Sorted URLs of the files that end in `suffix`, from a folder, a pattern or a name.
 
@@ -223,14 +193,26 @@ def find_files(images: str, suffix: str) -> list[str]:
         folder, _, name = pattern.rpartition("/")
         if not name.endswith(suffix):
             folder, name = pattern.rstrip("/"), f"*{suffix}"
-        names = [file for file in list_names(folder or ".") if not file.startswith(".")]
-        found = fnmatch.filter(names, name)
-        if name == f"*{suffix}":
-            found = [file for file in names if file.lower().endswith(suffix)]
+        found = [
+            file
+            for file in list_names(folder or ".")
+            if not file.startswith(".")
+            and fnmatch.fnmatchcase(file[: -len(suffix)] + file[-len(suffix) :].lower(), name)
+        ]
         if not found:
             raise UserError(f"{pattern}: no such {suffix} file; name a folder or a pattern of them")
         urls += [f"{folder}/{file}" if folder else file for file in found]
     return sorted(urls)
+
+
+def describe(head: str, warnings: dict[str, list[str]]) -> str:
+    """The report `head`, and a line for each kind of files that it warns of."""
+    lines = [
+        f"warning: {len(names):,} {what}; the first is {shorten(names[0])}"
+        for what, names in warnings.items()
+        if names
+    ]
+    return "\n".join([head, *lines])
 
 
 def is_hidden(name: str) -> bool:

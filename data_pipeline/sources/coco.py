@@ -1,27 +1,20 @@
 """Source `coco`: an image folder and COCO's `captions_SPLIT.json`, 2014 or 2017 layout."""
 
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from data_pipeline.sources.base import (
-    DEFAULT_LIMITS,
-    CaptionedImage,
-    ListedSource,
-    ReadLimits,
-    read_image,
-)
+from data_pipeline.config import EncodeConfig
+from data_pipeline.sources.base import ListedSource, describe, image_in
 from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.records import RelativePath, parse_json, record, replace_lone_surrogates
 
 COMPLETE_SPLITS = {
-    "captions_train2014": (82_783, 414_113),
-    "captions_val2014": (40_504, 202_654),
-    "captions_train2017": (118_287, 591_753),
-    "captions_val2017": (5_000, 25_014),
+    "captions_train2014": "82,783 images, 414,113 captions",
+    "captions_val2014": "40,504 images, 202,654 captions",
+    "captions_train2017": "118,287 images, 591,753 captions",
+    "captions_val2017": "5,000 images, 25,014 captions",
 }
-"""Number of images and of captions by file name, without .json."""
+"""What the report of a complete split says, by file name without .json."""
 
 
 @record(ignore_unknown=True)
@@ -68,9 +61,8 @@ class CocoCaptions(ListedSource):
 
     classes = ()
 
-    def __init__(
-        self, images: str, captions: str | None, limits: ReadLimits = DEFAULT_LIMITS
-    ) -> None:
+    def __init__(self, config: EncodeConfig) -> None:
+        images, captions = config.images, config.captions
         if captions is None:
             raise UserError("captions: not set; a coco source needs a captions_*.json file")
         if not connections.is_remote(images) and not Path(images).is_dir():
@@ -87,13 +79,12 @@ class CocoCaptions(ListedSource):
         self._file = captions
         super().__init__(
             [
-                CaptionedImage(
+                image_in(
+                    config,
+                    image.file_name,
                     key=f"{image.id:012d}",
                     image_id=image.id,
-                    name=image.file_name,
-                    read=partial(read_image, images, image.file_name, limits),
                     captions=tuple(texts[image.id]),
-                    file=storage.join(images, image.file_name),
                     problem="" if texts[image.id] else "the annotations hold no caption of it",
                 )
                 for image in sorted(content.images, key=lambda image: image.id)
@@ -107,21 +98,13 @@ class CocoCaptions(ListedSource):
 
     def report(self) -> str:
         """Describe the numbers of images and captions, and warn if some are missing."""
-        counts = (len(self.images), sum(len(image.captions) for image in self.images))
-        lines = [f"{self._file}: {counts[0]:,} images, {counts[1]:,} captions"]
-        expected = COMPLETE_SPLITS.get(Path(self._file).stem)
-        if self._is_official and expected and expected != counts:
-            lines.append(
-                f"warning: the complete split has {expected[0]:,} images, {expected[1]:,} captions"
-            )
-        if self.missing:
-            lines.append(
-                f"warning: {len(self.missing):,} image files are missing: {self.missing[0]}, …"
-            )
-        return "\n".join(lines)
+        head, counts = f"{self._file}: {self.counts()}", COMPLETE_SPLITS.get(Path(self._file).stem)
+        if self._is_official and counts and counts != self.counts():
+            head += f"\nwarning: the complete split has {counts}"
+        return describe(head, {"image files are missing": self.missing})
 
 
-def _find_missing(images: str, names: Sequence[str]) -> list[str]:
+def _find_missing(images: str, names: list[str]) -> list[str]:
     """List the names of missing files. Only names in subfolders need a request per file."""
     present = set(storage.list_names(images))
     return [

@@ -16,17 +16,16 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
+from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import (
-    DEFAULT_LIMITS,
     CaptionedImage,
-    ReadLimits,
     Source,
     Unit,
     captions_of,
     find_files,
     shard_name,
 )
-from data_pipeline.sources.table import CAPTION, MAX_BYTES, reading_parquet
+from data_pipeline.sources.table import CAPTION, MAX_BYTES, check_columns, reading_parquet
 from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.records import shorten
@@ -59,22 +58,15 @@ class ParquetImages(Source):
 
     `images` is a folder or prefix, a pattern `FOLDER/train-*.parquet`, or a file. The images are in
     the column `image`, or else in the only column of bytes or of structs {bytes, path}; captions,
-    texts or lists of texts, are in the column `caption` or in those of `limits.caption_names`.
-    Raises UserError when a file lacks these columns, when no file can be read, when a folder holds
-    several splits, and when `captions` is set.
+    texts or lists of texts, are in the column `caption` or in those of `caption_key`.
+    Raises UserError when a file lacks these columns, when no file can be read, and when a folder
+    holds several splits.
     """
 
     classes = ()
 
-    def __init__(
-        self, images: str, captions: str | None, limits: ReadLimits = DEFAULT_LIMITS
-    ) -> None:
-        if captions is not None:
-            raise UserError(
-                f"captions: {captions} is set, but Parquet files contain their captions; name "
-                "their columns with --caption_key"
-            )
-        self._images, self._limits = images, limits
+    def __init__(self, config: EncodeConfig) -> None:
+        self._config, images = config, config.images
         urls = find_files(images, ".parquet")
         splits = {found[1] for found in map(_SPLIT.fullmatch, map(_name, urls)) if found}
         if len(splits) > 1 and not images.endswith(".parquet"):
@@ -84,14 +76,14 @@ class ParquetImages(Source):
                 f"{storage.join(images, min(splits))}-*.parquet"
             )
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            self._parts = list(pool.map(partial(_describe, limits=limits), urls))
+            self._parts = list(pool.map(partial(_describe, config=config), urls))
         if all(part.problem for part in self._parts):
             raise UserError(self._parts[0].problem)
 
     @property
     def sha256(self) -> str:
         """Hash of the names of the files and columns."""
-        names = [[_name(part.url) for part in self._parts], self._limits.caption_names]
+        names = [[_name(part.url) for part in self._parts], self._config.caption_names]
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     def report(self) -> str:
@@ -101,8 +93,8 @@ class ParquetImages(Source):
         gigabytes = sum(part.num_bytes for part in good) / 1e9
         columns = sorted({column for part in good for column in (part.image, *part.captions)})
         lines = [
-            f"{self._images}: {len(good):,} Parquet files, {gigabytes:,.2f} GB, {num_rows:,} "
-            f"images; columns {', '.join(columns)}"
+            f"{self._config.images}: {len(good):,} Parquet files, {gigabytes:,.2f} GB, "
+            f"{num_rows:,} images; columns {', '.join(columns)}"
         ]
         lines += [f"warning: {part.problem}" for part in self._parts if part.problem]
         return "\n".join(lines)
@@ -116,7 +108,7 @@ class ParquetImages(Source):
         return [
             Unit(
                 name=f"{shard_name(number)}-{start // samples_per_shard:05d}",
-                open=partial(_open_rows, part, start, samples_per_shard, self._limits),
+                open=partial(_open_rows, part, start, samples_per_shard, self._config),
                 num_images=part.num_rows and min(samples_per_shard, part.num_rows - start),
                 is_listed=False,
                 files=(part.url,),
@@ -130,9 +122,9 @@ def _name(url: str) -> str:
     return PurePosixPath(url).name
 
 
-def _describe(url: str, limits: ReadLimits) -> ParquetPart:
+def _describe(url: str, config: EncodeConfig) -> ParquetPart:
     """Read the footer. Raises UserError for a file without the columns."""
-    names = limits.caption_names or (CAPTION,)
+    names = config.caption_names or (CAPTION,)
     try:
         with reading_parquet(url) as pyarrow, storage.open_ranges(url) as file:
             num_bytes = file.seek(0, os.SEEK_END)
@@ -144,12 +136,7 @@ def _describe(url: str, limits: ReadLimits) -> ParquetPart:
         raise
     except UserError as error:
         return ParquetPart(url=url, problem=str(error))
-    missing = [name for name in names if name not in schema.names]
-    if missing:
-        raise UserError(
-            f"{url}: no column {shorten(missing[0])!r}; name the columns of the captions with "
-            f"--caption_key; the columns are {shorten(', '.join(schema.names), 200)}"
-        )
+    check_columns(schema.names, names, url)
     return ParquetPart(
         url=url,
         num_bytes=num_bytes,
@@ -183,7 +170,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _open_rows(
-    part: ParquetPart, start: int, num_rows: int, limits: ReadLimits
+    part: ParquetPart, start: int, num_rows: int, config: EncodeConfig
 ) -> list[CaptionedImage]:
     """List up to `num_rows` rows from `start` on, after copying their images to a temporary file.
 
@@ -204,14 +191,14 @@ def _open_rows(
         if size > MAX_BYTES:
             raise UserError(f"{part.url}: more than {MAX_BYTES:,} characters in one shard")
         offset = copies.tell()
-        if data and len(data) <= limits.max_bytes:
+        if data and len(data) <= config.max_image_bytes:
             copies.write(data)
         images.append(
             CaptionedImage(
                 key=f"{_name(part.url).removesuffix('.parquet')}-{number:08d}",
                 image_id=where,
                 name=where,
-                read=partial(_read_copy, copies, offset, len(data or b""), limits.max_bytes),
+                read=partial(_read_copy, copies, offset, len(data or b""), config.max_image_bytes),
                 captions=tuple(captions),
                 problem="" if data else "the row holds no bytes of an image",
             )

@@ -10,20 +10,14 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_pipeline.sources.base import (
-    DEFAULT_LIMITS,
-    ListedSource,
-    ReadLimits,
-    captions_of,
-    numbered_image,
-    relative_path,
-)
-from ifvit import storage
+from data_pipeline.config import EncodeConfig
+from data_pipeline.sources.base import ListedSource, captions_of, image_in
+from ifvit import connections, storage
 from ifvit.errors import UserError
-from ifvit.records import parse_json, replace_lone_surrogates, shorten
+from ifvit.records import is_relative_path, parse_json, replace_lone_surrogates, shorten
 
 PATH, CAPTION = "path", "caption"
 NUM_PROBES = 8
@@ -39,16 +33,15 @@ class CaptionTable(ListedSource):
     """The images of one table, sorted by path; rows with the same path are captions of one image.
 
     The columns are `path`, in the folder or `s3://` prefix `images`, and `caption`, or those of
-    `limits.caption_names`. A cell holds a text, nothing, or, in JSONL and Parquet, a list of texts.
+    `caption_key`. A cell holds a text, nothing, or, in JSONL and Parquet, a list of texts.
     Raises UserError naming the row when a column is missing or a value is not text, and when none
     of the first images exists.
     """
 
     classes = ()
 
-    def __init__(
-        self, images: str, captions: str | None, limits: ReadLimits = DEFAULT_LIMITS
-    ) -> None:
+    def __init__(self, config: EncodeConfig) -> None:
+        images, captions = config.images, config.captions
         reader = READERS.get(PurePosixPath(captions or "").suffix.lower())
         if captions is None or reader is None:
             raise UserError(
@@ -57,52 +50,61 @@ class CaptionTable(ListedSource):
         self._file = captions
         texts: dict[str, list[str]] = {}
         size = 0
-        columns = (PATH, *(limits.caption_names or (CAPTION,)))
+        columns = (PATH, *(config.caption_names or (CAPTION,)))
         for where, row in reader(storage.read_bytes(captions, MAX_BYTES), captions, columns):
-            _check_columns(row, columns, where)
             path = row[PATH]
+            if not (isinstance(path, str) and path.strip("/")):
+                raise UserError(f"{where}: no text in column {PATH!r}")
             found = captions_of([row[column] for column in columns[1:]], where)
             size += len(path) + sum(len(caption) + 16 for caption in found)
             if size > MAX_BYTES:
                 raise UserError(f"{captions}: more than {MAX_BYTES:,} characters; divide the table")
-            texts.setdefault(relative_path(images, path, where), []).extend(found)
+            texts.setdefault(_relative_path(images, path, where), []).extend(found)
         if not texts:
             raise UserError(f"{captions}: no rows")
         super().__init__(
             [
-                numbered_image(number, images, path, limits, captions=tuple(texts[path]))
+                image_in(config, path, key=f"{number:012d}", captions=tuple(texts[path]))
                 for number, path in enumerate(sorted(texts))
             ]
         )
-        probes = [storage.join(images, image.name) for image in self.images[:NUM_PROBES]]
+        probes = [image.file for image in self.images[:NUM_PROBES]]
         if not any(map(storage.exists, probes)):
             raise UserError(f"{probes[0]}: no such file; paths in {captions} start at {images}")
 
     def report(self) -> str:
         """Describe the numbers of images and captions."""
-        num_captions = sum(len(image.captions) for image in self.images)
-        return f"{self._file}: {len(self.images):,} images, {num_captions:,} captions"
+        return f"{self._file}: {self.counts()}"
 
 
-def _check_columns(row: dict[str, Any], columns: Sequence[str], where: str) -> None:
+def _relative_path(folder: str, path: str, where: str) -> str:
+    """Path below `folder` of a path in a table, which may also be absolute.
+
+    Raises UserError naming `where` for a URL and for a path outside of the folder.
+    """
+    if is_relative_path(path):
+        return path
+    if "://" in path:
+        raise UserError(f"{where}: {shorten(path)} is a URL; download the images first")
+    relative, root = PurePosixPath(path), Path(folder).absolute()
+    if relative.is_relative_to(root) and not connections.is_remote(folder):
+        relative = relative.relative_to(root)
+    if not is_relative_path(str(relative)):
+        raise UserError(
+            f"{where}: path {shorten(path)} does not lead inside {folder}; name a folder that "
+            "holds all images with --images, and write paths relative to it"
+        )
+    return str(relative)
+
+
+def check_columns(names: Sequence[str], columns: Sequence[str], where: str) -> None:
+    """Raise UserError naming `where` unless each of the columns occurs once in `names`."""
     for column in columns:
-        if column not in row:
-            found = shorten(", ".join(map(str, row)))
+        if names.count(column) != 1:
+            number = "two columns are called" if column in names else "no column"
             raise UserError(
-                f"{where}: no column {column!r}; the columns are {found}; --caption_key names "
-                "those of the captions"
-            )
-    path = row[PATH]
-    if not (isinstance(path, str) and path.strip("/")):
-        raise UserError(f"{where}: no text in column {PATH!r}")
-
-
-def _check_unique(names: Sequence[str], columns: Sequence[str], file: str) -> None:
-    for column in columns:
-        if names.count(column) > 1:
-            raise UserError(
-                f"{file}: two columns are called {column!r}; rename one, and name both with "
-                "--caption_key if they are captions"
+                f"{where}: {number} {shorten(column)!r}; name the columns of the captions with "
+                f"--caption_key; the columns are {shorten(', '.join(names), 200)}"
             )
 
 
@@ -113,7 +115,7 @@ def _read_csv(
     csv.field_size_limit(MAX_BYTES)  # by default 131,072 characters; longer captions are cut later
     reader = csv.DictReader(text, strict=True, delimiter=delimiter)
     try:
-        _check_unique(reader.fieldnames or (), columns, file)
+        check_columns(reader.fieldnames or (), columns, file)
         for row in reader:
             where = f"{file}:{reader.line_num}"
             if None in row:
@@ -131,24 +133,20 @@ def _read_csv(
         raise UserError(f"{file}: not UTF-8 ({error.reason})") from None
 
 
-def _read_jsonl(data: bytes, file: str, _columns: Sequence[str]) -> Iterator[Row]:
+def _read_jsonl(data: bytes, file: str, columns: Sequence[str]) -> Iterator[Row]:
     for number, line in enumerate(io.BytesIO(data.removeprefix(codecs.BOM_UTF8)), start=1):
         if line.strip():
             where = f"{file}:{number}"
-            yield where, parse_json(dict[str, Any], replace_lone_surrogates(line), where)
+            row = parse_json(dict[str, Any], replace_lone_surrogates(line), where)
+            check_columns(list(row), columns, where)
+            yield where, row
 
 
 def _read_parquet(data: bytes, file: str, columns: Sequence[str]) -> Iterator[Row]:
     with reading_parquet(file) as pyarrow:
         schema = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).schema
         names = schema.to_arrow_schema().names
-        if not set(columns) <= set(names):
-            found = shorten(", ".join(names))
-            raise UserError(
-                f"{file}: needs the columns {', '.join(columns)}; it has {found}; --caption_key "
-                "names those of the captions"
-            )
-        _check_unique(names, columns, file)
+        check_columns(names, columns, file)
         paths = [schema.column(number).path for number in range(len(schema))]
         # As dictionaries, because a text that many rows repeat would fill the memory.
         texts = [path for path in paths if path.split(".")[0] in columns]

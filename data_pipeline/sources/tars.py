@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import (
-    DEFAULT_LIMITS,
     MAX_CAPTION,
     CaptionedImage,
-    ReadLimits,
     Source,
     Unit,
     captions_of,
@@ -36,7 +35,6 @@ from ifvit.records import (
     shorten,
 )
 
-KeyRule = Literal["first_dot", "last_dot"]
 Members = dict[str, tarfile.TarInfo]
 """Members of one key, by suffix in small letters."""
 
@@ -73,30 +71,22 @@ class WebDatasetTars(Source):
 
     `images` is a folder or prefix, a pattern `FOLDER/*.tar`, or `FOLDER/{00000..00331}.tar`.
     A sample is `KEY.jpg` (or another of IMAGE_SUFFIXES) with its caption in `KEY.txt`, or under
-    "caption" in `KEY.json`; `limits.caption_names` are other suffixes or keys, which are all read.
-    Raises UserError when a tar is missing, and when `captions` is set.
+    "caption" in `KEY.json`; `caption_key` names other suffixes or keys, which are all read. Raises
+    UserError when a tar is missing.
     """
 
     classes = ()
 
-    def __init__(
-        self,
-        images: str,
-        captions: str | None,
-        limits: ReadLimits = DEFAULT_LIMITS,
-        keys: KeyRule = "first_dot",
-    ) -> None:
-        if captions is not None:
-            raise UserError(f"captions: {captions} is set, but tars contain their captions")
-        self._images, self._limits, self._keys = images, limits, keys
+    def __init__(self, config: EncodeConfig) -> None:
+        self._config = config
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            self._tars = list(pool.map(_describe_tar, find_files(images, ".tar")))
+            self._tars = list(pool.map(_describe_tar, find_files(config.images, ".tar")))
 
     @property
     def sha256(self) -> str:
         """Hash of the names of the tars."""
-        digest = hashlib.sha256(b"" if self._keys == "first_dot" else self._keys.encode())
-        digest.update("".join(f"{name}," for name in self._limits.caption_names).encode())
+        digest = hashlib.sha256(self._config.tar_keys.removeprefix("first_dot").encode())
+        digest.update("".join(f"{name}," for name in self._config.caption_names).encode())
         for tar in self._tars:
             digest.update(json.dumps(Path(tar.url).name).encode())
         return digest.hexdigest()
@@ -105,7 +95,7 @@ class WebDatasetTars(Source):
         """Describe the numbers of tars and bytes, and of samples if there are statistics."""
         gigabytes = sum(tar.num_bytes for tar in self._tars) / 1e9
         counts = [tar.num_samples for tar in self._tars if tar.num_samples is not None]
-        text = f"{self._images}: {len(self._tars):,} tars, {gigabytes:,.2f} GB"
+        text = f"{self._config.images}: {len(self._tars):,} tars, {gigabytes:,.2f} GB"
         if counts:
             text += f"; {sum(counts):,} samples in the {len(counts):,} tars with statistics"
         problems = [tar.problem for tar in self._tars if tar.problem]
@@ -118,7 +108,7 @@ class WebDatasetTars(Source):
         return [
             Unit(
                 name=shard_name(number),
-                open=partial(open_tar, tar.url, self._limits, self._keys),
+                open=partial(open_tar, tar.url, self._config),
                 num_images=tar.num_samples,
                 is_listed=False,
                 files=(tar.url,),
@@ -152,7 +142,7 @@ class _TarFile(io.BufferedReader):
         return super().read(size)
 
 
-def open_tar(url: str, limits: ReadLimits, keys: KeyRule) -> list[CaptionedImage]:
+def open_tar(url: str, config: EncodeConfig) -> list[CaptionedImage]:
     """List the images of a tar in order. Raises UserError if the tar is cut off or malformed."""
     file = _open_local(url)
     samples: dict[str, Members] = {}
@@ -162,7 +152,7 @@ def open_tar(url: str, limits: ReadLimits, keys: KeyRule) -> list[CaptionedImage
         if name.startswith(".") or "__MACOSX" in folder.split("/"):
             continue  # files of macOS beside the images
         stem, _, suffix = name.partition(".")
-        if keys == "last_dot" and "." in name:
+        if config.tar_keys == "last_dot" and "." in name:
             stem, _, suffix = name.rpartition(".")
         key = folder + slash + stem
         members = samples.setdefault(key, {})
@@ -170,7 +160,7 @@ def open_tar(url: str, limits: ReadLimits, keys: KeyRule) -> list[CaptionedImage
             twice[key] = f"the tar contains {member.name} twice"
         members[suffix.lower()] = member
     return [
-        _build_image(key, members, twice.get(key, ""), file, url, limits)
+        _build_image(key, members, twice.get(key, ""), file, url, config)
         for key, members in samples.items()
         if not (is_readme(key) and _choose_image(members) == (None, []))
     ]
@@ -213,7 +203,7 @@ def _open_local(url: str) -> _TarFile:
 
 
 def _build_image(
-    key: str, members: Members, problem: str, file: _TarFile, url: str, limits: ReadLimits
+    key: str, members: Members, problem: str, file: _TarFile, url: str, config: EncodeConfig
 ) -> CaptionedImage:
     captions: tuple[str, ...] = ()
     suffix, others = _choose_image(members)
@@ -222,14 +212,14 @@ def _build_image(
             raise UserError(problem)
         if suffix is None:
             raise UserError(_describe_missing(others))
-        captions = _read_captions(members, file, limits.caption_names)
+        captions = _read_captions(members, file, config.caption_names)
     except UserError as error:
         problem = str(error)
     return CaptionedImage(
         key=key,
         image_id=key,
         name=f"{Path(url).name}/{key}",
-        read=partial(_read_member, file, members.get(suffix or ""), limits.max_bytes),
+        read=partial(_read_member, file, members.get(suffix or ""), config.max_image_bytes),
         captions=captions,
         problem=problem,
         num_images=1 if suffix else max(1, len(others)),

@@ -30,7 +30,7 @@ from ifvit.arrays import Array, npy_bytes
 from ifvit.bench.config import BenchLoaderConfig
 from ifvit.bench.measurement import measure_rounds, median_ratio, print_result
 from ifvit.distributed import World
-from ifvit.shards.config import CacheConfig
+from ifvit.shards import CacheConfig
 from ifvit.shards.format import (
     NULL_CONTEXT,
     EncoderIdentity,

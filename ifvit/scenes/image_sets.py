@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ifvit.errors import UserError
 from ifvit.records import path_inside
+from ifvit.scenes import ScenesConfig
 from ifvit.scenes.captions import write_captions
-from ifvit.scenes.config import ScenesConfig
 from ifvit.scenes.drawings import (
     COLOURS,
     IMAGE_SIZE,

@@ -1,6 +1,6 @@
 """Files of a dataset: in a local folder, or fetched from an object store into a disk cache.
 
-`ShardReader` opens shards through `open_files`; the verbs `shards verify` and `shards stats` call
+`ShardReader` opens shards through `ShardFiles`; the verbs `shards verify` and `shards stats` call
 `check_shard_files` and `read_index`.
 """
 
@@ -12,7 +12,6 @@ import resource
 import shutil
 import stat
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,13 +22,12 @@ from ifvit.arrays import Array, parse_npy
 from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.records import is_sha256
-from ifvit.shards.config import CacheConfig
+from ifvit.shards import CacheConfig
 from ifvit.shards.format import (
     NULL_CONTEXT,
     Manifest,
     ShardEntry,
     ShardError,
-    TextEncoding,
     remedy_for,
 )
 from ifvit.shards.index import ShardIndex, parse_index
@@ -154,47 +152,22 @@ class OpenFile:
         os.close(self.descriptor)
 
 
-class ShardFiles(ABC):
-    """Opens the files of a dataset; raises ShardError where one contradicts the manifest."""
+class ShardFiles:
+    """Opens the tars of a dataset, in a local folder or as copies in the cache of a store.
 
-    def __init__(self, url: str) -> None:
+    Opening a local dataset checks the size of every tar, and that of a store all names. Raises
+    ShardError for a file that is missing or contradicts the manifest.
+    """
+
+    def __init__(self, url: str, manifest: Manifest, config: CacheConfig) -> None:
         self.url = url
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # 256 on macOS; -1 is no limit
         self.max_open = min(MAX_OPEN, soft // 4) if soft > 0 else MAX_OPEN
-
-    @abstractmethod
-    def open_tar(self, entry: ShardEntry) -> OpenFile:
-        """Open the tar of one shard; its content is checked where it is read."""
-
-    @abstractmethod
-    def damaged(self, entry: ShardEntry, member: str) -> ShardError:
-        """Return the error that names a damaged member of a tar and the remedy."""
-
-
-class LocalFiles(ShardFiles):
-    """Shards in a local folder; opening the dataset checks the size of every tar."""
-
-    def __init__(self, url: str, manifest: Manifest) -> None:
-        super().__init__(url)
-        for entry in manifest.shards:
-            check_shard_files(Path(url), entry)
-
-    def open_tar(self, entry: ShardEntry) -> OpenFile:
-        """Open the file in the folder."""
-        return OpenFile(os.open(f"{self.url}/{entry.name}.tar", os.O_RDONLY))
-
-    def damaged(self, entry: ShardEntry, member: str) -> ShardError:
-        """Advise to encode the shard again."""
-        path = Path(self.url, f"{entry.name}.tar")
-        return ShardError(f"{path}: {member} is damaged; {remedy_for(entry)}")
-
-
-class CachedFiles(ShardFiles):
-    """Shards in an object store; opening the dataset checks names, reading a shard fetches it."""
-
-    def __init__(self, url: str, manifest: Manifest, config: CacheConfig) -> None:
-        super().__init__(url)
-        self._cache = FileCache(config)
+        self._cache = FileCache(config) if connections.is_remote(url) else None
+        if self._cache is None:
+            for entry in manifest.shards:
+                check_shard_files(Path(url), entry)
+            return
         names = set(storage.list_names(url))
         for entry in manifest.shards:
             for name in (f"{entry.name}.tar", f"{entry.name}.index.npz"):
@@ -206,8 +179,10 @@ class CachedFiles(ShardFiles):
         self.max_open = min(self.max_open, self._cache.num_bytes // max(sizes, default=1))
 
     def open_tar(self, entry: ShardEntry) -> OpenFile:
-        """Open the copy in the cache, downloading it first if it is absent."""
+        """Open the tar of one shard; its content is checked where it is read."""
         url = f"{self.url}/{entry.name}.tar"
+        if self._cache is None:
+            return OpenFile(os.open(url, os.O_RDONLY))
         try:
             return OpenFile(self._cache.open(url, entry.sha256, entry.num_bytes))
         except StoreError:
@@ -216,19 +191,18 @@ class CachedFiles(ShardFiles):
             raise ShardError(f"{error}; {remedy_for(entry)}") from None
 
     def damaged(self, entry: ShardEntry, member: str) -> ShardError:
-        """Remove the copy: its hash was right after the download, so this disk damaged it."""
+        """Return the error that names a damaged member of a tar and the remedy.
+
+        A copy in the cache is removed: its hash was right after the download, so this disk damaged
+        it.
+        """
+        problem = f"{self.url}/{entry.name}.tar: {member} is damaged"
+        if self._cache is None:
+            return ShardError(f"{problem}; {remedy_for(entry)}")
         self._cache.remove(entry.sha256)
         return ShardError(
-            f"{self.url}/{entry.name}.tar: {member} is damaged in the local cache; the copy was "
-            "removed, run the command again"
+            f"{problem} in the local cache; the copy was removed, run the command again"
         )
-
-
-def open_files(url: str, manifest: Manifest, cache: CacheConfig) -> ShardFiles:
-    """Open the dataset at `url`, which is a local folder or a prefix in an object store."""
-    if connections.is_remote(url):
-        return CachedFiles(url, manifest, cache)
-    return LocalFiles(url, manifest)
 
 
 def check_shard_files(folder: Path, entry: ShardEntry) -> None:
@@ -258,21 +232,19 @@ def read_index(folder: Path | str, manifest: Manifest, entry: ShardEntry) -> Sha
     raise ShardError(f"{url}: index does not match the manifest's hash; {remedy_for(entry)}")
 
 
-def require_text(manifest: Manifest, url: str) -> TextEncoding:
-    """Return how captions were embedded. Raises ShardError for a dataset with class labels."""
+def read_null_context(url: str, manifest: Manifest) -> Array | None:
+    """(M, D) embedding of the empty caption; None in a dataset with class labels.
+
+    Raises ShardError unless hash and shape match.
+    """
     if manifest.text is None:
-        raise ShardError(f"{url}: holds class labels, not captions; use a dataset with captions")
-    return manifest.text
-
-
-def read_null_context(url: str, manifest: Manifest) -> Array:
-    """(M, D) embedding of the empty caption. Raises ShardError unless hash and shape match."""
-    text, where = require_text(manifest, url), storage.join(url, NULL_CONTEXT)
+        return None
+    where = storage.join(url, NULL_CONTEXT)
     data = storage.read_bytes(where) if storage.exists(where) else b""
-    if hashlib.sha256(data).hexdigest() != text.null_context_sha256:
+    if hashlib.sha256(data).hexdigest() != manifest.text.null_context_sha256:
         raise ShardError(f"{where}: missing or damaged null context; run the encode again")
     context = parse_npy(data, where, error=ShardError)
-    if context.shape != text.context_shape or context.dtype != manifest.dtype:
+    if context.shape != manifest.text.context_shape or context.dtype != manifest.dtype:
         found = f"{context.dtype} {context.shape}"
         raise ShardError(f"{where}: null context has dtype and shape {found}; encode again")
     return context

@@ -12,8 +12,8 @@ import numpy as np
 
 from ifvit import connections
 from ifvit.arrays import Array
-from ifvit.shards.cache import open_files, read_index, read_null_context, require_text
-from ifvit.shards.config import CacheConfig
+from ifvit.shards import CacheConfig
+from ifvit.shards.cache import ShardFiles, read_index, read_null_context
 from ifvit.shards.format import (
     SampleMetadata,
     ShardError,
@@ -40,7 +40,7 @@ class ShardReader:
         self.shard_sizes: Array = np.array([entry.num_samples for entry in self.manifest.shards])
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
         self._cache = cache or CacheConfig()
-        self._files = open_files(url, self.manifest, self._cache)
+        self._files = ShardFiles(url, self.manifest, self._cache)
         self._indexes: list[ShardIndex | None] = [None] * len(self.manifest.shards)
         if not self.is_remote:
             self._indexes = [
@@ -48,7 +48,7 @@ class ShardReader:
             ]
         # Caching a method of `self` would make a reference cycle and keep the files open.
         self._open = lru_cache(self._files.max_open)(self._files.open_tar)
-        self._null_context = read_null_context(url, self.manifest) if self.manifest.text else None
+        self._null_context = read_null_context(url, self.manifest)
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -69,7 +69,11 @@ class ShardReader:
     @property
     def text(self) -> TextEncoding:
         """How the captions were embedded. Raises ShardError for a dataset with class labels."""
-        return require_text(self.manifest, self.url)
+        if self.manifest.text is None:
+            raise ShardError(
+                f"{self.url}: holds class labels, not captions; use a dataset with captions"
+            )
+        return self.manifest.text
 
     @property
     def null_context(self) -> Array:

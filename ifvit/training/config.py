@@ -14,7 +14,7 @@ from ifvit.records import (
     Rule,
     record,
 )
-from ifvit.shards.config import CacheConfig
+from ifvit.shards import CacheConfig
 
 Location = Annotated[
     str,

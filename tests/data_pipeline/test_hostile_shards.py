@@ -26,8 +26,8 @@ from data_pipeline.shard_tools import inspect_shards, merge, stats, verify
 from ifvit import storage
 from ifvit.arrays import Array, npy_bytes
 from ifvit.errors import UserError
+from ifvit.shards import CacheConfig
 from ifvit.shards.cache import read_index
-from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import ShardError, read_manifest
 from ifvit.shards.reader import ShardReader
 

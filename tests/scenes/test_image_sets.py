@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.class_folders import ClassFolders
+from data_pipeline.config import EncodeConfig
+from data_pipeline.sources.folders import ClassFolders
 from ifvit.errors import UserError
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.image_sets import class_scenes, render_class_set, render_scene_set
@@ -65,7 +66,8 @@ def test_a_class_name_is_a_caption_and_its_images_show_it(classes: Path) -> None
     scenes = class_scenes()
     assert len(scenes) == 75
     assert all(parse_caption(name.replace("_", " ")) == scene for name, scene in scenes.items())
-    assert ClassFolders(str(classes / "train2014"), None).classes == tuple(sorted(scenes))
+    recipe = EncodeConfig(source="folder", images=str(classes / "train2014"), output="", vae="")
+    assert ClassFolders(recipe).classes == tuple(sorted(scenes))
     paths = sorted(Path(classes, "train2014").rglob("*.jpg"))
     assert len(paths) == 80
     scores = [score_image(np.asarray(Image.open(p)), scenes[p.parent.name]) for p in paths]

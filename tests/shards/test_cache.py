@@ -20,8 +20,8 @@ from made_shards import make_samples, write_shards
 from ifvit import storage
 from ifvit.connections import StoreError
 from ifvit.errors import UserError
+from ifvit.shards import CacheConfig
 from ifvit.shards.cache import FileCache, local_copy
-from ifvit.shards.config import CacheConfig
 from ifvit.shards.format import LatentSample, ShardError
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import ContentError

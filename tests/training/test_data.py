@@ -18,7 +18,7 @@ from made_shards import CLASSES, make_samples, write_shards
 from ifvit import storage
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.shards.config import CacheConfig
+from ifvit.shards import CacheConfig
 from ifvit.shards.format import LatentSample, ShardError
 from ifvit.shards.reader import ShardReader
 from ifvit.training.data import Batch, Batches, BatchOrder, ShardPrefetcher

@@ -115,7 +115,9 @@ def test_folders_without_captioned_images_are_one_line(
     for images in (tmp_path / "empty", tmp_path / "absent"):
         with pytest.raises(UserError, match="no images in this folder; expected NAME"):
             open_source(replace(recipe, images=str(images)))
-    with pytest.raises(UserError, match="the folder contains its captions"):
+    with pytest.raises(
+        UserError, match=r"captions: x\.csv is set, but source captioned_folder has"
+    ):
         open_source(replace(recipe, captions="x.csv"))
     with pytest.raises(UserError, match=r"image without a class; .*--source captioned_folder"):
         open_source(replace(recipe, source="folder"))

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig
 from data_pipeline.shard_tools import inspect_shards, stats, verify
-from data_pipeline.sources.class_folders import ClassFolders
+from data_pipeline.sources import open_source
 from ifvit.errors import UserError
 from ifvit.shards.reader import ShardReader
 
@@ -38,7 +38,7 @@ def test_images_alternate_between_sorted_classes(labelled: EncodeConfig) -> None
     Path(labelled.images, "README.txt").touch()
     Path(labelled.images, "__MACOSX").mkdir()
     Path(labelled.images, "ant", "._3.v1.JPEG").touch()
-    source = ClassFolders(labelled.images, None)
+    source = open_source(labelled)
     images = [image for unit in source.units(4) for image in unit.open()]
     assert source.classes == ("ant", "zebra")
     assert [image.label for image in images] == LABELS
@@ -50,7 +50,7 @@ def test_images_alternate_between_sorted_classes(labelled: EncodeConfig) -> None
 
 def test_a_folder_inside_a_class_is_counted_and_named(labelled: EncodeConfig) -> None:
     Path(labelled.images, "ant", "more").mkdir()
-    report = ClassFolders(labelled.images, None).report()
+    report = open_source(labelled).report()
     assert "1 files and folders are not images and are ignored; the first is ant/more" in report
 
 
@@ -116,10 +116,10 @@ def test_a_malformed_folder_is_one_line(
 ) -> None:
     change(Path(labelled.images))
     with pytest.raises(UserError, match=named) as caught:
-        ClassFolders(labelled.images, None)
+        open_source(labelled)
     assert "\n" not in str(caught.value)
 
 
 def test_captions_are_an_error(labelled: EncodeConfig) -> None:
-    with pytest.raises(UserError, match=r"x\.json is set, but a folder source has class labels"):
-        ClassFolders(labelled.images, "x.json")
+    with pytest.raises(UserError, match=r"captions: x\.json is set, but source folder has no use"):
+        open_source(replace(labelled, captions="x.json"))

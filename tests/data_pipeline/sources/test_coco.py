@@ -7,13 +7,22 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.sources.base import ReadLimits
+from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.coco import CocoCaptions
 from ifvit.errors import UserError
 
 
-def read(coco: Path) -> CocoCaptions:
-    return CocoCaptions(str(coco / "images"), str(coco / "captions_train2014.json"))
+def open_coco(images: Path, captions: Path, *, allow_links: bool = False) -> CocoCaptions:
+    return CocoCaptions(
+        EncodeConfig(
+            images=str(images), captions=str(captions), output="", vae="", allow_links=allow_links
+        )
+    )
+
+
+def read(coco: Path, *, allow_links: bool = False) -> CocoCaptions:
+    captions = coco / "captions_train2014.json"
+    return open_coco(coco / "images", captions, allow_links=allow_links)
 
 
 def load(coco: Path) -> Any:
@@ -47,7 +56,7 @@ def test_the_2017_layout_is_read_the_same_way(coco: Path) -> None:
 def test_the_hash_depends_on_ids_but_not_on_captions_or_the_folder(coco: Path) -> None:
     before = read(coco).sha256
     moved = (coco / "images").rename(coco / "moved")
-    assert CocoCaptions(str(moved), str(coco / "captions_train2014.json")).sha256 == before
+    assert open_coco(moved, coco / "captions_train2014.json").sha256 == before
     moved.rename(coco / "images")
     content = load(coco)
     content["annotations"][0]["caption"] += "!"
@@ -127,9 +136,7 @@ def test_a_link_out_of_the_folder_is_read_only_when_allowed(coco: Path) -> None:
     path.symlink_to(coco / "outside.jpg")
     with pytest.raises(UserError, match=r"a link leads out .*--allow_links"):
         read(coco).images[0].read()
-    captions = str(coco / "captions_train2014.json")
-    source = CocoCaptions(str(coco / "images"), captions, ReadLimits(allow_links=True))
-    assert source.images[0].read() == (coco / "outside.jpg").read_bytes()
+    assert read(coco, allow_links=True).images[0].read() == (coco / "outside.jpg").read_bytes()
 
 
 def test_a_file_as_large_as_coco_is_parsed_within_seconds_and_half_a_gigabyte(
@@ -162,4 +169,4 @@ def test_a_file_as_large_as_coco_is_parsed_within_seconds_and_half_a_gigabyte(
 )
 def test_wrong_paths_are_named(coco: Path, images: str, captions: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        CocoCaptions(str(coco / images), str(coco / captions))
+        open_coco(coco / images, coco / captions)

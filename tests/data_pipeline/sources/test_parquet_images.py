@@ -146,7 +146,7 @@ def test_a_broken_page_is_one_line(recipe: EncodeConfig) -> None:
     ("change", "named"),
     [
         ({"images": "{images}/test-*.parquet"}, r"test-\*.parquet: no such .parquet file"),
-        ({"captions": "x.csv"}, "Parquet files contain their captions; .*--caption_key"),
+        ({"captions": "x.csv"}, "captions: x.csv is set, but source parquet has no use"),
         ({"caption_key": "text"}, "no column 'text'; .*--caption_key; .* are image, caption, alt"),
     ],
 )

@@ -12,7 +12,6 @@ from pyarrow import parquet
 from data_pipeline.config import EncodeConfig, ShardsConfig
 from data_pipeline.encode import encode
 from data_pipeline.shard_tools import verify
-from data_pipeline.sources.base import ReadLimits
 from data_pipeline.sources.table import CaptionTable
 from ifvit.errors import UserError
 from ifvit.shards.reader import ShardReader
@@ -30,6 +29,12 @@ def images(tmp_path: Path) -> str:
     for name in ("1.jpg", "b/2.jpg"):
         (tmp_path / name).write_bytes(name.encode())
     return str(tmp_path)
+
+
+def open_table(images: str, table: str, caption_key: str | None = None) -> CaptionTable:
+    return CaptionTable(
+        EncodeConfig(images=images, captions=table, caption_key=caption_key, output="", vae="")
+    )
 
 
 def write(folder: str, suffix: str) -> str:
@@ -52,13 +57,13 @@ def write(folder: str, suffix: str) -> str:
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 def test_rows_of_one_path_are_its_captions(images: str, suffix: str) -> None:
-    source = CaptionTable(images, write(images, suffix))
+    source = open_table(images, write(images, suffix))
     first, second = source.images
     assert (first.name, first.captions) == ("1.jpg", ("Käse",))
     assert (second.name, second.captions) == ("b/2.jpg", ('a "fox", red', "two\nlines"))
     assert second.read() == b"b/2.jpg"
     assert "2 images, 3 captions" in source.report()
-    assert source.sha256 == CaptionTable(images, write(images, "csv")).sha256
+    assert source.sha256 == open_table(images, write(images, "csv")).sha256
 
 
 def test_a_table_is_encoded(config: EncodeConfig) -> None:
@@ -77,7 +82,7 @@ def test_a_table_is_encoded(config: EncodeConfig) -> None:
         (
             "t.csv",
             "path,text\n1.jpg,x\n",
-            "t.csv:2: no column 'caption'; .*--caption_key",
+            "t.csv: no column 'caption'; .*--caption_key",
         ),
         ("t.csv", "path,caption\n1.jpg\n", "t.csv:2: fewer cells than columns"),
         ("t.csv", "path,caption\n1.jpg,a,b\n", "t.csv:2: more cells than columns"),
@@ -115,7 +120,7 @@ def test_a_malformed_table_is_one_line(
 ) -> None:
     Path(images, name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=named) as caught:
-        CaptionTable(images, str(Path(images, name)))
+        open_table(images, str(Path(images, name)))
     assert "\n" not in str(caught.value)
 
 
@@ -125,7 +130,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     table = write(images, "parquet")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"Parquet needs pyarrow; pip install 'ifvit\[table\]'"):
-        CaptionTable(images, table)
+        open_table(images, table)
 
 
 def test_lines_end_where_the_format_says(images: str) -> None:
@@ -133,26 +138,26 @@ def test_lines_end_where_the_format_says(images: str) -> None:
     table = Path(images, "t.jsonl")
     rows = [json.dumps({"path": "1.jpg", "caption": caption}, ensure_ascii=False)] * 2
     table.write_bytes(codecs.BOM_UTF8 + "\r\n".join(rows).encode())
-    assert CaptionTable(images, str(table)).images[0].captions == (caption, caption)
+    assert open_table(images, str(table)).images[0].captions == (caption, caption)
     table = Path(images, "t.csv")
     table.write_bytes(f"path,caption\r\n1.jpg,{caption}\r\n".encode())
-    assert CaptionTable(images, str(table)).images[0].captions == (caption,)
+    assert open_table(images, str(table)).images[0].captions == (caption,)
     table.write_text(f"path,caption\n1.jpg,{'x' * 200_000}\n")
-    assert len(CaptionTable(images, str(table)).images[0].captions[0]) == 200_000  # is cut later
+    assert len(open_table(images, str(table)).images[0].captions[0]) == 200_000  # is cut later
 
 
 @pytest.mark.parametrize("path", ["./1.jpg", "{images}/1.jpg"])
 def test_paths_may_be_absolute_or_written_oddly_inside_the_folder(images: str, path: str) -> None:
     table = Path(images, "t.csv")
     table.write_text(f"path,caption\n{path.format(images=images)},x\n")
-    assert [image.name for image in CaptionTable(images, str(table)).images] == ["1.jpg"]
+    assert [image.name for image in open_table(images, str(table)).images] == ["1.jpg"]
 
 
 def test_a_parquet_file_without_captions_names_its_columns(images: str) -> None:
     table = Path(images, "t.parquet")
     parquet.write_table(pyarrow.Table.from_pylist([{"path": "1.jpg", "text": "x"}]), table)
-    with pytest.raises(UserError, match="needs the columns path, caption; it has path, text"):
-        CaptionTable(images, str(table))
+    with pytest.raises(UserError, match=r"no column 'caption'; .*; the columns are path, text"):
+        open_table(images, str(table))
 
 
 def test_a_parquet_file_that_expands_without_bound_is_refused(
@@ -164,7 +169,7 @@ def test_a_parquet_file_that_expands_without_bound_is_refused(
     assert table.stat().st_size < 20_000
     monkeypatch.setattr("data_pipeline.sources.table.MAX_BYTES", 1_000_000)
     with pytest.raises(UserError, match=r"more than 1,000,000 characters; divide the table"):
-        CaptionTable(images, str(table))
+        open_table(images, str(table))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -179,11 +184,11 @@ def test_captions_come_from_several_columns_and_lists(images: str, suffix: str) 
         table.write_text("\n".join(map(json.dumps, rows)))
     else:
         parquet.write_table(pyarrow.Table.from_pylist(rows), table)
-    source = CaptionTable(images, str(table), ReadLimits(caption_names=("long", "short")))
+    source = open_table(images, str(table), "long, short")
     assert source.images[0].captions == ("a red fox", "a fox\u2028runs", "a fox")
     assert source.images[1].captions == ("", "", "")
-    with pytest.raises(UserError, match=r"column.*caption.* short, long"):
-        CaptionTable(images, str(table))
+    with pytest.raises(UserError, match=r"no column 'caption'.* short, long"):
+        open_table(images, str(table))
 
 
 def test_rows_without_a_caption_cost_their_image_only(

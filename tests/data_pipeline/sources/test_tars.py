@@ -18,7 +18,6 @@ from data_pipeline.encode import encode
 from data_pipeline.encoders import read_or_fail
 from data_pipeline.sources import open_source
 from data_pipeline.sources.preparation import open_unit
-from data_pipeline.sources.tars import WebDatasetTars
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage
@@ -80,14 +79,14 @@ def test_one_tar_becomes_one_shard_with_the_latents_of_its_images(
 
 @pytest.mark.parametrize("pattern", ["", "/*.tar", "/{00000..00001}.tar", "/0000?.tar"])
 def test_tars_are_found_by_folder_and_by_pattern(tars: EncodeConfig, pattern: str) -> None:
-    units = WebDatasetTars(tars.images + pattern, None).units(1)
+    units = open_source(replace(tars, images=tars.images + pattern)).units(1)
     assert [unit.open()[0].name[:9] for unit in units] == ["00000.tar", "00001.tar"]
     assert [unit.num_images for unit in units] == [3, None]
 
 
 def test_suffixes_of_tars_may_be_in_capitals(tars: EncodeConfig) -> None:
     Path(tars.images, "00001.tar").rename(Path(tars.images, "00001.TAR"))
-    assert len(WebDatasetTars(tars.images, None).units(1)) == 2
+    assert len(open_source(tars).units(1)) == 2
 
 
 def test_captions_come_from_json_when_there_is_no_text(
@@ -95,7 +94,7 @@ def test_captions_come_from_json_when_there_is_no_text(
 ) -> None:
     members = {k: v for k, v in (samples[0] | samples[1]).items() if not k.endswith("txt")}
     write_tar(Path(tars.images, "00000.tar"), members)
-    images = WebDatasetTars(tars.images, None).units(1)[0].open()
+    images = open_source(tars).units(1)[0].open()
     assert [image.captions for image in images] == [("photo 0",), ("photo 1",)]
 
 
@@ -130,14 +129,14 @@ def test_an_empty_tar_is_an_empty_shard(tars: EncodeConfig) -> None:
         ("nowhere", None, "nowhere: no such .tar file"),
         ("/{00000..00002}.tar", None, "00002.tar: no such .tar file"),
         ("/{00000.tar", None, "Unbalanced braces"),
-        ("", "captions.json", r"captions\.json is set, but tars contain their captions"),
+        ("", "captions.json", r"captions\.json is set, but source webdataset has no use"),
     ],
 )
 def test_missing_tars_and_superfluous_captions_are_named(
     tars: EncodeConfig, pattern: str, captions: str | None, named: str
 ) -> None:
     with pytest.raises(UserError, match=named):
-        WebDatasetTars(tars.images + pattern, captions)
+        open_source(replace(tars, images=tars.images + pattern, captions=captions))
 
 
 def add_special(path: Path, name: str, kind: bytes, size: int = 0) -> None:
@@ -182,7 +181,7 @@ def test_a_sample_that_cannot_be_used_is_one_failure_with_a_reason(
     tars: EncodeConfig, members: Members, reason: str
 ) -> None:
     write_tar(Path(tars.images, "00000.tar"), members)
-    images = open_unit(WebDatasetTars(tars.images, None).units(1)[0], tars)
+    images = open_unit(open_source(tars).units(1)[0], tars)
     failures = [read_or_fail(image, tars) for image in images]
     assert len(failures) == 1
     assert isinstance(failures[0], Failure)
@@ -199,7 +198,7 @@ def test_links_sparse_files_and_other_members_are_failures_and_not_read(
     add_special(path, "c.jpg", tarfile.CHRTYPE)
     add_special(path, "d.jpg", tarfile.FIFOTYPE)
     add_special(path, "e.jpg", tarfile.GNUTYPE_SPARSE)
-    images = open_unit(WebDatasetTars(tars.images, None).units(1)[0], tars)
+    images = open_unit(open_source(tars).units(1)[0], tars)
     found = {image.key: read_or_fail(image, tars) for image in images}
     reasons = [found[key].reason for key in "abcde"]  # type: ignore[union-attr]
     assert reasons == [
@@ -228,7 +227,7 @@ def test_a_huge_image_in_a_tar_is_refused_by_its_size_and_a_flag_admits_it(
 def test_files_of_macos_are_no_images(tars: EncodeConfig, samples: list[Members]) -> None:
     hidden = {"._000000000.jpg": b"x", ".DS_Store": b"x", "__MACOSX/a/b.jpg": b"x"}
     write_tar(Path(tars.images, "00000.tar"), hidden | samples[0])
-    images = WebDatasetTars(tars.images, None).units(1)[0].open()
+    images = open_source(tars).units(1)[0].open()
     assert [image.key for image in images] == ["000000000"]
 
 
@@ -240,7 +239,7 @@ def test_images_that_share_a_key_are_all_named_and_the_last_dot_separates_them(
     for number in range(20):
         members |= {f"v1.5_{number}.jpg": image, f"v1.5_{number}.txt": b"x"}
     write_tar(Path(tars.images, "00000.tar"), members)
-    (only,) = WebDatasetTars(tars.images, None).units(1)[0].open()
+    (only,) = open_source(tars).units(1)[0].open()
     assert only.problem.startswith("20 images have this key, v1.5_0.jpg and others; keys end at")
     manifest = finish(replace(tars, tar_keys="last_dot"))
     assert manifest.num_samples == 24
@@ -263,7 +262,7 @@ def test_captions_in_json_may_be_a_list(tars: EncodeConfig, samples: list[Member
     image = next(iter(samples[0].values()))
     captions = json.dumps({"caption": ["one", "two"], "nan": float("nan")}).encode()
     write_tar(Path(tars.images, "00000.tar"), {"x.jpg": image, "x.json": captions})
-    assert WebDatasetTars(tars.images, None).units(1)[0].open()[0].captions == ("one", "two")
+    assert open_source(tars).units(1)[0].open()[0].captions == ("one", "two")
 
 
 def join_with_next(path: Path) -> None:
@@ -368,7 +367,7 @@ def test_captions_have_the_suffixes_or_keys_that_the_recipe_names(
     assert [image.captions for image in found] == [("a text", "one", "two"), ("only text",), ()]
     assert found[2].problem == "the tar contains no caption (cap, alt) for this key"
     assert open_source(recipe).sha256 != open_source(tars).sha256
-    with pytest.raises(UserError, match="caption_key: 'a,' has an empty name"):
+    with pytest.raises(UserError, match="caption_key is a,; it must be names separated by commas"):
         open_source(replace(tars, caption_key="a,"))
     with pytest.raises(UserError, match=r"caption_key: alt .*coco has no use for it"):
         open_source(replace(tars, source="coco", captions="x.json", caption_key="alt"))
