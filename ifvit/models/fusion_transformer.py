@@ -206,7 +206,7 @@ class FusionTransformer(Backbone):
     def _conditioning_vectors(
         self, sinusoids: Tensor, encoded: EncodedCondition
     ) -> dict[bool, Tensor]:
-        """Fusion vectors of modulated blocks by whether they see text.
+        """Conditioning vectors of modulated blocks by whether they see text.
 
         Blocks without text follow the time embedding (B, D); blocks with text follow its sum with
         the pooled text (k * B, D).
@@ -221,7 +221,7 @@ class FusionTransformer(Backbone):
     def _vector_for(
         self, entry: Fusion, vectors: dict[bool, Tensor], num_rows: int
     ) -> Tensor | None:
-        """Fusion vector of a block of this kind; None if it is not modulated."""
+        """Conditioning vector of a block of this kind; None if it is not modulated."""
         if not self.config.is_modulated(entry):
             return None
         vector = vectors[entry != "image"]

@@ -220,7 +220,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(width, count * width)
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Fusion vector (B, D) to `count` tensors (B, 1, D)."""
+        """Conditioning vector (B, D) to `count` tensors (B, 1, D)."""
         outputs: Tensor = self.linear(functional.silu(vector))
         return outputs[:, None].chunk(self.count, dim=-1)
 
@@ -265,7 +265,7 @@ class BlockInputs:
     text_skip: Tensor | None = None
     """(k * B, M, D): text tokens after the mirror block, if both blocks update text."""
     vector: Tensor | None = None
-    """Fusion vector of a modulated block, (B, D), or (B, 6 D) after a shared projection."""
+    """Conditioning vector of a modulated block, (B, D), or (B, 6 D) after a shared projection."""
     rotation: Tensor | None = None
     """Cosines and sines of `rotation_table`."""
     bias: Bias | None = None

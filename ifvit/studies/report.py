@@ -155,7 +155,7 @@ def settings_lines(runs: Sequence[Run]) -> list[Line]:
     return [
         line("Architecture", [run.backbone and run.backbone.architecture for run in runs]),
         line("Fusion", [run.fusion for run in runs]),
-        line("Fusion", [s and s.fusion for s in shapes]),
+        line("Fusion map", [s and s.fusion for s in shapes]),
         line("Text-branch blocks", [s and s.num_text_blocks for s in shapes]),
         line("Blocks, width", [s and f"{len(s.blocks)}, {s.width}" for s in shapes]),
         line("Parameters", [c and c.params for c in costs], "{:,}"),
