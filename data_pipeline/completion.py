@@ -8,6 +8,7 @@ markers, the threads of `writer` write them.
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -23,18 +24,8 @@ from ifvit.arrays import Array
 from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.image_rules import ImageRules
-from ifvit.records import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    Sha256,
-    record,
-)
-from ifvit.shards.format import (
-    COMPLETED,
-    ShardEntry,
-    ShardError,
-)
+from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Sha256, record
+from ifvit.shards.format import COMPLETED, ShardEntry, ShardError
 
 REQUESTS_AT_ONCE = 16
 
@@ -142,18 +133,20 @@ class CompletionMarker:
     remarks: tuple[Remark, ...] = ()
     size_limits: SizeLimits
 
+    @property
+    def left_out(self) -> set[int | str]:
+        """Ids of the images that were left out."""
+        return {failure.image_id for failure in self.failures}
+
 
 def sum_remarks(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
     """Sum remarks of the same text; each keeps its first image."""
-    sums: dict[str, Remark] = {}
+    counts: Counter[str] = Counter()
+    first: dict[str, Remark] = {}
     for remark in remarks:
-        earlier = sums.get(remark.text)
-        sums[remark.text] = (
-            replace(earlier, num_images=earlier.num_images + remark.num_images)
-            if earlier
-            else remark
-        )
-    return tuple(sums.values())
+        counts[remark.text] += remark.num_images
+        first.setdefault(remark.text, remark)
+    return tuple(replace(first[text], num_images=count) for text, count in counts.items())
 
 
 def write_marker(output: str, marker: CompletionMarker) -> None:

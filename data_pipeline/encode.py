@@ -45,8 +45,7 @@ from data_pipeline.encoders import (
 from data_pipeline.shard_io import open_shard, read_samples, remove_leftovers
 from data_pipeline.sources import open_source
 from data_pipeline.sources.base import Source, Unit
-from data_pipeline.sources.preparation import open_unit
-from data_pipeline.units import FileStates, identify, open_with_identity
+from data_pipeline.units import FileStates, identify, open_unit, open_with_identity
 from data_pipeline.writer import to_stored, write_shards
 from ifvit import storage
 from ifvit.arrays import npy_bytes
@@ -93,7 +92,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
     markers, earlier = find_finished(config, own, job, states)
     todo = [unit for unit in own if unit.name not in markers]
     _unmark(config.output, todo)
-    with _open_progress(todo, own, partition) as progress:
+    with _open_progress(todo, partition) as progress:
         decoded = _reuse_moments(decode_batches(todo, config, states), config.output, earlier)
         batches = _encode_batches(decoded, encoders, progress)
         written = write_shards(batches, config, job)
@@ -181,8 +180,7 @@ def find_finished(
             return None
         if _became_readable(unit, marker, config, states):
             return None
-        failed = {failure.image_id for failure in marker.failures}
-        return replace(marker, unit=identify(unit, marker.unit, failed, config, states))
+        return replace(marker, unit=identify(unit, marker, config, states))
 
     finished: dict[str, CompletionMarker] = {}
     earlier: dict[str, ShardEntry] = {}
@@ -212,9 +210,8 @@ def _became_readable(
     by_flag = any("--" in reason for reason in reasons)
     if not (marker.failures and (unit.is_listed or by_flag)):
         return False
-    failed = {failure.image_id for failure in marker.failures}
     opened = open_with_identity(unit, config, states)
-    left_out = [image for image in opened.images if image.image_id in failed]
+    left_out = [image for image in opened.images if image.image_id in marker.left_out]
     return any(isinstance(read_or_fail(image, config), DecodedImage) for image in left_out)
 
 
@@ -244,14 +241,11 @@ def _unmark(output: str, todo: list[Unit]) -> None:
     storage.remove(storage.join(output, MANIFEST))  # another process may have written it since
 
 
-def _open_progress(todo: list[Unit], own: Sequence[Unit], partition: Partition) -> "tqdm[Any]":
-    """A progress bar over the images of the partition, if the source knows their number."""
-    counts = [unit.num_images for unit in own]
-    total = None if None in counts else sum(count or 0 for count in counts)
-    left = sum(unit.num_images or 0 for unit in todo)
+def _open_progress(todo: list[Unit], partition: Partition) -> "tqdm[Any]":
+    """A progress bar over the images to encode, if the source knows their number."""
+    counts = [unit.num_images for unit in todo]
     return tqdm(
-        total=total,
-        initial=total - left if total is not None else 0,
+        total=None if None in counts else sum(count or 0 for count in counts),
         desc=f"encode {partition.number}/{partition.size}" if partition.size > 1 else "encode",
         unit="img",
         mininterval=0.1 if sys.stderr.isatty() else 30.0,  # few lines in a log file
@@ -336,16 +330,14 @@ def _check_failures(config: EncodeConfig, markers: list[CompletionMarker]) -> No
     num_failed = sum(failure.num_images for failure in failures)
     num_readable = sum(marker.shard.num_samples for marker in markers)
     named = [f"{shorten(failure.file)} ({failure.reason})" for failure in failures[:MAX_NAMED]]
-    if len(failures) > MAX_NAMED:
-        named.append(f"… (all are listed in {COMPLETED}/*.json)")
-    kinds = Counter(re.sub(r"\d[\d,.]*", "N", failure.reason) for failure in failures)
-    counted = [f"{count:,} {reason}" for reason, count in kinds.most_common(MAX_KINDS)]
     text = (
         f"{num_failed:,} of {num_failed + num_readable:,} images could not be read: "
         f"{', '.join(named)}"
     )
     if len(failures) > MAX_NAMED:
-        text += f"; by reason: {', '.join(counted)}"
+        kinds = Counter(re.sub(r"\d[\d,.]*", "N", failure.reason) for failure in failures)
+        counted = [f"{count:,} {reason}" for reason, count in kinds.most_common(MAX_KINDS)]
+        text += f", … (all are listed in {COMPLETED}/*.json); by reason: {', '.join(counted)}"
     if num_failed > config.tolerate or not num_readable:
         raise UserError(f"{text}; repair them and run again, or leave them out with --tolerate")
     if failures:

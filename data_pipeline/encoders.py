@@ -1,7 +1,7 @@
 """Decoding of images in threads, and the frozen encoders; `encode` calls both batch by batch."""
 
 import contextlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -46,12 +46,11 @@ Result = TypeVar("Result")
 class DecodedBatch:
     """Some images of one shard, each with its pixels or with the reason why it is unreadable.
 
-    `repeated` are the captions that occur more than once in the shard. `stored` may hold the
-    readable images as an earlier shard has them; then only their captions are encoded.
+    `stored` may hold the readable images as an earlier shard has them; then only their captions are
+    encoded.
     """
 
     unit: OpenUnit
-    repeated: frozenset[str]
     is_last: bool
     images: Sequence[CaptionedImage]
     results: Sequence[DecodedImage | Failure] = ()
@@ -126,12 +125,9 @@ def _divide(
     open_one = partial(open_with_identity, config=config, states=states)
     for unit in map_ahead(open_one, units, num_threads=1, num_ahead=1):
         images = unit.images
-        counts = Counter(caption for image in images for caption in image.captions)
-        repeated = frozenset(caption for caption, count in counts.items() if count > 1)
         for start in range(0, max(len(images), 1), batch_size):
             yield DecodedBatch(
                 unit=unit,
-                repeated=repeated,
                 is_last=start + batch_size >= len(images),
                 images=images[start : start + batch_size],
             )
@@ -209,7 +205,7 @@ class Encoders:
         captions = [caption for image, _ in batch.readable for caption in image.captions]
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
         contexts = self._kept | dict(zip(new, encoder.encode(new) if new else (), strict=True))
-        for caption in batch.repeated.intersection(new):
+        for caption in batch.unit.repeated.intersection(new):
             self._kept[caption] = contexts[caption].clone()  # a view would keep the whole batch
         return torch.stack([contexts[caption] for caption in captions])
 

@@ -25,14 +25,14 @@ BUFFER_BYTES = 8 << 20
 """Size of one write. Files that were written in large blocks are read faster afterwards."""
 
 
-def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> ShardEntry:
-    """Write `NAME.tar` and `NAME.index.npz` into `folder`, each completely or not at all.
+def write_shard(folder: str, name: str, samples: Iterable[LatentSample]) -> ShardEntry:
+    """Write `NAME.tar` and `NAME.index.npz` into a folder or prefix, each whole or not at all.
 
     Each sample is written before the next one is taken, so a shard need not fit into memory. Equal
     samples give equal bytes, because owner and time of the members are constants.
     """
-    remove_leftovers(str(folder), name)
-    with storage.write_file(str(folder / f"{name}.tar")) as path:
+    remove_leftovers(folder, name)
+    with storage.write_file(storage.join(folder, f"{name}.tar")) as path:
         with (
             path.open("wb", BUFFER_BYTES) as file,
             TarWriter(file, user="", group="", mtime=0, encoder=False) as tar,
@@ -41,7 +41,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[LatentSample]) -> Sha
                 tar.write(pack_sample(sample))
         index = index_tar(path)
         data = index_bytes(index)
-        storage.write_bytes(str(folder / f"{name}.index.npz"), data)
+        storage.write_bytes(storage.join(folder, f"{name}.index.npz"), data)
         return ShardEntry(
             name=name,
             num_samples=len(index),

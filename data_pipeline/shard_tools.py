@@ -1,7 +1,6 @@
 """The verbs `shards inspect`, `stats`, `verify` and `merge`."""
 
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -312,11 +311,9 @@ def check_unique(entries: list[tuple[str, ShardEntry]]) -> None:
 
 
 def _copy(source: str, target: str, sha256: str) -> None:
-    """Copy a file through a local file and check its hash there; damaged files are not copied."""
-    with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
-        local = Path(folder, Path(source).name)
-        storage.download(source, local, sha256)
-        storage.upload(local, target)
+    """Copy a file, and check its hash on the way; damaged files are not copied."""
+    with storage.write_file(target) as path:
+        storage.download(source, path, sha256)
 
 
 def _combine(manifests: list[Manifest], shards: list[ShardEntry]) -> Manifest:

@@ -1,6 +1,8 @@
-"""Units as the encode job opens them: their images, their identity, and those that do not open.
+"""Units as the encode job opens them: prepared images, their identity, and what has changed.
 
-The identity of a unit in its completion marker decides whether its shard is up to date.
+All images are prepared, whatever their source: keys become safe and unique, texts valid Unicode,
+captions bounded. What changed is remarked. The identity of a unit in its completion marker decides
+whether its shard is up to date.
 """
 
 import errno
@@ -9,7 +11,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -17,16 +20,76 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipeline.completion import Failure, UnitIdentity
+from data_pipeline.completion import CompletionMarker, Failure, UnitIdentity
 from data_pipeline.config import EncodeConfig
-from data_pipeline.sources.base import CaptionedImage, Unit
-from data_pipeline.sources.preparation import open_unit
+from data_pipeline.sources.base import MAX_CAPTION, CaptionedImage, Unit
 from ifvit import connections, storage
 from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.records import shorten
 
 _NO_FAULT_OF_THE_UNIT = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+CUT = f"captions of more than {MAX_CAPTION:,} characters were cut"
+REPLACED = "captions had characters that are no Unicode; these were replaced"
+NO_CHARACTER = "\ufffd"
+"""What sources and this module write in place of bytes or escapes that are no Unicode."""
+BLANK = "blank captions beside others were left out"
+MAX_CAPTIONS = 1000
+"""Largest number of captions of an image; all are encoded in one batch."""
+_MAX_KEY_BYTES = 150
+
+
+def open_unit(unit: Unit, config: EncodeConfig) -> list[CaptionedImage]:
+    """Open a unit and prepare its images."""
+    uses: Counter[str] = Counter()
+    keys: set[str] = set()
+    images = []
+    for image in unit.open():
+        key = safe_key(image.key)
+        while key in keys:
+            uses[image.key] += 1
+            key = f"{safe_key(image.key)}-{uses[image.key]}"
+        keys.add(key)
+        images.append(_prepare(image, key, config))
+    return images
+
+
+def safe_key(wish: str) -> str:
+    """Replace what WebDataset or a file system would misread in a key, and shorten it."""
+    safe = "".join(char if char.isprintable() and char not in "./\\:" else "_" for char in wish)
+    return safe.encode()[:_MAX_KEY_BYTES].decode(errors="ignore").strip() or "_"
+
+
+def _prepare(image: CaptionedImage, key: str, config: EncodeConfig) -> CaptionedImage:
+    valid = [_valid(caption) for caption in image.captions]
+    captions = [caption[:MAX_CAPTION] for caption in valid]
+    kept = [caption for caption in captions if caption.strip()]
+    problem = image.problem
+    if captions and not kept:
+        kept = captions[:1]
+        if not config.allow_blank_captions:
+            problem = problem or "all its captions are blank; --allow_blank_captions allows this"
+    if len(kept) > MAX_CAPTIONS:
+        problem = f"it has {len(kept):,} captions, more than {MAX_CAPTIONS:,}"
+    remarks = {
+        REPLACED: any(NO_CHARACTER in caption for caption in valid),
+        CUT: captions != valid,
+        BLANK: len(kept) < len(captions),
+    }
+    return replace(
+        image,
+        key=key,
+        image_id=image.image_id if isinstance(image.image_id, int) else _valid(image.image_id),
+        name=_valid(image.name),
+        captions=tuple(kept),
+        problem=problem,
+        remarks=(*image.remarks, *(remark for remark, applies in remarks.items() if applies)),
+    )
+
+
+def _valid(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class FileStates:
@@ -71,6 +134,12 @@ class OpenUnit:
     images: Sequence[CaptionedImage] = ()
     problem: Failure | None = None
     digests: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def repeated(self) -> frozenset[str]:
+        """The captions that occur more than once."""
+        counts = Counter(caption for image in self.images for caption in image.captions)
+        return frozenset(caption for caption, count in counts.items() if count > 1)
 
     @cached_property
     def texts_sha256(self) -> str:
@@ -129,22 +198,22 @@ def _read_hashed(image: CaptionedImage, digests: dict[str, str]) -> bytes:
 
 
 def identify(
-    unit: Unit, before: UnitIdentity, failed: Collection[int | str], config: EncodeConfig,
-    states: FileStates,
-) -> UnitIdentity:  # fmt: skip
-    """Return the identity of a unit that had the identity `before`.
+    unit: Unit, marker: CompletionMarker, config: EncodeConfig, states: FileStates
+) -> UnitIdentity:
+    """Return the identity that the unit of a completion marker has now.
 
     The images are read only when a file has another size or time than before, and if none is gone
-    since but those of the `failed`, which had no file. Raises UserError when texts have changed,
-    but an image is gone that the shard holds.
+    since but those that were left out. Raises UserError when texts have changed, but an image is
+    gone that the shard holds.
     """
+    before = marker.unit
     is_unchanged = states.sha256(unit.files) == before.files_sha256
     if is_unchanged and not unit.is_listed:
         return before
     opened = open_with_identity(unit, config, states)
     if is_unchanged:
         return replace(before, texts_sha256=opened.texts_sha256)
-    kept = [image for image in opened.images if image.file and image.image_id not in failed]
+    kept = [i for i in opened.images if i.file and i.image_id not in marker.left_out]
     is_there = [bool(states.find(image.file)) for image in kept]
     if not all(is_there):
         gone = f"{unit.name}: {is_there.count(False):,} of its image files are gone"

@@ -8,10 +8,8 @@ slow disk or store.
 
 import contextlib
 import queue
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -30,7 +28,6 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import EncodedBatch
 from data_pipeline.shard_io import write_shard
 from data_pipeline.units import OpenUnit
-from ifvit import connections, storage
 from ifvit.arrays import Array
 from ifvit.errors import UserError
 from ifvit.shards.format import LatentSample, SampleMetadata
@@ -89,13 +86,7 @@ def _give_up(batches: _Batches) -> None:
 def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -> CompletionMarker:
     """Write one shard and then its marker; runs in a thread."""
     samples = _Samples(name, batches, config.dtype)
-    if connections.is_remote(config.output):
-        with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
-            entry = write_shard(Path(folder), name, samples)
-            for file in (f"{name}.index.npz", f"{name}.tar"):
-                storage.upload(Path(folder, file), storage.join(config.output, file))
-    else:
-        entry = write_shard(Path(config.output), name, samples)
+    entry = write_shard(config.output, name, samples)
     marker = CompletionMarker(
         job=job,
         unit=samples.unit.identity(),

@@ -55,7 +55,7 @@ def write_shards(folder: Path, samples: Sequence[LatentSample], sizes: Sequence[
     """Write the samples as shards of these sizes; the null context is all ones."""
     starts = np.cumsum([0, *sizes])
     shards = tuple(
-        write_shard(folder, f"shard-{k:05d}", samples[starts[k] : starts[k + 1]])
+        write_shard(str(folder), f"shard-{k:05d}", samples[starts[k] : starts[k + 1]])
         for k in range(len(sizes))
     )
     manifest = Manifest(

@@ -134,7 +134,7 @@ def write_shards(folder: Path, content: Content) -> None:
     """Write a dataset of 16 shards with the writer of the encode job."""
     parts = np.array_split(np.arange(len(content.moments)), NUM_SHARDS)
     shards = tuple(
-        write_shard(folder, f"shard-{k:05d}", (_sample(content, n) for n in part.tolist()))
+        write_shard(str(folder), f"shard-{k:05d}", (_sample(content, n) for n in part.tolist()))
         for k, part in enumerate(parts)
     )
     null_context = npy_bytes(np.zeros(CONTEXT_SHAPE, np.float16))

@@ -55,7 +55,7 @@ def record_shards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the shards that are written from now on."""
     names: list[str] = []
 
-    def record(folder: Path, name: str, samples: Any) -> Any:
+    def record(folder: str, name: str, samples: Any) -> Any:
         names.append(name)
         return write_shard(folder, name, samples)
 

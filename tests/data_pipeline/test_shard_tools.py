@@ -85,7 +85,7 @@ def test_wrong_content_with_a_right_hash_is_found(dataset: Path, capsys: Capture
         context=np.zeros((1, 12, 15), np.float16),
         metadata=SampleMetadata(image_id=1, captions=("one", "two"), width=8, height=8),
     )
-    entry = write_shard(dataset, "shard-00002", [sample])
+    entry = write_shard(str(dataset), "shard-00002", [sample])
     shards = (*manifest.shards[:2], replace(entry, num_samples=2, num_captions=3))
     totals = {key: sum(getattr(s, key) for s in shards) for key in ("num_samples", "num_captions")}
     write_manifest(str(dataset), replace(manifest, shards=shards, **totals))

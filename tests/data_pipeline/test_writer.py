@@ -44,7 +44,7 @@ def test_encoders_continue_while_a_shard_is_finished(
 ) -> None:
     second_is_written = threading.Event()
 
-    def finish_slowly(folder: Path, name: str, samples: Any) -> Any:
+    def finish_slowly(folder: str, name: str, samples: Any) -> Any:
         entry = write_shard(folder, name, samples)
         if name == "shard-00001":
             second_is_written.set()
@@ -63,7 +63,7 @@ def test_encoders_wait_for_a_slow_writer(
 ) -> None:
     counts = []
 
-    def start_late(folder: Path, name: str, samples: Any) -> Any:
+    def start_late(folder: str, name: str, samples: Any) -> Any:
         wait_until(lambda: len(encoded) > BATCHES_QUEUED)
         threading.Event().wait(0.1)  # time for one batch too many
         counts.append(len(encoded))

@@ -14,7 +14,7 @@ from test_tars import make_sample, write_tar
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import read_or_fail
 from data_pipeline.sources import open_source
-from data_pipeline.sources.preparation import open_unit
+from data_pipeline.units import open_unit
 from ifvit.errors import UserError
 
 NUM_MUTATIONS = 300

@@ -17,7 +17,7 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from data_pipeline.encoders import read_or_fail
 from data_pipeline.sources import open_source
-from data_pipeline.sources.preparation import open_unit
+from data_pipeline.units import open_unit
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage
