@@ -106,9 +106,8 @@ def record(cls: type[Any] | None = None, /, *, ignore_unknown: bool = False) -> 
     drops them with `ignore_unknown`, and refuses values of another type. A field that admits NaN or
     infinity has the type `object`.
     """
-    if cls is None:
-        return partial(_make_record, ignore_unknown=ignore_unknown)
-    return _make_record(cls, ignore_unknown=ignore_unknown)
+    make = partial(_make_record, ignore_unknown=ignore_unknown)
+    return make if cls is None else make(cls)
 
 
 def _make_record(cls: type[_Record], *, ignore_unknown: bool) -> type[_Record]:
@@ -116,7 +115,8 @@ def _make_record(cls: type[_Record], *, ignore_unknown: bool) -> type[_Record]:
     checks = [owner.__post_init__ for owner in owners if hasattr(owner, "__post_init__")]
 
     def __post_init__(self: Any) -> None:  # noqa: N807
-        _check_fields(cls, self)
+        for name, hint in field_hints(cast(Hashable, cls)).items():
+            check_value(name, getattr(self, name), hint)
         for check in checks:
             check(self)
 
@@ -128,11 +128,6 @@ def _make_record(cls: type[_Record], *, ignore_unknown: bool) -> type[_Record]:
         "strict": True,
     }
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-
-
-def _check_fields(cls: Any, value: Any) -> None:
-    for name, hint in field_hints(cls).items():
-        check_value(name, getattr(value, name), hint)
 
 
 @lru_cache(maxsize=256)
@@ -231,11 +226,10 @@ def parse_value(
 ) -> _Record:
     """Check plain values, such as parsed YAML, as `parse_json` checks JSON."""
     try:
-        return parse_json(cls, json.dumps(value), where, error=error)
+        text = json.dumps(value)
     except (TypeError, ValueError, RecursionError) as problem:
-        if isinstance(problem, UserError):
-            raise
         raise error(f"{where}: {shorten(problem, 200)}") from None
+    return parse_json(cls, text, where, error=error)
 
 
 def parse_known(cls: type[_Record], value: Mapping[str, object], where: str) -> _Record:
@@ -318,15 +312,8 @@ def _count_nodes(value: Any, where: str) -> None:
 
 def seal_of(content: Mapping[str, Any]) -> str:
     """sha256 of a JSON object without its seal; the order of keys does not matter."""
-    return _seal(_canonical({key: value for key, value in content.items() if key != SEAL}))
-
-
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True)
-
-
-def _seal(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    unsealed = {key: value for key, value in content.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()
 
 
 def dump_sealed(content: Any) -> bytes:
@@ -339,12 +326,10 @@ def parse_sealed(
     cls: type[_Record], data: bytes | str, where: str, *, error: type[UserError] = UserError
 ) -> _Record:
     """Parse what `dump_sealed` wrote. Raises `error` when its content does not fit its seal."""
-    content = dict(parse_json(dict[str, Any], data, where, error=error))
-    seal = content.pop(SEAL, None)
-    text = _canonical(content)
-    if seal != _seal(text):
+    content = parse_json(dict[str, Any], data, where, error=error)
+    if content.pop(SEAL, None) != seal_of(content):
         raise error(f"{where}: damaged, its content does not match its {SEAL}; restore the file")
-    return parse_json(cls, text, where, error=error)
+    return parse_value(cls, content, where, error=error)
 
 
 def dump_rows(rows: Iterable[Any]) -> bytes:
@@ -369,16 +354,14 @@ def parse_rows(
 
 
 def dump_csv(records: Sequence[Mapping[str, object]]) -> bytes:
-    """Encode one or more records with the same keys as a CSV file; None is an empty field.
+    """Encode one or more records with the same keys, in one order, as CSV; None is an empty field.
 
     Text that a spreadsheet would run as a formula is preceded by an apostrophe.
     """
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, records[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {key: _without_formula(value) for key, value in one.items()} for one in records
-    )
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(records[0])
+    writer.writerows(map(_without_formula, one.values()) for one in records)
     return buffer.getvalue().encode()
 
 

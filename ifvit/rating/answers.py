@@ -23,7 +23,7 @@ from typing import Annotated, Any, TypeVar
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.rating.study import MAX_COUNT, BlindName, Study, Task, check_extent, skip_reasons
+from ifvit.rating.study import MAX_COUNT, SKIP_REASONS, BlindName, Study, Task, check_extent
 from ifvit.records import (
     NonNegativeInt,
     PositiveInt,
@@ -91,7 +91,7 @@ class Answer:
         if self.shown != task.shown:
             return False
         if self.skip_reason is not None:
-            return self.skip_reason in skip_reasons(kind)
+            return self.skip_reason in SKIP_REASONS[kind]
         if isinstance(self.value, tuple):
             return kind == "preference" and sorted(self.value) == sorted(self.shown)
         return kind == "counting" and self.value in range(MAX_COUNT + 1)

@@ -1,13 +1,13 @@
 """The verb `rate create`: generated images => a study, and the links of its raters."""
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ifvit import connections, storage
 from ifvit.errors import UserError
-from ifvit.evaluation.object_count import read_count_prompts
+from ifvit.evaluation.object_count import CountPrompt, read_count_prompts
 from ifvit.images import ImageError, decode_png, encode_png
 from ifvit.rating.answers import Store
 from ifvit.rating.config import CreateConfig
@@ -90,25 +90,22 @@ def _build_study(config: CreateConfig) -> Study:
         raise UserError(
             f"{config.study}: no study; give --preference.NAME FOLDER or --counting.NAME FOLDER"
         )
-    blind = {model.name: model.blind for model in models}
-    images = str(Path(config.study, "images"))
-    items = _preference_items(config, blind, images) + _counting_items(config, blind, images)
     return Study(
         folder=Path(config.study),
         seed=config.seed,
         repeat_share=config.repeat_share,
         models=models,
-        items=tuple(replace(item, number=number) for number, item in enumerate(items)),
+        items=tuple(_select_items(config, {model.name: model.blind for model in models})),
     )
 
 
 def _name_models(config: CreateConfig) -> tuple[Model, ...]:
     """List the models in the given order, with blind names M1, M2, … in a random order."""
     names = list({**config.preference, **config.counting})
-    blind = {name: f"M{number}" for number, name in enumerate(shuffled(names, config.seed), 1)}
+    order = shuffled(names, config.seed)
     return tuple(
         Model(
-            blind=blind[name],
+            blind=f"M{order.index(name) + 1}",
             name=name,
             preference=config.preference.get(name),
             counting=config.counting.get(name),
@@ -117,46 +114,45 @@ def _name_models(config: CreateConfig) -> tuple[Model, ...]:
     )
 
 
-def _preference_items(config: CreateConfig, blind: Mapping[str, str], images: str) -> list[Item]:
-    """Make one question per prompt; it shows the images of all models."""
-    samples = {name: _read_samples(folder) for name, folder in config.preference.items()}
-    return [
-        Item(
-            number=0,
-            kind="preference",
-            prompt=sample.prompt,
-            position=sample.position,
-            images={blind[name]: _copy(urls[sample], images) for name, urls in samples.items()},
-        )
-        for sample in _choose("preference", samples, config.num_preference, config.seed)
-    ]
+def _select_items(config: CreateConfig, blind: Mapping[str, str]) -> list[Item]:
+    """Make one ranking per prompt, then one count per prompt and model."""
+    parts: tuple[tuple[Kind, Mapping[str, str], int | None], ...] = (
+        ("preference", config.preference, config.num_preference),
+        ("counting", config.counting, config.num_counting),
+    )
+    items: list[Item] = []
+    for kind, folders, number in parts:
+        samples = {name: _read_samples(folder) for name, folder in folders.items()}
+        chosen = _choose(kind, samples, number, config.seed)
+        asked = _find_counts(config, chosen) if kind == "counting" else {}
+        for sample in chosen:
+            urls = {blind[name]: urls[sample] for name, urls in samples.items()}
+            pages = [urls] if kind == "preference" else [{name: urls[name]} for name in urls]
+            for page in pages:
+                item = Item(
+                    number=len(items),
+                    kind=kind,
+                    prompt=sample.prompt,
+                    position=sample.position,
+                    images={name: _copy(url, config.study) for name, url in page.items()},
+                    object=asked[sample].object if asked else None,
+                    count=asked[sample].count if asked else None,
+                )
+                items.append(item)
+    return items
 
 
-def _counting_items(config: CreateConfig, blind: Mapping[str, str], images: str) -> list[Item]:
-    """Make one question per prompt and model; it shows one image."""
-    samples = {name: _read_samples(folder) for name, folder in config.counting.items()}
-    asked = {prompt.prompt: prompt for prompt in read_count_prompts(config.counting_prompts)}
-    chosen = _choose("counting", samples, config.num_counting, config.seed)
+def _find_counts(config: CreateConfig, chosen: Sequence[_Sample]) -> dict[_Sample, CountPrompt]:
+    """Find what the prompts of the samples ask for. Raises UserError for an unknown prompt."""
+    known = {prompt.prompt: prompt for prompt in read_count_prompts(config.counting_prompts)}
     for sample in chosen:
-        if sample.prompt not in asked:
+        if sample.prompt not in known:
             raise UserError(
                 f"counting: `{shorten(sample.prompt)}` is not in the prompts "
                 f"`{config.counting_prompts}`; give the list that the images were generated from "
                 "with --counting_prompts"
             )
-    return [
-        Item(
-            number=0,
-            kind="counting",
-            prompt=sample.prompt,
-            position=sample.position,
-            images={blind[name]: _copy(urls[sample], images)},
-            object=asked[sample.prompt].object,
-            count=asked[sample.prompt].count,
-        )
-        for sample in chosen
-        for name, urls in samples.items()
-    ]
+    return {sample: known[sample.prompt] for sample in chosen}
 
 
 def _choose(
@@ -192,7 +188,7 @@ def _read_samples(folder: str) -> _Samples:
     }
 
 
-def _copy(url: str, folder: str) -> str:
+def _copy(url: str, study: str) -> str:
     """Copy an image under a name that does not reveal its model, and return the name.
 
     The image is encoded again, because a PNG file may contain text about its origin.
@@ -202,5 +198,5 @@ def _copy(url: str, folder: str) -> str:
     except ImageError as error:
         raise UserError(f"{url}: {error}; generate it again") from None
     name = image_name(data)
-    storage.write_bytes(storage.join(folder, name), data)
+    storage.write_bytes(storage.join(study, "images", name), data)
     return name

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from ifvit.rating.answers import Answer
-from ifvit.rating.study import MAX_COUNT, Task, skip_reasons
+from ifvit.rating.study import MAX_COUNT, SKIP_REASONS, Task
 
 _MAX_FORM_BYTES = 4096
 
@@ -45,7 +45,7 @@ def read_answer(form: Mapping[str, str], task: Task, rater: int) -> Answer:
     kind = task.item.kind
     value: int | tuple[str, ...] | None = None
     if set(form) == {"skip_reason"}:
-        if form["skip_reason"] not in skip_reasons(kind):
+        if form["skip_reason"] not in SKIP_REASONS[kind]:
             raise HTTPException(400, "This is not an answer: unknown reason.")
     elif kind == "preference" and set(form) == {"ranking"}:
         places = form["ranking"].split(",")

@@ -7,19 +7,14 @@
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.rating.config import RepeatShare
-from ifvit.records import (
-    NonNegativeInt,
-    Rule,
-    path_inside,
-    record,
-)
+from ifvit.records import NonNegativeInt, Rule, path_inside, record
 
 Kind = Literal["preference", "counting"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -29,7 +24,7 @@ CANNOT_TELL = "cannot tell"
 """Reason to skip a counting question; it has its own button on the page."""
 SKIP_REASONS: dict[Kind, tuple[str, ...]] = {
     "preference": ("too close to call", "text is unclear", "images do not load", "other"),
-    "counting": ("object is unclear", "image does not load", "other"),
+    "counting": ("object is unclear", "image does not load", "other", CANNOT_TELL),
 }
 MAX_COUNT = 99
 """Largest answer to a counting question."""
@@ -71,13 +66,9 @@ class Item:
     """Number of objects that the prompt of a counting question asks for."""
 
     def __post_init__(self) -> None:
-        is_counting = self.kind == "counting"
-        if (self.count is not None, self.object is not None) != (is_counting, is_counting):
-            raise UserError(f"question {self.number}: `object` and `count` do not fit its kind")
-        if is_counting != (len(self.images) == 1):
-            raise UserError(
-                f"question {self.number}: {len(self.images)} images do not fit its kind"
-            )
+        facts = {self.count is not None, self.object is not None, len(self.images) == 1}
+        if facts != {self.kind == "counting"}:
+            raise UserError(f"question {self.number}: object, count or images do not fit its kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +94,13 @@ class _Questions:
 
     def __post_init__(self) -> None:
         """Raise UserError unless each item shows exactly the images of the models it concerns."""
-        shown = {kind: {m.blind for m in self.models if getattr(m, kind)} for kind in KINDS}
-        if len({m.blind for m in self.models}) < len(self.models) or len(
-            {m.name for m in self.models}
-        ) < len(self.models):
-            raise UserError("models: a name occurs twice")
+        for names in ([m.blind for m in self.models], [m.name for m in self.models]):
+            if len(set(names)) < len(names):
+                raise UserError("models: a name occurs twice")
         for number, item in enumerate(self.items):
-            models = set(item.images)
-            is_right = (
-                models == shown["preference"]
-                if item.kind == "preference"
-                else models <= shown["counting"]
-            )
+            models = {model.blind for model in self.models if getattr(model, item.kind)}
+            shown = item.images.keys()
+            is_right = shown == models if item.kind == "preference" else shown <= models
             if item.number != number or not is_right:
                 raise UserError(f"items.{number}: wrong number, or images of other models")
 
@@ -162,11 +148,6 @@ class Study(_Questions):
         return tasks
 
 
-def skip_reasons(kind: Kind) -> tuple[str, ...]:
-    """All reasons for which a rater can skip a question of this kind."""
-    return SKIP_REASONS[kind] + ((CANNOT_TELL,) if kind == "counting" else ())
-
-
 def shuffled(values: Iterable[_T], *key: object) -> list[_T]:
     """Return the values in a pseudorandom order that depends only on the values and `key`.
 
@@ -178,7 +159,7 @@ def shuffled(values: Iterable[_T], *key: object) -> list[_T]:
 
 def write_study(study: Study) -> None:
     """Write study.json with its seal."""
-    questions = _Questions(**_questions(study))
+    questions = {key: value for key, value in asdict(study).items() if key != "folder"}
     storage.write_sealed(str(study.folder / _FILE), questions)
 
 
@@ -187,12 +168,7 @@ def read_study(folder: str) -> Study:
     url = storage.join(folder, _FILE)
     if not study_exists(folder):
         raise UserError(f"{url}: no such file; make a study with ifvit rate create {folder}")
-    questions = storage.read_sealed(_Questions, url)
-    return Study(folder=Path(folder), **_questions(questions))
-
-
-def _questions(source: _Questions) -> dict[str, Any]:
-    return {each.name: getattr(source, each.name) for each in fields(_Questions)}
+    return Study(folder=Path(folder), **vars(storage.read_sealed(_Questions, url)))
 
 
 def study_exists(folder: str) -> bool:
