@@ -41,7 +41,7 @@ ROOMS = {
         "ifvit/studies/report.py",
     ],
     "sqlite3": ["ifvit/rating/answers.py"],
-    "starlette": ["ifvit/rating/forms.py", "ifvit/rating/server.py"],
+    "starlette": ["ifvit/rating/server.py"],
     "submitit": ["slurm/jobs.py", "slurm/status.py", "slurm/submit.py", "slurm/supervise.py"],
     "pyarrow": ["data_pipeline/sources/parquet_images.py", "data_pipeline/sources/table.py"],
     "transformers": [

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -169,12 +168,11 @@ class Store:
         self._raters: dict[bytes, int] = {}
         """Hash of a rater's code => id. The time of a look-up says nothing about the code."""
         self._loaded_at = -_RELOAD_SECONDS
-        with ExitStack() as opened:  # two connections, so that pages do not wait for a disk's sync
-            self._writer = opened.enter_context(closing(_Database(self._path)))
-            self._writer.check()
-            self._writer.execute("PRAGMA journal_mode = WAL")
-            self._reader = opened.enter_context(closing(_Database(self._path)))
-            self._connections = opened.pop_all()
+        # Two connections, so that pages do not wait for a disk's sync.
+        self._writer = _Database(self._path)
+        self._writer.check()
+        self._writer.execute("PRAGMA journal_mode = WAL")
+        self._reader = _Database(self._path)
 
     @classmethod
     def create(cls, folder: Path) -> "Store":
@@ -203,7 +201,8 @@ class Store:
 
     def close(self) -> None:
         """Merge the journal into the file and close it."""
-        self._connections.close()
+        self._reader.close()
+        self._writer.close()
 
     def add_raters(self, number: int) -> None:
         """Add raters with random codes of 128 bits."""
@@ -215,10 +214,7 @@ class Store:
     def raters(self) -> list[Rater]:
         """List all raters by id."""
         rows = self._reader.execute("SELECT id, CAST(content AS TEXT) FROM rater ORDER BY id")
-        raters = [self._parse(Rater, content, f"rater {id_}") for id_, content in rows]
-        if [rater.id for rater in raters] != [id_ for id_, _ in rows]:
-            raise UserError(f"{self._path}: damaged, raters have other ids; restore it from a copy")
-        return raters
+        return [self._parse(Rater, content, "rater", id=id_) for id_, content in rows]
 
     def find_rater(self, code: str) -> int | None:
         """Return the id of the rater with this code, or None; a new rater is found in a second."""
@@ -241,14 +237,10 @@ class Store:
         if earlier is not None and replace(earlier, answered_at="") == answer:
             return
         now = datetime.now(UTC).isoformat(timespec="microseconds")
+        content = _dump(replace(answer, answered_at=now))
         self._writer.execute(
             "INSERT OR REPLACE INTO answer VALUES (?, ?, ?, ?)",
-            (
-                answer.rater,
-                answer.item,
-                answer.repetition,
-                _dump(replace(answer, answered_at=now)),
-            ),
+            (answer.rater, answer.item, answer.repetition, content),
         )
 
     def find(self, rater: int, item: int, repetition: int) -> Answer | None:
@@ -277,16 +269,18 @@ class Store:
             f" WHERE {condition} ORDER BY rater, item, repetition",
             parameters,
         )
-        answers = []
-        for *key, content in rows:
-            answer = self._parse(Answer, content, f"answer {shorten(key)}")
-            if [answer.rater, answer.item, answer.repetition] != key:
-                raise UserError(f"{self._path}, answer {shorten(key)}: damaged; restore the file")
-            answers.append(answer)
-        return answers
+        return [
+            self._parse(Answer, content, "answer", rater=rater, item=item, repetition=repetition)
+            for rater, item, repetition, content in rows
+        ]
 
-    def _parse(self, cls: type[_Row], content: str, row: str) -> _Row:
-        return parse_sealed(cls, content, f"{self._path}, {row}")
+    def _parse(self, cls: type[_Row], content: str, table: str, **keys: int) -> _Row:
+        """Parse the content of a row, which must agree with the keys of the row."""
+        where = shorten(f"{self._path}, {table} {list(keys.values())}", 300)
+        row = parse_sealed(cls, content, where)
+        if any(getattr(row, name) != key for name, key in keys.items()):
+            raise UserError(f"{where}: damaged, has other keys; restore the file from a copy")
+        return row
 
 
 def read_answers(study: Study, store: Store) -> list[Answer]:
@@ -329,15 +323,13 @@ def _check_files(path: Path) -> None:
         if status.st_size > _MAX_BYTES:
             raise UserError(f"{file}: {status.st_size} bytes, more than the allowed {_MAX_BYTES}")
         if status.st_mode & 0o077:
-            _restrict(file)
-
-
-def _restrict(file: Path) -> None:
-    try:
-        file.chmod(0o600)
-    except PermissionError:
-        raise UserError(f"{file}: others can read it; its owner must run chmod 600") from None
-    sys.stderr.write(f"{file}: others could read the raters' codes in it; its mode is now 0600\n")
+            try:
+                file.chmod(0o600)
+            except PermissionError:
+                raise UserError(
+                    f"{file}: others can read it; its owner must run chmod 600"
+                ) from None
+            sys.stderr.write(f"{file}: others could read the raters' codes; its mode is now 0600\n")
 
 
 def _files(path: Path) -> list[Path]:

@@ -4,15 +4,16 @@ There are no cookies: the secret in a link is all that identifies a rater or the
 """
 
 import asyncio
-import mimetypes
 import secrets
 import socket
 import sys
 import threading
 import time
+import urllib.parse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,9 +27,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ifvit.errors import UserError
-from ifvit.rating.answers import Store
+from ifvit.rating.answers import Answer, Store
 from ifvit.rating.config import ServeConfig
-from ifvit.rating.forms import form_value, is_foreign, read_answer, read_fields
 from ifvit.rating.limits import (
     MAX_HEAD_BYTES,
     Allowance,
@@ -54,6 +54,8 @@ _REQUEST_BURST = 200.0
 """A page with six images takes nine requests."""
 _REFUSAL_SECONDS = 1.0
 """Pause before a refusal, so that a flood costs little."""
+_MAX_FORM_BYTES = 4096
+_STATIC = {path.name: path for path in Path(__file__).parent.joinpath("static").iterdir()}
 _ADMIN_SHARE = 0.1
 """Largest share of the time that the computation of results may take."""
 _HEADERS = {
@@ -67,7 +69,6 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
 }
 _UNKNOWN = "This link is not known here. Please check it, or ask for another one."
 
@@ -126,7 +127,7 @@ def _make_app(study: Study, store: Store) -> Starlette:
             Route("/r/{code}/{number}", site.answer, methods=["POST"]),
             Route("/r/{code}/images/{name}", site.image),
             Route("/admin/{token}", site.admin),
-            Route("/static/{name}", site.static),
+            Route("/static/{name}", _static),
         ],
         middleware=[Middleware(_Gate, store=store)],
         exception_handlers={HTTPException: _error_page, UserError: _failure_page},
@@ -147,28 +148,33 @@ class _Gate:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers.setdefault(name, value)
+                headers.update(_HEADERS)
+                is_static = scope["path"].startswith("/static/")
+                headers.setdefault("Cache-Control", "max-age=600" if is_static else "no-store")
             await send(message)
 
+        answer = self._app
         try:
-            is_allowed = self._is_allowed(scope["path"])
+            if not self._is_allowed(scope["path"]):
+                await asyncio.sleep(_REFUSAL_SECONDS)
+                answer = Response("Too many requests.", 429, {"Retry-After": "1"})
         except UserError as error:
-            failure = await _failure_page(Request(scope), error)
-            await failure(scope, receive, send_with_headers)
-            return
-        if is_allowed:
-            await self._app(scope, receive, send_with_headers)
-            return
-        await asyncio.sleep(_REFUSAL_SECONDS)
-        refusal = Response("Too many requests.", 429, {"Retry-After": "1"})
-        await refusal(scope, receive, send_with_headers)
+            answer = await _failure_page(Request(scope), error)
+        await answer(scope, receive, send_with_headers)
 
     def _is_allowed(self, path: str) -> bool:
         """Count a request of a known rater against the allowance."""
         parts = path.split("/")
         rater = self._store.find_rater(parts[2]) if parts[1:2] == ["r"] and parts[2:] else None
         return rater is None or self._allowance.take(rater)
+
+
+async def _static(request: Request) -> Response:
+    """Send a style sheet, script or icon."""
+    name = request.path_params["name"]
+    if name not in _STATIC:
+        raise HTTPException(404, "There is no such file.")
+    return FileResponse(_STATIC[name])
 
 
 async def _error_page(request: Request, error: Exception) -> Response:
@@ -199,6 +205,14 @@ class _Visit:
         """Index of the first task without an answer; None when all are answered."""
         return next((n for n in range(len(self.tasks)) if n not in self.answered), None)
 
+    def find_place(self, request: Request) -> int:
+        """Index of the task that the address names, counted there from 1."""
+        number = request.path_params["number"]
+        places = {str(place + 1): place for place in range(len(self.tasks))}
+        if number not in places:
+            raise HTTPException(404, "There is no such question.")
+        return places[number]
+
 
 class _Site:
     """The pages of one study. Starlette calls the synchronous methods in threads."""
@@ -209,12 +223,8 @@ class _Site:
         self._images = study.image_files
         self._tasks = cache(study.tasks)
         self._token = store.admin_token().encode()
-        self._static = {
-            file.name: file.read_bytes() for file in files(__package__).joinpath("static").iterdir()
-        }
-        self._results: StudyResults | None = None
-        self._results_of: object = None
-        """Change count of the store of which `_results` are the results."""
+        self._results: tuple[int, StudyResults] | None = None
+        """Change count of the store, and the results at that time."""
         self._next_results = 0.0
         self._computing = threading.Lock()
 
@@ -235,7 +245,7 @@ class _Site:
     def question(self, request: Request) -> Response:
         """Show a question, counted from 1, with the earlier answer if there is one."""
         visit = self._visit(request)
-        place = self._place(request, visit)
+        place = visit.find_place(request)
         if visit.next is not None and place > visit.next:
             return RedirectResponse(f"/r/{visit.code}", status_code=303)
         task = visit.tasks[place]
@@ -258,17 +268,17 @@ class _Site:
 
     async def answer(self, request: Request) -> Response:
         """Store the answer to a question; the response is sent after the commit."""
-        if is_foreign(request):
+        if _is_foreign(request):
             raise HTTPException(403, "This form comes from another site.")
         try:
-            form = await read_fields(request)
+            form = await _read_form(request)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         return await run_in_threadpool(self._record, request, form)
 
     def _record(self, request: Request, form: dict[str, str]) -> Response:
         visit = self._visit(request)
-        place = self._place(request, visit)
+        place = visit.find_place(request)
         if visit.next is not None and place > visit.next:
             raise HTTPException(409, "An earlier question has no answer yet.")
         self._store.add(read_answer(form, visit.tasks[place], visit.rater))
@@ -280,21 +290,11 @@ class _Site:
         name = request.path_params["name"]
         if name not in self._images:
             raise HTTPException(404, "There is no such image.")
-        # The name is a hash of the content, so the browser may keep the image.
-        headers = {"Cache-Control": "private, max-age=86400, immutable"}
         path = path_inside(self._study.folder, f"images/{name}")
         if not path.is_file():
             raise HTTPException(404, "There is no such image.")
-        return FileResponse(path, headers=headers)
-
-    async def static(self, request: Request) -> Response:
-        """Send a style sheet, script or icon."""
-        name = request.path_params["name"]
-        if name not in self._static:
-            raise HTTPException(404, "There is no such file.")
-        media_type, _ = mimetypes.guess_type(name)
-        headers = {"Cache-Control": "max-age=600"}
-        return Response(self._static[name], media_type=media_type, headers=headers)
+        # The name is a hash of the content, so the browser may keep the image.
+        return FileResponse(path, headers={"Cache-Control": "private, max-age=86400, immutable"})
 
     def admin(self, request: Request) -> Response:
         """Show the current progress and results."""
@@ -310,13 +310,12 @@ class _Site:
         """Return the results, computed again when answers came and time allows."""
         with self._computing:
             started, changes = time.monotonic(), self._store.change_count()
-            if self._results is None or (
-                changes != self._results_of and started >= self._next_results
-            ):
-                self._results, self._results_of = summarise(self._study, self._store), changes
+            is_old = self._results is None or self._results[0] != changes
+            if self._results is None or (is_old and started >= self._next_results):
+                self._results = changes, summarise(self._study, self._store)
                 now = time.monotonic()
                 self._next_results = now + (now - started) / _ADMIN_SHARE
-            return self._results
+            return self._results[1]
 
     def _rater(self, request: Request) -> int:
         rater = self._store.find_rater(request.path_params["code"])
@@ -332,9 +331,66 @@ class _Site:
         places = {place for place, key in enumerate(keys) if key in answered}
         return _Visit(request.path_params["code"], rater, tasks, places)
 
-    def _place(self, request: Request, visit: _Visit) -> int:
-        number: str = request.path_params["number"]
-        is_number = number.isascii() and number.isdigit() and len(number) <= 9
-        if not is_number or not 1 <= int(number) <= len(visit.tasks):
-            raise HTTPException(404, "There is no such question.")
-        return int(number) - 1
+
+def _is_foreign(request: Request) -> bool:
+    """Return whether the browser reports that the form is on a page of another site."""
+    origin, host = request.headers.get("origin"), request.headers.get("host")
+    if origin is not None and origin.partition("://")[2] != host:
+        return True
+    return request.headers.get("sec-fetch-site", "same-origin") != "same-origin"
+
+
+async def _read_form(request: Request) -> dict[str, str]:
+    """Read the fields of a small form. Raises HTTPException with 400 or 413."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_FORM_BYTES:
+            raise HTTPException(413, "This form is too large.")
+    try:
+        fields = urllib.parse.parse_qsl(body.decode(), strict_parsing=True)
+    except ValueError:
+        raise HTTPException(400, "This is not a form.") from None
+    if len(dict(fields)) < len(fields):
+        raise HTTPException(400, "A field of this form occurs twice.")
+    return dict(fields)
+
+
+def read_answer(form: Mapping[str, str], task: Task, rater: int) -> Answer:
+    """Convert a form with one field, `skip_reason`, `count` or `ranking`, into an answer.
+
+    `ranking` lists places on the page from best to worst, counted from 0: "2,0,1".
+    Raises HTTPException with 400 for any other form.
+    """
+    value: int | tuple[str, ...] | None = None
+    try:
+        [(name, text)] = form.items()
+        if name == "ranking":
+            at = {str(place): model for place, model in enumerate(task.shown)}
+            value = tuple(at[place] for place in text.split(","))
+        elif name == "count" and text.isascii() and text.isdigit():
+            value = int(text)
+        elif name != "skip_reason":
+            raise ValueError(name)
+        answer = Answer(
+            rater=rater,
+            item=task.item.number,
+            repetition=task.repetition,
+            shown=task.shown,
+            value=value,
+            skip_reason=form.get("skip_reason"),
+        )
+    except (KeyError, ValueError):
+        answer = None
+    if answer is None or not answer.fits(task):
+        raise HTTPException(400, "This is not an answer to this question.")
+    return answer
+
+
+def form_value(task: Task, answer: Answer | None) -> str:
+    """Return the value of the form field that produces this answer."""
+    if answer is None or answer.value is None:
+        return ""
+    if isinstance(answer.value, int):
+        return str(answer.value)
+    return ",".join(str(task.shown.index(name)) for name in answer.value)

@@ -16,9 +16,8 @@ from starlette.exceptions import HTTPException
 from ifvit.errors import UserError
 from ifvit.rating.answers import Rater, Store
 from ifvit.rating.config import ServeConfig
-from ifvit.rating.forms import read_answer
 from ifvit.rating.results import read_results
-from ifvit.rating.server import serve
+from ifvit.rating.server import read_answer, serve
 from ifvit.rating.study import Item, Kind, Study, Task
 
 NUM_RATERS = 50
