@@ -54,7 +54,7 @@ class ConditionalBackbone(Protocol):
         """Predict the noise in x_t (B, C, S, S) at timesteps (B,).
 
         An encoded condition may have k * B rows; row i belongs to latents i mod B, and the result
-        has k * B rows, too. `biases` maps fused blocks to a `Bias`.
+        has k * B rows, too. `biases` maps numbers of blocks to a `Bias`.
         """
 
 
@@ -84,7 +84,7 @@ class Change:
     context: Tensor | None = None
     """(B, M, D): replaces the conditional context from this evaluation on."""
     biases: Mapping[int, Bias] = field(default_factory=dict)
-    """Bias per fused block, for this evaluation. It applies to the conditional half only."""
+    """Bias by number of the block, for this evaluation, and for the conditional half only."""
 
 
 class AlignmentMethod(Protocol):
@@ -125,13 +125,13 @@ class GuidedNoisePredictor:
         is_guided = self._guidance.applies_at(timesteps[0])
         condition, biases = self._encoded, change.biases
         if is_guided:
-            # Both halves share x_t, so the backbone runs the blocks before the first fused block on
-            # B rows and repeats the rows there (models/layers.py).
+            # Both halves share x_t, so the backbone runs the blocks before the first text on B rows
+            # and repeats the rows there (models/layers.py).
             condition = self._both_conditions
             biases = {
                 block: partial(_bias_conditional, len(x_t), bias) for block, bias in biases.items()
             }
-        optional = (biases,) if biases else ()  # only fusion backbones accept biases
+        optional = (biases,) if biases else ()  # other backbones accept no biases
         dtype = self._backbone.dtype
         predicted: Tensor = self._backbone(x_t.to(dtype), timesteps, condition, *optional)
         predicted = predicted.float()

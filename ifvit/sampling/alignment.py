@@ -180,42 +180,32 @@ def _regulation_builder(
     config: SamplingConfig, sampler: Sampler, info: WeightsInfo
 ) -> Callable[[Sequence[str]], Regulation]:
     """Check the settings against the backbone, and prepare what all batches share."""
-    backbone = sampler.backbone.config
-    if not isinstance(backbone, FusionTransformerConfig):
+    backbone, settings = sampler.backbone.config, config.regulation
+    if not isinstance(backbone, FusionTransformerConfig) or not backbone.text_key_blocks:
         raise UserError(
-            f"method {config.method}: attention regulation knows the blocks of a fusion backbone, "
-            f"not those of a {type(sampler.backbone).__name__}; use date or plain"
-        )
-    if backbone.conditioning == "adaln":
-        raise UserError(
-            f"method {config.method}: with conditioning adaln no attention goes to text; "
+            f"method {config.method}: the image tokens of this backbone attend to no text; "
             "use date or plain"
         )
-    settings = config.regulation
-    blocks = settings.blocks
-    if blocks is None:
-        blocks = middle_blocks(backbone.num_fused_blocks)
-    if not all(0 <= block < backbone.num_fused_blocks for block in blocks):
+    blocks = settings.blocks or middle_blocks(backbone.text_key_blocks)
+    if not set(blocks) <= set(backbone.text_key_blocks):
         raise UserError(
-            f"regulation.blocks {list(blocks)}: expected fused blocks of this backbone, "
-            f"0 ... {backbone.num_fused_blocks - 1}"
+            f"regulation.blocks {list(blocks)}: in fusion {backbone.fusion!r}, image tokens attend "
+            f"to text in the blocks {', '.join(map(str, backbone.text_key_blocks))}"
         )
-    token_spans = load_token_spans(require_text_encoder(info).name, backbone.context_length)
+    token_spans = load_token_spans(require_text_encoder(info).name, backbone.num_text_tokens)
     num_evaluations = _next_start(math.ceil(settings.share_of_steps * config.num_steps), config)
-    side = backbone.latent_size // backbone.patch_size
 
     def regulate(prompts: Sequence[str]) -> Regulation:
-        device = sampler.backbone.device
-        targets = find_targets(prompts, settings.targets, token_spans, device)
+        targets = find_targets(prompts, settings.targets, token_spans, sampler.backbone.device)
         if not targets.present.any():
             return Regulation({}, 0)
-        biases = {block: BlockBias(targets, side, settings.mass) for block in blocks}
+        biases = {block: BlockBias(backbone, targets, settings.mass) for block in blocks}
         return Regulation(biases, num_evaluations)
 
     return regulate
 
 
-def middle_blocks(num_fused_blocks: int) -> tuple[int, ...]:
-    """Return the numbers of the middle five fused blocks, or of all if there are fewer."""
-    surplus = max(0, num_fused_blocks - _NUM_REGULATED) // 2
-    return tuple(range(surplus, num_fused_blocks - surplus))
+def middle_blocks(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the middle five of these numbers of blocks, or all if there are fewer."""
+    start = max(0, len(blocks) - _NUM_REGULATED) // 2
+    return blocks[start : start + _NUM_REGULATED]

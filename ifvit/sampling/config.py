@@ -56,7 +56,8 @@ class RegulationConfig:
     share_of_steps: Fraction = 0.5
     """Regulate this first fraction of the function evaluations."""
     blocks: tuple[NonNegativeInt, ...] | None = None
-    """Fused blocks to regulate, counted from 0 at the input. Unset: the middle five."""
+    """Numbers of blocks of the fusion map, from 0, in which image tokens attend to text. Unset: the
+    middle five of them."""
 
 
 _USED_BY: dict[str, tuple[MethodName, ...]] = {

@@ -52,7 +52,6 @@ Named = tuple[str | None, str | None]
 _CLASSES: dict[str, set[Named]] = {
     "backbone": {
         ("ifvit.models.fusion_transformer", "FusionTransformer"),
-        ("ifvit.models.fusion_transformer", "TokenTransformer"),
         ("ifvit.models.unet", "UNet"),
     },
     "vae": {("diffusers", "AutoencoderKL")},

@@ -21,6 +21,7 @@ from torch.nn import functional
 from ifvit.diffusion.guidance import Bias, Change, FunctionEvaluation
 from ifvit.errors import UserError
 from ifvit.models.attention import logits_of
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.sampling.config import Mass
 
 Span = tuple[int, int]
@@ -55,10 +56,10 @@ _OTHER_WORDS = frozenset(
 
 
 class Regulation:
-    """Biases the attention of fused blocks in the first function evaluations; a method."""
+    """Biases attention to text in the first function evaluations; a method."""
 
     def __init__(self, biases: Mapping[int, Bias], num_evaluations: int) -> None:
-        """Take a `Bias` per fused block, and the number of evaluations that use them."""
+        """Take a `Bias` per number of a block, and the number of evaluations that use them."""
         self._biases = biases
         self._num_evaluations = num_evaluations
 
@@ -132,25 +133,33 @@ def _mentions(phrase: str, caption: str) -> list[Span]:
 
 
 class BlockBias:
-    """Bias of one fused block for B captions, called once per function evaluation; a `Bias`."""
+    """Bias of one block for B captions, called once per function evaluation; a `Bias`."""
 
-    def __init__(self, targets: TargetTokens, side: int, mass: Mass) -> None:
-        """`side`: height and width of the map of image tokens."""
+    def __init__(
+        self, config: FusionTransformerConfig, targets: TargetTokens, mass: Mass = "preserve"
+    ) -> None:
+        """`config` is that of the backbone: it says where image and text tokens are."""
         self._targets = targets
-        self._basis = gaussian_basis(side).to(targets.present.device)
         self._mass = mass
+        basis = gaussian_basis(config.latent_size // config.patch_size)
+        self._basis = basis.to(targets.present.device)
+        self._first_image_token = config.first_image_token
+        self._num_text_tokens = config.num_text_tokens
         self._previous: Tensor | None = None
         self._num_calls = 0
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         """Queries (B, Q, H, E), keys (B, J, H, E) => addend (B, H, Q, J) to the logits.
 
+        Image tokens are the queries from `first_image_token` on. The last M keys are text, in
+        blocks with one softmax and in those whose cross-attention has no other keys.
         The bias at evaluation s is S' = 0.99^s (0.25 S*_{s-1} + 0.75 S*_s), where S*_s is the
         optimum at s and S*_{-1} = 0. `preserve` subtracts logsumexp(A + S') - logsumexp(A) from
         all text columns, so that each image query keeps its total attention to text.
         """
-        image = slice(1, 1 + len(self._basis))
-        logits = logits_of(query[:, image], key[:, image.stop :])
+        image = slice(self._first_image_token, self._first_image_token + len(self._basis))
+        text = slice(key.shape[1] - self._num_text_tokens, None)
+        logits = logits_of(query[:, image], key[:, text])
         relative = relative_logits(logits, self._targets)
         optimum, _ = optimise_bias(relative, self._targets.present, self._basis)
         previous = torch.zeros_like(optimum) if self._previous is None else self._previous
@@ -163,10 +172,11 @@ class BlockBias:
         if self._mass == "preserve":
             text_bias = text_bias - added_mass(relative, bias)[..., None]
         addend = query.new_zeros(len(query), query.shape[2], query.shape[1], key.shape[1])
-        addend[:, :, image, image.stop :] = text_bias.to(addend.dtype)
+        addend[:, :, image, text] = text_bias.to(addend.dtype)
         return addend
 
 
+@torch.enable_grad()
 def optimise_bias(
     relative: Tensor, present: Tensor, basis: Tensor, num_steps: int = 20
 ) -> tuple[Tensor, Tensor]:
@@ -181,50 +191,33 @@ def optimise_bias(
     best_bias = torch.zeros_like(relative)
     best_loss = relative.new_full((len(relative),), torch.inf)
     for _ in range(num_steps):
+        weights = weights.detach().requires_grad_()
         bias = weights @ basis.T
-        attention = target_attention(relative + bias)
-        loss, grad_attention, grad_weights = regulation_loss(attention, weights, present)
-        mean = loss.mean(dim=1)
+        loss = regulation_loss(target_attention(relative + bias), weights, present)
+        (gradient,) = torch.autograd.grad(loss.sum(), weights)
+        weights = weights - _STEP_SIZE * gradient
+        mean, bias = loss.detach().mean(dim=1), bias.detach()
         best_bias = torch.where((mean < best_loss)[:, None, None, None], bias, best_bias)
         best_loss = torch.minimum(mean, best_loss)
-        # dP_i/dA_j = P_i (delta_ij - P_j) for the targets i, j of one image token.
-        weighted = attention * grad_attention
-        grad_logits = weighted - attention * weighted.sum(dim=2, keepdim=True)
-        weights = weights - _STEP_SIZE * (grad_logits @ basis + grad_weights)
     return best_bias, best_loss
 
 
-def regulation_loss(
-    attention: Tensor, weights: Tensor, present: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute L = E_hi + 80 E_mass + 0.09 E_reg and its derivatives, faster than autograd.
+def regulation_loss(attention: Tensor, weights: Tensor, present: Tensor) -> Tensor:
+    """L = E_hi + 80 E_mass + 0.09 E_reg of P (B, H, T, N) and W (B, H, T, K) => (B, H).
 
-    P (B, H, T, N), W (B, H, T, K) and present targets (B, T) => L (B, H), dL/dP (B, H, T, N) and
-    dL/dW (B, H, T, K) at constant P. L is a mean over the present targets of
-    E_hi = (q_0.9 P - 0.9)^2 over the map, E_mass = (mean P - theta / T)^2 with
-    theta = min(1, 0.2 T), and E_reg = mean W^2.
+    L is a mean over the targets in `present` (B, T) of E_hi = (q_0.9 P - 0.9)^2 over the map,
+    E_mass = (mean P - theta / T)^2 with theta = min(1, 0.2 T), and E_reg = mean W^2.
     """
-    num_tokens, num_kernels = attention.shape[-1], weights.shape[-1]
     count = present.sum(dim=1)[:, None, None].clamp(min=1)
-    share = present[:, None] / count
     mass_error = attention.mean(dim=-1) - (_MASS_PER_TARGET * count).clamp(max=1.0) / count
-    # Interpolate between the two nearest values, as torch.quantile does.
-    rank = _QUANTILE * (num_tokens - 1)
+    # As torch.quantile interpolates between the two nearest values, but 1.6 times faster.
+    rank = _QUANTILE * (attention.shape[-1] - 1)
     low = int(rank)
-    ordered, order = attention.sort(dim=-1)
-    quantile_error = torch.lerp(ordered[..., low], ordered[..., low + 1], rank - low) - _HIGH
-
-    value = quantile_error.square() + _MASS_WEIGHT * mass_error.square()
+    ordered, _ = attention.sort(dim=-1)
+    high = torch.lerp(ordered[..., low], ordered[..., low + 1], rank - low)
+    value = (high - _HIGH).square() + _MASS_WEIGHT * mass_error.square()
     value = value + _SIZE_WEIGHT * weights.square().mean(dim=-1)
-    grad_mass = (2 * _MASS_WEIGHT / num_tokens) * share * mass_error
-    grad_quantile = 2 * share * quantile_error
-    grad_neighbours = torch.stack(
-        [(1 - rank + low) * grad_quantile, (rank - low) * grad_quantile], dim=-1
-    )
-    grad_attention = grad_mass[..., None].expand_as(attention)
-    grad_attention = grad_attention.scatter_add(-1, order[..., low : low + 2], grad_neighbours)
-    grad_weights = (2 * _SIZE_WEIGHT / num_kernels) * share[..., None] * weights
-    return (value * share).sum(dim=-1), grad_attention, grad_weights
+    return (value * present[:, None] / count).sum(dim=-1)
 
 
 def relative_logits(logits: Tensor, targets: TargetTokens) -> Tensor:

@@ -1,10 +1,18 @@
 """Classifier-free guidance with real backbones, and the changes that alignment methods make."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from captioned_backbone import CONTEXTS, NULL, build_backbone
+from captioned_backbone import (
+    CONTEXTS,
+    MAPS,
+    NULL,
+    TEXT_KEY_MAPS,
+    build_backbone,
+    random_shape,
+)
 from made_backbone import SMALL_CLASSES, SMALL_UNET
 from torch import Tensor
 
@@ -17,13 +25,14 @@ from ifvit.diffusion.guidance import (
 )
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.diffusion.solvers import solve
-from ifvit.models.config import BackboneConfig, Fusion
+from ifvit.models.backbone import EncodedCondition
+from ifvit.models.config import BackboneConfig
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.weights import build_backbone as build
 
 X_T = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(3))
 TIMESTEPS = torch.full((5,), 400)
-CONDITIONINGS = pytest.mark.parametrize("conditioning", ["concat", "cross_attention", "adaln"])
+FUSIONS = pytest.mark.parametrize("fusion", MAPS)
 
 
 def build_predictor(
@@ -37,9 +46,9 @@ def build_predictor(
 
 
 @pytest.mark.parametrize("scale", [3.0, 0.5])
-@CONDITIONINGS
-def test_guidance_is_its_equation(conditioning: Fusion, scale: float) -> None:
-    backbone = build_backbone(conditioning)
+@FUSIONS
+def test_guidance_is_its_equation(fusion: str, scale: float) -> None:
+    backbone = build_backbone(fusion)
     with torch.no_grad():
         guided = build_predictor(backbone, scale)(X_T, TIMESTEPS)
         conditional = backbone(X_T, TIMESTEPS, CONTEXTS)
@@ -75,22 +84,44 @@ def test_noise_of_half_precision_is_guided_in_float32() -> None:
     torch.testing.assert_close(guided, unconditional + 3.0 * (conditional - unconditional))
 
 
-def test_blocks_before_the_text_run_once_for_both_halves() -> None:
+@pytest.mark.parametrize("seed", range(60))
+def test_a_guided_step_equals_two_separate_halves_for_any_map(seed: int) -> None:
+    backbone = build_backbone(random_shape(seed))
+    with torch.no_grad():
+        guided = build_predictor(backbone, 3.0)(X_T, TIMESTEPS)
+        # Without the cache, each half computes its own text, its keys and all blocks.
+        conditional, unconditional = (
+            backbone(X_T, TIMESTEPS, EncodedCondition(tokens=one.tokens, pooled=one.pooled))
+            for one in map(backbone.encode_condition, (CONTEXTS, NULL.expand_as(CONTEXTS)))
+        )
+    expected = unconditional + 3.0 * (conditional - unconditional)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(conditional, unconditional, rtol=1e-3, atol=1e-4)
+
+
+@FUSIONS
+def test_blocks_before_the_text_run_once_for_both_halves(fusion: str) -> None:
+    backbone = build_backbone(fusion)
+    rows: list[int] = []
+    for block in backbone.blocks:
+        block.register_forward_hook(lambda *call: rows.append(len(call[2][0])))
+    build_predictor(backbone, 3.0)(X_T, TIMESTEPS)
+    assert rows == [5, 10, 10, 10, 10]
+
+
+def test_queries_of_the_first_block_with_text_are_computed_once() -> None:
     backbone = build_backbone()
     rows: list[int] = []
-    for block in (*backbone.in_blocks, backbone.mid_block):
+    for block in backbone.blocks:
         block.attn.qkv.register_forward_hook(lambda *call: rows.append(len(call[2])))
-    predictor = build_predictor(backbone, 3.0)
-    rows.clear()
-    predictor(X_T, TIMESTEPS)
-    # The queries of the first fused block still do not depend on text.
-    assert rows == [5, 5, 10]
+    build_predictor(backbone, 3.0)(X_T, TIMESTEPS)
+    assert rows == [5, 5, 10, 10, 10]
 
 
 def test_the_unconditional_half_runs_only_where_guidance_applies() -> None:
     backbone = build_backbone()
     rows: list[int] = []
-    backbone.mid_block.register_forward_hook(lambda *call: rows.append(len(call[2])))
+    backbone.decoder_pred.register_forward_hook(lambda *call: rows.append(len(call[2])))
     null = backbone.encode_condition(NULL[None])
     predictor = GuidedNoisePredictor(backbone, CONTEXTS, null, Guidance(2.0, low=100, high=800))
     for t in (999, 801, 800, 100, 99, 0):
@@ -110,10 +141,10 @@ def test_guidance_applies_everywhere_by_default_and_else_in_its_interval() -> No
         SolverConfig(guidance_low=6.0, guidance_high=5.0)
 
 
-def sample_on_meta(guidance: Guidance, conditioning: Fusion = "concat") -> Tensor:
+def sample_on_meta(guidance: Guidance, fusion: str = "3*concat") -> Tensor:
     """Four steps on the meta device, which has no values: reading a value from it raises."""
     with torch.device("meta"):
-        backbone = build_backbone(conditioning)
+        backbone = build_backbone(fusion)
         contexts, noise = torch.empty(2, 6, 16), torch.empty(2, 4, 4, 4)
     with torch.no_grad():
         null = backbone.encode_condition(contexts[:1])
@@ -121,9 +152,9 @@ def sample_on_meta(guidance: Guidance, conditioning: Fusion = "concat") -> Tenso
     return solve(predictor, noise, "dpm_solver_pp", num_steps=4)
 
 
-@CONDITIONINGS
-def test_guided_steps_never_wait_for_the_device(conditioning: Fusion) -> None:
-    assert sample_on_meta(Guidance(2.0), conditioning).is_meta
+@FUSIONS
+def test_guided_steps_never_wait_for_the_device(fusion: str) -> None:
+    assert sample_on_meta(Guidance(2.0), fusion).is_meta
 
 
 def test_only_an_interval_of_guidance_reads_the_timestep() -> None:
@@ -145,12 +176,12 @@ class Recorder:
 
 
 @pytest.mark.parametrize("high", [999.0, 399.0])
-@CONDITIONINGS
+@FUSIONS
 def test_a_method_gets_clean_latents_with_a_gradient_to_the_context(
-    conditioning: Fusion, high: float
+    fusion: str, high: float
 ) -> None:
     method = Recorder(Change())
-    backbone = build_backbone(conditioning)
+    backbone = build_backbone(fusion)
     noise = build_predictor(backbone, 3.0, method, high)(X_T, TIMESTEPS)
     # A method that changes nothing leaves the noise unchanged.
     assert torch.equal(noise, build_predictor(backbone, 3.0, None, high)(X_T, TIMESTEPS))
@@ -172,24 +203,35 @@ def test_a_changed_context_stays_until_the_next_change() -> None:
     assert torch.equal(method.seen[1].context, CONTEXTS.flip(0))
 
 
-@pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
-def test_biases_change_the_conditional_half_only(conditioning: Fusion) -> None:
-    backbone = build_backbone(conditioning)
+def hide(num_hidden: int, query: Tensor, key: Tensor) -> Tensor:
+    """Remove all attention of image and time tokens to the last text tokens."""
+    addend = torch.zeros(len(query), 2, query.shape[1], key.shape[1])
+    addend[:, :, :5, -num_hidden:] = -torch.inf
+    return addend
+
+
+@pytest.mark.parametrize("fusion", TEXT_KEY_MAPS)
+def test_biases_change_the_conditional_half_only(fusion: str) -> None:
+    backbone = build_backbone(fusion)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def hide_text(query: Tensor, key: Tensor) -> Tensor:
-        """Remove all attention of image and time tokens to text."""
+    def bias(query: Tensor, key: Tensor) -> Tensor:
         seen.append((query, key))
-        addend = torch.zeros(len(query), 2, query.shape[1], key.shape[1])
-        addend[:, :, :5, 5:] = -torch.inf
-        return addend
+        return hide(5, query, key)  # all text tokens but the first
 
-    change = Change(biases=dict.fromkeys(range(3), hide_text))
+    change = Change(biases=dict.fromkeys(range(1, 4), bias))
     one = build_predictor(backbone, 1.0, Recorder(change))(X_T, TIMESTEPS)
     guided = build_predictor(backbone, 3.0, Recorder(change))(X_T, TIMESTEPS)
     unconditional = backbone(X_T, TIMESTEPS, NULL.expand_as(CONTEXTS))
     torch.testing.assert_close(guided, unconditional + 3.0 * (one - unconditional))
     torch.testing.assert_close(seen[3:], seen[:3])
-    # Without text all captions give the same noise, so the bias reached every fused block.
-    hidden = build_predictor(backbone, 1.0, Recorder(change))(X_T[:1].expand_as(X_T), TIMESTEPS)
+    assert not torch.allclose(one, backbone(X_T, TIMESTEPS, CONTEXTS), atol=1e-3)
+
+
+@pytest.mark.parametrize("fusion", [one for one in TEXT_KEY_MAPS if "separate" not in one])
+def test_biases_reach_every_block_with_text_keys(fusion: str) -> None:
+    change = Change(biases=dict.fromkeys(range(1, 4), partial(hide, 6)))
+    predictor = build_predictor(build_backbone(fusion), 1.0, Recorder(change))
+    hidden = predictor(X_T[:1].expand_as(X_T), TIMESTEPS)
+    # Image tokens that see no text give the same noise for all captions.
     torch.testing.assert_close(hidden, hidden[:1].expand_as(hidden))

@@ -44,7 +44,7 @@ def make_batches(positions: Sequence[int], batch_size: int) -> Iterator[Conditio
 def test_text_is_encoded_once_per_caption_for_any_number_of_steps(sampler: Sampler) -> None:
     rows: list[int] = []
     hook = sampler.backbone.text_blocks[0].register_forward_hook(  # type: ignore[attr-defined]
-        lambda *call: rows.append(len(call[2]))
+        lambda *call: rows.append(len(call[2][0]))
     )
     config = dataclasses.replace(CONFIG, num_steps=6)
     list(generate_images(sampler, make_batches(range(5), 2), config))

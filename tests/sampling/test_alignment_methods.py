@@ -44,6 +44,7 @@ from ifvit.shards.format import EncoderIdentity
 CONFIG = SamplingConfig(num_steps=6, guidance_scale=3.0, seed=7)
 CONTEXTS = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(1))
 GOAL = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(2))
+SHAPE = small_shape(num_registers=2)  # places of tokens in the fixture `backbone`
 TARGETS = TargetTokens(
     positions=torch.tensor([[1, 3], [2, 0], [0, 0]]),
     present=torch.tensor([[True, True], [True, False], [False, False]]),
@@ -108,7 +109,7 @@ def date(**settings: object) -> Date:
 
 
 def regulation(num_evaluations: int = 3) -> Regulation:
-    biases = {block: BlockBias(TARGETS, 4, "preserve") for block in (0, 2)}
+    biases = {block: BlockBias(SHAPE, TARGETS) for block in (1, 3)}
     return Regulation(biases, num_evaluations)
 
 
@@ -306,7 +307,7 @@ def test_date_moves_the_context_and_regulation_biases_the_middle_blocks(sampler:
     assert changes[0].context is not None
     step = lengths(changes[0].context - evaluation(0).context)
     torch.testing.assert_close(step, torch.full((2,), 0.5))
-    assert [sorted(change.biases) for change in changes] == [[0, 1, 2], [0, 1, 2], [], []]
+    assert [sorted(change.biases) for change in changes] == [[1, 2, 3], [1, 2, 3], [], []]
     some = build(sampler, method="regulate", regulation=RegulationConfig(blocks=(1,)))
     assert list(some.before(evaluation(0)).biases) == [1]
 
@@ -396,26 +397,30 @@ def test_date_adds_image_reward_to_the_clip_score(sampler: Sampler, tmp_path: Pa
 
 @pytest.mark.parametrize("backbone", ["concat"], indirect=True)
 @pytest.mark.parametrize(
-    ("changes", "settings", "message"),
+    ("fusion", "settings", "message"),
     [
-        ({}, {"blocks": (0, 3)}, "expected fused blocks of this backbone, 0 ... 2"),
-        ({}, {"targets": "circles"}, 'not in the prompt "a blue square"'),
-        ({"conditioning": "adaln"}, {}, "with conditioning adaln no attention goes to text"),
+        ("image concat 2*dual_stream", {"blocks": (0, 3)}, "attend to text in the blocks 1, 2, 3"),
+        ("concat", {"targets": "circles"}, 'not in the prompt "a blue square"'),
+        ("image 2*adaln", {}, "the image tokens of this backbone attend to no text"),
     ],
 )
 def test_regulation_that_fits_neither_backbone_nor_prompt_is_refused(
-    sampler: Sampler, changes: dict[str, object], settings: dict[str, object], message: str
+    sampler: Sampler, fusion: str, settings: dict[str, object], message: str
 ) -> None:
-    shape = small_shape(latent_channels=2, **changes)
+    shape = small_shape(latent_channels=2, fusion=fusion)
     sampler = dataclasses.replace(sampler, backbone=FusionTransformer(shape))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         build(sampler, method="regulate", regulation=RegulationConfig(**settings))
+    assert "\n" not in str(error.value)
 
 
-def test_the_middle_five_fused_blocks_are_the_default() -> None:
-    assert middle_blocks(13) == (4, 5, 6, 7, 8)
-    assert middle_blocks(5) == (0, 1, 2, 3, 4)
-    assert middle_blocks(3) == (0, 1, 2)
+def test_the_middle_five_blocks_with_text_keys_are_the_default() -> None:
+    assert middle_blocks(tuple(range(13))) == (4, 5, 6, 7, 8)
+    assert middle_blocks(tuple(range(6))) == (0, 1, 2, 3, 4)
+    # Not contiguous; an adaln block has no text keys.
+    shape = small_shape(fusion="concat image adaln 4*dual_stream image 2*cross_attention")
+    assert middle_blocks(shape.text_key_blocks) == (3, 4, 5, 6, 8)
+    assert middle_blocks((2, 7)) == (2, 7)
 
 
 def test_flags_choose_the_method_and_its_settings() -> None:

@@ -1,14 +1,17 @@
 """Attention regulation: its targets, its optimisation on logits, and the bias of a block."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
+from made_backbone import small_shape
 from torch import Tensor
 
 from ifvit.errors import UserError
 from ifvit.models.attention import logits_of
 from ifvit.models.clip import load_token_spans
+from ifvit.models.config import UPDATES_TEXT, FusionTransformerConfig
 from ifvit.sampling.config import Mass
 from ifvit.sampling.regulation import (
     BlockBias,
@@ -130,30 +133,23 @@ def test_the_basis_of_a_map_of_16_is_the_authors() -> None:
 
 
 @pytest.mark.parametrize("num_targets", [1, 2, 8])
-def test_the_loss_and_its_derivatives_are_those_of_the_equation(num_targets: int) -> None:
+def test_the_loss_is_that_of_the_equation(num_targets: int) -> None:
     generator = torch.Generator().manual_seed(2)
     # With 25 values the quantile is nearer to one of its two neighbours; with 16 it is not.
     attention = torch.rand(2, 2, num_targets, 25, generator=generator, dtype=torch.double)
     weights = torch.rand(2, 2, num_targets, 49, generator=generator, dtype=torch.double)
-    attention.requires_grad_()
-    weights.requires_grad_()
-    expected = torch.stack(
-        [loss_by_hand(attention[b, h], weights[b, h]) for b in range(2) for h in range(2)]
-    )
-    derivatives = torch.autograd.grad(expected.sum(), (attention, weights))
-    present = torch.ones(2, num_targets, dtype=torch.bool)
-    loss, *found = regulation_loss(attention, weights, present)
-    torch.testing.assert_close(loss.flatten(), expected, check_dtype=False)
-    torch.testing.assert_close(found, list(derivatives), check_dtype=False)
+    loss = regulation_loss(attention, weights, torch.ones(2, num_targets, dtype=torch.bool))
+    for b, h in product(range(2), range(2)):
+        expected = loss_by_hand(attention[b, h], weights[b, h])
+        torch.testing.assert_close(loss[b, h], expected, check_dtype=False)
 
 
 def test_absent_targets_do_not_count() -> None:
     attention = target_attention(RELATIVE)
     weights = torch.rand(*RELATIVE.shape[:3], 49)
-    loss, by_attention, _ = regulation_loss(attention, weights, TARGETS.present)
+    loss = regulation_loss(attention, weights, TARGETS.present)
     expected = loss_by_hand(attention[1, 0, :1], weights[1, 0, :1])
     torch.testing.assert_close(loss[1, 0], expected)
-    assert (by_attention[1, :, 1] == 0).all()
     assert (loss[2] == 0).all()
 
 
@@ -185,7 +181,7 @@ def test_the_best_of_the_authors_steps_is_kept(num_steps: int) -> None:
 def test_the_optimum_halves_the_loss_and_gives_each_target_its_share() -> None:
     weights = torch.zeros(*RELATIVE.shape[:3], 49)
     plain = target_attention(RELATIVE)
-    before = regulation_loss(plain, weights, TARGETS.present)[0].mean(dim=1)
+    before = regulation_loss(plain, weights, TARGETS.present).mean(dim=1)
     bias, loss = optimise_bias(RELATIVE, TARGETS.present, BASIS)
     assert (loss <= before).all()
     assert (loss[:2] < before[:2] / 2).all()
@@ -203,18 +199,24 @@ def test_the_optimum_does_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(losses[1:2], loss, rtol=1e-3, atol=1e-4)
 
 
-# The bias of a block: keys are time, 16 image tokens and 10 text tokens.
+# The bias of a block: time, two registers, 16 image tokens and 10 text tokens.
 
-IMAGE, TEXT = slice(1, 17), slice(17, 27)
-# In cross-attention, time and image have queries; in concat, text has queries, too.
-NUM_QUERIES = {"cross_attention": 17, "concat": 27}
-CONDITIONINGS = pytest.mark.parametrize("conditioning", NUM_QUERIES)
+ENTRIES = ("concat", "cross_attention", "separate_cross_attention", "dual_stream")
+FUSIONS = pytest.mark.parametrize("entry", ENTRIES)
+IMAGE = slice(3, 19)
 
 
-def queries_and_keys(conditioning: str) -> tuple[Tensor, Tensor]:
+def shape_of(entry: str) -> FusionTransformerConfig:
+    return small_shape(fusion=entry, num_text_blocks=0, num_registers=2, context_length=10)
+
+
+def queries_and_keys(entry: str) -> tuple[Tensor, Tensor]:
+    """Text has queries where it is updated; separate_cross_attention has keys of text alone."""
     generator = torch.Generator().manual_seed(0)
-    query = 1.5 * torch.randn(3, NUM_QUERIES[conditioning], 2, 8, generator=generator)
-    return query, 1.5 * torch.randn(3, 27, 2, 8, generator=generator)
+    num_queries = 29 if entry in UPDATES_TEXT else 19
+    query = 1.5 * torch.randn(3, num_queries, 2, 8, generator=generator)
+    key = 1.5 * torch.randn(3, 29, 2, 8, generator=generator)
+    return query, key[:, 19:] if entry == "separate_cross_attention" else key
 
 
 def attention(query: Tensor, key: Tensor, addend: Tensor | float = 0.0) -> Tensor:
@@ -222,63 +224,65 @@ def attention(query: Tensor, key: Tensor, addend: Tensor | float = 0.0) -> Tenso
     return (logits + addend).softmax(dim=-1)
 
 
-@CONDITIONINGS
+@FUSIONS
 @pytest.mark.parametrize("mass", ["preserve", "free"])
-def test_only_the_logits_of_image_queries_and_text_keys_change(
-    conditioning: str, mass: Mass
-) -> None:
-    query, key = queries_and_keys(conditioning)
-    addend = BlockBias(TARGETS, 4, mass)(query, key)
-    assert addend.shape == (3, 2, NUM_QUERIES[conditioning], 27)
-    assert (addend[:2, :, IMAGE, TEXT] != 0).any()
+def test_only_the_logits_of_image_queries_and_text_keys_change(entry: str, mass: Mass) -> None:
+    query, key = queries_and_keys(entry)
+    addend = BlockBias(shape_of(entry), TARGETS, mass)(query, key)
+    assert addend.shape == (3, 2, query.shape[1], key.shape[1])
+    assert (addend[:2, :, IMAGE, -10:] != 0).any()
     assert (addend[2] == 0).all()  # a caption without targets
-    addend[:, :, IMAGE, TEXT] = 0
+    addend[:, :, IMAGE, -10:] = 0
     assert (addend == 0).all()
 
 
-@CONDITIONINGS
-def test_preserved_mass_is_redistributed_among_the_text_tokens(conditioning: str) -> None:
-    query, key = queries_and_keys(conditioning)
+@FUSIONS
+def test_preserved_mass_is_redistributed_among_the_text_tokens(entry: str) -> None:
+    query, key = queries_and_keys(entry)
     plain = attention(query, key)
-    regulated = attention(query, key, BlockBias(TARGETS, 4, "preserve")(query, key))
-    torch.testing.assert_close(regulated[..., :17], plain[..., :17])
-    torch.testing.assert_close(regulated[..., TEXT].sum(-1), plain[..., TEXT].sum(-1))
-    targets = regulated[0, :, IMAGE, TEXT][..., [2, 5]].mean(1)
-    assert (targets > plain[0, :, IMAGE, TEXT][..., [2, 5]].mean(1)).all()
+    regulated = attention(query, key, BlockBias(shape_of(entry), TARGETS)(query, key))
+    torch.testing.assert_close(regulated[..., :-10], plain[..., :-10])
+    torch.testing.assert_close(regulated[..., -10:].sum(-1), plain[..., -10:].sum(-1))
+    targets = regulated[0, :, IMAGE, -10:][..., [2, 5]].mean(1)
+    assert (targets > plain[0, :, IMAGE, -10:][..., [2, 5]].mean(1)).all()
 
 
 def test_free_mass_grows() -> None:
     query, key = queries_and_keys("concat")
     plain = attention(query, key)
-    regulated = attention(query, key, BlockBias(TARGETS, 4, "free")(query, key))
-    gained = regulated[:2, :, IMAGE, TEXT].sum(-1) - plain[:2, :, IMAGE, TEXT].sum(-1)
+    regulated = attention(query, key, BlockBias(shape_of("concat"), TARGETS, "free")(query, key))
+    gained = regulated[:2, :, IMAGE, -10:].sum(-1) - plain[:2, :, IMAGE, -10:].sum(-1)
     assert (gained.mean(dim=2) > 0.01).all()
 
 
-def test_the_bias_averages_two_evaluations_and_decays() -> None:
-    query, key = queries_and_keys("cross_attention")
+@FUSIONS
+def test_the_bias_averages_two_evaluations_and_decays(entry: str) -> None:
+    query, key = queries_and_keys(entry)
     # The logits come from the same function, because the optimum is sensitive to their last bits.
-    relative = relative_logits(logits_of(query[:, IMAGE], key[:, TEXT]), TARGETS)
+    relative = relative_logits(logits_of(query[:, IMAGE], key[:, -10:]), TARGETS)
     optimum, _ = optimise_bias(relative, TARGETS.present, gaussian_basis(4))
-    block_bias = BlockBias(TARGETS, 4, "free")
+    block_bias = BlockBias(shape_of(entry), TARGETS, "free")
     for factor in (0.75, 0.99 * (0.25 + 0.75), 0.99**2):
-        columns = block_bias(query, key)[:, :, IMAGE, TEXT]
+        columns = block_bias(query, key)[:, :, IMAGE, -10:]
         torch.testing.assert_close(
             columns[0, ..., [2, 5]].transpose(1, 2), factor * optimum[0], rtol=1e-4, atol=1e-4
         )
 
 
-def test_the_bias_of_a_caption_does_not_depend_on_the_batch() -> None:
-    query, key = queries_and_keys("concat")
+@FUSIONS
+def test_the_bias_of_a_caption_does_not_depend_on_the_batch(entry: str) -> None:
+    query, key = queries_and_keys(entry)
     alone = TargetTokens(positions=TARGETS.positions[1:2], present=TARGETS.present[1:2])
     torch.testing.assert_close(
-        BlockBias(alone, 4, "preserve")(query[1:2], key[1:2]),
-        BlockBias(TARGETS, 4, "preserve")(query, key)[1:2],
+        BlockBias(shape_of(entry), alone)(query[1:2], key[1:2]),
+        BlockBias(shape_of(entry), TARGETS)(query, key)[1:2],
         rtol=1e-3,
         atol=1e-3,
     )
 
 
-def test_the_addend_has_the_type_of_the_queries() -> None:
+def test_the_addend_has_the_type_of_the_queries_and_no_graph() -> None:
     query, key = (x.bfloat16() for x in queries_and_keys("concat"))
-    assert BlockBias(TARGETS, 4, "preserve")(query, key).dtype == torch.bfloat16
+    addend = BlockBias(shape_of("concat"), TARGETS)(query, key)
+    assert addend.dtype == torch.bfloat16
+    assert not addend.requires_grad

@@ -19,7 +19,7 @@ def save_untrained(folder: Path, vae: str = "scenes/vae", clip: str = "scenes/cl
     length, width = encoder.context_shape
     shape = dataclasses.replace(
         PRESETS["tiny"], latent_size=size, latent_channels=channels, width=32, num_heads=2,
-        depth=4, num_image_blocks=1, context_length=length, context_width=width,
+        fusion="image 3*cross_attention image", context_length=length, context_width=width,
     )  # fmt: skip
     info = WeightsInfo(
         step=3,
