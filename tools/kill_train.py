@@ -11,9 +11,11 @@ JSON object; the exit code is 1 when a difference exceeds the tolerance.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
+import re
 import socket
 import sys
 import tempfile
@@ -160,10 +162,8 @@ def kill(
             break
         worlds.append(chance.choice([n for n in arguments.worlds if n not in worlds[-1:]] or [1]))
         processes = start(config, worlds[-1], folder)
-        is_early = chance.random() < 0.1
-        wait_for_steps(
-            folder / "rank0.log", processes[0], 4.0 * chance.random() if is_early else None
-        )
+        log, is_early = folder / "rank0.log", chance.random() < 0.1
+        wait_for_steps(log, processes[0], 4.0 * chance.random() if is_early else math.inf)
         time.sleep(chance.uniform(0.0, arguments.window))
         ended = [process.exitcode for process in processes]
         for process in chance.sample(processes, len(processes)):
@@ -171,9 +171,7 @@ def kill(
         for process in processes:
             process.join()
         if any(ended):
-            raise SystemExit(
-                f"a rank ended by itself: {(folder / 'rank0.log').read_text()[-2000:]}"
-            )
+            raise SystemExit(f"a rank ended by itself: {log.read_text()[-2000:]}")
         moment = moment_of_death(config.run)
         moments[moment] = moments.get(moment, 0) + 1
         step = newest_step(config.run, folder)
@@ -187,13 +185,11 @@ def kill(
     return {"kills": sum(moments.values()), "moments": moments, "worlds": worlds}
 
 
-def wait_for_steps(log: Path, process: BaseProcess, limit: float | None) -> None:
+def wait_for_steps(log: Path, process: BaseProcess, limit: float) -> None:
     """Return when the log shows progress, when the process has ended, or after `limit` seconds."""
-    started = time.monotonic()
-    while (
-        process.is_alive() and "step/s" not in log.read_text() and "s/step" not in log.read_text()
-    ):
-        if limit is not None and time.monotonic() - started > limit:
+    end = time.monotonic() + limit
+    while process.is_alive() and time.monotonic() < end:
+        if re.search("step/s|s/step", log.read_text()):
             return
         time.sleep(0.05)
 
@@ -230,19 +226,16 @@ def compare(calm: str, hunted: str, folder: Path) -> dict[str, object]:
         losses.append({row.step: row.loss for row in rows if row.loss is not None})
         assert len(losses[-1]) == len(rows), f"{run}: a step was logged twice"
     assert losses[0].keys() == losses[1].keys(), "a logged step is missing"
-    found = [fetch_newest(run, folder / Path(run).name) for run in (calm, hunted)]
-    assert found[0]
-    assert found[1]
-    assert found[0].state.step == found[1].state.step
     caches = [folder / Path(run).name for run in (calm, hunted)]
-    with (
-        open_tensors(found[0], caches[0]) as first,
-        open_tensors(found[1], caches[1]) as second,
-    ):
-        names = [name for part in found[0].parts for name in part.tensors]
+    one, other = fetch_newest(calm, caches[0]), fetch_newest(hunted, caches[1])
+    assert one
+    assert other
+    assert one.state.step == other.state.step
+    with open_tensors(one, caches[0]) as first, open_tensors(other, caches[1]) as second:
         tensors = {
             name: float((first(name) - second(name)).abs().max() / first(name).abs().max())
-            for name in names
+            for part in one.parts
+            for name in part.tensors
             if first(name).abs().max() > 0
         }
     worst = max(tensors, key=tensors.__getitem__)

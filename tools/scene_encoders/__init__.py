@@ -1,1 +1,0 @@
-"""Training of the frozen encoders for scenes; tools/train_scene_encoders.py runs it."""
