@@ -17,6 +17,7 @@ from itertools import groupby, islice
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data_pipeline.completion import (
@@ -33,8 +34,7 @@ from data_pipeline.completion import (
 )
 from data_pipeline.config import SIZE_FLAGS, EncodeConfig
 from data_pipeline.encoders import (
-    DecodedBatch,
-    EncodedBatch,
+    Batch,
     Encoders,
     decode_batches,
     decode_mean,
@@ -253,9 +253,9 @@ def _open_progress(todo: list[Unit], partition: Partition) -> "tqdm[Any]":
 
 
 def _reuse_moments(
-    batches: Iterable[DecodedBatch], output: str, earlier: dict[str, ShardEntry]
-) -> Iterator[DecodedBatch]:
-    """Add the samples of the earlier shards to their batches, wherever the keys agree."""
+    batches: Iterable[Batch], output: str, earlier: dict[str, ShardEntry]
+) -> Iterator[Batch]:
+    """Add the moments of the earlier shards to their batches, wherever the keys agree."""
     for name, shard in groupby(batches, key=lambda batch: batch.shard):
         if name not in earlier:
             yield from shard
@@ -266,13 +266,19 @@ def _reuse_moments(
             samples = iter(()) if is_damaged else read_samples(tar)
             for batch in shard:
                 stored = list(islice(samples, len(batch.readable)))
-                agree = [s.key for s in stored] == [image.key for image, _ in batch.readable]
-                yield replace(batch, stored=stored if agree else ())
+                if stored and [s.key for s in stored] == [image.key for image, _ in batch.readable]:
+                    flips = [s.flipped for s in stored if s.flipped is not None]
+                    batch = replace(
+                        batch,
+                        moments=torch.from_numpy(np.stack([s.moments for s in stored])),
+                        flipped=torch.from_numpy(np.stack(flips)) if flips else None,
+                    )
+                yield batch
 
 
 def _encode_batches(
-    batches: Iterable[DecodedBatch], encoders: Encoders, progress: "tqdm[Any]"
-) -> Iterator[EncodedBatch]:
+    batches: Iterable[Batch], encoders: Encoders, progress: "tqdm[Any]"
+) -> Iterator[Batch]:
     for batch in batches:
         for failure in batch.failures:
             progress.write(printable(f"{failure.file}: {failure.reason}"), file=sys.stderr)

@@ -17,7 +17,6 @@ from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import CaptionedImage, Unit
 from data_pipeline.units import FileStates, OpenUnit, open_with_identity
-from ifvit.arrays import Array
 from ifvit.connections import StoreError
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
@@ -43,18 +42,23 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodedBatch:
-    """Some images of one shard, each with its pixels or with the reason why it is unreadable.
+class Batch:
+    """Some images of one shard on their way through the job, whose stages fill the fields.
 
-    `stored` may hold the readable images as an earlier shard has them; then only their captions are
-    encoded.
+    `results` has the pixels of each image, or the reason why it is unreadable. `moments`
+    (B, 2C, h, w) and, if asked, `flipped` belong to the B readable images, `contexts` (T, M, D) to
+    their T captions, image after image; `cut` are the captions of too many tokens. Tensors stay on
+    the device, so the encoders need not wait for the copy to the CPU.
     """
 
     unit: OpenUnit
     is_last: bool
     images: Sequence[CaptionedImage]
     results: Sequence[DecodedImage | Failure] = ()
-    stored: Sequence[LatentSample] = ()
+    moments: Tensor | None = None
+    flipped: Tensor | None = None
+    contexts: Tensor | None = None
+    cut: frozenset[str] = frozenset()
 
     @property
     def shard(self) -> str:
@@ -74,22 +78,6 @@ class DecodedBatch:
         return problem + [found for found in self.results if isinstance(found, Failure)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodedBatch:
-    """Moments (B, 2C, h, w) of the B readable images of a batch and, if asked, of their flips.
-
-    `contexts` (T, M, D) embeds the T captions of these images, image after image. Fields are None
-    where there is nothing to encode. `cut` are the captions of too many tokens. Tensors stay on the
-    device, so the encoders need not wait for the copy to the CPU.
-    """
-
-    decoded: DecodedBatch
-    moments: Tensor | None
-    flipped: Tensor | None
-    contexts: Tensor | None
-    cut: frozenset[str] = frozenset()
-
-
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], num_threads: int, num_ahead: int
 ) -> Generator[Result]:
@@ -106,7 +94,7 @@ def map_ahead(
 
 def decode_batches(
     units: Sequence[Unit], config: EncodeConfig, states: FileStates
-) -> Iterator[DecodedBatch]:
+) -> Iterator[Batch]:
     """Decode all images of all units in order; a unit without images gives one empty batch."""
     batches, ahead = tee(_divide(units, config, states))
     images = (image for batch in ahead for image in batch.images)
@@ -116,9 +104,7 @@ def decode_batches(
         yield replace(batch, results=list(islice(results, len(batch.images))))
 
 
-def _divide(
-    units: Sequence[Unit], config: EncodeConfig, states: FileStates
-) -> Iterator[DecodedBatch]:
+def _divide(units: Sequence[Unit], config: EncodeConfig, states: FileStates) -> Iterator[Batch]:
     """Divide the images of each unit into batches that are not decoded yet."""
     batch_size = config.batch_size
     # The next unit is opened while the current one is decoded: opening may be a download.
@@ -126,7 +112,7 @@ def _divide(
     for unit in map_ahead(open_one, units, num_threads=1, num_ahead=1):
         images = unit.images
         for start in range(0, max(len(images), 1), batch_size):
-            yield DecodedBatch(
+            yield Batch(
                 unit=unit,
                 is_last=start + batch_size >= len(images),
                 images=images[start : start + batch_size],
@@ -177,41 +163,29 @@ class Encoders:
         self._flip = flip
         self._kept: dict[str, Tensor] = {}  # contexts of this shard's repeated captions
 
-    def encode(self, batch: DecodedBatch) -> EncodedBatch:
-        """Encode the readable images and their captions, equal captions of a shard only once."""
-        moments = flipped = contexts = None
-        cut: frozenset[str] = frozenset()
-        if batch.readable and batch.stored:
-            moments = _stack([sample.moments for sample in batch.stored])
-            flips = [s.flipped for s in batch.stored if s.flipped is not None]
-            flipped = _stack(flips) if flips else None
-        elif batch.readable:
+    def encode(self, batch: Batch) -> Batch:
+        """Encode the readable images and their captions, equal captions of a shard only once.
+
+        Moments that the batch already has are kept.
+        """
+        if batch.readable and batch.moments is None:
             stacked = np.stack([found.pixels for _, found in batch.readable])
             pixels = to_model_range(stacked, self.device)
-            moments = self.vae.encode(pixels)
             flipped = self.vae.encode(pixels.flip(-1)) if self._flip else None
-        if batch.readable and self.text:
-            contexts = self._encode_captions(batch, self.text)
-            cut = self.text.find_cut(
-                {text for image, _ in batch.readable for text in image.captions}
-            )
+            batch = replace(batch, moments=self.vae.encode(pixels), flipped=flipped)
+        captions = [caption for image, _ in batch.readable for caption in image.captions]
+        if captions and self.text:
+            new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+            encoded = self.text.encode(new) if new else ()
+            contexts = self._kept | dict(zip(new, encoded, strict=True))
+            for caption in batch.unit.repeated.intersection(new):
+                self._kept[caption] = contexts[caption].clone()  # a view would keep the whole batch
+            stacked_contexts = torch.stack([contexts[caption] for caption in captions])
+            cut = self.text.find_cut(set(captions))
+            batch = replace(batch, contexts=stacked_contexts, cut=cut)
         if batch.is_last:
             self._kept = {}
-        return EncodedBatch(
-            decoded=batch, moments=moments, flipped=flipped, contexts=contexts, cut=cut
-        )
-
-    def _encode_captions(self, batch: DecodedBatch, encoder: TextEncoder) -> Tensor:
-        captions = [caption for image, _ in batch.readable for caption in image.captions]
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
-        contexts = self._kept | dict(zip(new, encoder.encode(new) if new else (), strict=True))
-        for caption in batch.unit.repeated.intersection(new):
-            self._kept[caption] = contexts[caption].clone()  # a view would keep the whole batch
-        return torch.stack([contexts[caption] for caption in captions])
-
-
-def _stack(arrays: list[Array]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays))
+        return batch
 
 
 def load_encoders(config: EncodeConfig, *, has_classes: bool) -> Encoders:

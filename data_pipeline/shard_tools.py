@@ -104,7 +104,7 @@ def stats(config: ShardsConfig) -> None:
         per_class = np.bincount(labels, minlength=len(manifest.classes))
         shows = ("classes", f"{len(per_class):,}; {_range(per_class)} images per class")
     else:
-        per_image = np.concatenate([index.caption_counts for index in indexes])
+        per_image = np.concatenate([np.diff(index.first_caption) for index in indexes])
         shows = ("captions", f"{manifest.num_captions:,}; {_range(per_image)} per image")
     _print_rows(
         [

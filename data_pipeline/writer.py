@@ -25,7 +25,7 @@ from data_pipeline.completion import (
     write_marker,
 )
 from data_pipeline.config import EncodeConfig
-from data_pipeline.encoders import EncodedBatch
+from data_pipeline.encoders import Batch
 from data_pipeline.shard_io import write_shard
 from data_pipeline.units import OpenUnit
 from ifvit.arrays import Array
@@ -36,12 +36,12 @@ SHARDS_AT_ONCE = 2
 BATCHES_QUEUED = 2
 TOO_LONG = "captions have more tokens than the text encoder reads; their ends have no effect"
 
-_Batches = queue.Queue[EncodedBatch | None]
+_Batches = queue.Queue[Batch | None]
 """Batches of one shard on their way to its thread; None tells the thread to give up."""
 
 
 def write_shards(
-    batches: Iterable[EncodedBatch], config: EncodeConfig, job: Job
+    batches: Iterable[Batch], config: EncodeConfig, job: Job
 ) -> list[CompletionMarker]:
     """Write the batches of all units in order, and return the markers once all are written.
 
@@ -54,10 +54,10 @@ def write_shards(
             for batch in batches:
                 if current is None:
                     current = queue.Queue(BATCHES_QUEUED)
-                    name = batch.decoded.shard
+                    name = batch.shard
                     shards.append(pool.submit(_write_shard, name, current, config, job))
                 _put(current, batch, shards)
-                if batch.decoded.is_last:
+                if batch.is_last:
                     current = None
         finally:
             if current is not None:
@@ -65,7 +65,7 @@ def write_shards(
     return [shard.result() for shard in shards]
 
 
-def _put(batches: _Batches, batch: EncodedBatch, shards: list[Future[CompletionMarker]]) -> None:
+def _put(batches: _Batches, batch: Batch, shards: list[Future[CompletionMarker]]) -> None:
     while True:
         for shard in shards:
             if shard.done():
@@ -120,12 +120,12 @@ class _Samples:
             batch = self._batches.get()
             if batch is None:
                 raise InterruptedError(f"{self._name}: the encoders stopped before its last image")
-            self.unit = batch.decoded.unit
-            self.failures += batch.decoded.failures
+            self.unit = batch.unit
+            self.failures += batch.failures
             yield from self._convert(batch)
-            is_last = batch.decoded.is_last
+            is_last = batch.is_last
 
-    def _convert(self, batch: EncodedBatch) -> Iterator[LatentSample]:
+    def _convert(self, batch: Batch) -> Iterator[LatentSample]:
         if batch.moments is None:
             return
         moments = self._store(batch.moments)
@@ -133,7 +133,7 @@ class _Samples:
         contexts = None if batch.contexts is None else self._store(batch.contexts)
         self.latent_sums += sum_latents(moments)
         end = 0
-        for row, (image, decoded) in enumerate(batch.decoded.readable):
+        for row, (image, decoded) in enumerate(batch.readable):
             start, end = end, end + len(image.captions)
             too_long = [TOO_LONG] if batch.cut.intersection(image.captions) else []
             self.remarks += [

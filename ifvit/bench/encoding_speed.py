@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from data_pipeline.encoders import DecodedBatch, Encoders, decode_batches, load_encoders, one_thread
+from data_pipeline.encoders import Batch, Encoders, decode_batches, load_encoders, one_thread
 from data_pipeline.sources import open_source
 from data_pipeline.units import FileStates
 from ifvit import storage
@@ -90,7 +90,7 @@ def _time_job(recipe: EncodeConfig) -> float:
     return seconds
 
 
-def _time_models(batches: list[DecodedBatch], encoders: Encoders) -> float:
+def _time_models(batches: list[Batch], encoders: Encoders) -> float:
     """Return the seconds that the models alone take for the same batches."""
 
     def encode_all() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ifvit import connections
 from ifvit.arrays import Array
+from ifvit.records import shorten
 from ifvit.shards import CacheConfig
 from ifvit.shards.cache import ShardFiles, read_index, read_null_context
 from ifvit.shards.format import (
@@ -194,10 +195,10 @@ class ShardReader:
         file = self._open(entry)
         for _ in range(2):
             # No memory map: a process that reads a mapped file dies (SIGBUS) if it was truncated.
-            num_bytes = os.preadv(file.descriptor, [memory], offset)
+            num_bytes = os.preadv(file.descriptor, [memory], max(offset, 0))
             if num_bytes == len(memory) and checksum(memory) == expected:
                 return
-        key = self._index(shard).keys[row].decode()
+        key = shorten(self._index(shard).keys[row].decode(errors="replace"))
         raise self._files.damaged(entry, f"{key}.{field}")
 
 

@@ -11,7 +11,7 @@ from encoded_files import finish, image_files
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode, psnr
-from data_pipeline.encoders import DecodedBatch, EncodedBatch, Encoders
+from data_pipeline.encoders import Batch, Encoders
 from ifvit.errors import UserError
 from ifvit.image_rules import ImageRules
 from ifvit.images import read_square, to_model_range
@@ -91,7 +91,7 @@ def test_the_number_of_cpu_threads_has_no_effect(
     used = set()
     original = Encoders.encode
 
-    def record(encoders: Encoders, batch: DecodedBatch) -> EncodedBatch:
+    def record(encoders: Encoders, batch: Batch) -> Batch:
         used.add(torch.get_num_threads())
         return original(encoders, batch)
 
