@@ -13,7 +13,7 @@ from submitit.slurm.slurm import SlurmInfoWatcher
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.training_rows import read_training_rows
+from ifvit.evaluation.rows import read_training_rows
 from ifvit.records import (
     PositiveInt,
     parse_value,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ifvit.evaluation.training_rows import TrainingRow
+from ifvit.evaluation.rows import TrainingRow
 
 
 def made_training_row(step: int, **fields: Any) -> TrainingRow:

@@ -24,7 +24,7 @@ from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from ifvit.evaluation.training_rows import read_training_rows
+from ifvit.evaluation.rows import read_training_rows
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import exists, join, list_names, read_bytes

@@ -5,9 +5,10 @@ conditions, and turns a folder of samples into a row. All processes call its met
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,21 +30,19 @@ from ifvit.evaluation.features import (
     load_networks,
 )
 from ifvit.evaluation.references import (
+    RealImages,
     Reference,
-    embed_real_images,
-    hash_images,
     list_images,
-    read_real_image,
     read_reference,
 )
 from ifvit.evaluation.rows import MetricsRow
-from ifvit.images import Pixels
 from ifvit.sampling.load import Model
 from ifvit.sampling.samples import batched, hash_json, image_name
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.score import SceneScore, score_image
 from ifvit.shards.reader import ShardReader
 
+_Row = TypeVar("_Row", MetricsRow, object_count.ObjectCountRow)
 _COUNT_BATCH_SIZE = 8
 """Images that a detector sees at once; detectors enlarge them to about 800 pixels."""
 
@@ -61,17 +60,27 @@ class CaptionMetrics:
         self._config = config
         self._group = group
         self._batch_size = config.protocol.sampling.batch_size
+        self._paper_prefix = config.protocol.paper_prefix
         self._reader = ShardReader(config.shards)
-        self._real_images = list_images(config.images) if config.images else []
+        manifest = self._reader.manifest
+        self._real_images = (
+            RealImages(
+                paths=list_images(config.images),
+                image_size=manifest.image_size,
+                rules=manifest.image_rules,
+            )
+            if config.images
+            else None
+        )
         self.prompts = sample_set.read_prompts(self._reader, config.protocol)
         self.sources = {
-            "shards_sha256": hash_json([entry.sha256 for entry in self._reader.manifest.shards]),
+            "shards_sha256": hash_json([entry.sha256 for entry in manifest.shards]),
             "caption_rule": config.protocol.caption_rule,
         }
 
-    def open_conditions(self, model: Model) -> sample_set.ShardConditions:
+    def open_conditions(self, model: Model) -> sample_set.PromptConditions:
         """Open the conditions of the prompts. Raises UserError for shards of other encoders."""
-        return sample_set.ShardConditions(self._reader, model)
+        return sample_set.open_shard_conditions(self._reader, model)
 
     def find_row(self, url: str, model: Model, protocol: ProtocolConfig) -> MetricsRow | None:
         """Read the row at `url`; None if it is missing, or of other weights or another protocol.
@@ -79,12 +88,10 @@ class CaptionMetrics:
         Raises UserError for a network or a reference that does not load, before any image is made.
         """
         wanted = self._describe(protocol)
-        row = self._group.on_main(lambda: rows.read_row(url) if storage.exists(url) else None)
-        if row is None or row.weights_sha256 != model.sha256:
+        row = _read_row(self._group, MetricsRow, url, model)
+        if row is None or (protocol.scenes and row.scene_accuracy is None):
             return None
-        lacks_scenes = protocol.scenes and row.scene_accuracy is None
-        differs = rows.differences(row.protocol, wanted)
-        return None if lacks_scenes or differs else row
+        return None if rows.differences(row.protocol, wanted) else row
 
     def measure(
         self, url: str, model: Model, protocol: ProtocolConfig, seconds: float | None
@@ -93,31 +100,29 @@ class CaptionMetrics:
         folder = rows.samples_url(url)
         sampled, real, description = self._embed(folder), self._real, self._describe(protocol)
 
-        def compute() -> MetricsRow:
-            cosines = metrics.cosines(sampled[CLIP].part, self._texts)
+        def write() -> MetricsRow:
+            cosines = metrics.cosines(sampled[CLIP].part, self._texts[""])
             scores = self._score_scenes(folder) if protocol.scenes else []
-            manifest = self._reader.manifest
-            read_real = partial(
-                read_real_image, image_size=manifest.image_size, rules=manifest.image_rules
-            )
             sample_set.write_overview(
-                folder, self.prompts, cosines.tolist(), scores, self._real_images, read_real
+                folder, self.prompts, cosines.tolist(), scores, self._real_images
             )
             found = scene_accuracies(scores) if scores else {}
             found |= self._compute_metrics(sampled, real)
+            earlier = storage.read_sealed(MetricsRow, url) if storage.exists(url) else None
             row = MetricsRow(
                 weights=model.url,
                 weights_sha256=model.sha256,
                 step=model.info.step,
                 ema_decay=model.info.ema_decay,
                 protocol=description,
-                seconds_per_image=seconds or _read_seconds(url),
+                # Images that are measured again keep the time that it took to generate them.
+                seconds_per_image=seconds or (earlier.seconds_per_image if earlier else None),
                 **found,  # type: ignore[arg-type]  # some fields are never None
             )
-            rows.write_row(url, row)
+            storage.write_sealed(url, row)
             return row
 
-        return self._group.on_main(compute)
+        return self._group.on_main(write)
 
     @cached_property
     def _networks(self) -> Networks:
@@ -127,41 +132,28 @@ class CaptionMetrics:
     @cached_property
     def _reference(self) -> Reference | None:
         """The real images that the recipe names, if any."""
-        manifest, paths = self._reader.manifest, self._real_images
+        manifest, images = self._reader.manifest, self._real_images
         if self._config.reference:
             return read_reference(
                 self._config.reference, manifest.image_size, manifest.image_rules, self._networks
             )
-        if paths:
-            digest = hash_images(paths, manifest.image_size, manifest.image_rules, self._group)
-            return Reference(num_images=len(paths), sha256=digest, features=None)
-        return None
+        if images is None:
+            return None
+        return Reference(
+            num_images=len(images.paths),
+            sha256=images.hash(self._group),
+            features=partial(images.embed, self._networks, self._batch_size, self._group),
+        )
 
     @cached_property
     def _real(self) -> Mapping[str, FeatureSet]:
         """Features of the real images by network."""
-        if self._reference is None:
-            return {}
-        if self._reference.features is not None:
-            return self._reference.features
-        manifest = self._reader.manifest
-        return embed_real_images(
-            self._real_images,
-            manifest.image_size,
-            manifest.image_rules,
-            self._batch_size,
-            self._networks,
-            self._group,
-        )
+        return self._reference.features() if self._reference else {}
 
     @cached_property
-    def _texts(self) -> metrics.Features:
-        """CLIP features (N, E) of the captions that the samples are scored against."""
-        return self._embed_texts("")
-
-    @cached_property
-    def _prefixed_texts(self) -> metrics.Features:
-        return self._embed_texts(self._config.protocol.paper_prefix)
+    def _texts(self) -> dict[str, metrics.Features]:
+        """CLIP features (N, E) of the captions to score against, by the prefix before them."""
+        return {prefix: self._embed_texts(prefix) for prefix in ("", self._paper_prefix)}
 
     def _describe(self, protocol: ProtocolConfig) -> rows.Protocol:
         networks, reference = self._networks.features, self._reference
@@ -214,9 +206,11 @@ class CaptionMetrics:
                 raise UserError(f"{self._config.reference}: {name} features of another network")
         clip, captions = sampled[CLIP], [prompt.score_text for prompt in self.prompts]
         found: dict[str, Estimate | None] = {
-            "clip_score": estimate_mean(metrics.cosines(clip.part, self._texts)),
-            "clip_score_paper": metrics.clip_score_paper(clip.part, self._prefixed_texts),
-            "retrieval_at_16": metrics.retrieval_accuracy(clip.part, self._texts, captions),
+            "clip_score": estimate_mean(metrics.cosines(clip.part, self._texts[""])),
+            "clip_score_paper": metrics.clip_score_paper(
+                clip.part, self._texts[self._paper_prefix]
+            ),
+            "retrieval_at_16": metrics.retrieval_accuracy(clip.part, self._texts[""], captions),
             "frechet_distance": None,
         }
         for name, field in ((CLIP, "frechet_distance"), (INCEPTION, "fid")):
@@ -231,10 +225,14 @@ class CaptionMetrics:
         return found
 
     def _score_scenes(self, folder: str) -> list[SceneScore]:
+        """Score the samples against their captions. Raises UserError for a foreign caption."""
         batches = sample_set.read_samples(folder, self.prompts, self._batch_size)
         shown = show_progress(batches, len(self.prompts), "score scenes", self._group.world)
-        captions = [prompt.text for prompt in self.prompts]
-        return score_scenes(itertools.chain.from_iterable(shown), captions)
+        images = itertools.chain.from_iterable(shown)
+        return [
+            score_image(image, parse_caption(prompt.text))
+            for image, prompt in zip(images, self.prompts, strict=True)
+        ]
 
 
 class ObjectCounting:
@@ -265,20 +263,16 @@ class ObjectCounting:
             for position, asked in enumerate(self._asked * self._num_images)
         ]
 
-    def open_conditions(self, model: Model) -> sample_set.EncodedConditions:
+    def open_conditions(self, model: Model) -> sample_set.PromptConditions:
         """Open the text encoder of the model. Raises UserError if it has changed."""
-        return sample_set.EncodedConditions(model)
+        return sample_set.open_encoded_conditions(model)
 
     def find_row(
         self, url: str, model: Model, protocol: ProtocolConfig
     ) -> object_count.ObjectCountRow | None:
         """Read the row at `url`; None if it is missing, or of other weights or another protocol."""
-        row = self._group.on_main(
-            lambda: object_count.read_object_count(url) if storage.exists(url) else None
-        )
-        if row is None or row.weights_sha256 != model.sha256:
-            return None
-        return row if row.protocol == self._describe(protocol) else None
+        row = _read_row(self._group, object_count.ObjectCountRow, url, model)
+        return row if row and row.protocol == self._describe(protocol) else None
 
     def measure(
         self, url: str, model: Model, protocol: ProtocolConfig, seconds: float | None
@@ -299,7 +293,7 @@ class ObjectCounting:
 
         def write() -> None:
             sample_set.write_overview(rows.samples_url(url), self.prompts)
-            object_count.write_object_count(url, row)
+            storage.write_sealed(url, row)
 
         self._group.on_main(write)
         return row
@@ -317,9 +311,9 @@ class ObjectCounting:
         world = self._group.world
         prompts = self.prompts[world.rank :: world.size]
         batches = sample_set.read_samples(folder, prompts, _COUNT_BATCH_SIZE)
-        counted: list[object_count.CountedImage] = []
-        for pixels in show_progress(batches, len(prompts), "count", world):
-            batch = prompts[len(counted) : len(counted) + len(pixels)]
+        shown = show_progress(batches, len(prompts), "count", world)
+        counted = []
+        for batch, pixels in zip(batched(prompts, _COUNT_BATCH_SIZE), shown, strict=True):
             asked = [self._asked[prompt.position % len(self._asked)] for prompt in batch]
             counts = self._counter.count(pixels, [one.object for one in asked])
             counted += [
@@ -335,12 +329,10 @@ class ObjectCounting:
         return counted
 
 
-def score_scenes(images: Iterable[Pixels], captions: Sequence[str]) -> list[SceneScore]:
-    """Score images (H, W, 3) against their captions. Raises UserError for a foreign caption."""
-    return [
-        score_image(image, parse_caption(caption))
-        for image, caption in zip(images, captions, strict=True)
-    ]
+def _read_row(group: ProcessGroup, cls: type[_Row], url: str, model: Model) -> _Row | None:
+    """Read the row at `url`; None if it is missing or of other weights."""
+    row = group.on_main(lambda: storage.read_sealed(cls, url) if storage.exists(url) else None)
+    return row if row and row.weights_sha256 == model.sha256 else None
 
 
 def scene_accuracies(scores: Sequence[SceneScore]) -> dict[str, Estimate | None]:
@@ -358,8 +350,3 @@ def scene_accuracies(scores: Sequence[SceneScore]) -> dict[str, Estimate | None]
         "relation_accuracy": estimate_share(np.array(relations)) if relations else None,
         "scene_accuracy": estimate_share(np.array(right)),
     }
-
-
-def _read_seconds(url: str) -> float | None:
-    """Seconds per image of the row that a new one replaces."""
-    return rows.read_row(url).seconds_per_image if storage.exists(url) else None

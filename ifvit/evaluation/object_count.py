@@ -221,22 +221,19 @@ def _read_prompts(source: str) -> list[CountPrompt]:
             raise UserError(
                 f"{source}: not readable ({error}); write prompt, object and count"
             ) from None
-        found = [
-            {key: int(cell) if _is_count(key, cell) else cell for key, cell in row.items()}
-            for row in table
-        ]
+        found = [{**row, "count": _parse_count(row.get("count"))} for row in table]
     return [
-        parse_value(CountPrompt, _strip(item), f"{source}, item {number}")
+        parse_value(
+            CountPrompt,
+            {key: cell.strip() if isinstance(cell, str) else cell for key, cell in item.items()},
+            f"{source}, item {number}",
+        )
         for number, item in enumerate(found, 1)
     ]
 
 
-def _is_count(key: object, text: object) -> bool:
-    return key == "count" and isinstance(text, str) and text.isdecimal() and len(text) < 9
-
-
-def _strip(item: dict[Any, Any]) -> dict[Any, Any]:
-    return {key: text.strip() if isinstance(text, str) else text for key, text in item.items()}
+def _parse_count(text: str | None) -> int | str | None:
+    return int(text) if text and text.isdecimal() and len(text) < 9 else text
 
 
 def score_counts(images: Sequence[CountedImage]) -> tuple[CountScore, ...]:
@@ -281,16 +278,6 @@ def differences(first: ObjectCountProtocol, second: ObjectCountProtocol) -> list
     )
     names = one.keys() - {"sampling", "rule"}
     return sorted(name for name in names if one[name] != other.get(name))
-
-
-def write_object_count(url: str, row: ObjectCountRow) -> None:
-    """Write the row as sealed JSON."""
-    storage.write_sealed(url, row)
-
-
-def read_object_count(url: str) -> ObjectCountRow:
-    """Read a row that `write_object_count` wrote. Raises UserError if the file is not one."""
-    return storage.read_sealed(ObjectCountRow, url)
 
 
 def read_object_counts(folder: str) -> list[ObjectCountRow]:

@@ -1,13 +1,16 @@
-"""Rows of metrics: what one evaluation measured, under which protocol, and where the row is stored.
+"""Rows of metrics: what an evaluation or training measured, and where the row is stored.
 
-`ifvit evaluate` writes rows; checkpoint retention, studies and reports read them. A row is
-RUN/evaluation/PROTOCOL/wSCALE/step_XXXXXXXX.json, its samples are in the folder of that name.
+`ifvit evaluate` writes a `MetricsRow` for one checkpoint under one protocol to
+RUN/evaluation/PROTOCOL/wSCALE/step_XXXXXXXX.json; its samples are in the folder of that name.
+`ifvit train` writes each `TrainingRow` as a line of RUN/metrics.jsonl. All rows carry a seal (see
+`ifvit.records`). Studies, reports and the status of jobs read them.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from ifvit import storage
@@ -18,9 +21,11 @@ from ifvit.records import (
     NonNegativeFloat,
     NonNegativeInt,
     PlainName,
+    PositiveFloat,
     PositiveInt,
     Rule,
     Sha256,
+    parse_rows,
     parse_value,
     record,
 )
@@ -28,6 +33,10 @@ from ifvit.sampling.config import SamplingConfig
 
 FOLDER = "evaluation"
 """Folder of a run that holds its rows."""
+TRAINING_FILE = "metrics.jsonl"
+"""Name of the file in a run folder that holds the rows of training."""
+_MAX_BYTES = 1 << 30
+"""Largest file of training rows that is read; a million rows take 0.9 GB."""
 _LABELS = {"name", "features", "inception"}
 
 
@@ -143,16 +152,6 @@ def estimates_of(row: MetricsRow) -> dict[str, Estimate]:
     return {name: value for name, value in values.items() if isinstance(value, Estimate)}
 
 
-def write_row(url: str, row: MetricsRow) -> None:
-    """Write the row as sealed JSON."""
-    storage.write_sealed(url, row)
-
-
-def read_row(url: str) -> MetricsRow:
-    """Read a row that `write_row` wrote. Raises UserError if the file is not one."""
-    return storage.read_sealed(MetricsRow, url)
-
-
 def read_rows(folder: str) -> dict[str, MetricsRow]:
     """All rows of metrics below `folder` by URL, sorted by protocol name, guidance scale and step.
 
@@ -210,3 +209,62 @@ def main_series(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
 
 def _series(row: MetricsRow) -> tuple[str, float]:
     return row.protocol.name, row.protocol.guidance_scale
+
+
+@record
+class TrainingRow:
+    """Training between the row before and this one; None: not measured, or not a finite number.
+
+    `loss`, `loss_q0` to `loss_q3` (by quarter of the timesteps, the cleanest first) and all speeds
+    are means over these steps; `learning_rate` and `grad_norm` are those of the last step; counts
+    and `seconds` include all steps of the run. `PHASE_seconds` are seconds per step.
+    """
+
+    step: PositiveInt
+    samples_seen: NonNegativeInt
+    loss: NonNegativeFloat | None
+    loss_q0: NonNegativeFloat | None = None
+    loss_q1: NonNegativeFloat | None = None
+    loss_q2: NonNegativeFloat | None = None
+    loss_q3: NonNegativeFloat | None = None
+    learning_rate: NonNegativeFloat
+    grad_norm: NonNegativeFloat | None
+    loss_spikes: NonNegativeInt = 0
+    nonfinite_steps: NonNegativeInt = 0
+    samples_per_s: PositiveFloat
+    tokens_per_s: NonNegativeFloat | None = None
+    data_wait: Fraction
+    """Share of the time that was spent waiting for batches."""
+    seconds: NonNegativeFloat
+    data_seconds: NonNegativeFloat | None = None
+    forward_seconds: NonNegativeFloat | None = None
+    backward_seconds: NonNegativeFloat | None = None
+    optimizer_seconds: NonNegativeFloat | None = None
+    ema_seconds: NonNegativeFloat | None = None
+    log_seconds: NonNegativeFloat | None = None
+    checkpoint_seconds: NonNegativeFloat | None = None
+    samples_seconds: NonNegativeFloat | None = None
+    loss_scale: NonNegativeFloat | None = None
+    overflows: NonNegativeInt | None = None
+    mfu: NonNegativeFloat | None = None
+    peak_memory: NonNegativeInt | None = None
+    """Bytes."""
+    device: str
+
+
+def read_training_rows(run: str, newest: int | None = None) -> list[TrainingRow]:
+    """Read the rows of a run, or only its `newest` ones; [] before the first row.
+
+    An unfinished last line is left out. Raises UserError that names a damaged line, and when steps
+    do not rise.
+    """
+    url = storage.join(run, TRAINING_FILE)
+    data = storage.read_bytes(url, _MAX_BYTES) if storage.exists(url) else b""
+    if newest is not None:
+        complete, _, _ = data.rpartition(b"\n")
+        data = b"\n".join([*complete.split(b"\n")[-newest:], b""])
+    rows = parse_rows(TrainingRow, data, url)
+    for before, row in pairwise(rows):
+        if row.step <= before.step:
+            raise UserError(f"{url}: step {row.step} follows step {before.step}; restore the file")
+    return rows

@@ -9,8 +9,15 @@ from typing import Any
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows, samples_url
-from ifvit.evaluation.training_rows import TrainingRow, read_training_rows
+from ifvit.evaluation.rows import (
+    FOLDER,
+    MetricsRow,
+    TrainingRow,
+    main_series,
+    read_rows,
+    read_training_rows,
+    samples_url,
+)
 from ifvit.models.config import BackboneConfig, FusionTransformerConfig
 from ifvit.models.cost import Cost, count_cost
 from ifvit.models.weights import newest_weights, read_backbone_config, read_stored_weights

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from ifvit import storage
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
-from ifvit.evaluation.references import find_image
+from ifvit.evaluation.references import RealImages
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.weights import WeightsInfo
 from ifvit.records import shorten
@@ -89,37 +88,45 @@ def read_prompts(reader: ShardReader, protocol: ProtocolConfig) -> list[Prompt]:
     return prompts
 
 
-class ShardConditions:
-    """Conditions of prompts that the shards store; `null`, (M, D) or (), is that of no prompt."""
+@dataclass(frozen=True, kw_only=True)
+class PromptConditions:
+    """Conditions of prompts, as a backbone takes them."""
 
-    def __init__(self, reader: ShardReader, model: Model) -> None:
-        """Raises UserError unless the shards hold what the model was trained on, in its shape."""
-        _check_fit(model, reader)
-        self._reader = reader
-        classes = reader.manifest.classes
-        self.null = (
-            torch.tensor(len(classes)) if classes else torch.tensor(np.array(reader.null_context))
+    read: Callable[[Sequence[Prompt]], Tensor]
+    """B prompts => contexts (B, M, D) of captions, or class numbers (B,)."""
+    null: Tensor
+    """Condition of no prompt, (M, D) or ()."""
+
+
+def open_shard_conditions(reader: ShardReader, model: Model) -> PromptConditions:
+    """Conditions that the shards store.
+
+    Raises UserError unless the shards hold what the model was trained on, in its shape.
+    """
+    _check_fit(model, reader)
+    if classes := reader.manifest.classes:
+        return PromptConditions(
+            read=lambda prompts: torch.tensor([prompt.caption for prompt in prompts]),
+            null=torch.tensor(len(classes)),
         )
 
-    def read(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Contexts (B, M, D) of captions, or class numbers (B,)."""
-        if self._reader.manifest.classes:
-            return torch.tensor([prompt.caption for prompt in prompts])
-        contexts = [self._reader.context(prompt.position, prompt.caption) for prompt in prompts]
+    def read(prompts: Sequence[Prompt]) -> Tensor:
+        contexts = [reader.context(prompt.position, prompt.caption) for prompt in prompts]
         return torch.from_numpy(np.stack(contexts))
 
+    return PromptConditions(read=read, null=torch.tensor(np.array(reader.null_context)))
 
-class EncodedConditions:
-    """Conditions of any text, by the text encoder of the training; `null` is that of no prompt."""
 
-    def __init__(self, model: Model) -> None:
-        """Raises UserError for a text encoder that does not load or has changed."""
-        self._conditions = load_conditions(model.info, str(model.backbone.device))
-        self.null = self._conditions.null
+def open_encoded_conditions(model: Model) -> PromptConditions:
+    """Conditions of any text, by the text encoder of the training.
 
-    def read(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Contexts (B, M, D) of captions, or class numbers (B,)."""
-        return self._conditions.encode([prompt.text for prompt in prompts])
+    Raises UserError for a text encoder that does not load or has changed.
+    """
+    conditions = load_conditions(model.info, str(model.backbone.device))
+    return PromptConditions(
+        read=lambda prompts: conditions.encode([prompt.text for prompt in prompts]),
+        null=conditions.null,
+    )
 
 
 def _check_fit(model: Model, reader: ShardReader) -> None:
@@ -148,7 +155,7 @@ def _describe_classes(classes: tuple[str, ...]) -> str:
 def generate_missing(
     folder: str,
     prompts: Sequence[Prompt],
-    conditions: ShardConditions | EncodedConditions,
+    conditions: PromptConditions,
     sampler: Sampler,
     info: WeightsInfo,
     config: SamplingConfig,
@@ -188,21 +195,18 @@ def write_overview(
     prompts: Sequence[Prompt],
     clip_scores: Sequence[float] = (),
     scene_scores: Sequence[SceneScore] = (),
-    real_images: Sequence[Path] = (),
-    read_real: Callable[[Path], Pixels] | None = None,
+    real_images: RealImages | None = None,
 ) -> None:
     """Write samples.jsonl, grid.png and the real images of the prompts in the grid.
 
     The scores are those of the samples in the order of `prompts`, where they were computed.
-    `read_real` reads a real image at the size of the samples.
     """
     shown = prompts[:_NUM_SHOWN]
     real: dict[int, str] = {}
     for prompt in shown:
-        path = find_image(real_images, prompt.image_id)
-        if path is not None and read_real is not None:
+        if real_images and (path := real_images.find(prompt.image_id)):
             real[prompt.position] = f"real_{image_name(prompt.position)}"
-            png = encode_png(read_real(path))
+            png = encode_png(real_images.read(path))
             storage.write_bytes(storage.join(folder, real[prompt.position]), png)
     rows = (
         SampleRow(

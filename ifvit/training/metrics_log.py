@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ifvit.connections import is_remote
 from ifvit.errors import UserError
-from ifvit.evaluation.training_rows import FILE, TrainingRow, read_training_rows
+from ifvit.evaluation.rows import TRAINING_FILE, TrainingRow, read_training_rows
 from ifvit.models.cost import count_cost
 from ifvit.records import dump_rows
 from ifvit.storage import join, write_bytes
@@ -40,7 +40,7 @@ class MetricsLog:
     def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self.every = config.log_every
         self._config, self._engine = config, engine
-        self._url = join(config.run, FILE)
+        self._url = join(config.run, TRAINING_FILE)
         self._rows: list[bytes] = []
         self._row: TrainingRow | None = None
 

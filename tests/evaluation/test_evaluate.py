@@ -18,9 +18,9 @@ from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.references import list_images
-from ifvit.evaluation.rows import MetricsRow, differences, read_row
+from ifvit.evaluation.rows import MetricsRow, differences
 from ifvit.evaluation.runs import read_run
-from ifvit.evaluation.sample_set import ShardConditions, read_prompts
+from ifvit.evaluation.sample_set import open_shard_conditions, read_prompts
 from ifvit.images import decode_png
 from ifvit.models.clip import load_clip
 from ifvit.models.config import CLASS_PRESETS
@@ -31,6 +31,7 @@ from ifvit.sampling.load import load_model
 from ifvit.scenes.image_sets import class_scenes, render_class_set
 from ifvit.shards.format import EncoderIdentity, Manifest, read_manifest
 from ifvit.shards.reader import ShardReader
+from ifvit.storage import read_sealed
 
 
 def with_protocol(config: EvaluateConfig, **changes: object) -> EvaluateConfig:
@@ -53,7 +54,7 @@ def test_one_evaluation_writes_its_row_its_images_and_their_prompts(
 ) -> None:
     row = measure(config)
     folder = Path(run, "evaluation/test/w2/step_00000007")
-    assert read_row(f"{folder}.json") == row
+    assert read_sealed(MetricsRow, f"{folder}.json") == row
     assert (row.step, row.ema_decay, row.protocol.num_samples) == (7, 0.999, 20)
     assert row.protocol.features_sha256 == load_clip("scenes/clip").identity.sha256
     assert row.protocol.num_reference_images == len(list_images(held_out.images))
@@ -212,7 +213,7 @@ def test_a_random_caption_is_the_prompt_and_the_first_one_is_scored(
     assert read_prompts(reader, protocol) == prompts
     other = dataclasses.replace(protocol, score_caption="same")
     assert all(prompt.score_text == prompt.text for prompt in read_prompts(reader, other))
-    conditions = ShardConditions(reader, load_model(run, "cpu")).read(prompts)
+    conditions = open_shard_conditions(reader, load_model(run, "cpu")).read(prompts)
     contexts = [reader.context(prompt.position, prompt.caption) for prompt in prompts]
     np.testing.assert_array_equal(conditions, np.stack(contexts))
 

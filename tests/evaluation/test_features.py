@@ -21,11 +21,11 @@ from ifvit.evaluation.features import (
     ORIGINAL,
     FeatureNetwork,
     FeatureSet,
+    Inception,
     Networks,
     collect_features,
     load_inception,
 )
-from ifvit.evaluation.inception import Inception
 from ifvit.evaluation.metrics import estimate_frechet
 from ifvit.images import Pixels, to_model_range
 from ifvit.shards.format import EncoderIdentity

@@ -13,15 +13,16 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
-from ifvit.evaluation.measure import scene_accuracies, score_scenes
+from ifvit.evaluation.measure import scene_accuracies
 from ifvit.evaluation.metrics import retrieval_accuracy
-from ifvit.evaluation.references import list_images, read_batches
+from ifvit.evaluation.references import RealImages, list_images
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.image_rules import ImageRules
 from ifvit.images import decode_png, to_model_range
 from ifvit.models.clip import load_clip
 from ifvit.models.pretrained import resolve_pretrained
-from ifvit.scenes.score import SceneScore
+from ifvit.scenes.captions import parse_caption
+from ifvit.scenes.score import SceneScore, score_image
 from ifvit.shards.reader import ShardReader
 
 SCORES = [
@@ -51,8 +52,11 @@ def test_every_share_counts_what_it_is_named_after() -> None:
 def test_real_scenes_get_the_best_scores(held_out: HeldOut) -> None:
     reader = ShardReader(held_out.shards)
     captions = [reader.metadata(i).captions[0] for i in range(len(reader))]
-    images = np.concatenate(list(read_batches(list_images(held_out.images), 64, ImageRules(), 10)))
-    accuracies = scene_accuracies(score_scenes(images, captions))
+    paths = list_images(held_out.images)
+    real = RealImages(paths=paths, image_size=64, rules=ImageRules())
+    images = np.stack(list(map(real.read, paths)))
+    scores = [score_image(*pair) for pair in zip(images, map(parse_caption, captions), strict=True)]
+    accuracies = scene_accuracies(scores)
     assert [one.value for one in accuracies.values() if one] == [1, 1, 1, 1, 1]
 
     scorer = load_clip("scenes/clip")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from made_counts import made_row
 
+from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig, ObjectCountConfig, ProtocolConfig
 from ifvit.evaluation.evaluate import evaluate
@@ -18,9 +19,7 @@ from ifvit.evaluation.object_count import (
     ObjectCountRow,
     differences,
     read_count_prompts,
-    read_object_count,
     score_counts,
-    write_object_count,
 )
 from ifvit.images import encode_png
 from ifvit.sampling.config import SamplingConfig
@@ -185,7 +184,7 @@ def test_known_images_give_known_counts_and_are_kept(counting: EvaluateConfig, r
     assert [one.counted - one.asked for one in row.images] == [0] * 15 + [1] * 15
     assert {one.average_error.value for one in row.scores} == {0.5}
     assert {one.match_ratio.value for one in row.scores} == {0.5}
-    assert read_object_count(f"{folder}.json") == row
+    assert storage.read_sealed(ObjectCountRow, f"{folder}.json") == row
     assert (row.step, row.weights, row.backbone["num_image_blocks"]) == (7, run, 1)
     assert row.protocol.num_images == 2
     assert row.protocol.sampling == counting.protocol.sampling.settings
@@ -255,8 +254,8 @@ def test_protocols_name_their_differences(
 
 def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
     url = str(tmp_path / "row.json")
-    write_object_count(url, made_row())
-    assert read_object_count(url) == made_row()
+    storage.write_sealed(url, made_row())
+    assert storage.read_sealed(ObjectCountRow, url) == made_row()
     Path(url).write_text('{"weights": "x", "protocol": {}}')
     with pytest.raises(UserError, match=r"row\.json: damaged"):
-        read_object_count(url)
+        storage.read_sealed(ObjectCountRow, url)

@@ -21,16 +21,15 @@ from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
 from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.features import FeatureNetwork, Networks
 from ifvit.evaluation.references import (
-    find_image,
-    hash_images,
+    RealImages,
     list_images,
     make_reference,
-    read_real_image,
     read_reference,
 )
-from ifvit.evaluation.rows import MetricsRow, estimates_of, read_row
+from ifvit.evaluation.rows import MetricsRow, estimates_of
 from ifvit.image_rules import ImageRules
 from ifvit.shards.format import EncoderIdentity
+from ifvit.storage import read_sealed
 
 
 @pytest.fixture
@@ -54,6 +53,10 @@ def reference(config: EvaluateConfig, held_out: HeldOut, tmp_path: Path) -> str:
         )
     )
     return file
+
+
+def real_images(*paths: Path, rules: ImageRules | None = None) -> RealImages:
+    return RealImages(paths=paths, image_size=64, rules=rules or ImageRules())
 
 
 def assert_equal(first: MetricsRow, second: MetricsRow, rel: float) -> None:
@@ -94,7 +97,7 @@ def test_two_processes_measure_what_one_measures(config: EvaluateConfig, run: st
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step_00000007.json") == 1
-    together = read_row(f"{run}/evaluation/test/w2/step_00000007.json")
+    together = read_sealed(MetricsRow, f"{run}/evaluation/test/w2/step_00000007.json")
     alone_config = dataclasses.replace(config, output=str(Path(run, "alone")))
     (alone,) = evaluate(alone_config)
     assert_equal(together, alone, rel=1e-3)
@@ -135,7 +138,7 @@ def test_a_file_that_is_not_a_reference_is_one_line(
 def test_a_broken_real_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
     with pytest.raises(UserError, match=r"broken\.jpg"):
-        read_real_image(tmp_path / "broken.jpg", 64, ImageRules())
+        real_images().read(tmp_path / "broken.jpg")
 
 
 STORED: dict[str, Any] = {
@@ -201,13 +204,10 @@ def test_statistics_that_no_images_have_are_one_line(
 def test_the_hash_of_real_images_covers_their_content_size_and_rules(tmp_path: Path) -> None:
     path, group = tmp_path / "a.png", ProcessGroup(World(rank=0, size=1, local_rank=0))
     path.write_bytes(b"any")
-    digests = {
-        hash_images([path], 64, ImageRules(background=name), group) for name in ("red", "tan")
-    }
-    digests.add(hash_images([path], 32, ImageRules(background="red"), group))
+    red, tan = (real_images(path, rules=ImageRules(background=name)) for name in ("red", "tan"))
+    digests = {images.hash(group) for images in (red, tan, dataclasses.replace(red, image_size=32))}
     path.write_bytes(b"other")
-    digests.add(hash_images([path], 64, ImageRules(background="red"), group))
-    assert len(digests) == 4
+    assert len(digests | {red.hash(group)}) == 4
 
 
 def test_a_huge_file_is_refused_before_it_is_hashed(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_huge_file_is_refused_before_it_is_hashed(tmp_path: Path) -> None:
     huge.touch()
     os.truncate(huge, 1 << 40)
     with pytest.raises(UserError, match=r"huge\.jpg: larger than"):
-        hash_images([huge], 64, ImageRules(), ProcessGroup(World(rank=0, size=1, local_rank=0)))
+        real_images(huge).hash(ProcessGroup(World(rank=0, size=1, local_rank=0)))
 
 
 def test_only_real_images_count_as_reference_images(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_only_real_images_count_as_reference_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("image_id", ["", ".", "..", "/", "a/..", "x" * 10_000, -1, 10**18])
 def test_a_strange_image_id_has_no_image(image_id: int | str) -> None:
-    paths = [Path("images/a.png"), Path("images/000000000042.jpg")]
-    assert find_image(paths, image_id) is None
-    assert find_image(paths, "a.png") == paths[0]
-    assert find_image(paths, 42) == paths[1]
+    images = real_images(Path("images/a.png"), Path("images/000000000042.jpg"))
+    assert images.find(image_id) is None
+    assert images.find("a.png") == images.paths[0]
+    assert images.find(42) == images.paths[1]

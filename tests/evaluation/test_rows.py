@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,15 @@ from made_counts import made_row
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import estimate_mean
-from ifvit.evaluation.object_count import read_object_counts, write_object_count
+from ifvit.evaluation.object_count import read_object_counts
 from ifvit.evaluation.rows import (
     MetricsRow,
     Protocol,
     differences,
     main_series,
-    read_row,
     read_rows,
     row_url,
     samples_url,
-    write_row,
 )
 from ifvit.sampling.config import SamplingConfig
 
@@ -62,7 +61,7 @@ def build_row(name: str = "matched", scale: float = 2.0, step: int = 500) -> Met
 
 def write(folder: Path, row: MetricsRow) -> str:
     url = row_url(str(folder), row.protocol.name, row.protocol.guidance_scale, row.step)
-    write_row(url, row)
+    storage.write_sealed(url, row)
     return url
 
 
@@ -82,7 +81,7 @@ def test_rows_are_read_in_order_and_other_files_are_ignored(tmp_path: Path) -> N
 def test_metrics_and_object_counts_are_told_apart(tmp_path: Path) -> None:
     counts = [dataclasses.replace(made_row(), step=step) for step in (9, 5)]
     for row in counts:
-        write_object_count(row_url(str(tmp_path), "object_count", 4.0, row.step), row)
+        storage.write_sealed(row_url(str(tmp_path), "object_count", 4.0, row.step), row)
     write(tmp_path, build_row())
     assert list(read_rows(str(tmp_path)).values()) == [build_row()]
     assert read_object_counts(str(tmp_path)) == counts[::-1]
@@ -95,7 +94,7 @@ def test_a_file_that_is_not_a_row_is_named(tmp_path: Path) -> None:
 
 
 def test_a_row_in_the_place_of_another_is_named(tmp_path: Path) -> None:
-    write_row(row_url(str(tmp_path), "matched", 2.0, 7), build_row(step=500))
+    storage.write_sealed(row_url(str(tmp_path), "matched", 2.0, 7), build_row(step=500))
     with pytest.raises(UserError, match=r"step_00000007\.json: is the row of .*500\.json"):
         read_rows(str(tmp_path))
 
@@ -127,7 +126,7 @@ def test_a_row_with_a_seal_but_impossible_values_is_one_line(
         change = {"protocol": stored["protocol"] | change["protocol"]}
     url = row_url(str(tmp_path), "matched", 2.0, 500)
     storage.write_sealed(url, stored | change)
-    for read in (read_row, lambda url: read_rows(str(tmp_path))):
+    for read in (partial(storage.read_sealed, MetricsRow), lambda url: read_rows(str(tmp_path))):
         with pytest.raises(UserError, match=rf"step_00000500\.json: .*{named}") as raised:
             read(url)
         assert str(raised.value).isprintable()

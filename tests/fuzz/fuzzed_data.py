@@ -234,9 +234,10 @@ def make_images(folder: Path) -> list[Format]:
 
     def reader(name: str) -> Callable[[Path], object]:
         def read_image(box: Path) -> object:
-            from ifvit.evaluation.references import read_real_image
+            from ifvit.evaluation.references import RealImages
 
-            return read_real_image(box / name, 16, ImageRules())
+            images = RealImages(paths=(), image_size=16, rules=ImageRules())
+            return images.read(box / name)
 
         return read_image
 

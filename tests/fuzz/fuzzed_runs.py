@@ -28,12 +28,9 @@ from ifvit.analysis.attention_maps import (
 from ifvit.errors import UserError
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.features import CLIP, FeatureNetwork
-from ifvit.evaluation.object_count import (
-    read_object_counts,
-    write_object_count,
-)
+from ifvit.evaluation.object_count import read_object_counts
 from ifvit.evaluation.references import read_reference
-from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url, write_row
+from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url
 from ifvit.evaluation.runs import read_run
 from ifvit.image_rules import ImageRules
 from ifvit.images import decode_png, encode_png
@@ -42,7 +39,7 @@ from ifvit.records import dump_rows
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.samples import SampleRow, write_samples
 from ifvit.shards.format import EncoderIdentity
-from ifvit.storage import read_bytes
+from ifvit.storage import read_bytes, write_sealed
 from ifvit.training.checkpoint import fetch_newest, open_tensors
 from ifvit.training.config import (
     EngineConfig,
@@ -224,9 +221,9 @@ def make_evaluation(folder: Path) -> list[Format]:
     write_samples(str(samples), rows)
     for name in ("00000.png", "00001.png", "real_00000.png"):
         (samples / name).write_bytes(encode_png(np.zeros((16, 16, 3), np.uint8)))
-    write_row(url, row)
+    write_sealed(url, row)
     counts = row_url(str(run / FOLDER), "counts", 2.0, 2)
-    write_object_count(counts, made_row())
+    write_sealed(counts, made_row())
     names = {"evaluation row": url, "object count row": counts}
     names["evaluation samples.jsonl"] = str(samples / "samples.jsonl")
     return [
@@ -299,7 +296,8 @@ def read_statistics(box: Path) -> object:
     identity = EncoderIdentity(name="scenes/clip", sha256="b" * 64)
     network = FeatureNetwork(embed=lambda images: images, identity=identity)
     networks = SimpleNamespace(features={CLIP: network}, clip=None, device="cpu")
-    return read_reference(str(box / "reference.npz"), 16, ImageRules(), networks)  # type: ignore[arg-type]
+    found = read_reference(str(box / "reference.npz"), 16, ImageRules(), networks)  # type: ignore[arg-type]
+    return found.num_images, found.sha256, found.features()
 
 
 def make_slurm(folder: Path) -> list[Format]:

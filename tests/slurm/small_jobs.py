@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ifvit.evaluation.training_rows import read_training_rows
+from ifvit.evaluation.rows import read_training_rows
 from slurm.config import LogsConfig
 from slurm.jobs import VerbJob
 from slurm.status import JobStatus, find_log, read_statuses

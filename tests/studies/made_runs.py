@@ -10,7 +10,7 @@ from made_training_rows import made_training_row
 
 from ifvit import storage
 from ifvit.evaluation.estimates import Estimate
-from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url, write_row
+from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.config import PRESETS, BackboneConfig, FusionTransformerConfig
 from ifvit.models.weights import StoredWeights, WeightsInfo
@@ -132,7 +132,7 @@ def write_evaluation(folder: Path, row: MetricsRow) -> None:
     for n, image in enumerate(pixels):
         storage.write_bytes(str(evaluation / f"{n:05d}.png"), encode_png(image))
     storage.write_bytes(str(evaluation / "real_00000.png"), encode_png(pixels[0]))
-    write_row(url, row)
+    storage.write_sealed(url, row)
 
 
 def noise(seed: int) -> Pixels:

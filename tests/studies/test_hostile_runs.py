@@ -19,10 +19,11 @@ from made_runs import (
 )
 
 from ifvit.errors import UserError
-from ifvit.evaluation.object_count import CountedImage, score_counts, write_object_count
+from ifvit.evaluation.object_count import CountedImage, score_counts
 from ifvit.evaluation.runs import Run, read_run
 from ifvit.images import encode_png
 from ifvit.sampling.samples import read_samples, write_samples
+from ifvit.storage import write_sealed
 from ifvit.studies.config import PaperConfig, ReportConfig
 from ifvit.studies.object_counts import read_counts
 from ifvit.studies.paper import report_paper
@@ -40,7 +41,7 @@ SEALED = ["metrics.jsonl", ROW, SAMPLES, COUNTS]
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     write_run(folder, build_row(0.41), 0)
-    write_object_count(str(folder / COUNTS), made_row())
+    write_sealed(str(folder / COUNTS), made_row())
     return folder
 
 
@@ -226,7 +227,7 @@ def test_texts_of_files_are_shown_as_texts(run: Path, tmp_path: Path) -> None:
         for number in (1, 2)
     ]
     row = replace(made_row(), images=tuple(images), scores=score_counts(images))
-    write_object_count(str(run / COUNTS), row)
+    write_sealed(str(run / COUNTS), row)
     evil = tmp_path / "$x_{ <b>$ run"
     shutil.move(run, evil)
     page = show(evil)

@@ -14,12 +14,12 @@ from made_training_rows import made_training_row
 from PIL import Image
 
 from ifvit.errors import UserError
-from ifvit.evaluation.object_count import write_object_count
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.evaluation.runs import read_runs
 from ifvit.models.config import PRESETS
 from ifvit.rating.agreement import OrderBias
 from ifvit.rating.results import PreferenceResults, Replies, WinRate
+from ifvit.storage import write_sealed
 from ifvit.studies.comparisons import FRECHET
 from ifvit.studies.config import PaperConfig
 from ifvit.studies.object_counts import mean_row, read_counts
@@ -101,7 +101,7 @@ def records(output: Path, name: str) -> list[dict[str, str]]:
 def test_the_page_and_its_files_are_complete_and_need_no_network(tmp_path: Path) -> None:
     runs = write_runs(tmp_path / "runs")
     for run, number in zip(runs, [0, 0, 1, 1], strict=False):
-        write_object_count(f"{run}/{COUNTS}", made_row((number,) * 2))
+        write_sealed(f"{run}/{COUNTS}", made_row((number,) * 2))
     page = render(runs, tmp_path / "sheet")
     files = {path.name for path in (tmp_path / "sheet").iterdir()}
     tables = {"table1.csv", "table1_further.csv", "table2.csv"}
@@ -341,7 +341,7 @@ def test_claims_say_that_one_run_has_no_noise_over_seeds(runs: list[str]) -> Non
 def test_counts_are_means_over_seeds_of_rows_with_one_protocol(tmp_path: Path) -> None:
     runs = write_runs(tmp_path, variants=[0, 1])
     for run, errors in zip(runs, ((2, 2), (1, 1), (0, 1), (0, 1)), strict=True):
-        write_object_count(f"{run}/{COUNTS}", made_row(errors))
+        write_sealed(f"{run}/{COUNTS}", made_row(errors))
     sheet = sheet_of(runs)
     rows, _ = read_counts(sheet.runs)
     counts = sheet.group(rows)
@@ -354,7 +354,7 @@ def test_counts_are_means_over_seeds_of_rows_with_one_protocol(tmp_path: Path) -
 
     other = dataclasses.replace(made_row((0, 0)).protocol, num_images=7)
     row = dataclasses.replace(made_row((0, 0)), protocol=other)
-    write_object_count(f"{runs[1]}/{COUNTS}", row)
+    write_sealed(f"{runs[1]}/{COUNTS}", row)
     rows, excluded = read_counts(sheet.runs)
     assert excluded == ["concat_early/seed1 was counted with another num_images."]
     assert len(rows) == 3

@@ -10,10 +10,10 @@ from made_counts import made_row
 from made_runs import build_row, write_evaluation, write_run
 
 from ifvit.errors import UserError
-from ifvit.evaluation.object_count import write_object_count
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.evaluation.runs import read_runs
 from ifvit.sampling.config import SamplingConfig
+from ifvit.storage import write_sealed
 from ifvit.studies.comparisons import compare_runs
 from ifvit.studies.config import ReportConfig
 from ifvit.studies.report import method_table, metric_lines, report, smooth
@@ -110,7 +110,7 @@ def test_alignment_methods_of_one_run_are_shown_side_by_side(tmp_path: Path) -> 
 
 def test_object_counts_of_runs_are_shown_side_by_side(runs: list[str], tmp_path: Path) -> None:
     for run in runs:
-        write_object_count(f"{run}/evaluation/object_count/w2/step_00001200.json", made_row((0, 1)))
+        write_sealed(f"{run}/evaluation/object_count/w2/step_00001200.json", made_row((0, 1)))
     assert 'alt="object counts of all runs"' in render(runs, tmp_path / "report.html")
 
 

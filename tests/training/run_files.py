@@ -15,9 +15,9 @@ from made_backbone import small_shape
 from made_shards import make_samples, write_shards
 
 from ifvit.evaluation.estimates import Estimate
-from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, write_row
-from ifvit.evaluation.training_rows import read_training_rows
+from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, read_training_rows, row_url
 from ifvit.sampling.config import SamplingConfig
+from ifvit.storage import write_sealed
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
 CONTEXT_SHAPE = (5, 12)
@@ -84,7 +84,7 @@ def write_evaluation(run: str, step: int, metric: str, value: float | None) -> N
         retrieval_at_16=None,
     )
     measured = {} if value is None else {metric: replace(low, value=value)}
-    write_row(row_url(f"{run}/{FOLDER}", "scenes", 1.5, step), replace(row, **measured))
+    write_sealed(row_url(f"{run}/{FOLDER}", "scenes", 1.5, step), replace(row, **measured))
 
 
 def rows(config: TrainConfig) -> dict[int, dict[str, Any]]:
