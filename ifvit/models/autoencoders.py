@@ -11,10 +11,8 @@ from ifvit.errors import UserError
 from ifvit.models.config import NumBlocks, Size
 from ifvit.models.pretrained import (
     identify,
+    load_frozen,
     read_model_config,
-    reading,
-    require_parameters,
-    require_tensors,
     resolve_pretrained,
 )
 from ifvit.records import PlainName, PositiveFloat, Rule, record
@@ -87,14 +85,12 @@ class Autoencoder:
         return moments
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) => images (B, 3, H, W) in [-1, 1]."""
-        return self.decode_unclamped(latents).clamp(-1.0, 1.0)
+        """Unscaled latents (B, C, h, w) => images (B, 3, H, W), nominally in [-1, 1].
 
-    def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """Decode without clamping to [-1, 1], so that every pixel keeps its gradient."""
-        decoded = self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
-        images: Tensor = decoded.float()
-        return images
+        They are not clamped, so that every pixel keeps its gradient.
+        """
+        images: Tensor = self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
+        return images.float()
 
 
 def load_autoencoder(
@@ -105,29 +101,27 @@ def load_autoencoder(
     Raises UserError for a folder that does not hold a whole AutoencoderKL.
     """
     folder = resolve_pretrained(name, "--vae")
-    vae = load_vae(name, folder, dtype)
-    vae.requires_grad_(False)
+    vae = load_vae(folder, dtype)
     # DATE differentiates through the decoder, whose activations are then most of the memory.
     vae.enable_gradient_checkpointing()
-    return Autoencoder(vae.to(device).eval(), identify(name, folder))
+    return Autoencoder(vae.to(device), identify(name, folder))
 
 
-def load_vae(name: str, folder: Path, dtype: torch.dtype) -> Any:
-    """Load the AutoencoderKL of a folder; `name` is used in errors."""
+def load_vae(folder: Path, dtype: torch.dtype) -> Any:
+    """Load the frozen AutoencoderKL of a folder."""
     from diffusers import AutoencoderKL  # takes a second, which training without a grid saves
 
     settings = asdict(read_model_config(AutoencoderConfig, folder))
     del settings["quantization_config"]
-    with reading(f"{folder}/config.json: not an AutoencoderKL"), torch.device("meta"):
-        model: Any = AutoencoderKL(**settings)  # type: ignore[no-untyped-call]
-    require_parameters(name, folder, model)
-    with reading(f"{name}: {folder} does not load as an AutoencoderKL"):
-        vae, loading = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+    return load_frozen(
+        "an AutoencoderKL",
+        folder,
+        lambda: AutoencoderKL(**settings),  # type: ignore[no-untyped-call]
+        lambda: AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
             folder,
             torch_dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-        )
-    require_tensors(name, folder, loading["missing_keys"])
-    return vae
+        ),
+    )

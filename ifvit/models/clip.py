@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.utils.logging import disable_progress_bar
 
 from ifvit.errors import UserError
 from ifvit.models.config import NumBlocks, NumClasses, Size
 from ifvit.models.pretrained import (
     identify,
+    load_frozen,
     read_model_config,
     reading,
-    require_parameters,
-    require_tensors,
     resolve_pretrained,
 )
 from ifvit.records import Fraction, NonNegativeInt, PlainName, PositiveFloat, parse_known, record
@@ -30,12 +28,11 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 10_000
 """Longer captions are cut before they are tokenised; only their first tokens count anyway."""
-Channels = tuple[float, float, float]
 
 
 @record
 class TowerConfig:
-    """The keys that both towers of a CLIP have; None stands for transformers' default."""
+    """The keys of either tower of a CLIP; None stands for transformers' default."""
 
     hidden_size: Size | None = None
     intermediate_size: Size | None = None
@@ -45,34 +42,17 @@ class TowerConfig:
     hidden_act: PlainName | None = None
     layer_norm_eps: PositiveFloat | None = None
     attention_dropout: Fraction | None = None
-    attn_implementation: None = None
-    """Other values name code, or a package of code on the hub."""
-    quantization_config: None = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The keys that config.json states."""
-        return {key: value for key, value in vars(self).items() if value is not None}
-
-
-@record
-class TextConfig(TowerConfig):
-    """The keys of a CLIP text tower."""
-
     vocab_size: NumClasses | None = None
     max_position_embeddings: Size | None = None
     pad_token_id: NonNegativeInt | None = None
     bos_token_id: NonNegativeInt | None = None
     eos_token_id: NonNegativeInt | None = None
-
-
-@record
-class VisionConfig(TowerConfig):
-    """The keys of a CLIP image tower."""
-
     num_channels: Size | None = None
     image_size: Size | None = None
     patch_size: Size | None = None
+    attn_implementation: None = None
+    """Other values name code, or a package of code on the hub."""
+    quantization_config: None = None
 
 
 @record
@@ -90,12 +70,8 @@ class ModelConfig:
 class ImageProcessorConfig:
     """The keys of preprocessor_config.json that prepare images."""
 
-    image_mean: Channels
+    image_mean: tuple[float, float, float]
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-
-
-Normalisation = tuple[Tensor, Tensor]
-"""Mean and standard deviation of CLIP's training images in [0, 1], each (1, 3, 1, 1)."""
 
 
 class TextEncoder:
@@ -141,12 +117,13 @@ class ClipScorer:
         self,
         model: Any,
         tokenizer: "CLIPTokenizer",
-        normalisation: Normalisation,
+        processor: ImageProcessorConfig,
         identity: EncoderIdentity,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._normalisation = normalisation
+        mean, std = torch.tensor([processor.image_mean, processor.image_std]).view(2, 1, 3, 1, 1)
+        self._mean, self._std = mean.to(model.device), std.to(model.device)
         self.image_size: int = model.config.vision_config.image_size
         self.identity = identity
 
@@ -162,14 +139,14 @@ class ClipScorer:
             size = (self.image_size, self.image_size)
             pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True)
             pixels = pixels.clamp(0, 1)
-        mean, std = (statistic.to(pixels) for statistic in self._normalisation)
-        return ((pixels - mean) / std).to(self._model.device, self._model.dtype)
+        normalised: Tensor = (pixels.to(self._model.device) - self._mean) / self._std
+        return normalised.to(self._model.dtype)
 
     @torch.no_grad()
     def embed_texts(self, captions: list[str]) -> Tensor:
         """B captions => (B, E), unit length."""
         length = self._model.config.text_config.max_position_embeddings
-        tokens = _tokenize(self._tokenizer, captions, length).to(self._model.device)
+        tokens = _tokenize(self._tokenizer, captions, length).input_ids.to(self._model.device)
         text = self._model.text_model(input_ids=tokens).pooler_output
         return functional.normalize(self._model.text_projection(text).float(), dim=1)
 
@@ -177,7 +154,7 @@ class ClipScorer:
 @torch.no_grad()
 def encode_captions(model: Any, tokenizer: "CLIPTokenizer", captions: list[str]) -> Tensor:
     """B captions => the last hidden state (B, M, D) of CLIP's text tower `model`, float32."""
-    tokens = _tokenize(tokenizer, captions, model.config.max_position_embeddings)
+    tokens = _tokenize(tokenizer, captions, model.config.max_position_embeddings).input_ids
     hidden: Tensor = model(input_ids=tokens.to(model.device)).last_hidden_state
     return hidden.float()
 
@@ -187,8 +164,8 @@ def load_text_encoder(
 ) -> TextEncoder:
     """Load CLIP's text tower `name`: a hub name, a local folder, or scenes/clip."""
     folder = resolve_pretrained(name, "--text_encoder")
-    model = load_text_tower(name, folder, dtype).to(device)
-    return TextEncoder(model, load_tokenizer(name, folder), identify(name, folder))
+    model = load_text_tower(folder, dtype).to(device)
+    return TextEncoder(model, load_tokenizer(folder), identify(name, folder))
 
 
 def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScorer:
@@ -196,17 +173,18 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     from transformers import CLIPConfig, CLIPModel
 
     folder = resolve_pretrained(name, "the field clip")
-    path, stored = folder / "config.json", read_model_config(ModelConfig, folder)
+    stored = read_model_config(ModelConfig, folder)
     width = stored.projection_dim
-    with reading(f"{path}: not a CLIP"):
+    with reading(f"{folder}/config.json: not a CLIP"):
         config = CLIPConfig(
-            text_config=parse_known(TextConfig, stored.text_config or {}, str(path)).given,
-            vision_config=parse_known(VisionConfig, stored.vision_config or {}, str(path)).given,
+            text_config=_tower_keys(stored.text_config or {}, folder),
+            vision_config=_tower_keys(stored.vision_config or {}, folder),
             **({} if width is None else {"projection_dim": width}),  # type: ignore[arg-type]
         )
-    model = _load(CLIPModel, config, name, folder, dtype).to(device)
-    tokenizer = load_tokenizer(name, folder)
-    return ClipScorer(model, tokenizer, _read_normalisation(folder), identify(name, folder))
+    model = _load(CLIPModel, config, folder, dtype).to(device)
+    # Read by hand, because transformers' image processor needs torchvision.
+    processor = read_model_config(ImageProcessorConfig, folder, name="preprocessor_config.json")
+    return ClipScorer(model, load_tokenizer(folder), processor, identify(name, folder))
 
 
 def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, int]]]:
@@ -214,59 +192,58 @@ def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, 
 
     Start, end and padding tokens span no characters.
     """
-    tokenizer = load_tokenizer(name, resolve_pretrained(name, "--text_encoder"))
+    tokenizer = load_tokenizer(resolve_pretrained(name, "--text_encoder"))
 
     def token_spans(caption: str) -> list[tuple[int, int]]:
-        batch = tokenizer(
-            caption[:MAX_CHARACTERS],
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_offsets_mapping=True,
-        )
-        spans: list[tuple[int, int]] = batch.offset_mapping
-        return spans
+        batch = _tokenize(tokenizer, [caption], length, return_offsets_mapping=True)
+        return [(start, end) for start, end in batch.offset_mapping[0].tolist()]
 
     return token_spans
 
 
-def load_text_tower(name: str, folder: Path, dtype: torch.dtype) -> Any:
-    """Load the text tower of a folder, alone or part of a CLIP; `name` is used in errors."""
+def load_text_tower(folder: Path, dtype: torch.dtype) -> Any:
+    """Load the text tower of a folder, alone or part of a CLIP."""
     # transformers' CLIP is imported where it is loaded: most training runs do not need it.
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    path = folder / "config.json"
     whole = read_model_config(ModelConfig, folder).text_config
     if whole is None:
-        given = read_model_config(TextConfig, folder).given
+        keys = _given(read_model_config(TowerConfig, folder))
     else:
-        given = parse_known(TextConfig, whole, str(path)).given
-    with reading(f"{path}: not a CLIP text tower"):
-        config = CLIPTextConfig(**given)
-    return _load(CLIPTextModel, config, name, folder, dtype)
+        keys = _tower_keys(whole, folder)
+    with reading(f"{folder}/config.json: not a CLIP text tower"):
+        config = CLIPTextConfig(**keys)
+    return _load(CLIPTextModel, config, folder, dtype)
 
 
-def load_tokenizer(name: str, folder: Path) -> "CLIPTokenizer":
+def _tower_keys(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return _given(parse_known(TowerConfig, stored, f"{folder}/config.json"))
+
+
+def _given(config: TowerConfig) -> dict[str, Any]:
+    """The keys that config.json states."""
+    return {key: value for key, value in vars(config).items() if value is not None}
+
+
+def load_tokenizer(folder: Path) -> "CLIPTokenizer":
     """Load CLIP's tokenizer. Raises UserError if its files are missing or broken."""
     from transformers import CLIPTokenizer
 
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise UserError(f"{name}: neither tokenizer.json nor vocab.json in {folder}; restore them")
-    with reading(f"{name}: the tokenizer in {folder} does not load"):
+        raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json; restore them")
+    with reading(f"{folder}: the tokenizer does not load"):
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     return tokenizer
 
 
-def _load(cls: Any, config: Any, name: str, folder: Path, dtype: torch.dtype) -> Any:
-    """Load a frozen model; `Any`, because transformers' types do not hold."""
-    with reading(f"{folder}/config.json: not a {cls.__name__}"), torch.device("meta"):
-        model = cls(config)
-    require_parameters(name, folder, model)
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # it counts tensors and takes a second
-    with reading(f"{name}: {folder} does not load as a {cls.__name__}"):
-        model, loading = cls.from_pretrained(
+def _load(cls: Any, config: Any, folder: Path, dtype: torch.dtype) -> Any:
+    return load_frozen(
+        f"a {cls.__name__}",
+        folder,
+        lambda: cls(config),
+        lambda: cls.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -274,26 +251,17 @@ def _load(cls: Any, config: Any, name: str, folder: Path, dtype: torch.dtype) ->
             local_files_only=True,
             output_loading_info=True,
             trust_remote_code=False,
-        )
-    require_tensors(name, folder, loading["missing_keys"])
-    return model.eval().requires_grad_(False)
+        ),
+    )
 
 
-def _read_normalisation(folder: Path) -> Normalisation:
-    # Read by hand, because transformers' image processor needs torchvision.
-    stored = read_model_config(ImageProcessorConfig, folder, name="preprocessor_config.json")
-    mean, std = torch.tensor([stored.image_mean, stored.image_std]).view(2, 1, 3, 1, 1)
-    return mean, std
-
-
-def _tokenize(tokenizer: "CLIPTokenizer", captions: list[str], length: int) -> Tensor:
+def _tokenize(tokenizer: "CLIPTokenizer", captions: list[str], length: int, **options: bool) -> Any:
     """Token ids (B, length), padded; a long caption is truncated and keeps its end token."""
-    batch = tokenizer(
+    return tokenizer(
         [caption[:MAX_CHARACTERS] for caption in captions],
         padding="max_length",
         truncation=True,
         max_length=length,
         return_tensors="pt",
+        **options,
     )
-    tokens: Tensor = batch.input_ids
-    return tokens

@@ -1,15 +1,14 @@
 """Folders and files of frozen pretrained models: local, from the Hugging Face hub, or shipped.
 
-Whoever loads one with diffusers or transformers reads its config.json by `read_model_config` first
-and checks by `require_parameters` that the weights are as large as that file claims. `reading`
-turns what these libraries raise for broken files into one line.
+`read_model_config` reads those keys of a config.json that are safe to use, and `load_frozen` the
+model that it describes. `reading` turns what libraries raise for broken files into one line.
 """
 
 import contextlib
 import hashlib
 import os
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
 import ifvit.scenes
 from ifvit.errors import UserError
@@ -78,10 +78,8 @@ def weight_files(name: str, folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"{name}: no *.safetensors in {folder}; pickled weights are not loaded")
     for index in folder.glob("*.safetensors.index.json"):
-        shards = set(
-            parse_json(_WeightIndex, read_bytes(str(index)), str(index)).weight_map.values()
-        )
-        if missing := shards - {path.name for path in files}:
+        named = parse_json(_WeightIndex, read_bytes(str(index)), str(index)).weight_map.values()
+        if missing := set(named) - {path.name for path in files}:
             raise UserError(f"{index}: names {shorten(min(missing))}, which is not in {folder}")
     return files
 
@@ -105,22 +103,37 @@ def read_model_config(cls: type[Config], folder: Path, *, name: str = "config.js
     return parse_known(cls, stored, str(path))
 
 
-def require_parameters(name: str, folder: Path, model: nn.Module) -> None:
-    """Raise UserError if `model`, built on the meta device, has more parameters than the files.
+def load_frozen(
+    what: str,
+    folder: Path,
+    build: Callable[[], Any],
+    load: Callable[[], tuple[Any, dict[str, Any]]],
+) -> Any:
+    """Load a frozen model of diffusers or transformers; `Any`, because their types do not hold.
 
-    A config.json that claims a huge network is thus refused before memory is allocated for it.
+    `build` makes the network that config.json describes, here on the meta device: a file that
+    claims a huge network is refused before memory is allocated for it. `load` is from_pretrained
+    with `output_loading_info`. Raises UserError for files that are not a whole `what`, because
+    libraries replace missing tensors by random numbers.
     """
-    stored = sum(
-        torch.Size(shape).numel()
-        for path in weight_files(name, folder)
-        for shape in read_shapes(path).values()
-    )
-    claimed = sum(parameter.numel() for parameter in model.parameters())
+    with reading(f"{folder}/config.json: not {what}"), torch.device("meta"):
+        claimed = sum(parameter.numel() for parameter in build().parameters())
+    shapes = [read_shapes(path).values() for path in weight_files(str(folder), folder)]
+    stored = sum(torch.Size(shape).numel() for file in shapes for shape in file)
     if claimed > stored:
         raise UserError(
-            f"{name}: config.json describes {claimed} parameters, but the *.safetensors in "
-            f"{folder} hold {stored}; use files of the same model"
+            f"{folder}: config.json describes {claimed} parameters, but the *.safetensors hold "
+            f"{stored}; use files of the same model"
         )
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # it counts tensors and takes a second
+    with reading(f"{folder}: does not load as {what}"):
+        model, loading = load()
+    if missing := loading["missing_keys"]:
+        raise UserError(
+            f"{folder}: the *.safetensors lack {len(missing)} tensors, such as "
+            f"{shorten(min(missing))}; use a complete folder"
+        )
+    return model.eval().requires_grad_(False)
 
 
 def require_shapes(what: str, wanted: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -133,15 +146,6 @@ def require_shapes(what: str, wanted: nn.Module, found: Mapping[str, tuple[int, 
         raise UserError(
             f"{what}: {shorten(name)} has shape {found.get(name)}, but the configuration describes "
             f"{expected.get(name)}; use files of the same model"
-        )
-
-
-def require_tensors(name: str, folder: Path, missing: Collection[str]) -> None:
-    """Raise UserError if tensors are missing, which libraries replace by random numbers."""
-    if missing:
-        raise UserError(
-            f"{name}: the *.safetensors in {folder} lack {len(missing)} tensors, such as "
-            f"{shorten(min(missing))}; use a complete folder"
         )
 
 

@@ -80,7 +80,7 @@ def load_sampler(model: Model, null_condition: Tensor) -> Sampler:
 def load_decoder(info: WeightsInfo, device: str) -> Callable[[Tensor], Tensor]:
     """Load the decoder of scaled latents, `Sampler.decode`."""
     autoencoder = load_trained_autoencoder(info, device)
-    return lambda latents: autoencoder.decode_unclamped(latents / info.scaling_factor)
+    return lambda latents: autoencoder.decode(latents / info.scaling_factor)
 
 
 def load_trained_autoencoder(info: WeightsInfo, device: str) -> Autoencoder:

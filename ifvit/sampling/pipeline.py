@@ -382,8 +382,8 @@ def _load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]
         elif name == "scheduler":
             read_model_config(SchedulerConfig, inside, name="scheduler_config.json")
         elif name == "tokenizer":
-            loaded[name] = load_tokenizer(str(inside), inside)
+            loaded[name] = load_tokenizer(inside)
         else:
             load = load_vae if name == "vae" else load_text_tower
-            loaded[name] = load(str(inside), inside, dtype)
+            loaded[name] = load(inside, dtype)
     return loaded

@@ -30,7 +30,7 @@ def sampler() -> Sampler:
     autoencoder = Autoencoder(vae, EncoderIdentity(name="random", sha256="0" * 64))
     return Sampler(
         backbone=build_backbone(),
-        decode=lambda latents: autoencoder.decode_unclamped(latents / 0.5),
+        decode=lambda latents: autoencoder.decode(latents / 0.5),
         null_condition=NULL,
     )
 

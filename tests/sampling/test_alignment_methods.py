@@ -273,7 +273,7 @@ def sampler(backbone: FusionTransformer) -> Sampler:
     autoencoder = Autoencoder(vae.eval(), CLIP)
     return Sampler(
         backbone=backbone,
-        decode=lambda latents: autoencoder.decode_unclamped(latents / 0.5),
+        decode=lambda latents: autoencoder.decode(latents / 0.5),
         null_condition=torch.zeros(6, 16),
     )
 
