@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils.logging import disable_progress_bar
 
 from ifvit.errors import UserError
 from ifvit.models.config import NumBlocks, NumClasses, Size
@@ -239,6 +240,7 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
 
 
 def _load(cls: Any, config: Any, folder: Path, dtype: torch.dtype) -> Any:
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # it counts tensors and takes a second
     return load_frozen(
         f"a {cls.__name__}",
         folder,

@@ -17,7 +17,6 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.utils.logging import disable_progress_bar
 
 import ifvit.scenes
 from ifvit.errors import UserError
@@ -125,7 +124,6 @@ def load_frozen(
             f"{folder}: config.json describes {claimed} parameters, but the *.safetensors hold "
             f"{stored}; use files of the same model"
         )
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # it counts tensors and takes a second
     with reading(f"{folder}: does not load as {what}"):
         model, loading = load()
     if missing := loading["missing_keys"]:
