@@ -21,7 +21,7 @@ ROOMS = {
     ],
     "deepspeed": ["ifvit/training/zero.py"],
     "diffusers": [
-        "ifvit/diffusion/solvers.py",
+        "ifvit/diffusion/sampler.py",
         "ifvit/models/autoencoders.py",
         "ifvit/models/backbone.py",
         "ifvit/models/fusion_transformer.py",

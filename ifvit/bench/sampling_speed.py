@@ -18,7 +18,7 @@ from ifvit.bench.measurement import (
 )
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedNoisePredictor
-from ifvit.diffusion.solvers import NoisePredictor
+from ifvit.diffusion.sampler import NoisePredictor
 from ifvit.distributed import choose_device
 from ifvit.models.backbone import Backbone
 from ifvit.models.config import PRESETS, with_setting

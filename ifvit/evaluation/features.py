@@ -8,7 +8,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,6 @@ from ifvit.evaluation.metrics import (
     KID_SUBSETS,
     Features,
     FeatureStatistics,
-    RunningStatistics,
 )
 from ifvit.images import Pixels, to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
@@ -158,8 +157,8 @@ def collect_features(
     images. The features at the positions `parts[name]` are kept, in that order. Raises UserError
     for features that are not finite, which would make every metric meaningless.
     """
-    running = {name: RunningStatistics() for name in networks.features}
-    kept: dict[str, list[tuple[Positions, Features]]] = {name: [] for name in running}
+    statistics: dict[str, FeatureStatistics] = {}
+    kept: dict[str, list[tuple[Positions, Features]]] = {name: [] for name in networks.features}
     remaining = iter(positions)
     for pixels in batches:
         images = to_model_range(pixels, networks.device)
@@ -168,30 +167,29 @@ def collect_features(
             features = network.embed(images).float().cpu().numpy()
             if not np.isfinite(features).all():
                 raise UserError(f"{name}: features are not finite; its weights are damaged")
-            running[name].add(features)
+            found = FeatureStatistics.of(features)
+            statistics[name] = statistics[name].merge(found) if name in statistics else found
             is_kept = np.isin(batch, parts[name])
             kept[name].append((batch[is_kept], features[is_kept]))
-    return {name: _gather(running[name], kept[name], parts[name], group) for name in running}
+    return {
+        name: _gather(group.gather((statistics.get(name), blocks)), parts[name])
+        for name, blocks in kept.items()
+    }
 
 
 def _gather(
-    running: RunningStatistics,
-    kept: list[tuple[Positions, Features]],
+    gathered: Sequence[tuple[FeatureStatistics | None, list[tuple[Positions, Features]]]],
     part: Positions,
-    group: ProcessGroup,
 ) -> FeatureSet:
     """The feature set of the statistics and the kept features of all processes."""
-    gathered = group.gather((running, kept))
-    total = RunningStatistics()
-    for one, _ in gathered:
-        total.merge(one)
     blocks = [block for _, blocks in gathered for block in blocks]
     rows = np.empty(part.max() + 1, np.int64)
     rows[part] = np.arange(len(part))
     ordered = np.empty((len(part), blocks[0][1].shape[1]), np.float32)
     for positions, features in blocks:
         ordered[rows[positions]] = features
-    return FeatureSet(statistics=total.finish(), part=ordered)
+    found = [statistics for statistics, _ in gathered if statistics]
+    return FeatureSet(statistics=reduce(FeatureStatistics.merge, found), part=ordered)
 
 
 _IMAGE_SIZE = 299

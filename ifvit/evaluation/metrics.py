@@ -6,13 +6,11 @@ Shapes: N, n, m images, F features, E CLIP features, B batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from ifvit.evaluation.estimates import Estimate, estimate_around, estimate_mean, estimate_share
 
@@ -41,50 +39,35 @@ _RETRIEVAL_SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStatistics:
-    """Mean (F,) and unbiased covariance (F, F) of `num_samples` features."""
+    """Mean m (F,) and scatter, the sum of (x - m)(x - m)^T, (F, F) of `num_samples` features x."""
 
     num_samples: int
     mean: Floats
-    covariance: Floats
+    scatter: Floats
 
-
-class RunningStatistics:
-    """Accumulates statistics batch by batch in float64; keeps one (F, F) matrix and no samples."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._mean: Floats = np.zeros(1)
-        self._scatter: Floats = np.zeros((1, 1))
-
-    def add(self, features: Features) -> None:
-        """Add a batch (B, F)."""
+    @classmethod
+    def of(cls, features: Features) -> "FeatureStatistics":
+        """Statistics of a batch (B, F)."""
         batch = features.astype(np.float64)
         mean = batch.mean(axis=0)
         centred = batch - mean
-        self._merge(len(batch), mean, centred.T @ centred)
+        return cls(num_samples=len(batch), mean=mean, scatter=centred.T @ centred)
 
-    def merge(self, other: "RunningStatistics") -> None:
-        """Add the samples that were added to `other`."""
-        self._merge(other._count, other._mean, other._scatter)
-
-    def _merge(self, count: int, mean: Floats, scatter: Floats) -> None:
+    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """The pairwise update of Chan et al. 1979, which avoids cancellation."""
-        total = self._count + count
-        if self._count == 0:
-            self._mean, self._scatter = mean, scatter.copy()
-        else:
-            shift = mean - self._mean
-            # In place: for the 2048 features of Inception this matrix is 34 MB.
-            self._scatter += scatter
-            self._scatter += np.outer(shift, shift) * (self._count * count / total)
-            self._mean = self._mean + shift * (count / total)
-        self._count = total
+        total = self.num_samples + other.num_samples
+        shift = other.mean - self.mean
+        scatter = np.outer(shift, shift) * (self.num_samples * other.num_samples / total)
+        # In place: for the 2048 features of Inception this matrix is 34 MB.
+        scatter += self.scatter
+        scatter += other.scatter
+        mean = self.mean + shift * (other.num_samples / total)
+        return FeatureStatistics(num_samples=total, mean=mean, scatter=scatter)
 
-    def finish(self) -> FeatureStatistics:
-        """Statistics of all added samples, of which there must be two or more."""
-        assert self._count > 1, "a covariance needs two samples"
-        covariance = self._scatter / (self._count - 1)
-        return FeatureStatistics(num_samples=self._count, mean=self._mean, covariance=covariance)
+    @property
+    def covariance(self) -> Floats:
+        """Unbiased covariance (F, F) of two samples or more."""
+        return self.scatter / (self.num_samples - 1)
 
 
 def estimate_frechet(
@@ -163,13 +146,12 @@ def cmmd(sampled: Features, reference: Features, device: str) -> Estimate:
     itself count, so the result is never negative. The kernel is computed block by block.
     """
     x, y = (torch.from_numpy(features).to(device) for features in (sampled, reference))
-    with tqdm(total=2 * len(x) + len(y), unit="row", desc="CMMD", leave=False) as bar:
-        within, across, fixed = (_gaussian_means(*pair, bar) for pair in ((x, x), (x, y), (y, y)))
+    within, across, fixed = _gaussian_means(x, x), _gaussian_means(x, y), _gaussian_means(y, y)
     value = within.mean() - 2 * across.mean() + fixed.mean()
     return estimate_around(_CMMD_SCALE * float(value), _CMMD_SCALE * 2 * (within - across))
 
 
-def _gaussian_means(x: Tensor, y: Tensor, bar: "tqdm[Any]") -> Floats:
+def _gaussian_means(x: Tensor, y: Tensor) -> Floats:
     """Means (n,) over y of exp(-|x - y|^2 / 2 s^2) - 1, for x (n, E) and y (m, E).
 
     The -1 cancels in the distance. It keeps the digits of kernel values that are all nearly 1.
@@ -182,7 +164,6 @@ def _gaussian_means(x: Tensor, y: Tensor, bar: "tqdm[Any]") -> Floats:
         distances += squares_x[rows, None]
         kernel = distances.mul_(-0.5 / _CMMD_BANDWIDTH**2).expm1_()
         means.append(kernel.mean(dim=1, dtype=torch.float64).cpu().numpy())
-        bar.update(len(kernel))
     return np.concatenate(means)
 
 

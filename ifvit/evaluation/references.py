@@ -231,7 +231,7 @@ def _parse_features(
     )
     if not is_whole:
         raise UserError(f"{where}: {name} features are damaged; {_REMEDY}")
-    return FeatureSet(
-        statistics=FeatureStatistics(num_samples=num_images, mean=mean, covariance=covariance),
-        part=part,
+    statistics = FeatureStatistics(
+        num_samples=num_images, mean=mean, scatter=covariance * (num_images - 1)
     )
+    return FeatureSet(statistics=statistics, part=part)

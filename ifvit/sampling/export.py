@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ifvit import connections, storage
-from ifvit.diffusion.solvers import SOLVERS
+from ifvit.diffusion.sampler import SOLVERS
 from ifvit.errors import UserError
 from ifvit.models.config import BackboneConfig
 from ifvit.models.pretrained import reading, upload_pretrained

@@ -23,8 +23,8 @@ from ifvit.diffusion.guidance import (
     FunctionEvaluation,
     GuidedNoisePredictor,
 )
+from ifvit.diffusion.sampler import solve
 from ifvit.diffusion.schedules import NoiseSchedule
-from ifvit.diffusion.solvers import solve
 from ifvit.models.backbone import EncodedCondition
 from ifvit.models.config import BackboneConfig
 from ifvit.models.fusion_transformer import FusionTransformer

@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ifvit.diffusion.config import SolverConfig, SolverName
+from ifvit.diffusion.sampler import SOLVERS, solve
 from ifvit.diffusion.schedules import BETA_END, BETA_START, alphas_cumprod
-from ifvit.diffusion.solvers import SOLVERS, solve
 
 MEAN, STD = 0.5, 0.7
 NOISE = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

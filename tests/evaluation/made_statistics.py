@@ -2,13 +2,9 @@
 
 import numpy as np
 
-from ifvit.evaluation.metrics import FeatureStatistics, RunningStatistics, estimate_frechet
+from ifvit.evaluation.metrics import FeatureStatistics, estimate_frechet
 
-
-def statistics(features: np.ndarray) -> FeatureStatistics:
-    running = RunningStatistics()
-    running.add(features)
-    return running.finish()
+statistics = FeatureStatistics.of
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:

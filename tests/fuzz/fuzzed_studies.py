@@ -92,7 +92,7 @@ def claim_again(box: Path) -> object:
 def make_pipeline(folder: Path) -> list[Format]:
     from diffusers import AutoencoderKL
 
-    from ifvit.diffusion.solvers import SOLVERS
+    from ifvit.diffusion.sampler import SOLVERS
     from ifvit.models.weights import build_backbone
 
     torch.manual_seed(0)

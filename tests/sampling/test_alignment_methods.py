@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from ifvit.config import read_config
 from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
-from ifvit.diffusion.sampler import ConditionBatch, Sampler, sample_latents
-from ifvit.diffusion.solvers import SOLVERS
+from ifvit.diffusion.sampler import SOLVERS, ConditionBatch, Sampler, sample_latents
 from ifvit.errors import UserError
 from ifvit.images import to_model_range
 from ifvit.models.attention import logits_of
