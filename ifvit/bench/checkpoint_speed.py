@@ -18,9 +18,9 @@ from ifvit.training.engine import Engine
 from ifvit.training.guards import StopRequest
 from ifvit.training.hooks import SaveCheckpoint
 from ifvit.training.lease import Lease
+from ifvit.training.loop import TrainState
 from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.profiling import device_name
-from ifvit.training.train_state import TrainState
 
 
 def bench_checkpoint(config: BenchCheckpointConfig) -> None:

@@ -44,9 +44,8 @@ from ifvit.training.engine import (
     prepare_forward,
 )
 from ifvit.training.guards import StopRequest
-from ifvit.training.loop import Hook, fit
+from ifvit.training.loop import Hook, TrainState, fit
 from ifvit.training.profiling import device_name, peak_flops
-from ifvit.training.train_state import TrainState
 
 SCALING_FACTOR = 0.2301
 EARLY, INTERMEDIATE = "concat_early", "cross_attention_intermediate"

@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from ifvit.connections import StoreError, is_remote
 from ifvit.distributed import ALONE, ProcessGroup
 from ifvit.errors import UserError
 from ifvit.models.config import restore_config
+from ifvit.models.pretrained import reading
 from ifvit.models.weights import step_name
 from ifvit.records import (
     NonNegativeInt,
@@ -46,12 +48,13 @@ from ifvit.records import (
 from ifvit.storage import join, list_names
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine, EngineScalars
-from ifvit.training.train_state import TrainState
+from ifvit.training.loop import TrainState
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _PART = re.compile(r"part-[0-9]{5,9}-of-[0-9]{5,9}-[0-9a-z]{1,32}\.safetensors")
+_ALONE = ProcessGroup(ALONE)
 _NUM_READERS = 4
 """Number of parts that one process reads at the same time."""
 
@@ -159,13 +162,13 @@ def read_checkpoint(url: str) -> Checkpoint:
     return parse_value(Checkpoint, {**stored, "url": url}, manifest)
 
 
-def fetch_newest(run: str, cache: Path, group: ProcessGroup | None = None) -> Checkpoint | None:
+def fetch_newest(run: str, cache: Path, group: ProcessGroup = _ALONE) -> Checkpoint | None:
     """The newest complete checkpoint of a run, verified and fetched; None when there is none.
 
     All processes of `group` call this together; see `fetch`. Raises UserError when saves were
     completed but all are damaged: starting over silently would throw the run away.
     """
-    group, damage = group or ProcessGroup(ALONE), []
+    damage = []
     report = log.warning if group.world.is_main else log.debug
     for step, committed in group.on_main(lambda: _find_steps(run)):
         url = step_url(run, step)
@@ -192,32 +195,28 @@ def _find_steps(run: str) -> list[tuple[int, bool]]:
     return [(step, is_committed(run, step)) for step in reversed(saved_steps(run))]
 
 
-def fetch(url: str, cache: Path, group: ProcessGroup | None = None) -> Checkpoint:
+def fetch(url: str, cache: Path, group: ProcessGroup = _ALONE) -> Checkpoint:
     """Verify the checkpoint in folder `url`; download its parts to `cache` if it is remote.
 
     All processes of `group` call this together and divide the parts: those of one node the parts of
     a remote checkpoint, of which each node needs a copy, and all of them the parts on a shared
     disk. Raises UserError that names the missing or damaged file.
     """
-    group = group or ProcessGroup(ALONE)
     checkpoint = group.on_main(lambda: read_checkpoint(url))
     place = socket.gethostname() if is_remote(url) else "shared disk"
     places = group.gather(place)
     number = places[: group.world.rank].count(place)
     own = checkpoint.parts[number :: places.count(place)]
 
-    def verify(part: Part) -> None:
-        _fetch_part(checkpoint, part, cache)
-
     def verify_own() -> None:
         with ThreadPoolExecutor(_NUM_READERS) as readers:
-            list(readers.map(verify, own))
+            list(readers.map(partial(_fetch_part, checkpoint, cache), own))
 
     group.on_all(verify_own)
     return checkpoint
 
 
-def _fetch_part(checkpoint: Checkpoint, part: Part, cache: Path) -> None:
+def _fetch_part(checkpoint: Checkpoint, cache: Path, part: Part) -> None:
     path, url = checkpoint.local_path(part, cache), join(checkpoint.url, part.name)
     is_whole = path.is_file() and path.stat().st_size == part.bytes
     if is_whole and storage.sha256_of(path) == part.sha256:
@@ -237,10 +236,8 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
         file_of = {}
         for part in checkpoint.parts:
             path = checkpoint.local_path(part, cache)
-            try:
+            with reading(f"{path}: not a safetensors file"):
                 file = files.enter_context(safe_open(path, "pt"))
-            except SafetensorError as error:
-                raise UserError(f"{path}: not a safetensors file ({shorten(error)})") from None
             file_of.update(dict.fromkeys(part.tensors, file))
 
         def read(name: str) -> Tensor:
@@ -249,12 +246,8 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
                     f"{checkpoint.url}: holds no {name}; use the ema_decays and backbone of that "
                     "run"
                 )
-            try:
+            with reading(f"{checkpoint.url}: {shorten(name)} cannot be read"):
                 tensor: Tensor = file_of[name].get_tensor(name)
-            except SafetensorError as error:
-                raise UserError(
-                    f"{checkpoint.url}: {shorten(name)} cannot be read ({shorten(error)})"
-                ) from None
             return tensor
 
         yield read

@@ -6,8 +6,9 @@ size, M context tokens, D context width.
 """
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -183,9 +184,9 @@ class Batches:
         pending: deque[tuple[int, Future[Batch]]] = deque()
         with (
             ThreadPoolExecutor(self._num_threads) as pool,
-            ShardPrefetcher(self._reader, self._order) as prefetcher,
+            prefetch_shards(self._reader, self._order) as move_to,
         ):
-            prefetcher.move_to(samples_seen)
+            move_to(samples_seen)
             for micro_batch in count():
                 ahead, micro_step = divmod(micro_batch, self.num_micro_batches)
                 seen = samples_seen + ahead * self.global_batch_size
@@ -193,7 +194,7 @@ class Batches:
                 pending.append((seen, read))
                 if len(pending) > 2 * self._num_threads:
                     seen, read = pending.popleft()
-                    prefetcher.move_to(seen)
+                    move_to(seen)
                     yield read.result()
 
     def image_ids(self, samples_seen: int, positions: Tensor) -> list[int | str]:
@@ -246,30 +247,27 @@ class _GpuCopier:
         return Batch(**tensors)
 
 
-class ShardPrefetcher:
-    """Fetches remote shards in order of use: those of the current blocks and of the next one."""
+@contextmanager
+def prefetch_shards(reader: ShardReader, order: BatchOrder) -> Iterator[Callable[[int], None]]:
+    """Fetch remote shards in order of use: those of the current blocks and of the next one.
 
-    def __init__(self, reader: ShardReader, order: BatchOrder) -> None:
-        self._reader, self._order = reader, order
-        self._pool = ThreadPoolExecutor(4)
-        self._requested: set[int] = set()
+    Yields a function that takes the samples seen before the current global batch.
+    """
+    requested: set[int] = set()
 
-    def __enter__(self) -> "ShardPrefetcher":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def move_to(self, samples_seen: int) -> None:
-        """Request the shards that training needs from this global batch on."""
-        if not self._reader.is_remote:
-            return
-        upcoming = self._order.upcoming_shards(samples_seen)
+    def move_to(samples_seen: int) -> None:
+        nonlocal requested
+        upcoming = order.upcoming_shards(samples_seen) if reader.is_remote else []
         for shard in upcoming:
-            if shard not in self._requested:
-                # An error is raised where the shard is first read.
-                self._pool.submit(self._reader.fetch, shard)
-        self._requested = set(upcoming)
+            if shard not in requested:
+                pool.submit(reader.fetch, shard)  # an error is raised where the shard is first read
+        requested = set(upcoming)
+
+    pool = ThreadPoolExecutor(4)
+    try:
+        yield move_to
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _check_dataset(reader: ShardReader, order: BatchOrder) -> None:

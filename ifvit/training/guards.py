@@ -28,22 +28,12 @@ from ifvit.shards.reader import ShardReader
 from ifvit.storage import exists, join, read_bytes, write_bytes
 from ifvit.training.config import TrainConfig
 
-MAY_CHANGE = frozenset(
-    {
-        *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
-        *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
-        *(
-            "keep_every",
-            "keep_best",
-            "export_every",
-            "keep_exports",
-            "resume",
-            "tolerate_nonfinite",
-            "trackers",
-            "profile",
-        ),
-    }
-)
+MAY_CHANGE = {
+    *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
+    *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
+    *("keep_every", "keep_best", "export_every", "keep_exports", "resume", "tolerate_nonfinite"),
+    *("trackers", "profile"),
+}
 """Fields that a resumed run may change; a change of any other field would make another run."""
 
 

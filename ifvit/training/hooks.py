@@ -1,32 +1,53 @@
-"""Hooks of the training loop besides the metrics log: checkpoints, exported weights, samples."""
+"""Hooks of the training loop besides the metrics log: checkpoints, exported weights, samples.
 
-import dataclasses
+`SaveCheckpoint` also removes the checkpoints and exported weights that need not be kept. Only files
+and folders of the names that training writes are removed.
+"""
+
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ifvit import storage
+from ifvit.connections import StoreError, is_remote
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.errors import UserError
+from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
+from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows
 from ifvit.images import encode_png, make_grid
-from ifvit.models.weights import WeightsInfo, restore_backbone, save_weights, step_name
+from ifvit.models.weights import (
+    WeightsInfo,
+    read_stored_weights,
+    remove_weights,
+    restore_backbone,
+    save_weights,
+    step_name,
+)
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.load import load_conditions, load_decoder
 from ifvit.sampling.samples import batched
 from ifvit.shards.reader import ShardReader
-from ifvit.storage import join, write_bytes
+from ifvit.storage import join, list_names
 from ifvit.training.checkpoint import (
+    MANIFEST,
     Checkpoint,
     Part,
     commit,
+    is_committed,
+    is_part_name,
     manifest_sha256,
+    saved_steps,
+    step_folders,
     step_url,
     write_part,
 )
@@ -34,10 +55,8 @@ from ifvit.training.config import SampleGridConfig, TrainConfig
 from ifvit.training.engine import Engine, weights_prefix
 from ifvit.training.guards import StopRequest
 from ifvit.training.lease import Lease
-from ifvit.training.loop import StepReport
+from ifvit.training.loop import StepReport, TrainState
 from ifvit.training.metrics_log import MetricsLog
-from ifvit.training.retention import check_retention, prune_checkpoints, prune_exports
-from ifvit.training.train_state import TrainState
 
 
 class SaveCheckpoint:
@@ -61,11 +80,16 @@ class SaveCheckpoint:
         metrics: MetricsLog,
         stop: StopRequest,
     ) -> None:
+        """Raise UserError when no evaluation has the metric `keep_best`."""
         self.every = config.checkpoint_every
         self._config, self._engine, self._info = config, engine, info
         self._lease, self._metrics, self._stop = lease, metrics, stop
         self._shards_sha256 = manifest_sha256(config.shards)
-        check_retention(config)
+        if config.keep_best is not None and config.keep_best not in MetricsRow.__dataclass_fields__:
+            raise UserError(
+                f"keep_best: evaluations have no metric named {config.keep_best}; "
+                "use for example frechet_distance or clip_score"
+            )
         world = engine.world
         self._part_name = f"part-{world.rank:05d}-of-{world.size:05d}-{lease.token}.safetensors"
         first, *others = engine.ema_decays
@@ -107,7 +131,7 @@ class SaveCheckpoint:
             url=step_url(self._config.run, state.step),
             state=state,
             scalars=self._engine.scalars(),
-            backbone=dataclasses.asdict(self._config.backbone),
+            backbone=asdict(self._config.backbone),
             recipe_sha256=self._info.recipe_sha256,
             shards_sha256=self._shards_sha256,
             parts=(),
@@ -202,6 +226,85 @@ class SaveCheckpoint:
             ) from error
 
 
+def prune_checkpoints(config: TrainConfig, saved: Checkpoint) -> None:
+    """Remove the checkpoints that need not be kept, and the leftovers of interrupted saves.
+
+    `saved` is the checkpoint that was committed last. Later ones are damaged, because the run did
+    not continue from them; they stay until the run has reached their steps.
+    """
+    run = config.run
+    steps = [step for step in saved_steps(run) if step <= saved.state.step]
+    committed = [step for step in steps if is_committed(run, step)]
+    kept = set(committed[-config.keep_checkpoints :])
+    if config.keep_every:
+        kept.update(step for step in committed if step % config.keep_every == 0)
+    kept |= _best_step(config, committed)
+    for step in set(steps) - kept:
+        # The manifest goes first: a half-removed checkpoint must not look complete.
+        storage.remove(join(step_url(run, step), MANIFEST))
+        _remove_files(step_url(run, step), ())
+    # An earlier attempt at the same step may have left other parts.
+    _remove_files(saved.url, [MANIFEST, *(part.name for part in saved.parts)])
+
+
+def _remove_files(url: str, kept: Sequence[str]) -> None:
+    """Remove the files of a checkpoint, except those `kept`, and the folder if it is then empty."""
+    for name in set(list_names(url)) - set(kept):
+        # A process that was killed while it wrote NAME has left .NAME.XXXXXXXX.
+        written = re.sub(r"^\.(.+)\.\w{8}$", r"\1", name)
+        if written == MANIFEST or is_part_name(written):
+            storage.remove(join(url, name))
+    _remove_empty(url)
+
+
+def prune_exports(config: TrainConfig, kinds: Set[str], info: WeightsInfo) -> None:
+    """Remove the exported weights that need not be kept; `info` describes those exported last.
+
+    Only weights whose weights.json names this step and this run's encoders and scaling are removed.
+    """
+    folder = join(config.run, "weights")
+    steps = [step for step in step_folders(folder) if step <= info.step]
+    kept = {*steps[-config.keep_exports :]}
+    kept |= _best_step(config, steps)
+    for step in set(steps) - kept:
+        url = join(folder, step_name(step))
+        for kind in kinds & set(list_names(url)):
+            if _is_own_export(join(url, kind), replace(info, step=step)):
+                remove_weights(join(url, kind))
+                _remove_empty(join(url, kind))
+        _remove_empty(url)
+
+
+def _is_own_export(url: str, info: WeightsInfo) -> bool:
+    """Whether weights.json in folder `url` says what `info` does, apart from decay and recipe."""
+    try:
+        stored = read_stored_weights(url).info
+    except StoreError:
+        raise
+    except UserError:
+        return False
+    own = replace(info, ema_decay=stored.ema_decay, recipe_sha256=stored.recipe_sha256)
+    return stored == own
+
+
+def _remove_empty(url: str) -> None:
+    """Remove a local folder that is empty; an object store has no empty folders."""
+    if not is_remote(url):
+        with suppress(OSError):
+            Path(url).rmdir()
+
+
+def _best_step(config: TrainConfig, steps: Sequence[int]) -> set[int]:
+    """That of `steps` whose evaluation has the best value of `keep_best`, the first of equals."""
+    if config.keep_best is None:
+        return set()
+    rows = main_series(list(read_rows(join(config.run, FOLDER)).values()))
+    measured = [(getattr(row, config.keep_best), row.step) for row in rows if row.step in steps]
+    sign = 1 if config.keep_best in LOWER_IS_BETTER else -1
+    scores = [(sign * value.value, step) for value, step in measured if isinstance(value, Estimate)]
+    return {min(scores)[1]} if scores else set()
+
+
 _GRID_COLUMNS = 8
 
 
@@ -234,9 +337,8 @@ class SampleGrid:
             )
             images = np.concatenate([*generate_images(sampler, self._batches, self._sampling)])
             name = f"{step_name(state.step)}.png"
-            write_bytes(
-                join(self._run, "samples", name), encode_png(make_grid(images, _GRID_COLUMNS))
-            )
+            grid = encode_png(make_grid(images, _GRID_COLUMNS))
+            storage.write_bytes(join(self._run, "samples", name), grid)
         self._engine.barrier()
 
 

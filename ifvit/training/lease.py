@@ -130,16 +130,17 @@ class Lease:
         """Raise UserError when another job has taken the run."""
         newest = _newest(self._run)
         if newest != self._generation:
+            holder = _read(Holder, _url(self._run, newest, "json"))
             raise UserError(
-                f"{self._run}: taken over by {_read_holder(self._run, newest)}, because this "
+                f"{self._run}: taken over by {holder}, because this "
                 "process gave no sign of life; it stops and leaves the run to that job"
             )
 
     def _beat(self, stop: Event) -> None:
-        for count in itertools.count(1):
-            self._write_beat(Beat(count=count))
-            if stop.wait(self._holder.beat_seconds):
-                return
+        beats = itertools.count(1)
+        self._write_beat(Beat(count=next(beats)))
+        while not stop.wait(self._holder.beat_seconds):
+            self._write_beat(Beat(count=next(beats)))
 
     def _write_beat(self, beat: Beat) -> None:
         # A store that does not answer must not end training: it may return before the lease ends.
@@ -151,7 +152,7 @@ class Lease:
 
 def _wait_for_end(run: str, generation: int, taker: Holder) -> None:
     """Return when the holder of `generation` is gone. Raises UserError when it is alive."""
-    holder = _read_holder(run, generation)
+    holder = _read(Holder, _url(run, generation, "json"))
     beat = _read_beat(run, generation)
     if _is_known_dead(holder, taker):
         return
@@ -204,10 +205,6 @@ def _newest(run: str) -> int:
 
 def _url(run: str, generation: int, suffix: str) -> str:
     return join(run, "lease", f"{generation:06d}.{suffix}")
-
-
-def _read_holder(run: str, generation: int) -> Holder:
-    return _read(Holder, _url(run, generation, "json"))
 
 
 def _read_beat(run: str, generation: int) -> Beat:

@@ -19,9 +19,8 @@ from ifvit.records import dump_rows
 from ifvit.storage import join, write_bytes
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
-from ifvit.training.loop import StepReport
+from ifvit.training.loop import StepReport, TrainState
 from ifvit.training.profiling import device_name, peak_flops, peak_memory
-from ifvit.training.train_state import TrainState
 
 _LARGEST = 1e18
 """A value above this counts as infinite."""

@@ -31,10 +31,9 @@ from ifvit.training.guards import (
 )
 from ifvit.training.hooks import SampleGrid, SaveCheckpoint
 from ifvit.training.lease import Lease
-from ifvit.training.loop import Hook, fit
+from ifvit.training.loop import Hook, TrainState, fit
 from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.replay import report_nonfinite
-from ifvit.training.train_state import TrainState
 
 
 def train(config: TrainConfig) -> TrainState:

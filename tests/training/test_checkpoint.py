@@ -35,8 +35,8 @@ from ifvit.training.checkpoint import (
 )
 from ifvit.training.config import TrainConfig
 from ifvit.training.lease import Lease
+from ifvit.training.loop import LossSums, TrainState
 from ifvit.training.train import train
-from ifvit.training.train_state import LossSums, TrainState
 
 Recipe = Callable[..., TrainConfig]
 

@@ -21,7 +21,7 @@ from ifvit.errors import UserError
 from ifvit.shards import CacheConfig
 from ifvit.shards.format import LatentSample, ShardError
 from ifvit.shards.reader import ShardReader
-from ifvit.training.data import Batch, Batches, BatchOrder, ShardPrefetcher
+from ifvit.training.data import Batch, Batches, BatchOrder, prefetch_shards
 
 SIZES = {"some empty": [5, 1, 0, 8, 3, 4], "one": [9], "equal": [4, 4, 4, 4]}
 SEEDS = [0, 2**40 + 7]
@@ -290,9 +290,9 @@ def test_shards_are_fetched_once_and_before_they_are_used() -> None:
     fetched: queue.Queue[int] = queue.Queue()
     reader = SimpleNamespace(is_remote=True, fetch=fetched.put)
     order = make_order(shard_sizes=np.full(4, 8), global_batch_size=8, window=1)
-    with ShardPrefetcher(cast(ShardReader, reader), order) as prefetcher:
+    with prefetch_shards(cast(ShardReader, reader), order) as move_to:
         for samples_seen, num_new in ((0, 2), (8, 1), (16, 1)):
-            prefetcher.move_to(samples_seen)
+            move_to(samples_seen)
             new = {fetched.get(timeout=60) for _ in range(num_new)}
             assert new <= set(order.upcoming_shards(samples_seen))
     assert fetched.empty()

@@ -42,9 +42,8 @@ from ifvit.training.config import SampleGridConfig, TrainConfig
 from ifvit.training.engine import EngineScalars
 from ifvit.training.guards import StopRequest
 from ifvit.training.hooks import SaveCheckpoint
-from ifvit.training.loop import StepReport
+from ifvit.training.loop import StepReport, TrainState
 from ifvit.training.train import train
-from ifvit.training.train_state import TrainState
 
 SHAPES = {"backbone.a": (40, 30), "backbone.b": (7,), "exp_avg.a": (40, 30), "ema0.9.a": (40, 30)}
 REPORT = StepReport(loss=0.0, loss_by_time=(), grad_norm=0.0, learning_rate=0.0)

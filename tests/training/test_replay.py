@@ -15,9 +15,9 @@ from ifvit.errors import UserError
 from ifvit.models.weights import load_weights
 from ifvit.records import dump_sealed
 from ifvit.training.config import ReplayConfig, TrainConfig
+from ifvit.training.loop import TrainState
 from ifvit.training.replay import _read_failure, _sha256, replay
 from ifvit.training.train import train
-from ifvit.training.train_state import TrainState
 
 Recipe = Callable[..., TrainConfig]
 
