@@ -9,43 +9,32 @@ from data_pipeline.config import EncodeConfig
 from ifvit.analysis.config import AttentionConfig
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
-from ifvit.records import (
-    NonNegativeInt,
-    PlainName,
-    PositiveFloat,
-    PositiveInt,
-    Rule,
-    record,
-)
+from ifvit.records import NonNegativeInt, PlainName, PositiveFloat, PositiveInt, Rule, record
 from ifvit.studies.config import PaperConfig, ReportConfig
 from ifvit.training.config import TrainConfig
 
 _OWN_OPTIONS = "job-name|output|error|open-mode|array|signal|dependency|wrap"
 
+
+def _matches(words: str, pattern: str) -> Rule:
+    return Rule(words, re.compile(pattern).fullmatch)
+
+
 Line = Annotated[str, Rule("text without control characters", str.isprintable)]
 Setting = Annotated[
-    str,
-    Rule(
-        "text without white space and quotes", re.compile(r"[\w.,:;=+@%/()&|*~^\[\]-]+").fullmatch
-    ),
+    str, _matches("text without white space and quotes", r"[\w.,:;=+@%/()&|*~^\[\]-]+")
 ]
 """Value of an option of sbatch, which takes several options from one line."""
-Folder = Annotated[
-    str, Rule("a path without quotes", re.compile(r"[^\x00-\x1f\x7f'\"\\]+").fullmatch)
-]
-Variable = Annotated[
-    str, Rule("a variable's name", re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch)
-]
+Folder = Annotated[str, _matches("a path without quotes", r"[^\x00-\x1f\x7f'\"\\]+")]
+Variable = Annotated[str, _matches("a variable's name", r"[A-Za-z_][A-Za-z0-9_]*")]
 Option = Annotated[
     str,
-    Rule(
+    _matches(
         "a long option of sbatch without --, and not one that ifvit sets",
-        re.compile(rf"(?!({_OWN_OPTIONS})$)[a-z][a-z-]*").fullmatch,
+        rf"(?!({_OWN_OPTIONS})$)[a-z][a-z-]*",
     ),
 ]
-JobId = Annotated[
-    str, Rule("digits, as in 123 or 123_4", re.compile("[0-9]{1,18}(_[0-9]{1,9})?").fullmatch)
-]
+JobId = Annotated[str, _matches("digits, as in 123 or 123_4", "[0-9]{1,18}(_[0-9]{1,9})?")]
 
 
 @record

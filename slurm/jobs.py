@@ -83,17 +83,18 @@ class VerbJob:
     def progress(self) -> str:
         """Return a string that changes whenever the job has saved more work."""
         if self.verb == "train":
-            latest = storage.join(self.run, "checkpoints", "latest")
-            return (
-                storage.read_bytes(latest).decode(errors="replace")
-                if storage.exists(latest)
-                else ""
-            )
+            return latest_checkpoint(self.run)
         if self.verb == "encode":
             return str(len(storage.list_names(storage.join(self.run, "completed"))))
         folders = {self.run, *getattr(self.config, "runs", ())}
         names = [url.rpartition("/")[2] for each in folders for url in storage.walk_files(each)]
         return str(sum(not name.startswith(".") for name in names))  # a hidden file is unfinished
+
+
+def latest_checkpoint(run: str) -> str:
+    """Name of the newest complete checkpoint of a training run; "" if there is none."""
+    url = storage.join(run, "checkpoints", "latest")
+    return storage.read_bytes(url).decode(errors="replace").strip() if storage.exists(url) else ""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -119,13 +120,12 @@ def write_snapshot(folder: Path) -> Path:
     folder.mkdir(0o755, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new_", dir=folder) as new:
         copy = Path(new, "code")
+        ignored = shutil.ignore_patterns("__pycache__")
         for package in PACKAGES:
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(
-                ROOT / package, copy / package, ignore=ignored, copy_function=_copy_read_only
-            )
-        for path in (copy, *filter(Path.is_dir, copy.rglob("*"))):
-            path.chmod(0o755)  # whatever the umask: nobody else may change the code of our jobs
+            shutil.copytree(ROOT / package, copy / package, ignore=ignored)
+        for path in (copy, *copy.rglob("*")):
+            # Whatever the umask: nobody else may change the code, and several submissions share it.
+            path.chmod(0o755 if path.is_dir() else 0o444)
         target = folder / _hash(copy)
         try:
             copy.rename(target)
@@ -133,12 +133,6 @@ def write_snapshot(folder: Path) -> Path:
             if not target.is_dir():  # an existing target holds the same code
                 raise
     return target
-
-
-def _copy_read_only(source: str, target: str) -> None:
-    """Copy a file without write permission, because several submissions share the copy."""
-    shutil.copyfile(source, target)
-    Path(target).chmod(0o444)
 
 
 def _hash(folder: Path) -> str:
@@ -191,11 +185,6 @@ class SubmissionRecord:
     jobs: tuple[JobRecord, ...]
 
     @property
-    def mark(self) -> str:
-        """End of the names of this submission's jobs in SLURM."""
-        return mark_of(self.token)
-
-    @property
     def owns_folder(self) -> bool:
         """Whether `folder` is here, belongs to this user, and was made by this submission."""
         try:
@@ -218,15 +207,12 @@ TOKEN = "token"
 
 
 def mark_of(token: str) -> str:
-    """Hash of a token, which everybody may see."""
+    """End of the names of a submission's jobs in SLURM, which everybody may see."""
     return hashlib.sha256(token.encode()).hexdigest()[:12]
 
 
 def write_record(home: str, submission: SubmissionRecord, diff: str) -> None:
-    """Write a submission to the run folder `home`; replace its record from before the last jobs.
-
-    `diff` holds the uncommitted changes of the code.
-    """
+    """Write or replace the record of a submission, and the uncommitted changes of the code."""
     name = storage.join(home, "jobs", submission.folder.rsplit("/", 1)[-1])
     storage.write_sealed(f"{name}.json", submission)
     if diff:

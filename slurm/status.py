@@ -14,16 +14,9 @@ from submitit.slurm.slurm import SlurmInfoWatcher
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import read_training_rows
-from ifvit.records import (
-    PositiveInt,
-    parse_value,
-    parse_yaml,
-    printable,
-    record,
-    shorten,
-)
+from ifvit.records import PositiveInt, parse_value, parse_yaml, printable, record, shorten
 from slurm.config import CancelConfig, LogsConfig, StatusConfig
-from slurm.jobs import JobRecord, SubmissionRecord, read_records
+from slurm.jobs import JobRecord, SubmissionRecord, latest_checkpoint, mark_of, read_records
 from slurm.supervise import TASK_START
 
 _ENDED = (
@@ -31,8 +24,6 @@ _ENDED = (
     *("NODE_FAIL", "PREEMPTED", "REVOKED", "UNKNOWN", "FOREIGN"),
 )
 """States of ended jobs. A requeued job has not ended: its state comes from squeue."""
-
-
 _MAX_ARGUMENT = 100_000
 """Characters of one argument of a command; Linux allows 131,071 bytes."""
 
@@ -119,15 +110,15 @@ def _read_status(
     submission: SubmissionRecord, job: JobRecord, known: dict[str, str] | None
 ) -> JobStatus:
     """State of one job; of a job that is not ours, nothing is shown and no file is read."""
-    is_ours = (
-        submission.owns_folder if known is None else known["JobName"].endswith(submission.mark)
-    )
-    shown = (known if is_ours else None) or {}
+    if known is None:
+        known, is_ours = {"State": "UNKNOWN", "NodeList": ""}, submission.owns_folder
+    elif not (is_ours := known["JobName"].endswith(mark_of(submission.token))):
+        known = {"State": "FOREIGN", "NodeList": ""}
     return JobStatus(
         job_id=job.job_id,
         verb=job.verb,
-        state=shown.get("State", "UNKNOWN" if known is None else "FOREIGN"),
-        nodes=shown.get("NodeList", ""),
+        state=known["State"],
+        nodes=known["NodeList"],
         requeues=_count_requeues(submission, job),
         run=job.run,
         progress=_try_progress(job) if is_ours else "",
@@ -140,8 +131,7 @@ def _count_requeues(submission: SubmissionRecord, job: JobRecord) -> int:
     if path is None:
         return 0
     with path.open(errors="replace") as log:  # which may be larger than the memory
-        starts = sum(TASK_START in line for line in log)
-    return max(0, starts - 1)
+        return max(0, sum(TASK_START in line for line in log) - 1)
 
 
 def _try_progress(job: JobRecord) -> str:
@@ -188,7 +178,7 @@ def table(statuses: Sequence[JobStatus]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-@record
+@record(ignore_unknown=True)
 class _Length:
     """The fields of a training recipe that say how long the run is."""
 
@@ -207,14 +197,9 @@ def describe_progress(verb: str, run: str) -> str:
         return "no step yet"
     row = rows[-1]
     url = storage.join(run, "config.yaml")
-    recipe = parse_yaml(storage.read_bytes(url), url)
-    if isinstance(recipe, dict):
-        recipe = {field.name: recipe.get(field.name) for field in fields(_Length)}
-    length = parse_value(_Length, recipe, url)
+    length = parse_value(_Length, parse_yaml(storage.read_bytes(url), url), url)
     seconds = (length.max_steps - row.step) * length.global_batch_size / row.samples_per_s
-    latest = storage.join(run, "checkpoints", "latest")
-    name = storage.read_bytes(latest) if storage.exists(latest) else b"none"
-    checkpoint = shorten(name.decode(errors="replace").strip())
+    checkpoint = shorten(latest_checkpoint(run) or "none")
     return (
         f"step {row.step}/{length.max_steps}, {row.samples_per_s:.1f} samples/s, "
         f"{timedelta(seconds=round(min(seconds, 1e9)))} left, checkpoint {checkpoint}"

@@ -56,26 +56,26 @@ _MAX_TIMEOUTS = 1_000_000
 Recipe = TypeVar("Recipe")
 
 
-def submit_train(config: SubmitTrainConfig) -> list[str]:
-    """Submit one training run, or an array of runs with `axes`; return the job ids."""
+def submit_train(config: SubmitTrainConfig) -> None:
+    """Submit one training run, or an array of runs with `axes`."""
     recipes = expand_axes(config) if config.axes else [_recipe(TrainConfig, config)]
-    jobs = [train_job(recipe, config.cluster) for recipe in recipes]
     name = "sweep" if config.axes else "train"
-    return Submission(config, absolute(config.run), name).add(jobs)
+    submission = Submission(config, absolute(config.run), name)
+    submission.add([train_job(recipe, config.cluster) for recipe in recipes])
 
 
-def submit_encode(config: SubmitEncodeConfig) -> list[str]:
-    """Submit the encoding of a dataset as an array; return the ids of its jobs."""
+def submit_encode(config: SubmitEncodeConfig) -> None:
+    """Submit the encoding of a dataset as an array."""
     recipe = _recipe(EncodeConfig, config)
     submission = Submission(config, absolute(recipe.output), "encode")
-    return submission.add(encode_jobs(recipe, config.cluster))
+    submission.add(encode_jobs(recipe, config.cluster))
 
 
-def submit_evaluate(config: SubmitEvaluateConfig) -> list[str]:
-    """Submit jobs that generate samples and a job that measures; return the id of the last."""
+def submit_evaluate(config: SubmitEvaluateConfig) -> None:
+    """Submit jobs that generate samples and a job that measures."""
     recipe = _recipe(EvaluateConfig, config)
     submission = Submission(config, _evaluation_home(recipe), "evaluate")
-    return add_evaluate(submission, recipe, config.cluster)
+    add_evaluate(submission, recipe, config.cluster)
 
 
 def _recipe(cls: type[Recipe], config: Any) -> Recipe:
@@ -186,23 +186,36 @@ class Submission:
         dependency = ",".join(f"{how}:{':'.join(ids)}" for how, ids in waits.items() if ids)
         parameters = sbatch_parameters(jobs[0], self._folder, self._code, dependency)
         parameters["job_name"] += f"-{mark_of(self._token)}"
+        python = shlex.quote(self._config.cluster.python)
         if self._config.dry_run:
-            sys.stdout.write(self._script(parameters, len(jobs)) + "\n")
+            script = _make_sbatch_string(
+                command=f"{python} -u -m submitit.core._submit {shlex.quote(str(self._folder))}",
+                folder=self._folder,
+                map_count=len(jobs) if len(jobs) > 1 else None,
+                **parameters,
+            )
+            sys.stdout.write(f"{script}\n")
             return [f"<{job.name}_{number}>" for number, job in enumerate(jobs)]
         if self._config.executor == "local":
             for job in jobs:
                 job.run_verb()
             return []
-        executor = self._slurm_executor()
+        try:
+            executor = submitit.SlurmExecutor(self._folder, _MAX_TIMEOUTS, python=python)
+        except RuntimeError:
+            raise UserError(
+                "no `srun` on this machine; submit from a login node of the cluster, "
+                "or run here with --executor local"
+            ) from None
         executor.update_parameters(**parameters)
         try:
             submitted = executor.submit_array(jobs)
             self._record(jobs, submitted)
-        except FailedJobError as error:
-            self._cancel()
-            raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
-        except BaseException:  # Ctrl-C, too, must not leave jobs in the queue
-            self._cancel()
+        except BaseException as error:  # Ctrl-C, too, must not leave jobs in the queue
+            if self._jobs:
+                subprocess.run(["scancel", *(job.job_id for job in self._jobs)], check=True)
+            if isinstance(error, FailedJobError):
+                raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
             raise
         cluster, number = jobs[0].cluster, submitted[0].job_id.partition("_")[0]
         array = f"array of {len(jobs)}, " if len(jobs) > 1 else ""
@@ -211,25 +224,6 @@ class Submission:
             f"tasks; see ifvit submit status {self._home}\n"
         )
         return [job.job_id for job in submitted]
-
-    def _script(self, parameters: dict[str, Any], num_jobs: int) -> str:
-        python = shlex.quote(self._config.cluster.python)
-        return _make_sbatch_string(
-            command=f"{python} -u -m submitit.core._submit {shlex.quote(str(self._folder))}",
-            folder=self._folder,
-            map_count=num_jobs if num_jobs > 1 else None,
-            **parameters,
-        )
-
-    def _slurm_executor(self) -> submitit.SlurmExecutor:
-        try:
-            python = shlex.quote(self._config.cluster.python)
-            return submitit.SlurmExecutor(self._folder, _MAX_TIMEOUTS, python=python)
-        except RuntimeError:
-            raise UserError(
-                "no `srun` on this machine; submit from a login node of the cluster, "
-                "or run here with --executor local"
-            ) from None
 
     def _record(self, jobs: Sequence[VerbJob], submitted: Sequence[submitit.Job[None]]) -> None:
         self._jobs += [
@@ -248,10 +242,6 @@ class Submission:
         for run in {job.run for job in jobs} - {self._home}:
             own = tuple(job for job in self._jobs if job.run == run)
             write_record(run, replace(record, jobs=own), self._diff)
-
-    def _cancel(self) -> None:
-        if self._jobs:
-            subprocess.run(["scancel", *(job.job_id for job in self._jobs)], check=True)
 
 
 def sbatch_parameters(job: VerbJob, folder: Path, code: Path, dependency: str) -> dict[str, Any]:
@@ -310,8 +300,8 @@ def sbatch_parameters(job: VerbJob, folder: Path, code: Path, dependency: str) -
 _OfRuns = TypeVar("_OfRuns", AttentionConfig, ReportConfig, PaperConfig)
 
 
-def submit_pipeline(config: PipelineConfig) -> list[str]:
-    """Submit all stages; return the ids of all jobs."""
+def submit_pipeline(config: PipelineConfig) -> None:
+    """Submit all stages."""
     arrays, config = _expand_sweep(config)
     recipes = [recipe for array in arrays for recipe in array]
     cluster, home = config.cluster, absolute(config.run)
@@ -342,13 +332,11 @@ def submit_pipeline(config: PipelineConfig) -> list[str]:
     for attention in config.attention:
         job = VerbJob(verb="analyze attention", config=attention, run=home, cluster=single)
         analysed += submission.add([replace(job, last_weights=last_weights)], encoded, trained)
-    reported = []
     for verb, report in (("report", config.report), ("report paper", config.paper)):
         if report:
             cpu = replace(single, gpus_per_node=0)
             job = VerbJob(verb=verb, config=report, run=home, cluster=cpu)
-            reported += submission.add([job], encoded, [*trained, *evaluated, *analysed])
-    return [*encoded, *trained, *referenced, *evaluated, *analysed, *reported]
+            submission.add([job], encoded, [*trained, *evaluated, *analysed])
 
 
 def _expand_sweep(config: PipelineConfig) -> tuple[list[list[TrainConfig]], PipelineConfig]:
