@@ -115,6 +115,11 @@ class EncodeConfig:
         return _split(self.caption_key) if self.caption_key is not None else ()
 
     @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """Columns of captions in a table or in Parquet files."""
+        return self.caption_names or ("caption",)
+
+    @property
     def max_image_bytes(self) -> int:
         """Size of the largest image file that is read."""
         return int(BYTES_PER_PIXEL * self.max_megapixels * 1_000_000)

@@ -25,6 +25,7 @@ from data_pipeline.completion import (
     CompletionMarker,
     Job,
     LatentSums,
+    UnitIdentity,
     is_intact,
     list_marked,
     marker_url,
@@ -32,7 +33,7 @@ from data_pipeline.completion import (
     sum_remarks,
     write_marker,
 )
-from data_pipeline.config import SIZE_FLAGS, EncodeConfig
+from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import (
     Batch,
     Encoders,
@@ -40,12 +41,11 @@ from data_pipeline.encoders import (
     decode_mean,
     load_encoders,
     one_thread,
-    read_or_fail,
 )
 from data_pipeline.shard_io import open_shard, read_samples, remove_leftovers
 from data_pipeline.sources import open_source
 from data_pipeline.sources.base import Source, Unit
-from data_pipeline.units import FileStates, identify, open_unit, open_with_identity
+from data_pipeline.units import FileStates, identify, open_unit, read_or_fail
 from data_pipeline.writer import to_stored, write_shards
 from ifvit import storage
 from ifvit.arrays import npy_bytes
@@ -173,46 +173,26 @@ def find_finished(
     by_name = {unit.name: unit for unit in units}
     markers = read_markers(output, by_name, job)
 
-    def update(marker: CompletionMarker) -> CompletionMarker | None:
-        unit = by_name[marker.shard.name]
+    def update(marker: CompletionMarker) -> UnitIdentity | None:
         is_stricter = config.size_limits.leave_out_more_than(marker.size_limits)
         if is_stricter or not is_intact(output, marker.shard):
             return None
-        if _became_readable(unit, marker, config, states):
-            return None
-        return replace(marker, unit=identify(unit, marker, config, states))
+        return identify(by_name[marker.shard.name], marker, config, states)
 
     finished: dict[str, CompletionMarker] = {}
     earlier: dict[str, ShardEntry] = {}
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        for marker, now in zip(markers.values(), pool.map(update, markers.values()), strict=True):
-            if now is None or now.unit.images_sha256 != marker.unit.images_sha256:
+        for marker, unit in zip(markers.values(), pool.map(update, markers.values()), strict=True):
+            name = marker.shard.name
+            if unit is None or unit.images_sha256 != marker.unit.images_sha256:
                 continue
-            if now.unit.texts_sha256 != marker.unit.texts_sha256:
-                earlier[marker.shard.name] = marker.shard
+            if unit.texts_sha256 != marker.unit.texts_sha256:
+                earlier[name] = marker.shard
                 continue
-            if now != marker:  # copied files: other times, equal contents
-                write_marker(output, now)
-            finished[marker.shard.name] = now
+            finished[name] = replace(marker, unit=unit)
+            if unit != marker.unit:  # copied files: other times, equal contents
+                write_marker(output, finished[name])
     return finished, earlier
-
-
-def _became_readable(
-    unit: Unit, marker: CompletionMarker, config: EncodeConfig, states: FileStates
-) -> bool:
-    """Whether an image that was left out can be read now.
-
-    A unit that is costly to open is opened again only if a flag may have changed this.
-    """
-    reasons = [failure.reason for failure in marker.failures]
-    if not marker.size_limits.leave_out_more_than(config.size_limits):  # no flag has raised them
-        reasons = [r for r in reasons if not any(flag in r for flag in SIZE_FLAGS)]
-    by_flag = any("--" in reason for reason in reasons)
-    if not (marker.failures and (unit.is_listed or by_flag)):
-        return False
-    opened = open_with_identity(unit, config, states)
-    left_out = [image for image in opened.images if image.image_id in marker.left_out]
-    return any(isinstance(read_or_fail(image, config), DecodedImage) for image in left_out)
 
 
 def _check_output(output: str, units: Sequence[Unit]) -> None:

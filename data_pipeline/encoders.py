@@ -16,23 +16,13 @@ from torch import Tensor
 from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import CaptionedImage, Unit
-from data_pipeline.units import FileStates, OpenUnit, open_with_identity
-from ifvit.connections import StoreError
+from data_pipeline.units import FileStates, OpenUnit, open_with_identity, read_or_fail
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
-from ifvit.images import (
-    DecodedImage,
-    ImageSizeError,
-    Pixels,
-    read_square,
-    to_model_range,
-    to_pixels,
-)
+from ifvit.images import DecodedImage, Pixels, to_model_range, to_pixels
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
-from ifvit.records import shorten
 from ifvit.shards.format import LatentSample
-from ifvit.storage import TooLargeError
 
 BATCHES_AHEAD = 4
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -117,40 +107,6 @@ def _divide(units: Sequence[Unit], config: EncodeConfig, states: FileStates) -> 
                 is_last=start + batch_size >= len(images),
                 images=images[start : start + batch_size],
             )
-
-
-def read_or_fail(image: CaptionedImage, config: EncodeConfig) -> DecodedImage | Failure:
-    """Read an image as a square, or return the reason why it is unreadable.
-
-    Raises StoreError when the object store fails, which is not the fault of the image.
-    """
-    reason = image.problem
-    try:
-        if not reason:
-            found = read_square(
-                image.read(), config.image_size, config.image_rules, config.max_megapixels
-            )
-            reason = config.size_limits.refuse(found.width, found.height)
-            if not reason:
-                return found
-    except StoreError:
-        raise
-    except (ImageSizeError, TooLargeError) as error:
-        reason = f"{_reason(error)}; --max_megapixels allows more"
-    except Exception as error:  # sources of users raise all kinds of errors
-        reason = _reason(error)
-    return Failure(
-        image_id=image.image_id,
-        file=image.name,
-        reason=shorten(reason, 200),
-        num_images=image.num_images if image.problem else 1,
-    )
-
-
-def _reason(error: Exception) -> str:
-    """Describe an error without folders or memory addresses, so that markers are reproducible."""
-    text = str(error) or type(error).__name__
-    return text.rpartition(": ")[2] if isinstance(error, UserError) else text
 
 
 class Encoders:

@@ -21,11 +21,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_pipeline.completion import CompletionMarker, Failure, UnitIdentity
-from data_pipeline.config import EncodeConfig
+from data_pipeline.config import SIZE_FLAGS, EncodeConfig
 from data_pipeline.sources.base import MAX_CAPTION, CaptionedImage, Unit
 from ifvit import connections, storage
 from ifvit.connections import StoreError
 from ifvit.errors import UserError
+from ifvit.images import DecodedImage, ImageSizeError, read_square
 from ifvit.records import shorten
 
 _NO_FAULT_OF_THE_UNIT = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -52,6 +53,40 @@ def open_unit(unit: Unit, config: EncodeConfig) -> list[CaptionedImage]:
         keys.add(key)
         images.append(_prepare(image, key, config))
     return images
+
+
+def read_or_fail(image: CaptionedImage, config: EncodeConfig) -> DecodedImage | Failure:
+    """Read an image as a square, or return the reason why it is unreadable.
+
+    Raises StoreError when the object store fails, which is not the fault of the image.
+    """
+    reason = image.problem
+    try:
+        if not reason:
+            found = read_square(
+                image.read(), config.image_size, config.image_rules, config.max_megapixels
+            )
+            reason = config.size_limits.refuse(found.width, found.height)
+            if not reason:
+                return found
+    except StoreError:
+        raise
+    except (ImageSizeError, storage.TooLargeError) as error:
+        reason = f"{_reason(error)}; --max_megapixels allows more"
+    except Exception as error:  # sources of users raise all kinds of errors
+        reason = _reason(error)
+    return Failure(
+        image_id=image.image_id,
+        file=image.name,
+        reason=shorten(reason, 200),
+        num_images=image.num_images if image.problem else 1,
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Describe an error without folders or memory addresses, so that markers are reproducible."""
+    text = str(error) or type(error).__name__
+    return text.rpartition(": ")[2] if isinstance(error, UserError) else text
 
 
 def safe_key(wish: str) -> str:
@@ -199,18 +234,22 @@ def _read_hashed(image: CaptionedImage, digests: dict[str, str]) -> bytes:
 
 def identify(
     unit: Unit, marker: CompletionMarker, config: EncodeConfig, states: FileStates
-) -> UnitIdentity:
-    """Return the identity that the unit of a completion marker has now.
+) -> UnitIdentity | None:
+    """Return the identity of a unit with a marker; None if an image left out can be read now.
 
-    The images are read only when a file has another size or time than before, and if none is gone
-    since but those that were left out. Raises UserError when texts have changed, but an image is
-    gone that the shard holds.
+    A unit that is costly to open is opened again only if its files have changed or if a flag may
+    admit an image that was left out. All images are read only when a file has another size or time
+    than before, and if none is gone that the shard holds. Raises UserError when texts have changed
+    and such an image is gone.
     """
     before = marker.unit
     is_unchanged = states.sha256(unit.files) == before.files_sha256
-    if is_unchanged and not unit.is_listed:
+    if is_unchanged and not unit.is_listed and not _may_be_admitted(marker, config):
         return before
     opened = open_with_identity(unit, config, states)
+    left_out = [image for image in opened.images if image.image_id in marker.left_out]
+    if any(isinstance(read_or_fail(image, config), DecodedImage) for image in left_out):
+        return None
     if is_unchanged:
         return replace(before, texts_sha256=opened.texts_sha256)
     kept = [i for i in opened.images if i.file and i.image_id not in marker.left_out]
@@ -225,6 +264,14 @@ def identify(
     with ThreadPoolExecutor(config.num_workers) as pool:
         list(pool.map(_try_to_read, opened.images))
     return opened.identity()
+
+
+def _may_be_admitted(marker: CompletionMarker, config: EncodeConfig) -> bool:
+    """Whether a flag may admit an image that was left out, because the reason names the flag."""
+    reasons = [failure.reason for failure in marker.failures]
+    if not marker.size_limits.leave_out_more_than(config.size_limits):  # no flag has raised them
+        reasons = [r for r in reasons if not any(flag in r for flag in SIZE_FLAGS)]
+    return any("--" in reason for reason in reasons)
 
 
 def _try_to_read(image: CaptionedImage) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from data_pipeline.sources.base import (
     find_files,
     shard_name,
 )
-from data_pipeline.sources.table import CAPTION, MAX_BYTES, check_columns, reading_parquet
+from data_pipeline.sources.table import MAX_BYTES, check_columns, reading_parquet
 from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.records import shorten
@@ -39,18 +39,18 @@ _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetPart:
-    """One Parquet file: the content of its footer, or the reason why this cannot be read.
-
-    `image` and `captions` are the columns that are read.
-    """
+    """One Parquet file: its footer and column of images, or why the footer cannot be read."""
 
     url: str
     num_bytes: int = 0
-    num_rows: int | None = None
     metadata: Any = None
     image: str = ""
-    captions: tuple[str, ...] = ()
     problem: str = ""
+
+    @property
+    def num_rows(self) -> int | None:
+        """Number of images, if the footer could be read."""
+        return self.metadata.num_rows if self.metadata else None
 
 
 class ParquetImages(Source):
@@ -76,7 +76,7 @@ class ParquetImages(Source):
                 f"{storage.join(images, min(splits))}-*.parquet"
             )
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            self._parts = list(pool.map(partial(_describe, config=config), urls))
+            self._parts = list(pool.map(partial(_describe, columns=config.caption_columns), urls))
         if all(part.problem for part in self._parts):
             raise UserError(self._parts[0].problem)
 
@@ -91,7 +91,7 @@ class ParquetImages(Source):
         good = [part for part in self._parts if not part.problem]
         num_rows = sum(part.num_rows or 0 for part in good)
         gigabytes = sum(part.num_bytes for part in good) / 1e9
-        columns = sorted({column for part in good for column in (part.image, *part.captions)})
+        columns = sorted({part.image for part in good}.union(self._config.caption_columns))
         lines = [
             f"{self._config.images}: {len(good):,} Parquet files, {gigabytes:,.2f} GB, "
             f"{num_rows:,} images; columns {', '.join(columns)}"
@@ -122,9 +122,8 @@ def _name(url: str) -> str:
     return PurePosixPath(url).name
 
 
-def _describe(url: str, config: EncodeConfig) -> ParquetPart:
+def _describe(url: str, columns: Sequence[str]) -> ParquetPart:
     """Read the footer. Raises UserError for a file without the columns."""
-    names = config.caption_names or (CAPTION,)
     try:
         with reading_parquet(url) as pyarrow, storage.open_ranges(url) as file:
             num_bytes = file.seek(0, os.SEEK_END)
@@ -136,15 +135,9 @@ def _describe(url: str, config: EncodeConfig) -> ParquetPart:
         raise
     except UserError as error:
         return ParquetPart(url=url, problem=str(error))
-    check_columns(schema.names, names, url)
-    return ParquetPart(
-        url=url,
-        num_bytes=num_bytes,
-        num_rows=metadata.num_rows,
-        metadata=metadata,
-        image=_find_image_column(url, schema),
-        captions=names,
-    )
+    check_columns(schema.names, columns, url)
+    image = _find_image_column(url, schema)
+    return ParquetPart(url=url, num_bytes=num_bytes, metadata=metadata, image=image)
 
 
 def _find_image_column(url: str, schema: Any) -> str:
@@ -180,13 +173,13 @@ def _open_rows(
     if part.problem:
         raise UserError(part.problem)
     copies = tempfile.TemporaryFile(prefix="ifvit-")  # noqa: SIM115
-    images, size = [], 0
+    columns, images, size = config.caption_columns, [], 0
     num_rows = min(num_rows, part.metadata.num_rows - start)
-    for number, row in enumerate(islice(_read_rows(part, start), num_rows), start):
+    for number, row in enumerate(islice(_read_rows(part, columns, start), num_rows), start):
         value = row[part.image]
         data = value.get("bytes") if isinstance(value, dict) else value
         where = f"{_name(part.url)}:{number}"
-        captions = captions_of([row[name] for name in part.captions], where)
+        captions = captions_of([row[name] for name in columns], where)
         size += sum(len(caption) + 16 for caption in captions)
         if size > MAX_BYTES:
             raise UserError(f"{part.url}: more than {MAX_BYTES:,} characters in one shard")
@@ -209,9 +202,8 @@ def _open_rows(
     return images
 
 
-def _read_rows(part: ParquetPart, start: int) -> Iterator[dict[str, Any]]:
+def _read_rows(part: ParquetPart, captions: Sequence[str], start: int) -> Iterator[dict[str, Any]]:
     """Rows from `start` on, read page by page; earlier row groups are skipped."""
-    columns = [part.image, *part.captions]
     with reading_parquet(part.url) as pyarrow, storage.open_ranges(part.url) as file:
         options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}  # reads page by page
         table = pyarrow.parquet.ParquetFile(file, metadata=part.metadata, **options)
@@ -221,7 +213,7 @@ def _read_rows(part: ParquetPart, start: int) -> Iterator[dict[str, Any]]:
             if end > start:
                 # Batches of one row, because a row may be as large as an image.
                 batches = table.iter_batches(
-                    1, row_groups=[group], columns=columns, use_threads=False
+                    1, row_groups=[group], columns=[part.image, *captions], use_threads=False
                 )
                 rows = (row for batch in batches for row in batch.to_pylist())
                 yield from islice(rows, max(0, start - first), None)

@@ -19,7 +19,7 @@ from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.records import is_relative_path, parse_json, replace_lone_surrogates, shorten
 
-PATH, CAPTION = "path", "caption"
+PATH = "path"
 NUM_PROBES = 8
 MAX_BYTES = 1 << 31
 """Largest table, and largest sum of its texts, which a Parquet file may hold compressed."""
@@ -50,7 +50,7 @@ class CaptionTable(ListedSource):
         self._file = captions
         texts: dict[str, list[str]] = {}
         size = 0
-        columns = (PATH, *(config.caption_names or (CAPTION,)))
+        columns = (PATH, *config.caption_columns)
         for where, row in reader(storage.read_bytes(captions, MAX_BYTES), captions, columns):
             path = row[PATH]
             if not (isinstance(path, str) and path.strip("/")):

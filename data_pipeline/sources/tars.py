@@ -239,10 +239,8 @@ def _choose_image(members: Members) -> tuple[str | None, list[str]]:
 def _describe_missing(images: list[str]) -> str:
     if not images:
         return "the tar contains no image (jpg, png, webp) for this key"
-    names = f"{len(images)} images have this key, {images[0]} and others"
-    if len(images) == 1:
-        names = f"{images[0]} has a dot in its name"
-    return shorten(f"{names}; keys end at the first dot, --tar_keys last_dot changes this", 200)
+    text = f"{len(images)} images have this key, as {images[0]}; keys end at the first dot, "
+    return shorten(text + "--tar_keys last_dot changes this", 200)
 
 
 def _read_captions(members: Members, file: _TarFile, names: tuple[str, ...]) -> tuple[str, ...]:

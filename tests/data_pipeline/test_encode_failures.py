@@ -18,8 +18,8 @@ from encoded_files import (
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from data_pipeline.encoders import read_or_fail
 from data_pipeline.sources.base import CaptionedImage
+from data_pipeline.units import read_or_fail
 from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.shards.reader import ShardReader

@@ -12,9 +12,8 @@ from pyarrow import parquet
 from test_tars import make_sample, write_tar
 
 from data_pipeline.config import EncodeConfig
-from data_pipeline.encoders import read_or_fail
 from data_pipeline.sources import open_source
-from data_pipeline.units import open_unit
+from data_pipeline.units import open_unit, read_or_fail
 from ifvit.errors import UserError
 
 NUM_MUTATIONS = 300

@@ -14,11 +14,10 @@ from pyarrow import parquet
 
 from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig
 from data_pipeline.encode import encode
-from data_pipeline.encoders import read_or_fail
 from data_pipeline.shard_tools import inspect_shards, verify
 from data_pipeline.sources import open_source
 from data_pipeline.sources.base import CaptionedImage
-from data_pipeline.units import open_unit
+from data_pipeline.units import open_unit, read_or_fail
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.shards.reader import ShardReader

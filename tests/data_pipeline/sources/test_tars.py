@@ -15,9 +15,8 @@ from encoded_files import finish, image_files, record_shards
 from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
-from data_pipeline.encoders import read_or_fail
 from data_pipeline.sources import open_source
-from data_pipeline.units import open_unit
+from data_pipeline.units import open_unit, read_or_fail
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage
@@ -173,8 +172,11 @@ def huge_pax_size() -> bytes:
         ({"x.jpg": b"", "x.json": bytes((1 << 24) + 1)}, "larger than 16,777,216 bytes"),
         ({"x.jpg": b"", "x.txt": b"x\xe9"}, "not UTF-8"),
         ({"x.jpg": b"", "x.txt": b" \n"}, "blank; --allow_blank_captions"),
-        ({"x.jpg": b"", "x.png": b"", "x.txt": b"x"}, "2 images have this key, x.jpg"),
-        ({"v1.5_1.jpg": b"", "v1.5_1.txt": b"x"}, "v1.5_1.jpg has a dot .*--tar_keys last_dot"),
+        ({"x.jpg": b"", "x.png": b"", "x.txt": b"x"}, "2 images have this key, as x.jpg"),
+        (
+            {"v1.5_1.jpg": b"", "v1.5_1.txt": b"x"},
+            "as v1.5_1.jpg; .*--tar_keys last_dot",
+        ),
     ],
 )
 def test_a_sample_that_cannot_be_used_is_one_failure_with_a_reason(
@@ -240,7 +242,7 @@ def test_images_that_share_a_key_are_all_named_and_the_last_dot_separates_them(
         members |= {f"v1.5_{number}.jpg": image, f"v1.5_{number}.txt": b"x"}
     write_tar(Path(tars.images, "00000.tar"), members)
     (only,) = open_source(tars).units(1)[0].open()
-    assert only.problem.startswith("20 images have this key, v1.5_0.jpg and others; keys end at")
+    assert only.problem.startswith("20 images have this key, as v1.5_0.jpg; keys end at")
     manifest = finish(replace(tars, tar_keys="last_dot"))
     assert manifest.num_samples == 24
     keys = [ShardReader(tars.output).metadata(number).image_id for number in range(20)]
