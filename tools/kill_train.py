@@ -89,12 +89,10 @@ def recipe(run: str, shards: str, steps: int, every: int) -> TrainConfig:
         latent_size=side,
         patch_size=2,
         width=32,
-        depth=4,
         num_heads=2,
         context_length=length,
         context_width=width,
-        conditioning="cross_attention",
-        num_image_blocks=1,
+        fusion="image 3*cross_attention image",
         num_text_blocks=1,
     )
     return TrainConfig(

@@ -33,7 +33,7 @@ from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.distributed import choose_device
 from ifvit.models.config import PRESETS, SETTINGS, FusionTransformerConfig, with_setting
 from ifvit.models.cost import count_cost
-from ifvit.models.weights import build_backbone
+from ifvit.models.weights import build_backbone, initial_weights
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.data import Batch, Batches
 from ifvit.training.engine import (
@@ -145,14 +145,8 @@ class EngineSteps:
     """The loop of `ifvit train` on one batch in memory."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.backbone = build_backbone(config.backbone)
-        self.backbone.set_attention(config.engine.attention)
-        self.engine = Engine(
-            self.backbone,
-            config.engine,
-            config.optim,
-            ema_decays=config.ema_decays,
-        )
+        self.engine = Engine(config, initial_weights(config.backbone, config.seed))
+        self.backbone = self.engine.backbone
         self.state = TrainState()
         self._objective = _objective(config, self.engine.device)
         self._batch = _random_batch(config, self.engine.device)
@@ -203,7 +197,7 @@ class BareSteps:
         self._objective = _objective(config, device)
         self._batch = _random_batch(config, device)
         self._parameters = list(self.backbone.parameters())
-        self._optimizer = build_optimizer(self._parameters, config.optim)
+        self._optimizer = build_optimizer(self.backbone, config.optim)
         self._ema = EMA(self._parameters, config.ema_decays[0])
 
     def __call__(self, num_steps: int) -> None:

@@ -104,7 +104,7 @@ def build_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
 def describe_backbone(config: BackboneConfig) -> Backbone:
     """Build a backbone on torch's meta device: shapes without memory for weights."""
     with torch.device("meta"):
-        return _construct(config)
+        return construct_backbone(config)
 
 
 def initial_weights(config: BackboneConfig, seed: int) -> Callable[[str], Tensor]:
@@ -117,10 +117,11 @@ def initial_weights(config: BackboneConfig, seed: int) -> Callable[[str], Tensor
         return partial(cast(FusionTransformer, describe_backbone(config)).initial_tensor, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _construct(config).state_dict().__getitem__
+        return construct_backbone(config).state_dict().__getitem__
 
 
-def _construct(config: BackboneConfig) -> Backbone:
+def construct_backbone(config: BackboneConfig) -> Backbone:
+    """Build a backbone on torch's default device, with torch's own initial values."""
     if isinstance(config, FusionTransformerConfig):
         return FusionTransformer(config)
     from ifvit.models.unet import UNet  # the import of diffusers' U-Nets takes a second
@@ -183,6 +184,15 @@ def read_stored_weights(folder: str) -> StoredWeights:
 def load_backbone(folder: str, stored: StoredWeights) -> Backbone:
     """Load a float32 backbone in eval mode from a folder of `save_weights`.
 
+    Raises UserError as `verify_weights` does.
+    """
+    config, path = verify_weights(folder, stored)
+    return restore_backbone(config, safetensors.torch.load_file(path))
+
+
+def verify_weights(folder: str, stored: StoredWeights) -> tuple[BackboneConfig, Path]:
+    """Return the configuration of a folder of `save_weights`, and the local file of its tensors.
+
     Weights of an object store are kept in the cache folder. Raises UserError if a file has another
     hash than weights.json states, and if config.json describes other tensors than the file holds.
     """
@@ -191,7 +201,7 @@ def load_backbone(folder: str, stored: StoredWeights) -> Backbone:
     path = local_copy(join(folder, _TENSORS), stored.tensors_sha256)
     check_sha256(path, stored.tensors_sha256)
     check_shapes(config, path)
-    return restore_backbone(config, safetensors.torch.load_file(path))
+    return config, path
 
 
 def read_backbone_config(folder: str, sha256: str | None = None) -> BackboneConfig:

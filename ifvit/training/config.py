@@ -1,10 +1,11 @@
 """Fields of a training recipe; free of torch, so that `--help` is quick."""
 
 from dataclasses import field
+from datetime import timedelta
 from typing import Annotated, Literal
 
 from ifvit.errors import UserError
-from ifvit.models.config import BackboneConfig
+from ifvit.models.config import BackboneConfig, NullContext
 from ifvit.records import (
     Fraction,
     NonNegativeFloat,
@@ -37,7 +38,9 @@ class OptimConfig:
     learning_rate: NonNegativeFloat = 2e-4
     """Learning rate after the warm-up."""
     weight_decay: NonNegativeFloat = 0.03
-    """Decoupled weight decay, on every parameter as in U-ViT."""
+    """Decoupled weight decay."""
+    decay_norms: bool = False
+    """Apply the weight decay to the weights and biases of norms, too, as in U-ViT."""
     betas: tuple[Decay, Decay] = (0.9, 0.9)
     """Decay rates of AdamW's two moments."""
     warmup_steps: NonNegativeInt = 5000
@@ -72,6 +75,11 @@ class EngineConfig:
     timeout_minutes: Minutes = 120.0
     """Longest time that processes wait for each other, for example while one reads a checkpoint;
     after it they stop. A process that ends is noticed at once."""
+
+    @property
+    def timeout(self) -> timedelta:
+        """Longest time that processes wait for each other."""
+        return timedelta(minutes=self.timeout_minutes)
 
     def __post_init__(self) -> None:
         if self.backend == "deepspeed" and self.zero_stage == 0:
@@ -120,6 +128,8 @@ class TrainConfig:
     """Samples per forward pass and process; smaller values accumulate gradients."""
     caption_dropout: Fraction = 0.1
     """Fraction of samples trained without their caption or class, for guidance."""
+    null_context: NullContext = "empty_caption"
+    """Context of samples without a caption: that of "" (empty_caption), or zeros."""
     min_snr_gamma: PositiveFloat | None = None
     """Weight samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: all equally."""
     scaling_factor: Factor | None = None
@@ -167,6 +177,8 @@ class TrainConfig:
     """Threads that read batches ahead."""
 
     def __post_init__(self) -> None:
+        if self.backbone.num_classes is not None and self.null_context == "zeros":
+            raise UserError("null_context: the backbone knows classes, not captions; remove it")
         if len(set(self.ema_decays)) != len(self.ema_decays) or not self.ema_decays:
             raise UserError("ema_decays must name at least one decay, each once")
         if self.export_every is not None and self.export_every % self.checkpoint_every:

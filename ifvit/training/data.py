@@ -21,6 +21,7 @@ from torch import Tensor
 from ifvit.arrays import Array
 from ifvit.distributed import World
 from ifvit.errors import UserError
+from ifvit.models.config import NullContext
 from ifvit.rng import Stream, permutation, uniform_array
 from ifvit.shards.reader import ShardReader
 
@@ -160,6 +161,7 @@ class Batches:
         micro_batch_size: int,
         world: World,
         num_threads: int,
+        null_context: NullContext = "empty_caption",
     ) -> None:
         per_pass = micro_batch_size * world.size
         if order.global_batch_size % per_pass:
@@ -170,6 +172,7 @@ class Batches:
         _check_dataset(reader, order)
         self._reader, self._order, self._num_threads = reader, order, num_threads
         self._micro_batch_size, self._world = micro_batch_size, world
+        self._null_context = null_context
         self.global_batch_size = order.global_batch_size
         self.num_micro_batches = order.global_batch_size // per_pass
 
@@ -219,6 +222,8 @@ class Batches:
         else:
             condition = _empty((size, *reader.text.context_shape), reader.dtype, pinned)
             reader.read_contexts(samples, captions, condition.numpy())
+            if self._null_context == "zeros":
+                condition[torch.from_numpy(captions < 0)] = 0
         batch = Batch(moments=moments, condition=condition, positions=torch.from_numpy(positions))
         return batch if copier is None else copier.copy(batch)
 

@@ -4,13 +4,11 @@
 `ifvit.training.zero` holds the engines that partition this state among processes.
 """
 
-import copy
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -18,16 +16,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from ifvit.diffusion.objectives import NormalSampler
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
+from ifvit.models.weights import describe_backbone
 from ifvit.records import NonNegativeInt, PositiveFloat, record
 from ifvit.rng import normal
-from ifvit.training.config import EngineConfig, OptimConfig
+from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
 from ifvit.training.profiling import StepTimer
 
 
@@ -55,16 +53,20 @@ def weights_prefix(ema_decay: float | None) -> str:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The state tensors that AdamW keeps for each parameter, in the parameter's shape."""
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
-def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) with weight decay on every parameter, as in U-ViT.
+def build_optimizer(backbone: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019); norms decay only if `config.decay_norms` is set.
 
     The learning rate is 0 until `Engine.set_learning_rate` sets it.
     """
-    return torch.optim.AdamW(
-        parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    norms = [module for module in backbone.modules() if isinstance(module, _NORMS)]
+    exempt = [] if config.decay_norms else [p for norm in norms for p in norm.parameters()]
+    decayed = [p for p in backbone.parameters() if all(p is not other for other in exempt)]
+    pairs = [(decayed, config.weight_decay), (exempt, 0.0)]
+    groups = [{"params": found, "weight_decay": decay} for found, decay in pairs if found]
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
 
 
 def create_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
@@ -87,31 +89,27 @@ GROWTH_INTERVAL = 2000
 """Number of consecutive finite updates after which the loss scale doubles."""
 
 
-@dataclass
+@record
 class LossScale:
     """Factor on the loss that keeps fp16 gradients from underflow (Micikevicius et al. 2018, 3.2).
 
     A gradient that overflows halves the factor, down to 1.
     """
 
-    value: float = 2.0**16
-    finite_updates: int = 0
+    value: PositiveFloat = 2.0**16
+    finite_updates: NonNegativeInt = 0
     """Number of finite updates since the last change of the scale."""
-    overflows: int = 0
+    overflows: NonNegativeInt = 0
     """Number of updates that were lost because the scale was too large."""
 
-    def adapt(self, finite: bool) -> bool:
-        """Adapt to the last gradient; False if it was not finite although the scale was 1."""
-        if finite:
-            self.finite_updates += 1
-            if self.finite_updates == GROWTH_INTERVAL:
-                self.value, self.finite_updates = 2 * self.value, 0
-            return True
-        if self.value == 1.0:
-            return False
-        self.value, self.finite_updates = self.value / 2, 0
-        self.overflows += 1
-        return True
+    def adapt(self, finite: bool) -> "LossScale":
+        """Return the scale after one more gradient, which was finite or not."""
+        if not finite:
+            smaller, overflows = max(self.value / 2, 1.0), self.overflows + 1
+            return replace(self, value=smaller, finite_updates=0, overflows=overflows)
+        if self.finite_updates + 1 == GROWTH_INTERVAL:
+            return replace(self, value=2 * self.value, finite_updates=0)
+        return replace(self, finite_updates=self.finite_updates + 1)
 
 
 @record
@@ -120,10 +118,8 @@ class EngineScalars:
 
     num_updates: NonNegativeInt
     """Number of updates of the parameters, for AdamW's bias correction."""
-    loss_scale: PositiveFloat | None = None
+    loss_scale: LossScale | None = None
     """None when the precision does not need one."""
-    finite_updates: NonNegativeInt = 0
-    overflows: NonNegativeInt = 0
 
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -164,11 +160,6 @@ def choose_normal_sampler(config: EngineConfig) -> NormalSampler:
     return torch.compile(normal) if config.compile else normal
 
 
-def wait_limit(config: EngineConfig) -> timedelta:
-    """Longest time that processes wait for each other."""
-    return timedelta(minutes=config.timeout_minutes)
-
-
 class Engine:
     """Trains one backbone on one process, or on several with PyTorch's DDP.
 
@@ -176,51 +167,48 @@ class Engine:
     holds all of them; the subclasses in `ifvit.training.zero` hold shards. `iter_state` and
     `load_state` exchange full tensors by name, so a run that was saved by one engine continues
     with any other and on any number of processes.
+
+    `initial(name)` returns the first value of one parameter on the CPU. Parameters are filled one
+    by one, so that under ZeRO stage 3 no process ever holds the whole model.
     """
 
     _can_skip_on_device = True
     """Whether the optimizer itself skips an update, without the host looking at the gradient."""
 
     def __init__(
-        self,
-        backbone: Backbone,
-        config: EngineConfig,
-        optim: OptimConfig,
-        *,
-        ema_decays: Sequence[float],
-        num_micro_batches: int = 1,
-        tolerate_nonfinite: int = 0,
+        self, config: TrainConfig, initial: Callable[[str], Tensor], num_micro_batches: int = 1
     ) -> None:
-        self._meta_backbone: Backbone = nn.Module.to(copy.deepcopy(backbone), "meta").eval()
-        self._meta_backbone.set_attention("sdpa")  # the recipe's kernel may not accept fp32
-        self._optim, self._num_micro_batches = optim, num_micro_batches
-        self._accelerator = self._connect(config)
-        self.device = cast(torch.device, self._accelerator.device)
+        self._optim, self._num_micro_batches = config.optim, num_micro_batches
+        self._accelerator = self._connect(config.engine)
+        self.device: torch.device = self._accelerator.device
         """The device that batches must be on."""
         self.world = World.from_environment()
-        self.group = ProcessGroup(self.world, wait_limit(config))
+        self.group = ProcessGroup(self.world, config.engine.timeout)
         """Exchanges small objects among the processes, over the CPU."""
-        nn.Module.to(backbone, self.device)
-        prepare_forward(backbone, config, self.device)
-        optimizer = build_optimizer(backbone.parameters(), optim)
-        prepared = self._accelerator.prepare(backbone, optimizer)
-        self._model: Any = prepared[0]
-        self._optimizer: Any = prepared[1].optimizer  # torch's AdamW, or DeepSpeed's ZeRO around it
-        self._parameters = dict(backbone.named_parameters())
+        self.backbone = self._construct(config)
+        """The network that is trained; under ZeRO stage 3 its parameters are partitioned."""
+        self.backbone.set_attention(config.engine.attention)
+        prepare_forward(self.backbone, config.engine, self.device)
+        optimizer = build_optimizer(self.backbone, config.optim)
+        self._model, prepared = self._accelerator.prepare(self.backbone, optimizer)
+        self._optimizer: Any = prepared.optimizer  # torch's AdamW, or DeepSpeed's ZeRO around it
+        self._parameters = dict(self.backbone.named_parameters())
         self._create_moments()
-        self.ema_decays = tuple(ema_decays)
-        self._emas = {decay: EMA(self._shards(), decay) for decay in ema_decays}
-        self.loss_scale = LossScale() if config.precision == "fp16" else None
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                self._load_parameter(parameter, initial(name))
+        self.ema_decays = config.ema_decays
+        self._emas = {decay: EMA(self._shards(), decay) for decay in config.ema_decays}
+        is_half = config.engine.precision == "fp16"
+        self.loss_scale: LossScale | None = LossScale() if is_half else None
         """Factor on the loss; None when the precision does not need one."""
         self.timer = StepTimer(self.device)
-        self.tolerate_nonfinite = tolerate_nonfinite
+        self.tolerate_nonfinite = config.tolerate_nonfinite
         """Number of skipped steps that the recipe allows for the whole run."""
-        self._freezes = (
-            self._can_skip_on_device and self.loss_scale is None and not tolerate_nonfinite
-        )
+        must_look = is_half or config.tolerate_nonfinite > 0
+        self._freezes = self._can_skip_on_device and not must_look
         self._frozen_steps = torch.zeros((), device=self.device)
-        self._skipped = 0
-        self._update_applied = True
+        self._skipped, self._update_applied = 0, True
 
     def predict_noise(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Run the backbone in the recipe's precision; shapes as in `ifvit.diffusion.objectives`."""
@@ -271,8 +259,9 @@ class Engine:
     def _count_update(self, *, applied: bool) -> None:
         """Count a skipped update as a skipped step, unless a smaller loss scale may remedy it."""
         self._update_applied = applied
-        scale = self.loss_scale
-        if not (applied if scale is None else scale.adapt(applied)):
+        if self.loss_scale is not None and (applied or self.loss_scale.value > 1.0):
+            self.loss_scale = self.loss_scale.adapt(applied)
+        elif not applied:
             self._skipped += 1
 
     def skipped_steps(self, *, wait: bool) -> int:
@@ -294,31 +283,30 @@ class Engine:
             for ema in self._emas.values():
                 ema.update(self._shards())
 
-    def gather_backbone(self, ema_decay: float | None) -> Backbone:
-        """Return a backbone with EMA weights or, for None, with the trained weights.
+    def iter_weights(self, ema_decay: float | None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the EMA weights or, for None, the trained weights, as full fp32 tensors by name.
 
-        All processes call this together. The backbone is fp32 and in eval mode. Where nothing is
-        partitioned it shares memory with the engine: use it before the next update, and do not
-        change it.
+        All processes iterate together; one that does not keep the tensors holds one at a time.
+        Where nothing is partitioned they share memory with the engine: use them before the next
+        update, and do not change them.
         """
         shards = self._shards() if ema_decay is None else self._emas[ema_decay].tensors
-        backbone: Backbone = copy.deepcopy(self._meta_backbone)
-        backbone.load_state_dict(dict(self._gather_all("", shards)), assign=True)
-        return backbone
+        for (name, parameter), shard in zip(self._parameters.items(), shards, strict=True):
+            yield name, self._gather(shard, parameter)
 
     def iter_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all learned state as full fp32 tensors; all processes call this together.
 
-        The names are `backbone.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and `ema0.9999.NAME` for
-        each decay, in the same order on every process. Copy a tensor to keep it beyond the next
-        update.
+        The names are `backbone.NAME`, `ema0.9999.NAME` for each decay, `exp_avg.NAME` and
+        `exp_avg_sq.NAME`, in the same order on every process. Copy a tensor to keep it beyond the
+        next update.
         """
-        yield from self._gather_all(weights_prefix(None), self._shards())
+        for decay in (None, *self._emas):
+            for name, tensor in self.iter_weights(decay):
+                yield f"{weights_prefix(decay)}{name}", tensor
         for key in MOMENTS:
             for name, parameter in self._parameters.items():
                 yield f"{key}.{name}", self._gather_moment(parameter, key)
-        for decay, ema in self._emas.items():
-            yield from self._gather_all(weights_prefix(decay), ema.tensors)
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
@@ -327,7 +315,8 @@ class Engine:
         `read(name)` returns a full tensor on the CPU; this process copies only its shard. Raises
         UserError when a tensor has another shape than the parameter.
         """
-        shapes = {name: tensor.shape for name, tensor in self._meta_backbone.named_parameters()}
+        described = describe_backbone(self.backbone.config).named_parameters()
+        shapes = {name: tensor.shape for name, tensor in described}
 
         def read_full(prefix: str, name: str) -> Tensor:
             full = read(f"{prefix}{name}")
@@ -349,24 +338,14 @@ class Engine:
     def scalars(self) -> EngineScalars:
         """The state besides tensors."""
         num_updates = int(next(iter(self._adamw.state.values()))["step"].item())
-        scale = self.loss_scale
-        if scale is None:
-            return EngineScalars(num_updates=num_updates)
-        return EngineScalars(
-            num_updates=num_updates,
-            loss_scale=scale.value,
-            finite_updates=scale.finite_updates,
-            overflows=scale.overflows,
-        )
+        return EngineScalars(num_updates=num_updates, loss_scale=self.loss_scale)
 
     def load_scalars(self, scalars: EngineScalars) -> None:
         """Restore `scalars()` of any engine; call it after `load_state`."""
         for state in self._adamw.state.values():
             state["step"].fill_(scalars.num_updates)
-        if self.loss_scale is not None and scalars.loss_scale is not None:
-            self.loss_scale.value = scalars.loss_scale
-            self.loss_scale.finite_updates = scalars.finite_updates
-            self.loss_scale.overflows = scalars.overflows
+        if self.loss_scale is not None:
+            self.loss_scale = scalars.loss_scale or self.loss_scale
 
     def mean(self, value: Tensor) -> Tensor:
         """Average over all processes, returned on each of them."""
@@ -385,8 +364,12 @@ class Engine:
     # them.
 
     def _connect(self, config: EngineConfig) -> Accelerator:
-        waiting = InitProcessGroupKwargs(timeout=wait_limit(config))
+        waiting = InitProcessGroupKwargs(timeout=config.timeout)
         return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waiting])
+
+    def _construct(self, config: TrainConfig) -> Backbone:
+        """Build the backbone on the device; its parameters have no values yet."""
+        return describe_backbone(config.backbone).to_empty(device=self.device)
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:
@@ -415,7 +398,3 @@ class Engine:
 
     def _load_moment(self, parameter: nn.Parameter, key: str, full: Tensor) -> None:
         self._adamw.state[parameter][key].copy_(full)
-
-    def _gather_all(self, prefix: str, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for (name, parameter), shard in zip(self._parameters.items(), shards, strict=True):
-            yield f"{prefix}{name}", self._gather(shard, parameter)

@@ -6,6 +6,7 @@ and folders of the names that training writes are removed.
 
 import re
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -316,7 +317,7 @@ class SampleGrid:
 
     def __init__(self, config: TrainConfig, engine: Engine, info: WeightsInfo) -> None:
         self.every = config.sample_grid.every
-        self._run, self._engine = config.run, engine
+        self._run, self._engine, self._shape = config.run, engine, config.backbone
         reader = ShardReader(config.shards, config.cache)
         conditions, self._null_condition = _grid_conditions(config.sample_grid, reader, info)
         self._decode = load_decoder(info, str(engine.device))
@@ -330,8 +331,9 @@ class SampleGrid:
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Generate the images on the main process while the others wait."""
-        backbone = self._engine.gather_backbone(self._engine.ema_decays[0])
+        weights = self._engine.iter_weights(self._engine.ema_decays[0])
         if self._engine.world.is_main:
+            backbone = restore_backbone(self._shape, dict(weights), copy=False)
             sampler = Sampler(
                 backbone=backbone, decode=self._decode, null_condition=self._null_condition
             )
@@ -339,6 +341,8 @@ class SampleGrid:
             name = f"{step_name(state.step)}.png"
             grid = encode_png(make_grid(images, _GRID_COLUMNS))
             storage.write_bytes(join(self._run, "samples", name), grid)
+        else:
+            deque(weights, maxlen=0)  # takes part in gathering, and keeps nothing
         self._engine.barrier()
 
 

@@ -25,7 +25,7 @@ from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.config import BackboneConfig, restore_config
-from ifvit.models.weights import build_backbone, restore_backbone, step_name
+from ifvit.models.weights import describe_backbone, restore_backbone, step_name
 from ifvit.records import (
     NonNegativeInt,
     PositiveFloat,
@@ -113,7 +113,8 @@ def report_nonfinite(
     the weights to a file for `replay`.
     """
     message = f"{config.run}: step {failure.step + 1}, rank {engine.world.rank}: "
-    backbone = engine.gather_backbone(None)
+    weights = dict(engine.iter_weights(None))
+    backbone = restore_backbone(config.backbone, weights, copy=False)
     prepare_forward(backbone, EngineConfig(precision=config.engine.precision), engine.device)
     replayed = Replay(backbone=backbone, objective=objective, step=failure.step)
     with closing(batches.stream(failure.step, failure.samples_seen, engine.device)) as stream:
@@ -182,8 +183,7 @@ def _restore_batch(
     file: str, tensors: dict[str, Tensor], shape: BackboneConfig, device: torch.device
 ) -> Batch:
     """Take the batch out of `tensors`. Raises UserError unless the rest fits the backbone."""
-    with torch.device("meta"):
-        wanted = {name: value.shape for name, value in build_backbone(shape).state_dict().items()}
+    wanted = {name: value.shape for name, value in describe_backbone(shape).state_dict().items()}
     names = Batch.__dataclass_fields__
     found = {name: value.shape for name, value in tensors.items() if name not in names}
     if found != wanted or not tensors.keys() >= names.keys():

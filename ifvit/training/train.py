@@ -2,8 +2,13 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from typing import Any, cast
+
+from safetensors import safe_open
+from torch import Tensor
 
 from ifvit import storage
 from ifvit.config import dump_config
@@ -11,15 +16,20 @@ from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import World, one_line_for_lost_processes
 from ifvit.errors import UserError
-from ifvit.models.backbone import Backbone
 from ifvit.models.pretrained import place_of
-from ifvit.models.weights import WeightsInfo, build_backbone, load_weights
+from ifvit.models.weights import (
+    WeightsInfo,
+    find_weights,
+    initial_weights,
+    read_stored_weights,
+    verify_weights,
+)
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
-from ifvit.training.checkpoint import resume, saved_steps
+from ifvit.training.checkpoint import is_committed, resume, saved_steps
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.data import Batches, BatchOrder
-from ifvit.training.engine import Engine, choose_normal_sampler, wait_limit
+from ifvit.training.engine import Engine, choose_normal_sampler
 from ifvit.training.guards import (
     NonfiniteGradient,
     Preempted,
@@ -48,17 +58,9 @@ def train(config: TrainConfig) -> TrainState:
 
 def _train_on(reader: ShardReader, config: TrainConfig) -> TrainState:
     check_dataset(reader, config)
-    backbone = initial_backbone(config, reader)
-    backbone.set_attention(config.engine.attention)
+    initial = initial_tensors(config, reader)
     batches = _build_batches(config, reader)
-    engine = _engine_class(config.engine)(
-        backbone,
-        config.engine,
-        config.optim,
-        ema_decays=config.ema_decays,
-        num_micro_batches=batches.num_micro_batches,
-        tolerate_nonfinite=config.tolerate_nonfinite,
-    )
+    engine = _engine_class(config.engine)(config, initial, batches.num_micro_batches)
     engine.group.on_main(lambda: storage.require_no_links_out(config.run))
     lease = engine.group.on_main(lambda: Lease.acquire(config.run))
     with lease.held() if engine.world.is_main else nullcontext():
@@ -79,7 +81,7 @@ def _train(
         min_snr_gamma=config.min_snr_gamma,
         sample_normal=choose_normal_sampler(config.engine),
     )
-    stop = StopRequest(engine.world, wait_limit(config.engine))
+    stop = StopRequest(engine.world, config.engine.timeout)
     metrics = MetricsLog(config, engine)
     checkpoints = SaveCheckpoint(config, engine, info, lease, metrics, stop)
     hooks: list[Hook] = [metrics, checkpoints]
@@ -112,26 +114,31 @@ def _train(
         raise
 
 
-def initial_backbone(config: TrainConfig, reader: ShardReader) -> Backbone:
-    """Build the backbone of step 0; `initial_weights` is not read again when the run is resumed.
+def initial_tensors(config: TrainConfig, reader: ShardReader) -> Callable[[str], Tensor]:
+    """Return a function from the name of a parameter to its value at step 0, on the CPU.
 
-    Raises UserError when these weights have another configuration or latents of another scale.
+    `initial_weights` is not read again when the run is resumed. Raises UserError when these
+    weights have another configuration, null context or scale of the latents.
     """
-    backbone = build_backbone(config.backbone, config.seed)
-    if config.initial_weights is None or saved_steps(config.run):
-        return backbone
-    loaded, info = load_weights(config.initial_weights)
-    stored = {"backbone": asdict(loaded.config), "scaling_factor": info.scaling_factor}
-    scale = _scaling_factor(config, reader)
-    wanted = {"backbone": asdict(config.backbone), "scaling_factor": scale}
-    for key, value in wanted.items():
-        for name, old, new in differences(key, stored[key], value):
+    if config.initial_weights is None or any(
+        is_committed(config.run, step) for step in saved_steps(config.run)
+    ):
+        return initial_weights(config.backbone, config.seed)
+    folder = find_weights(config.initial_weights)
+    stored = read_stored_weights(folder)
+    backbone, path = verify_weights(folder, stored)
+    for key, found, wanted in (
+        ("backbone", asdict(backbone), asdict(config.backbone)),
+        ("scaling_factor", stored.info.scaling_factor, _scaling_factor(config, reader)),
+        ("null_context", stored.info.null_context, config.null_context),
+    ):
+        for name, old, new in differences(key, found, wanted):
             raise UserError(
                 f"{config.initial_weights}: has {name}: {old}, but the recipe says {new}; "
                 f"set {name} to match"
             )
-    backbone.load_state_dict(loaded.state_dict())
-    return backbone
+    tensors: Any = safe_open(path, "pt")
+    return cast(Callable[[str], Tensor], tensors.get_tensor)
 
 
 def _build_batches(config: TrainConfig, reader: ShardReader) -> Batches:
@@ -144,7 +151,9 @@ def _build_batches(config: TrainConfig, reader: ShardReader) -> Batches:
         random_flip=config.random_flip,
     )
     world = World.from_environment()
-    return Batches(reader, order, config.micro_batch_size, world, config.num_workers)
+    return Batches(
+        reader, order, config.micro_batch_size, world, config.num_workers, config.null_context
+    )
 
 
 def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:
@@ -161,6 +170,7 @@ def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:
         scaling_factor=_scaling_factor(config, reader),
         vae=vae,
         text_encoder=encoder,
+        null_context=config.null_context,
         classes=reader.manifest.classes,
         recipe_sha256=hashlib.sha256(dump_config(config).encode()).hexdigest(),
     )

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 from accelerate.utils.other import get_free_port
+from deepspeed import zero
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_optimizer_state,
@@ -26,8 +27,10 @@ from deepspeed.utils import (
 )
 from torch import Tensor, distributed, nn
 
-from ifvit.training.config import EngineConfig
-from ifvit.training.engine import Engine, create_moments, wait_limit
+from ifvit.models.backbone import Backbone
+from ifvit.models.weights import construct_backbone
+from ifvit.training.config import EngineConfig, TrainConfig
+from ifvit.training.engine import Engine, create_moments
 
 
 class ZeroEngine(Engine):
@@ -75,9 +78,7 @@ class ZeroEngine(Engine):
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(config)),
             gradient_accumulation_steps=self._num_micro_batches,
             kwargs_handlers=[
-                InitProcessGroupKwargs(
-                    backend="nccl" if on_gpu else "gloo", timeout=wait_limit(config)
-                )
+                InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=config.timeout)
             ],
         )
         # Otherwise transformers loads every text encoder without its weights under stage 3.
@@ -119,6 +120,11 @@ class ZeroEngine(Engine):
 
 class Zero3Engine(ZeroEngine):
     """Partitions the parameters (ZeRO stage 3) and the EMA weights too."""
+
+    def _construct(self, config: TrainConfig) -> Backbone:
+        """Build the backbone; each parameter is partitioned as soon as it exists."""
+        with zero.Init(config_dict_or_path=self._deepspeed_config(config.engine)):
+            return construct_backbone(config.backbone)
 
     def _create_moments(self) -> None:
         create_moments(self._adamw, self._optimizer.fp32_partitioned_groups_flat)

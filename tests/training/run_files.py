@@ -35,7 +35,9 @@ def write_dataset(folder: Path, seed: int = 0) -> str:
 def small_recipe(run: str, shards: str, **fields: object) -> TrainConfig:
     """8 quick steps for latents (4, 8, 8) and contexts (5, 12); `fields` override the rest."""
     defaults: dict[str, object] = {
-        "backbone": small_shape(context_length=CONTEXT_SHAPE[0], context_width=CONTEXT_SHAPE[1]),
+        "backbone": small_shape(
+            context_length=CONTEXT_SHAPE[0], context_width=CONTEXT_SHAPE[1], init_std=0.02
+        ),
         "optim": OptimConfig(learning_rate=1e-2, warmup_steps=4),
         "engine": EngineConfig(backend="plain"),
         "sample_grid": SampleGridConfig(every=0),

@@ -94,12 +94,12 @@ Tensors = dict[str, torch.Tensor]
         lambda facts, tensors: facts.update(scaling_factor=0.0),
         lambda facts, tensors: facts.update(precision="fp8"),
         lambda facts, tensors: tensors.pop("moments"),
-        lambda facts, tensors: tensors.pop("norm.bias"),
+        lambda facts, tensors: tensors.pop("head_norm.bias"),
         lambda facts, tensors: tensors.update(moments=tensors["moments"][:, :2]),
         lambda facts, tensors: tensors.update(condition=tensors["condition"][:, :1]),
         lambda facts, tensors: tensors.update(positions=tensors["positions"][:1]),
         lambda facts, tensors: tensors.update(positions=tensors["positions"].float()),
-        lambda facts, tensors: tensors.update({"norm.bias": torch.zeros(1)}),
+        lambda facts, tensors: tensors.update({"head_norm.bias": torch.zeros(1)}),
     ],
 )
 def test_a_failure_that_fits_its_seal_but_not_its_backbone_is_one_line(
@@ -126,7 +126,7 @@ def test_tolerated_steps_are_skipped_and_counted(
     before, num_compared = None, 0
     for step, row in table.items():
         folder = f"{config.run}/weights/step_{step:08d}"
-        raw, ema = (load_weights(f"{folder}/{kind}")[0].norm.bias for kind in ("raw", "ema"))
+        raw, ema = (load_weights(f"{folder}/{kind}")[0].head_norm.bias for kind in ("raw", "ema"))
         if before is not None:
             expected = before if row["loss"] is None else torch.lerp(before, raw, 0.1)
             torch.testing.assert_close(ema, expected)

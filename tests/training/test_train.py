@@ -30,7 +30,7 @@ from ifvit.training import hooks
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.lease import Holder
 from ifvit.training.metrics_log import MetricsLog
-from ifvit.training.train import initial_backbone, train
+from ifvit.training.train import initial_tensors, train
 
 Recipe = Callable[..., TrainConfig]
 LENGTH, WIDTH = CONTEXT_SHAPE
@@ -91,9 +91,9 @@ def test_a_run_starts_from_weights_and_is_resumed_without_them(
     first = recipe("first", max_steps=2, scaling_factor=0.5)
     train(first)
     tuned = recipe("tuned", shards=other_shards, scaling_factor=0.5, initial_weights=first.run)
-    initial = initial_backbone(tuned, ShardReader(other_shards)).state_dict()
+    initial = initial_tensors(tuned, ShardReader(other_shards))
     weights = load_weights(first.run)[0].state_dict()
-    assert all(initial[name].equal(tensor) for name, tensor in weights.items())
+    assert all(initial(name).equal(tensor) for name, tensor in weights.items())
 
     train(replace(tuned, max_steps=5))
     Path(first.run).rename(tmp_path / "gone")
