@@ -317,7 +317,7 @@ class SampleGrid:
 
     def __init__(self, config: TrainConfig, engine: Engine, info: WeightsInfo) -> None:
         self.every = config.sample_grid.every
-        self._run, self._engine, self._shape = config.run, engine, config.backbone
+        self._run, self._engine = config.run, engine
         reader = ShardReader(config.shards, config.cache)
         conditions, self._null_condition = _grid_conditions(config.sample_grid, reader, info)
         self._decode = load_decoder(info, str(engine.device))
@@ -333,7 +333,7 @@ class SampleGrid:
         """Generate the images on the main process while the others wait."""
         weights = self._engine.iter_weights(self._engine.ema_decays[0])
         if self._engine.world.is_main:
-            backbone = restore_backbone(self._shape, dict(weights), copy=False)
+            backbone = restore_backbone(self._engine.backbone.config, dict(weights), copy=False)
             sampler = Sampler(
                 backbone=backbone, decode=self._decode, null_condition=self._null_condition
             )
