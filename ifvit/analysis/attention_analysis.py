@@ -21,12 +21,11 @@ from ifvit.analysis.attention_maps import (
     AttentionProtocol,
     AttentionSummary,
     Floats,
-    LayerAttention,
+    LayerMeans,
     LayerSums,
     PromptRows,
-    TextAttention,
+    TextSpectrum,
     inner_tokens,
-    layer_names,
     read_attention,
     watch_attention,
     write_attention,
@@ -96,14 +95,8 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
     device = choose_device(config.device)
     model = load_model(run, device, EncoderPlaces(text_encoder=config.text_encoder))
     backbone, info = model.backbone, model.info
-    if not isinstance(backbone, FusionTransformer):
-        raise UserError(
-            f"{run}: weights of a {type(backbone).__name__}; attention to text is analysed only "
-            "for fusion backbones; leave this run out"
-        )
-    shape = backbone.config
-    if shape.conditioning == "adaln":
-        raise UserError(f"{run}: conditioning adaln has no attention to text; leave this run out")
+    if not isinstance(backbone, FusionTransformer) or not backbone.config.text_key_blocks:
+        raise UserError(f"{run}: its image tokens attend to no text; leave this run out")
     prompts = _open_prompts(config, info, device)
     protocol = AttentionProtocol(
         num_prompts=len(prompts.texts),
@@ -112,19 +105,22 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
         trim=config.trim,
     )
     url = storage.join(folder, f"{step_name(info.step)}.json")
+    same = (model.sha256, backbone.config.fusion, protocol)  # some maps have equal tensors
     before = _read_if_complete(url)
-    if before and (before.weights_sha256, before.protocol) == (model.sha256, protocol):
+    if before and (before.weights_sha256, before.fusion, before.protocol) == same:
         sys.stdout.write(f"{url} exists\n")
         return before
+    layers = record_layers(backbone, prompts, config)
     summary = AttentionSummary(
         weights=run,
         weights_sha256=model.sha256,
         step=info.step,
-        conditioning=shape.conditioning,
-        num_image_blocks=shape.num_image_blocks,
-        num_text_blocks=shape.num_text_blocks,
+        fusion=backbone.config.fusion,
+        num_text_blocks=backbone.config.num_text_blocks,
         protocol=protocol,
-        layers=record_layers(backbone, prompts, config),
+        layers=tuple(layer.numbers for layer in layers),
+        image_maps=np.stack([layer.image_map for layer in layers]),
+        text_maps={n: layer.text_map for n, layer in enumerate(layers) if layer.numbers.text},
     )
     write_attention(url, summary)
     sys.stdout.write(f"{url}\n")
@@ -134,24 +130,23 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
 @torch.no_grad()
 def record_layers(
     backbone: FusionTransformer, prompts: Prompts, config: AttentionConfig
-) -> tuple[LayerAttention, ...]:
-    """Generate images for the prompts, batch by batch, and average the attention of each layer."""
+) -> list[LayerMeans]:
+    """Generate images for the prompts, batch by batch, and average the attention of each block."""
     shape = backbone.config
     inside = inner_tokens(shape.latent_size // shape.patch_size, config.trim)
-    names = layer_names(shape.depth)
-    layers = [LayerSums(name, shape.num_image_tokens, inside) for name in names]
+    layers = [LayerSums(shape, number, inside) for number in range(len(shape.blocks))]
     null_text = backbone.encode_condition(prompts.null_context[None].to(backbone.device))
     positions = torch.arange(len(prompts.texts))
     with tqdm(total=len(positions), unit="prompt", desc="attention", leave=False) as progress:
         for batch in torch.split(positions, config.sampling.batch_size):
             conditions = ConditionBatch(positions=batch, condition=prompts.contexts[batch])
-            rows = PromptRows(len(batch), inside)
+            rows = PromptRows(shape, len(batch), inside)
             with watch_attention(backbone, rows):
                 sample_latents(backbone, conditions, null_text, config.sampling)
             for layer, mean in zip(layers, rows.means(), strict=True):
                 layer.add(mean)
             progress.update(len(batch))
-    return tuple(layer.finish() for layer in layers)
+    return [layer.finish() for layer in layers]
 
 
 def _read_if_complete(url: str) -> AttentionSummary | None:
@@ -195,13 +190,13 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
 
 
 def table_rows(summaries: Mapping[str, AttentionSummary]) -> list[dict[str, Any]]:
-    """Return a row per run and layer; the ranks of a layer without text are None."""
+    """Return a row per run and block; what a block does not have is None."""
     return [
         {
             "run": name,
             "layer": layer.name,
-            "text_share": layer.text_share.value,
-            "text_share_error": layer.text_share.standard_error,
+            "text_share": layer.text_share and layer.text_share.value,
+            "text_share_error": layer.text_share and layer.text_share.standard_error,
             "effective_rank": layer.text and layer.text.effective_rank,
             "prompt_rank": layer.text and layer.text.prompt_effective_rank.value,
             "prompt_rank_error": layer.text and layer.text.prompt_effective_rank.standard_error,
@@ -213,72 +208,74 @@ def table_rows(summaries: Mapping[str, AttentionSummary]) -> list[dict[str, Any]
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Return a text table; `rank` is of the mean map, `rank per prompt` is a mean over prompts."""
-    width = max(len(row["run"]) for row in rows)
-    lines = [f"{'run':{width}}  layer   {'text share':15}   rank  rank per prompt"]
+    wide = [max(len(row[column]) for row in rows) for column in ("run", "layer")]
+    lines = [f"{'run':{wide[0]}}  {'layer':{wide[1]}}  {'text share':15}   rank  rank per prompt"]
     for row in rows:
         numbers = "no text"
         if row["effective_rank"] is not None:
-            share = f"{row['text_share']:.4f} ± {row['text_share_error']:.4f}"
+            share = "-"
+            if row["text_share"] is not None:
+                share = f"{row['text_share']:.4f} ± {row['text_share_error']:.4f}"
             prompt_rank = f"{row['prompt_rank']:.2f} ± {row['prompt_rank_error']:.2f}"
-            numbers = f"{share}  {row['effective_rank']:5.2f}  {prompt_rank}"
-        lines.append(f"{row['run']:{width}}  {row['layer']:6}  {numbers}")
+            numbers = f"{share:15}  {row['effective_rank']:5.2f}  {prompt_rank}"
+        lines.append(f"{row['run']:{wide[0]}}  {row['layer']:{wide[1]}}  {numbers}")
     return "".join(f"{line}\n" for line in lines)
 
 
-def attention_figure(summaries: dict[str, AttentionSummary]) -> Figure:
-    """Return a figure with a column per layer and three rows per run.
+def attention_figure(summaries: Mapping[str, AttentionSummary]) -> Figure:
+    """Return a figure with a column per block and three rows per run.
 
     The first row has image-to-image maps: the image token in row i attends to the one in column j.
     The second has text-to-image maps: the image token in column j attends to the text token in row
     i. The third has singular values. All maps of one kind share a colour scale, the square root of
     attention up to the 99.5th percentile, and all singular values share a logarithmic axis, so that
-    layers and runs can be compared.
+    blocks and runs can be compared.
     """
-    layers = [layer for summary in summaries.values() for layer in summary.layers]
-    texts = [layer.text for layer in layers if layer.text]
-    scales = (_scale(layer.image_map for layer in layers), _scale(text.map for text in texts))
-    largest = max(text.singular_values[0] for text in texts)
+    runs = summaries.values()
+    scales = (
+        _scale(run.image_maps for run in runs),
+        _scale(one for run in runs for one in run.text_maps.values()),
+    )
+    largest = max(
+        layer.text.singular_values[0] for run in runs for layer in run.layers if layer.text
+    )
     limits = (_SMALLEST * largest, 2 * largest)
-    num_columns = max(len(summary.layers) for summary in summaries.values())
-    size = (_CELL * num_columns + 2, (3 * _CELL + 0.6) * len(summaries))
+    num_columns = max(len(run.layers) for run in runs)
+    size = (_CELL * num_columns + 2, (3 * _CELL + 0.6) * len(runs))
     with house_style():
         figure = Figure(figsize=size, layout="constrained")
-        parts = figure.subfigures(len(summaries), 1, squeeze=False)[:, 0]
-        for part, (name, summary) in zip(parts, summaries.items(), strict=True):
-            blocks = f"[{summary.num_image_blocks}, {summary.num_text_blocks}]"
-            title = (
-                f"{literal(name)}: {literal(summary.conditioning)}, [N_image, N_text] = {blocks}"
-            )
-            part.suptitle(f"{title}, step {summary.step:,}", fontsize=9, fontweight="bold")
-            _plot_run(part, summary, num_columns, scales, limits)
+        parts = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
+        for part, (name, run) in zip(parts, summaries.items(), strict=True):
+            title = f"{literal(name)}: {literal(run.fusion)}, N_text = {run.num_text_blocks}"
+            part.suptitle(f"{title}, step {run.step:,}", fontsize=9, fontweight="bold")
+            _plot_run(part, run, num_columns, scales, limits)
     return figure
 
 
 def _plot_run(
     part: SubFigure,
-    summary: AttentionSummary,
+    run: AttentionSummary,
     num_columns: int,
     scales: tuple[Normalize, Normalize],
     limits: tuple[float, float],
 ) -> None:
     axes = part.subplots(3, num_columns, squeeze=False)
-    for cell in axes[:, len(summary.layers) :].flat:
+    for cell in axes[:, len(run.layers) :].flat:
         cell.set_axis_off()
-    for column, layer in zip(axes.T, summary.layers, strict=False):
-        column[0].set_title(literal(layer.name), fontsize=8)
-        _plot_map(column[0], layer.image_map, scales[0])
+    for number, (column, layer) in enumerate(zip(axes.T, run.layers, strict=False)):
+        column[0].set_title(literal(layer.name.replace(" ", "\n")), fontsize=6)
+        _plot_map(column[0], run.image_maps[number], scales[0])
         column[2].set(yscale="log", ylim=limits, xlim=(0.5, NUM_SINGULAR_VALUES + 0.5))
         column[2].set_xticks([1, NUM_SINGULAR_VALUES])
-        column[2].tick_params(labelsize=6, labelleft=False)
+        column[2].tick_params(labelsize=6, labelleft=number == 0)
         if layer.text:
-            _plot_map(column[1], layer.text.map, scales[1])
+            _plot_map(column[1], run.text_maps[number], scales[1])
             _plot_singular_values(column[2], layer.text)
         else:
             column[1].set(xticks=[], yticks=[])
             for cell in column[1:]:
                 middle = {"transform": cell.transAxes, "ha": "center", "va": "center"}
                 cell.text(0.5, 0.5, "no text", fontsize=7, **middle)
-    axes[2, 0].tick_params(labelleft=True)
     for cells, label in zip(axes, _ROWS, strict=True):
         cells[0].set_ylabel(label, fontsize=8)
     for cells in axes[:2]:
@@ -298,7 +295,7 @@ def _plot_map(cell: Axes, values: Floats, scale: Normalize) -> None:
     cell.set(xticks=[], yticks=[])
 
 
-def _plot_singular_values(cell: Axes, text: TextAttention) -> None:
+def _plot_singular_values(cell: Axes, text: TextSpectrum) -> None:
     """Plot the mean map's values as a line, means over the prompts' maps as dots with errors."""
     orders = np.arange(1, 1 + len(text.singular_values))
     means = [mean.value for mean in text.prompt_singular_values]

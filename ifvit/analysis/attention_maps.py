@@ -1,19 +1,18 @@
-"""Records the attention of image tokens during sampling, averages it by layer, and stores it.
+"""Records the attention of image tokens during sampling, averages it by block, and stores it.
 
 `analyze attention` records and writes the maps; `report paper` reads them.
 
-Shape letters: B prompts of a batch, H heads, E channels of a head, Q queries, K keys, P image
-tokens inside the trimmed border, M text tokens.
+Shape letters: B prompts of a batch, H heads, E channels of a head, Q queries, K keys, L image
+tokens, P image tokens inside the trimmed border, M text tokens.
 """
 
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,17 +24,18 @@ from ifvit.arrays import parse_npz
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import Settings
 from ifvit.models.attention import Attend, logits_of
+from ifvit.models.config import TEXT_KEYS, FusionTransformerConfig, parse_fusion
 from ifvit.models.fusion_transformer import FusionTransformer
-from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Rule, Sha256, record
+from ifvit.models.layers import Attention, CrossAttention
+from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Sha256, record
 
 Floats = NDArray[np.float64]
 
 NUM_SINGULAR_VALUES = 10
-_MAX_LAYERS = 200
-"""Columns of the figure; Matplotlib draws no image of 65,536 or more pixels."""
 
-Watch = Callable[[int, Tensor, Tensor], None]
-"""Called with the index of the block in order of use, queries (B, Q, H, E), keys (B, K, H, E)."""
+Watch = Callable[[int, bool, Tensor, Tensor], None]
+"""Called with the number of the block, whether the keys are text alone, queries (B, Q, H, E) and
+keys (B, K, H, E)."""
 
 
 @record
@@ -58,8 +58,8 @@ class AttentionProtocol:
 
 
 @record
-class TextNumbers:
-    """Spectrum of the attention from the image tokens of one fused block to text."""
+class TextSpectrum:
+    """Spectrum of the attention from the image tokens of one block to text."""
 
     singular_values: tuple[NonNegativeFloat, ...]
     """The largest singular values of the mean map, at most 10."""
@@ -79,67 +79,61 @@ class TextNumbers:
             raise UserError("the largest singular value is 0")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextAttention(TextNumbers):
-    """How the image tokens of one fused block attend to text."""
-
-    map: Floats
-    """(M, P): attention of image token p to text token m, mean over prompts, NFE and heads."""
-
-
 @record
 class LayerNumbers:
-    """Shares of what the image tokens attend to in one block; the three sum to 1."""
+    """Shares of what the image tokens attend to in one block; the shares sum to 1."""
 
     name: str
-    """`in 0` …, `mid`, `out 0` …, in order of use."""
+    """Number and entry of the block in the fusion map, such as `4 cross_attention`."""
     time_share: PromptMean
+    """Attention to the time token and the registers."""
     image_share: PromptMean
     """Attention to all image tokens, including those in the trimmed border."""
-    text_share: PromptMean
-    text: TextNumbers | None
-    """None for a block without text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerAttention(LayerNumbers):
-    """What the image tokens attend to in one block."""
-
-    image_map: Floats
-    """(P, P): mean attention of image token (row) to image token (column)."""
-    text: TextAttention | None
+    text_share: PromptMean | None
+    """None for separate_cross_attention: its second softmax is over text alone, and the other two
+    shares are those of its self-attention."""
+    text: TextSpectrum | None
+    """None for a block whose image tokens attend to no text."""
 
 
 @record
-class _Stored:
-    """A summary in NAME.json; `maps_sha256` is the hash of NAME.npz, which holds its maps."""
+class AttentionNumbers:
+    """Content of NAME.json: the attention of one checkpoint in the conditional half of guidance."""
 
     weights: str
     weights_sha256: Sha256
     step: NonNegativeInt
-    conditioning: str
-    num_image_blocks: NonNegativeInt
+    fusion: str
     num_text_blocks: NonNegativeInt
     protocol: AttentionProtocol
-    layers: Annotated[
-        tuple[LayerNumbers, ...],
-        Rule(f"1 to {_MAX_LAYERS} layers", lambda value: 0 < len(value) <= _MAX_LAYERS),
-    ]
-    maps_sha256: Sha256
+    layers: tuple[LayerNumbers, ...]
+    """One per block of the fusion map."""
+    maps_sha256: Sha256 | None = None
+    """Hash of NAME.npz; None until `write_attention` has written it."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError unless the layers are the blocks of the map, and one has text."""
+        if [layer.name for layer in self.layers] != layer_names(self.fusion):
+            raise UserError(f"layers: expected the blocks of fusion {self.fusion}")
+        if not any(layer.text for layer in self.layers):
+            raise UserError("layers: none attends to text")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSummary:
-    """The attention of one checkpoint, layer by layer, in the conditional half of guidance."""
+class AttentionSummary(AttentionNumbers):
+    """What the image tokens of one checkpoint attend to: numbers, and maps by block."""
 
-    weights: str
-    weights_sha256: str
-    step: int
-    conditioning: str
-    num_image_blocks: int
-    num_text_blocks: int
-    protocol: AttentionProtocol
-    layers: tuple[LayerAttention, ...]
+    image_maps: Floats
+    """(N, P, P) for N blocks: mean attention of image token (row) to image token (column)."""
+    text_maps: Mapping[int, Floats]
+    """Number of the block => (M, P): attention of image token p to text token m. In
+    separate_cross_attention it is that of the cross-attention. Means are over prompts, NFE and
+    heads."""
+
+
+def layer_names(fusion: str) -> list[str]:
+    """Return the names of the blocks of a fusion map: "image concat" => "0 image", "1 concat"."""
+    return [f"{number} {entry}" for number, entry in enumerate(parse_fusion(fusion))]
 
 
 def effective_rank(singular_values: NDArray[np.floating]) -> Floats:
@@ -152,21 +146,17 @@ def effective_rank(singular_values: NDArray[np.floating]) -> Floats:
 
 def write_attention(url: str, summary: AttentionSummary) -> None:
     """Write the maps, as float32, to NAME.npz, then the numbers to `url`, which is NAME.json."""
-    texts = [layer.text.map for layer in summary.layers if layer.text]
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
-        image=np.stack([layer.image_map for layer in summary.layers]).astype(np.float32),
-        text=np.stack(texts).astype(np.float32),
+        image=summary.image_maps.astype(np.float32),
+        text=np.stack([*summary.text_maps.values()]).astype(np.float32),
     )
     storage.write_bytes(_maps_url(url), buffer.getvalue())
-    stored = asdict(summary)
-    for layer in stored["layers"]:
-        del layer["image_map"]
-        if layer["text"]:
-            del layer["text"]["map"]
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    storage.write_sealed(url, stored | {"maps_sha256": digest})
+    numbers = {one.name: getattr(summary, one.name) for one in fields(AttentionNumbers)}
+    stored = AttentionNumbers(**numbers | {"maps_sha256": digest})
+    storage.write_sealed(url, asdict(stored))
 
 
 def read_attention(url: str) -> AttentionSummary:
@@ -174,60 +164,62 @@ def read_attention(url: str) -> AttentionSummary:
 
     Raises UserError if there is no such file, or if it is not an analysis of attention.
     """
-    stored = storage.read_sealed(_Stored, url)
+    numbers = storage.read_sealed(AttentionNumbers, url)
     data = storage.read_bytes(_maps_url(url))
-    if stored.maps_sha256 != hashlib.sha256(data).hexdigest():
+    if numbers.maps_sha256 != hashlib.sha256(data).hexdigest():
         raise UserError(f"{_maps_url(url)}: belongs to another analysis; analyze again")
     arrays = parse_npz(data, _maps_url(url))
     images, texts = (arrays.get(name, np.zeros(0)) for name in ("image", "text"))
-    has_text = [layer.text is not None for layer in stored.layers]
-    is_square = images.ndim == 3 and images.shape[1] == images.shape[2]
-    is_same = texts.ndim == 3 and is_square and texts.shape[2] == images.shape[2]
-    counts = (len(images), len(texts)) == (len(has_text), sum(has_text))
-    if not (counts and is_same and images.size and texts.size):
-        raise UserError(f"{_maps_url(url)}: its maps do not belong to the layers; analyze again")
-    if not (np.isfinite(images).all() and np.isfinite(texts).all()):
-        raise UserError(f"{_maps_url(url)}: its maps are not finite; analyze again")
-    rest = iter(texts.astype(np.float64))
-    layers = tuple(
-        _join(layer, image_map, next(rest) if layer.text else None)
-        for layer, image_map in zip(stored.layers, images.astype(np.float64), strict=True)
+    with_text = [number for number, layer in enumerate(numbers.layers) if layer.text]
+    num_tokens = images.shape[-1:]
+    is_whole = images.shape == (len(numbers.layers), *num_tokens, *num_tokens)
+    is_whole &= texts.ndim == 3 and texts.shape[::2] == (len(with_text), *num_tokens)
+    if not (is_whole and texts.size and np.isfinite(images).all() and np.isfinite(texts).all()):
+        raise UserError(
+            f"{_maps_url(url)}: its maps are not finite or not those of the layers; analyze again"
+        )
+    return AttentionSummary(
+        **vars(numbers),
+        image_maps=images.astype(np.float64),
+        text_maps=dict(zip(with_text, texts.astype(np.float64), strict=True)),
     )
-    own = {field.name: getattr(stored, field.name) for field in fields(AttentionSummary)}
-    return AttentionSummary(**own | {"layers": layers})
 
 
 def _maps_url(url: str) -> str:
     return url.removesuffix(".json") + ".npz"
 
 
-def _join(layer: LayerNumbers, image_map: Floats, text_map: Floats | None) -> LayerAttention:
-    """Numbers and maps of one layer."""
-    text = None
-    if layer.text is not None and text_map is not None:
-        text = TextAttention(**vars(layer.text), map=text_map)
-    return LayerAttention(**{**vars(layer), "text": text}, image_map=image_map)
-
-
 @contextmanager
 def watch_attention(backbone: FusionTransformer, watch: Watch) -> Iterator[None]:
-    """Call `watch` whenever a block outside the text branch computes attention."""
-    layers = [block.attn for block in (*backbone.in_blocks, backbone.mid_block)]
-    layers += [block.attn for block in backbone.out_blocks]
-    plain = [layer.attend for layer in layers]
-    for number, layer in enumerate(layers):
-        layer.attend = partial(_watch_and_attend, watch, number, layer.attend)
+    """Call `watch` whenever a block of the fusion map computes attention.
+
+    Blocks of separate_cross_attention call it twice: for image tokens, then for text alone.
+    """
+    layers = [
+        (number, module)
+        for number, block in enumerate(backbone.blocks)
+        for module in block.modules()
+        if isinstance(module, Attention | CrossAttention)
+    ]
+    plain = [layer.attend for _, layer in layers]
+    for number, layer in layers:
+        watch_layer = partial(watch, number, isinstance(layer, CrossAttention))
+        layer.attend = partial(_watch_and_attend, watch_layer, layer.attend)
     try:
         yield
     finally:
-        for layer, attend in zip(layers, plain, strict=True):
+        for (_, layer), attend in zip(layers, plain, strict=True):
             layer.attend = attend
 
 
 def _watch_and_attend(
-    watch: Watch, number: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor
+    watch: Callable[[Tensor, Tensor], None],
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
 ) -> Tensor:
-    watch(number, query, key)
+    watch(query, key)
     return attend(query, key, value)
 
 
@@ -247,27 +239,31 @@ def inner_tokens(side: int, trim: int) -> Tensor:
 class PromptRows:
     """A `Watch` that sums the attention of one batch of prompts over function evaluations."""
 
-    def __init__(self, num_prompts: int, inside: Tensor) -> None:
+    def __init__(self, config: FusionTransformerConfig, num_prompts: int, inside: Tensor) -> None:
         """Record the attention of the image tokens with the indices `inside` (P,)."""
         self._num_prompts = num_prompts
-        self._queries = 1 + inside
-        self._sums: list[Tensor] = []
-        self._num_calls = 0
+        self._queries = config.first_image_token + inside
+        self._num_tokens = config.num_tokens
+        self._sums: dict[int, Tensor] = {}
+        self._num_evaluations = 0
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
-        """Add one function evaluation; under guidance its first rows are the conditional ones."""
+    def __call__(self, number: int, is_text_alone: bool, query: Tensor, key: Tensor) -> None:
+        """Add one attention; under guidance its first rows are the conditional ones."""
         query = query[: self._num_prompts, self._queries.to(query.device)]
         rows = attention_rows(query, key[: self._num_prompts])
-        if layer == len(self._sums):
-            self._sums.append(rows)
-        else:
-            self._sums[layer] += rows
-        self._num_calls += layer == 0
+        if number not in self._sums:
+            self._sums[number] = rows.new_zeros(*rows.shape[:2], self._num_tokens)
+        first = self._num_tokens - rows.shape[2] if is_text_alone else 0
+        self._sums[number][:, :, first : first + rows.shape[2]] += rows
+        self._num_evaluations += number == 0 and not is_text_alone
 
     def means(self) -> Iterator[Floats]:
-        """Yield the means over NFE and heads (B, P, K), layer by layer; rows sum to 1."""
-        for rows in self._sums:
-            yield rows.cpu().double().numpy() / self._num_calls
+        """Yield the means over NFE and heads (B, P, time + registers + L + M), block by block.
+
+        Rows sum to 1; in blocks of separate_cross_attention the columns of text do so, too.
+        """
+        for rows in self._sums.values():
+            yield rows.cpu().double().numpy() / self._num_evaluations
 
 
 def attention_rows(query: Tensor, key: Tensor, max_logits: int = 2**23) -> Tensor:
@@ -277,62 +273,68 @@ def attention_rows(query: Tensor, key: Tensor, max_logits: int = 2**23) -> Tenso
     return torch.cat([logits_of(q, k).softmax(dim=-1).mean(dim=1) for q, k in chunks])
 
 
-class LayerSums:
-    """Accumulates the maps of one layer over prompts, and at most 14 numbers per prompt."""
+@dataclass(frozen=True, kw_only=True)
+class LayerMeans:
+    """Numbers and maps of one block; `text_map` is zero for a block without text."""
 
-    def __init__(self, name: str, num_image_tokens: int, inside: Tensor) -> None:
+    numbers: LayerNumbers
+    image_map: Floats
+    """(P, P)"""
+    text_map: Floats
+    """(M, P)"""
+
+
+class LayerSums:
+    """Accumulates the attention of one block over prompts, and at most 14 numbers per prompt."""
+
+    def __init__(self, config: FusionTransformerConfig, number: int, inside: Tensor) -> None:
         """Expect rows of the image tokens with the indices `inside` (P,)."""
-        self._name = name
-        self._num_image_tokens = num_image_tokens
+        self._name = layer_names(config.fusion)[number]
+        self._entry = config.blocks[number]
+        first = config.first_image_token
+        self._edges = [first, first + config.num_image_tokens]
         self._inside = inside.numpy()
-        self._image_map: Floats = np.zeros(1)
-        self._text_map: Floats = np.zeros(1)
+        self._rows: Floats = np.zeros(1)
         self._numbers: list[Floats] = []
 
     def add(self, rows: Floats) -> None:
-        """Add the rows (B, P, K) of further prompts."""
-        parts = np.split(rows, [1, 1 + self._num_image_tokens], axis=2)
-        self._image_map = self._image_map + parts[1][:, :, self._inside].sum(axis=0)
-        self._text_map = self._text_map + parts[2].sum(axis=0).T
-        shares = np.stack([part.sum(axis=2).mean(axis=1) for part in parts], axis=1)
-        # A map and its transpose have the same singular values. A block without text has none.
-        values = np.linalg.svd(parts[2], compute_uv=False)
-        largest = values[:, :NUM_SINGULAR_VALUES]
-        ranks = effective_rank(values)[:, None] if values.shape[1] else largest
-        self._numbers.append(np.concatenate([shares, ranks, largest], axis=1))
+        """Add the rows (B, P, K) of further prompts; K are time, registers, image and text."""
+        self._rows = self._rows + rows.sum(axis=0)
+        parts = np.split(rows, self._edges, axis=2)
+        numbers = [part.sum(axis=2).mean(axis=1)[:, None] for part in parts]
+        if self._entry in TEXT_KEYS:
+            # A map and its transpose have the same singular values.
+            values = np.linalg.svd(parts[2], compute_uv=False)
+            numbers += [effective_rank(values)[:, None], values[:, :NUM_SINGULAR_VALUES]]
+        self._numbers.append(np.concatenate(numbers, axis=1))
 
-    def finish(self) -> LayerAttention:
+    def finish(self) -> LayerMeans:
         """Return the means over all prompts, at least two."""
         numbers = np.concatenate(self._numbers)
         count = len(numbers)
         errors = numbers.std(axis=0, ddof=1) / math.sqrt(count)
+        _, image_rows, text_rows = np.split(self._rows / count, self._edges, axis=1)
         # `spectrum` is the effective rank and the singular values of the prompts' own maps.
         time, image, text, *spectrum = (
             PromptMean(value=float(value), standard_error=float(error))
             for value, error in zip(numbers.mean(axis=0), errors, strict=True)
         )
-        attention = None
+        of_mean = None
         if spectrum:
-            text_map = self._text_map / count
-            values = np.linalg.svd(text_map, compute_uv=False)
-            attention = TextAttention(
-                map=text_map,
+            values = np.linalg.svd(text_rows, compute_uv=False)
+            of_mean = TextSpectrum(
                 singular_values=tuple(map(float, values[:NUM_SINGULAR_VALUES])),
                 effective_rank=float(effective_rank(values)),
                 prompt_singular_values=tuple(spectrum[1:]),
                 prompt_effective_rank=spectrum[0],
             )
-        return LayerAttention(
+        layer = LayerNumbers(
             name=self._name,
-            image_map=self._image_map / count,
             time_share=time,
             image_share=image,
-            text_share=text,
-            text=attention,
+            text_share=None if self._entry == "separate_cross_attention" else text,
+            text=of_mean,
         )
-
-
-def layer_names(depth: int) -> list[str]:
-    """Return the names of the blocks in order of use, like those of the backbone's parameters."""
-    half = range(depth // 2)
-    return [*(f"in {n}" for n in half), "mid", *(f"out {n}" for n in half)]
+        return LayerMeans(
+            numbers=layer, image_map=image_rows[:, self._inside], text_map=text_rows.T
+        )

@@ -257,7 +257,7 @@ def figure_8(sheet: Sheet) -> PaperFigure:
         {
             "variant": variant,
             "layer": layer.name,
-            "text_share": layer.text_share.value,
+            "text_share": layer.text_share and layer.text_share.value,
             "effective_rank": layer.text.effective_rank if layer.text else None,
             "largest_singular_value": layer.text.singular_values[0] if layer.text else None,
         }

@@ -4,8 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
-import torch
-from made_backbone import small_shape
+from made_backbone import SMALL_CLASSES, SMALL_UNET, small_shape
 from made_shards import make_samples, write_shards
 from PIL import Image
 
@@ -14,7 +13,7 @@ from ifvit.analysis.attention_maps import read_attention
 from ifvit.analysis.config import AttentionConfig
 from ifvit.cli import main
 from ifvit.models.clip import load_text_encoder
-from ifvit.models.config import BackboneConfig, FusionTransformerConfig
+from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
 from ifvit.sampling.config import SamplingConfig
 from ifvit.shards.format import EncoderIdentity
@@ -22,21 +21,23 @@ from ifvit.shards.format import EncoderIdentity
 MADE_UP = EncoderIdentity(name="made-up", sha256="1" * 64)
 
 
+EARLY, INTERMEDIATE = "3*concat", "image cross_attention image"
+
+
 def save_run(
     folder: Path,
-    num_blocks: int,
+    fusion: str = EARLY,
     text_encoder: EncoderIdentity = MADE_UP,
     context_shape: tuple[int, int] = (5, 12),
 ) -> str:
     """Write a run with untrained weights at step 3 for latents of 8 x 8 in patches of 2."""
-    torch.manual_seed(num_blocks)
+    length, width = context_shape
     shape = small_shape(
         width=16,
-        context_length=context_shape[0],
-        context_width=context_shape[1],
-        conditioning="concat",
-        num_image_blocks=num_blocks,
-        num_text_blocks=num_blocks,
+        context_length=length,
+        context_width=width,
+        fusion=fusion,
+        num_text_blocks=int(fusion != "image"),
         init_std=0.3,
     )
     return save(folder, shape, text_encoder)
@@ -66,7 +67,10 @@ def shards(tmp_path: Path) -> str:
 def test_two_runs_are_set_side_by_side(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [save_run(tmp_path / "early", 0), save_run(tmp_path / "intermediate", 1)]
+    runs = [
+        save_run(tmp_path / "early", EARLY),
+        save_run(tmp_path / "intermediate", INTERMEDIATE),
+    ]
     output = tmp_path / "out"
     flags = ["--shards", shards, "--num_prompts", "4", "--sampling.num_steps", "2"]
     main(["analyze", "attention", *runs, *flags, "--output", str(output)])
@@ -78,26 +82,27 @@ def test_two_runs_are_set_side_by_side(
     )
     assert early.protocol == intermediate.protocol
     assert early.protocol.num_prompts == 4
-    assert (intermediate.num_image_blocks, intermediate.num_text_blocks) == (1, 1)
-    assert [bool(layer.text) for layer in early.layers] == [True] * 5
-    assert [bool(layer.text) for layer in intermediate.layers] == [False, *[True] * 3, False]
+    assert (intermediate.fusion, intermediate.num_text_blocks) == (INTERMEDIATE, 1)
+    assert [bool(layer.text) for layer in early.layers] == [True] * 3
+    assert [bool(layer.text) for layer in intermediate.layers] == [False, True, False]
 
     rows = list(csv.DictReader((output / "attention.csv").open()))
-    assert [row["run"] for row in rows] == ["early"] * 5 + ["intermediate"] * 5
+    assert [row["run"] for row in rows] == ["early"] * 3 + ["intermediate"] * 3
     for row, layer in zip(rows, (*early.layers, *intermediate.layers), strict=True):
         assert row["layer"] == layer.name
+        assert layer.text_share is not None
         assert float(row["text_share"]) == layer.text_share.value
         assert float(row["text_share_error"]) == layer.text_share.standard_error
         rank = layer.text.prompt_effective_rank.value if layer.text else ""
         assert row["prompt_rank"] == str(rank)
     assert printed.count("no text") == 2
-    assert f"{rows[2]['run']}         mid     {float(rows[2]['text_share']):.4f}" in printed
+    assert f"early         2 concat           {float(rows[2]['text_share']):.4f}" in printed
     with Image.open(output / "attention.png") as figure:
         assert figure.width > 500
 
 
 def test_without_an_output_files_go_to_each_run(shards: str, tmp_path: Path) -> None:
-    runs = [save_run(tmp_path / name, 0) for name in ("one", "two")]
+    runs = [save_run(tmp_path / name) for name in ("one", "two")]
     flags = ["--shards", shards, "--num_prompts", "2", "--sampling.num_steps", "2"]
     main(["analyze", "attention", *runs, *flags])
     for run in runs:
@@ -109,7 +114,7 @@ def test_without_an_output_files_go_to_each_run(shards: str, tmp_path: Path) -> 
 def test_an_analysis_is_repeated_only_if_weights_protocol_or_files_differ(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [save_run(tmp_path / name, blocks) for blocks, name in enumerate(("one", "two"))]
+    runs = [save_run(tmp_path / "one", EARLY), save_run(tmp_path / "two", INTERMEDIATE)]
     sampling = SamplingConfig(num_steps=2)
 
     def count_existing(num_prompts: int) -> int:
@@ -128,7 +133,7 @@ def test_an_analysis_is_repeated_only_if_weights_protocol_or_files_differ(
     assert count_existing(2) == 1
     assert maps.read_bytes() == complete
     assert count_existing(3) == 0
-    save_run(tmp_path / "one", 1)
+    save_run(tmp_path / "one", INTERMEDIATE)
     assert count_existing(3) == 1
 
 
@@ -136,7 +141,7 @@ def test_prompts_come_from_a_text_file_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = load_text_encoder("scenes/clip")
-    run = save_run(tmp_path / "run", 1, encoder.identity, encoder.context_shape)
+    run = save_run(tmp_path / "run", EARLY, encoder.identity, encoder.context_shape)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one red circle\n\ntwo blue squares\nthree green triangles\n")
     flags = ["--prompts", str(prompts), "--sampling.num_steps", "2"]
@@ -166,7 +171,7 @@ def test_prompts_come_from_a_text_file_too(
 def test_a_mistake_is_one_line(
     flags: list[str], named: str, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = save_run(tmp_path / "run", 0)
+    run = save_run(tmp_path / "run")
     with pytest.raises(SystemExit) as end:
         main(["analyze", "attention", run, "--shards", shards, *flags])
     assert end.value.code == 2
@@ -179,12 +184,11 @@ def test_runs_that_do_not_fit_the_prompts_are_refused(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = EncoderIdentity(name="other", sha256="2" * 64)
-    classes = FusionTransformerConfig(
-        latent_size=8, patch_size=2, width=16, depth=2, num_heads=2, num_classes=3
-    )
     runs = {
-        save_run(tmp_path / "other", 0, other): "text encoder made-up has sha256 111111111111",
-        save(tmp_path / "classes", classes, None): "weights of a TokenTransformer",
+        save_run(tmp_path / "other", EARLY, other): "text encoder made-up has sha256 111111111111",
+        save_run(tmp_path / "adaln", "image 2*adaln"): "its image tokens attend to no text",
+        save(tmp_path / "classes", SMALL_CLASSES, None): "the weights generate 2 classes",
+        save(tmp_path / "unet", SMALL_UNET, None): "its image tokens attend to no text",
     }
     for run, named in runs.items():
         with pytest.raises(SystemExit):

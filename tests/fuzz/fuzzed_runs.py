@@ -19,9 +19,10 @@ from mutations import Format, seal_again
 from ifvit.analysis.attention_maps import (
     AttentionProtocol,
     AttentionSummary,
-    LayerAttention,
+    LayerNumbers,
     PromptMean,
-    TextAttention,
+    TextSpectrum,
+    layer_names,
     read_attention,
     write_attention,
 )
@@ -245,21 +246,21 @@ def read_evaluation(box: Path) -> object:
 
 def make_attention(folder: Path) -> list[Format]:
     mean = PromptMean(value=0.5, standard_error=0.1)
-    text = TextAttention(
-        map=np.full((3, 4), 0.1), singular_values=(1.0, 0.5), effective_rank=1.5,
-        prompt_singular_values=(mean, mean), prompt_effective_rank=mean,
+    text = TextSpectrum(
+        singular_values=(1.0, 0.5), effective_rank=1.5, prompt_singular_values=(mean, mean),
+        prompt_effective_rank=mean,
     )  # fmt: skip
     layers = tuple(
-        LayerAttention(name=name, image_map=np.full((4, 4), 0.2), time_share=mean,
-                       image_share=mean, text_share=mean, text=text)
-        for name in ("in 0", "mid")
-    )  # fmt: skip
+        LayerNumbers(name=name, time_share=mean, image_share=mean, text_share=mean, text=text)
+        for name in layer_names("2*concat")
+    )
     protocol = AttentionProtocol(
         num_prompts=2, prompts_sha256="a" * 64, sampling=SamplingConfig().settings, trim=0
     )
     summary = AttentionSummary(
-        weights="run", weights_sha256="b" * 64, step=2, conditioning="concat", num_image_blocks=0,
-        num_text_blocks=0, protocol=protocol, layers=layers,
+        weights="run", weights_sha256="b" * 64, step=2, fusion="2*concat", num_text_blocks=0,
+        protocol=protocol, layers=layers, image_maps=np.full((2, 4, 4), 0.2),
+        text_maps=dict.fromkeys((0, 1), np.full((3, 4), 0.1)),
     )  # fmt: skip
     folder.mkdir(parents=True)
     write_attention(str(folder / "attention.json"), summary)
