@@ -1,7 +1,5 @@
 """The training objective: add noise to latents, predict the noise, weight the squared error.
 
-The training loop, the replay of a failed step and `bench train` compute their losses here.
-
 Shapes: B batch, C latent channels, H, W latent. A condition is what the noise predictor takes:
 contexts (B, M, D) of captions or class numbers (B,).
 """

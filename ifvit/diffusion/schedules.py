@@ -1,7 +1,4 @@
-"""The noise schedule: alpha_t and sigma_t for t = 0 ... 999.
-
-The training objective, guidance and the solvers use this schedule, Stable Diffusion's.
-"""
+"""Stable Diffusion's noise schedule: alpha_t and sigma_t for t = 0 ... 999."""
 
 import torch
 from torch import Tensor

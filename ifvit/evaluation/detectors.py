@@ -1,8 +1,7 @@
 """Count the objects of a name in images, by a detector of transformers or exactly on scenes.
 
-`measure` counts with these for the protocols of object counting. Counting follows GenEval (Ghosh et
-al. 2023, arXiv 2310.11513): boxes of the class that score above 0.9 count, at most 16 of them,
-and overlaps are suppressed only by the model itself.
+Counting follows GenEval (Ghosh et al. 2023, arXiv 2310.11513): boxes of the class that score above
+0.9 count, at most 16 of them, and overlaps are suppressed only by the model itself.
 Shapes: B images, H, W pixels.
 """
 

@@ -1,7 +1,4 @@
-"""Numbers with their uncertainty: the mean and the share of samples, with 95 % intervals.
-
-Metrics, object counts, human ratings and studies express their results as `Estimate`.
-"""
+"""Numbers with their uncertainty: the mean and the share of samples, with 95 % intervals."""
 
 import math
 

@@ -1,7 +1,4 @@
-"""The verb `evaluate`: weights x guidance scales x alignment methods => rows, with their samples.
-
-`ifvit demo` and the jobs of `ifvit submit evaluate` call it, too.
-"""
+"""The verb `evaluate`: weights x guidance scales x alignment methods => rows and their samples."""
 
 import sys
 from collections.abc import Sequence

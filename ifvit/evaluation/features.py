@@ -1,6 +1,5 @@
 """Features of images by frozen networks (CLIP, Inception), gathered over processes.
 
-`references` embeds real images with these functions, `measure` the generated samples.
 Shapes: N, n images, F features, B batch, H, W image.
 """
 
@@ -23,12 +22,7 @@ from ifvit import storage
 from ifvit.distributed import ProcessGroup
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
-from ifvit.evaluation.metrics import (
-    KID_SUBSET,
-    KID_SUBSETS,
-    Features,
-    FeatureStatistics,
-)
+from ifvit.evaluation.metrics import KID_SUBSET, KID_SUBSETS, Features, FeatureStatistics
 from ifvit.images import Pixels, to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
 from ifvit.records import shorten
@@ -201,12 +195,7 @@ _EPSILON = 1e-3
 # convolutions (`+`: two of them side by side, `/2`: stride 2 without padding) and poolings.
 _A = ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3", "average _pool")
 _B = ("3x3/2", "3x3dbl_1 3x3dbl_2 3x3dbl_3/2", "max/2")
-_C = (
-    "1x1",
-    "7x7_1 7x7_2 7x7_3",
-    "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5",
-    "average _pool",
-)
+_C = ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5", "average _pool")
 _D = ("3x3_1 3x3_2/2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4/2", "max/2")
 _E = ("1x1", "3x3_1 3x3_2a+3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a+3x3dbl_3b")
 _BLOCKS = {

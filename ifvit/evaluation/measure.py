@@ -29,12 +29,7 @@ from ifvit.evaluation.features import (
     collect_features,
     load_networks,
 )
-from ifvit.evaluation.references import (
-    RealImages,
-    Reference,
-    list_images,
-    read_reference,
-)
+from ifvit.evaluation.references import RealImages, Reference, list_images, read_reference
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.sampling.load import Model
 from ifvit.sampling.samples import batched, hash_json, image_name

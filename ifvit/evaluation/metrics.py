@@ -1,6 +1,5 @@
-"""Metrics of generated images: Fréchet distance, KID, CMMD, CLIP Score, retrieval.
+"""Metrics of generated images from features: Fréchet distance, KID, CMMD, CLIP Score, retrieval.
 
-`measure` computes them from features. Each is an `Estimate`.
 Shapes: N, n, m images, F features, E CLIP features, B batch.
 """
 

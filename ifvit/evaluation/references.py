@@ -1,7 +1,6 @@
 """Real images that samples are compared with: from a folder, or as features in a file.
 
-`ifvit evaluate --make_reference` writes the file; `measure` opens either kind. `sample_set` shows
-the real image of each caption.
+`ifvit evaluate --make_reference` writes the file.
 """
 
 import hashlib

@@ -1,6 +1,5 @@
 """The samples of an evaluation: prompts, their conditions, and the images generated for them.
 
-`evaluate` generates what is missing; `measure` reads the images and writes their overview.
 Shapes: B batch, M text tokens, D context width, H, W image.
 """
 
@@ -24,12 +23,7 @@ from ifvit.records import shorten
 from ifvit.rng import Stream, uniform_array
 from ifvit.sampling.alignment import build_method
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.load import (
-    Model,
-    check_identity,
-    load_conditions,
-    require_text_encoder,
-)
+from ifvit.sampling.load import Model, check_identity, load_conditions, require_text_encoder
 from ifvit.sampling.samples import (
     SampleRow,
     batched,

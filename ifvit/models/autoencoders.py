@@ -9,12 +9,7 @@ from torch import Tensor
 
 from ifvit.errors import UserError
 from ifvit.models.config import NumBlocks, Size
-from ifvit.models.pretrained import (
-    identify,
-    load_frozen,
-    read_model_config,
-    resolve_pretrained,
-)
+from ifvit.models.pretrained import identify, load_frozen, read_model_config, resolve_pretrained
 from ifvit.records import PlainName, PositiveFloat, Rule, record
 from ifvit.shards.format import EncoderIdentity
 

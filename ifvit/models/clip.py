@@ -3,7 +3,7 @@
 Shapes: B batch, M context tokens, D context width, E feature width, H, W image.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from ifvit.models.pretrained import (
     reading,
     resolve_pretrained,
 )
-from ifvit.records import Fraction, NonNegativeInt, PlainName, PositiveFloat, parse_known, record
+from ifvit.records import NonNegativeInt, PlainName, PositiveFloat, parse_known, record
 from ifvit.shards.format import EncoderIdentity
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ class TowerConfig:
     projection_dim: Size | None = None
     hidden_act: PlainName | None = None
     layer_norm_eps: PositiveFloat | None = None
-    attention_dropout: Fraction | None = None
     vocab_size: NumClasses | None = None
     max_position_embeddings: Size | None = None
     pad_token_id: NonNegativeInt | None = None
@@ -147,7 +146,7 @@ class ClipScorer:
     def embed_texts(self, captions: list[str]) -> Tensor:
         """B captions => (B, E), unit length."""
         length = self._model.config.text_config.max_position_embeddings
-        tokens = _tokenize(self._tokenizer, captions, length).input_ids.to(self._model.device)
+        tokens = tokenize(self._tokenizer, captions, length).input_ids.to(self._model.device)
         text = self._model.text_model(input_ids=tokens).pooler_output
         return functional.normalize(self._model.text_projection(text).float(), dim=1)
 
@@ -155,7 +154,7 @@ class ClipScorer:
 @torch.no_grad()
 def encode_captions(model: Any, tokenizer: "CLIPTokenizer", captions: list[str]) -> Tensor:
     """B captions => the last hidden state (B, M, D) of CLIP's text tower `model`, float32."""
-    tokens = _tokenize(tokenizer, captions, model.config.max_position_embeddings).input_ids
+    tokens = tokenize(tokenizer, captions, model.config.max_position_embeddings).input_ids
     hidden: Tensor = model(input_ids=tokens.to(model.device)).last_hidden_state
     return hidden.float()
 
@@ -196,7 +195,7 @@ def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, 
     tokenizer = load_tokenizer(resolve_pretrained(name, "--text_encoder"))
 
     def token_spans(caption: str) -> list[tuple[int, int]]:
-        batch = _tokenize(tokenizer, [caption], length, return_offsets_mapping=True)
+        batch = tokenize(tokenizer, [caption], length, return_offsets_mapping=True)
         return [(start, end) for start, end in batch.offset_mapping[0].tolist()]
 
     return token_spans
@@ -257,7 +256,7 @@ def _load(cls: Any, config: Any, folder: Path, dtype: torch.dtype) -> Any:
     )
 
 
-def _tokenize(tokenizer: "CLIPTokenizer", captions: list[str], length: int, **options: bool) -> Any:
+def tokenize(tokenizer: Any, captions: Sequence[str], length: int, **options: bool) -> Any:
     """Token ids (B, length), padded; a long caption is truncated and keeps its end token."""
     return tokenizer(
         [caption[:MAX_CHARACTERS] for caption in captions],

@@ -21,7 +21,7 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ifvit.models.clip import MAX_CHARACTERS
+from ifvit.models.clip import tokenize
 from ifvit.models.config import NumBlocks, NumClasses, Size
 from ifvit.models.pretrained import (
     download_pretrained,
@@ -30,7 +30,7 @@ from ifvit.models.pretrained import (
     reading,
     require_shapes,
 )
-from ifvit.records import Fraction, NonNegativeInt, PlainName, PositiveFloat, record
+from ifvit.records import NonNegativeInt, PlainName, PositiveFloat, record
 
 _WEIGHTS, _TEXT_CONFIG = "ImageReward.pt", "med_config.json"
 _TOKENIZER = "bert-base-uncased"
@@ -65,8 +65,6 @@ class TextConfig:
     vocab_size: NumClasses
     hidden_act: PlainName = "gelu"
     layer_norm_eps: PositiveFloat = 1e-12
-    hidden_dropout_prob: Fraction = 0.0
-    attention_probs_dropout_prob: Fraction = 0.0
     pad_token_id: NonNegativeInt = 0
     bos_token_id: NonNegativeInt = 30522
     sep_token_id: NonNegativeInt = 102
@@ -80,12 +78,10 @@ class ImageReward(nn.Module):
         self.vision = vision
         self.text = text
         self.tokenizer = tokenizer
-        # Five linear layers without a nonlinearity; Dropout only keeps the released names.
+        # Five linear layers without a nonlinearity; the released names also count Dropout layers.
         widths = (text.config.hidden_size, 1024, 128, 64, 16, 1)
-        linear = [nn.Linear(before, after) for before, after in pairwise(widths)]
-        dropouts = [nn.Dropout(rate) for rate in (0.2, 0.2, 0.1)]
-        paired = [layer for pair in zip(linear, dropouts, strict=False) for layer in pair]
-        self.mlp = nn.Sequential(*paired, *linear[3:])
+        a, b, c, *last = (nn.Linear(before, after) for before, after in pairwise(widths))
+        self.mlp = nn.Sequential(a, nn.Identity(), b, nn.Identity(), c, nn.Identity(), *last)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the rewards (B,) of images (B, 3, H, W) in [-1, 1] for their B prompts.
@@ -93,13 +89,7 @@ class ImageReward(nn.Module):
         The rewards are differentiable in the images. Images are resized but not clamped, which
         would stop gradients.
         """
-        tokens = self.tokenizer(
-            [prompt[:MAX_CHARACTERS] for prompt in prompts],
-            padding="max_length",
-            truncation=True,
-            max_length=_MAX_TOKENS,
-            return_tensors="pt",
-        ).to(self.text.device)
+        tokens = tokenize(self.tokenizer, prompts, _MAX_TOKENS).to(self.text.device)
         side = int(self.vision.config.image_size)  # type: ignore[arg-type]  # square by our loader
         mean, standard_deviation = torch.tensor(
             [OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=self.text.device

@@ -36,15 +36,7 @@ from ifvit.errors import UserError
 from ifvit.models.config import restore_config
 from ifvit.models.pretrained import reading
 from ifvit.models.weights import step_name
-from ifvit.records import (
-    NonNegativeInt,
-    Rule,
-    Sha256,
-    parse_value,
-    path_inside,
-    record,
-    shorten,
-)
+from ifvit.records import NonNegativeInt, Rule, Sha256, parse_value, path_inside, record, shorten
 from ifvit.storage import join, list_names
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine, EngineScalars
@@ -149,9 +141,10 @@ def step_folders(url: str) -> list[int]:
     return sorted(step for step in steps if step_name(step) in names)
 
 
-def is_committed(run: str, step: int) -> bool:
-    """Whether the save of this step was completed."""
-    return storage.exists(join(step_url(run, step), MANIFEST))
+def committed_steps(run: str) -> list[int]:
+    """Steps whose save was completed, in rising order."""
+    steps = saved_steps(run)
+    return [step for step in steps if storage.exists(join(step_url(run, step), MANIFEST))]
 
 
 def read_checkpoint(url: str) -> Checkpoint:
@@ -170,13 +163,9 @@ def fetch_newest(run: str, cache: Path, group: ProcessGroup = _ALONE) -> Checkpo
     """
     damage = []
     report = log.warning if group.world.is_main else log.debug
-    for step, committed in group.on_main(lambda: _find_steps(run)):
-        url = step_url(run, step)
-        if not committed:
-            report("%s: skipped, because an interrupted save left it incomplete", url)
-            continue
+    for step in reversed(group.on_main(lambda: committed_steps(run))):
         try:
-            return fetch(url, cache, group)
+            return fetch(step_url(run, step), cache, group)
         except StoreError:
             raise  # a store that does not answer is no reason to take an older checkpoint
         except UserError as error:
@@ -188,11 +177,6 @@ def fetch_newest(run: str, cache: Path, group: ProcessGroup = _ALONE) -> Checkpo
             f"{damage[0]}; no other complete checkpoint exists; remove {folder} to start anew"
         )
     return None
-
-
-def _find_steps(run: str) -> list[tuple[int, bool]]:
-    """Each step that has a checkpoint folder, the newest first, and whether it is committed."""
-    return [(step, is_committed(run, step)) for step in reversed(saved_steps(run))]
 
 
 def fetch(url: str, cache: Path, group: ProcessGroup = _ALONE) -> Checkpoint:
@@ -274,7 +258,7 @@ def _choose_checkpoint(config: TrainConfig, cache: Path, group: ProcessGroup) ->
     """Apply `resume: auto | never | URL` to the run, and check that the checkpoint fits."""
     run, url = config.run, config.resume
     if url == "never":
-        if group.on_main(lambda: any(committed for _, committed in _find_steps(run))):
+        if group.on_main(lambda: bool(committed_steps(run))):
             raise UserError(
                 f"{run}: holds checkpoints, but resume is never; choose another run directory "
                 "or set resume: auto"

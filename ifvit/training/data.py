@@ -1,8 +1,7 @@
 """Shards => batches: the order of samples, and micro-batches that threads read ahead.
 
-`train` builds a `BatchOrder` and the `Batches` of its process; the loop takes micro-batches from
-`Batches.stream`. Shapes: B samples of a micro-batch, S shards, C latent channels, H, W latent
-size, M context tokens, D context width.
+Shapes: B samples of a micro-batch, S shards, C latent channels, H, W latent size, M context tokens,
+D context width.
 """
 
 from collections import deque

@@ -1,7 +1,4 @@
-"""What ends a run early: checks before the first step, signals, and non-finite gradients.
-
-`train` calls the checks and listens for signals; the loop asks `StopRequest` at every step.
-"""
+"""What ends a run early: checks before the first step, signals, and non-finite gradients."""
 
 import shutil
 import signal

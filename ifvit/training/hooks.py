@@ -44,7 +44,7 @@ from ifvit.training.checkpoint import (
     Checkpoint,
     Part,
     commit,
-    is_committed,
+    committed_steps,
     is_part_name,
     manifest_sha256,
     saved_steps,
@@ -235,7 +235,7 @@ def prune_checkpoints(config: TrainConfig, saved: Checkpoint) -> None:
     """
     run = config.run
     steps = [step for step in saved_steps(run) if step <= saved.state.step]
-    committed = [step for step in steps if is_committed(run, step)]
+    committed = sorted({*steps} & {*committed_steps(run)})
     kept = set(committed[-config.keep_checkpoints :])
     if config.keep_every:
         kept.update(step for step in committed if step % config.keep_every == 0)

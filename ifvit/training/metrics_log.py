@@ -96,7 +96,7 @@ class MetricsLog:
         numbers = {key: value for key, value in values if isinstance(value, int | float)}
         for tracker in self._trackers:
             tracker.log(numbers, step=state.step)
-        self._bar.set_postfix(loss=f"{report.loss:.4f}", refresh=False)
+        self._bar.set_postfix(loss=f"{state.since_log.mean:.4f}", refresh=False)
         self._bar.update(state.step - self._bar.n)
 
     def _build_row(self, state: TrainState, report: StepReport) -> TrainingRow:
@@ -110,8 +110,8 @@ class MetricsLog:
         return TrainingRow(
             step=state.step,
             samples_seen=state.samples_seen,
-            loss=_finite(report.loss),
-            **{f"loss_q{n}": _finite(loss) for n, loss in enumerate(report.loss_by_time)},
+            loss=_finite(state.since_log.mean),
+            **{f"loss_q{n}": _finite(loss) for n, loss in enumerate(state.since_log.mean_by_time)},
             learning_rate=report.learning_rate,
             grad_norm=_finite(report.grad_norm),
             loss_spikes=state.loss_spikes,

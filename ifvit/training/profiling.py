@@ -1,7 +1,4 @@
-"""Where the time of a training step goes: phases, traces, and the peak rates of known devices.
-
-The engine owns a `StepTimer`; the loop opens the phases, and the metrics log writes them.
-"""
+"""Where the time of a training step goes: phases, traces, and the peak rates of known devices."""
 
 import resource
 import time

@@ -46,7 +46,7 @@ from ifvit.training.loop import StepReport, TrainState
 from ifvit.training.train import train
 
 SHAPES = {"backbone.a": (40, 30), "backbone.b": (7,), "exp_avg.a": (40, 30), "ema0.9.a": (40, 30)}
-REPORT = StepReport(loss=0.0, loss_by_time=(), grad_norm=0.0, learning_rate=0.0)
+REPORT = StepReport(grad_norm=0.0, learning_rate=0.0)
 ENCODER = EncoderIdentity(name="made-up", sha256="0" * 64)
 INFO = WeightsInfo(
     step=0,
