@@ -26,7 +26,7 @@ from ifvit.models.weights import (
 )
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
-from ifvit.training.checkpoint import is_committed, resume, saved_steps
+from ifvit.training.checkpoint import committed_steps, resume
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.data import Batches, BatchOrder
 from ifvit.training.engine import Engine, choose_normal_sampler
@@ -120,9 +120,7 @@ def initial_tensors(config: TrainConfig, reader: ShardReader) -> Callable[[str],
     `initial_weights` is not read again when the run is resumed. Raises UserError when these
     weights have another configuration, null context or scale of the latents.
     """
-    if config.initial_weights is None or any(
-        is_committed(config.run, step) for step in saved_steps(config.run)
-    ):
+    if config.initial_weights is None or committed_steps(config.run):
         return initial_weights(config.backbone, config.seed)
     folder = find_weights(config.initial_weights)
     stored = read_stored_weights(folder)
