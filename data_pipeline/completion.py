@@ -3,23 +3,24 @@
 A marker is written after its shard. It holds the job that made the shard, the images that were left
 out, and sums over the latents. The markers in `OUTPUT/completed` are the whole state of a job: any
 number of processes may work on the job and be killed at any time. `encode` reads and removes
-markers, the threads of `writer` write them.
+markers, the threads of `shard_io` write them.
 """
 
 import hashlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.config import SizeLimits
-from data_pipeline.shard_io import remove_leftovers
-from ifvit import storage
+from ifvit import connections, storage
 from ifvit.arrays import Array
 from ifvit.connections import StoreError
 from ifvit.errors import UserError
@@ -147,6 +148,17 @@ def sum_remarks(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
         counts[remark.text] += remark.num_images
         first.setdefault(remark.text, remark)
     return tuple(replace(first[text], num_images=count) for text, count in counts.items())
+
+
+def remove_leftovers(url: str, name: str) -> None:
+    """Delete unfinished local files of `name` or `name.*` that a killed process left in `url`.
+
+    The random ending of 8 digits that `storage` gives them tells them from files of the user.
+    """
+    if not connections.is_remote(url):
+        for path in Path(url).glob(f".{name}.*"):
+            if re.fullmatch(r"\.[0-9a-f]{8}", path.suffix):
+                path.unlink()
 
 
 def write_marker(output: str, marker: CompletionMarker) -> None:

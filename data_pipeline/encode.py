@@ -30,6 +30,7 @@ from data_pipeline.completion import (
     list_marked,
     marker_url,
     read_markers,
+    remove_leftovers,
     sum_remarks,
     write_marker,
 )
@@ -42,11 +43,10 @@ from data_pipeline.encoders import (
     load_encoders,
     one_thread,
 )
-from data_pipeline.shard_io import open_shard, read_samples, remove_leftovers
+from data_pipeline.shard_io import open_shard, read_samples, to_stored, write_shards
 from data_pipeline.sources import open_source
 from data_pipeline.sources.base import Source, Unit
 from data_pipeline.units import FileStates, identify, open_unit, read_or_fail
-from data_pipeline.writer import to_stored, write_shards
 from ifvit import storage
 from ifvit.arrays import npy_bytes
 from ifvit.distributed import World
@@ -84,7 +84,17 @@ def encode(config: EncodeConfig) -> Manifest | None:
     if partition.number == 0:
         sys.stdout.write(source.report() + "\n")
     encoders = load_encoders(config, has_classes=bool(source.classes))
-    job = _describe_job(config, source, encoders)
+    job = Job(
+        source_sha256=source.sha256,
+        vae_sha256=encoders.vae.identity.sha256,
+        text_encoder_sha256=encoders.text.identity.sha256 if encoders.text else None,
+        image_size=config.image_size,
+        dtype=config.dtype,
+        precision=config.precision,
+        samples_per_shard=config.samples_per_shard,
+        flip=config.flip,
+        image_rules=config.image_rules,
+    )
     units = source.units(config.samples_per_shard)
     _check_output(config.output, units)
     own = partition.of(units)
@@ -143,20 +153,6 @@ def find_partition(config: EncodeConfig, world: World) -> Partition:
     if not 0 <= task < num_tasks:
         raise UserError(f"task is {task} of {num_tasks}; it must be 0 to {num_tasks - 1}")
     return Partition(number=task * world.size + world.rank, size=num_tasks * world.size)
-
-
-def _describe_job(config: EncodeConfig, source: Source, encoders: Encoders) -> Job:
-    return Job(
-        source_sha256=source.sha256,
-        vae_sha256=encoders.vae.identity.sha256,
-        text_encoder_sha256=encoders.text.identity.sha256 if encoders.text else None,
-        image_size=config.image_size,
-        dtype=config.dtype,
-        precision=config.precision,
-        samples_per_shard=config.samples_per_shard,
-        flip=config.flip,
-        image_rules=config.image_rules,
-    )
 
 
 def find_finished(

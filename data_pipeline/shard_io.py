@@ -1,28 +1,181 @@
-"""Reading and writing of complete shards with webdataset.
+"""Shards as files: the threads that write them, and what reads them from front to back.
 
-`writer` writes the shards of an encode job. `encode` and the `shards` verbs read them from front to
-back; random access for training is in `ifvit.shards.reader`.
+`encode` calls `write_shards` with the encoded batches. A thread writes a shard's tar while the
+encoders work on the next batches; hashing, upload and the completion marker of a shard overlap with
+the encoding of the next shard. Queues are short, so memory stays bounded: the encoders wait for a
+slow disk or store. Random access for training is in `ifvit.shards.reader`.
 """
 
 import contextlib
 import hashlib
 import json
-import re
+import queue
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
 from webdataset import TarWriter
 
+from data_pipeline.completion import (
+    CompletionMarker,
+    Failure,
+    Job,
+    LatentSums,
+    Remark,
+    remove_leftovers,
+    sum_latents,
+    sum_remarks,
+    write_marker,
+)
+from data_pipeline.config import EncodeConfig
+from data_pipeline.encoders import Batch
+from data_pipeline.units import OpenUnit
 from ifvit import connections, storage
-from ifvit.arrays import npy_bytes, parse_npy
+from ifvit.arrays import Array, npy_bytes, parse_npy
+from ifvit.errors import UserError
 from ifvit.records import MAX_BYTES
-from ifvit.shards.format import LatentSample, ShardEntry, ShardError, parse_metadata
+from ifvit.shards.format import (
+    LatentSample,
+    SampleMetadata,
+    ShardEntry,
+    ShardError,
+    parse_metadata,
+)
 from ifvit.shards.index import index_bytes, index_tar, parse_label, read_tar
 
 BUFFER_BYTES = 8 << 20
 """Size of one write. Files that were written in large blocks are read faster afterwards."""
+SHARDS_AT_ONCE = 2
+BATCHES_QUEUED = 2
+TOO_LONG = "captions have more tokens than the text encoder reads; their ends have no effect"
+
+_Batches = queue.Queue[Batch | None]
+"""Batches of one shard on their way to its thread; None tells the thread to give up."""
+
+
+def write_shards(
+    batches: Iterable[Batch], config: EncodeConfig, job: Job
+) -> list[CompletionMarker]:
+    """Write the batches of all units in order, and return the markers once all are written.
+
+    An error that ends the writing of a shard is raised at the next batch.
+    """
+    shards: list[Future[CompletionMarker]] = []
+    current: _Batches | None = None  # queue of the shard that is being encoded
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        try:
+            for batch in batches:
+                if current is None:
+                    current = queue.Queue(BATCHES_QUEUED)
+                    name = batch.shard
+                    shards.append(pool.submit(_write_shard, name, current, config, job))
+                _put(current, batch, shards)
+                if batch.is_last:
+                    current = None
+        finally:
+            if current is not None:
+                with current.mutex:
+                    current.queue.clear()  # its thread may have failed and left the queue full
+                current.put(None)
+    return [shard.result() for shard in shards]
+
+
+def _put(batches: _Batches, batch: Batch, shards: list[Future[CompletionMarker]]) -> None:
+    while True:
+        for shard in shards:
+            if shard.done():
+                shard.result()  # raises the error of a shard that could not be written
+        with contextlib.suppress(queue.Full):
+            batches.put(batch, timeout=1.0)
+            return
+
+
+def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -> CompletionMarker:
+    """Write one shard and then its marker; runs in a thread."""
+    samples = _Samples(name, batches, config.dtype)
+    entry = write_shard(config.output, name, samples)
+    marker = CompletionMarker(
+        job=job,
+        unit=samples.unit.identity(),
+        shard=entry,
+        failures=tuple(samples.failures),
+        latent_sums=samples.latent_sums,
+        remarks=sum_remarks(samples.remarks),
+        size_limits=config.size_limits,
+    )
+    write_marker(config.output, marker)
+    return marker
+
+
+class _Samples:
+    """Iterates once over the samples of one shard.
+
+    `unit`, `failures`, `remarks` and `latent_sums` are complete after the last sample.
+    """
+
+    unit: OpenUnit
+
+    def __init__(self, name: str, batches: _Batches, dtype: str) -> None:
+        self.failures: list[Failure] = []
+        self.remarks: list[Remark] = []
+        self.latent_sums = LatentSums()
+        self._name, self._batches, self._dtype = name, batches, dtype
+
+    def __iter__(self) -> Iterator[LatentSample]:
+        is_last = False
+        while not is_last:
+            batch = self._batches.get()
+            if batch is None:
+                raise InterruptedError(f"{self._name}: the encoders stopped before its last image")
+            self.unit = batch.unit
+            self.failures += batch.failures
+            yield from self._convert(batch)
+            is_last = batch.is_last
+
+    def _convert(self, batch: Batch) -> Iterator[LatentSample]:
+        if batch.moments is None:
+            return
+        moments = self._store(batch.moments)
+        flipped = None if batch.flipped is None else self._store(batch.flipped)
+        contexts = None if batch.contexts is None else self._store(batch.contexts)
+        self.latent_sums += sum_latents(moments)
+        end = 0
+        for row, (image, decoded) in enumerate(batch.readable):
+            start, end = end, end + len(image.captions)
+            too_long = [TOO_LONG] if batch.cut.intersection(image.captions) else []
+            self.remarks += [
+                Remark(text=text, num_images=1, first=image.name)
+                for text in (*image.remarks, *decoded.remarks, *too_long)
+            ]
+            yield LatentSample(
+                key=image.key,
+                moments=moments[row],
+                flipped=None if flipped is None else flipped[row],
+                context=None if contexts is None else contexts[start:end],
+                label=image.label,
+                metadata=SampleMetadata(
+                    image_id=image.image_id,
+                    captions=image.captions,
+                    width=decoded.width,
+                    height=decoded.height,
+                ),
+            )
+
+    def _store(self, values: Tensor) -> Array:
+        return to_stored(values, self._dtype, self._name)
+
+
+def to_stored(values: Tensor, dtype: str, name: str) -> Array:
+    """Convert a tensor to the shards' dtype. Raises UserError when a value does not fit into it."""
+    with np.errstate(over="ignore"):
+        stored: Array = values.cpu().numpy().astype(dtype)
+    if not np.isfinite(stored).all():
+        raise UserError(f"{name}: an encoder gave values that {dtype} cannot hold; use float32")
+    return stored
 
 
 def write_shard(folder: str, name: str, samples: Iterable[LatentSample]) -> ShardEntry:
@@ -50,17 +203,6 @@ def write_shard(folder: str, name: str, samples: Iterable[LatentSample]) -> Shar
             sha256=storage.sha256_of(path),
             index_sha256=hashlib.sha256(data).hexdigest(),
         )
-
-
-def remove_leftovers(url: str, name: str) -> None:
-    """Delete unfinished local files of `name` or `name.*` that a killed process left in `url`.
-
-    The random ending of 8 digits that `storage` gives them tells them from files of the user.
-    """
-    if not connections.is_remote(url):
-        for path in Path(url).glob(f".{name}.*"):
-            if re.fullmatch(r"\.[0-9a-f]{8}", path.suffix):
-                path.unlink()
 
 
 def pack_sample(sample: LatentSample) -> dict[str, str | bytes]:

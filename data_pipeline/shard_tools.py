@@ -40,6 +40,7 @@ from ifvit.shards.index import ShardIndex, index_bytes, index_tar
 
 GRID_COLUMNS = 8
 CAPTION_WIDTH = 60
+SHARED = ("classes", "image_size", "resize", "image_rules", "flipped", "dtype", "moments_shape")
 
 Rows = list[tuple[str, str]]
 """Names and values of a printed table."""
@@ -170,22 +171,19 @@ def verify(config: ShardsConfig) -> None:
 
 
 def _verify_shard(url: str, manifest: Manifest, entry: ShardEntry) -> list[str]:
+    index, problems = None, []
     with open_shard(url, entry) as folder:
-        problems = list(_shard_problems(folder, entry, manifest))
+        try:
+            index = read_index(folder, manifest, entry)
+        except UserError as error:
+            problems.append(str(error))
+        try:
+            check_shard_files(folder, entry)
+            path = folder / f"{entry.name}.tar"
+            problems += _tar_problems(path, entry, manifest, index)
+        except ShardError as error:
+            problems.append(str(error))  # what comes after this place cannot be checked
     return [problem.replace(str(folder), url) for problem in problems]
-
-
-def _shard_problems(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:
-    index = None
-    try:
-        index = read_index(folder, manifest, entry)
-    except UserError as error:
-        yield str(error)
-    try:
-        check_shard_files(folder, entry)
-        yield from _tar_problems(folder / f"{entry.name}.tar", entry, manifest, index)
-    except ShardError as error:
-        yield str(error)  # what comes after this place of the tar cannot be checked
 
 
 def _tar_problems(
@@ -218,27 +216,21 @@ def _sample_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
         "context": (num_captions, *manifest.text.context_shape) if manifest.text else None,
     }
     for field, shape in shapes.items():
-        for problem in _array_problems(getattr(sample, field), shape, manifest.dtype):
-            yield f"{field}.npy {problem}"
+        array: Array | None = getattr(sample, field)
+        if array is None or shape is None:
+            if (array is None) != (shape is None):
+                state = "missing" if array is None else "present"
+                yield f"{field}.npy is {state}, contrary to the manifest"
+            continue
+        if array.shape != shape or array.dtype != manifest.dtype:
+            yield f"{field}.npy is {array.dtype} {array.shape}, not {manifest.dtype} {shape}"
+        if not np.isfinite(array).all():
+            yield f"{field}.npy has values that are not finite"
     labels = range(len(manifest.classes)) if manifest.classes else [None]
     if sample.label not in labels:
         yield f"cls is {sample.label}, but there are {len(manifest.classes)} classes"
     if (manifest.text is None) != (num_captions == 0):
         yield f"json has {num_captions} captions, contrary to the manifest"
-
-
-def _array_problems(
-    array: Array | None, shape: tuple[int, ...] | None, dtype: str
-) -> Iterator[str]:
-    """Compare an array with its shape and dtype; `shape` None means that there is no array."""
-    if array is None or shape is None:
-        if (array is None) != (shape is None):
-            yield f"is {'missing' if array is None else 'present'}, contrary to the manifest"
-        return
-    if array.shape != shape or array.dtype != dtype:
-        yield f"is {array.dtype} {array.shape}, not {dtype} {shape}"
-    if not np.isfinite(array).all():
-        yield "has values that are not finite"
 
 
 def merge(config: MergeConfig) -> None:
@@ -280,25 +272,23 @@ def merge(config: MergeConfig) -> None:
 
 
 def _check_alike(urls: list[str], manifests: list[Manifest]) -> None:
-    first = _encoding(manifests[0])
+    """Raise UserError unless the datasets share all properties of their encoding."""
+
+    def properties(manifest: Manifest) -> dict[str, object]:
+        text = manifest.text
+        return {key: getattr(manifest, key) for key in SHARED} | {
+            "vae": manifest.vae.sha256,
+            "text_encoder": text and text.encoder.sha256,
+            "null_context": text and text.null_context_sha256,  # also shows another precision
+        }
+
+    first = properties(manifests[0])
     for url, manifest in zip(urls, manifests, strict=True):
-        other = _encoding(manifest)
-        wrong = [key for key in first if other[key] != first[key]]
+        wrong = [key for key, value in properties(manifest).items() if value != first[key]]
         if wrong:
             raise UserError(
                 f"{url}: cannot be merged with {urls[0]}, they differ in {', '.join(wrong)}"
             )
-
-
-def _encoding(manifest: Manifest) -> dict[str, object]:
-    """Return the properties that datasets must share to be merged."""
-    same = ("classes", "image_size", "resize", "image_rules", "flipped", "dtype", "moments_shape")
-    text = manifest.text
-    return {key: getattr(manifest, key) for key in same} | {
-        "vae": manifest.vae.sha256,
-        "text_encoder": text and text.encoder.sha256,
-        "null_context": text and text.null_context_sha256,  # also shows another precision
-    }
 
 
 def check_unique(entries: list[tuple[str, ShardEntry]]) -> None:

@@ -10,7 +10,6 @@ import math
 import re
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,18 +31,8 @@ _MAX_SIZE = 1 << 40
 _MAX_MEMBERS = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArrayHeader:
-    """What the header of a `.npy` file states; the values start at byte `offset`."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    is_fortran: bool
-    offset: int
-
-
-def parse_npy_header(data: bytes, where: str, *, error: type[UserError] = UserError) -> ArrayHeader:
-    """Parse the header of a whole `.npy` file. Raises `error` unless it fits the file's size."""
+def parse_npy(data: bytes, where: str, *, error: type[UserError] = UserError) -> Array:
+    """Parse a whole `.npy` file. Raises `error` naming `where` unless it fits the file's size."""
     found = _HEADER.match(data[:4096])
     if found is None:
         raise error(f"{where}: not an array of numbers or texts as numpy.save writes it")
@@ -53,15 +42,8 @@ def parse_npy_header(data: bytes, where: str, *, error: type[UserError] = UserEr
     is_huge = math.prod(max(size, 1) for size in shape) > _MAX_SIZE
     if is_huge or math.prod(shape) * dtype.itemsize != len(data) - found.end():
         raise error(f"{where}: {len(data)} bytes cannot hold {dtype} of shape {shorten(shape)}")
-    is_fortran = found[2] == b"True"
-    return ArrayHeader(dtype=dtype, shape=shape, is_fortran=is_fortran, offset=found.end())
-
-
-def parse_npy(data: bytes, where: str, *, error: type[UserError] = UserError) -> Array:
-    """Parse a whole `.npy` file. Raises `error` naming `where` for anything else."""
-    header = parse_npy_header(data, where, error=error)
-    values = np.frombuffer(data, header.dtype, offset=header.offset)
-    return values.reshape(header.shape, order="F" if header.is_fortran else "C").copy(order="K")
+    values = np.frombuffer(data, dtype, offset=found.end())
+    return values.reshape(shape, order="F" if found[2] == b"True" else "C").copy(order="K")
 
 
 def npy_bytes(array: Array) -> bytes:

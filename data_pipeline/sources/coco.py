@@ -90,7 +90,9 @@ class CocoCaptions(ListedSource):
                 for image in sorted(content.images, key=lambda image: image.id)
             ]
         )
-        self.missing = _find_missing(images, [image.name for image in self.images])
+        present = set(storage.list_names(images))  # only names in subfolders need a request each
+        absent = [image for image in self.images if image.name not in present]
+        self.missing = [i.name for i in absent if "/" not in i.name or not storage.exists(i.file)]
         if len(self.missing) == len(self.images):
             raise UserError(
                 f"{images}: contains none of the {len(self.images)} images that {captions} lists"
@@ -102,13 +104,3 @@ class CocoCaptions(ListedSource):
         if self._is_official and counts and counts != self.counts():
             head += f"\nwarning: the complete split has {counts}"
         return describe(head, {"image files are missing": self.missing})
-
-
-def _find_missing(images: str, names: list[str]) -> list[str]:
-    """List the names of missing files. Only names in subfolders need a request per file."""
-    present = set(storage.list_names(images))
-    return [
-        name
-        for name in names
-        if name not in present and not ("/" in name and storage.exists(storage.join(images, name)))
-    ]

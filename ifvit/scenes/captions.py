@@ -23,22 +23,14 @@ _SINGLE = (
     "{first} and nothing else",
     "a drawing with {first_in}",
 )
-_PAIR: dict[Relation, tuple[str, ...]] = {
-    "left of": (
-        "{first} left of {second}",
-        "{a_second} right of {a_first}",
-        "a picture of {a_first} left of {a_second}",
-        "a drawing with {second_in} right of {first_in}",
-        "{a_first_in} left of {a_second_in}",
-    ),
-    "above": (
-        "{first} above {second}",
-        "{a_second} below {a_first}",
-        "a picture of {a_first} above {a_second}",
-        "a drawing with {second_in} below {first_in}",
-        "{a_first_in} above {a_second_in}",
-    ),
-}
+_PAIR = (
+    "{first} {relation} {second}",
+    "{a_second} {inverse} {a_first}",
+    "a picture of {a_first} {relation} {a_second}",
+    "a drawing with {second_in} {inverse} {first_in}",
+    "{a_first_in} {relation} {a_second_in}",
+)
+_INVERSE: dict[Relation, str] = {"left of": "right of", "above": "below"}
 
 _COUNT = f"(?P<count>a|{'|'.join(NUMBER_WORDS)})"
 _COLOUR = f"(?P<colour>{'|'.join(COLOURS)})"
@@ -55,7 +47,8 @@ def write_captions(scene: Scene) -> tuple[str, ...]:
     if scene.second is None or scene.relation is None:
         return tuple(template.format(**phrases) for template in _SINGLE)
     phrases |= _phrases("second", scene.second)
-    return tuple(template.format(**phrases) for template in _PAIR[scene.relation])
+    words = {"relation": scene.relation, "inverse": _INVERSE[scene.relation]}
+    return tuple(template.format(**phrases, **words) for template in _PAIR)
 
 
 def parse_caption(text: str) -> Scene:
@@ -90,7 +83,7 @@ def _candidates(groups: list[Group]) -> list[Scene]:
         return []
     forward = Scene(first=groups[0], second=groups[1])
     backward = Scene(first=groups[1], second=groups[0])
-    return [replace(scene, relation=name) for name in _PAIR for scene in (forward, backward)]
+    return [replace(scene, relation=name) for name in _INVERSE for scene in (forward, backward)]
 
 
 def _spell_out(text: str) -> str:

@@ -6,7 +6,6 @@ object covers. The direction of the line, which blur does not change, identifies
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +79,9 @@ def score_image(image: NDArray[np.uint8], scene: Scene) -> SceneScore:
 def find_objects(image: NDArray[np.uint8]) -> tuple[FoundObject, ...]:
     """Find the 4-connected regions of one colour that have at least a quarter object's area."""
     pixels = image.astype(np.float64)
-    background = _background(pixels)
+    # Median of the brighter half of the pixels: objects are darker and cover less than half.
+    brightness = pixels.sum(axis=2)
+    background = np.median(pixels[brightness >= np.median(brightness)], axis=0)
     lines = _PALETTE - background
     offsets = pixels - background
     coverage = offsets @ lines.T / (lines**2).sum(axis=1)
@@ -91,28 +92,12 @@ def find_objects(image: NDArray[np.uint8]) -> tuple[FoundObject, ...]:
     is_covered = np.take_along_axis(coverage, chosen, axis=2)[..., 0] >= _COVERED
     agrees = np.take_along_axis(agreement, chosen, axis=2)[..., 0] >= _MIN_COLOUR_AGREEMENT
     is_object = is_covered & agrees
-    return tuple(
-        _describe(region, name)
-        for number, name in enumerate(COLOURS)
-        for region in _connected_regions(is_object & (nearest == number))
-    )
-
-
-def _background(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Median of the brighter half of the pixels: objects are darker and cover less than half."""
-    flat = pixels.reshape(-1, 3)
-    brightness = flat.sum(axis=1)
-    median: NDArray[np.float64] = np.median(flat[brightness >= np.median(brightness)], axis=0)
-    return median
-
-
-def _connected_regions(mask: NDArray[np.bool_]) -> Iterator[NDArray[np.bool_]]:
-    """Masks (H, W) of the regions whose pixels share sides, of at least _MIN_AREA pixels."""
-    labels, num_regions = ndimage.label(mask)
-    for label in range(1, num_regions + 1):
-        region = labels == label
-        if region.sum() >= _MIN_AREA:
-            yield region
+    found = []
+    for number, colour in enumerate(COLOURS):
+        labels, num_regions = ndimage.label(is_object & (nearest == number))
+        regions = [labels == label for label in range(1, num_regions + 1)]
+        found += [_describe(region, colour) for region in regions if region.sum() >= _MIN_AREA]
+    return tuple(found)
 
 
 def _describe(mask: NDArray[np.bool_], colour: str) -> FoundObject:

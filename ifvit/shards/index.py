@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from ifvit import storage
-from ifvit.arrays import Array, parse_npy_header, parse_npz
+from ifvit.arrays import Array, parse_npy, parse_npz
 from ifvit.records import MAX_BYTES, is_plain_name, shorten
 from ifvit.shards.format import Manifest, ShardEntry, ShardError, remedy_for
 
@@ -64,6 +64,7 @@ class Member:
 
 _SUFFIXES = ("moments.npy", "flipped.npy", "context.npy", "json", "cls")
 _PAX_PATH = re.compile(rb"\d{1,5} path=([^\n\0]{1,1000})\n")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_CAPTIONS = 10_000
 
 
@@ -77,7 +78,9 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     key = ""
     for name, member in _read_members(path):
         stem, _, suffix = name.partition(".")
-        if not is_key(stem) or suffix not in _SUFFIXES:
+        # A key names a file and has no dot; names that are no UTF-8 have surrogates.
+        is_key = is_plain_name(stem) and "." not in stem and not _SURROGATE.search(stem)
+        if not is_key or suffix not in _SUFFIXES:
             raise ShardError(f"{path}: {shorten(name)} is no member of a sample; encode again")
         if stem != key:
             if key:
@@ -96,12 +99,6 @@ def _complete(path: Path, key: str, sample: dict[str, Member]) -> dict[str, Memb
         if suffix not in sample:
             raise ShardError(f"{path}: has no {key}.{suffix}; encode again")
     return sample
-
-
-def is_key(text: str) -> bool:
-    """Whether `text` may be the key of a sample: it names a file and has no dot."""
-    has_surrogates = any("\ud800" <= char <= "\udfff" for char in text)  # not UTF-8
-    return is_plain_name(text) and "." not in text and not has_surrogates
 
 
 def _read_members(path: Path) -> Iterator[tuple[str, Member]]:
@@ -168,14 +165,12 @@ def _index_entries(suffix: str, member: Member, where: str) -> list[tuple[int, .
         return [(parse_label(data, where),)]
     if suffix == "json":
         return [(member.offset, len(data), checksum(data))]
-    header = parse_npy_header(data, where, error=ShardError)
-    num_rows = header.shape[0] if suffix == "context.npy" and header.shape else 1
-    if header.is_fortran or 0 in header.shape or num_rows > _MAX_CAPTIONS:
-        raise ShardError(f"{where} has the shape {header.shape} or order of columns; encode again")
-    size = (len(data) - header.offset) // num_rows
-    view = memoryview(data)
-    starts = [header.offset + row * size for row in range(num_rows)]
-    return [(member.offset + start, checksum(view[start : start + size])) for start in starts]
+    array = parse_npy(data, where, error=ShardError)
+    rows = array if suffix == "context.npy" and array.shape else array[None]
+    if not array.flags.c_contiguous or array.size == 0 or len(rows) > _MAX_CAPTIONS:
+        raise ShardError(f"{where} has the shape {array.shape} or order of columns; encode again")
+    start, size = member.offset + len(data) - array.nbytes, array.nbytes // len(rows)
+    return [(start + n * size, checksum(row.tobytes())) for n, row in enumerate(rows)]
 
 
 def parse_label(data: bytes, where: str) -> int:

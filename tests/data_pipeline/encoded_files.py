@@ -59,7 +59,7 @@ def record_shards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return write_shard(folder, name, samples)
 
-    monkeypatch.setattr("data_pipeline.writer.write_shard", record)
+    monkeypatch.setattr("data_pipeline.shard_io.write_shard", record)
     return names
 
 

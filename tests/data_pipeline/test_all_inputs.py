@@ -42,9 +42,9 @@ from test_image_rules import (
 
 from data_pipeline.completion import read_marker
 from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig
+from data_pipeline.shard_io import TOO_LONG
 from data_pipeline.shard_tools import inspect_shards, verify
 from data_pipeline.units import BLANK, CUT, REPLACED
-from data_pipeline.writer import TOO_LONG
 from ifvit.image_rules import CMYK, CONVERTED, CUT_TO_8_BITS, FIRST_FRAME, IGNORED, TURNED
 from ifvit.records import shorten
 from ifvit.shards.reader import ShardReader

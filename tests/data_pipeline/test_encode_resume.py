@@ -22,7 +22,7 @@ def test_a_rerun_encodes_nothing_and_changes_no_byte(
     truncate(image_files(config)[5])
     encode(config)
     before = hashes(config)
-    monkeypatch.setattr("data_pipeline.writer.write_shard", None)
+    monkeypatch.setattr("data_pipeline.shard_io.write_shard", None)
     encode(config)
     assert hashes(config) == before
 
@@ -148,7 +148,7 @@ def test_marker_and_manifest_are_deleted_before_a_shard_is_replaced(
         assert not Path(config.output, "completed", "shard-00001.json").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_pipeline.writer.write_shard", stop)
+    monkeypatch.setattr("data_pipeline.shard_io.write_shard", stop)
     with pytest.raises(KeyboardInterrupt):
         encode(config)
 

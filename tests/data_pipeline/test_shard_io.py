@@ -11,8 +11,7 @@ import pytest
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from data_pipeline.encoders import Encoders
-from data_pipeline.shard_io import write_shard
-from data_pipeline.writer import BATCHES_QUEUED
+from data_pipeline.shard_io import BATCHES_QUEUED, write_shard
 from ifvit.errors import UserError
 from ifvit.shards.reader import ShardReader
 
@@ -52,7 +51,7 @@ def test_encoders_continue_while_a_shard_is_finished(
             assert second_is_written.wait(timeout=30)
         return entry
 
-    monkeypatch.setattr("data_pipeline.writer.write_shard", finish_slowly)
+    monkeypatch.setattr("data_pipeline.shard_io.write_shard", finish_slowly)
     encode(config)
     assert len(encoded) == 2 + 2 + 1
     assert len(ShardReader(config.output)) == 10
@@ -69,7 +68,7 @@ def test_encoders_wait_for_a_slow_writer(
         counts.append(len(encoded))
         return write_shard(folder, name, samples)
 
-    monkeypatch.setattr("data_pipeline.writer.write_shard", start_late)
+    monkeypatch.setattr("data_pipeline.shard_io.write_shard", start_late)
     encode(replace(config, samples_per_shard=10, batch_size=1))
     assert counts == [BATCHES_QUEUED + 1]
 
@@ -82,7 +81,7 @@ def test_a_failing_writer_ends_the_job_with_its_error(
         threading.Event().wait(0.1)  # the encoders now wait for room in the queue
         raise UserError("the disk is full")
 
-    monkeypatch.setattr("data_pipeline.writer.write_shard", fail)
+    monkeypatch.setattr("data_pipeline.shard_io.write_shard", fail)
     with pytest.raises(UserError, match="the disk is full"):
         encode(replace(config, samples_per_shard=10, batch_size=1))
     assert len(encoded) <= BATCHES_QUEUED + 2
