@@ -1,8 +1,14 @@
-"""Configurations of small backbones."""
+"""Configurations of small backbones, backbones whose every path matters, and inputs for them."""
 
+import math
 from dataclasses import replace
 
-from ifvit.models.config import FusionTransformerConfig, UNetConfig
+import torch
+from torch import Tensor
+
+from ifvit.models.backbone import Backbone
+from ifvit.models.config import BackboneConfig, FusionTransformerConfig, UNetConfig
+from ifvit.models.weights import build_backbone
 
 _SMALL = FusionTransformerConfig(
     latent_size=8,
@@ -31,3 +37,32 @@ SMALL_UNET = UNetConfig(
 def small_shape(**changes: object) -> FusionTransformerConfig:
     """4 x 8 x 8 latents, context 6 x 16, intermediate cross-attention; `changes` override."""
     return replace(_SMALL, **changes)
+
+
+def loud_backbone(config: BackboneConfig) -> Backbone:
+    """Backbone in eval mode in which every parameter has an effect; fresh modulation has none."""
+    backbone = build_backbone(config).eval()
+    if isinstance(config, FusionTransformerConfig):
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in backbone.named_parameters():
+                is_matrix = parameter.ndim in (2, 4)
+                std = math.prod(parameter.shape[1:]) ** -0.5 if is_matrix else 0.2
+                mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(mean + std * torch.randn(parameter.shape, generator=generator))
+    return backbone
+
+
+def backbone_inputs(
+    config: BackboneConfig, batch: int = 2, conditions: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and conditions; of classes, the last is the null class."""
+    generator = torch.Generator().manual_seed(3)
+    count = conditions or batch
+    size = (batch, config.latent_channels, config.latent_size, config.latent_size)
+    latents = torch.randn(size, generator=generator)
+    if config.context_shape is None:
+        condition = torch.arange(count) % (config.num_classes + 1)
+    else:
+        condition = torch.randn(count, *config.context_shape, generator=generator)
+    return latents, torch.arange(batch) * 400, condition

@@ -5,7 +5,7 @@ weights/ store it; `ifvit.models.weights.build_backbone` turns it into a network
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
@@ -29,10 +29,12 @@ Fusion = Literal[
     "image", "concat", "cross_attention", "separate_cross_attention", "dual_stream", "adaln"
 ]
 """How text takes part in one block; `models/layers.py` has a class for each."""
-TEXT_KEYS: frozenset[Fusion] = frozenset(get_args(Fusion)) - {"image", "adaln"}
-"""Blocks in which image tokens attend to text tokens."""
+READS_TEXT: frozenset[Fusion] = frozenset({"cross_attention", "separate_cross_attention"})
+"""Blocks whose image tokens attend to text tokens, which stay as they are."""
 UPDATES_TEXT: frozenset[Fusion] = frozenset({"concat", "dual_stream"})
-"""Blocks after which the text tokens have other values."""
+"""Blocks whose image tokens attend to text tokens, and after which the text has other values."""
+TEXT_KEYS = READS_TEXT | UPDATES_TEXT
+"""Blocks in which image tokens attend to text tokens."""
 
 NullContext = Literal["empty_caption", "zeros"]
 """Context of samples without a caption: that of the caption "", or zeros."""
@@ -70,10 +72,16 @@ def parse_fusion(text: str) -> tuple[Fusion, ...]:
     return tuple(entries)
 
 
-def format_fusion(entries: tuple[Fusion, ...]) -> str:
+def format_fusion(entries: Sequence[str]) -> str:
     """Return the compact notation of a fusion map: equal neighbours are written once."""
     runs = [(entry, len(list(group))) for entry, group in groupby(entries)]
     return " ".join(f"{count}*{entry}" if count > 1 else entry for entry, count in runs)
+
+
+def symmetric_fusion(entry: Fusion, num_blocks: int, num_image_blocks: int) -> str:
+    """Return the map with `entry` in all blocks but the first and last `num_image_blocks`."""
+    images = ["image"] * num_image_blocks
+    return format_fusion([*images, *[entry] * (num_blocks - 2 * num_image_blocks), *images])
 
 
 _CONDITIONS = ("num_classes", "context_length", "context_width")
@@ -83,6 +91,8 @@ _CONDITIONS = ("num_classes", "context_length", "context_width")
 class ConditionConfig:
     """Latents, and the condition of a backbone that knows either classes or captions."""
 
+    architecture: Literal["fusion_transformer", "unet"]
+    """fusion_transformer or unet; the other fields depend on it."""
     latent_size: Size
     """Height and width of the square latents."""
     latent_channels: Size = 4
@@ -169,9 +179,9 @@ class FusionTransformerConfig(ConditionConfig):
             raise UserError(
                 f"width {self.width} must be even and divisible by num_heads {self.num_heads}"
             )
-        if self.rotary and self.width // self.num_heads % 4:
+        if self.rotary and self.head_width % 4:
             raise UserError(
-                f"rotary: heads have {self.width // self.num_heads} channels; "
+                f"rotary: heads have {self.head_width} channels; "
                 "choose num_heads so that they are a multiple of 4"
             )
         if self.num_text_blocks and not self.text_blocks:
@@ -199,9 +209,19 @@ class FusionTransformerConfig(ConditionConfig):
         return {depth - 1 - i: i for i in range(depth // 2)} if self.long_skip else {}
 
     @property
+    def head_width(self) -> int:
+        """Channels of an attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Number of patches in a row or column of one sample's latents."""
+        return self.latent_size // self.patch_size
+
+    @property
     def num_image_tokens(self) -> int:
-        """Number of patches of one sample's latents (L)."""
-        return (self.latent_size // self.patch_size) ** 2
+        """Number of patches of one sample's latents."""
+        return self.num_patches_per_side**2
 
     @property
     def first_image_token(self) -> int:
@@ -244,27 +264,25 @@ def with_setting(config: FusionTransformerConfig, name: str) -> FusionTransforme
     it has none, a third of its blocks; and as many text blocks as `config`, or one.
     """
     entry, has_image_blocks, has_text_branch = _SETTINGS[name]
-    depth = len(config.blocks)
-    side = (config.text_blocks or (0,))[0] or round((depth - 1) / 3)
-    images: tuple[Fusion, ...] = ("image",) * side if has_image_blocks else ()
-    middle = (entry,) * (depth - 2 * len(images))
+    num_blocks = len(config.blocks)
+    in_front = (config.text_blocks or (0,))[0] or round((num_blocks - 1) / 3)
+    num_image_blocks = min(in_front, (num_blocks - 1) // 2)
     return replace(
         config,
-        fusion=format_fusion((*images, *middle, *images)),
+        fusion=symmetric_fusion(entry, num_blocks, num_image_blocks if has_image_blocks else 0),
         num_text_blocks=(config.num_text_blocks or 1) if has_text_branch else 0,
     )
 
 
 def setting_of(config: FusionTransformerConfig) -> str | None:
     """Return the name of the setting that a backbone's map and text branch are, or None."""
-    entry = config.blocks[len(config.blocks) // 2]
-    side = (config.text_blocks or (0,))[0]
-    found = (entry, side > 0, config.num_text_blocks > 0)
-    images: tuple[Fusion, ...] = ("image",) * side
-    middle = (entry,) * (len(config.blocks) - 2 * side)
-    if config.blocks != (*images, *middle, *images) or not config.long_skip:
+    num_blocks, num_image_blocks = len(config.blocks), (config.text_blocks or (0,))[0]
+    entry = config.blocks[num_blocks // 2]
+    if config.fusion != symmetric_fusion(entry, num_blocks, num_image_blocks):
         return None
-    return next((name for name, setting in _SETTINGS.items() if setting == found), None)
+    found = (entry, num_image_blocks > 0, config.num_text_blocks > 0)
+    names = {setting: name for name, setting in _SETTINGS.items()}
+    return names.get(found) if config.long_skip else None
 
 
 @record

@@ -7,7 +7,7 @@ Shapes: B batch, k * B conditions, C latent channels, S latent size, L image tok
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipelines look for it here
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from ifvit.models.attention import Backend, Bias, load_attention
 from ifvit.models.backbone import Backbone, EncodedCondition, check_shape
-from ifvit.models.config import TEXT_KEYS, UPDATES_TEXT, Fusion, FusionTransformerConfig
+from ifvit.models.config import READS_TEXT, UPDATES_TEXT, Fusion, FusionTransformerConfig
 from ifvit.models.layers import (
     Attention,
     Block,
     BlockInputs,
     CrossAttention,
     KeysValues,
-    Modulation,
     PatchEmbed,
     build_block,
+    build_modulation,
     build_norm,
     modulate,
     repeat_rows,
@@ -58,19 +58,20 @@ class FusionTransformer(Backbone):
         self.text_blocks = nn.ModuleList(
             Block(config, has_skip=False, is_modulated=False) for _ in range(config.num_text_blocks)
         )
+        self.time_embed = self.pooled_embed = self.shared_modulation = None
         modulated = [entry for entry in config.blocks if config.is_modulated(entry)]
         if modulated:
             self.time_embed = nn.Sequential(
                 nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
             )
-            if config.modulation == "shared":
-                self.shared_modulation = nn.Linear(width, 6 * width)
-        if any(entry != "image" for entry in modulated):
+        if set(modulated) - {"image"}:
             self.pooled_embed = nn.Linear(width, width)
+        if config.modulation == "shared":
+            self.shared_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(build_block(config, n) for n in range(len(config.blocks)))
         ends_modulated = config.is_modulated(config.blocks[-1])
         self.head_norm = build_norm(config, affine=not ends_modulated)
-        self.head_modulation = Modulation(width, 2) if ends_modulated else None
+        self.head_modulation = build_modulation(config, 2) if ends_modulated else None
         self.decoder_pred = nn.Linear(width, config.patch_size**2 * channels)
         self.final_layer = nn.Conv2d(channels, channels, 3, padding=1)
 
@@ -101,7 +102,7 @@ class FusionTransformer(Backbone):
             bound = math.prod(module.weight.shape[1:]) ** -0.5
             return full.uniform_(-bound, bound, generator=generator)
         if isinstance(module, nn.Linear | nn.Embedding):
-            starts_at_zero = owner.endswith(("odulation.linear", "cross_attn.proj"))
+            starts_at_zero = owner.endswith(("modulation.linear", "cross_attn.proj"))
             if kind == "bias" or starts_at_zero:
                 return full
             return nn.init.trunc_normal_(full, std=self._init_std, generator=generator)
@@ -140,9 +141,9 @@ class FusionTransformer(Backbone):
         for number, entry in enumerate(config.blocks):
             if entry in UPDATES_TEXT:
                 break
-            if entry in TEXT_KEYS:
-                keys_values[number] = cast(Any, self.blocks[number]).text_keys_values(tokens)
-        pooled = self.pooled_embed(tokens.mean(dim=1)) if hasattr(self, "pooled_embed") else None
+            if entry in READS_TEXT:
+                keys_values[number] = cast(Block, self.blocks[number]).text_keys_values(tokens)
+        pooled = None if self.pooled_embed is None else self.pooled_embed(tokens.mean(dim=1))
         return EncodedCondition(tokens=tokens, keys_values=keys_values, pooled=pooled)
 
     def forward(
@@ -160,38 +161,34 @@ class FusionTransformer(Backbone):
         sample; they are repeated at the first block that sees text.
         Raises UserError for latents or contexts of another shape than the configured one.
         """
+        config = self.config
         encoded = self._encode(latents, condition)
-        timesteps = timesteps + self.config.timestep_offset
-        sinusoids = timestep_embedding(timesteps, self.config.width).to(self.pos_embed.dtype)
+        sinusoids = timestep_embedding(timesteps + config.timestep_offset, config.width)
+        sinusoids = sinusoids.to(self.pos_embed.dtype)
         tokens, text = self._embed_tokens(latents, sinusoids), encoded.tokens
-        vectors = self._conditioning_vectors(sinusoids, encoded)
-        block_vectors = vectors
-        if self.config.modulation == "shared":
-            project = nn.Sequential(nn.SiLU(), self.shared_modulation)
-            block_vectors = {kind: project(vector) for kind, vector in vectors.items()}
+        vectors = self._conditioning_vectors(sinusoids, encoded.pooled)
         rotation = self._rotation(latents.device)
-        mirrors = self.config.mirrors
+        mirrors = config.mirrors
         outputs: dict[int | None, tuple[Tensor, Tensor | None]] = {}
-        for number, (entry, block) in enumerate(zip(self.config.blocks, self.blocks, strict=True)):
+        for number, (entry, block) in enumerate(zip(config.blocks, self.blocks, strict=True)):
             keys_values = encoded.keys_values.get(number)
-            if entry in TEXT_KEYS - UPDATES_TEXT and keys_values is None:
-                keys_values = cast(Any, block).text_keys_values(text)
+            if keys_values is None and entry in READS_TEXT:
+                keys_values = cast(Block, block).text_keys_values(text)
             skip, text_skip = outputs.pop(mirrors.get(number), (None, None))
             inputs = BlockInputs(
                 text=text,
                 keys_values=keys_values,
                 skip=skip,
                 text_skip=text_skip,
-                vector=self._vector_for(entry, block_vectors, len(tokens)),
+                vector=self._vector_for(entry, vectors, len(tokens)),
                 rotation=rotation,
                 bias=(biases or {}).get(number),
             )
             tokens, text = block(tokens, inputs)
             if number in mirrors.values():
-                mirror = self.config.blocks[-1 - number]
-                outputs[number] = tokens, text if {entry, mirror} <= UPDATES_TEXT else None
-        vector = self._vector_for(self.config.blocks[-1], vectors, len(tokens))
-        noise = self._predict(tokens[:, self.config.first_image_token :], vector)
+                outputs[number] = tokens, text
+        vector = self._vector_for(config.blocks[-1], vectors, len(tokens))
+        noise = self._predict(tokens[:, config.first_image_token :], vector)
         return repeat_rows(noise, len(encoded.tokens))
 
     def _embed_tokens(self, latents: Tensor, sinusoids: Tensor) -> Tensor:
@@ -203,20 +200,21 @@ class FusionTransformer(Backbone):
             tokens.insert(1, self.registers.expand(len(latents), -1, -1))
         return torch.cat(tokens, dim=1)
 
-    def _conditioning_vectors(
-        self, sinusoids: Tensor, encoded: EncodedCondition
-    ) -> dict[bool, Tensor]:
-        """Conditioning vectors of modulated blocks by whether they see text.
+    def _conditioning_vectors(self, sinusoids: Tensor, pooled: Tensor | None) -> dict[bool, Tensor]:
+        """Conditioning vectors of modulated blocks, by whether the block sees text.
 
         Blocks without text follow the time embedding (B, D); blocks with text follow its sum with
-        the pooled text (k * B, D).
+        the pooled text (k * B, D). A shared projection makes 6 D channels of them.
         """
-        if not hasattr(self, "time_embed"):
+        if self.time_embed is None:
             return {}
         time = self.time_embed(sinusoids)
-        if encoded.pooled is None:
-            return {False: time}
-        return {False: time, True: repeat_rows(time, len(encoded.pooled)) + encoded.pooled}
+        vectors = {False: time}
+        if pooled is not None:
+            vectors[True] = repeat_rows(time, len(pooled)) + pooled
+        if self.shared_modulation is not None:
+            return {key: self.shared_modulation(vector) for key, vector in vectors.items()}
+        return vectors
 
     def _vector_for(
         self, entry: Fusion, vectors: dict[bool, Tensor], num_rows: int
@@ -224,28 +222,29 @@ class FusionTransformer(Backbone):
         """Conditioning vector of a block of this kind; None if it is not modulated."""
         if not self.config.is_modulated(entry):
             return None
-        vector = vectors[entry != "image"]
-        return vector if entry != "image" else repeat_rows(vector, num_rows)
+        return repeat_rows(vectors[False], num_rows) if entry == "image" else vectors[True]
 
     def _rotation(self, device: torch.device) -> Tensor | None:
+        """Angles of the rotary positions of all tokens, if they are configured."""
         config = self.config
         if not config.rotary:
             return None
-        side, head_width = config.latent_size // config.patch_size, config.width // config.num_heads
         return rotation_table(
-            side, config.first_image_token, config.num_text_tokens, head_width, device
+            config.num_patches_per_side,
+            config.first_image_token,
+            config.num_text_tokens,
+            config.head_width,
+            device,
         )
 
     def _predict(self, image_tokens: Tensor, vector: Tensor | None) -> Tensor:
         """Image tokens (B, L, D) and the conditioning vector (B, D) to noise (B, C, S, S)."""
-        patch, side = self.config.patch_size, self.config.latent_size // self.config.patch_size
         normalised = self.head_norm(image_tokens)
         if self.head_modulation is not None:
-            assert vector is not None
             normalised = modulate(normalised, *self.head_modulation(vector))
+        patch, side = self.config.patch_size, self.config.num_patches_per_side
         pixels = self.decoder_pred(normalised)
         pixels = pixels.unflatten(-1, (patch, patch, -1)).unflatten(1, (side, side))
-        noise: Tensor = self.final_layer(
-            pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        )
+        pixels = pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        noise: Tensor = self.final_layer(pixels)
         return noise

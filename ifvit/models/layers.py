@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ifvit.models.attention import Bias, attend_biased, load_attention
-from ifvit.models.config import TEXT_KEYS, UPDATES_TEXT, FusionTransformerConfig
+from ifvit.models.config import UPDATES_TEXT, FusionTransformerConfig
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text tokens for one block, each (B, M, H, E)."""
@@ -72,29 +72,34 @@ def rotate(x: Tensor, rotation: Tensor | None) -> Tensor:
     """Rotate neighbouring channels of queries or keys (B, L, H, E) by the first L angles."""
     if rotation is None:
         return x
-    cos, sin = rotation[:, : x.shape[1], None].unbind(0)
-    first, second = x.float()[..., ::2], x.float()[..., 1::2]
+    cos, sin = rotation[:, : x.shape[1], None].unbind(0)  # float32, and so are the products
+    first, second = x[..., ::2], x[..., 1::2]
     rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
     return rotated.flatten(-2).to(x.dtype)
 
 
-def build_norm(config: FusionTransformerConfig, *, affine: bool) -> nn.Module:
-    """Build the configured norm over D channels, with or without weights."""
-    if config.norm == "rms_norm":
-        return nn.RMSNorm(config.width, eps=1e-6, elementwise_affine=affine)
-    return nn.LayerNorm(config.width, elementwise_affine=affine)
-
-
-class HeadNorm(nn.RMSNorm):
-    """Affine RMSNorm of queries or keys (B, L, H, E) over E (QK-norm); their type stays."""
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last dimension (Zhang and Sennrich 2019); the type of its input stays."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).to(x.dtype)
+        # Under autocast, weights of another type than the input would rule out the fused kernel.
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return functional.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
+def build_norm(config: FusionTransformerConfig, *, affine: bool) -> nn.Module:
+    """Build the configured norm over D channels, with or without weights.
+
+    LayerNorm has the epsilon of U-ViT with weights, and of DiT, PixArt and SD3 without.
+    """
+    if config.norm == "rms_norm":
+        return RMSNorm(config.width, eps=1e-6, elementwise_affine=affine)
+    return nn.LayerNorm(config.width, eps=1e-5 if affine else 1e-6, elementwise_affine=affine)
 
 
 def _build_head_norm(config: FusionTransformerConfig) -> nn.Module:
-    head_width = config.width // config.num_heads
-    return HeadNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+    """Build the norm of queries or keys (B, L, H, E) over E (QK-norm), if it is configured."""
+    return RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
 
 
 class Attention(nn.Module):
@@ -129,7 +134,9 @@ class Attention(nn.Module):
         attended: Tensor = self.proj(heads.flatten(2))
         return attended
 
-    def project(self, tokens: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, tokens: Tensor, rotation: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, L, H, E) of tokens (B, L, D)."""
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return rotate(self.norm_q(query), rotation), rotate(self.norm_k(key), rotation), value
@@ -150,8 +157,8 @@ class TextKeys(nn.Module):
         self.kv = nn.Linear(config.width, 2 * config.width, bias=False)
         self.norm_k = _build_head_norm(config)
 
-    def forward(self, text: Tensor) -> KeysValues:
-        """Text tokens (B, M, D) to keys and values."""
+    def project(self, text: Tensor) -> KeysValues:
+        """Keys and values of text tokens (B, M, D)."""
         key, value = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         return self.norm_k(key), value
 
@@ -193,12 +200,12 @@ class SwiGLU(nn.Module):
     """fc2(a * silu(b)) with (a, b) = fc1(x), without biases (Shazeer 2020).
 
     Its three matrices have as many weights as the two of `Mlp`: two thirds of the hidden width,
-    rounded down to a multiple of 8 for tensor cores.
+    rounded down to a multiple of 8 for tensor cores, but at least 8.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        hidden = 2 * hidden // 3 // 8 * 8
+        hidden = max(8, 2 * hidden // 3 // 8 * 8)
         self.fc1 = nn.Linear(width, 2 * hidden, bias=False)
         self.fc2 = nn.Linear(hidden, width, bias=False)
 
@@ -263,7 +270,7 @@ class BlockInputs:
     skip: Tensor | None = None
     """(B, L, D): image tokens after the mirror block."""
     text_skip: Tensor | None = None
-    """(k * B, M, D): text tokens after the mirror block, if both blocks update text."""
+    """(k * B, M, D): text tokens after the mirror block."""
     vector: Tensor | None = None
     """Conditioning vector of a modulated block, (B, D), or (B, 6 D) after a shared projection."""
     rotation: Tensor | None = None
@@ -356,11 +363,10 @@ class Block(Stream):
     def add_mlp(self, tokens: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Add the gated output of the MLP to the tokens."""
         normalised = self.norm2(tokens)
-        if not modulation:
-            updated: Tensor = tokens + self.mlp(normalised)
-            return updated
-        shift, scale, gate = modulation[3:]
-        return tokens + gate * self.mlp(modulate(normalised, shift, scale))
+        if modulation:
+            normalised = modulate(normalised, *modulation[3:5])
+        updated: Tensor = self.mlp(normalised)
+        return tokens + (modulation[5] * updated if modulation else updated)
 
     def text_keys_values(self, text: Tensor) -> KeysValues:
         """Keys and values of the text tokens (B, M, D) for this block's attention."""
@@ -392,24 +398,35 @@ class SeparateBlock(Block):
 
     def text_keys_values(self, text: Tensor) -> KeysValues:
         """Keys and values of the text tokens (B, M, D) for the cross-attention."""
-        keys_values: KeysValues = self.cross_attn.text(text)
-        return keys_values
+        return self.cross_attn.text.project(text)
 
 
 class ConcatBlock(Block):
-    """`concat`: image and text tokens are one sequence with one set of weights (U-ViT)."""
+    """`concat`: image and text tokens are one sequence with one set of weights (U-ViT).
+
+    Text takes the long skip, too, if the mirror block updates text.
+    """
+
+    def __init__(
+        self,
+        config: FusionTransformerConfig,
+        *,
+        has_skip: bool,
+        has_text_skip: bool,
+        is_modulated: bool,
+    ) -> None:
+        super().__init__(config, has_skip=has_skip, is_modulated=is_modulated)
+        self.has_text_skip = has_text_skip
 
     def forward(self, tokens: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, L, D) to the image tokens (k * B, L, D) and text after the block.
-
-        Without `text_skip` only the image tokens take the skip.
-        """
+        """Tokens (B, L, D) to the image tokens (k * B, L, D) and text after the block."""
         text, num_tokens = inputs.text, tokens.shape[1]
         assert text is not None
         if self.skip_linear is not None:
             assert inputs.skip is not None
             tokens = join_skip(self.skip_linear, tokens, inputs.skip)
-            if inputs.text_skip is not None:
+            if self.has_text_skip:
+                assert inputs.text_skip is not None
                 text = join_skip(self.skip_linear, text, inputs.text_skip)
         sequence = torch.cat([repeat_rows(tokens, len(text)), text], dim=1)
         sequence, normalised, modulation = self.modulated_norm(sequence, inputs.vector)
@@ -419,7 +436,7 @@ class ConcatBlock(Block):
 
 
 class TextKeysStream(Stream):
-    """The text stream of the last `dual_stream` block: no block uses what it would compute more."""
+    """Text stream of the last `dual_stream` block: only its keys and values have an effect."""
 
     def __init__(
         self, config: FusionTransformerConfig, *, has_skip: bool, is_modulated: bool
@@ -448,26 +465,23 @@ class DualStreamBlock(nn.Module):
     def forward(self, tokens: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, L, D) to the image tokens (k * B, L, D) and text after the block."""
         assert inputs.text is not None
-        image, vector = self.image, inputs.vector
+        image, vector, num_tokens = self.image, inputs.vector, tokens.shape[1]
         tokens, normalised, modulation = image.begin(tokens, inputs.skip, vector)
         text, text_normalised, text_modulation = self.text.begin(
             inputs.text, inputs.text_skip, vector
         )
-        tokens, normalised = (repeat_rows(x, len(text)) for x in (tokens, normalised))
-        query, key, value = image.attn.project(normalised, inputs.rotation)
-        if isinstance(self.text, Block):
-            text_query, *keys_values = self.text.attn.project(text_normalised, None)
-            query = torch.cat([query, text_query], dim=1)
-        else:
-            keys_values = self.text.attn(text_normalised)
-        key, value = (
-            torch.cat(pair, dim=1) for pair in zip((key, value), keys_values, strict=True)
-        )
+        projected = image.attn.project(normalised, inputs.rotation)
+        query, key, value = (repeat_rows(x, len(text)) for x in projected)
+        # The last block's text has keys and values, but no queries.
+        *text_query, text_key, text_value = self.text.attn.project(text_normalised)
+        query = torch.cat([query, *text_query], dim=1)
+        key = torch.cat([key, text_key], dim=1)
+        value = torch.cat([value, text_value], dim=1)
         heads = attend_biased(image.attn.attend, inputs.bias, query, key, value).flatten(2)
-        attended = image.attn.proj(heads[:, : tokens.shape[1]])
+        attended = image.attn.proj(heads[:, :num_tokens])
         tokens = image.add_mlp(image.add_attention(tokens, attended, modulation), modulation)
         if isinstance(self.text, Block):
-            attended = self.text.attn.proj(heads[:, tokens.shape[1] :])
+            attended = self.text.attn.proj(heads[:, num_tokens:])
             text = self.text.add_attention(text, attended, text_modulation)
             text = self.text.add_mlp(text, text_modulation)
         return tokens, text
@@ -480,13 +494,18 @@ def build_block(
     entries, mirror = config.blocks, config.mirrors.get(number)
     entry = entries[number]
     has_skip, is_modulated = mirror is not None, config.is_modulated(entry)
+    has_text_skip = mirror is not None and entries[mirror] in UPDATES_TEXT
+    if entry == "concat":
+        return ConcatBlock(
+            config, has_skip=has_skip, has_text_skip=has_text_skip, is_modulated=is_modulated
+        )
     if entry == "dual_stream":
         return DualStreamBlock(
             config,
             has_skip=has_skip,
-            has_text_skip=mirror is not None and entries[mirror] in UPDATES_TEXT,
+            has_text_skip=has_text_skip,
             is_modulated=is_modulated,
-            is_last=not TEXT_KEYS.intersection(entries[number + 1 :]),
+            is_last=number == config.text_key_blocks[-1],
         )
-    kinds = {"concat": ConcatBlock, "separate_cross_attention": SeparateBlock}
-    return kinds.get(entry, Block)(config, has_skip=has_skip, is_modulated=is_modulated)
+    kind = SeparateBlock if entry == "separate_cross_attention" else Block
+    return kind(config, has_skip=has_skip, is_modulated=is_modulated)

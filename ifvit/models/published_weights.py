@@ -20,7 +20,7 @@ from torch import Tensor
 from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.models.clip import load_text_encoder
-from ifvit.models.config import Fusion, FusionTransformerConfig, ImportConfig, format_fusion
+from ifvit.models.config import Fusion, FusionTransformerConfig, ImportConfig, symmetric_fusion
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.pretrained import identify, read_pickled_tensors, reading, resolve_pretrained
 from ifvit.models.weights import (
@@ -112,11 +112,9 @@ def _infer_config(
     if context_length is None:
         context_length = _guess_context_length(num_positions)
     sides = {stack: _count_blocks(state_dict, stack) for stack in ("image", "joint", "in")}
-    text: Fusion = "cross_attention" if _splits_queries(state_dict) else "concat"
-    images: tuple[Fusion, ...] = ("image",) * sides["image"]
-    middle: tuple[Fusion, ...] = (text,) * (2 * (sides["joint"] + sides["in"]) + 1)
+    entry: Fusion = "cross_attention" if _splits_queries(state_dict) else "concat"
     return FusionTransformerConfig(
-        fusion=format_fusion((*images, *middle, *images)),
+        fusion=symmetric_fusion(entry, 2 * sum(sides.values()) + 1, sides["image"]),
         num_text_blocks=_count_blocks(state_dict, "caption"),
         latent_size=math.isqrt(max(num_positions - 1 - context_length, 0)) * patch_size,
         latent_channels=channels,

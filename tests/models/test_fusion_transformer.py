@@ -1,36 +1,38 @@
-"""Both transformers against a float64 oracle, and what each of their blocks sees."""
+"""The paper's mechanisms against a float64 oracle, initial weights, and what each block sees."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from test_backbone import CONCAT, CROSS, TOKENS, inputs, loud_backbone
-from test_backbone import CONFIGS as BACKBONES
-from uvit_oracle import Oracle, TokenOracle, random_weights, uvit_layout
+from made_backbone import backbone_inputs, loud_backbone
+from test_backbone import CLASSES, CONCAT, CROSS, MODERN
+from uvit_oracle import Oracle, class_layout, our_layout, random_weights
 
-from ifvit.models.config import FusionTransformerConfig
-from ifvit.models.layers import timestep_embedding
-from ifvit.models.weights import build_backbone, restore_backbone
+from ifvit.models.config import symmetric_fusion
+from ifvit.models.layers import BlockInputs, timestep_embedding
+from ifvit.models.weights import build_backbone, initial_weights, restore_backbone
 
-FUSION = {name: c for name, c in BACKBONES.items() if isinstance(c, FusionTransformerConfig)}
-MODULATED = {name: config for name, config in FUSION.items() if config.is_modulated}
-CLASSES = {name: c for name, c in BACKBONES.items() if isinstance(c, FusionTransformerConfig)}
+PAPER = [
+    (entry, num_image, num_text, modulation)
+    for entry in ("concat", "cross_attention", "adaln")
+    for num_image, num_text in [(0, 0), (2, 1), (0, 1), (2, 0), (3, 2)]
+    for modulation in ("none", "adaln_zero")
+    if entry != "adaln" or modulation == "adaln_zero"
+]
 
 
-@pytest.mark.parametrize("config", FUSION.values(), ids=FUSION)
-def test_fusion_uvit_predicts_what_the_oracle_predicts(config):
-    layout = uvit_layout(
-        config.conditioning,
-        config.depth,
-        config.num_image_blocks,
-        config.num_text_blocks,
-        config.is_modulated,
+@pytest.mark.parametrize(("entry", "num_image", "num_text", "modulation"), PAPER)
+def test_captions_predict_what_the_oracle_predicts(entry, num_image, num_text, modulation):
+    fusion = symmetric_fusion(entry, 7, num_image)
+    config = dataclasses.replace(
+        CROSS, fusion=fusion, num_text_blocks=num_text, modulation=modulation
     )
+    layout = our_layout(entry, 6, num_image, num_text, modulation != "none")
     weights = random_weights(layout, width=16, patch=2, num_patches=16, context=(5, 12))
     tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()}
     backbone, oracle = restore_backbone(config, tensors), Oracle(weights, layout, config.num_heads)
-    latents, timesteps, context = inputs(config)
+    latents, timesteps, context = backbone_inputs(config)
     with torch.no_grad():
         predicted = backbone(latents, timesteps, context)
     expected = [
@@ -40,22 +42,21 @@ def test_fusion_uvit_predicts_what_the_oracle_predicts(config):
     np.testing.assert_allclose(predicted.numpy(), np.stack(expected), atol=1e-4)
 
 
-@pytest.mark.parametrize("config", CLASSES.values(), ids=CLASSES)
-def test_token_transformer_predicts_what_the_oracle_predicts(config):
+@pytest.mark.parametrize("long_skip", [False, True])
+def test_classes_predict_what_the_oracle_predicts(long_skip):
+    config = dataclasses.replace(CLASSES, long_skip=long_skip)
     backbone = loud_backbone(config)
     weights = {name: value.double().numpy() for name, value in backbone.state_dict().items()}
-    oracle = TokenOracle(weights, config)
-    latents, timesteps, condition = inputs(config, batch=4)
+    oracle = Oracle(weights, class_layout(5, long_skip=long_skip), config.num_heads)
+    latents, timesteps, classes = backbone_inputs(config, batch=4)
     with torch.no_grad():
-        predicted = backbone(latents, timesteps, condition)
-    contexts = condition.double().numpy()
-    if config.num_classes:
-        contexts = weights["label_emb.weight"][condition.numpy()][:, None]
+        predicted = backbone(latents, timesteps, classes)
+    embedded = weights["label_emb.weight"][classes.numpy()][:, None]
     expected = [
         oracle.predict(x, t, c)
-        for x, t, c in zip(latents.double().numpy(), timesteps.tolist(), contexts, strict=True)
+        for x, t, c in zip(latents.double().numpy(), timesteps.tolist(), embedded, strict=True)
     ]
-    np.testing.assert_allclose(predicted.numpy(), np.stack(expected), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(predicted.numpy(), np.stack(expected), atol=1e-4)
 
 
 def test_a_time_between_two_steps_has_a_sinusoid_of_its_own():
@@ -65,97 +66,191 @@ def test_a_time_between_two_steps_has_a_sinusoid_of_its_own():
     torch.testing.assert_close(timestep_embedding(times, 4), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("config", "with_text"), [(CONCAT, 17 + 5), (CROSS, 17)])
-def test_text_joins_at_the_first_fused_block_and_leaves_after_the_last(config, with_text):
-    backbone = build_backbone(config)
-    shapes = []
-    for block in [*backbone.in_blocks, backbone.mid_block, *backbone.out_blocks]:
-        block.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:2]))
-    backbone(*inputs(config, batch=2, conditions=4))
-    # Blocks before the text run once for both captions of a latent.
-    fused = (4, with_text)
-    assert shapes == [(2, 17), (2, 17), fused, fused, fused, (4, 17), (4, 17)]
+def record_blocks(backbone, *inputs):
+    """Tokens before and text after every block, its inputs, and its tokens after it."""
+    calls = []
+    for block in backbone.blocks:
+        block.register_forward_hook(lambda module, args, output: calls.append((args, output)))
+    with torch.no_grad():
+        backbone(*inputs)
+    return [(tokens, inputs, *output) for (tokens, inputs), output in calls]
 
 
-def test_cross_attention_reads_keys_and_values_only_and_never_updates_text():
-    backbone = loud_backbone(CROSS)
-    latents, timesteps, context = inputs(CROSS)
+def test_tokens_are_repeated_at_the_first_block_that_sees_text():
+    fusion = "2*image adaln image separate_cross_attention dual_stream concat"
+    config = dataclasses.replace(MODERN, fusion=fusion)
+    calls = record_blocks(loud_backbone(config), *backbone_inputs(config, batch=2, conditions=6))
+    assert [tokens.shape for *_, tokens, _ in calls] == 2 * [(2, 19, 16)] + 5 * [(6, 19, 16)]
+    assert {text.shape for *_, text in calls} == {(6, 5, 16)}
+
+
+def test_only_concat_and_dual_stream_change_text_and_the_last_dual_stream_does_not():
+    fusion = "image cross_attention concat adaln dual_stream separate_cross_attention dual_stream"
+    config = dataclasses.replace(MODERN, fusion=fusion)
+    calls = record_blocks(loud_backbone(config), *backbone_inputs(config))
+    changed = [not torch.equal(inputs.text, text) for _, inputs, _, text in calls]
+    assert changed == [False, False, True, False, True, False, False]
+
+
+@pytest.mark.parametrize("entry", ["cross_attention", "separate_cross_attention"])
+def test_text_that_no_block_updates_is_read_as_keys_and_values_only(entry):
+    config = dataclasses.replace(CROSS, fusion=symmetric_fusion(entry, 7, 2))
+    backbone = loud_backbone(config)
+    latents, timesteps, context = backbone_inputs(config)
     text = backbone.encode_condition(context)
     without_tokens = dataclasses.replace(text, tokens=torch.zeros_like(text.tokens))
-    assert len(text.keys_values) == 3
+    assert list(text.keys_values) == [2, 3, 4]
     expected = backbone(latents, timesteps, text)
     assert torch.equal(backbone(latents, timesteps, without_tokens), expected)
 
 
-@pytest.mark.parametrize("config", MODULATED.values(), ids=MODULATED)
-def test_fresh_modulated_blocks_without_skip_are_the_identity(config):
-    torch.manual_seed(0)
-    tokens, vector = torch.randn(2, 5, 16), torch.randn(2, 16)
-    assert torch.equal(build_backbone(config).mid_block(tokens, vector=vector), tokens)
+def test_keys_and_values_are_cached_up_to_the_first_block_that_updates_text():
+    fusion = "cross_attention adaln separate_cross_attention concat cross_attention"
+    backbone = loud_backbone(dataclasses.replace(CROSS, fusion=fusion))
+    *_, context = backbone_inputs(backbone.config)
+    assert list(backbone.encode_condition(context).keys_values) == [0, 2]
 
 
-@pytest.mark.parametrize("name", ["modulated concat", "modulated cross", "adaln 2-1"])
-def test_text_modulates_only_fused_blocks_and_time_modulates_all(name):
-    backbone = loud_backbone(FUSION[name])
-    vectors = []
-    for block in [*backbone.in_blocks, backbone.mid_block, *backbone.out_blocks]:
-        block.modulation.register_forward_hook(lambda module, args, out: vectors.append(args[0]))
-    latents, timesteps, context = inputs(FUSION[name])
-    backbone(latents, timesteps, context)
-    time = backbone.time_embed(timestep_embedding(timesteps, 16))
-    follows_time_alone = [torch.equal(vector, time) for vector in vectors]
+@pytest.mark.parametrize("modulation", ["adaln_zero", "none"])
+@pytest.mark.parametrize("entry", ["image", "adaln", "cross_attention", "concat", "dual_stream"])
+def test_fresh_modulated_blocks_without_skip_are_the_identity(entry, modulation):
+    if modulation == "none" and entry != "adaln":
+        return
+    config = dataclasses.replace(CONCAT, fusion=f"3*{entry} concat", modulation=modulation)
+    block, generator = build_backbone(config).blocks[0], torch.Generator().manual_seed(0)
+    tokens, vector, text = torch.randn(3, 2, 5, 16, generator=generator).unbind(0)
+    inputs = BlockInputs(text=text, vector=vector[:, 0])
+    if entry == "cross_attention":
+        inputs = dataclasses.replace(inputs, keys_values=block.text_keys_values(text))
+    updated, updated_text = block(tokens, inputs)
+    assert torch.equal(updated, tokens)
+    assert torch.equal(updated_text, text)
+
+
+@pytest.mark.parametrize("entry", ["concat", "cross_attention", "adaln", "dual_stream"])
+def test_pooled_text_modulates_blocks_that_see_text_and_time_modulates_all(entry):
+    config = dataclasses.replace(
+        CROSS, fusion=symmetric_fusion(entry, 7, 2), modulation="adaln_zero"
+    )
+    backbone, given = loud_backbone(config), backbone_inputs(config)
+    calls = record_blocks(backbone, *given)
+    time = backbone.time_embed(timestep_embedding(given[1], 16))
+    follows_time_alone = [torch.equal(inputs.vector, time) for _, inputs, *_ in calls]
     assert follows_time_alone == [True, True, False, False, False, True, True]
 
 
-@pytest.mark.parametrize("config", FUSION.values(), ids=FUSION)
-def test_skips_pair_last_in_first_out(config):
-    backbone = loud_backbone(config)
-    outputs, skips = [], []
-    for block in backbone.in_blocks:
-        block.register_forward_hook(lambda module, args, output: outputs.append(output))
-    for block in backbone.out_blocks:
-        block.skip_linear.register_forward_hook(
-            lambda module, args, output: skips.append(args[0][..., 16:])
-        )
-    backbone(*inputs(config))
-    assert all(torch.equal(a, b) for a, b in zip(reversed(outputs), skips, strict=True))
+def test_image_blocks_are_not_modulated_beside_adaln_blocks():
+    config = dataclasses.replace(CROSS, fusion="image adaln concat", long_skip=False)
+    calls = record_blocks(loud_backbone(config), *backbone_inputs(config))
+    assert [inputs.vector is None for _, inputs, *_ in calls] == [True, False, True]
 
 
-def test_early_concat_has_the_parameter_names_of_uvit():
-    layout = uvit_layout("concat", 6, 0, 0)
-    expected = random_weights(layout, width=16, patch=2, num_patches=16, context=(5, 12))
-    assert set(build_backbone(FUSION["concat 0-0"]).state_dict()) == set(expected)
-
-
-@pytest.mark.parametrize("init_std", [0.02, 0.1])
-@pytest.mark.parametrize("base", [CONCAT, TOKENS], ids=["fusion", "tokens"])
-def test_fresh_weights_are_narrow_normal_with_zero_biases(base, init_std):
-    torch.manual_seed(0)
-    classes = {"num_classes": 99} if base.num_classes else {}
-    config = dataclasses.replace(base, width=128, init_std=init_std, **classes)
-    for name, parameter in build_backbone(config).named_parameters():
-        if name.startswith(("patch_embed", "final_layer")):
-            continue  # Conv2d keeps torch's own initial weights
-        if "norm" in name and name.endswith("weight"):
-            assert torch.equal(parameter, torch.ones_like(parameter)), name
-        elif name.endswith("bias"):
-            assert not parameter.any(), name
+@pytest.mark.parametrize("depth", [6, 7])
+def test_long_skips_join_a_block_to_its_mirror(depth):
+    fusion = " ".join(["image", "dual_stream", "concat", "concat", "concat", "concat", "image"])
+    config = dataclasses.replace(CROSS, fusion=" ".join(fusion.split()[-depth:]))
+    calls = record_blocks(loud_backbone(config), *backbone_inputs(config))
+    for number in range(depth):
+        inputs, mirror = calls[number][1], depth - 1 - number
+        if number <= mirror:
+            assert inputs.skip is None
         else:
-            expected = 0.02 if name == "pos_embed" else init_std
-            assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
-            assert abs(parameter.mean().item()) < 0.1 * expected, name
+            assert torch.equal(inputs.skip, calls[mirror][2])
+            assert torch.equal(inputs.text_skip, calls[mirror][3])
 
 
-@pytest.mark.parametrize(
-    ("config", "count"), [(CROSS, 7 + 1), (dataclasses.replace(TOKENS, long_skip=True), 5)]
-)
-def test_blocks_are_all_of_them(config, count):
-    assert len(build_backbone(config).blocks()) == count
+@pytest.mark.parametrize("entry", ["concat", "dual_stream"])
+@pytest.mark.parametrize("mirror", ["concat", "dual_stream", "cross_attention", "image"])
+def test_text_takes_the_skip_where_both_mirrors_update_text(entry, mirror):
+    config = dataclasses.replace(CROSS, fusion=f"{mirror} concat {entry} image concat image")
+    backbone = loud_backbone(dataclasses.replace(config, fusion=f"{mirror} concat {entry}"))
+    generator = torch.Generator().manual_seed(1)
+    tokens, skip = torch.randn(2, 2, 17, 16, generator=generator)
+    text, *text_skips = torch.randn(3, 2, 5, 16, generator=generator)
+    with torch.no_grad():
+        first, second = (
+            backbone.blocks[2](tokens, BlockInputs(text=text, skip=skip, text_skip=text_skip))
+            for text_skip in text_skips
+        )
+    follows_text_skip = not torch.equal(first[0], second[0])
+    assert follows_text_skip == (mirror in ("concat", "dual_stream"))
+
+
+def test_a_condition_does_not_matter_where_no_block_sees_text():
+    for base in (CROSS, CLASSES):
+        config = dataclasses.replace(base, fusion="3*image", num_text_blocks=0)
+        backbone, (latents, timesteps, condition) = loud_backbone(config), backbone_inputs(config)
+        assert not [name for name in backbone.state_dict() if name.startswith(("label", "context"))]
+        with torch.no_grad():
+            predicted = backbone(latents, timesteps, condition)
+            assert torch.equal(backbone(latents, timesteps, condition.flip(0)), predicted)
+            both = backbone(latents, timesteps, torch.cat([condition, condition]))
+        assert torch.equal(both, torch.cat([predicted, predicted]))
 
 
 def test_the_null_class_is_a_class_of_its_own():
-    backbone = loud_backbone(TOKENS)
-    latents, timesteps, _ = inputs(TOKENS)
+    backbone = loud_backbone(CLASSES)
+    latents, timesteps, _ = backbone_inputs(CLASSES)
     with torch.no_grad():
         predicted = [backbone(latents, timesteps, torch.tensor([k, k])) for k in range(4)]
     assert len({tuple(one.flatten().tolist()) for one in predicted}) == 4
+
+
+def test_parts_are_all_blocks():
+    assert len(build_backbone(CROSS).parts()) == 1 + 7
+    assert len(build_backbone(CLASSES).parts()) == 5
+
+
+WIDE = dataclasses.replace(
+    MODERN, width=128, fusion="image concat dual_stream separate_cross_attention adaln"
+)
+
+
+@pytest.mark.parametrize("modulation", ["none", "adaln_zero", "shared"])
+@pytest.mark.parametrize(("init_std", "expected"), [("auto", 0.08), (0.05, 0.05)])
+def test_fresh_weights_are_narrow_normal_with_zero_biases(init_std, expected, modulation):
+    config = dataclasses.replace(WIDE, init_std=init_std, modulation=modulation)
+    for name, parameter in build_backbone(config).named_parameters():
+        if name.startswith(("patch_embed", "final_layer")):
+            continue  # Conv2d keeps torch's own distribution
+        if "norm" in name and name.endswith("weight"):
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        elif name.endswith("bias") or "cross_attn.proj" in name or "modulation.linear" in name:
+            assert not parameter.any(), name
+        else:
+            std = {"pos_embed": 0.02, "registers": 0.02}.get(name, expected)
+            std = 128**-0.5 if name.endswith("table") else std
+            assert parameter.std().item() == pytest.approx(std, rel=0.1), name
+            assert abs(parameter.mean().item()) < 0.12 * std, name
+
+
+@pytest.mark.parametrize(("width", "std"), [(256, 0.04), (512, 0.02), (1024, 0.02)])
+def test_automatic_initial_weights_are_wider_in_narrow_backbones(width, std):
+    weight = initial_weights(dataclasses.replace(CROSS, width=width), 0)(
+        "blocks.0.attn.proj.weight"
+    )
+    assert weight.std().item() == pytest.approx(std, rel=0.02)
+
+
+def test_convolutions_have_torchs_own_distribution():
+    weight = initial_weights(dataclasses.replace(CROSS, width=512), 0)("patch_embed.proj.weight")
+    bound = 16**-0.5  # 4 channels, 2 x 2 pixels
+    assert weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_initial_values_depend_on_name_shape_and_seed_but_not_on_the_map():
+    first = dict(build_backbone(CROSS, seed=1).named_parameters())
+    other = dict(
+        build_backbone(dataclasses.replace(CONCAT, fusion="7*concat"), 1).named_parameters()
+    )
+    modern = dict(build_backbone(MODERN, seed=1).named_parameters())
+    again = dict(build_backbone(CROSS, seed=2).named_parameters())
+    assert first.keys() == other.keys()
+    assert all(torch.equal(first[name], other[name]) for name in first)
+    shared = [name for name in modern if name in first and modern[name].shape == first[name].shape]
+    assert "blocks.0.attn.qkv.weight" in shared
+    assert all(torch.equal(first[name], modern[name]) for name in shared)
+    assert not torch.equal(first["pos_embed"], again["pos_embed"])
+    weights = [value for name, value in first.items() if name.endswith("attn.proj.weight")]
+    assert len({tuple(weight.flatten().tolist()) for weight in weights}) == len(weights) == 8

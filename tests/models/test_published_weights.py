@@ -13,13 +13,13 @@ from uvit_oracle import Layout, Oracle, fork_layout, random_weights, uvit_layout
 from ifvit.cli import main
 from ifvit.errors import UserError
 from ifvit.models import from_published_state_dict
-from ifvit.models.config import ImportConfig
+from ifvit.models.config import ImportConfig, symmetric_fusion
 from ifvit.models.published_weights import import_weights
 from ifvit.models.weights import load_weights
 
 TIMESTEPS = (0, 412)
 FUSIONS = [(0, 0), (2, 1), (0, 1), (2, 0), (3, 2), (1, 3)]
-UVIT = uvit_layout("concat", 4, 0, 0)
+UVIT = uvit_layout(4)
 
 
 def published(layout, *, width=64, context=(8, 12), patches=16, scale=1.0):
@@ -56,7 +56,7 @@ def assert_predicts_like_the_oracle(layout: Layout, *, size=8, width=16, context
 
 @pytest.mark.parametrize("depth", [2, 6])
 def test_uvit_weights_predict_what_the_oracle_predicts(depth):
-    assert_predicts_like_the_oracle(uvit_layout("concat", depth, 0, 0))
+    assert_predicts_like_the_oracle(uvit_layout(depth))
 
 
 @pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
@@ -64,13 +64,11 @@ def test_uvit_weights_predict_what_the_oracle_predicts(depth):
 @pytest.mark.filterwarnings("ignore:the fork's cross-attention code", "ignore:heads of")
 def test_fork_weights_predict_what_the_oracle_predicts(conditioning, num_image, num_text):
     config = assert_predicts_like_the_oracle(fork_layout(conditioning, 6, num_image, num_text))
-    assert config.conditioning == conditioning
-    assert (config.num_image_blocks, config.num_text_blocks) == (num_image, num_text)
+    assert config.fusion == symmetric_fusion(conditioning, 7, num_image)
+    assert config.num_text_blocks == num_text
 
 
-@pytest.mark.parametrize(
-    "layout", [uvit_layout("concat", 2, 0, 0), fork_layout("cross_attention", 4, 1, 1)]
-)
+@pytest.mark.parametrize("layout", [uvit_layout(2), fork_layout("cross_attention", 4, 1, 1)])
 def test_heads_and_context_length_of_the_paper_need_not_be_given(layout):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -111,7 +109,7 @@ def test_loading_copies_the_given_tensors():
     backbone = from_published_state_dict(weights)
     before = weights["norm.weight"].clone()
     with torch.no_grad():
-        backbone.norm.weight.zero_()
+        backbone.head_norm.weight.zero_()
     assert torch.equal(weights["norm.weight"], before)
 
 

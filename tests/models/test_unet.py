@@ -1,22 +1,19 @@
-import dataclasses
-
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
-from test_backbone import UNET, inputs
+from made_backbone import backbone_inputs
+from test_backbone import CAPTIONS_UNET, UNET
 
 from ifvit.models.config import CLASS_PRESETS
 from ifvit.models.cost import count_cost
 from ifvit.models.weights import build_backbone
 
-CAPTIONS = dataclasses.replace(UNET, num_classes=None, context_length=5, context_width=12)
 
-
-@pytest.mark.parametrize("config", [UNET, CAPTIONS], ids=["classes", "captions"])
+@pytest.mark.parametrize("config", [UNET, CAPTIONS_UNET], ids=["classes", "captions"])
 def test_our_attention_is_that_of_diffusers(config):
     torch.manual_seed(0)
-    backbone, given = build_backbone(config).eval(), inputs(config)
+    backbone, given = build_backbone(config).eval(), backbone_inputs(config)
     with torch.no_grad():
         ours = backbone(*given)
         backbone.unet.set_attn_processor(AttnProcessor2_0())
@@ -37,5 +34,5 @@ def test_heads_are_as_wide_as_configured():
 
 @pytest.mark.parametrize("size", ["tiny", "base"])
 def test_a_preset_has_about_the_parameters_of_its_transformer(size):
-    unet, tokens = (count_cost(CLASS_PRESETS[f"{kind}_{size}"]) for kind in ("unet", "token"))
-    assert unet.params == pytest.approx(tokens.params, rel=0.03)
+    unet, plain = (count_cost(CLASS_PRESETS[f"{kind}_{size}"]) for kind in ("unet", "class"))
+    assert unet.params == pytest.approx(plain.params, rel=0.03)

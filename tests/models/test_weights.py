@@ -25,7 +25,7 @@ INFO = WeightsInfo(
 
 @pytest.fixture
 def backbone():
-    return build_backbone(small_shape(width=8, depth=2, num_image_blocks=0))
+    return build_backbone(small_shape(width=8, fusion="3*cross_attention"))
 
 
 @pytest.fixture
@@ -135,10 +135,10 @@ def test_a_file_is_hashed_once_per_process(saved, monkeypatch):
     ("change", "message"),
     [
         ({"width": 16}, "the configuration describes"),
-        ({"depth": 3}, "depth must be even"),
-        ({"depth": None}, "depth"),
-        ({"depth": 10**9}, "depth is 1000000000"),
-        ({"depth": 256}, "the configuration describes"),
+        ({"fusion": "3*concat image"}, "the configuration describes"),
+        ({"fusion": None}, "fusion"),
+        ({"fusion": "999*image"}, "fusion: 999 blocks; give 1 to 256"),
+        ({"fusion": "256*image", "num_text_blocks": 0}, "the configuration describes"),
         ({"width": 65536, "num_heads": 1, "mlp_ratio": 256}, "the configuration describes"),
         ({"latent_size": 65536}, "the configuration describes"),
         ({"init_std": float("nan")}, "init_std"),
@@ -155,7 +155,7 @@ def test_a_config_of_another_network_is_one_line(saved, change, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, '{"depth": ' + "9" * 9999 + "}", "[]"])
+@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, '{"width": ' + "9" * 9999 + "}", "[]"])
 def test_a_hostile_config_is_one_line(saved, text):
     (saved / "config.json").write_text(text)
     change_stored(saved, config_sha256=sha256_of(saved / "config.json"))
@@ -167,10 +167,10 @@ def test_a_hostile_config_is_one_line(saved, text):
 def test_a_config_that_lacks_a_key_is_an_error_that_names_it(saved):
     path = saved / "config.json"
     stored = json.loads(path.read_text())
-    del stored["depth"]
+    del stored["width"]
     path.write_text(json.dumps(stored))
     change_stored(saved, config_sha256=sha256_of(path))
-    with pytest.raises(UserError, match="depth"):
+    with pytest.raises(UserError, match="width"):
         load_weights(str(saved))
 
 

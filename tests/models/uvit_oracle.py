@@ -21,24 +21,54 @@ class Layout:
     fused_in: list[str] = field(default_factory=list)
     fused_out: list[str] = field(default_factory=list)
     image_out: list[str] = field(default_factory=list)
+    middle: str = "mid_block"
+    head_norm: str = "norm"
     split_queries: bool = False
     is_modulated: bool = False
 
 
-def uvit_layout(
+def uvit_layout(depth: int) -> Layout:
+    """The block names of U-ViT."""
+    half = depth // 2
+    return Layout(
+        conditioning="concat",
+        positions=("time", "text", "image"),
+        fused_in=[f"in_blocks.{i}" for i in range(half)],
+        fused_out=[f"out_blocks.{i}" for i in range(half)],
+    )
+
+
+def our_layout(
     conditioning: str, depth: int, num_image: int, num_text: int, is_modulated: bool = False
 ) -> Layout:
-    """Our block names; with `concat`, 0, 0 they are those of U-ViT."""
+    """Our block names, with `depth` blocks beside the middle one."""
     half = depth // 2
+    names = [f"blocks.{i}" for i in range(depth + 1)]
     return Layout(
         conditioning=conditioning,
         is_modulated=is_modulated,
         positions=("time", "text", "image"),
-        image_in=[f"in_blocks.{i}" for i in range(num_image)],
-        fused_in=[f"in_blocks.{i}" for i in range(num_image, half)],
+        image_in=names[:num_image],
+        fused_in=names[num_image:half],
         text=[f"text_blocks.{i}" for i in range(num_text)],
-        fused_out=[f"out_blocks.{i}" for i in range(half - num_image)],
-        image_out=[f"out_blocks.{i}" for i in range(half - num_image, half)],
+        middle=names[half],
+        fused_out=names[half + 1 : depth + 1 - num_image],
+        image_out=names[depth + 1 - num_image :],
+        head_norm="head_norm",
+    )
+
+
+def class_layout(num_blocks: int, *, long_skip: bool) -> Layout:
+    """Our block names, where one class token takes part in all blocks."""
+    if long_skip:
+        return our_layout("concat", num_blocks - 1, 0, 0)
+    *first, last = (f"blocks.{i}" for i in range(num_blocks))
+    return Layout(
+        conditioning="concat",
+        positions=("time", "text", "image"),
+        fused_in=first,
+        middle=last,
+        head_norm="head_norm",
     )
 
 
@@ -75,15 +105,15 @@ def random_weights(
         "patch_embed.proj.bias": (width,),
         "context_embed.weight": (width, context[1]),
         "context_embed.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
+        f"{layout.head_norm}.weight": (width,),
+        f"{layout.head_norm}.bias": (width,),
         "decoder_pred.weight": (values, width),
         "decoder_pred.bias": (values,),
         "final_layer.weight": (4, 4, 3, 3),
         "final_layer.bias": (4,),
     }
     with_skip = [*layout.fused_out, *layout.image_out]
-    plain = [*layout.image_in, *layout.text, *layout.fused_in, "mid_block"]
+    plain = [*layout.image_in, *layout.text, *layout.fused_in, layout.middle]
     for block in [*plain, *with_skip]:
         queries = {"q": width, "kv": 2 * width} if layout.split_queries else {"qkv": 3 * width}
         linears = {"attn.proj": (width, width), "mlp.fc1": (4 * width, width)}
@@ -102,7 +132,10 @@ def random_weights(
         linears |= {"time_embed.0": (4 * width, width), "time_embed.2": (width, 4 * width)}
         for name, shape in sorted(linears.items()):
             shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-        for norm in ["norm", *(f"{block}.norm{i}" for block in modulated for i in (1, 2))]:
+        for norm in [
+            layout.head_norm,
+            *(f"{block}.norm{i}" for block in modulated for i in (1, 2)),
+        ]:
             del shapes[f"{norm}.weight"], shapes[f"{norm}.bias"]
     weights = {}
     for name, shape in shapes.items():
@@ -120,11 +153,16 @@ class Oracle:
         self.layout, self.num_heads = layout, num_heads
 
     def predict(self, latents: Array, timestep: float, context: Array) -> Array:
-        """Latents (4, S, S), the timestep of the sinusoid, context (M, D) => noise (4, S, S)."""
+        """Latents (4, S, S), the timestep of the sinusoid, context (M, D) => noise (4, S, S).
+
+        The context is that of a caption, or the embedding (1, D) of a class.
+        """
         layout, positions = self.layout, self._positions(latents, context)
         image = self._patches(latents) + positions["image"]
         tokens = np.vstack([image, self._time(timestep) + positions["time"]])
-        text = self._linear("context_embed", context) + positions["text"]
+        if "context_embed.weight" in self.weights:
+            context = self._linear("context_embed", context)
+        text = context + positions["text"]
         num_own = len(tokens)
         skips = []
         time = self._embed_time(timestep)
@@ -140,7 +178,7 @@ class Oracle:
         for block in layout.fused_in:
             tokens = self._block(block, tokens, text=seen, vector=both)
             skips.append(tokens)
-        tokens = self._block("mid_block", tokens, text=seen, vector=both)
+        tokens = self._block(layout.middle, tokens, text=seen, vector=both)
         for block in layout.fused_out:
             tokens = self._block(block, tokens, text=seen, skip=skips.pop(), vector=both)
         tokens = tokens[:num_own]
@@ -195,7 +233,8 @@ class Oracle:
 
     def _norm(self, name: str, tokens: Array) -> Array:
         centred = tokens - tokens.mean(axis=1, keepdims=True)
-        unit = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
+        epsilon = 1e-5 if f"{name}.weight" in self.weights else 1e-6  # U-ViT's, DiT's
+        unit = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + epsilon)
         scale, shift = self.weights.get(f"{name}.weight", 1.0), self.weights.get(f"{name}.bias", 0)
         return unit * scale + shift
 
@@ -237,7 +276,7 @@ class Oracle:
         return np.hstack(heads)
 
     def _read(self, tokens: Array, size: int, vector: Array | None) -> Array:
-        normed = self._norm("norm", tokens)
+        normed = self._norm(self.layout.head_norm, tokens)
         if vector is not None:
             shift, scale = self._vectors("head_", vector, 2)
             normed = normed * (1 + scale) + shift
