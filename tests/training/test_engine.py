@@ -15,7 +15,7 @@ from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.errors import UserError
 from ifvit.models.config import PRESETS
-from ifvit.models.layers import HeadNorm
+from ifvit.models.layers import RMSNorm
 from ifvit.models.weights import build_backbone, initial_weights, load_weights
 from ifvit.training import engine
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
@@ -78,7 +78,7 @@ def test_the_learning_rate_falls_linearly_to_zero_over_the_cooldown() -> None:
 @pytest.mark.parametrize("decay_norms", [False, True])
 def test_the_first_update_is_adamws_and_norms_decay_only_by_recipe(decay_norms: bool) -> None:
     config = OptimConfig(weight_decay=0.2, betas=(0.7, 0.6), decay_norms=decay_norms)
-    layers = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), HeadNorm(3), nn.GroupNorm(1, 3))
+    layers = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), RMSNorm(3), nn.GroupNorm(1, 3))
     optimizer = build_optimizer(layers, config)
     for group in optimizer.param_groups:
         group["lr"] = 0.5
