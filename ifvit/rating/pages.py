@@ -32,9 +32,8 @@ def report(config: RateReportConfig) -> None:
     """
     study, results = read_study(config.study), read_results(config.study)
     style = files("ifvit.rating").joinpath("static", "style.css").read_text()
-    page = render(
-        "report.html", study=study, results=results, findings=describe(results), style=style
-    )
+    findings = describe(results)
+    page = render("report.html", study=study, results=results, findings=findings, style=style)
     storage.write_json(str(study.folder / "results.json"), asdict(results))
     storage.write_bytes(str(study.folder / "report.html"), page.encode())
     sys.stdout.write(f"{study.folder / 'report.html'}\n")
@@ -70,14 +69,15 @@ def _describe_preference(results: PreferenceResults) -> Iterator[str]:
     for rate in results.win_rates:
         yield _describe_win_rate(rate)
     yield _describe_alpha(results.alpha)
-    bias = results.order_bias
-    found = (
+    p = results.order_bias.p_value
+    yield (
         "The place on the page changed the rank, so the ranks do not depend on the images alone"
-        if bias.p_value < 0.05
+        if p < 0.05
         else "No sign that the place on the page changed the rank"
+    ) + (
+        f" (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}, Friedman's test on "
+        f"{results.order_bias.num_answers} rankings)."
     )
-    p = "p < 0.001" if bias.p_value < 0.001 else f"p = {bias.p_value:.3f}"
-    yield f"{found} ({p}, Friedman's test on {bias.num_answers} rankings)."
     yield from _describe_replies(results.replies, "pairs of images", "were put in the same order")
 
 
@@ -123,7 +123,7 @@ def _describe_replies(replies: Replies, things: str, alike: str) -> Iterator[str
         share = _percent(replies.consistency)
         yield f"In {replies.num_repeats} repeated questions, {share} of the {things} {alike}."
     reasons = ", ".join(f"{reason} {number}" for reason, number in replies.skips.items())
-    share = _percent(replies.num_skipped / replies.num_shown)
+    share = _percent(sum(replies.skips.values()) / replies.num_shown)
     yield f"{share} of {replies.num_shown} questions were skipped{reasons and ': '}{reasons}."
 
 

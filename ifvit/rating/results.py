@@ -21,7 +21,7 @@ from ifvit.evaluation.estimates import Estimate
 from ifvit.rating.agreement import Floats, OrderBias, agreement, estimate_columns, order_bias
 from ifvit.rating.answers import Answer, Store, read_answers
 from ifvit.rating.config import RateExportConfig
-from ifvit.rating.study import CANNOT_TELL, KINDS, Item, Kind, Study, read_study
+from ifvit.rating.study import CANNOT_TELL, Item, Study, read_study
 from ifvit.records import dump_csv
 
 _Unit = TypeVar("_Unit", bound=Hashable)
@@ -39,11 +39,6 @@ class Replies:
     consistency: float | None
     """Mean over the repeats: of 1 for equal counts and 0 for different ones, or of the share of
     image pairs that both rankings put in the same order. None without repeats."""
-
-    @property
-    def num_skipped(self) -> int:
-        """Number of skips for any reason."""
-        return sum(self.skips.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +121,8 @@ def read_results(folder: str) -> StudyResults:
 def summarise(study: Study, store: Store) -> StudyResults:
     """Summarise the answers that `store` holds now. Raises UserError for those of another study."""
     answers = read_answers(study, store)
-    of_kind: dict[Kind, list[Answer]] = {kind: [] for kind in KINDS}
-    for answer in answers:
-        of_kind[study.items[answer.item].kind].append(answer)
+    rankings = [answer for answer in answers if study.items[answer.item].kind == "preference"]
+    counts = [answer for answer in answers if study.items[answer.item].kind == "counting"]
     done = Counter(answer.rater for answer in answers)
     last = {answer.rater: answer.answered_at for answer in answers}
     total = len(study.tasks(rater=0))
@@ -138,8 +132,8 @@ def summarise(study: Study, store: Store) -> StudyResults:
             Progress(rater=rater.id, done=done[rater.id], total=total, last=last.get(rater.id))
             for rater in store.raters()
         ],
-        preference=_summarise_preference(study, of_kind["preference"]),
-        counting=_summarise_counting(study, of_kind["counting"]),
+        preference=_summarise_preference(study, rankings),
+        counting=_summarise_counting(study, counts),
     )
 
 
@@ -149,9 +143,9 @@ def _summarise_preference(study: Study, answers: Sequence[Answer]) -> Preference
     }
     if not rankings:
         return None
-    models = [model for model in study.models if model.preference is not None]
-    blind, names = [model.blind for model in models], [model.name for model in models]
-    ranks = _tabulate({key: _ranks(answer, blind) for key, answer in rankings.items()})
+    models = {model.blind: model.name for model in study.models if model.preference is not None}
+    names = list(models.values())
+    ranks = _tabulate({key: _ranks(answer, list(models)) for key, answer in rankings.items()})
     pairs = list(combinations(range(len(models)), 2))
     wins = np.stack([ranks[..., a] < ranks[..., b] for a, b in pairs], axis=-1).astype(float)
     wins[np.isnan(ranks[..., 0])] = np.nan
@@ -190,38 +184,31 @@ def _summarise_counting(study: Study, answers: Sequence[Answer]) -> CountingResu
     _, cannot_tell = _tabulate_by_model(study, names, unclear)
     return CountingResults(
         num_counts=len(counted),
-        groups=[_count_group(names, items, errors, *group) for group in _list_groups(items)],
+        groups=list(_count_groups(names, items, errors)),
         cannot_tell=_by_name(names, estimate_columns(cannot_tell, is_share=True)),
         alpha=agreement(counts.reshape(len(counts), -1), "interval"),
         replies=_summarise_replies(answers),
     )
 
 
-def _list_groups(items: Sequence[Item]) -> list[tuple[str | None, int | None]]:
-    in_order = sorted(items, key=lambda item: item.number)
-    objects = list(dict.fromkeys(item.object for item in in_order))
+def _count_groups(
+    names: Sequence[str], items: Sequence[Item], errors: Floats
+) -> Iterator[CountGroup]:
+    objects = list(dict.fromkeys(item.object for item in sorted(items, key=lambda i: i.number)))
     counts = sorted({item.count for item in items if item.count is not None})
-    asked = {(item.object, item.count) for item in items}
-    pairs = [pair for pair in product(objects, counts) if pair in asked]
-    return [(None, None), *((o, None) for o in objects), *((None, c) for c in counts), *pairs]
-
-
-def _count_group(
-    names: Sequence[str],
-    items: Sequence[Item],
-    errors: Floats,
-    object_: str | None,
-    count: int | None,
-) -> CountGroup:
-    belongs = [object_ in (None, item.object) and count in (None, item.count) for item in items]
-    chosen = errors[:, belongs]
-    matches = np.where(np.isnan(chosen), np.nan, chosen == 0)
-    return CountGroup(
-        object=object_,
-        count=count,
-        average_error=_by_name(names, estimate_columns(chosen)),
-        match_ratio=_by_name(names, estimate_columns(matches, is_share=True)),
-    )
+    alone = [(None, None), *((each, None) for each in objects), *((None, each) for each in counts)]
+    for object_, count in [*alone, *product(objects, counts)]:
+        belongs = [object_ in (None, i.object) and count in (None, i.count) for i in items]
+        if not any(belongs):
+            continue
+        chosen = errors[:, belongs]
+        matches = np.where(np.isnan(chosen), np.nan, chosen == 0)
+        yield CountGroup(
+            object=object_,
+            count=count,
+            average_error=_by_name(names, estimate_columns(chosen)),
+            match_ratio=_by_name(names, estimate_columns(matches, is_share=True)),
+        )
 
 
 def _tabulate_by_model(
