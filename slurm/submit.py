@@ -24,12 +24,10 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from data_pipeline.config import EncodeConfig
 from ifvit import connections, storage
-from ifvit.analysis.config import AttentionConfig
 from ifvit.config import dump_config, read_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.records import shorten
-from ifvit.studies.config import PaperConfig, ReportConfig
 from ifvit.training.config import TrainConfig
 from slurm.config import (
     ClusterConfig,
@@ -251,15 +249,13 @@ def sbatch_parameters(job: VerbJob, folder: Path, code: Path, dependency: str) -
     decides whether the job is requeued.
     """
     cluster = job.cluster
-    srun_args = [
-        f"--cpus-per-task={cluster.cpus_per_task}",  # not inherited from sbatch since SLURM 22.05
-        f"--wait={cluster.exit_wait_s}",
-        "--open-mode=append",
-    ]
-    if cluster.container_image:
-        srun_args.append(f"--container-image={cluster.container_image}")
-    if cluster.container_mounts:
-        srun_args.append(f"--container-mounts={cluster.container_mounts}")
+    srun_options = {
+        "cpus-per-task": cluster.cpus_per_task,  # not inherited from sbatch since SLURM 22.05
+        "wait": cluster.exit_wait_s,
+        "open-mode": "append",
+        "container-image": cluster.container_image,
+        "container-mounts": cluster.container_mounts,
+    }
     megabytes = round((cluster.mem_gb_per_task or 0) * 1024) * cluster.tasks_per_node
     parameters = {
         "job_name": job.name,
@@ -275,11 +271,7 @@ def sbatch_parameters(job: VerbJob, folder: Path, code: Path, dependency: str) -
         "signal_delay_s": cluster.signal_delay_s,
         "stderr_to_stdout": True,
         "dependency": dependency or None,
-        "additional_parameters": {
-            "requeue": True,
-            "kill-on-invalid-dep": "yes",
-            **cluster.sbatch,
-        },
+        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **cluster.sbatch},
         "setup": [
             # SIGTERM must not end the script before `supervise` has run.
             "trap : TERM",
@@ -289,7 +281,9 @@ def sbatch_parameters(job: VerbJob, folder: Path, code: Path, dependency: str) -
             *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()),
             *cluster.setup,
         ],
-        "srun_args": srun_args,
+        "srun_args": [
+            f"--{name}={value}" for name, value in srun_options.items() if value is not None
+        ],
         "teardown": [
             f"{shlex.quote(sys.executable)} -m slurm.supervise {shlex.quote(str(folder))} $?"
         ],
@@ -297,73 +291,58 @@ def sbatch_parameters(job: VerbJob, folder: Path, code: Path, dependency: str) -
     return {key: value for key, value in parameters.items() if value is not None}
 
 
-_OfRuns = TypeVar("_OfRuns", AttentionConfig, ReportConfig, PaperConfig)
-
-
 def submit_pipeline(config: PipelineConfig) -> None:
-    """Submit all stages."""
-    arrays, config = _expand_sweep(config)
-    recipes = [recipe for array in arrays for recipe in array]
+    """Submit all stages; the folder of the sweep stands for all of its runs."""
     cluster, home = config.cluster, absolute(config.run)
     single = cluster.single_task()
+    arrays = [[recipe] for recipe in config.train]
+    swept: dict[str, list[str]] = {}
+    if config.sweep:
+        sweep = _read_sweep(config.sweep)
+        arrays.append(expand_axes(sweep))
+        swept[sweep.run] = [recipe.run for recipe in arrays[-1]]
+
+    def expand(runs: Sequence[str]) -> list[str]:
+        return [run for folder in runs for run in swept.get(folder, [folder])]
+
     submission = Submission(config, home, "pipeline")
-    encoded = [i for recipe in config.encode for i in submission.add(encode_jobs(recipe, cluster))]
-    trained = [
-        i
-        for array in arrays
-        for i in submission.add([train_job(recipe, cluster) for recipe in array], encoded)
-    ]
-    referenced = []
+    encoded: list[str] = []  # ids of jobs, here and below
+    trained: list[str] = []
+    referenced: list[str] = []
+    evaluated: list[str] = []
+    analysed: list[str] = []
+    for data in config.encode:
+        encoded += submission.add(encode_jobs(data, cluster))
+    for array in arrays:
+        trained += submission.add([train_job(recipe, cluster) for recipe in array], encoded)
     for reference in config.references:
         verb = "evaluate --make_reference"
         job = VerbJob(verb=verb, config=reference, run=home, cluster=single)
         referenced += submission.add([job])
     # An evaluation waits for its run, or for all runs if its run is not among them.
+    recipes = [recipe for array in arrays for recipe in array]
     job_of = dict(zip((r.run for r in recipes), trained, strict=False))  # no ids if run locally
-    evaluated = []
-    for recipe in config.evaluate:
-        needed = [job_of[recipe.weights]] if recipe.weights in job_of else trained or encoded
-        evaluated += add_evaluate(submission, recipe, cluster, after=[*needed, *referenced])
+    for evaluation in config.evaluate:
+        for run in expand([evaluation.weights]):
+            after = [job_of[run]] if run in job_of else trained or encoded
+            one = replace(evaluation, weights=run)
+            evaluated += add_evaluate(submission, one, cluster, [*after, *referenced])
     last_weights = {
         recipe.run: storage.join(recipe.run, "weights", f"step_{recipe.max_steps:08d}")
         for recipe in recipes
     }
-    analysed = []
     for attention in config.attention:
-        job = VerbJob(verb="analyze attention", config=attention, run=home, cluster=single)
+        analysis = replace(attention, runs=expand(attention.runs))
+        job = VerbJob(verb="analyze attention", config=analysis, run=home, cluster=single)
         analysed += submission.add([replace(job, last_weights=last_weights)], encoded, trained)
     for verb, report in (("report", config.report), ("report paper", config.paper)):
         if report:
+            pages = replace(report, runs=expand(report.runs))
             cpu = replace(single, gpus_per_node=0)
-            job = VerbJob(verb=verb, config=report, run=home, cluster=cpu)
+            job = VerbJob(verb=verb, config=pages, run=home, cluster=cpu)
             submission.add([job], encoded, [*trained, *evaluated, *analysed])
 
 
-def _expand_sweep(config: PipelineConfig) -> tuple[list[list[TrainConfig]], PipelineConfig]:
-    """Return the arrays of training runs, and the pipeline with the sweep replaced by its runs."""
-    arrays = [[recipe] for recipe in config.train]
-    runs_of: dict[str, list[str]] = {}
-    if config.sweep:
-        flag = "--config" if Path(config.sweep).suffix else "--recipe"
-        sweep = read_config(
-            SubmitTrainConfig, [f"{flag}={config.sweep}"], prog="ifvit submit train"
-        )
-        arrays.append(expand_axes(sweep))
-        runs_of[sweep.run] = [recipe.run for recipe in arrays[-1]]
-    evaluate = [
-        replace(recipe, weights=run)
-        for recipe in config.evaluate
-        for run in runs_of.get(recipe.weights, [recipe.weights])
-    ]
-    return arrays, replace(
-        config,
-        evaluate=evaluate,
-        attention=[_expand_runs(recipe, runs_of) for recipe in config.attention],
-        report=config.report and _expand_runs(config.report, runs_of),
-        paper=config.paper and _expand_runs(config.paper, runs_of),
-    )
-
-
-def _expand_runs(recipe: _OfRuns, runs_of: dict[str, list[str]]) -> _OfRuns:
-    runs = [run for folder in recipe.runs for run in runs_of.get(folder, [folder])]
-    return replace(recipe, runs=runs)
+def _read_sweep(recipe: str) -> SubmitTrainConfig:
+    flag = "--config" if Path(recipe).suffix else "--recipe"
+    return read_config(SubmitTrainConfig, [f"{flag}={recipe}"], prog="ifvit submit train")

@@ -21,7 +21,7 @@ from submitit.core.utils import JobPaths
 
 from ifvit import storage
 from ifvit.errors import EXIT_PREEMPTED, EXIT_STORE, UserError
-from ifvit.records import NonNegativeFloat, dump_rows, parse_rows, printable, record
+from ifvit.records import NonNegativeFloat, dump_rows, printable, record
 from slurm.jobs import VerbJob, load_job
 
 HARDWARE_FAILURE = re.compile(
@@ -30,10 +30,8 @@ HARDWARE_FAILURE = re.compile(
     r"|Stale file handle"
 )
 """Messages in the log of a task whose node has broken hardware."""
-
 _LOG_BYTES = 1 << 20
 """Bytes at the end of a log that are searched; a log may be larger than the memory."""
-
 TASK_START = "Starting with JobEnvironment("
 """The first line that submitit writes into a task's log at every start."""
 
@@ -71,16 +69,14 @@ def supervise(folder: Path, exit_code: int) -> int:
     starts.append(start)
     with _starts_file(folder, job_id).open("ab") as file:
         file.write(dump_rows([start]))
-    reason = reason_to_stop(starts, job.cluster.max_stalled_starts)
-    if reason:
+    if reason := reason_to_stop(starts, job.cluster.max_stalled_starts):
         _print(f"job {job_id} is not requeued: {reason}")
         return exit_code
     if not _may_requeue(job_id):
         return exit_code
     _print(f"job {job_id} ended with exit code {exit_code} on {start.nodes}; requeued")
     subprocess.run(["scontrol", "requeue", job_id], check=True)
-    bad_nodes = sorted({node for start in starts for node in start.bad_nodes})
-    if bad_nodes:
+    if bad_nodes := sorted({node for start in starts for node in start.bad_nodes}):
         _exclude(job_id, job.cluster.exclude, bad_nodes)
     return exit_code
 
@@ -92,9 +88,7 @@ def _starts_file(folder: Path, job_id: str) -> Path:
 def read_starts(folder: Path, job_id: str) -> list[Start]:
     """Read the starts of a job that have ended, oldest first."""
     path = _starts_file(folder, job_id)
-    if not path.exists():
-        return []
-    return parse_rows(Start, storage.read_bytes(str(path)), str(path))
+    return storage.read_rows(Start, str(path)) if path.exists() else []
 
 
 def reason_to_stop(starts: Sequence[Start], max_stalled: int) -> str | None:
