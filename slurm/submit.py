@@ -295,12 +295,7 @@ def submit_pipeline(config: PipelineConfig) -> None:
     """Submit all stages; the folder of the sweep stands for all of its runs."""
     cluster, home = config.cluster, absolute(config.run)
     single = cluster.single_task()
-    arrays = [[recipe] for recipe in config.train]
-    swept: dict[str, list[str]] = {}
-    if config.sweep:
-        sweep = _read_sweep(config.sweep)
-        arrays.append(expand_axes(sweep))
-        swept[sweep.run] = [recipe.run for recipe in arrays[-1]]
+    arrays, swept = _list_runs(config)
 
     def expand(runs: Sequence[str]) -> list[str]:
         return [run for folder in runs for run in swept.get(folder, [folder])]
@@ -343,6 +338,12 @@ def submit_pipeline(config: PipelineConfig) -> None:
             submission.add([job], encoded, [*trained, *evaluated, *analysed])
 
 
-def _read_sweep(recipe: str) -> SubmitTrainConfig:
-    flag = "--config" if Path(recipe).suffix else "--recipe"
-    return read_config(SubmitTrainConfig, [f"{flag}={recipe}"], prog="ifvit submit train")
+def _list_runs(config: PipelineConfig) -> tuple[list[list[TrainConfig]], dict[str, list[str]]]:
+    """Return the arrays of training runs, and folder of the sweep => its runs."""
+    arrays = [[recipe] for recipe in config.train]
+    if config.sweep is None:
+        return arrays, {}
+    flag = "--config" if Path(config.sweep).suffix else "--recipe"
+    sweep = read_config(SubmitTrainConfig, [f"{flag}={config.sweep}"], prog="ifvit submit train")
+    runs = expand_axes(sweep)
+    return [*arrays, runs], {sweep.run: [recipe.run for recipe in runs]}
