@@ -55,7 +55,11 @@ def evaluate(config: EvaluateConfig) -> list[MetricsRow | ObjectCountRow]:
                         conditions = measurement.open_conditions(model)
                         opened = conditions, load_sampler(model, conditions.null)
                     folder = samples_url(url)
-                    identity = {"weights_sha256": model.sha256, **measurement.sources}
+                    identity = {
+                        "weights_sha256": model.sha256,
+                        "null_context": model.info.null_context,
+                        **measurement.sources,
+                    }
                     claim_folder(folder, sampling.settings | identity)
                     seconds = generate_missing(folder, partition, *opened, model.info, sampling)
                     group.gather(None)  # waits until all processes have generated their images

@@ -23,7 +23,13 @@ from ifvit.records import shorten
 from ifvit.rng import Stream, uniform_array
 from ifvit.sampling.alignment import build_method
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.load import Model, check_identity, load_conditions, require_text_encoder
+from ifvit.sampling.load import (
+    Model,
+    check_identity,
+    load_conditions,
+    read_null_condition,
+    require_text_encoder,
+)
 from ifvit.sampling.samples import (
     SampleRow,
     batched,
@@ -108,7 +114,7 @@ def open_shard_conditions(reader: ShardReader, model: Model) -> PromptConditions
         contexts = [reader.context(prompt.position, prompt.caption) for prompt in prompts]
         return torch.from_numpy(np.stack(contexts))
 
-    return PromptConditions(read=read, null=torch.tensor(np.array(reader.null_context)))
+    return PromptConditions(read=read, null=read_null_condition(model.info, reader))
 
 
 def open_encoded_conditions(model: Model) -> PromptConditions:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers.utils.logging import disable_progress_bar
 
 from ifvit.errors import UserError
-from ifvit.models.config import NumBlocks, NumClasses, Size
+from ifvit.models.config import NullContext, NumBlocks, NumClasses, Size
 from ifvit.models.pretrained import (
     identify,
     load_frozen,
@@ -152,10 +152,21 @@ class ClipScorer:
 
 
 @torch.no_grad()
-def encode_captions(model: Any, tokenizer: "CLIPTokenizer", captions: list[str]) -> Tensor:
-    """B captions => the last hidden state (B, M, D) of CLIP's text tower `model`, float32."""
+def encode_captions(
+    model: Any,
+    tokenizer: "CLIPTokenizer",
+    captions: list[str],
+    null_context: NullContext = "empty_caption",
+) -> Tensor:
+    """B captions => the last hidden state (B, M, D) of CLIP's text tower `model`, float32.
+
+    If `null_context` is zeros, the context of the empty caption is zeros.
+    """
     tokens = tokenize(tokenizer, captions, model.config.max_position_embeddings).input_ids
     hidden: Tensor = model(input_ids=tokens.to(model.device)).last_hidden_state
+    if null_context == "zeros":
+        is_empty = torch.tensor([not caption for caption in captions], device=hidden.device)
+        hidden = hidden.masked_fill(is_empty[:, None, None], 0.0)
     return hidden.float()
 
 

@@ -26,6 +26,7 @@ from ifvit.models.pretrained import identify, read_pickled_tensors, reading, res
 from ifvit.models.weights import (
     WeightsInfo,
     describe_backbone,
+    read_stored_weights,
     restore_backbone,
     save_weights,
     step_name,
@@ -250,6 +251,12 @@ def import_weights(config: ImportConfig) -> None:
     )
     kind = "raw" if config.ema_decay is None else "ema"
     folder = storage.join(config.run, "weights", step_name(config.step), kind)
+    if (
+        storage.exists(storage.join(folder, "weights.json"))
+        and read_stored_weights(folder).info != info
+    ):
+        # Results in the run name only the hash of the tensors.
+        raise UserError(f"{folder}: holds weights of another import; choose another run")
     save_weights(folder, backbone, info)
     found = backbone.config
     sys.stdout.write(

@@ -72,6 +72,7 @@ def export(config: ExportConfig) -> None:
         tokenizer=text_encoder.tokenizer if text_encoder else None,
         scheduler=SOLVERS["dpm_solver_pp"](),
         classes=info.classes,
+        null_context=info.null_context,
     )
     with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
         folder = Path(temporary)
@@ -99,7 +100,10 @@ def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneCon
     """
     if info.text_encoder:
         task, subject, prompt = "text-to-image", "Text-to-image", "two red circles above a square"
-        condition = {"text encoder": f"{info.text_encoder.name}, {info.text_encoder.sha256}"}
+        condition = {
+            "text encoder": f"{info.text_encoder.name}, {info.text_encoder.sha256}",
+            "null context": info.null_context,
+        }
     else:
         # diffusers has no name for class-conditional generation.
         task, subject = "unconditional-image-generation", f"Images of {len(info.classes)} classes"

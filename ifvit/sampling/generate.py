@@ -59,6 +59,7 @@ def generate(config: GenerateConfig) -> list[str]:
         "weights_sha256": model.sha256,
         "step": model.info.step,
         "ema_decay": model.info.ema_decay,
+        "null_context": model.info.null_context,
     }
     claim_folder(config.output, settings | {"prompts_sha256": hash_json(prompts)})
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from ifvit.diffusion.sampler import Sampler
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.backbone import Backbone
-from ifvit.models.clip import TextEncoder, load_text_encoder
+from ifvit.models.clip import TextEncoder, encode_captions, load_text_encoder
 from ifvit.models.pretrained import place_of
 from ifvit.models.weights import (
     WeightsInfo,
@@ -26,6 +27,7 @@ from ifvit.models.weights import (
 )
 from ifvit.sampling.config import EncoderPlaces
 from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.reader import ShardReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,8 @@ class Conditions:
     """Converts prompts to the conditions that a backbone takes."""
 
     encode: Callable[[list[str]], Tensor]
-    """B captions => contexts (B, M, D), or B class names or numbers => class numbers (B,)."""
+    """B captions => contexts (B, M, D), or B class names or numbers => class numbers (B,). The
+    empty caption gives the null context of the training."""
     null: Tensor
     """Condition of no prompt, (M, D) or ()."""
 
@@ -128,7 +131,18 @@ def load_conditions(info: WeightsInfo, device: str) -> Conditions:
         null = torch.tensor(len(info.classes))
         return Conditions(encode=partial(number_classes, info.classes), null=null)
     encoder = load_trained_text_encoder(info, device)
-    return Conditions(encode=encoder.encode, null=encoder.null_context())
+    encode = partial(
+        encode_captions, encoder.model, encoder.tokenizer, null_context=info.null_context
+    )
+    return Conditions(encode=encode, null=encode([""])[0])
+
+
+def read_null_condition(info: WeightsInfo, reader: ShardReader) -> Tensor:
+    """Condition of no prompt, (M, D) or (), as in the training of the weights, from shards."""
+    if info.text_encoder is None:
+        return torch.tensor(len(info.classes))
+    context = torch.from_numpy(np.array(reader.null_context))
+    return torch.zeros_like(context) if info.null_context == "zeros" else context
 
 
 def number_classes(classes: tuple[str, ...], names: list[str]) -> Tensor:

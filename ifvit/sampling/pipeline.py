@@ -26,6 +26,7 @@ from ifvit.errors import UserError
 from ifvit.models.autoencoders import load_vae
 from ifvit.models.backbone import Backbone
 from ifvit.models.clip import encode_captions, load_text_tower, load_tokenizer
+from ifvit.models.config import NullContext
 from ifvit.models.pretrained import (
     download_pretrained,
     read_model_config,
@@ -72,6 +73,7 @@ class PipelineIndex:
     tokenizer: Named = (None, None)
     scheduler: Named
     classes: tuple[str, ...] = ()
+    null_context: NullContext = "empty_caption"
 
     @property
     def components(self) -> dict[str, Named]:
@@ -116,10 +118,16 @@ class FusionPipeline(DiffusionPipeline):
         tokenizer: Any,
         scheduler: Any,
         classes: Sequence[str] = (),
+        null_context: NullContext = "empty_caption",
     ) -> None:
-        """`classes` are the class names of a class-conditional backbone without text encoder."""
+        """`classes` are the class names of a class-conditional backbone without text encoder.
+
+        `null_context` stood for the empty prompt in the training.
+        """
         super().__init__()
-        self.register_to_config(classes=list(classes))  # type: ignore[no-untyped-call]
+        self.register_to_config(  # type: ignore[no-untyped-call]
+            classes=list(classes), null_context=null_context
+        )
         self.register_modules(  # type: ignore[no-untyped-call]
             backbone=backbone,
             vae=vae,
@@ -201,7 +209,8 @@ class FusionPipeline(DiffusionPipeline):
         """Generate `num_images_per_prompt` images of each prompt, ordered by prompt.
 
         A prompt is a caption or, for a class-conditional backbone, a class name or number.
-        `prompt_embeds` (prompts, M, D) replaces the prompts, `negative_prompt` the empty caption.
+        `prompt_embeds` (prompts, M, D) replaces the prompts, `negative_prompt` the
+        empty one, which stands for the null context or class of the training.
         `guidance_scale` is w in eps_uncond + w (eps_cond - eps_uncond); it applies at the timesteps
         of `guidance_interval` (0 ... 999). `height` and `width` may only be those of the training.
         `timesteps` or `sigmas` replace the scheduler's own, and `eta` is that of DDIM, where the
@@ -298,7 +307,9 @@ class FusionPipeline(DiffusionPipeline):
             # The empty name is the null class.
             numbers = number_classes((*self.config["classes"], ""), prompts)
             return numbers.to(self._execution_device)
-        return encode_captions(self.text_encoder, self.tokenizer, prompts)
+        return encode_captions(
+            self.text_encoder, self.tokenizer, prompts, self.config["null_context"]
+        )
 
     def _check_rows(self, name: str, embeds: Tensor, count: int | None = None) -> None:
         """Raise ValueError unless there are `count` conditions, or at least one, of any shape.

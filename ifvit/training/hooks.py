@@ -35,7 +35,7 @@ from ifvit.models.weights import (
     step_name,
 )
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.load import load_conditions, load_decoder
+from ifvit.sampling.load import load_conditions, load_decoder, read_null_condition
 from ifvit.sampling.samples import batched
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join, list_names
@@ -360,4 +360,4 @@ def _grid_conditions(
         return conditions.encode(list(prompts)), conditions.null
     count = min(2 * _GRID_COLUMNS, len(reader))
     contexts = torch.from_numpy(np.stack([reader.context(i, 0) for i in range(count)]))
-    return contexts, torch.from_numpy(np.array(reader.null_context))
+    return contexts, read_null_condition(info, reader)
