@@ -43,8 +43,9 @@ from ifvit.sampling.config import EncoderPlaces
 from ifvit.sampling.generate import read_prompt_file
 from ifvit.sampling.load import (
     check_identity,
+    load_conditions,
     load_model,
-    load_trained_text_encoder,
+    read_null_condition,
     require_text_encoder,
 )
 from ifvit.sampling.samples import batched, hash_json
@@ -159,6 +160,7 @@ def _read_if_complete(url: str) -> AttentionSummary | None:
 
 def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Prompts:
     """Read the prompts file, or the first captions of the first images in the shards."""
+    trained_with = require_text_encoder(info)
     if config.shards is None:
         assert config.prompts is not None
         texts = read_prompt_file(config.prompts)[: config.num_prompts]
@@ -168,14 +170,13 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
                 f"{config.prompts}: {len(texts)} prompts, but {wanted} are needed; write more "
                 "prompts, one per line"
             )
-        encoder, size = load_trained_text_encoder(info, device), config.sampling.batch_size
+        conditions, size = load_conditions(info, device), config.sampling.batch_size
         return Prompts(
             texts=texts,
-            contexts=torch.cat([encoder.encode([*batch]) for batch in batched(texts, size)]),
-            null_context=encoder.null_context(),
+            contexts=torch.cat([conditions.encode([*batch]) for batch in batched(texts, size)]),
+            null_context=conditions.null,
         )
     reader = ShardReader(config.shards)
-    trained_with = require_text_encoder(info)
     check_identity(f"{reader.url}: text encoder", reader.text.encoder, trained_with)
     count = config.num_prompts or _NUM_OF_SHARDS
     if count > len(reader):
@@ -185,7 +186,7 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
     return Prompts(
         texts=[reader.metadata(position).captions[0] for position in range(count)],
         contexts=torch.from_numpy(np.stack([reader.context(p, 0) for p in range(count)])),
-        null_context=torch.from_numpy(np.array(reader.null_context)),
+        null_context=read_null_condition(info, reader),
     )
 
 

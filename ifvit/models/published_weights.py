@@ -251,10 +251,8 @@ def import_weights(config: ImportConfig) -> None:
     )
     kind = "raw" if config.ema_decay is None else "ema"
     folder = storage.join(config.run, "weights", step_name(config.step), kind)
-    if (
-        storage.exists(storage.join(folder, "weights.json"))
-        and read_stored_weights(folder).info != info
-    ):
+    is_imported = storage.exists(storage.join(folder, "weights.json"))
+    if is_imported and read_stored_weights(folder).info != info:
         # Results in the run name only the hash of the tensors.
         raise UserError(f"{folder}: holds weights of another import; choose another run")
     save_weights(folder, backbone, info)

@@ -14,20 +14,26 @@ from held_out_scenes import HeldOut, save_run
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from ifvit.cli import main
+from ifvit.diffusion.sampler import ConditionBatch, generate_images
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.references import list_images
 from ifvit.evaluation.rows import MetricsRow, differences
 from ifvit.evaluation.runs import read_run
-from ifvit.evaluation.sample_set import open_shard_conditions, read_prompts
+from ifvit.evaluation.sample_set import (
+    open_encoded_conditions,
+    open_shard_conditions,
+    read_prompts,
+)
 from ifvit.images import decode_png
 from ifvit.models.clip import load_clip
 from ifvit.models.config import CLASS_PRESETS
 from ifvit.models.pretrained import resolve_pretrained
-from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
+from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
 from ifvit.sampling.config import RegulationConfig, SamplingConfig
-from ifvit.sampling.load import load_model
+from ifvit.sampling.load import load_model, load_sampler
+from ifvit.sampling.samples import read_images
 from ifvit.scenes.image_sets import class_scenes, render_class_set
 from ifvit.shards.format import EncoderIdentity, Manifest, read_manifest
 from ifvit.shards.reader import ShardReader
@@ -223,6 +229,35 @@ def test_a_random_caption_is_the_prompt_and_the_first_one_is_scored(
     assert row.protocol.caption_rule == "random"
     texts = [[prompt.image_id, prompt.text] for prompt in prompts]
     assert row.protocol.prompts_sha256 == sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def test_an_evaluation_guides_by_the_null_context_of_the_weights(
+    config: EvaluateConfig, held_out: HeldOut, run: str, tmp_path: Path
+) -> None:
+    zeros = str(tmp_path / "zeros")
+    backbone, info = load_weights(run)
+    info = dataclasses.replace(info, null_context="zeros")
+    save_weights(f"{zeros}/weights/step_00000007/ema", backbone, info)
+    reader = ShardReader(held_out.shards)
+    for url, is_zero in ((run, False), (zeros, True)):
+        model = load_model(url, "cpu")
+        for conditions in (open_shard_conditions(reader, model), open_encoded_conditions(model)):
+            expected = 0 * reader.null_context if is_zero else reader.null_context
+            np.testing.assert_allclose(conditions.null, expected, atol=1e-3)
+
+    few = with_protocol(config, num_samples=2, scenes=False)
+    images = []
+    for url in (run, zeros):
+        evaluate(dataclasses.replace(few, weights=url, images=None))
+        folder = f"{url}/evaluation/test/w2/step_00000007"
+        images.append(read_images([f"{folder}/00000.png", f"{folder}/00001.png"]))
+    assert (images[0] != images[1]).any()
+    model = load_model(zeros, "cpu")
+    sampler = load_sampler(model, torch.zeros(reader.text.context_shape))
+    contexts = torch.from_numpy(np.stack([reader.context(n, 0) for n in range(2)]))
+    batch = ConditionBatch(positions=torch.arange(2), condition=contexts)
+    (expected,) = generate_images(sampler, [batch], few.protocol.sampling)
+    np.testing.assert_array_equal(images[1], expected)
 
 
 def test_samples_of_other_settings_are_neither_mixed_nor_lost(config: EvaluateConfig) -> None:

@@ -18,6 +18,7 @@ from made_shards import CLASSES, make_samples, write_shards
 from ifvit import storage
 from ifvit.distributed import World
 from ifvit.errors import UserError
+from ifvit.models.config import NullContext
 from ifvit.shards import CacheConfig
 from ifvit.shards.format import LatentSample, ShardError
 from ifvit.shards.reader import ShardReader
@@ -197,11 +198,12 @@ def make_batches(
     size: int = 1,
     micro: int = GLOBAL_BATCH,
     cache: CacheConfig | None = None,
+    null_context: NullContext = "empty_caption",
     **fields: object,
 ) -> Batches:
     reader, world = open_reader(url, cache), World(rank=rank, size=size, local_rank=rank)
     order = make_order(shard_sizes=reader.shard_sizes, global_batch_size=GLOBAL_BATCH, **fields)  # type: ignore[arg-type]
-    return Batches(reader, order, micro, world, 2)
+    return Batches(reader, order, micro, world, 2, null_context)
 
 
 def read_step(
@@ -234,12 +236,18 @@ def test_the_global_batch_is_the_same_for_every_world_and_micro_batch_size(
         assert all(map(torch.equal, split, whole))
 
 
-@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize(("window", "null_context"), [(None, "empty_caption"), (2, "zeros")])
 def test_a_batch_holds_what_the_order_names(
-    flipped_shards: str, samples: list[LatentSample], window: int | None
+    flipped_shards: str,
+    samples: list[LatentSample],
+    window: int | None,
+    null_context: NullContext,
 ) -> None:
+    null = np.full((5, 12), float(null_context == "empty_caption"))
     order = order_of(flipped_shards, window=window, random_flip=True)
-    batches = make_batches(flipped_shards, window=window, random_flip=True)
+    batches = make_batches(
+        flipped_shards, window=window, random_flip=True, null_context=null_context
+    )
     positions = np.arange(GLOBAL_BATCH)
     kinds = set()
     first_step, samples_seen = 7, 1000  # the steps before had batches of another size
@@ -252,7 +260,7 @@ def test_a_batch_holds_what_the_order_names(
             flips = order.hflip(step, positions).tolist()  # type: ignore[union-attr]
             for row, (i, caption, flip) in enumerate(zip(chosen, captions, flips, strict=True)):
                 moments = samples[i].flipped if flip else samples[i].moments
-                context = samples[i].context[caption] if caption >= 0 else np.ones((5, 12))  # type: ignore[index]
+                context = samples[i].context[caption] if caption >= 0 else null  # type: ignore[index]
                 np.testing.assert_array_equal(batch.moments[row], moments)
                 np.testing.assert_array_equal(batch.condition[row], context)
                 kinds.add((flip, caption))

@@ -24,6 +24,7 @@ from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.images import decode_png, make_grid
+from ifvit.models.config import NullContext
 from ifvit.models.weights import WeightsInfo, load_weights, step_name
 from ifvit.sampling.config import SamplingConfig
 from ifvit.shards.format import EncoderIdentity
@@ -523,25 +524,27 @@ def decode(latents: Tensor) -> Tensor:
     return latents[:, :3] / 0.5
 
 
+@pytest.mark.parametrize("null_context", ["empty_caption", "zeros"])
 def test_the_grid_shows_what_the_ema_weights_generate(
-    recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, null_context: NullContext
 ) -> None:
     monkeypatch.setattr(hooks, "load_decoder", lambda info, device: decode)
     monkeypatch.setattr(hooks, "SamplingConfig", partial(SamplingConfig, batch_size=10))
     grid = SampleGridConfig(every=4, num_steps=3, guidance_scale=2.5)
-    config = recipe(sample_grid=grid, checkpoint_every=4, scaling_factor=0.5)
+    config = recipe(
+        sample_grid=grid, checkpoint_every=4, scaling_factor=0.5, null_context=null_context
+    )
     train(config)
     reader = ShardReader(config.shards)
     contexts = torch.from_numpy(np.stack([reader.context(i, 0) for i in range(16)]))
+    null = torch.from_numpy(np.array(reader.null_context))
+    if null_context == "zeros":
+        null.zero_()
     solver = SolverConfig(num_steps=3, guidance_scale=2.5)
     grids = []
     for step in (4, 8):
         backbone, _ = load_weights(f"{config.run}/weights/step_{step:08d}/ema")
-        sampler = Sampler(
-            backbone=backbone,
-            decode=decode,
-            null_condition=torch.from_numpy(np.array(reader.null_context)),
-        )
+        sampler = Sampler(backbone=backbone, decode=decode, null_condition=null)
         batch = ConditionBatch(positions=torch.arange(16), condition=contexts)
         (images,) = generate_images(sampler, [batch], solver)
         expected = np.asarray(make_grid(images, 8))

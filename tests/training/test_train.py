@@ -72,6 +72,26 @@ def test_weights_state_where_the_recipe_finds_the_autoencoder(
     assert load_weights(config.run)[1].vae == replace(made_by, name=f"{tmp_path}/vae")
 
 
+def test_a_run_states_its_null_context_and_keeps_it(recipe: Recipe, labelled: str) -> None:
+    config = recipe(max_steps=1, null_context="zeros")
+    train(config)
+    assert load_weights(config.run)[1].null_context == "zeros"
+    with pytest.raises(UserError, match="null_context: zeros, the recipe now says empty_caption"):
+        train(replace(config, null_context="empty_caption"))
+    with pytest.raises(UserError, match="null_context: the backbone knows classes"):
+        recipe(shards=labelled, backbone=TOKENS, null_context="zeros")
+
+
+def test_a_run_that_died_in_its_first_save_starts_from_its_initial_weights_again(
+    recipe: Recipe, whole: TrainConfig
+) -> None:
+    tuned = recipe(initial_weights=whole.run, max_steps=1)
+    Path(tuned.run, "checkpoints/step_00000005").mkdir(parents=True)
+    initial = initial_tensors(tuned, ShardReader(tuned.shards))
+    weights = load_weights(whole.run)[0].state_dict()
+    assert all(initial(name).equal(tensor) for name, tensor in weights.items())
+
+
 @every_architecture
 def test_every_backbone_also_trains_on_captions(recipe: Recipe, backbone: BackboneConfig) -> None:
     config = recipe(
@@ -107,6 +127,8 @@ def test_initial_weights_that_do_not_fit_are_an_error(recipe: Recipe, whole: Tra
     tuned = recipe(scaling_factor=0.25, initial_weights=whole.run)
     with pytest.raises(UserError, match=r"has scaling_factor: 0\.6.*, but the recipe says 0\.25"):
         train(tuned)
+    with pytest.raises(UserError, match="has null_context: empty_caption, but the recipe says zer"):
+        train(replace(tuned, scaling_factor=None, null_context="zeros"))
     with pytest.raises(UserError, match=r"has backbone\.width: 32, but the recipe says 64"):
         train(replace(tuned, backbone=replace(whole.backbone, width=64)))
 
