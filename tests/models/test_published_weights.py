@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,20 @@ def test_a_published_file_becomes_a_run_that_generates(name: str, tmp_path: Path
     samples = str(tmp_path / "samples")
     main(["generate", "--weights", run, "--prompt", "x", "--num_steps", "2", "--output", samples])
     assert Path(samples, "00000.png").is_file()
+
+
+def test_one_run_cannot_hold_two_imports_of_one_file(tmp_path: Path) -> None:
+    save_file(published(UVIT, context=(16, 64)), tmp_path / "uvit.safetensors")
+    config = ImportConfig(
+        file=str(tmp_path / "uvit.safetensors"),
+        run=str(tmp_path / "run"),
+        vae="scenes/vae",
+        text_encoder="scenes/clip",
+    )
+    import_weights(config)
+    import_weights(config)
+    with pytest.raises(UserError, match=r"/ema: holds weights of another import; choose another"):
+        import_weights(replace(config, null_context="zeros"))
 
 
 class Code:
