@@ -5,7 +5,6 @@ The analysis of attention, the report and the paper's sheet use it.
 
 import io
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from matplotlib import rc_context
@@ -26,7 +25,9 @@ RUN_COLOURS = (
     "#c2413b",
     "#4a7f96",
 )
-"""Colours of runs side by side: `--run0` … `--run7` of base.html on light pages."""
+"""Colours of runs side by side."""
+COLOURS = (*RUN_COLOURS, "#7fb0f2", "#1d4fb8", "#f0a35e", "#b3480c")
+"""All colours of plots: `--run0` … `--run11` of base.html on light pages."""
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -68,13 +69,14 @@ def to_png(figure: Figure, dpi: int = 160) -> bytes:
     return buffer.getvalue()
 
 
-def to_svg(figure: Figure, variables: Mapping[str, str]) -> str:
-    """Return the <svg> element; each colour in `variables` becomes the CSS variable it names."""
+def to_svg(figure: Figure) -> str:
+    """Return the <svg> element; the colours of this module become CSS variables of base.html."""
     buffer = io.StringIO()
     with house_style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    for colour, variable in {INK: "muted", RULE: "rule", **variables}.items():
+    variables = {colour: f"run{number}" for number, colour in enumerate(COLOURS)}
+    for colour, variable in (variables | {INK: "muted", RULE: "rule"}).items():
         svg = svg.replace(colour, f"var(--{variable})")
     return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)

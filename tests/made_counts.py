@@ -1,9 +1,5 @@
 """A row of object counts without image files."""
 
-from dataclasses import asdict
-
-from made_backbone import small_shape
-
 from ifvit.evaluation.detectors import CountingRule
 from ifvit.evaluation.object_count import (
     CountedImage,
@@ -15,7 +11,7 @@ from ifvit.evaluation.object_count import (
 from ifvit.sampling.config import SamplingConfig
 
 
-def made_row(errors: tuple[int, ...] = (0, 1), **shape: object) -> ObjectCountRow:
+def made_row(errors: tuple[int, ...] = (0, 1)) -> ObjectCountRow:
     """Row with one image of each of the paper's prompts for each error, the excess of objects."""
     images = [
         CountedImage(
@@ -33,7 +29,6 @@ def made_row(errors: tuple[int, ...] = (0, 1), **shape: object) -> ObjectCountRo
         weights_sha256="0" * 64,
         step=2000,
         ema_decay=0.99,
-        backbone=asdict(small_shape(**shape)),
         protocol=ObjectCountProtocol(
             prompts_sha256="1" * 64,
             num_images=len(errors),

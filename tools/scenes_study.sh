@@ -16,12 +16,15 @@ held_out_captions=(--shards "$study/shards/val2014" --images "$study/images/val2
 held_out_classes=(--shards "$study/class_shards/val2014" --images "$study/class_images/val2014")
 seeds="1 2 3"
 
-declare -A fusion=(
-    [cross_early]="cross_attention 0 0" [cross_intermediate]="cross_attention 1 1"
-    [concat_early]="concat 0 0" [concat_intermediate]="concat 1 1"
-    [cross_image_blocks]="cross_attention 1 0" [cross_text_branch]="cross_attention 0 1"
-    [adaln_early]="adaln 0 0" [adaln_intermediate]="adaln 1 1"
+declare -A fusion=( # the fusion map, and the number of text blocks
+    [cross_early]="7*cross_attention;0" [cross_intermediate]="image 5*cross_attention image;1"
+    [concat_early]="7*concat;0" [concat_intermediate]="image 5*concat image;1"
+    [cross_image_blocks]="image 5*cross_attention image;0" [cross_text_branch]="7*cross_attention;1"
+    [adaln_early]="7*adaln;0" [adaln_intermediate]="image 5*adaln image;1"
 )
+backbone_flags() { # NAME of a variant; xargs removes the quotes
+    echo "--backbone.fusion '${fusion[$1]%;*}' --backbone.num_text_blocks ${fusion[$1]#*;}"
+}
 declare -A equal_compute=( # steps with the cost of 2,000 steps of cross_early (ifvit cost --json)
     [cross_intermediate]=1865 [concat_early]=1186 [concat_intermediate]=1282
 )
@@ -45,18 +48,14 @@ done | in_parallel
 
 for seed in $seeds; do
     for name in "${!fusion[@]}"; do
-        read -r conditioning image_blocks text_blocks <<<"${fusion[$name]}"
         echo train --config configs/train/scenes.yaml --shards "$study/shards/train2014" \
-            --run "$study/$name/seed$seed" --seed "$seed" --backbone.conditioning "$conditioning" \
-            --backbone.num_image_blocks "$image_blocks" --backbone.num_text_blocks "$text_blocks"
+            --run "$study/$name/seed$seed" --seed "$seed" "$(backbone_flags "$name")"
     done
     for name in "${!equal_compute[@]}"; do
-        read -r conditioning image_blocks text_blocks <<<"${fusion[$name]}"
         steps=${equal_compute[$name]}
         echo train --config configs/train/scenes.yaml --shards "$study/shards/train2014" \
             --run "$study/equal_compute/$name/seed$seed" --seed "$seed" --sample_grid.every 0 \
-            --backbone.conditioning "$conditioning" --backbone.num_image_blocks "$image_blocks" \
-            --backbone.num_text_blocks "$text_blocks" --max_steps "$steps" --checkpoint_every "$steps" \
+            "$(backbone_flags "$name")" --max_steps "$steps" --checkpoint_every "$steps" \
             --optim.cooldown_steps $((steps * 2 / 3))
     done
     for name in "${!architecture[@]}"; do

@@ -280,7 +280,6 @@ class ObjectCounting:
             weights_sha256=model.sha256,
             step=model.info.step,
             ema_decay=model.info.ema_decay,
-            backbone=asdict(model.backbone.config),
             protocol=self._describe(protocol),
             scores=object_count.score_counts(images),
             images=tuple(images),

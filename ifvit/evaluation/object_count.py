@@ -118,15 +118,14 @@ class CountScore:
 class ObjectCountRow:
     """Object counts of one checkpoint under one protocol.
 
-    `backbone` is its configuration, which tells early from intermediate fusion. `scores` holds one
-    score of all images, one per object, one per asked count and one per pair of both.
+    `scores` holds one score of all images, one per object, one per asked count and one per pair of
+    both.
     """
 
     weights: str
     weights_sha256: Sha256
     step: NonNegativeInt
     ema_decay: Fraction | None
-    backbone: dict[str, Any]
     protocol: ObjectCountProtocol
     scores: tuple[CountScore, ...]
     images: tuple[CountedImage, ...]

@@ -18,19 +18,11 @@ from ifvit.evaluation.rows import (
     read_training_rows,
     samples_url,
 )
-from ifvit.models.config import BackboneConfig, FusionTransformerConfig
+from ifvit.models.config import BackboneConfig
 from ifvit.models.cost import Cost, count_cost
 from ifvit.models.weights import newest_weights, read_backbone_config, read_stored_weights
 from ifvit.records import PositiveInt, parse_value, parse_yaml, record
 from ifvit.sampling import samples as sample_files
-
-FUSIONS = {
-    (False, False): "early",
-    (True, True): "intermediate",
-    (True, False): "image blocks only",
-    (False, True): "text branch only",
-}
-"""Name of a fusion by whether the backbone has image-only blocks and a text branch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +82,6 @@ class Run:
     def last(self) -> MetricsRow | None:
         """The evaluation of the last step."""
         return self.evaluations[-1] if self.evaluations else None
-
-    @property
-    def fusion(self) -> str | None:
-        """Name of the fusion in the paper's table; None for a backbone that fuses no text."""
-        config = self.backbone
-        if not isinstance(config, FusionTransformerConfig):
-            return None
-        return FUSIONS[config.blocks[0] == "image", config.num_text_blocks > 0]
 
 
 def read_runs(urls: list[str]) -> list[Run]:

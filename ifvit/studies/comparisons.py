@@ -17,23 +17,22 @@ from ifvit.evaluation.rows import MetricsRow, differences
 from ifvit.evaluation.runs import Run
 
 Outcome = Literal["better", "worse", "same"]
-_Key = TypeVar("_Key", bound=Hashable)
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A field of MetricsRow or CountScore that holds an estimate, and how the field is shown."""
+    """A quantity, how it is shown, and the field of MetricsRow or CountScore that holds it."""
 
     field: str
     title: str
-    is_percent: bool = True
-    digits: int = 4
-    """Decimal places of a number that is not a percentage."""
+    digits: int | None = None
+    """Decimal places; None: the value is a share and is shown in percent."""
 
     @property
     def lower_is_better(self) -> bool:
         """Whether smaller values are better."""
-        return self.field in LOWER_IS_BETTER
+        return self.field in LOWER_IS_BETTER | {"mparams", "gflops"}
 
     @property
     def heading(self) -> str:
@@ -46,30 +45,26 @@ class Metric:
         return estimate
 
     def show(self, value: float) -> str:
-        """Return the value as a percentage, or with `digits` decimal places."""
-        return f"{100 * value:.1f} %" if self.is_percent else f"{value:.{self.digits}f}"
+        """Return the value in percent, or with `digits` decimal places."""
+        return f"{100 * value:.1f} %" if self.digits is None else f"{value:.{self.digits}f}"
 
 
-FID = Metric(field="fid", title="FID", is_percent=False, digits=2)
-FRECHET = Metric(
-    field="frechet_distance", title="Fréchet distance on CLIP features", is_percent=False
-)
-CLIP_SCORE = Metric(field="clip_score", title="CLIP Score (raw cosine)", is_percent=False)
-PAPER_CLIP_SCORE = Metric(
-    field="clip_score_paper", title="CLIP Score (paper's scale)", is_percent=False
-)
+FID = Metric(field="fid", title="FID", digits=2)
+FRECHET = Metric(field="frechet_distance", title="Fréchet distance on CLIP features", digits=4)
+CLIP_SCORE = Metric(field="clip_score", title="CLIP Score (raw cosine)", digits=4)
+PAPER_CLIP_SCORE = Metric(field="clip_score_paper", title="CLIP Score (paper's scale)", digits=4)
 RETRIEVAL = Metric(field="retrieval_at_16", title="Retrieval among 16 captions")
 COUNT = Metric(field="count_accuracy", title="Count right")
 RELATION = Metric(field="relation_accuracy", title="Relation right")
 
 METRICS = (
     FID,
-    Metric(field="kid", title="KID", is_percent=False),
+    Metric(field="kid", title="KID", digits=4),
     RETRIEVAL,
     CLIP_SCORE,
     PAPER_CLIP_SCORE,
     FRECHET,
-    Metric(field="cmmd", title="CMMD", is_percent=False, digits=3),
+    Metric(field="cmmd", title="CMMD", digits=3),
     COUNT,
     Metric(field="colour_accuracy", title="Colour right"),
     Metric(field="kind_accuracy", title="Kind right"),
@@ -80,7 +75,7 @@ METRICS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SeedMean:
-    """The mean of a metric over k runs that differ only in their seed.
+    """The mean of a metric over k runs that differ only in their seed, with its 95 % interval.
 
     `seed_error` is the standard error s / sqrt(k) over the runs, None for one run. `sample_error`
     is the mean over the runs of the standard error over samples. All runs generate images for the
@@ -90,7 +85,8 @@ class SeedMean:
     values: tuple[float, ...]
     seed_error: float | None
     sample_error: float
-    num_samples: int
+    low: float
+    high: float
 
     @property
     def value(self) -> float:
@@ -102,27 +98,24 @@ class SeedMean:
         """The standard error over seeds if there are several, else over samples."""
         return self.sample_error if self.seed_error is None else self.seed_error
 
-    def as_estimate(self, lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
-        """Return the mean with its 95 % interval, clipped to lowest ... highest."""
-        half = _quantile(len(self.values) - 1) * self.error
-        return Estimate(
-            value=self.value,
-            standard_error=self.error,
-            num_samples=self.num_samples,
-            low=max(lowest, self.value - half),
-            high=min(highest, self.value + half),
-        )
-
 
 def mean_over_seeds(estimates: Sequence[Estimate]) -> SeedMean:
-    """Return the mean of one or more estimates, one per run."""
-    values = [estimate.value for estimate in estimates]
-    several = len(values) > 1
+    """Return the mean of one or more estimates, one per run.
+
+    Its interval is that of the only estimate, or Student's interval over the runs.
+    """
+    values, k = [estimate.value for estimate in estimates], len(estimates)
+    seed_error = float(np.std(values, ddof=1)) / math.sqrt(k) if k > 1 else None
+    low, high = estimates[0].low, estimates[0].high
+    if seed_error is not None:
+        mean, half = sum(values) / k, _quantile(k - 1) * seed_error
+        low, high = mean - half, mean + half
     return SeedMean(
         values=tuple(values),
-        seed_error=float(np.std(values, ddof=1)) / math.sqrt(len(values)) if several else None,
-        sample_error=sum(estimate.standard_error for estimate in estimates) / len(values),
-        num_samples=min(estimate.num_samples for estimate in estimates),
+        seed_error=seed_error,
+        sample_error=sum(estimate.standard_error for estimate in estimates) / k,
+        low=low,
+        high=high,
     )
 
 
@@ -172,7 +165,7 @@ def compare(metric: Metric, first: SeedMean, second: SeedMean) -> Comparison:
     return Comparison(metric=metric.title, outcome=outcome, sentence=f"{values}: {found}")
 
 
-def find_best(metric: Metric, means: Mapping[_Key, SeedMean]) -> _Key | None:
+def find_best(metric: Metric, means: Mapping[Key, SeedMean]) -> Key | None:
     """Return the key whose mean is better than every other by more than the noise, else None."""
     if len(means) < 2:
         return None

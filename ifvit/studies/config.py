@@ -21,8 +21,8 @@ class ReportConfig:
 class PaperConfig:
     """Write the tables and figures of arXiv 2403.16530 from runs, beside the paper's numbers.
 
-    Runs are grouped into the paper's variants by their backbones. For a variant with several seeds
-    the tables show mean and standard error.
+    Runs are grouped into the paper's variants by their fusion maps and text branches. For a
+    variant with several seeds the tables show mean and standard error.
     """
 
     runs: list[str]
@@ -35,11 +35,5 @@ class PaperConfig:
     study: str | None = None
     """Folder of human ratings (`ifvit rate`) for Figure 6."""
 
-    baseline: str | None = None
-    """Pattern for the baseline of Figure 4 and Table 2, for example cross*early. Unset: the first
-    trained variant in the paper's order, usually concat_early."""
-
     series: str | None = None
-    """Evaluations to show: NAME/wSCALE, a folder in RUN/evaluation. Unset: the series with most
-    rows; among equals, the one whose guidance scale is nearest to 2, the paper's. Figure 3 always
-    shows the series of the default."""
+    """Evaluations to show: NAME/wSCALE, a folder in RUN/evaluation. Unset: those with most rows."""

@@ -1,41 +1,20 @@
-"""Reads the object counts of runs (arXiv 2403.16530, Figure 5), averages, plots and tabulates them.
+"""Reads the object counts of runs (arXiv 2403.16530, Figure 5), averages and plots them.
 
 `report` and `report paper` show them; `ifvit evaluate --protocol object_count` measures them.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ifvit import storage
-from ifvit.evaluation.estimates import Estimate
-from ifvit.evaluation.object_count import (
-    CountScore,
-    ObjectCountRow,
-    differences,
-    read_object_counts,
-)
+from ifvit.evaluation.object_count import ObjectCountRow, differences, read_object_counts
 from ifvit.evaluation.rows import FOLDER
 from ifvit.evaluation.runs import Run
-from ifvit.figures import INK, house_style, literal
-from ifvit.records import dump_csv
+from ifvit.records import shorten
 from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
+from ifvit.studies.page import Panel, Point
 
-ERROR = Metric(field="average_error", title="Average error", is_percent=False, digits=3)
+ERROR = Metric(field="average_error", title="Average error", digits=3)
 MATCH = Metric(field="match_ratio", title="Match ratio")
-
-# By conditioning: early fusion, half an intermediate fusion, intermediate fusion.
-_COLOURS = {
-    "concat": ("#a6cbe8", "#5c9bcb", "#1f5f99"),
-    "cross_attention": ("#f7c59f", "#e58e4d", "#b3541e"),
-}
-_OTHER = ("#9aa0a8",) * 3
-_HATCHES = ("", "///", "...", "xxx")
-_GROUP_WIDTH = 0.8
-_COLUMNS = 3
 
 
 def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[str]]:
@@ -65,119 +44,73 @@ def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[st
 
 def mean_score(
     rows: Sequence[ObjectCountRow], metric: Metric, name: str | None, asked: int | None
-) -> SeedMean:
-    """Return the mean over runs for an object and an asked count; None means all of them."""
-    return mean_over_seeds([getattr(row.score(name, asked), metric.field) for row in rows])
+) -> SeedMean | None:
+    """Return the mean over runs for an object and an asked count; None without such images.
+
+    None in the place of an object or a count means all of them.
+    """
+    scores = [score for row in rows if (score := row.score(name, asked))]
+    return mean_over_seeds([getattr(score, metric.field) for score in scores]) if scores else None
 
 
-def mean_row(rows: Sequence[ObjectCountRow]) -> ObjectCountRow:
-    """Return the first row with scores that are means over all rows, with Student's intervals."""
-    if len(rows) == 1:
-        return rows[0]
-    scores = []
-    for score in rows[0].scores:
-        error, match = (mean_score(rows, m, score.object, score.asked) for m in (ERROR, MATCH))
-        error_estimate, match_estimate = error.as_estimate(0.0), match.as_estimate(0.0, 1.0)
-        scores.append(replace(score, average_error=error_estimate, match_ratio=match_estimate))
-    return replace(rows[0], scores=tuple(scores))
+def count_panels(
+    rows: Mapping[str, Sequence[ObjectCountRow]], colours: Mapping[str, int]
+) -> list[Panel]:
+    """Plot the error by asked count for each object, then error and match ratio over all counts.
 
+    `rows` maps a name to the rows of one or more runs, `colours` the name to an index of COLOURS.
+    """
+    first = next((row for members in rows.values() for row in members), None)
+    if first is None:
+        return []
 
-def figure(rows_by_run: Mapping[str, ObjectCountRow]) -> Figure:
-    """Plot bars of all runs side by side, by object and asked count, and over all counts."""
-    rows = list(rows_by_run.values())
-    objects, counts = rows[0].objects, rows[0].asked_counts
-    num_lines = max(2, -(-len(objects) // (_COLUMNS - 1)))
-    with house_style():
-        drawing = Figure(figsize=(12, 1 + 2.8 * num_lines), layout="constrained")
-        grid = drawing.add_gridspec(num_lines, _COLUMNS)
-        shared: Axes | None = None
-        for index, name in enumerate(objects):
-            line, column = divmod(index, _COLUMNS - 1)
-            axes = drawing.add_subplot(grid[line, column], sharey=shared)
-            shared = shared or axes
-            scores = [[row.score(name, count) for count in counts] for row in rows]
-            _plot_bars(axes, scores, rows_by_run, ERROR)
-            _label(axes, name, list(map(str, counts)), "asked count", "average error")
-        for line, metric in enumerate((ERROR, MATCH)):
-            axes = drawing.add_subplot(grid[line, _COLUMNS - 1])
-            scores = [[row.score(name) for name in objects] for row in rows]
-            _plot_bars(axes, scores, rows_by_run, metric)
-            title = metric.title.lower()
-            _label(axes, f"{title}, all counts", objects, "", title)
-        handles, labels = axes.get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
-    return drawing
+    def points(metric: Metric, keys: Sequence[tuple[str | None, int | None]]) -> list[Point]:
+        highest = 1.0 if metric == MATCH else float("inf")
+        return [
+            Point(
+                name=name,
+                colour=colours[name],
+                x=place,
+                y=mean.value,
+                low=max(0.0, mean.low),
+                high=min(highest, mean.high),
+                values=mean.values,
+            )
+            for name, members in rows.items()
+            for place, key in enumerate(keys)
+            if (mean := mean_score(members, metric, *key))
+        ]
 
-
-def table(rows_by_run: Mapping[str, ObjectCountRow]) -> bytes:
-    """Return a CSV file with a line per run, object and asked count; an empty field means all."""
-    records = []
-    for run, row in rows_by_run.items():
-        for score in row.scores:
-            record = {
-                "run": run,
-                "weights": row.weights,
-                "step": row.step,
-                "object": score.object,
-                "asked": score.asked,
-                "num_images": score.match_ratio.num_samples,
-            }
-            for metric in (ERROR, MATCH):
-                found: Estimate = getattr(score, metric.field)
-                numbers = {"": found.value, "_low": found.low, "_high": found.high}
-                record |= {f"{metric.field}{end}": f"{x:.4f}" for end, x in numbers.items()}
-            records.append(record)
-    return dump_csv(records)
-
-
-def _styles(rows: Sequence[ObjectCountRow]) -> list[tuple[str, str]]:
-    """Return a colour per variant and a hatch per run; runs of one variant differ in the hatch."""
-    seen: Counter[str] = Counter()
-    styles = []
-    for row in rows:
-        shape = row.backbone
-        darkness = sum(bool(shape.get(key)) for key in ("num_image_blocks", "num_text_blocks"))
-        colour = _COLOURS.get(str(shape.get("conditioning")), _OTHER)[darkness]
-        styles.append((colour, _HATCHES[seen[colour] % len(_HATCHES)]))
-        seen[colour] += 1
-    return styles
-
-
-def _plot_bars(
-    axes: Axes,
-    scores: Sequence[Sequence[CountScore | None]],
-    rows_by_run: Mapping[str, ObjectCountRow],
-    metric: Metric,
-) -> None:
-    """Plot a group of bars per place, with one bar per run; `scores` is indexed [run][place]."""
-    width = _GROUP_WIDTH / len(rows_by_run)
-    styles = _styles(list(rows_by_run.values()))
-    for index, (name, (colour, hatch), line) in enumerate(
-        zip(rows_by_run, styles, scores, strict=True)
-    ):
-        places = [place for place, score in enumerate(line) if score]
-        found: list[Estimate] = [getattr(score, metric.field) for score in line if score]
-        axes.bar(
-            [place + (index - (len(styles) - 1) / 2) * width for place in places],
-            [one.value for one in found],
-            width,
-            label=literal(name),
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            # Because of rounding, a value may lie slightly outside its interval.
-            yerr=[
-                [max(0.0, one.value - one.low) for one in found],
-                [max(0.0, one.high - one.value) for one in found],
-            ],
-            capsize=1.5,
-            error_kw={"elinewidth": 0.9, "ecolor": INK},
+    objects, counts = first.objects, first.asked_counts
+    errors = {name: points(ERROR, [(name, count) for count in counts]) for name in objects}
+    top = _top([point for found in errors.values() for point in found])
+    panels = [
+        Panel(
+            title=shorten(name, 200),
+            x_label="asked count",
+            y_label="average error",
+            points=found,
+            places=tuple(map(str, counts)),
+            top=top,
         )
+        for name, found in errors.items()
+    ]
+    for metric in (ERROR, MATCH):
+        found = points(metric, [*((name, None) for name in objects), (None, None)])
+        title = metric.title.lower()
+        places = (*objects, "all")
+        panels.append(
+            Panel(
+                title=f"{title}, all counts",
+                y_label=title,
+                points=found,
+                places=places,
+                top=_top(found),
+            )
+        )
+    return panels
 
 
-def _label(axes: Axes, title: str, places: list[str], x_label: str, y_label: str) -> None:
-    axes.set_title(literal(title))
-    axes.set_xticks(range(len(places)), map(literal, places))
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(visible=True, axis="y")
+def _top(points: Sequence[Point]) -> float:
+    """End of an axis that holds every whisker."""
+    return 1.05 * max(point.high for point in points) or 1.0

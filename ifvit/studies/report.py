@@ -1,54 +1,51 @@
-"""The verb `report`: run folders => one self-contained HTML page that compares the runs.
+"""The verb `report`: run folders => one self-contained HTML page that compares the runs."""
 
-`report paper` uses the same functions for tables, images and rendering.
-"""
-
-import base64
-import io
 import json
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from jinja2 import Environment, PackageLoader, TemplateError
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
-from PIL import Image
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import MetricsRow, describe_field, describe_value
 from ifvit.evaluation.runs import Run, read_runs
-from ifvit.figures import RUN_COLOURS, house_style, to_png, to_svg
-from ifvit.images import ImageError, open_image
-from ifvit.models.config import FusionTransformerConfig
+from ifvit.figures import RUN_COLOURS, house_style, to_svg
+from ifvit.images import ImageError
+from ifvit.models.config import FusionTransformerConfig, setting_of
 from ifvit.records import shorten
-from ifvit.studies import object_counts
 from ifvit.studies.comparisons import (
     METRICS,
     Metric,
+    SeedMean,
     compare_runs,
-    find_best,
     mean_over_seeds,
     mismatches,
 )
 from ifvit.studies.config import ReportConfig
-
-MISSING = "—"
-"""Text of a cell without a value."""
+from ifvit.studies.object_counts import count_panels, read_counts
+from ifvit.studies.page import (
+    MISSING,
+    Cell,
+    Line,
+    Table,
+    inline_image,
+    legend_of,
+    metric_cells,
+    render_page,
+    text_cell,
+)
 
 _NUM_COLOURS = len(RUN_COLOURS)
-_MAX_WIDTH = 1100
-_SMALL = 128
 _NUM_CAPTIONS = 24
 _NUM_GRIDS = 6
-_VARIABLES = {colour: f"run{number}" for number, colour in enumerate(RUN_COLOURS)}
 
 
 def report(config: ReportConfig) -> None:
@@ -59,22 +56,24 @@ def report(config: ReportConfig) -> None:
     if not config.runs:
         raise UserError("report: no runs given; name at least one run folder")
     runs = read_runs(config.runs)
-    counts, counts_excluded = object_counts.read_counts(runs)
+    counts, counts_excluded = read_counts(runs)
+    colours = {run.name: number % _NUM_COLOURS for number, run in enumerate(runs)}
     page = render_page(
         "report.html",
         title=config.title,
-        runs=[{"name": run.name, "colour": n % _NUM_COLOURS} for n, run in enumerate(runs)],
+        runs=[{"name": name, "colour": colour} for name, colour in colours.items()],
+        maps=fusion_maps(runs),
         settings=settings_lines(runs),
         metrics=metric_lines(runs),
         comparisons=[found for other in runs[1:] if (found := compare_runs(runs[0], other))],
         protocol=protocol_lines(runs),
         mismatches=mismatches(runs),
         methods=method_table(runs),
-        counts=inline_image(to_png(object_counts.figure(counts))) if counts else None,
+        counts=count_panels({name: [row] for name, row in counts.items()}, colours),
         counts_excluded=counts_excluded,
+        legend_of=legend_of,
         history=evaluation_history(runs),
-        metric_titles=[metric.title for metric in METRICS],
-        curves=[(curve.title, plot_curve(curve, runs)) for curve in _CURVES],
+        curves=[{"title": curve.title, "svg": plot_curve(curve, runs)} for curve in _CURVES],
         has_real=any(sample.real for run in runs for sample in run.samples),
         captions=_caption_rows(runs),
         grids=[(run.name, _training_grids(run)) for run in runs],
@@ -92,71 +91,28 @@ def report(config: ReportConfig) -> None:
     sys.stdout.write(f"{config.output}\n")
 
 
-def render_page(template: str, **values: Any) -> bytes:
-    """Render a template of this package to UTF-8; text is escaped unless marked as safe.
-
-    Raises UserError for a template that was changed and no longer renders.
-    """
-    environment = Environment(loader=PackageLoader("ifvit", "studies"), autoescape=True)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    try:
-        return environment.get_template(template).render(**values).encode(errors="replace")
-    except TemplateError as error:
-        raise UserError(
-            f"ifvit/studies/{template}: damaged ({shorten(error)}); install ifvit again"
-        ) from None
-
-
-def inline_image(data: bytes) -> str:
-    """Return an image file as a data URI; images wider than 128 pixels as WebP."""
-    image = open_image(data)
-    if image.width > _SMALL:
-        picture = image.convert("RGB")
-        picture.thumbnail((_MAX_WIDTH, 4 * _MAX_WIDTH), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        picture.save(buffer, "WEBP", quality=90)
-        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
 # Tables
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A value in a table; `note` is printed small beside it."""
-
-    text: str = MISSING
-    note: str = ""
-    is_best: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """A line of a table."""
-
-    title: str
-    cells: list[Cell]
+def fusion_maps(runs: Sequence[Run]) -> list[tuple[str, FusionTransformerConfig]]:
+    """Return name and configuration of the runs whose backbone has a fusion map."""
+    return [(r.name, r.backbone) for r in runs if isinstance(r.backbone, FusionTransformerConfig)]
 
 
 def settings_lines(runs: Sequence[Run]) -> list[Line]:
     """Return lines about backbone, cost and training, with a cell per run."""
 
     def line(title: str, values: Sequence[object], template: str = "{}", note: str = "") -> Line:
-        cells = [
-            Cell() if value is None else Cell(text=template.format(value), note=note)
-            for value in values
-        ]
-        return Line(title=title, cells=cells)
+        return Line(title=title, cells=[text_cell(value, template, note) for value in values])
 
     shapes = [b if isinstance(b := run.backbone, FusionTransformerConfig) else None for run in runs]
     costs = [run.cost for run in runs]
     ends = [run.curve[-1] if run.curve else None for run in runs]
     return [
         line("Architecture", [run.backbone and run.backbone.architecture for run in runs]),
-        line("Fusion", [run.fusion for run in runs]),
         line("Fusion map", [s and s.fusion for s in shapes]),
         line("Text-branch blocks", [s and s.num_text_blocks for s in shapes]),
+        line("Setting of the paper", [s and setting_of(s) for s in shapes]),
         line("Blocks, width", [s and f"{len(s.blocks)}, {s.width}" for s in shapes]),
         line("Parameters", [c and c.params for c in costs], "{:,}"),
         line("GFLOPs", [c and c.layer_flops / 1e9 for c in costs], "{:.3f}"),
@@ -173,20 +129,19 @@ def metric_lines(runs: Sequence[Run]) -> list[Line]:
 
     A note marks the numbers of runs that cannot be compared with the first run.
     """
-    differing = mismatches(runs)
-    excluded = {number for number, run in enumerate(runs) if run.name in differing}
+    excluded = mismatches(runs)
     lines = []
     for metric in METRICS:
-        estimates = [metric.of(run.last) for run in runs]
-        if any(estimates):
+        means = {run.name: _mean(metric, run.last) for run in runs}
+        if any(means.values()):
             hint = " (lower is better)" if metric.lower_is_better else ""
-            cells = _metric_cells(metric, estimates, excluded)
+            cells = list(metric_cells(metric, means, excluded).values())
             lines.append(Line(title=f"{metric.title}{hint}", cells=cells))
     return lines
 
 
-def method_table(runs: Sequence[Run]) -> tuple[list[str], list[Line]]:
-    """Return heads and lines that compare the alignment methods of each run.
+def method_table(runs: Sequence[Run]) -> Table:
+    """Compare the alignment methods of each run.
 
     A run without two methods under one protocol has no lines. A value that is clearly the best of
     its run's methods is marked.
@@ -195,12 +150,24 @@ def method_table(runs: Sequence[Run]) -> tuple[list[str], list[Line]]:
     metrics = [m for m in METRICS if any(m.of(row) for _, rows in groups for row in rows)]
     lines = []
     for name, rows in groups:
-        columns = [_seconds_cells([row.seconds_per_image for row in rows])]
-        columns += [_metric_cells(metric, [metric.of(row) for row in rows]) for metric in metrics]
-        for row, *cells in zip(rows, *columns, strict=True):
+        base = rows[0].seconds_per_image
+        cells = [
+            metric_cells(metric, {n: _mean(metric, row) for n, row in enumerate(rows)})
+            for metric in metrics
+        ]
+        for number, row in enumerate(rows):
+            seconds = row.seconds_per_image
+            note = f"{seconds / base - 1:+.0%}" if seconds and base and number else ""
             title = f"{name}, {row.protocol.sampling['method']}, step {row.step:,}"
-            lines.append(Line(title=title, cells=cells))
-    return ["Seconds per image", *(metric.heading for metric in metrics)], lines
+            time = text_cell(seconds, "{:.3f}", note)
+            lines.append(Line(title=title, cells=[time, *(column[number] for column in cells)]))
+    heads = ["Run, method", "Seconds per image", *(metric.heading for metric in metrics)]
+    return Table(heads=heads, lines=lines)
+
+
+def _mean(metric: Metric, row: MetricsRow | None) -> SeedMean | None:
+    estimate = metric.of(row)
+    return mean_over_seeds([estimate]) if estimate else None
 
 
 def _rows_by_method(run: Run) -> list[list[MetricsRow]]:
@@ -217,70 +184,45 @@ def _rows_by_method(run: Run) -> list[list[MetricsRow]]:
     ]
 
 
-def _metric_cells(
-    metric: Metric, estimates: Sequence[Estimate | None], excluded: Collection[int] = ()
-) -> list[Cell]:
-    """Return a cell per estimate; the clearly best of those that are not excluded is marked."""
-    compared = {n: e for n, e in enumerate(estimates) if e and n not in excluded}
-    best = find_best(metric, {n: mean_over_seeds([e]) for n, e in compared.items()})
-    cells = []
-    for number, estimate in enumerate(estimates):
-        if estimate is None:
-            cells.append(Cell())
-            continue
-        mark = ", not compared" if number in excluded else ""
-        note = f"± {metric.show(estimate.standard_error)}{mark}"
-        cells.append(Cell(text=metric.show(estimate.value), note=note, is_best=number == best))
-    return cells
-
-
-def _seconds_cells(seconds: Sequence[float | None]) -> list[Cell]:
-    """Return a cell per time; the note is its difference from the first time in percent."""
-    base = seconds[0]
-    notes = [f"{s / base - 1:+.0%}" if s and base and s != base else "" for s in seconds]
-    return [
-        Cell(text=f"{s:.3f}", note=note) if s else Cell()
-        for s, note in zip(seconds, notes, strict=True)
-    ]
-
-
 def protocol_lines(runs: Sequence[Run]) -> list[Line]:
     """Return a line per field of the protocols of the runs' last evaluations."""
     rows = [run.last.protocol.facts | {"step": run.last.step} if run.last else {} for run in runs]
-    names = dict.fromkeys(name for row in rows for name in row)
     return [
         Line(
             title=describe_field(name),
             cells=[Cell(text=describe_value(name, row.get(name, MISSING))) for row in rows],
         )
-        for name in names
-    ]
-
-
-def evaluation_history(runs: Sequence[Run]) -> list[tuple[str, int, list[str]]]:
-    """Return (run, step, metric values) of all evaluations; empty if no run has two."""
-    if all(len(run.evaluations) < 2 for run in runs):
-        return []
-    return [
-        (
-            run.name,
-            row.step,
-            [m.show(found.value) if (found := m.of(row)) else MISSING for m in METRICS],
-        )
-        for run in runs
-        for row in run.evaluations
+        for name in dict.fromkeys(name for row in rows for name in row)
     ]
 
 
 def recipe_differences(runs: Sequence[Run]) -> list[Line]:
     """Return a line per key of config.yaml whose value differs between runs."""
     flat = [_flatten(run.recipe or {}) for run in runs]
-    names = dict.fromkeys(name for recipe in flat for name in recipe)
     return [
         Line(title=name, cells=[Cell(text=str(recipe.get(name, MISSING))) for recipe in flat])
-        for name in names
+        for name in dict.fromkeys(name for recipe in flat for name in recipe)
         if len({repr(recipe.get(name)) for recipe in flat}) > 1
     ]
+
+
+def evaluation_history(runs: Sequence[Run]) -> Table | None:
+    """Return the metrics of all evaluations; None if no run has two."""
+    if all(len(run.evaluations) < 2 for run in runs):
+        return None
+    lines = [
+        Line(
+            title=f"{run.name}, step {row.step:,}",
+            cells=[
+                text_cell(e and metric.show(e.value))
+                for metric in METRICS
+                for e in [metric.of(row)]
+            ],
+        )
+        for run in runs
+        for row in run.evaluations
+    ]
+    return Table(heads=["Run", *(metric.title for metric in METRICS)], lines=lines)
 
 
 def _last_loss(run: Run) -> float | None:
@@ -345,7 +287,7 @@ def plot_curve(curve: _Curve, runs: Sequence[Run]) -> str | None:
         axes.set_xlabel(curve.x_label)
         axes.grid(visible=True, axis="y")
         axes.margins(x=0.01)
-    return to_svg(figure, _VARIABLES)
+    return to_svg(figure)
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

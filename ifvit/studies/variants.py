@@ -1,113 +1,78 @@
 """Groups runs by the paper's variants and selects the evaluations that can be compared.
 
-`report paper` builds its tables, figures and claims from the `Sheet` that `make_sheet` returns.
+A variant is a setting of `models/config.py`, such as `cross_attention_early`. `report paper` builds
+its tables, figures and claims from the `Sheet` that `make_sheet` returns.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ifvit.errors import UserError
-from ifvit.evaluation.rows import MetricsRow, Protocol, differences
-from ifvit.evaluation.runs import FUSIONS, Run
-from ifvit.models.config import Fusion, FusionTransformerConfig, setting_of
-from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
+from ifvit.evaluation.rows import MetricsRow, Protocol, differences, main_series
+from ifvit.evaluation.runs import Run
+from ifvit.models.config import SETTINGS, FusionTransformerConfig, setting_of
+from ifvit.studies.comparisons import FID, FRECHET, Metric, SeedMean, mean_over_seeds
 
 _Found = TypeVar("_Found")
 
-_PAPER_SCALE = 2.0
-"""Guidance scale w of the paper's table: "a CFG scale of 1", for the paper prints w - 1."""
-
-
-@dataclass(frozen=True, order=True)
-class Variant:
-    """A row of the paper's tables.
-
-    Early fusion has neither image-only blocks nor a text branch, intermediate fusion has both.
-    """
-
-    conditioning: Fusion
-    image_blocks: bool
-    text_blocks: bool
-
-    @property
-    def fusion(self) -> str:
-        """The paper's name; half an intermediate fusion is named by the blocks that it has."""
-        return FUSIONS[self.image_blocks, self.text_blocks]
-
-    @property
-    def is_early(self) -> bool:
-        """Whether text is fused from the first block, without a text branch."""
-        return not (self.image_blocks or self.text_blocks)
-
-    @property
-    def path(self) -> str:
-        """Mechanism by which the fused blocks attend to text: `concat` or `cross-attention`."""
-        return self.conditioning.replace("_", "-")
-
-    @property
-    def title(self) -> str:
-        """Name on the page."""
-        return f"{self.path}, {self.fusion}".capitalize()
-
-    @property
-    def slug(self) -> str:
-        """Name in files and flags."""
-        return f"{self.conditioning}_{self.fusion}".replace(" ", "_")
-
-
-PAPER_VARIANTS = (
-    Variant("concat", False, False),
-    Variant("concat", True, True),
-    Variant("cross_attention", False, False),
-    Variant("cross_attention", True, True),
-)
+PAPER_VARIANTS = SETTINGS[:4]
 """The rows of Table 1 from top to bottom; the first is the paper's baseline."""
-VARIANTS = (
-    *PAPER_VARIANTS,
-    Variant("cross_attention", True, False),
-    Variant("cross_attention", False, True),
-    Variant("concat", True, False),
-    Variant("concat", False, True),
-)
+VARIANT_COLOURS = dict(zip(SETTINGS, (8, 9, 10, 11, 5, 3, 2, 4), strict=True))
+"""Indices of `figures.COLOURS`: concat is blue, cross-attention orange; early fusion is light."""
 
 
-def group_runs(runs: Iterable[Run]) -> dict[Variant, list[Run]]:
-    """Return the variants in the paper's order, each with its runs in the given order.
+def describe(variant: str) -> tuple[str, str]:
+    """Return mechanism and fusion in words, such as `cross-attention` and `image blocks only`."""
+    mechanism = "concat" if variant.startswith("concat") else "cross_attention"
+    fusion = variant.removeprefix(f"{mechanism}_")
+    return mechanism.replace("_", "-"), fusion.replace("_", " ")
 
-    Raises UserError for a run without weights, for a backbone that is not one of the paper's
-    kinds, and for two backbones of different shape that are the same variant.
+
+def title_of(variant: str) -> str:
+    """Return the name on the page, such as `Concat, early`."""
+    return ", ".join(describe(variant)).capitalize()
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:
+    """Return the runs of each variant in the paper's order, and sentences about all other runs.
+
+    Raises UserError if no run is one of the variants, and for two backbones of different shape
+    that are the same variant.
     """
-    groups: dict[Variant, list[Run]] = {variant: [] for variant in VARIANTS}
+    groups: dict[str, list[Run]] = {variant: [] for variant in SETTINGS}
+    excluded = []
     for run in runs:
-        backbone = backbone_of(run)
-        slug = setting_of(backbone)
-        groups[next(variant for variant in VARIANTS if variant.slug == slug)].append(run)
+        config = run.backbone
+        name = config.architecture if config else ""
+        if isinstance(config, FusionTransformerConfig):
+            name = config.fusion
+            if variant := setting_of(config):
+                groups[variant].append(run)
+                continue
+        reason = f"{name} is none of the paper's settings" if name else "it has no weights"
+        excluded.append(f"{run.name} is left out: {reason}")
+    if len(excluded) == len(runs):
+        raise UserError(f"report paper: {'; '.join(excluded)}; give runs of the paper's settings")
     for variant, members in groups.items():
         # The initial standard deviation does not change the shape.
         if len({replace(backbone_of(run), init_std=1.0) for run in members}) > 1:
             names = ", ".join(run.url for run in members)
-            raise UserError(f"{names}: {variant.title} has two shapes; report them one by one")
-    return {variant: members for variant, members in groups.items() if members}
+            raise UserError(f"{names}: {title_of(variant)} has two shapes; report them one by one")
+    return {variant: members for variant, members in groups.items() if members}, excluded
 
 
 def backbone_of(run: Run) -> FusionTransformerConfig:
-    """Return the run's backbone. Raises UserError if it is not one of the paper's kinds."""
-    backbone = run.backbone
-    if not isinstance(backbone, FusionTransformerConfig) or setting_of(backbone) is None:
-        raise UserError(
-            f"{run.url}/weights: no backbone that fuses text by concat or cross_attention alone, "
-            "so the run is not one of the paper's variants; leave this run out"
-        )
-    return backbone
+    """Return the backbone of a run that `group_runs` has put into a group."""
+    assert isinstance(run.backbone, FusionTransformerConfig)
+    return run.backbone
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
     """The runs of each variant, and their evaluations that can be compared with `reference`."""
 
-    variants: dict[Variant, list[Run]]
+    variants: dict[str, list[Run]]
     reference: MetricsRow | None
     """The evaluation whose step and protocol the tables show; None if no run was evaluated."""
     rows: dict[str, list[MetricsRow]]
@@ -121,7 +86,17 @@ class Sheet:
         """The runs of all variants."""
         return [run for members in self.variants.values() for run in members]
 
-    def group(self, found: Mapping[str, _Found]) -> dict[Variant, list[_Found]]:
+    @property
+    def series(self) -> str:
+        """The series of `reference`, NAME/wSCALE."""
+        return series_of(self.reference.protocol) if self.reference else ""
+
+    @property
+    def quality(self) -> Metric:
+        """FID, or the distance on CLIP features if only that one was measured."""
+        return FRECHET if self.has(FRECHET) and not self.has(FID) else FID
+
+    def group(self, found: Mapping[str, _Found]) -> dict[str, list[_Found]]:
         """Convert run name => value to variant => values; variants without a value are left out."""
         grouped = {
             variant: [found[run.name] for run in members if run.name in found]
@@ -134,12 +109,7 @@ class Sheet:
         return any(self.mean(variant, metric) for variant in self.variants)
 
     def mean(
-        self,
-        variant: Variant,
-        metric: Metric,
-        *,
-        step: int | None = None,
-        scale: float | None = None,
+        self, variant: str, metric: Metric, *, step: int | None = None, scale: float | None = None
     ) -> SeedMean | None:
         """Return the mean over the variant's runs; None if the metric was not measured.
 
@@ -157,41 +127,41 @@ class Sheet:
         ]
         return mean_over_seeds(found) if found else None
 
-    def over_steps(self, variant: Variant, metric: Metric) -> dict[int, SeedMean]:
+    def over_steps(self, variant: str, metric: Metric) -> dict[int, SeedMean]:
         """Return means by training step, at the guidance scale of `reference`."""
         steps = sorted({row.step for row in self._rows_of(variant)})
         return {s: mean for s in steps if (mean := self.mean(variant, metric, step=s))}
 
-    def over_guidance(self, variant: Variant, metric: Metric) -> dict[float, SeedMean]:
+    def over_guidance(self, variant: str, metric: Metric) -> dict[float, SeedMean]:
         """Return means by guidance scale, at the step of `reference`."""
         scales = sorted({row.protocol.guidance_scale for row in self._rows_of(variant)})
         return {s: mean for s in scales if (mean := self.mean(variant, metric, scale=s))}
 
-    def _rows_of(self, variant: Variant) -> list[MetricsRow]:
+    def _rows_of(self, variant: str) -> list[MetricsRow]:
         return [row for run in self.variants.get(variant, []) for row in self.rows[run.name]]
 
 
 def make_sheet(runs: Sequence[Run], series: str | None = None) -> Sheet:
     """Group the runs by variant and select the evaluations that can be compared.
 
-    `series` is NAME/wSCALE, a folder in RUN/evaluation. The default is the series with most rows;
-    among equals, the one whose guidance scale is nearest to the paper's. `reference` is the last
-    row of some run in this series: the one that can be compared with the last rows of most runs.
-    Raises UserError for runs that `group_runs` refuses and for a series that no run has.
+    `series` is NAME/wSCALE, a folder in RUN/evaluation; by default the one with most rows (see
+    `main_series`). `reference` is the last row of some run in this series: the one that can be
+    compared with the last rows of most runs. Raises UserError for runs that `group_runs` refuses
+    and for a series that no run has.
     """
-    variants = group_runs(runs)
-    kept: dict[str, list[MetricsRow]] = {run.name: [] for run in runs}
-    rows = [row for run in runs for row in run.rows]
+    variants, excluded = group_runs(runs)
+    members = [run for group in variants.values() for run in group]
+    kept: dict[str, list[MetricsRow]] = {run.name: [] for run in members}
+    rows = [row for run in members for row in run.rows]
     if not rows:
-        return Sheet(variants=variants, reference=None, rows=kept, excluded=[])
-    series = series or _main_series(rows)
-    last = [row for run in runs for row in _rows_of_series(run, series)[-1:]]
+        return Sheet(variants=variants, reference=None, rows=kept, excluded=excluded)
+    series = series or series_of(main_series(rows)[0].protocol)
+    last = [row for run in members for row in _rows_of_series(run, series)[-1:]]
     if not last:
         known = ", ".join(sorted({series_of(row.protocol) for row in rows}))
         raise UserError(f"--series {series}: no run has this series; choose one of {known}")
     reference = max(last, key=lambda row: sum(not _mismatches(row, other) for other in last))
-    excluded = []
-    for run in runs:
+    for run in members:
         if reasons := _why_excluded(run, series, reference):
             excluded.append(f"{run.name} is not compared: {reasons}")
             continue
@@ -211,12 +181,6 @@ def make_sheet(runs: Sequence[Run], series: str | None = None) -> Sheet:
 def series_of(protocol: Protocol) -> str:
     """Return NAME/wSCALE, for example `scenes/w1.5`."""
     return f"{protocol.name}/w{protocol.guidance_scale:g}"
-
-
-def _main_series(rows: Sequence[MetricsRow]) -> str:
-    counts = Counter(series_of(row.protocol) for row in rows)
-    scales = {series_of(row.protocol): row.protocol.guidance_scale for row in rows}
-    return min(counts, key=lambda name: (-counts[name], abs(scales[name] - _PAPER_SCALE), name))
 
 
 def _rows_of_series(run: Run, series: str) -> list[MetricsRow]:

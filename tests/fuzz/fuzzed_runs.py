@@ -67,7 +67,7 @@ def recipe(run: Path, shards: Path) -> TrainConfig:
         run=str(run),
         shards=str(shards),
         backbone=small_shape(
-            latent_size=4, width=8, depth=2, num_heads=1, num_image_blocks=0, num_text_blocks=0,
+            latent_size=4, width=8, num_heads=1, fusion="2*cross_attention", num_text_blocks=0,
             context_length=CONTEXT[0], context_width=CONTEXT[1],
         ),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=1),

@@ -19,13 +19,10 @@ BACKBONE = {
     "latent_size": 8,
     "patch_size": 2,
     "width": 32,
-    "depth": 2,
     "num_heads": 2,
     "context_length": 16,
     "context_width": 64,
-    "conditioning": "concat",
-    "num_image_blocks": 0,
-    "num_text_blocks": 0,
+    "fusion": "2*concat",
 }
 
 

@@ -55,7 +55,10 @@ def build_pipeline(images: Path, shards: str, folder: Path) -> dict[str, object]
     axes = [
         {
             "early": {"seed": 1},
-            "intermediate": {"backbone.num_image_blocks": 1, "backbone.num_text_blocks": 1},
+            "intermediate": {
+                "backbone.fusion": "image concat image",
+                "backbone.num_text_blocks": 1,
+            },
         }
     ]
     recipe = {**training(home, shards), "max_steps": 2, "checkpoint_every": 2, "axes": axes}

@@ -12,13 +12,12 @@ from ifvit import storage
 from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url
 from ifvit.images import Pixels, encode_png, make_grid
-from ifvit.models.config import PRESETS, BackboneConfig, FusionTransformerConfig
+from ifvit.models.config import PRESETS, BackboneConfig
 from ifvit.models.weights import StoredWeights, WeightsInfo
 from ifvit.records import dump_rows, dump_sealed
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.samples import SampleRow, write_samples
 from ifvit.shards.format import EncoderIdentity
-from ifvit.studies.variants import Variant
 
 PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
 
@@ -63,20 +62,9 @@ def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsR
     )
 
 
-def backbone_of(variant: Variant, preset: str = "tiny") -> FusionTransformerConfig:
-    config = PRESETS[preset]
-    return dataclasses.replace(
-        config,
-        conditioning=variant.conditioning,
-        num_image_blocks=config.num_image_blocks * variant.image_blocks,
-        num_text_blocks=config.num_text_blocks * variant.text_blocks,
-    )
-
-
-def write_run(folder: Path, row: MetricsRow, num_image_blocks: int) -> str:
+def write_run(folder: Path, row: MetricsRow, fusion: str = "7*cross_attention") -> str:
     """Write a complete run folder of the tiny preset with one evaluation."""
-    shape = dataclasses.replace(PRESETS["tiny"], num_image_blocks=num_image_blocks)
-    write_training(folder, shape)
+    write_training(folder, dataclasses.replace(PRESETS["tiny"], fusion=fusion))
     write_evaluation(folder, row)
     return str(folder)
 

@@ -57,7 +57,7 @@ def test_seeds_that_happen_to_agree_do_not_make_a_difference_certain() -> None:
 
 def test_an_estimate_over_seeds_has_students_interval() -> None:
     values = (1.0, 2.0, 4.0)
-    found = mean_over_seeds(made(*values)).as_estimate()
+    found = mean_over_seeds(made(*values))
     low, high = student.interval(0.95, 2, np.mean(values), np.std(values, ddof=1) / math.sqrt(3))
     assert (found.low, found.high) == pytest.approx((low, high))
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from made_counts import made_row
 from made_runs import (
-    backbone_of,
     build_row,
     noise,
     write_evaluation,
@@ -22,12 +21,14 @@ from ifvit.errors import UserError
 from ifvit.evaluation.object_count import CountedImage, score_counts
 from ifvit.evaluation.runs import Run, read_run
 from ifvit.images import encode_png
+from ifvit.models.config import PRESETS, with_setting
 from ifvit.sampling.samples import read_samples, write_samples
 from ifvit.storage import write_sealed
 from ifvit.studies.config import PaperConfig, ReportConfig
 from ifvit.studies.object_counts import read_counts
+from ifvit.studies.page import render_page
 from ifvit.studies.paper import report_paper
-from ifvit.studies.report import render_page, report
+from ifvit.studies.report import report
 from ifvit.studies.variants import PAPER_VARIANTS
 
 ROW = "evaluation/scenes/w2/step_00001200.json"
@@ -40,7 +41,7 @@ SEALED = ["metrics.jsonl", ROW, SAMPLES, COUNTS]
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
-    write_run(folder, build_row(0.41), 0)
+    write_run(folder, build_row(0.41))
     write_sealed(str(folder / COUNTS), made_row())
     return folder
 
@@ -49,7 +50,7 @@ def run(tmp_path: Path) -> Path:
 def bare(tmp_path: Path) -> Path:
     """A run without the files whose plots take seconds."""
     folder = tmp_path / "bare"
-    write_run(folder, build_row(0.41), 0)
+    write_run(folder, build_row(0.41))
     (folder / "metrics.jsonl").unlink()
     return folder
 
@@ -186,7 +187,7 @@ def test_a_link_out_of_the_run_is_never_shown(place: str, bare: Path) -> None:
 def test_pairs_of_pictures_are_never_links_out_of_the_run(tmp_path: Path) -> None:
     runs = [tmp_path / "early", tmp_path / "both"]
     for folder, variant in zip(runs, PAPER_VARIANTS, strict=False):
-        write_training(folder, backbone_of(variant))
+        write_training(folder, with_setting(PRESETS["tiny"], variant))
         write_evaluation(folder, build_row(0.41))
     leave(runs[1], SAMPLES.replace("samples.jsonl", "00001.png"))
     with pytest.raises(UserError, match=r"00001\.png' does not lead inside"):

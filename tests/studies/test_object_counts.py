@@ -1,66 +1,73 @@
-"""The figure and the table of object counts show the numbers of the rows."""
+"""The plots of object counts show the numbers of the rows."""
 
 import csv
 
 import pytest
 from made_counts import made_row
-from matplotlib.colors import to_rgb
 
-from ifvit.studies.object_counts import figure, table
+from ifvit.evaluation.object_count import ObjectCountRow
+from ifvit.studies.object_counts import ERROR, count_panels, mean_score
+from ifvit.studies.page import Panel, panels_to_csv
 
-EARLY = {"num_image_blocks": 0, "num_text_blocks": 0}
-ROWS = {
-    "concat": made_row((0, 2), conditioning="concat", **EARLY),
-    "concat+": made_row((1, 1), conditioning="concat"),
-    "cross": made_row((0, 0), conditioning="cross_attention", **EARLY),
-    "cross+": made_row((0, 1), conditioning="cross_attention"),
-}
+COLOURS = {"early": 0, "late": 1}
+ROWS = {"early": [made_row((0, 2))], "late": [made_row((0, 1))]}
 
 
-def test_bars_show_the_numbers_of_the_rows() -> None:
-    *objects, errors, matches = figure(ROWS).axes
-    assert [axes.get_title() for axes in objects] == ["bus", "sheep", "person", "apple"]
-    for axes, places, values in (
-        *((axes, 5, (1.0, 1.0, 0.0, 0.5)) for axes in objects),
-        (errors, 4, (1.0, 1.0, 0.0, 0.5)),
-        (matches, 4, (0.5, 0.0, 1.0, 0.5)),
-    ):
-        bars = axes.containers[1::2]  # the others are their whiskers
-        heights = [[patch.get_height() for patch in bar] for bar in bars]
-        assert heights == [[value] * places for value in values]
-        assert [bar.get_label() for bar in bars] == list(ROWS)
+def test_points_are_the_numbers_of_the_rows() -> None:
+    *objects, errors, matches = count_panels(ROWS, COLOURS)
+    assert [panel.title for panel in objects] == ["bus", "sheep", "person", "apple"]
+    assert objects[0].places == ("1", "2", "3", "4", "5")
+    assert errors.places == matches.places == ("bus", "sheep", "person", "apple", "all")
+    for panels, values in ((objects, (1.0, 0.5)), ([errors], (1.0, 0.5)), ([matches], (0.5, 0.5))):
+        for panel in panels:
+            found = [(point.name, point.x, point.y) for point in panel.points]
+            assert found == [
+                (name, place, value)
+                for name, value in zip(ROWS, values, strict=True)
+                for place in range(5)
+            ]
 
 
-def test_axes_begin_at_0_and_hold_every_interval() -> None:
-    rows = {"near": ROWS["cross"], "far": made_row((0, 9), conditioning="concat")}
-    *objects, errors, matches = figure(rows).axes
-    highest = max(one.average_error.high for one in rows["far"].scores if one.object)
-    assert {axes.get_ylim() for axes in objects} == {objects[0].get_ylim()}
-    assert objects[0].get_ylim()[1] > highest
-    assert all(axes.get_ylim()[0] == 0 for axes in (*objects, errors, matches))
+def test_axes_hold_every_interval_and_objects_share_theirs() -> None:
+    panels = count_panels({"near": ROWS["late"], "far": [made_row((0, 9))]}, {"near": 0, "far": 1})
+    assert len({panel.top for panel in panels[:4]}) == 1
+    for panel in panels:
+        assert panel.top is not None
+        assert all(0 <= point.low <= point.high < panel.top for point in panel.points)
+    assert max(point.high for point in panels[-1].points) <= 1
 
 
-def test_early_fusion_is_lighter_and_seeds_differ_in_their_hatch() -> None:
-    axes = figure(ROWS | {"seed2": ROWS["concat"]}).axes[0]
-    bars = {bar.get_label(): bar.patches[0] for bar in axes.containers[1::2]}
-    light = {name: sum(to_rgb(patch.get_facecolor())) for name, patch in bars.items()}
-    assert light["concat"] > light["concat+"]
-    assert light["cross"] > light["cross+"]
-    assert bars["seed2"].get_facecolor() == bars["concat"].get_facecolor()
-    assert bars["seed2"].get_hatch() != bars["concat"].get_hatch()
+def test_several_runs_are_their_mean_with_the_interval_over_runs() -> None:
+    rows = [made_row((2, 2)), made_row((1, 1))]
+    mean = mean_score(rows, ERROR, "bus", 2)
+    assert mean is not None
+    assert (mean.value, mean.seed_error) == (1.5, pytest.approx(0.5))
+    (point, *_) = count_panels({"early": rows}, COLOURS)[0].points
+    assert (point.values, point.low) == ((2.0, 1.0), 0.0)
+    assert point.high == mean.high > 2
 
 
-def test_the_table_has_every_score_of_every_run() -> None:
-    lines = list(csv.DictReader(table(ROWS).decode().splitlines()))
-    assert len(lines) == 4 * (1 + 4 + 5 + 20)
+def test_the_table_has_every_point_with_its_interval() -> None:
+    panels: list[Panel] = count_panels(ROWS, COLOURS)
+    lines = list(csv.DictReader(panels_to_csv(panels).decode().splitlines()))
+    assert len(lines) == 2 * (4 * 5 + 2 * 5)
+    (line,) = [
+        one for one in lines if (one["panel"], one["name"], one["x"]) == ("sheep", "late", "3")
+    ]
+    row: ObjectCountRow = ROWS["late"][0]
+    score = row.score("sheep", 3)
+    assert score is not None
+    assert float(line["y"]) == score.average_error.value
+    assert float(line["high"]) == pytest.approx(score.average_error.high)
     (line,) = [
         one
         for one in lines
-        if (one["run"], one["object"], one["asked"]) == ("cross+", "sheep", "3")
+        if (one["panel"][:5], one["name"], one["x"]) == ("match", "late", "all")
     ]
-    score = ROWS["cross+"].score("sheep", 3)
-    assert score is not None
-    assert line["num_images"] == "2"
-    assert float(line["average_error"]) == score.average_error.value
-    assert float(line["match_ratio_low"]) == pytest.approx(score.match_ratio.low, abs=1e-4)
-    assert lines[0]["object"] == lines[0]["asked"] == ""
+    overall = row.score()
+    assert overall is not None
+    assert float(line["low"]) == pytest.approx(overall.match_ratio.low)
+
+
+def test_no_rows_are_no_plots() -> None:
+    assert count_panels({}, {}) == []

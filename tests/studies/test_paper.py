@@ -9,25 +9,25 @@ from pathlib import Path
 
 import pytest
 from made_counts import made_row
-from made_runs import backbone_of, build_row, estimate, write_evaluation, write_training
+from made_runs import build_row, estimate, write_evaluation, write_training
 from made_training_rows import made_training_row
 from PIL import Image
 
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.evaluation.runs import read_runs
-from ifvit.models.config import PRESETS
+from ifvit.models.config import PRESETS, FusionTransformerConfig, with_setting
 from ifvit.rating.agreement import OrderBias
 from ifvit.rating.results import PreferenceResults, Replies, WinRate
 from ifvit.storage import write_sealed
 from ifvit.studies.comparisons import FRECHET
 from ifvit.studies.config import PaperConfig
-from ifvit.studies.object_counts import mean_row, read_counts
+from ifvit.studies.object_counts import read_counts
 from ifvit.studies.paper import report_paper
-from ifvit.studies.paper_claims import Claim, count_claims, metric_claims, preference_claims
+from ifvit.studies.paper_claims import make_claims
 from ifvit.studies.paper_figures import figure_3, figure_6, figure_7
 from ifvit.studies.paper_tables import iterations_per_s, table_1, table_2, table_further
-from ifvit.studies.variants import PAPER_VARIANTS, VARIANTS, Sheet, make_sheet
+from ifvit.studies.variants import PAPER_VARIANTS, Sheet, make_sheet, title_of
 
 PAPER_PROTOCOL = {
     "name": "coco2014_fid30k",
@@ -36,6 +36,11 @@ PAPER_PROTOCOL = {
     "num_steps": 50,
     "features": "openai/clip-vit-large-patch14",
 }
+VARIANTS = (
+    *PAPER_VARIANTS,
+    "cross_attention_image_blocks_only",
+    "cross_attention_text_branch_only",
+)
 COUNTS = "evaluation/object_count/w2/step_00002000.json"
 
 PREFERENCE = PreferenceResults(
@@ -47,6 +52,10 @@ PREFERENCE = PreferenceResults(
     order_bias=OrderBias(mean_ranks=[], chi_square=0.0, p_value=1.0, num_answers=40),
     replies=Replies(num_shown=40, skips={}, num_repeats=0, consistency=None),
 )
+
+
+def backbone_of(variant: str, preset: str = "tiny") -> FusionTransformerConfig:
+    return with_setting(PRESETS[preset], variant)
 
 
 def row_of(distance: float, **changes: object) -> MetricsRow:
@@ -64,7 +73,7 @@ def write_runs(folder: Path, variants: Sequence[int] = range(6), num_seeds: int 
     paths = []
     for number in variants:
         for seed in range(num_seeds):
-            run = folder / VARIANTS[number].slug / f"seed{seed}"
+            run = folder / VARIANTS[number] / f"seed{seed}"
             write_training(run, backbone_of(VARIANTS[number]), seed)
             distance = 0.2 - 0.04 * number + 0.002 * seed
             write_evaluation(run, row_of(distance + 0.1, step=600))
@@ -154,21 +163,21 @@ def test_what_is_missing_is_named_and_never_invented(tmp_path: Path) -> None:
 
 def test_table_1_has_means_over_seeds_and_no_distance_under_fid(sheet: Sheet) -> None:
     table = table_1(sheet)
-    assert [line.title for line in table.lines] == [variant.title for variant in PAPER_VARIANTS]
+    assert [line.title for line in table.lines] == [title_of(variant) for variant in PAPER_VARIANTS]
     first = dict(zip(table.heads[1:], table.lines[0].cells, strict=True))
     assert (first["Runs"].text, first["Runs"].note) == ("2", "")
     assert (first["FID ↓"].text, first["FID ↓"].note) == ("—", "paper 5.98")
     assert first["Fréchet distance on CLIP features ↓"].note == "± 0.0010"
     assert first["Training it/s ↑"].text == "12.50"
-    assert first["Parameters, M"].note == "paper 45"
-    assert re.fullmatch(r"0\.0\d{3}", first["GFLOPs ↓"].text)
+    assert first["Parameters, M ↓"].note == "paper 45"
+    assert re.fullmatch(r"0\.0\d{2}", first["GFLOPs ↓"].text)
     assert table.records[0]["runs"] == 2
     assert table.records[0]["frechet_distance_seed_error"] == pytest.approx(0.001)
     assert table.records[0]["frechet_distance_sample_error"] == pytest.approx(0.001)
-    assert "a backbone of width 96" in table.notes[0]
+    assert "width 96, the paper's 512" in table.notes[0]
     further = table_further(sheet)
     assert further is not None
-    assert [line.title for line in further.lines] == [variant.title for variant in VARIANTS[:6]]
+    assert [line.title for line in further.lines] == [title_of(variant) for variant in VARIANTS]
     assert further.heads[2:] == ["Retrieval among 16 captions ↑", "Count right ↑"]
 
 
@@ -196,7 +205,7 @@ def test_training_speed_ignores_a_pause(sheet: Sheet) -> None:
 def test_differences_from_the_paper_are_shown_where_both_compare(tmp_path: Path) -> None:
     runs = []
     for variant, fid in zip(PAPER_VARIANTS, (6.0, 5.77, 6.5, 5.6), strict=True):
-        run = tmp_path / variant.slug
+        run = tmp_path / variant
         write_training(run, backbone_of(variant, "small"))
         row = build_row(0.5, **PAPER_PROTOCOL)  # type: ignore[arg-type]
         write_evaluation(run, dataclasses.replace(row, fid=estimate(fid)))
@@ -211,10 +220,12 @@ def test_differences_from_the_paper_are_shown_where_both_compare(tmp_path: Path)
         "± 0.02\npaper 5.68, -0.08",
     ]
     assert cells[0]["FID ↓"].text == "6.00"
-    assert cells[0]["GFLOPs ↓"].note == "paper 29.56, -0.07"
-    assert cells[1]["Parameters, M"].text == "47.84"
+    assert cells[0]["GFLOPs ↓"].note == "paper 29.56, -0.072"
+    assert cells[1]["Parameters, M ↓"].text == "47.84"
     score, speed = table.notes
-    assert score.startswith("CLIP Score: score caption 'same', the paper's 'first'; ")
+    assert score.startswith(
+        "CLIP Score (paper's scale): score caption 'same', the paper's 'first'; "
+    )
     assert speed == "Training it/s: cpu at batch 32 is not an RTX 4090 at batch 256."
     assert sheet.reference is not None
     fewer = dataclasses.replace(sheet.reference.protocol, num_samples=10_000)
@@ -259,7 +270,7 @@ def test_runs_that_failed_are_named_and_the_others_are_shown(tmp_path: Path) -> 
     page = render([str(failed), *runs, str(unmeasured)], tmp_path / "sheet")
     assert ">failed is left out: it has no weights" in page
     assert "unmeasured is not compared: it was not evaluated" in page
-    with pytest.raises(UserError, match="failed/weights: no backbone"):
+    with pytest.raises(UserError, match="failed is left out: it has no weights; give runs"):
         render([str(failed)], tmp_path / "none")
 
 
@@ -291,7 +302,7 @@ def test_figure_3_shows_training_and_guidance(sheet: Sheet) -> None:
         "Fréchet distance on CLIP features over CLIP Score (paper's scale)",
     ]
     names = dict.fromkeys(point.name for point in panels[0].points)
-    assert list(names) == [variant.title for variant in PAPER_VARIANTS]
+    assert list(names) == [title_of(variant) for variant in PAPER_VARIANTS]
     points = [(point.x, round(point.y, 3)) for point in panels[0].points]
     assert points[:2] == [(600, 0.301), (1200, 0.201)]
     assert [point.label for point in panels[2].points[:2]] == ["w=2", "w=4"]
@@ -309,7 +320,7 @@ def test_figure_7_shows_each_half_between_none_and_both(sheet: Sheet, runs: list
 
 
 def test_claims_are_judged_by_the_noise_over_seeds(sheet: Sheet) -> None:
-    found = metric_claims(sheet)
+    found = make_claims(sheet, {}, None)
     concat, *_, efficiency = found
     assert [claim.comparisons[0].sentence[:21] for claim in found[:-1]] == [
         "0.1610 against 0.2010",
@@ -327,13 +338,14 @@ def test_claims_are_judged_by_the_noise_over_seeds(sheet: Sheet) -> None:
     (lowers,) = [claim for claim in found if claim.expected == "worse"]
     assert lowers.summary == "Agree: 0. Opposite: 1. Within the noise: 0."
     assert efficiency.comparisons == []
-    assert len(efficiency.facts) == 3
-    assert efficiency.facts[0].startswith("Concat, intermediate: -")
+    assert len(efficiency.facts) == 2 * 3
+    assert efficiency.facts[0].startswith("Concat, intermediate: GFLOPs -")
+    assert efficiency.facts[1] == "Concat, intermediate: Training it/s +0.0% (paper +27.6%)."
     assert "(paper -12.6%)" in efficiency.facts[0]
 
 
 def test_claims_say_that_one_run_has_no_noise_over_seeds(runs: list[str]) -> None:
-    found = metric_claims(sheet_of(runs[:3]))
+    found = make_claims(sheet_of(runs[:3]), {}, None)
     assert len(found) == 2, "the runs have no other variants"
     assert all("leaves out that of other seeds" in c.sentence for c in found[0].comparisons)
 
@@ -345,11 +357,8 @@ def test_counts_are_means_over_seeds_of_rows_with_one_protocol(tmp_path: Path) -
     sheet = sheet_of(runs)
     rows, _ = read_counts(sheet.runs)
     counts = sheet.group(rows)
-    score = mean_row(counts[VARIANTS[0]]).score("bus", 2)
-    assert score is not None
-    assert score.average_error.value == 1.5
-    assert score.average_error.standard_error == pytest.approx(0.5)
-    (claim,) = count_claims(counts)
+    *_, claim = make_claims(sheet, counts, None)
+    assert [one.sentence[:14] for one in claim.comparisons] == ["0.500 against ", "50.0 % against"]
     assert "lower for 20 of 20 pairs and equal for 0" in claim.facts[0]
 
     other = dataclasses.replace(made_row((0, 0)).protocol, num_images=7)
@@ -360,37 +369,30 @@ def test_counts_are_means_over_seeds_of_rows_with_one_protocol(tmp_path: Path) -
     assert len(rows) == 3
 
 
-def test_preference_is_judged_for_models_named_by_their_variants() -> None:
-    def wins(first: str, second: str, low: float, high: float) -> WinRate:
-        middle = estimate((low + high) / 2)
-        share = dataclasses.replace(middle, num_samples=40, low=low, high=high)
-        return WinRate(first=first, second=second, share=share)
-
-    def judged(*rates: WinRate) -> list[Claim]:
-        return preference_claims(dataclasses.replace(PREFERENCE, win_rates=list(rates)))
-
-    (claim,) = judged(
-        wins("concat_early", "concat_intermediate", 0.2, 0.4),
-        wins("cross_attention_intermediate", "cross_attention_early", 0.4, 0.7),
-        wins("concat_early", "cross_attention_early", 0.9, 0.95),
-    )
-    assert [comparison.outcome for comparison in claim.comparisons] == ["better", "same"]
-    assert "in 70% of 40 rankings; the 95 % interval is 60% to 80%" in claim.comparisons[0].sentence
-    (claim,) = judged(wins("cross_attention_intermediate", "cross_attention_early", 0.3, 0.6))
-    assert [comparison.outcome for comparison in claim.comparisons] == ["same"]
-    assert judged(wins("a", "b", 0.2, 0.4)) == []
+def test_the_win_rates_of_a_rating_study_are_shown(sheet: Sheet) -> None:
+    share = dataclasses.replace(estimate(0.3, 0.05), num_samples=40)
+    rate = WinRate(first="concat_early", second="concat_intermediate", share=share)
+    found = dataclasses.replace(PREFERENCE, win_rates=[rate])
+    *_, claim = make_claims(sheet, {}, found)
+    assert claim.facts == [
+        "concat_early is ranked above concat_intermediate in 30% of 40 rankings; the 95 % interval "
+        "is 20% to 40%."
+    ]
 
 
 def test_a_model_of_a_rating_study_has_the_colour_of_its_variant() -> None:
     score = {"mine": estimate(1.0), "concat_intermediate": estimate(2.0)}
     (panel,) = figure_6(dataclasses.replace(PREFERENCE, score=score)).panels
-    assert [point.colour for point in panel.points] == [0, 1]
+    assert [point.colour for point in panel.points] == [0, 9]
     assert panel.places == ("mine", "concat\nintermediate")
 
 
-def test_an_unknown_baseline_is_refused(runs: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--baseline early: .*concat_early"):
-        render(runs[:1], tmp_path / "sheet", baseline="early")
+def test_a_run_of_another_map_is_named_and_left_out(runs: list[str], tmp_path: Path) -> None:
+    shape = dataclasses.replace(PRESETS["tiny"], fusion="3*image 4*adaln", num_text_blocks=0)
+    write_training(tmp_path / "other", shape)
+    page = render([*runs[:1], str(tmp_path / "other")], tmp_path / "sheet")
+    reason = "other is left out: 3*image 4*adaln is none of the paper&#39;s settings"
+    assert reason in page
 
 
 def test_recipes_that_differ_in_more_than_variant_and_seed_are_named(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from ifvit.studies.report import method_table, metric_lines, report, smooth
 @pytest.fixture
 def runs(tmp_path: Path) -> list[str]:
     return [
-        write_run(tmp_path / "early", build_row(0.41), 0),
-        write_run(tmp_path / "intermediate", build_row(0.63), 3),
+        write_run(tmp_path / "early", build_row(0.41)),
+        write_run(tmp_path / "intermediate", build_row(0.63), "image 5*cross_attention image"),
     ]
 
 
@@ -74,9 +74,11 @@ def test_runs_are_compared_metric_by_metric(runs: list[str]) -> None:
 
 def test_runs_evaluated_in_different_ways_are_marked_and_not_compared(tmp_path: Path) -> None:
     urls = [
-        write_run(tmp_path / "a", build_row(0.5), 0),
-        write_run(tmp_path / "b", build_row(0.9, guidance_scale=4.0), 3),
-        write_run(tmp_path / "c", build_row(0.7), 3),
+        write_run(tmp_path / "a", build_row(0.5)),
+        write_run(
+            tmp_path / "b", build_row(0.9, guidance_scale=4.0), "image 5*cross_attention image"
+        ),
+        write_run(tmp_path / "c", build_row(0.7), "image 5*cross_attention image"),
     ]
     page = " ".join(render(urls, tmp_path / "report.html").split())
     assert "b is not compared, because it was not measured like the first run" in page
@@ -95,10 +97,11 @@ def with_method(row: MetricsRow, method: str, seconds: float) -> MetricsRow:
 
 
 def test_alignment_methods_of_one_run_are_shown_side_by_side(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", with_method(build_row(0.4), "plain", 0.5), 0)
+    run = write_run(tmp_path / "run", with_method(build_row(0.4), "plain", 0.5))
     write_evaluation(Path(run), with_method(build_row(0.6), "date", 0.75))
     write_evaluation(Path(run), with_method(build_row(0.4, step=600), "regulate", 0.5))
-    heads, lines = method_table(read_runs([run]))
+    table = method_table(read_runs([run]))
+    heads, lines = table.heads[1:], table.lines
     assert [line.title for line in lines] == ["run, plain, step 1,200", "run, date, step 1,200"]
     plain, date = (dict(zip(heads, line.cells, strict=True)) for line in lines)
     assert [cells["Seconds per image"].note for cells in (plain, date)] == ["", "+50%"]
@@ -111,7 +114,8 @@ def test_alignment_methods_of_one_run_are_shown_side_by_side(tmp_path: Path) -> 
 def test_object_counts_of_runs_are_shown_side_by_side(runs: list[str], tmp_path: Path) -> None:
     for run in runs:
         write_sealed(f"{run}/evaluation/object_count/w2/step_00001200.json", made_row((0, 1)))
-    assert 'alt="object counts of all runs"' in render(runs, tmp_path / "report.html")
+    page = render(runs, tmp_path / "report.html")
+    assert "match ratio, all counts" in page
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

@@ -1,0 +1,267 @@
+"""What the pages of `report` and `report paper` consist of: tables, plots, pictures, templates."""
+
+import base64
+import io
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, TemplateError
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from ifvit.errors import UserError
+from ifvit.figures import COLOURS, INK, house_style, literal, to_png, to_svg
+from ifvit.images import open_image
+from ifvit.records import dump_csv, shorten
+from ifvit.studies.comparisons import Key, Metric, SeedMean, find_best
+
+MISSING = "—"
+"""Text of a cell without a value."""
+
+_MAX_WIDTH = 1100
+_SMALL = 128
+_PANEL_SIZE = (4.6, 3.4)
+_COLUMNS = 3
+_GROUP_WIDTH = 0.8
+
+
+def render_page(template: str, **values: Any) -> bytes:
+    """Render a template of this package to UTF-8; text is escaped unless marked as safe.
+
+    Raises UserError for a template that was changed and no longer renders.
+    """
+    environment = Environment(loader=PackageLoader("ifvit", "studies"), autoescape=True)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    try:
+        return environment.get_template(template).render(**values).encode(errors="replace")
+    except TemplateError as error:
+        raise UserError(
+            f"ifvit/studies/{template}: damaged ({shorten(error)}); install ifvit again"
+        ) from None
+
+
+def inline_image(data: bytes) -> str:
+    """Return an image file as a data URI; images wider than 128 pixels as WebP."""
+    image = open_image(data)
+    if image.width > _SMALL:
+        picture = image.convert("RGB")
+        picture.thumbnail((_MAX_WIDTH, 4 * _MAX_WIDTH), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.save(buffer, "WEBP", quality=90)
+        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A value in a table; `note` is printed small beside it."""
+
+    text: str = MISSING
+    note: str = ""
+    is_best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of a table."""
+
+    title: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table; `records` are its numbers with all their digits, for a CSV file.
+
+    `heads` has the title of each column, the first one included. `notes` are sentences below.
+    """
+
+    heads: list[str]
+    lines: list[Line]
+    records: list[dict[str, object]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def text_cell(value: object, template: str = "{}", note: str = "") -> Cell:
+    """Return a cell with a value; without the value, a cell that says so."""
+    return Cell() if value is None else Cell(text=template.format(value), note=note)
+
+
+def metric_cells(
+    metric: Metric, means: Mapping[Key, SeedMean | None], excluded: Collection[Key] = ()
+) -> dict[Key, Cell]:
+    """Return a cell with a standard error for each mean; the clearly best one is marked.
+
+    Those that are `excluded` are not compared with the others, and their notes say so.
+    """
+    compared = {key: mean for key, mean in means.items() if mean and key not in excluded}
+    best = find_best(metric, compared)
+    cells = {}
+    for key, mean in means.items():
+        mark = ", not compared" if key in excluded else ""
+        note = f"± {metric.show(mean.error)}{mark}" if mean else ""
+        text = metric.show(mean.value) if mean else MISSING
+        cells[key] = Cell(text=text, note=note, is_best=best is not None and key == best)
+    return cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A number of one run, variant or model, with a whisker from `low` to `high`.
+
+    `colour` is an index of COLOURS; `values` holds the number of each run behind a mean.
+    """
+
+    name: str
+    colour: int
+    x: float
+    y: float
+    low: float
+    high: float
+    is_hollow: bool = False
+    x_error: float = 0.0
+    values: tuple[float, ...] = ()
+    label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """The content of one pair of axes; with `places`, x is an index of `places`.
+
+    With `top`, the points are bars from 0 on an axis that ends there, side by side in each place.
+    """
+
+    title: str
+    x_label: str = ""
+    y_label: str
+    points: list[Point]
+    places: tuple[str, ...] = ()
+    top: float | None = None
+
+    @property
+    def svg(self) -> str:
+        """The panel without its title, which the page shows as text."""
+        with house_style():
+            figure = Figure(figsize=_PANEL_SIZE, layout="constrained")
+            axes = figure.add_subplot()
+            _plot(axes, self)
+            axes.set_title("")
+            return to_svg(figure)
+
+
+def legend_of(panels: Sequence[Panel]) -> list[dict[str, object]]:
+    """Return name and colour of everything in the panels."""
+    colours = {point.name: point.colour for panel in panels for point in panel.points}
+    return [{"name": name, "colour": colour} for name, colour in colours.items()]
+
+
+def panels_to_csv(panels: Sequence[Panel]) -> bytes:
+    """Return a CSV file with a line per point."""
+    records: list[dict[str, object]] = [
+        {
+            "panel": panel.title,
+            "name": point.name,
+            "x": panel.places[round(point.x)].replace("\n", " ") if panel.places else point.x,
+            "x_error": point.x_error or None,
+            "y": point.y,
+            "low": point.low,
+            "high": point.high,
+            "runs": len(point.values) or None,
+            "label": point.label,
+        }
+        for panel in panels
+        for point in panel.points
+    ]
+    return dump_csv(records)
+
+
+def panels_to_png(panels: Sequence[Panel]) -> bytes:
+    """Return a PNG of all panels, three in a row, with one legend."""
+    num_columns = min(_COLUMNS, len(panels))
+    num_lines = -(-len(panels) // num_columns)
+    size = (_PANEL_SIZE[0] * num_columns, _PANEL_SIZE[1] * num_lines + 0.5)
+    with house_style():
+        figure = Figure(figsize=size, layout="constrained")
+        grid = list(figure.subplots(num_lines, num_columns, squeeze=False).flat)
+        handles = {}
+        for axes, panel in zip(grid, panels, strict=False):
+            _plot(axes, panel)
+            for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles[name] = handle
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles))
+        )
+        return to_png(figure)
+
+
+def _plot(axes: Axes, panel: Panel) -> None:
+    names = list(dict.fromkeys(point.name for point in panel.points))
+    for index, name in enumerate(names):
+        points = [point for point in panel.points if point.name == name]
+        if panel.top is None:
+            _plot_points(axes, points, is_line=not panel.places)
+        else:
+            width = _GROUP_WIDTH / len(names)
+            _plot_bars(axes, points, (index - (len(names) - 1) / 2) * width, width)
+    axes.set_title(literal(panel.title))
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.grid(visible=True, axis="y")
+    if panel.top is not None:
+        axes.set_ylim(0, panel.top)
+    if panel.places:
+        axes.set_xticks(range(len(panel.places)), map(literal, panel.places), fontsize=9)
+        axes.set_xlim(-0.5, len(panel.places) - 0.5)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _plot_points(axes: Axes, points: Sequence[Point], *, is_line: bool) -> None:
+    """Plot one name: dashed and hollow if it is so, and without a line with a dot for each run."""
+    first, colour = points[0], COLOURS[points[0].colour]
+    axes.errorbar(
+        [point.x for point in points],
+        [point.y for point in points],
+        _whiskers(points),
+        [point.x_error for point in points],
+        color=colour,
+        linestyle="" if not is_line else "--" if first.is_hollow else "-",
+        linewidth=1.8,
+        elinewidth=1.0,
+        capsize=2,
+        marker="o",
+        markersize=5,
+        markerfacecolor="none" if first.is_hollow else colour,
+        label=literal(first.name),
+    )
+    for point in () if is_line else points:
+        axes.plot([point.x + 0.14] * len(point.values), point.values, ".", color=colour, alpha=0.55)
+    for point in (first, points[-1]):
+        if point.label:
+            place = (point.x, point.y)
+            axes.annotate(point.label, place, (4, 4), textcoords="offset points", fontsize=8)
+
+
+def _plot_bars(axes: Axes, points: Sequence[Point], shift: float, width: float) -> None:
+    axes.bar(
+        [point.x + shift for point in points],
+        [point.y for point in points],
+        width,
+        label=literal(points[0].name),
+        color=COLOURS[points[0].colour],
+        edgecolor="white",
+        yerr=_whiskers(points),
+        capsize=1.5,
+        error_kw={"elinewidth": 0.9, "ecolor": INK},
+    )
+
+
+def _whiskers(points: Sequence[Point]) -> list[list[float]]:
+    """Lengths down and up; because of rounding, a value may lie slightly outside its interval."""
+    down = [max(0.0, point.y - point.low) for point in points]
+    return [down, [max(0.0, point.high - point.y) for point in points]]
