@@ -44,7 +44,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:
     excluded = []
     for run in runs:
         config = run.backbone
-        name = config.architecture if config else ""
+        name = str(config.architecture) if config else ""
         if isinstance(config, FusionTransformerConfig):
             name = config.fusion
             if variant := setting_of(config):

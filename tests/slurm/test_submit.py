@@ -96,7 +96,7 @@ def test_axes_give_one_run_per_combination() -> None:
     assert {name: setting_of(recipe.backbone) for name, recipe in names.items()} == {
         name: name for name in names
     }
-    same = {"run": "runs/any", "seed": 0, "backbone": None}
+    same = {"run": "runs/any", "seed": 0, "backbone": PRESETS["small"]}
     assert replace(early, **same) == replace(intermediate, **same)
 
 
