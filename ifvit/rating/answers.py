@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,16 +133,13 @@ class _Database:
             try:
                 return self._connection.execute(statement, parameters).fetchall()
             except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError) as error:
-                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
                 remedy = "restore it from a copy"
-                if code in _DISK_ERRORS:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DISK_ERRORS:
                     remedy = "check the disk, or use a copy of the folder that you may write to"
-                raise UserError(
-                    f"{self._path}: cannot be used ({shorten(error)}); {remedy}"
-                ) from None
+                problem = f"{self._path}: cannot be used ({shorten(error)}); {remedy}"
+                raise UserError(problem) from None
 
     def close(self) -> None:
-        """Close the connection; the last one merges the journal into the file."""
         self._connection.close()
 
     def check(self) -> None:
@@ -182,21 +180,17 @@ class Store:
         """
         path = folder / _DATABASE
         if path.exists():
-            leftover = cls(folder)
-            has_answers = bool(leftover.answers())
-            leftover.close()
-            if has_answers:
-                raise UserError(f"{path}: has answers, but study.json is missing; restore it")
+            with closing(cls(folder)) as leftover:
+                if leftover.answers():
+                    raise UserError(f"{path}: has answers, but study.json is missing; restore it")
             for file in _files(path):
                 file.unlink(missing_ok=True)
         with storage.write_file(str(path)) as temporary:
             temporary.chmod(0o600)
-            connection = sqlite3.connect(temporary, isolation_level=None)
-            for statement in _TABLES.values():
-                connection.execute(statement)
             admin = Admin(token=secrets.token_urlsafe(24))
-            connection.execute("INSERT INTO admin VALUES (?)", (_dump(admin),))
-            connection.close()
+            with closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
+                connection.executescript(";".join(_TABLES.values()))
+                connection.execute("INSERT INTO admin VALUES (?)", (_dump(admin),))
         return cls(folder)
 
     def close(self) -> None:
@@ -212,7 +206,6 @@ class Store:
             self._writer.execute("INSERT INTO rater VALUES (?, ?)", (id_, _dump(rater)))
 
     def raters(self) -> list[Rater]:
-        """List all raters by id."""
         rows = self._reader.execute("SELECT id, CAST(content AS TEXT) FROM rater ORDER BY id")
         return [self._parse(Rater, content, "rater", id=id_) for id_, content in rows]
 
@@ -225,7 +218,6 @@ class Store:
         return self._raters.get(key)
 
     def admin_token(self) -> str:
-        """Return the secret in the admin's link."""
         rows = self._reader.execute("SELECT CAST(content AS TEXT) FROM admin")
         if len(rows) != 1:
             raise UserError(f"{self._path}: damaged, {len(rows)} admins; restore it from a copy")
@@ -244,7 +236,6 @@ class Store:
         )
 
     def find(self, rater: int, item: int, repetition: int) -> Answer | None:
-        """Return the current answer to a task, or None."""
         found = self._select("rater = ? AND item = ? AND repetition = ?", rater, item, repetition)
         return found[0] if found else None
 

@@ -13,8 +13,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_HEAD_BYTES = 16_384
 """Largest request line and headers together."""
-
-
 _MAX_CONNECTIONS = 2000
 
 
@@ -58,16 +56,13 @@ class LimitedConnection(H11Protocol):
         """Register the connection and start its timer."""
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
-            slowest = min(
-                (other for other in self.connections if isinstance(other, LimitedConnection)),
-                key=lambda other: other._receiving_since or math.inf,
-            )
+            ours = [other for other in self.connections if isinstance(other, LimitedConnection)]
+            slowest = min(ours, key=lambda other: other._receiving_since or math.inf)
             slowest.transport.abort()
             self.connections.discard(slowest)
         self._start_timer(is_receiving=True)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
         super().connection_lost(exc)
         if self._timer is not None:
             self._timer.cancel()
@@ -75,9 +70,8 @@ class LimitedConnection(H11Protocol):
     def handle_events(self) -> None:
         """Handle what has arrived; a complete request starts the time of its response."""
         super().handle_events()
-        is_receiving = (
-            self.cycle is None or self.cycle.response_complete or bool(self.cycle.more_body)
-        )
+        cycle = self.cycle
+        is_receiving = cycle is None or cycle.response_complete or bool(cycle.more_body)
         if is_receiving != (self._receiving_since is not None):
             self._start_timer(is_receiving)
 

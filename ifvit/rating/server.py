@@ -105,16 +105,13 @@ def serve(config: ServeConfig) -> None:
 
 
 def _listen(config: ServeConfig) -> socket.socket:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Open the socket; requests wait from now on until the server has started."""
     try:
-        listener.bind((config.host, config.port))
+        return socket.create_server((config.host, config.port))
     except (OSError, TypeError) as error:
         raise UserError(
             f"{config.host}:{config.port}: cannot listen ({error}); give another --host or --port"
         ) from None
-    listener.listen()  # requests wait from now on until the server has started
-    return listener
 
 
 def _make_app(study: Study, store: Store) -> Starlette:
@@ -170,7 +167,6 @@ class _Gate:
 
 
 async def _static(request: Request) -> Response:
-    """Send a style sheet, script or icon."""
     name = request.path_params["name"]
     if name not in _STATIC:
         raise HTTPException(404, "There is no such file.")
@@ -229,21 +225,20 @@ class _Site:
         self._computing = threading.Lock()
 
     def front(self, request: Request) -> Response:
-        """Ask visitors without a code to open their link."""
         text = "Please open the link that you were given: it contains your personal code."
         return HTMLResponse(render("message.html", title="Image ratings", text=text))
 
     def start(self, request: Request) -> Response:
         """Show the first or the last page, or redirect to the first question without an answer."""
         visit = self._visit(request)
-        if visit.next is None or not visit.answered:
-            name = "done.html" if visit.next is None else "welcome.html"
-            kinds = {task.item.kind for task in visit.tasks}
-            return HTMLResponse(render(name, code=visit.code, num=len(visit.tasks), kinds=kinds))
-        return RedirectResponse(f"/r/{visit.code}/{visit.next + 1}", status_code=303)
+        if visit.answered and visit.next is not None:
+            return RedirectResponse(f"/r/{visit.code}/{visit.next + 1}", status_code=303)
+        name = "done.html" if visit.next is None else "welcome.html"
+        kinds = {task.item.kind for task in visit.tasks}
+        return HTMLResponse(render(name, code=visit.code, num=len(visit.tasks), kinds=kinds))
 
     def question(self, request: Request) -> Response:
-        """Show a question, counted from 1, with the earlier answer if there is one."""
+        """Show a question with the earlier answer, if there is one."""
         visit = self._visit(request)
         place = visit.find_place(request)
         if visit.next is not None and place > visit.next:
@@ -297,7 +292,6 @@ class _Site:
         return FileResponse(path, headers={"Cache-Control": "private, max-age=86400, immutable"})
 
     def admin(self, request: Request) -> Response:
-        """Show the current progress and results."""
         token = request.path_params["token"].encode()
         if not secrets.compare_digest(token, self._token):
             raise HTTPException(404, _UNKNOWN)

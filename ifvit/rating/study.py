@@ -158,7 +158,6 @@ def shuffled(values: Iterable[_T], *key: object) -> list[_T]:
 
 
 def write_study(study: Study) -> None:
-    """Write study.json with its seal."""
     questions = {key: value for key, value in asdict(study).items() if key != "folder"}
     storage.write_sealed(str(study.folder / _FILE), questions)
 
