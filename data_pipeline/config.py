@@ -12,7 +12,6 @@ Side = Annotated[int, Rule("from 1 to 8192", lambda value: 1 <= value <= 8192)]
 SIZE_FLAGS = ("--min_side", "--max_aspect_ratio")
 AspectRatio = Annotated[float, Rule("at least 1", lambda value: value >= 1)]
 NumThreads = Annotated[int, Rule("from 1 to 1024", lambda value: 1 <= value <= 1024)]
-BYTES_PER_PIXEL = 4
 
 
 def _split(names: str) -> tuple[str, ...]:
@@ -122,7 +121,7 @@ class EncodeConfig:
     @property
     def max_image_bytes(self) -> int:
         """Size of the largest image file that is read."""
-        return int(BYTES_PER_PIXEL * self.max_megapixels * 1_000_000)
+        return int(4 * self.max_megapixels * 1_000_000)
 
     @property
     def size_limits(self) -> SizeLimits:

@@ -5,7 +5,6 @@ Shapes: B batch, H height, W width.
 
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.image_rules import FIRST_FRAME, TURNED, ImageRules, find_bits, to_rgb, turn_upright
 from ifvit.records import shorten
@@ -29,6 +27,8 @@ PSD, JPEG 2000 and the rest have large or rarely tested decoders, or states that
 """
 MAX_MEGAPIXELS = 100
 """Default limit of an image's area, in millions of pixels."""
+BYTES_PER_PIXEL = 4
+"""An image file may have this many bytes per pixel that is allowed."""
 _BITS = "bits per channel"
 """Key of `image.info`, which keeps what Pillow forgets after decoding."""
 _ANIMATED = ("GIF", "PNG", "WEBP")
@@ -58,18 +58,16 @@ class DecodedImage:
     remarks: tuple[str, ...] = ()
 
 
-def open_image(file: Path | bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """Open and decode an image of one of FORMATS from a local file or from a file's content.
+def open_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """Open and decode the content of an image file of one of FORMATS.
 
     The header is checked before anything is decoded. A file may have at most 4 bytes per allowed
-    pixel. Raises ImageError, which names a file given by its path, when the file is absent, not a
-    regular file, too large, truncated, or no image of FORMATS.
+    pixel. Raises ImageError when it is too large, truncated, or no image of FORMATS.
     """
-    prefix = f"{file}: " if isinstance(file, Path) else ""
     max_pixels = int(max_megapixels * 1_000_000)
-    data = _read_file(file, 4 * max_pixels) if isinstance(file, Path) else file
-    if len(data) > 4 * max_pixels:
-        raise ImageSizeError(f"{prefix}{len(data):,} bytes are more than {4 * max_pixels:,}")
+    if len(data) > BYTES_PER_PIXEL * max_pixels:
+        allowed = BYTES_PER_PIXEL * max_pixels
+        raise ImageSizeError(f"{len(data):,} bytes are more than {allowed:,}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height <= max_pixels:
@@ -77,32 +75,22 @@ def open_image(file: Path | bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Im
             image.load()
             return image
     except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
-        raise ImageError(f"{prefix}not an image of a known format ({known})") from None
+        raise ImageError(f"not an image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise all kinds of errors for broken files
         reason = shorten(error) or type(error).__name__
-        raise ImageError(f"{prefix}not a readable image ({reason})") from None
+        raise ImageError(f"not a readable image ({reason})") from None
     size = f"{image.width} x {image.height} pixels"
-    raise ImageSizeError(f"{prefix}{size} are more than {max_megapixels:g} megapixels")
-
-
-def _read_file(path: Path, max_bytes: int) -> bytes:
-    try:
-        return storage.read_bytes(str(path), max_bytes)
-    except storage.TooLargeError as error:
-        raise ImageSizeError(str(error)) from None
-    except UserError as error:
-        raise ImageError(str(error)) from None
+    raise ImageSizeError(f"{size} are more than {max_megapixels:g} megapixels")
 
 
 def read_square(
-    file: Path | bytes, image_size: int, rules: ImageRules, max_megapixels: float = MAX_MEGAPIXELS
+    data: bytes, image_size: int, rules: ImageRules, max_megapixels: float = MAX_MEGAPIXELS
 ) -> DecodedImage:
-    """Read an image file as RGB, crop the centre square and resize it to `image_size`.
+    """Decode an image file as RGB, crop the centre square and resize it to `image_size`.
 
-    Raises ImageError as `open_image` and `to_rgb` do.
+    Raises UserError as `open_image` and `to_rgb` do.
     """
-    image = open_image(file, max_megapixels)
+    image = open_image(data, max_megapixels)
     bits, remarks = image.info[_BITS], []
     if image.format in _ANIMATED and getattr(image, "is_animated", False):
         remarks.append(FIRST_FRAME)
@@ -112,11 +100,7 @@ def read_square(
         remarks.append(TURNED)
     width, height = image.size
     image = center_crop(image)  # first, because every copy of a large image counts
-    try:
-        image, changes = to_rgb(image, rules, bits)
-    except UserError as error:
-        where = f"{file}: " if isinstance(file, Path) else ""
-        raise ImageError(f"{where}{error}") from None
+    image, changes = to_rgb(image, rules, bits)
     pixels = np.asarray(resize(image, image_size))
     return DecodedImage(pixels=pixels, width=width, height=height, remarks=(*remarks, *changes))
 

@@ -23,7 +23,7 @@ from ifvit.image_rules import (
     TURNED,
     ImageRules,
 )
-from ifvit.images import ImageError, read_square
+from ifvit.images import read_square
 from ifvit.records import parse_value
 
 WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (128, 128, 128)
@@ -367,7 +367,7 @@ def test_a_turned_image_is_cropped_as_people_see_it() -> None:
 
 def test_a_transparent_colour_of_16_bits_is_refused_because_its_pixels_are_cut() -> None:
     data = png(2, 16, DEEP_COLORS, tRNS=bytes(6))
-    with pytest.raises(ImageError, match="16-bit RGB with a transparent colour; convert it"):
+    with pytest.raises(UserError, match="16-bit RGB with a transparent colour; convert it"):
         read_square(data, 16, ImageRules())
 
 

@@ -2,10 +2,8 @@
 
 import contextlib
 import io
-import os
 import struct
 import warnings
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -60,38 +58,16 @@ def encoded(file_format: str) -> bytes:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_every_listed_format_is_read_whatever_its_suffix(tmp_path: Path, file_format: str) -> None:
-    path = tmp_path / "image.dat"
-    path.write_bytes(encoded(file_format))
-    assert open_image(path).convert("RGB") == open_image(encoded(file_format)).convert("RGB")
+def test_every_listed_format_is_read(file_format: str) -> None:
+    assert open_image(encoded(file_format)).size == (12, 9)
 
 
 @pytest.mark.parametrize(
     "data", [EPS, encoded("TIFF"), encoded("PPM"), encoded("ICO"), b"", b"<html>"]
 )
-def test_other_formats_are_refused_by_content_although_the_suffix_is_jpg(
-    tmp_path: Path, data: bytes
-) -> None:
-    path = tmp_path / "image.jpg"
-    path.write_bytes(data)
-    with pytest.raises(ImageError, match=r"image\.jpg: not an image of a known format \(JPEG, PNG"):
-        open_image(path)
-
-
-def test_pipes_devices_folders_and_missing_files_are_one_line_and_no_hang(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "device.jpg").symlink_to("/dev/zero")
-    for name, problem in {
-        "pipe.jpg": "not a regular file",
-        "device.jpg": "not a regular file",
-        "folder.jpg": "not a regular file",
-        "missing.jpg": "no such file",
-        "nul\0.jpg": "expected a plain path",
-        "x" * 300: "cannot be read",
-    }.items():
-        with pytest.raises(ImageError, match=problem):
-            open_image(tmp_path / name)
+def test_other_formats_are_refused_by_content(data: bytes) -> None:
+    with pytest.raises(ImageError, match=r"^not an image of a known format \(JPEG, PNG"):
+        open_image(data)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -112,14 +88,13 @@ def test_too_many_pixels_are_refused_by_the_header_alone(size: tuple[int, int]) 
             open_image(bomb(*size))
 
 
-def test_the_limits_of_pixels_and_bytes_are_raised_by_one_argument(tmp_path: Path) -> None:
-    path = tmp_path / "image.bmp"
-    path.write_bytes(encoded("BMP") + bytes(1000))
-    assert open_image(path, max_megapixels=400e-6).size == (12, 9)
+def test_the_limits_of_pixels_and_bytes_are_raised_by_one_argument() -> None:
+    data = encoded("BMP") + bytes(1000)
+    assert open_image(data, max_megapixels=400e-6).size == (12, 9)
     with pytest.raises(ImageSizeError, match="12 x 9 pixels"):
         open_image(encoded("BMP"), max_megapixels=107e-6)
-    with pytest.raises(ImageSizeError, match=r"larger than .*432 bytes"):
-        open_image(path, max_megapixels=108e-6)
+    with pytest.raises(ImageSizeError, match=r"bytes are more than 432"):
+        open_image(data, max_megapixels=108e-6)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -141,12 +116,9 @@ def test_pixels_map_to_minus_one_and_one_exactly() -> None:
     np.testing.assert_allclose(images.flatten(), [-1.0, 1.0, -0.6], atol=1e-7)
 
 
-def test_a_truncated_jpeg_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "image.jpg"
-    sample_image(64, 64).save(path)
-    path.write_bytes(path.read_bytes()[:-400])
+def test_a_truncated_jpeg_is_an_error() -> None:
     with pytest.raises(ImageError, match="truncated"):
-        read_square(path, 8, ImageRules())
+        read_square(encoded("JPEG")[:-40], 8, ImageRules())
 
 
 def test_pixels_survive_model_range_and_png() -> None:

@@ -29,7 +29,7 @@ from ifvit.evaluation.features import (
 )
 from ifvit.evaluation.metrics import FeatureStatistics
 from ifvit.image_rules import ImageRules
-from ifvit.images import IMAGE_SUFFIXES, MAX_MEGAPIXELS, Pixels, read_square
+from ifvit.images import BYTES_PER_PIXEL, IMAGE_SUFFIXES, MAX_MEGAPIXELS, Pixels, read_square
 from ifvit.records import PositiveInt, Sha256, parse_value, path_inside, record, shorten
 from ifvit.sampling.samples import batched
 from ifvit.shards.format import RESIZE
@@ -60,7 +60,11 @@ class RealImages:
 
     def read(self, path: Path) -> Pixels:
         """Pixels (image_size, image_size, 3). Raises UserError naming a file that is no image."""
-        return read_square(path, self.image_size, self.rules).pixels
+        data = storage.read_bytes(str(path), MAX_MEGAPIXELS * BYTES_PER_PIXEL * 1_000_000)
+        try:
+            return read_square(data, self.image_size, self.rules).pixels
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def find(self, image_id: int | str) -> Path | None:
         """Find the file of an image id.

@@ -138,7 +138,7 @@ def sample_objects(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject
     """
     while True:
         objects = _sample_positions(scene, rng)
-        if _are_apart(objects) and _is_unambiguous(scene, objects):
+        if _is_clear(scene, objects):
             return objects
 
 
@@ -169,17 +169,14 @@ def _cells(scene: Scene) -> list[list[tuple[int, int]]]:
     return [before, after]
 
 
-def _are_apart(objects: tuple[PlacedObject, ...]) -> bool:
+def _is_clear(scene: Scene, objects: tuple[PlacedObject, ...]) -> bool:
+    """Whether all boxes are apart and the centres of two groups show their relation."""
     for one, other in itertools.combinations(objects, 2):
         (width, height), (other_width, other_height) = one.extent, other.extent
         free_x = abs(one.x - other.x) - (width + other_width) / 2
         free_y = abs(one.y - other.y) - (height + other_height) / 2
         if max(free_x, free_y) < _GAP:
             return False
-    return True
-
-
-def _is_unambiguous(scene: Scene, objects: tuple[PlacedObject, ...]) -> bool:
     if scene.second is None:
         return True
     centres = np.array([(placed.x, placed.y) for placed in objects])

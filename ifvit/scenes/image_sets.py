@@ -32,7 +32,6 @@ from ifvit.storage import read_sealed, write_json, write_sealed
 _SPLITS = {"train2014": 0, "val2014": 1, "train2017": 2, "val2017": 3}
 _SPLIT_CAPACITY = 1_000_000
 _DRAWING_VERSION = "1"  # increase it when the same seed gives other files
-_LICENSE = {"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.org/licenses/"}
 
 
 def render_scenes(config: ScenesConfig) -> None:
@@ -62,9 +61,9 @@ def render_scene_set(folder: str | Path, split: str, num_images: int, seed: int 
         {"image_id": image_id, "id": number, "caption": text}
         for number, (image_id, text) in enumerate(texts, start=10 * ids[0])  # unlike other splits
     ]
-    content = {"info": info, "licenses": [_LICENSE]}
-    content["images"] = [_image_record(split, image_id) for image_id in ids]
-    write_json(str(captions), content | {"annotations": records})
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = [{"id": one, "file_name": _file_name(split, one), **size} for one in ids]
+    write_json(str(captions), {"info": info, "images": images, "annotations": records})
 
 
 def render_class_set(folder: str | Path, split: str, num_images: int, seed: int = 0) -> None:
@@ -147,16 +146,3 @@ def _describe(split: str, num_images: int, seed: int) -> dict[str, Any]:
 
 def _file_name(split: str, image_id: int) -> str:
     return f"COCO_{split}_{image_id:012d}.jpg"
-
-
-def _image_record(split: str, image_id: int) -> dict[str, Any]:
-    return {
-        "license": _LICENSE["id"],
-        "file_name": _file_name(split, image_id),
-        "coco_url": "",
-        "height": IMAGE_SIZE,
-        "width": IMAGE_SIZE,
-        "date_captured": "2024-01-01 00:00:00",
-        "flickr_url": "",
-        "id": image_id,
-    }

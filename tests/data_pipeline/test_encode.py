@@ -34,7 +34,7 @@ def test_shards_hold_the_outputs_of_the_encoders(config: EncodeConfig) -> None:
     assert reader.manifest == manifest
     assert (len(reader), manifest.num_captions, len(manifest.shards)) == (10, 19, 3)
     for sample, path in enumerate(image_files(config)):
-        image = read_square(path, 32, ImageRules())
+        image = read_square(path.read_bytes(), 32, ImageRules())
         moments = vae.encode(to_model_range(np.stack([image.pixels])))[0]
         np.testing.assert_allclose(reader.moments(sample), moments, rtol=2e-3, atol=2e-4)
         metadata = reader.metadata(sample)

@@ -135,7 +135,7 @@ def _open(source: str, box: Path, images: str, captions: str | None) -> object:
     for unit in opened.units(2):
         for image in unit.open():
             try:
-                pixels = read_square(io.BytesIO(image.read()), 8).pixels
+                pixels = read_square(image.read(), 8, ImageRules()).pixels
             except Exception as error:
                 pixels = type(error).__name__  # type: ignore[assignment]
             found.append((image.key, image.image_id, image.captions, pixels))

@@ -40,7 +40,7 @@ def test_files_and_records_are_those_of_coco_and_captions_describe_the_pixels(
 ) -> None:
     render_scene_set(tmp_path, "val2014", 20, seed=3)
     captions = read(tmp_path, "captions_val2014.json")
-    assert {"info", "licenses", "images", "annotations"} == set(captions)
+    assert {"info", "images", "annotations"} == set(captions)
     assert len(captions["annotations"]) == 5 * 20
     assert {"image_id", "id", "caption"} == set(captions["annotations"][0])
     scenes = {one["image_id"]: parse_caption(one["caption"]) for one in captions["annotations"]}
