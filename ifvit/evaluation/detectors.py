@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from ifvit.errors import UserError
 from ifvit.evaluation.object_count import MAX_ASKED, CountingRule
 from ifvit.images import Pixels
-from ifvit.models.pretrained import identify, resolve_pretrained
+from ifvit.models.pretrained import identify, reading, resolve_pretrained
 from ifvit.records import shorten
 from ifvit.scenes.drawings import KINDS
 from ifvit.scenes.score import find_objects
@@ -122,7 +122,7 @@ def open_counter(name: str, threshold: float | None, device: str) -> ObjectCount
         return SceneCounter()
     folder = resolve_pretrained(name)
     digest = identify(name, folder).sha256
-    try:
+    with reading(f"detector {name} does not load; give one like DETR, YOLOS or OWL-ViT"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         reads_words = isinstance(config, OwlViTConfig | Owlv2Config)
         if not reads_words and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
@@ -135,11 +135,6 @@ def open_counter(name: str, threshold: float | None, device: str) -> ObjectCount
             processor_class = AutoImageProcessor
         # Counts must not depend on whether torchvision is installed.
         processor = processor_class.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except Exception as error:  # transformers does not check what a configuration says
-        reason = shorten(" ".join(str(error).split()), 160)
-        raise UserError(
-            f"detector {name} does not load ({reason}); give one like DETR, YOLOS or OWL-ViT"
-        ) from None
     default = _WORD_THRESHOLD if reads_words else _CLASS_THRESHOLD
     rule = CountingRule(
         detector=name,

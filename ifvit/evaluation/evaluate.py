@@ -10,8 +10,8 @@ from ifvit import storage
 from ifvit.distributed import choose_device, open_process_group
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
-from ifvit.evaluation.estimates import estimate_mean
 from ifvit.evaluation.measure import CaptionMetrics, ObjectCounting
+from ifvit.evaluation.metrics import estimate_mean
 from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.evaluation.rows import FOLDER, MetricsRow, estimates_of, row_url, samples_url
 from ifvit.evaluation.runs import read_samples

@@ -14,7 +14,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,7 +24,7 @@ from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.metrics import KID_SUBSET, KID_SUBSETS, Features, FeatureStatistics
 from ifvit.images import Pixels, to_model_range
 from ifvit.models.clip import ClipScorer, load_clip
-from ifvit.records import shorten
+from ifvit.models.pretrained import reading
 from ifvit.shards.format import EncoderIdentity
 
 CLIP, INCEPTION = "clip", "inception"
@@ -92,12 +91,8 @@ def load_inception(name: str, device: str = "cpu") -> FeatureNetwork:
         original = torch.jit.load(io.BytesIO(data), map_location=device).eval()  # type: ignore[no-untyped-call]
         network = partial(original, return_features=True)
     elif path.suffix == ".safetensors":
-        try:
+        with reading(f"inception {name}: not the tensors of Inception v3"):
             network = Inception(safetensors.torch.load(data), device)
-        except (SafetensorError, UserError) as error:
-            raise UserError(
-                f"inception {name}: not the tensors of Inception v3 ({shorten(error)})"
-            ) from None
     else:
         raise UserError(
             f"inception {path}: damaged or another network, its sha256 is not {_SHA256}; give "
@@ -216,14 +211,9 @@ class Inception:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: str = "cpu") -> None:
-        """Raises UserError unless `tensors` are those of the network."""
+        """Raises KeyError, IndexError or RuntimeError unless `tensors` are those of the network."""
         self._tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
-        try:
-            self(torch.zeros(1, 3, _IMAGE_SIZE, _IMAGE_SIZE, device="meta"))
-        except KeyError as error:
-            raise UserError(f"no tensor {error.args[0]}") from None
-        except (RuntimeError, IndexError) as error:
-            raise UserError(f"its tensors do not fit ({str(error).splitlines()[0]})") from None
+        self(torch.zeros(1, 3, _IMAGE_SIZE, _IMAGE_SIZE, device="meta"))
         self._tensors = {name: tensor.float().to(device) for name, tensor in tensors.items()}
 
     @torch.no_grad()

@@ -19,7 +19,6 @@ from ifvit.errors import UserError
 from ifvit.evaluation import metrics, object_count, rows, sample_set
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.evaluation.detectors import open_counter
-from ifvit.evaluation.estimates import Estimate, estimate_mean, estimate_share
 from ifvit.evaluation.features import (
     CLIP,
     INCEPTION,
@@ -29,6 +28,7 @@ from ifvit.evaluation.features import (
     collect_features,
     load_networks,
 )
+from ifvit.evaluation.metrics import Estimate, estimate_mean, estimate_share
 from ifvit.evaluation.references import RealImages, Reference, list_images, read_reference
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.sampling.load import Model

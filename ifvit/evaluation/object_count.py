@@ -14,7 +14,7 @@ import numpy as np
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import Estimate, estimate_mean, estimate_share
+from ifvit.evaluation.metrics import Estimate, estimate_mean, estimate_share
 from ifvit.evaluation.rows import Settings, read_stored_rows
 from ifvit.records import (
     Fraction,

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import Estimate
+from ifvit.evaluation.metrics import Estimate
 from ifvit.records import (
     Fraction,
     NonNegativeFloat,

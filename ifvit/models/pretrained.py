@@ -9,13 +9,12 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import ifvit.scenes
@@ -149,12 +148,12 @@ def require_shapes(what: str, wanted: nn.Module, found: Mapping[str, tuple[int, 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of a safetensors file, from its header."""
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            names = tensors.offset_keys()
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({_line(error)})") from None
+    with (
+        reading(f"{path}: not a complete safetensors file"),
+        safe_open(path, framework="pt") as tensors,
+    ):
+        names = tensors.offset_keys()
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
 
 
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
@@ -181,7 +180,7 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Raise UserError, in one line, for what a library raises on a broken file or a full disk."""
+    """Raise UserError, in one line, for what a library raises on broken files, disks and hubs."""
     try:
         yield
     except UserError:
@@ -197,13 +196,10 @@ def _line(error: Exception) -> str:
 
 def upload_pretrained(folder: Path, repository: str) -> None:
     """Upload `folder` to a hub repository. Raises UserError if the hub does not accept it."""
-    hub = HfApi()
-    try:
+    with reading(f"{repository}: the upload to the hub failed"):
+        hub = HfApi()
         hub.create_repo(repository, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{repository}: the upload to the hub failed ({reason})") from None
 
 
 def download_pretrained(
@@ -217,13 +213,7 @@ def download_pretrained(
     `options` are those of huggingface_hub's snapshot_download: revision, token, cache_dir, ...
     Raises UserError if the download fails.
     """
-    prefix = f"{folder}/" if folder else ""
-    patterns = [f"{prefix}{pattern}" for pattern in files]
-    try:
+    name = f"{repository}/{folder}".rstrip("/")
+    patterns = [str(PurePosixPath(folder, pattern)) for pattern in files]
+    with reading(f"{name}: not a local folder, and the download from the hub failed"):
         return Path(snapshot_download(repository, allow_patterns=patterns, **options), folder)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        name = f"{repository}/{folder}".rstrip("/")
-        raise UserError(
-            f"{name}: not a local folder, and the download from the hub failed ({reason})"
-        ) from None

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import chdtrc
 
-from ifvit.evaluation.estimates import Estimate, estimate_share
+from ifvit.evaluation.metrics import Estimate, estimate_share
 
 Floats = NDArray[np.float64]
 

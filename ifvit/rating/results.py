@@ -17,7 +17,7 @@ import numpy as np
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import Estimate
+from ifvit.evaluation.metrics import Estimate
 from ifvit.rating.agreement import Floats, OrderBias, agreement, estimate_columns, order_bias
 from ifvit.rating.answers import Answer, Store, read_answers
 from ifvit.rating.config import RateExportConfig

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from scipy import stats
 
-from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
+from ifvit.evaluation.metrics import LOWER_IS_BETTER, Estimate
 from ifvit.evaluation.rows import MetricsRow, differences
 from ifvit.evaluation.runs import Run
 

@@ -23,7 +23,7 @@ from ifvit import storage
 from ifvit.connections import StoreError, is_remote
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import LOWER_IS_BETTER, Estimate
+from ifvit.evaluation.metrics import LOWER_IS_BETTER, Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows
 from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import (

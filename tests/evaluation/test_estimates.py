@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ifvit.evaluation.estimates import estimate_around, estimate_mean, estimate_share
+from ifvit.evaluation.metrics import estimate_around, estimate_mean, estimate_share
 
 
 def test_standard_errors_are_those_of_a_mean_and_of_a_share() -> None:

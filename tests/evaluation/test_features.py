@@ -131,9 +131,9 @@ def test_a_file_that_is_not_a_network_is_one_line(
     tensors = inception_tensors()
     name = "Mixed_6c.branch7x7_2.conv.weight"
     wrong = {
-        "no tensor": {key: value for key, value in tensors.items() if key != name},
-        "do not fit": tensors | {name: torch.zeros(3, 3)},
-        "fit": tensors | {name: torch.zeros(4, 5, 1, 7)},
+        name: {key: value for key, value in tensors.items() if key != name},
+        "IndexError": tensors | {name: torch.zeros(3, 3)},
+        "RuntimeError": tensors | {name: torch.zeros(4, 5, 1, 7)},
     }
     for words, content in wrong.items():
         save_file(content, path)

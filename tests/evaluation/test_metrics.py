@@ -11,8 +11,8 @@ from scipy.linalg import sqrtm
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ifvit.evaluation import metrics
-from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.metrics import (
+    Estimate,
     FeatureStatistics,
     clip_score_paper,
     cmmd,

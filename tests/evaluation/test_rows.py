@@ -12,7 +12,7 @@ from made_counts import made_row
 
 from ifvit import storage
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import estimate_mean
+from ifvit.evaluation.metrics import estimate_mean
 from ifvit.evaluation.object_count import read_object_counts
 from ifvit.evaluation.rows import (
     MetricsRow,

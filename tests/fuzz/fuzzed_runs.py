@@ -27,8 +27,8 @@ from ifvit.analysis.attention_maps import (
     write_attention,
 )
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import Estimate
 from ifvit.evaluation.features import CLIP, FeatureNetwork
+from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.object_count import read_object_counts
 from ifvit.evaluation.references import read_reference
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url

@@ -9,7 +9,7 @@ import numpy as np
 from made_training_rows import made_training_row
 
 from ifvit import storage
-from ifvit.evaluation.estimates import Estimate
+from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url
 from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.config import PRESETS, BackboneConfig

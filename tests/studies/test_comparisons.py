@@ -8,7 +8,7 @@ from made_runs import estimate
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from ifvit.evaluation.estimates import Estimate
+from ifvit.evaluation.metrics import Estimate
 from ifvit.studies.comparisons import (
     FRECHET,
     RETRIEVAL,

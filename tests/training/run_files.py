@@ -14,7 +14,7 @@ from accelerate.utils.other import get_free_port
 from made_backbone import small_shape
 from made_shards import make_samples, write_shards
 
-from ifvit.evaluation.estimates import Estimate
+from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, read_training_rows, row_url
 from ifvit.sampling.config import SamplingConfig
 from ifvit.storage import write_sealed
