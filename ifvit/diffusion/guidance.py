@@ -139,7 +139,7 @@ class GuidedNoisePredictor:
 
     def set_condition(self, condition: Tensor) -> None:
         """Replace the condition (B, ...) of the following evaluations."""
-        self._condition = condition
+        self.condition = condition
         self._encoded = self._backbone.encode_condition(condition)
         self._both_conditions = self._encoded.append(self._null)
 
@@ -150,7 +150,7 @@ class GuidedNoisePredictor:
             index=self._num_evaluations,
             x_t=x_t,
             timesteps=timesteps,
-            context=self._condition,
+            context=self.condition,
             predict_clean=partial(self._predict_clean, x_t, timesteps),
         )
         self._num_evaluations += 1

@@ -176,11 +176,6 @@ class FusionPipeline(DiffusionPipeline):
         storage.write_json(str(json_file_path), index)
         storage.write_bytes(str(Path(json_file_path).with_name("pipeline.py")), _MODULE.encode())
 
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has set `_interrupt`, which skips the remaining steps."""
-        return self._interrupt
-
     @torch.no_grad()
     def __call__(  # noqa: PLR0913  the arguments every diffusers pipeline has
         self,
@@ -208,61 +203,58 @@ class FusionPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate `num_images_per_prompt` images of each prompt, ordered by prompt.
 
-        A prompt is a caption or, for a class-conditional backbone, a class name or number.
-        `prompt_embeds` (prompts, M, D) replaces the prompts, `negative_prompt` the
-        empty one, which stands for the null context or class of the training.
-        `guidance_scale` is w in eps_uncond + w (eps_cond - eps_uncond); it applies at the timesteps
-        of `guidance_interval` (0 ... 999). `height` and `width` may only be those of the training.
-        `timesteps` or `sigmas` replace the scheduler's own, and `eta` is that of DDIM, where the
-        scheduler takes them. `generator` is one generator, or a list with one per
-        image. `latents` (B, C, S, S) replaces the standard normal noise. `output_type` is pil, np,
-        pt or latent. `callback_on_step_end(pipeline, step, timestep, tensors)` may return new
-        `latents` or `prompt_embeds` (B, M, D). Raises ValueError for contradictory arguments.
+        A prompt is a caption, or a class name or number. `prompt_embeds` (prompts, M, D) replaces
+        the prompts, `negative_prompt` the null context or class. `guidance_scale` is w in
+        eps_uncond + w (eps_cond - eps_uncond), at the timesteps of `guidance_interval`.
+        `height` and `width` may only be those of the training. `latents` (B, C, S, S) replaces the
+        noise. `output_type` is pil, np, pt or latent. The callback(pipeline, step,
+        timestep, tensors) may return new `latents` or `prompt_embeds` (B, M, D).
+        Raises ValueError for contradictory arguments.
         """
         self._check_size(height, width)
-        context = self._embed(prompt, prompt_embeds, "prompt")
+        conditions = self._embed(prompt, prompt_embeds, "prompt")
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
         negative = self._embed(negative_prompt, negative_prompt_embeds, "negative_prompt")
-        if len(negative) not in (1, len(context)):
-            raise ValueError("give one negative prompt, or one for each prompt")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; give at least 1")
-        if len(negative) > 1:
-            negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
-        context = context.repeat_interleave(num_images_per_prompt, dim=0)
-        predictor = GuidedNoisePredictor(
-            self.backbone,
-            context,
-            self.backbone.encode_condition(negative),
-            Guidance(guidance_scale, *guidance_interval),
-            method,
-        )
-
-        device = self._execution_device
-        self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        conditions, negative = _repeat_each(conditions, negative, num_images_per_prompt)
+        null = self.backbone.encode_condition(negative)
+        guidance = Guidance(guidance_scale, *guidance_interval)
+        predictor = GuidedNoisePredictor(self.backbone, conditions, null, guidance, method)
+        self._set_timesteps(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+        noise = self._initial_noise(len(conditions), generator, latents)
         options = self._step_options(eta, generator)
-        noise = self._initial_noise(len(context), generator, latents)
-        latents = noise.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        latents = self._solve(
+            predictor, noise, options, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        images = self._decode(latents, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _solve(
+        self,
+        predictor: GuidedNoisePredictor,
+        noise: Tensor,
+        options: dict[str, Any],
+        on_step_end: OnStepEnd | None,
+        shown: Sequence[str],
+    ) -> Tensor:
+        """Turn noise (B, C, S, S) into latents; a callback may set `_interrupt` to stop early."""
+        latents = noise.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
         self._interrupt = False
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            if self.interrupt:
+            if self._interrupt:
                 break
             scaled = self.scheduler.scale_model_input(latents, t)
             predicted = predictor(scaled, t.expand(len(scaled)))
             latents = self.scheduler.step(predicted, t, latents, **options).prev_sample
-            if callback_on_step_end is not None:
-                tensors = {"latents": latents, "prompt_embeds": context}
-                shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                changed = callback_on_step_end(self, step, t, shown)
+            if on_step_end is not None:
+                tensors = {"latents": latents, "prompt_embeds": predictor.condition}
+                changed = on_step_end(self, step, t, {name: tensors[name] for name in shown})
                 latents = changed.get("latents", latents)
                 if "prompt_embeds" in changed:
-                    self._check_rows("prompt_embeds", changed["prompt_embeds"], len(context))
-                    context = changed["prompt_embeds"]
-                    predictor.set_condition(context)
-
-        images = self._decode(latents, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+                    if len(changed["prompt_embeds"]) != len(noise):
+                        raise ValueError(f"prompt_embeds: expected {len(noise)} rows")
+                    predictor.set_condition(changed["prompt_embeds"])
+        return latents
 
     def _check_size(self, height: int | None, width: int | None) -> None:
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -270,11 +262,8 @@ class FusionPipeline(DiffusionPipeline):
         if not {height, width} <= {None, side}:
             raise ValueError(f"height and width are {height} and {width}; leave them out or {side}")
 
-    def _set_timesteps(
-        self, num_steps: int, timesteps: list[int] | None, sigmas: list[float] | None
-    ) -> None:
-        """Set as many steps, or those given. Raises ValueError if the scheduler takes no list."""
-        lists = {"timesteps": timesteps, "sigmas": sigmas}
+    def _set_timesteps(self, num_steps: int, **lists: list[Any] | None) -> None:
+        """Set `num_steps` timesteps, or the given `timesteps` or `sigmas`."""
         given = {name: values for name, values in lists.items() if values is not None}
         if len(given) > 1:
             raise ValueError("give timesteps or sigmas, not both")
@@ -298,7 +287,6 @@ class FusionPipeline(DiffusionPipeline):
         if (prompt is None) == (embeds is None):
             raise ValueError(f"give either {name} or {name}_embeds")
         if embeds is not None:
-            self._check_rows(f"{name}_embeds", embeds)
             return embeds.to(self._execution_device)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not prompts:
@@ -310,18 +298,6 @@ class FusionPipeline(DiffusionPipeline):
         return encode_captions(
             self.text_encoder, self.tokenizer, prompts, self.config["null_context"]
         )
-
-    def _check_rows(self, name: str, embeds: Tensor, count: int | None = None) -> None:
-        """Raise ValueError unless there are `count` conditions, or at least one, of any shape.
-
-        The backbone checks the shape of contexts.
-        """
-        num_dims = 1 if self.text_encoder is None and self.config["classes"] else 3
-        if embeds.ndim != num_dims or not len(embeds) or count not in (None, len(embeds)):
-            raise ValueError(
-                f"{name} has shape {tuple(embeds.shape)}; expected {num_dims} dimensions and "
-                f"{count or 'at least one'} rows"
-            )
 
     def _initial_noise(
         self, count: int, generator: Generators | None, latents: Tensor | None
@@ -345,6 +321,17 @@ class FusionPipeline(DiffusionPipeline):
         unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         decoded = self.vae.decode(unscaled).sample
         return self.image_processor.postprocess(decoded, output_type=output_type)
+
+
+def _repeat_each(conditions: Tensor, negative: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Repeat every condition `count` times; a single negative condition stays single."""
+    if count * len(conditions) < 1:
+        raise ValueError(f"{count} images for each of {len(conditions)} prompts; give at least 1")
+    if len(negative) not in (1, len(conditions)):
+        raise ValueError("give one negative prompt, or one for each prompt")
+    if len(negative) > 1:
+        negative = negative.repeat_interleave(count, dim=0)
+    return conditions.repeat_interleave(count, dim=0), negative
 
 
 def _download(url: str, folder: Path) -> None:

@@ -239,19 +239,39 @@ def test_classes_are_refused_for_captions(weights: str, tmp_path: Path) -> None:
         generate(read_flags(weights, tmp_path, "--class", "cat"))
 
 
-def test_date_works_without_fusion_blocks_and_regulation_is_refused(
+def test_date_works_without_attention_to_text_and_regulation_is_refused(
     weights: str, tmp_path: Path
 ) -> None:
-    shape = load_weights(weights)[0].config.context_shape
-    assert shape is not None
-    captions = dataclasses.replace(
-        TOKENS, num_classes=None, context_length=shape[0], context_width=shape[1]
-    )
-    other = save(tmp_path / "weights", weights, captions)
+    adaln = dataclasses.replace(load_weights(weights)[0].config, fusion="image 2*adaln")
+    other = save(tmp_path / "weights", weights, adaln)
     words = ["--prompt", "a red circle", "--method"]
     assert generate(read_flags(other, tmp_path, *words, "date"))
-    with pytest.raises(UserError, match=r"not those of a TokenTransformer"):
+    with pytest.raises(UserError, match="the image tokens of this backbone attend to no text"):
         generate(read_flags(other, tmp_path / "again", *words, "regulate"))
+
+
+MIXED = "image concat cross_attention separate_cross_attention dual_stream adaln"
+
+
+@pytest.mark.parametrize("condition", ["captions", "classes"])
+@pytest.mark.parametrize("options", [{}, {"rotary": True, "num_registers": 2, "mlp": "swiglu"}])
+def test_an_exported_map_of_all_mechanisms_predicts_the_same_noise(
+    condition: str, options: dict[str, object], weights: str, tmp_path: Path
+) -> None:
+    config = TOKENS if condition == "classes" else load_weights(weights)[0].config
+    config = dataclasses.replace(config, fusion=MIXED, modulation="shared", **options)
+    url = save(tmp_path / "weights", weights, config)
+    export(ExportConfig(weights=url, output=str(tmp_path / "pipeline")))
+    found = FusionPipeline.from_pretrained(tmp_path / "pipeline").backbone
+    expected, _ = load_weights(url)
+    assert found.config == config
+    shape = config.context_shape
+    given = torch.tensor([2, 0]) if shape is None else torch.randn(2, *shape)
+    x_t, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    with torch.no_grad():
+        assert torch.equal(found(x_t, timesteps, given), expected(x_t, timesteps, given))
+    card = (tmp_path / "pipeline/README.md").read_text()
+    assert f"| fusion | {MIXED} |" in card
 
 
 def test_an_exported_pipeline_takes_class_names_and_numbers(classes: str, tmp_path: Path) -> None:

@@ -160,10 +160,10 @@ def test_each_prompt_may_have_its_own_negative_prompt(pipeline: FusionPipeline) 
         ({"prompt": ["x", "y"], "latents": torch.zeros(4, 4, 8, 8)}, "latents have shape"),
         ({"latents": torch.zeros(2, 4, 8, 8)}, "latents have shape"),
         ({"latents": torch.zeros(4, 8, 8)}, "latents have shape"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"num_images_per_prompt": 0}, "0 images for each of 1 prompts"),
         ({"generator": generators(1, 2), "latents": torch.zeros(1, 4, 8, 8)}, "2 generators"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(16, 64)}, "prompt_embeds has shape"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(0, 16, 64)}, "prompt_embeds has shape"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(16, 64)}, "context of shape"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(0, 16, 64)}, "each of 0 prompts"),
         ({"negative_prompt_embeds": torch.zeros(2, 16, 64)}, "one negative prompt"),
         ({"height": 512}, "height and width are 512 and None; leave them out or 64"),
         ({"height": 64, "width": 63}, "height and width"),
@@ -171,7 +171,8 @@ def test_each_prompt_may_have_its_own_negative_prompt(pipeline: FusionPipeline) 
         ({"sigmas": [1.0, 0.5]}, "sigmas: DPMSolverMultistepScheduler takes"),
         ({"timesteps": []}, "timesteps"),
         ({"timesteps": [900, 300], "sigmas": [1.0, 0.5]}, "not both"),
-        ({"negative_prompt_embeds": torch.zeros(16, 64)}, "negative_prompt_embeds has shape"),
+        ({"negative_prompt_embeds": torch.zeros(16, 64)}, "one negative prompt"),
+        ({"negative_prompt_embeds": torch.zeros(1, 64)}, "context of shape"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(
@@ -183,7 +184,7 @@ def test_arguments_that_contradict_each_other_are_refused(
 
 def test_a_callback_cannot_change_the_number_of_prompts(pipeline: FusionPipeline) -> None:
     changed = {"prompt_embeds": torch.zeros(2, 16, 64)}
-    with pytest.raises(ValueError, match="prompt_embeds has shape"):
+    with pytest.raises(ValueError, match="prompt_embeds: expected 1 rows"):
         pipeline("x", num_inference_steps=2, callback_on_step_end=lambda *call: changed)
 
 
