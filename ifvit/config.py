@@ -271,20 +271,20 @@ def _choose_member(
 ) -> tuple[type[Any], list[Flag]]:
     """Choose the union member of field `name` by its architecture; the first is the default.
 
-    When a recipe or flag names a new architecture, all earlier settings of this field are dropped.
+    What states an architecture describes the whole field: all earlier settings are dropped.
     Raises UserError for an unknown architecture.
     """
     by_name = {str(getattr(member, KEY)): member for member in members}
     current = next(iter(by_name))
     kept: list[Flag] = []
     for flag, value in flags:
-        named = _architecture(name, flag, value) or current
-        if named not in by_name:
+        stated = _architecture(name, flag, value)
+        if stated is not None and stated not in by_name:
             raise UserError(
-                f"{name}.{KEY}: expected one of {', '.join(by_name)}, not {shorten(named)}"
+                f"{name}.{KEY}: expected one of {', '.join(by_name)}, not {shorten(stated)}"
             )
-        if named != current:
-            kept, current = _without(name, kept), named
+        if stated is not None:
+            kept, current = _without(name, kept), stated
         kept.append((flag, value))
     return by_name[current], kept
 

@@ -121,7 +121,7 @@ MAY_BE_ZERO = {
     "DateConfig": "evaluations image_reward_weight radius",
     "EncodeConfig": "task tolerate",
     "EvaluateConfig": "guidance_scales steps task",
-    "FusionTransformerConfig": "num_image_blocks num_text_blocks timestep_offset",
+    "FusionTransformerConfig": "num_registers num_text_blocks timestep_offset",
     "ImportConfig": "ema_decay step",
     "LogsConfig": "lines task",
     "ObjectCountConfig": "threshold",

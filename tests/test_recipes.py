@@ -12,8 +12,8 @@ from data_pipeline.config import EncodeConfig
 from ifvit.config import FLAG_ONLY, dump_config, read_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
-from ifvit.models.config import CLASS_PRESETS, PRESETS
-from ifvit.records import PositiveFloat, PositiveInt, record
+from ifvit.models.config import CLASS_PRESETS, PRESETS, restore_config, with_setting
+from ifvit.records import PositiveFloat, PositiveInt, parse_yaml, record
 from ifvit.training.config import OptimConfig, TrainConfig
 from slurm.config import PipelineConfig, SubmitTrainConfig
 
@@ -47,12 +47,12 @@ def test_a_recipe_is_accepted_and_survives_a_round_trip(
 )
 def test_the_papers_recipes_are_its_table_3(cls: type[TrainConfig], name: str) -> None:
     config = read_config(cls, ["--config", str(CONFIGS / f"{name}.yaml")], prog="test")
-    fusion = ("conditioning", "num_image_blocks", "num_text_blocks")
-    variant = {field: getattr(config.backbone, field) for field in fusion}
-    assert config.backbone == dataclasses.replace(PRESETS["small"], **variant)
+    setting = "cross_attention_intermediate" if "intermediate" in name else "concat_early"
+    assert config.backbone == with_setting(PRESETS["small"], setting)
     assert config.optim == OptimConfig(
         learning_rate=2e-4,
         weight_decay=0.03,
+        decay_norms=True,
         betas=(0.9, 0.9),
         warmup_steps=5000,
         cooldown_steps=0,
@@ -118,13 +118,14 @@ def test_a_local_file_takes_precedence_over_a_shipped_name(
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("backbone/*.yaml")])
 def test_a_backbone_is_found_by_name_and_by_path(name: str) -> None:
     words = ["--config", str(CONFIGS / "train" / "coco256_early.yaml"), "--optim.betas", "[0,0.5]"]
-    for backbone in (name, str(CONFIGS / "backbone" / f"{name}.yaml")):
+    path = str(CONFIGS / "backbone" / f"{name}.yaml")
+    for backbone in (name, path):
         config = read_config(TrainConfig, [*words, "--backbone", backbone], prog="test")
-        assert config.backbone == {**PRESETS, **CLASS_PRESETS}[name]
+        assert config.backbone == restore_config(parse_yaml(Path(path).read_text(), name))
         assert (config.optim.learning_rate, config.optim.betas) == (2e-4, (0, 0.5))
 
 
-def test_a_backbone_of_another_architecture_replaces_that_of_the_recipe() -> None:
+def test_a_backbone_that_states_its_architecture_replaces_that_of_the_recipe() -> None:
     early, classes = (
         str(CONFIGS / "train" / f"{name}.yaml") for name in ("coco256_early", "scenes_classes")
     )
@@ -133,7 +134,7 @@ def test_a_backbone_of_another_architecture_replaces_that_of_the_recipe() -> Non
         [
             "--config",
             early,
-            "--backbone.depth=4",
+            "--backbone.num_heads=4",
             "--backbone=unet_tiny",
             "--backbone.head_width=16",
         ],
@@ -143,8 +144,50 @@ def test_a_backbone_of_another_architecture_replaces_that_of_the_recipe() -> Non
     config = read_config(TrainConfig, ["--config", early, "--config", classes], prog="test")
     assert config.backbone == CLASS_PRESETS["class_tiny"]
     assert config.text_encoder == "openai/clip-vit-large-patch14"
-    config = read_config(TrainConfig, ["--config", classes, "--backbone.depth", "9"], prog="test")
-    assert config.backbone == dataclasses.replace(CLASS_PRESETS["class_tiny"], depth=9)
+    config = read_config(TrainConfig, ["--config", classes, "--backbone.width", "96"], prog="test")
+    assert config.backbone == dataclasses.replace(CLASS_PRESETS["class_tiny"], width=96)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["fusion", "4*image 5*cros_attention"],
+            r"5\*cros_attention is not an entry like .*adaln$",
+        ),
+        (["fusion", "300*image"], "300 blocks; give 1 to 256"),
+        (["fusion", ""], "0 blocks; give 1 to 256"),
+        (
+            ["fusion", "13*image", "num_text_blocks", "1"],
+            "num_text_blocks: no block .* set it to 0",
+        ),
+        (["rotary", "true", "num_heads", "256"], "heads have 2 channels; choose num_heads so that"),
+        (["num_heads", "7"], "width 512 must be even and divisible by num_heads 7"),
+        (["modulation", "adaln"], "backbone.modulation is adaln; expected 'none' or 'adaln_zero'"),
+        (["num_registers", "-1"], "backbone.num_registers is -1; it must be from 0 to 256"),
+        (["init_std", "narrow"], "backbone.init_std is narrow; expected float above 0 or 'auto'"),
+        (["conditioning", "concat"], "backbone.conditioning"),
+    ],
+)
+def test_a_backbone_that_cannot_be_built_is_one_line(flags: list[str], message: str) -> None:
+    words = [
+        f"--backbone.{name}={value}" for name, value in zip(flags[::2], flags[1::2], strict=True)
+    ]
+    with pytest.raises(UserError, match=f"^ifvit train: .*{message}") as error:
+        read_config(TrainConfig, ["--recipe", "coco256_early", *words], prog="ifvit train")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 220
+
+
+def test_help_shows_the_architecture_before_the_fields_that_depend_on_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        read_config(TrainConfig, ["--help"], prog="ifvit train")
+    shown = capsys.readouterr().out.partition("\n  --backbone CONFIG")[2]
+    fields = re.findall(r"^  --backbone\.(\w+)", shown, re.MULTILINE)
+    assert fields[:2] == ["architecture", "latent_size"]
+    assert fields.index("fusion") < fields.index("width") < fields.index("mlp")
 
 
 BROKEN = {
@@ -156,7 +199,7 @@ BROKEN = {
     "refused nested value": ("optim: {warmup_steps: -1}", "warmup_steps"),
     "unknown architecture": (
         "backbone: {architecture: unett}",
-        "expected one of fusion_uvit, .* not unett",
+        "expected one of fusion_transformer, .* not unett",
     ),
     "another architecture's key": ("backbone: {architecture: unet, patch_size: 2}", "patch_size"),
     "broken YAML": ("optim: [", "parsing"),
