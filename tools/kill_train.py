@@ -27,8 +27,8 @@ from pathlib import Path
 from ifvit.evaluation.rows import read_training_rows
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.shards.reader import ShardReader
-from ifvit.storage import exists, join, list_names, read_bytes
-from ifvit.training.checkpoint import MANIFEST, fetch_newest, open_tensors, saved_steps, step_url
+from ifvit.storage import join
+from ifvit.training.checkpoint import fetch_newest, open_tensors
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -45,7 +45,6 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--window", type=float, default=6.0, help="longest wait in seconds")
-    parser.add_argument("--minutes", type=float, default=60.0, help="no more kills after this")
     parser.add_argument("--shards", help="dataset; default: 64 encoded scenes")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -57,8 +56,8 @@ def main() -> None:
         calm = recipe(join(local, "calm"), shards, arguments.steps, arguments.every)
         finish(start(calm, 1, Path(local)))
         killed = replace(calm, run=join(arguments.folder, "hunted"))
-        deadline = started + 60 * arguments.minutes
-        report = kill(killed, arguments, random.Random(arguments.seed), deadline, Path(local))
+        worlds = kill(killed, arguments, random.Random(arguments.seed), Path(local))
+        report = {"kills": len(worlds), "worlds": worlds}
         report |= compare(calm.run, killed.run, Path(local))
     report["minutes"] = (time.monotonic() - started) / 60
     print(json.dumps(report, indent=2))
@@ -146,18 +145,11 @@ def finish(processes: list[BaseProcess]) -> None:
 
 
 def kill(
-    config: TrainConfig,
-    arguments: argparse.Namespace,
-    chance: random.Random,
-    deadline: float,
-    folder: Path,
-) -> dict[str, object]:
-    """Start and kill the run until no kills or time are left, then let it finish."""
-    moments: dict[str, int] = {}
+    config: TrainConfig, arguments: argparse.Namespace, chance: random.Random, folder: Path
+) -> list[int]:
+    """Start and kill the run, then let it finish => number of processes of each killed start."""
     newest, worlds = 0, []
-    for _ in range(arguments.kills):
-        if time.monotonic() > deadline:
-            break
+    while len(worlds) < arguments.kills and newest < config.max_steps:
         worlds.append(chance.choice([n for n in arguments.worlds if n not in worlds[-1:]] or [1]))
         processes = start(config, worlds[-1], folder)
         log, is_early = folder / "rank0.log", chance.random() < 0.1
@@ -170,17 +162,13 @@ def kill(
             process.join()
         if any(ended):
             raise SystemExit(f"a rank ended by itself: {log.read_text()[-2000:]}")
-        moment = moment_of_death(config.run)
-        moments[moment] = moments.get(moment, 0) + 1
         step = newest_step(config.run, folder)
         if step < newest:
             raise SystemExit(f"step {newest} was complete and is lost; the newest is {step}")
         newest = step
-        print(f"kill {sum(moments.values())}: {worlds[-1]} ranks, {moment}, saved step {step}")
-        if step >= config.max_steps:
-            break
+        print(f"kill {len(worlds)}: {worlds[-1]} ranks, saved step {step}")
     finish(start(config, 1, folder))
-    return {"kills": sum(moments.values()), "moments": moments, "worlds": worlds}
+    return worlds
 
 
 def wait_for_steps(log: Path, process: BaseProcess, limit: float) -> None:
@@ -190,23 +178,6 @@ def wait_for_steps(log: Path, process: BaseProcess, limit: float) -> None:
         if re.search("step/s|s/step", log.read_text()):
             return
         time.sleep(0.05)
-
-
-def moment_of_death(run: str) -> str:
-    """Stage in which the run died, derived from the files that it left."""
-    steps = saved_steps(run)
-    if not steps:
-        return "before the first save"
-    names = list_names(step_url(run, steps[-1]))
-    if MANIFEST not in names:
-        return "between part and manifest"
-    latest = join(run, "checkpoints", "latest")
-    published = read_bytes(latest).decode().strip() if exists(latest) else ""
-    if published != f"step_{steps[-1]:08d}":
-        return "between manifest and latest"
-    if len(steps) > 2:
-        return "while pruning"
-    return "while stepping, copying or uploading"
 
 
 def newest_step(run: str, folder: Path) -> int:

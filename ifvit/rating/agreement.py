@@ -3,8 +3,9 @@
 Shapes: R raters, I items, C columns (models or pairs of models); NaN marks a missing answer.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import krippendorff
 import numpy as np
@@ -14,7 +15,7 @@ from scipy.special import chdtrc
 from ifvit.evaluation.metrics import Estimate, estimate_share
 
 Floats = NDArray[np.float64]
-
+_Name = TypeVar("_Name", bound=Hashable)
 _NUM_RESAMPLES = 1000
 _CHUNK = 100
 """Number of resamples that are computed at once; it bounds the memory."""
@@ -31,8 +32,10 @@ class OrderBias:
     num_answers: int
 
 
-def estimate_columns(values: Floats, is_share: bool = False) -> list[Estimate | None]:
-    """Estimate the mean of each column of (R, I, C) over all its answers; None without answers.
+def estimate_columns(
+    values: Floats, names: Sequence[_Name], is_share: bool = False
+) -> dict[_Name, Estimate]:
+    """Estimate the mean of each column of (R, I, C) that has answers => estimates by column name.
 
     Standard errors and 95 % intervals come from resampling both raters and items with replacement
     ("pigeonhole bootstrap", Owen 2007, arXiv 0712.1111), because another study would have other
@@ -41,26 +44,24 @@ def estimate_columns(values: Floats, is_share: bool = False) -> list[Estimate | 
     """
     present = ~np.isnan(values)
     means = _resample_means(np.where(present, values, 0.0), present.astype(np.float64))
-    estimates: list[Estimate | None] = []
-    for column, resampled in enumerate(means.T):
+    estimates = {}
+    for column, name in enumerate(names):
         answers = values[..., column][present[..., column]]
         if len(answers) == 0:
-            estimates.append(None)
-        elif is_share and answers.min() == answers.max():
+            continue
+        if is_share and answers.min() == answers.max():
             num_items = present[..., column].any(axis=0).sum()
             wilson = estimate_share(np.full(num_items, answers[0] == 1))
-            estimates.append(replace(wilson, num_samples=len(answers)))
-        else:
-            low, high = np.nanpercentile(resampled, [2.5, 97.5])
-            estimates.append(
-                Estimate(
-                    value=float(answers.mean()),
-                    standard_error=float(np.nanstd(resampled, ddof=1)),
-                    num_samples=len(answers),
-                    low=float(low),
-                    high=float(high),
-                )
-            )
+            estimates[name] = replace(wilson, num_samples=len(answers))
+            continue
+        low, high = np.nanpercentile(means[:, column], [2.5, 97.5])
+        estimates[name] = Estimate(
+            value=float(answers.mean()),
+            standard_error=float(np.nanstd(means[:, column], ddof=1)),
+            num_samples=len(answers),
+            low=float(low),
+            high=float(high),
+        )
     return estimates
 
 

@@ -149,15 +149,14 @@ def _summarise_preference(study: Study, answers: Sequence[Answer]) -> Preference
     pairs = list(combinations(range(len(models)), 2))
     wins = np.stack([ranks[..., a] < ranks[..., b] for a, b in pairs], axis=-1).astype(float)
     wins[np.isnan(ranks[..., 0])] = np.nan
-    shares = estimate_columns(wins, is_share=True)
+    shares = estimate_columns(wins, pairs, is_share=True)
     return PreferenceResults(
         num_rankings=len(rankings),
-        mean_rank=_by_name(names, estimate_columns(ranks)),
-        score=_by_name(names, estimate_columns(len(models) + 1 - ranks)),
+        mean_rank=estimate_columns(ranks, names),
+        score=estimate_columns(len(models) + 1 - ranks, names),
         win_rates=[
             WinRate(first=names[a], second=names[b], share=share)
-            for (a, b), share in zip(pairs, shares, strict=True)
-            if share is not None
+            for (a, b), share in shares.items()
         ],
         alpha=agreement(ranks.reshape(len(ranks), -1), "ordinal"),
         order_bias=order_bias(np.array([_ranks(a, a.shown) for a in rankings.values()])),
@@ -185,7 +184,7 @@ def _summarise_counting(study: Study, answers: Sequence[Answer]) -> CountingResu
     return CountingResults(
         num_counts=len(counted),
         groups=list(_count_groups(names, items, errors)),
-        cannot_tell=_by_name(names, estimate_columns(cannot_tell, is_share=True)),
+        cannot_tell=estimate_columns(cannot_tell, names, is_share=True),
         alpha=agreement(counts.reshape(len(counts), -1), "interval"),
         replies=_summarise_replies(answers),
     )
@@ -206,8 +205,8 @@ def _count_groups(
         yield CountGroup(
             object=object_,
             count=count,
-            average_error=_by_name(names, estimate_columns(chosen)),
-            match_ratio=_by_name(names, estimate_columns(matches, is_share=True)),
+            average_error=estimate_columns(chosen, names),
+            match_ratio=estimate_columns(matches, names, is_share=True),
         )
 
 
@@ -237,11 +236,6 @@ def _tabulate(rows: Mapping[tuple[int, _Unit], Sequence[float]]) -> Floats:
     units = list(dict.fromkeys(unit for _, unit in rows))
     missing = [np.nan] * len(next(iter(rows.values())))
     return np.array([[rows.get((rater, unit), missing) for unit in units] for rater in raters])
-
-
-def _by_name(names: Sequence[str], estimates: Sequence[Estimate | None]) -> dict[str, Estimate]:
-    """Return model name => estimate, without the models that have none."""
-    return {name: found for name, found in zip(names, estimates, strict=True) if found}
 
 
 def _summarise_replies(answers: Sequence[Answer]) -> Replies:

@@ -61,9 +61,7 @@ def test_standard_errors_contain_the_spread_of_raters_and_of_items() -> None:
     raters, items = rng.normal(size=30), 2 * rng.normal(size=40)
     values = np.repeat((raters[:, None] + items[None])[..., None], 2, axis=2)
     values[..., 1] = raters[:, None]
-    both, raters_only = estimate_columns(values)
-    assert both is not None
-    assert raters_only is not None
+    both, raters_only = estimate_columns(values, ["both", "raters"]).values()
     assert both.value == pytest.approx(raters.mean() + items.mean())
     assert both.standard_error == pytest.approx(
         math.hypot(raters.std() / math.sqrt(30), items.std() / math.sqrt(40)), rel=0.1
@@ -76,15 +74,13 @@ def test_standard_errors_contain_the_spread_of_raters_and_of_items() -> None:
 def test_missing_answers_are_left_out() -> None:
     values = np.full((2, 3, 2), NAN)
     values[0, :, 0] = [1, 2, 6]
-    first, second = estimate_columns(values)
-    assert first is not None
-    assert (first.value, first.num_samples) == (3, 3)
-    assert second is None
+    found = estimate_columns(values, ["first", "second"])
+    assert (found["first"].value, found["first"].num_samples) == (3, 3)
+    assert "second" not in found
 
 
 def test_a_share_of_equal_answers_has_wilsons_interval() -> None:
-    (always,) = estimate_columns(np.ones((2, 5, 1)), is_share=True)
-    assert always is not None
+    always = estimate_columns(np.ones((2, 5, 1)), ["always"], is_share=True)["always"]
     assert (always.value, always.high) == pytest.approx((1, 1))
     assert always.low == pytest.approx(0.5655, abs=1e-4)  # Wilson's for 5 of 5
     assert always.num_samples == 10
