@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from argparse import Action
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -113,7 +113,7 @@ def _read_files(cls: type[Any], flag: str, value: Any) -> Any:
         return None if value is None else _load(cls, value, Path(), is_flag=False)
     hint: Any = cls
     for name in flag.removeprefix("--").removesuffix("+").split("."):
-        hint = dict(_fields_of(hint)).get(name, (None, None))[1]
+        hint = _fields_of(hint).get(name, (None, None))[1]
     if value in (None, "null") or not (any(_dataclasses_of(hint)) or _item_of(hint)):
         return value
     return _load(hint, value, Path(), is_flag=True)
@@ -139,7 +139,7 @@ def _expand(hint: Any, value: Any, where: str, folder: Path, *, is_flag: bool) -
     item = _item_of(hint)
     if item and isinstance(value, list):
         return [_expand(item, each, where, folder, is_flag=is_flag) for each in value]
-    known = dict(_fields_of(hint))
+    known = _fields_of(hint)
     if known and isinstance(value, str):
         return _load(hint, value, folder, is_flag=is_flag)
     if not known or value is None:
@@ -158,11 +158,14 @@ def _expand(hint: Any, value: Any, where: str, folder: Path, *, is_flag: bool) -
     return expanded
 
 
-def _fields_of(hint: Any) -> Iterator[tuple[str, tuple[dataclasses.Field[Any], Any]]]:
-    """Fields of the dataclasses that an annotation admits: name, field, annotation."""
-    for cls in _dataclasses_of(hint):
-        hints = field_hints(cls)
-        yield from ((f.name, (f, hints[f.name])) for f in fields(cls) if f.init)
+def _fields_of(hint: Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Fields of the dataclasses that an annotation admits: name => field and its annotation."""
+    return {
+        field.name: (field, field_hints(cls)[field.name])
+        for cls in _dataclasses_of(hint)
+        for field in fields(cls)
+        if field.init
+    }
 
 
 def _dataclasses_of(hint: Any) -> list[Any]:
@@ -248,22 +251,17 @@ def _find_shipped(cls: type[Any], prog: str, flags: list[Flag]) -> list[Flag]:
     }
     found: list[Flag] = []
     for flag, value in flags:
-        folder = _CONFIGS / flag.removeprefix("--")
-        if flag == "--recipe" and value:
-            found.append(("--config", _shipped(flag, _CONFIGS / prog.split()[-1], value)))
-        elif flag in nested and folder.is_dir() and value and re.fullmatch(r"[\w-]+", value):
-            found.append((flag, value if Path(value).exists() else _shipped(flag, folder, value)))
-        else:
+        folder = _CONFIGS / (prog.split()[-1] if flag == "--recipe" else flag.removeprefix("--"))
+        is_name = flag in nested and folder.is_dir() and re.fullmatch(r"[\w-]+", value or "")
+        if not value or not (flag == "--recipe" or (is_name and not Path(value).exists())):
             found.append((flag, value))
+            continue
+        path = folder / f"{value}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+            raise UserError(f"{flag} {value}: no such file; shipped names are {known or 'none'}")
+        found.append(("--config" if flag == "--recipe" else flag, str(path)))
     return found
-
-
-def _shipped(flag: str, folder: Path, name: str) -> str:
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise UserError(f"{flag} {name}: no such file; shipped names are {known or 'none'}")
-    return str(path)
 
 
 def _choose_member(

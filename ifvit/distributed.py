@@ -22,10 +22,7 @@ T = TypeVar("T")
 Batch = TypeVar("Batch", bound=Sized)
 
 _TIMEOUT = timedelta(hours=2)
-"""Default of the time that processes wait for each other at most, for example for an upload.
-
-A process that dies is noticed at once.
-"""
+"""Longest wait for other processes, for example for an upload; a death is noticed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)

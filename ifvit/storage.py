@@ -235,7 +235,8 @@ def download(url: str, path: Path, sha256: str | None = None, max_bytes: int | N
 
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a local file."""
-    return _digest(path, "sha256")
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -386,16 +387,11 @@ def _etag(info: dict[str, str]) -> str:
 
 def _expected_etag(path: Path) -> str:
     """ETag that S3 gives a file: its MD5, or the MD5 of its parts' MD5s and their number."""
-    if path.stat().st_size < 2 * PART_BYTES:
-        return _digest(path, "md5")
     parts = []
     with path.open("rb") as file:
+        if path.stat().st_size < 2 * PART_BYTES:
+            return hashlib.file_digest(file, "md5").hexdigest()
         while data := file.read(PART_BYTES):
             parts.append(hashlib.md5(data, usedforsecurity=False).digest())
     joined = hashlib.md5(b"".join(parts), usedforsecurity=False).hexdigest()
     return f"{joined}-{len(parts)}"
-
-
-def _digest(path: Path, name: str) -> str:
-    with open_file(path) as file:
-        return hashlib.file_digest(file, name).hexdigest()
