@@ -290,11 +290,8 @@ def finish(
         shards=tuple(marker.shard for marker in markers),
     )
     write_manifest(config.output, manifest)
-    what = f"{manifest.num_captions:,} captions"
-    if source.classes:
-        what = f"{len(source.classes):,} classes"
     sys.stdout.write(
-        f"{config.output}: {manifest.num_samples:,} images, {what} in {len(markers):,} shards; "
+        f"{config.output}: {manifest.contents} in {len(markers):,} shards; "
         f"latent std {manifest.latent_std:.4f}, scaling factor {manifest.scaling_factor:.5f}\n"
     )
     for remark in sum_remarks(remark for marker in markers for remark in marker.remarks):

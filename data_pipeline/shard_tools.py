@@ -161,12 +161,9 @@ def verify(config: ShardsConfig) -> None:
     if problems:
         sys.stdout.writelines(f"{printable(problem)}\n" for problem in problems)
         raise UserError(f"{config.url}: {len(problems)} problems, listed above")
-    what = f"{manifest.num_captions:,} captions"
-    if manifest.classes:
-        what = f"{len(manifest.classes):,} classes"
     sys.stdout.write(
-        f"{config.url}: {len(manifest.shards):,} shards, {manifest.num_samples:,} images, "
-        f"{what}: every hash, shape and count is right\n"
+        f"{config.url}: {len(manifest.shards):,} shards, {manifest.contents}: every hash, shape "
+        "and count is right\n"
     )
 
 

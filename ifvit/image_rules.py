@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, ImageColor, ImageFile
+from PIL import Image, ImageChops, ImageCms, ImageColor, ImageFile, ImageOps
 
 from ifvit.errors import UserError
 from ifvit.records import Rule, record
@@ -25,15 +25,6 @@ _SAME = 2
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Pillow's mode by the colour space of a profile."""
 _EXIF_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def _is_color(value: str) -> bool:
@@ -69,10 +60,11 @@ class ImageRules:
 def turn_upright(image: Image.Image) -> Image.Image | None:
     """Apply the EXIF orientation; None if there is none, or one that changes nothing."""
     try:
-        turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        if image.getexif().get(_EXIF_ORIENTATION) in range(2, 9):
+            return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF data raise all kinds of errors
-        turn = None
-    return None if turn is None else image.transpose(turn)
+        pass
+    return None
 
 
 def find_bits(image: Image.Image) -> int:

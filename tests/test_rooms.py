@@ -43,7 +43,10 @@ ROOMS = {
     "sqlite3": ["ifvit/rating/answers.py"],
     "starlette": ["ifvit/rating/server.py"],
     "submitit": ["slurm/jobs.py", "slurm/status.py", "slurm/submit.py", "slurm/supervise.py"],
-    "pyarrow": ["data_pipeline/sources/parquet_images.py", "data_pipeline/sources/table.py"],
+    "pyarrow": [
+        "data_pipeline/sources/caption_files.py",
+        "data_pipeline/sources/parquet_images.py",
+    ],
     "transformers": [
         "ifvit/evaluation/detectors.py",
         "ifvit/models/clip.py",

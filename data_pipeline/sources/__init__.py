@@ -8,10 +8,9 @@ from importlib import import_module
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import Source
-from data_pipeline.sources.coco import CocoCaptions
+from data_pipeline.sources.caption_files import CaptionTable, CocoCaptions
 from data_pipeline.sources.folders import CaptionedFolder, ClassFolders
 from data_pipeline.sources.parquet_images import ParquetImages
-from data_pipeline.sources.table import CaptionTable
 from data_pipeline.sources.tars import WebDatasetTars
 from ifvit.errors import UserError
 

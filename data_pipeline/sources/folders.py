@@ -22,7 +22,6 @@ from ifvit.records import decode_lines, shorten
 
 SUFFIX = "txt"
 MAX_TEXT_BYTES = 1 << 20
-MAX_CHARACTERS = 1 << 31
 REQUESTS_AT_ONCE = 16
 NO_TEXT = "no text file of the same name beside it"
 
@@ -116,9 +115,7 @@ class CaptionedFolder(ListedSource):
             else:
                 others.append(path)
         if not paths:
-            raise UserError(
-                f"{self._folder}: no images in this folder; expected NAME.jpg and NAME.txt"
-            )
+            raise UserError(f"{self._folder}: no images in this folder; expected NAME.jpg")
         stems = [str(PurePosixPath(path).with_suffix("")) for path in paths]
         wanted = [[f"{stem}.{n}" for n in names if f"{stem}.{n}" in texts] for stem in stems]
         unused = set(texts).difference(*wanted)
@@ -130,10 +127,6 @@ class CaptionedFolder(ListedSource):
 
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             found = list(pool.map(read, wanted))
-        if sum(len(text) for captions, _ in found for text in captions) > MAX_CHARACTERS:
-            raise UserError(
-                f"{self._folder}: more than {MAX_CHARACTERS:,} characters; divide the folder"
-            )
         super().__init__(
             [
                 image_in(config, path, key=f"{n:012d}", captions=captions or ("",), problem=problem)

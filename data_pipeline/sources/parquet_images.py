@@ -25,7 +25,7 @@ from data_pipeline.sources.base import (
     find_files,
     shard_name,
 )
-from data_pipeline.sources.table import MAX_BYTES, check_columns, reading_parquet
+from data_pipeline.sources.caption_files import MAX_BYTES, check_columns, reading_parquet
 from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.records import shorten

@@ -156,6 +156,14 @@ class Manifest:
             )
 
     @property
+    def contents(self) -> str:
+        """Numbers of the images and of their captions or classes."""
+        what = f"{self.num_captions:,} captions"
+        if self.classes:
+            what = f"{len(self.classes):,} classes"
+        return f"{self.num_samples:,} images, {what}"
+
+    @property
     def scaling_factor(self) -> float:
         """Factor that gives the latents unit standard deviation."""
         return 1.0 / self.latent_std

@@ -42,11 +42,10 @@ class ShardReader:
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
         self._cache = cache or CacheConfig()
         self._files = ShardFiles(url, self.manifest, self._cache)
-        self._indexes: list[ShardIndex | None] = [None] * len(self.manifest.shards)
+        self._indexes: dict[int, ShardIndex] = {}
         if not self.is_remote:
-            self._indexes = [
-                read_index(url, self.manifest, entry) for entry in self.manifest.shards
-            ]
+            for shard in range(len(self.manifest.shards)):
+                self._index(shard)
         # Caching a method of `self` would make a reference cycle and keep the files open.
         self._open = lru_cache(self._files.max_open)(self._files.open_tar)
         self._null_context = read_null_context(url, self.manifest)
@@ -71,9 +70,7 @@ class ShardReader:
     def text(self) -> TextEncoding:
         """How the captions were embedded. Raises ShardError for a dataset with class labels."""
         if self.manifest.text is None:
-            raise ShardError(
-                f"{self.url}: holds class labels, not captions; use a dataset with captions"
-            )
+            raise ShardError(f"{self.url}: holds class labels, not captions; use another dataset")
         return self.manifest.text
 
     @property
@@ -102,9 +99,7 @@ class ShardReader:
         if hflip is None:
             hflip = np.zeros(len(samples), dtype=np.bool_)
         elif not self.manifest.flipped:
-            raise ShardError(
-                f"{self.url}: holds no horizontally flipped images; encode with flip: true"
-            )
+            raise ShardError(f"{self.url}: holds no horizontally flipped images; use --flip")
         memory = _bytes_of(out)
         for n, (shard, row, index) in enumerate(self._locate(samples)):
             place = (index.flipped if hflip[n] else index.moments)[row]
@@ -176,11 +171,10 @@ class ShardReader:
 
     def _index(self, shard: int) -> ShardIndex:
         """Index of a shard; two threads that read it at once store equal objects."""
-        index = self._indexes[shard]
-        if index is None:
+        if shard not in self._indexes:
             entry = self.manifest.shards[shard]
-            index = self._indexes[shard] = read_index(self.url, self.manifest, entry)
-        return index
+            self._indexes[shard] = read_index(self.url, self.manifest, entry)
+        return self._indexes[shard]
 
     def _read(
         self, shard: int, row: int, field: str, place: Sequence[int] | Array, out: Array

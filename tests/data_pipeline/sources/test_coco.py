@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import EncodeConfig
-from data_pipeline.sources.coco import CocoCaptions
+from data_pipeline.sources.caption_files import CocoCaptions
 from ifvit.errors import UserError
 
 
@@ -164,7 +164,7 @@ def test_a_file_as_large_as_coco_is_parsed_within_seconds_and_half_a_gigabyte(
         ("nowhere", "captions_train2014.json", "nowhere: no such folder"),
         ("images", "nothing.json", r"nothing\.json: no such file"),
         ("images", "", "is a folder"),
-        ("", "captions_train2014.json", "contains none of the 10 images"),
+        ("", "captions_train2014.json", "contains none of the images"),
     ],
 )
 def test_wrong_paths_are_named(coco: Path, images: str, captions: str, named: str) -> None:

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from data_pipeline.config import EncodeConfig, ShardsConfig
 from data_pipeline.encode import encode
 from data_pipeline.shard_tools import verify
-from data_pipeline.sources.table import CaptionTable
+from data_pipeline.sources.caption_files import CaptionTable
 from ifvit.errors import UserError
 from ifvit.shards.reader import ShardReader
 
@@ -167,7 +167,7 @@ def test_a_parquet_file_that_expands_without_bound_is_refused(
     table = Path(images, "t.parquet")
     parquet.write_table(pyarrow.Table.from_pylist([row] * 10_000), table)
     assert table.stat().st_size < 20_000
-    monkeypatch.setattr("data_pipeline.sources.table.MAX_BYTES", 1_000_000)
+    monkeypatch.setattr("data_pipeline.sources.caption_files.MAX_BYTES", 1_000_000)
     with pytest.raises(UserError, match=r"more than 1,000,000 characters; divide the table"):
         open_table(images, str(table))
 
