@@ -90,7 +90,7 @@ VERBS = {
     "rate create": Verb("ifvit.rating.config:CreateConfig", "ifvit.rating.create:create", "study"),
     "rate serve": Verb("ifvit.rating.config:ServeConfig", "ifvit.rating.server:serve", "study"),
     "rate report": Verb(
-        "ifvit.rating.config:RateReportConfig", "ifvit.rating.pages:report", "study"
+        "ifvit.rating.config:RateReportConfig", "ifvit.rating.results:report", "study"
     ),
     "rate export": Verb(
         "ifvit.rating.config:RateExportConfig", "ifvit.rating.results:export", "study"

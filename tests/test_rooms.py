@@ -30,7 +30,7 @@ ROOMS = {
     ],
     "fsspec": ["ifvit/connections.py"],
     "huggingface_hub": ["ifvit/models/pretrained.py"],
-    "jinja2": ["ifvit/rating/pages.py", "ifvit/studies/page.py"],
+    "jinja2": ["ifvit/rating/results.py", "ifvit/studies/page.py"],
     "jsonargparse": ["ifvit/config.py"],
     "krippendorff": ["ifvit/rating/agreement.py"],
     "matplotlib": [

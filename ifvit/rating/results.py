@@ -1,6 +1,6 @@
-"""Computes the results of a study from its answers; also the verb `rate export`.
+"""Results of a study from its answers; the verbs `rate report` and `rate export`.
 
-`rate report`, the admin's page and `report paper` show `StudyResults`.
+The report, the admin's page and `report paper` show `StudyResults`. `render` makes all HTML pages.
 """
 
 import json
@@ -8,19 +8,22 @@ import sys
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate
 from ifvit.rating.agreement import Floats, OrderBias, agreement, estimate_columns, order_bias
 from ifvit.rating.answers import Answer, Store, read_answers
-from ifvit.rating.config import RateExportConfig
+from ifvit.rating.config import RateExportConfig, RateReportConfig
 from ifvit.rating.study import CANNOT_TELL, Item, Study, read_study
 from ifvit.records import dump_csv
 
@@ -259,6 +262,33 @@ def _similarity(one: int | tuple[str, ...], other: int | tuple[str, ...]) -> flo
         return float(one == other)
     first, second = set(combinations(one, 2)), set(combinations(other, 2))
     return len(first & second) / len(first)
+
+
+def report(config: RateReportConfig) -> None:
+    """Write results.json and report.html, a single page that needs no network."""
+    study, results = read_study(config.study), read_results(config.study)
+    style = files("ifvit.rating").joinpath("static", "style.css").read_text()
+    page = render("report.html", study=study, results=results, style=style)
+    storage.write_json(str(study.folder / "results.json"), asdict(results))
+    storage.write_bytes(str(study.folder / "report.html"), page.encode())
+    sys.stdout.write(f"{study.folder / 'report.html'}\n")
+
+
+def render(template: str, **values: Any) -> str:
+    """Render a template of the folder `pages`; text in `values` is escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("ifvit.rating", "pages"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda share: f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+    return environment
 
 
 def export(config: RateExportConfig) -> None:

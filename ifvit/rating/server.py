@@ -36,8 +36,7 @@ from ifvit.rating.limits import (
     connection_limit,
     raise_file_limit,
 )
-from ifvit.rating.pages import describe, render
-from ifvit.rating.results import StudyResults, summarise
+from ifvit.rating.results import StudyResults, render, summarise
 from ifvit.rating.study import (
     CANNOT_TELL,
     MAX_COUNT,
@@ -295,10 +294,8 @@ class _Site:
         token = request.path_params["token"].encode()
         if not secrets.compare_digest(token, self._token):
             raise HTTPException(404, _UNKNOWN)
-        results = self._current_results()
-        return HTMLResponse(
-            render("admin.html", study=self._study, results=results, findings=describe(results))
-        )
+        page = render("admin.html", study=self._study, results=self._current_results())
+        return HTMLResponse(page)
 
     def _current_results(self) -> StudyResults:
         """Return the results, computed again when answers came and time allows."""

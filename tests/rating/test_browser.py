@@ -23,8 +23,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from ifvit.rating.answers import Store
 from ifvit.rating.config import RateReportConfig
-from ifvit.rating.pages import report
-from ifvit.rating.results import read_results
+from ifvit.rating.results import read_results, report
 from ifvit.rating.study import Study, Task
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
