@@ -141,13 +141,6 @@ def clip_score_of(scorer: ClipScorer) -> Objective:
     return score
 
 
-def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
-    """Return the objective sum_i w_i h_i of the terms (w_i, h_i)."""
-    return lambda images, prompts: torch.stack(
-        [weight * objective(images, prompts) for weight, objective in terms]
-    ).sum(dim=0)
-
-
 def date_updates(config: SamplingConfig) -> tuple[int, ...]:
     """Return the numbers of the evaluations before which DATE updates; each starts a step."""
     wanted = config.date.evaluations
@@ -165,7 +158,7 @@ def _next_start(index: int, config: SamplingConfig) -> int:
 
 @lru_cache(maxsize=1)  # evaluate builds the method anew for every guidance scale
 def _load_objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
-    """Load the scores that have a weight."""
+    """Load the scores h_i that have a weight w_i; the objective is sum_i w_i h_i."""
     terms: list[tuple[float, Objective]] = []
     if config.clip_weight:
         scorer = load_clip(config.clip or require_text_encoder(info).name, device)
@@ -173,7 +166,9 @@ def _load_objective(config: DateConfig, info: WeightsInfo, device: str) -> Objec
     if config.image_reward_weight:
         reward = load_image_reward(config.image_reward, device).score
         terms.append((config.image_reward_weight, reward))
-    return weighted_sum(terms)
+    return lambda images, prompts: torch.stack(
+        [weight * objective(images, prompts) for weight, objective in terms]
+    ).sum(dim=0)
 
 
 def _regulation_builder(

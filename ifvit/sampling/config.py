@@ -60,13 +60,6 @@ class RegulationConfig:
     middle five of them."""
 
 
-_USED_BY: dict[str, tuple[MethodName, ...]] = {
-    "date": ("date", "both"),
-    "regulation": ("regulate", "both"),
-}
-"""Fields of SamplingConfig that only some methods read, with these methods."""
-
-
 @record
 class SamplingConfig(SolverConfig):
     """Settings that decide an image, given weights, prompt and position; and the batch size."""
@@ -89,8 +82,11 @@ class SamplingConfig(SolverConfig):
         """
         given = json.loads(json.dumps(asdict(self)))  # JSON has lists in place of tuples
         names = {field.name for field in fields(SamplingConfig)} - {"batch_size"}
-        unused = {name for name, methods in _USED_BY.items() if self.method not in methods}
-        return {name: value for name, value in given.items() if name in names - unused}
+        if self.method not in ("date", "both"):
+            names.remove("date")
+        if self.method not in ("regulate", "both"):
+            names.remove("regulation")
+        return {name: value for name, value in given.items() if name in names}
 
 
 @record

@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ifvit import connections, storage
+from ifvit import storage
 from ifvit.diffusion.sampler import SOLVERS
-from ifvit.errors import UserError
 from ifvit.models.config import BackboneConfig
 from ifvit.models.pretrained import reading, upload_pretrained
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
@@ -18,14 +17,12 @@ from ifvit.records import (
     NonNegativeFloat,
     parse_known,
     parse_value,
-    parse_yaml,
     printable,
     record,
 )
 from ifvit.sampling.config import ExportConfig
 from ifvit.sampling.load import load_model, load_trained_autoencoder, load_trained_text_encoder
 from ifvit.sampling.pipeline import FusionPipeline
-from ifvit.shards.format import read_manifest
 
 _INDEX = "model_index.json"
 _HEAD = """\
@@ -95,8 +92,8 @@ def export(config: ExportConfig) -> None:
 def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneConfig) -> str:
     """Format the model card, Markdown for README.md.
 
-    Recipe, data and metrics come from the run that the weights in `folder` belong to. Metrics of
-    weights with another `sha256` are left out.
+    Recipe and metrics come from the run that the weights in `folder` belong to. Metrics of weights
+    with another `sha256` are left out.
     """
     if info.text_encoder:
         task, subject, prompt = "text-to-image", "Text-to-image", "two red circles above a square"
@@ -126,35 +123,8 @@ def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneCon
     recipe = storage.read_bytes(recipe_url)
     return (
         card
-        + f"\n## Data\n{_format_data(run, _read_shards(recipe, recipe_url))}"
         + f"\n## Metrics\n{_format_metrics(run, info.step, sha256)}"
         + f"\n## Recipe\n{_format_code(recipe.decode(errors='replace'), 'yaml')}"
-    )
-
-
-def _read_shards(recipe: bytes, where: str) -> str:
-    """Return the URL of the training's shards, the only key of config.yaml that is read here."""
-    stored = parse_value(dict[str, Any], parse_yaml(recipe, where), where)
-    return parse_value(str, stored.get("shards"), f"{where}: shards")
-
-
-def _format_data(run: str, shards: str) -> str:
-    """Describe the shards; a local run makes no request to the store that its recipe names."""
-    try:
-        if connections.is_remote(shards) and not connections.is_remote(run):
-            return _format_table({"shards": shards})
-        manifest = read_manifest(shards)
-    except UserError as error:
-        return f"The manifest of the shards could not be read ({_escape(error)}).\n"
-    return _format_table(
-        {
-            "shards": f"{shards}, {len(manifest.shards)} files",
-            "images": manifest.num_samples,
-            "captions": manifest.num_captions,
-            "image size": manifest.image_size,
-            "resize": manifest.resize,
-            "standard deviation of the latents": manifest.latent_std,
-        }
     )
 
 

@@ -236,7 +236,7 @@ class FusionPipeline(DiffusionPipeline):
         options: dict[str, Any],
         on_step_end: OnStepEnd | None,
         shown: Sequence[str],
-    ) -> Tensor:
+    ) -> Any:
         """Turn noise (B, C, S, S) into latents; a callback may set `_interrupt` to stop early."""
         latents = noise.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
         self._interrupt = False
@@ -262,7 +262,7 @@ class FusionPipeline(DiffusionPipeline):
         if not {height, width} <= {None, side}:
             raise ValueError(f"height and width are {height} and {width}; leave them out or {side}")
 
-    def _set_timesteps(self, num_steps: int, **lists: list[Any] | None) -> None:
+    def _set_timesteps(self, num_steps: int, **lists: Any) -> None:
         """Set `num_steps` timesteps, or the given `timesteps` or `sigmas`."""
         given = {name: values for name, values in lists.items() if values is not None}
         if len(given) > 1:
@@ -271,7 +271,7 @@ class FusionPipeline(DiffusionPipeline):
         for name, values in given.items():
             if name not in takes or not len(values):
                 raise ValueError(f"{name}: {type(self.scheduler).__name__} takes no such list")
-        options: dict[str, Any] = given or {"num_inference_steps": num_steps}
+        options = given or {"num_inference_steps": num_steps}
         self.scheduler.set_timesteps(**options, device=self._execution_device)
 
     def _step_options(self, eta: float, generator: Generators | None) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ifvit.diffusion.guidance import Bias, Change, FunctionEvaluation
+from ifvit.diffusion.guidance import Change, FunctionEvaluation
 from ifvit.errors import UserError
-from ifvit.models.attention import logits_of
+from ifvit.models.attention import Bias, logits_of
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.sampling.config import Mass
 

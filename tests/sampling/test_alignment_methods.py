@@ -32,7 +32,6 @@ from ifvit.sampling.alignment import (
     date_updates,
     middle_blocks,
     update_context,
-    weighted_sum,
 )
 from ifvit.sampling.config import DateConfig, GenerateConfig, RegulationConfig, SamplingConfig
 from ifvit.sampling.regulation import BlockBias, Regulation, TargetTokens
@@ -248,12 +247,6 @@ def test_every_pixel_has_a_gradient_even_outside_the_range_of_images(
     images = torch.full((4, 3, size, size), 1.5, requires_grad=True)
     (gradient,) = torch.autograd.grad(clip_score_of(scorer)(images, CAPTIONS).sum(), images)
     assert (gradient.abs().sum(dim=1) > 0).float().mean() > 0.99
-
-
-def test_a_weighted_sum_of_objectives_is_an_objective(scorer: ClipScorer) -> None:
-    both = weighted_sum([(2.0, clip_score_of(scorer)), (-0.5, brightness)])(IMAGES, CAPTIONS)
-    expected = 2 * clip_score_of(scorer)(IMAGES, CAPTIONS) - 0.5 * brightness(IMAGES)
-    torch.testing.assert_close(both, expected)
 
 
 # Settings become methods, with the shipped CLIP and its tokenizer.

@@ -32,7 +32,7 @@ from ifvit.sampling.export import export
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step with its recipe, without its data."""
+    """A run of one step with its recipe."""
     run = tmp_path_factory.mktemp("run")
     save_untrained(run / "weights/step_00000003/ema")
     (run / "config.yaml").write_text("run: here\nshards: gone/shards\nseed: 17\n")
@@ -50,24 +50,14 @@ def read_card(run: Path, folder: Path, evaluated: str) -> str:
     return (folder / "README.md").read_text()
 
 
-def test_the_card_describes_weights_recipe_and_missing_data(run: Path, tmp_path: Path) -> None:
+def test_the_card_describes_weights_map_and_recipe(run: Path, tmp_path: Path) -> None:
     card = read_card(run, tmp_path, evaluated="other weights")
     assert "| weights | raw |" in card
     assert "seed: 17" in card
-    assert "gone/shards/manifest.json: no such file" in card
+    assert "| fusion | image 3\\*cross_attention image |" in card
     assert "have not been evaluated" in card
     # The exported autoencoder has the scaling factor of the training, not Stable Diffusion's.
     assert json.loads((tmp_path / "vae/config.json").read_text())["scaling_factor"] == 0.5
-
-
-def test_a_local_run_asks_no_store_that_its_recipe_names(run: Path, tmp_path: Path) -> None:
-    recipe = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text("shards: s3://store-of-a-stranger/shards\n")
-    try:
-        card = read_card(run, tmp_path, evaluated="other weights")
-    finally:
-        (run / "config.yaml").write_text(recipe)
-    assert "| shards | s3://store-of-a-stranger/shards |" in card
 
 
 def test_the_card_shows_metrics_of_the_exported_weights(run: Path, tmp_path: Path) -> None:
@@ -123,17 +113,6 @@ def test_text_of_files_stays_text_in_the_card(hostile: Path, tmp_path: Path) -> 
     assert "\n# Heading" not in prose
     assert not re.search(r"(?<!\\)[\[`]", prose.partition("---\n#")[2])
     assert {line.count(" | ") for line in prose.splitlines() if line.startswith("| ")} <= {1, 2}
-
-
-@pytest.mark.parametrize(
-    "recipe", [b"", b"- 3", b"shards: 3", b"!!python/object:os.system x", b"\xff", b"a: [" * 5000]
-)
-def test_a_broken_recipe_is_one_line(hostile: Path, recipe: bytes, tmp_path: Path) -> None:
-    (hostile / "config.yaml").write_bytes(recipe)
-    with pytest.raises(UserError, match=r"config\.yaml") as error:
-        export(ExportConfig(weights=str(hostile), output=str(tmp_path / "out")))
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4096])
