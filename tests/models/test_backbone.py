@@ -12,7 +12,7 @@ from made_backbone import backbone_inputs, loud_backbone
 from torch.utils.checkpoint import checkpoint
 
 from ifvit.errors import UserError
-from ifvit.models.config import FusionTransformerConfig, UNetConfig, restore_config
+from ifvit.models.config import PRESETS, FusionTransformerConfig, UNetConfig, restore_config
 from ifvit.models.weights import build_backbone, describe_backbone
 
 CROSS = FusionTransformerConfig(
@@ -261,6 +261,12 @@ def test_latents_and_context_of_another_shape_or_number_are_one_clear_error(name
 def test_a_configuration_that_cannot_be_built_is_one_clear_error(config, change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(config, **change)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("1b", 1.0), ("3b", 3.0)])
+def test_a_large_preset_has_the_parameters_of_its_name(name, billions):
+    parameters = describe_backbone(PRESETS[name]).parameters()
+    assert sum(one.numel() for one in parameters) == pytest.approx(billions * 1e9, rel=0.05)
 
 
 def test_a_fusion_map_is_stored_in_compact_notation():

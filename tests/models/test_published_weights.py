@@ -1,5 +1,6 @@
 """Weights of other code bases predict what an oracle predicts, and become a run that generates."""
 
+import json
 import pickle
 import warnings
 from dataclasses import replace
@@ -16,7 +17,7 @@ from ifvit.errors import UserError
 from ifvit.models import from_published_state_dict
 from ifvit.models.config import ImportConfig, symmetric_fusion
 from ifvit.models.published_weights import import_weights
-from ifvit.models.weights import load_weights
+from ifvit.models.weights import find_weights, load_weights
 
 TIMESTEPS = (0, 412)
 FUSIONS = [(0, 0), (2, 1), (0, 1), (2, 0), (3, 2), (1, 3)]
@@ -167,6 +168,7 @@ def test_a_published_file_becomes_a_run_that_generates(name: str, tmp_path: Path
     assert (info.step, info.ema_decay, info.scaling_factor) == (1_000_000, 0.9999, 0.5)
     expected = from_published_state_dict(tensors, context_length=16)
     assert backbone.config == expected.config
+    assert info.null_context == ("empty_caption" if name == "uvit.pth" else "zeros")
     assert backbone.config.timestep_offset == 1  # both code bases count timesteps from 1
     for key, tensor in expected.state_dict().items():
         assert torch.equal(backbone.state_dict()[key], tensor), key
@@ -187,6 +189,20 @@ def test_one_run_cannot_hold_two_imports_of_one_file(tmp_path: Path) -> None:
     import_weights(config)
     with pytest.raises(UserError, match=r"/ema: holds weights of another import; choose another"):
         import_weights(replace(config, null_context="zeros"))
+
+
+@pytest.mark.parametrize("layout", [UVIT, fork_layout("concat", 4, 1, 1)], ids=["uvit", "fork"])
+@pytest.mark.parametrize("null_context", ["empty_caption", "zeros"])
+def test_a_flag_overrides_the_null_context_that_the_names_suggest(
+    layout: Layout, null_context: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = str(tmp_path / "weights.pth"), str(tmp_path / "run")
+    torch.save(published(layout, context=(16, 64)), path)
+    encoders = ["--vae", "scenes/vae", "--text_encoder", "scenes/clip"]
+    main(["import", path, run, *encoders, "--null_context", null_context])
+    stored = json.loads(Path(find_weights(run), "weights.json").read_text())
+    assert stored["info"]["null_context"] == null_context
+    assert capsys.readouterr().out.endswith(f", null context {null_context}\n")
 
 
 class Code:

@@ -183,6 +183,7 @@ def test_a_config_that_lacks_a_key_is_an_error_that_names_it(saved):
         ({"step": -1}, "step"),
         ({"step": "3"}, "step"),
         ({"ema_decay": 2}, "ema_decay"),
+        ({"null_context": "ones"}, "null_context"),
         ({"vae": 3}, "vae"),
         ({"recipe_sha256": "../x"}, "recipe_sha256"),
         ({"classes": ["cat"]}, "either a text_encoder or classes"),
