@@ -256,7 +256,7 @@ TARS: list[Row] = [
     ("__MACOSX/plain.png", b"x", {}, IGNORED_FILE),
     ("README.md", b"x", {"txt": b"x"}, IGNORED_FILE),
     ("LICENSE", b"x", {}, IGNORED_FILE),
-    ("readme.1.png", RGB, {}, left_out("readme.1.png has a dot .*--tar_keys last_dot")),
+    ("readme.1.png", RGB, {}, left_out("as readme.1.png; .*--tar_keys last_dot")),
     ("licenses.png", RGB, {"txt": b"a"}, encoded(1)),
 ]
 LAST_DOT: list[Row] = [
