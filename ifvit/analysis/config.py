@@ -4,11 +4,11 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from ifvit.errors import UserError
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.records import NonNegativeInt, PositiveFloat, PositiveInt, Rule, record
 from ifvit.sampling.config import SamplingConfig
 
 Numbers = Annotated[tuple[PositiveInt, ...], Rule("one number or more", bool)]
-PlanPreset = Literal["small", "mid", "large", "huge", "1b", "8b"]
 
 
 @record
@@ -47,12 +47,9 @@ class PlanConfig:
     docs/log.md has the formulas and their assumptions.
     """
 
-    presets: tuple[PlanPreset, ...] = ("1b", "8b")
-    """Backbones: intermediate fusion by cross-attention, 32 x 32 latents."""
-    width: PositiveInt | None = None
-    """Plan a backbone of this width and `depth` instead; it has 64 channels per head."""
-    depth: PositiveInt | None = None
-    """Number of blocks except the middle one; a third on each side are image-only blocks."""
+    backbone: FusionTransformerConfig | None = None
+    """The backbone: a preset's name or a YAML file, then fields such as --backbone.fusion. Unset:
+    the presets 1b and 3b."""
     gpus: Numbers = (64, 128, 256, 512, 1024)
     """Numbers of GPUs; each must be less than one node, or whole nodes."""
     batch_per_gpu: PositiveInt = 32
@@ -69,8 +66,6 @@ class PlanConfig:
     """Print a list of JSON objects instead of a table."""
 
     def __post_init__(self) -> None:
-        if (self.width is None) != (self.depth is None):
-            raise UserError("give both width and depth, or neither")
         in_node = self.hardware.gpus_per_node
         for count in self.gpus:
             if count > in_node and count % in_node:

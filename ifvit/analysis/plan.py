@@ -1,17 +1,27 @@
 """The verb `cost --plan`: memory, time and traffic of training a backbone on many GPUs.
 
-`bench train` compares some of these formulas with what it measures.
+`bench train` compares the planned memory with what it measures.
 """
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from ifvit.analysis.config import HardwareConfig, PlanConfig
 from ifvit.models.config import PRESETS, FusionTransformerConfig
 from ifvit.models.cost import count_cost
+from ifvit.models.fusion_transformer import FusionTransformer
 
 VALUE = 4
 """Bytes of a parameter, gradient, moment or EMA weight; the engine keeps all of them in fp32."""
@@ -34,6 +44,7 @@ class PlanRow:
     """
 
     name: str
+    """Name of the preset, or the fusion map."""
     gpus: int
     params: int
     flops_per_step: float
@@ -69,28 +80,32 @@ def plan(config: PlanConfig) -> None:
 
 def plan_rows(config: PlanConfig) -> Iterator[PlanRow]:
     """Yield a row per backbone and number of GPUs."""
-    for name, shape in _shapes(config).items():
+    presets = {name: PRESETS[name] for name in ("1b", "3b")}
+    chosen = config.backbone
+    for name, backbone in ({chosen.fusion: chosen} if chosen else presets).items():
+        activations = activation_bytes(
+            backbone,
+            config.batch_per_gpu,
+            config.precision,
+            checkpointing=config.activation_checkpointing,
+        )
         for gpus in config.gpus:
-            yield plan_row(name, shape, gpus, config)
+            yield _plan_row(name, backbone, gpus, activations, config)
 
 
-def plan_row(name: str, shape: FusionTransformerConfig, gpus: int, config: PlanConfig) -> PlanRow:
-    """Return the row of one backbone on `gpus` GPUs."""
-    cost, hardware, num_ema = count_cost(shape), config.hardware, config.num_ema
-    params, batch, precision = cost.params, config.batch_per_gpu, config.precision
-    checkpointing = config.activation_checkpointing
-    activations = activation_bytes(shape, batch, precision, checkpointing=checkpointing)
-    memory = tuple(
-        state_bytes(params, gpus, stage, num_ema) + cast_bytes(params, precision) + activations
-        for stage in range(4)
-    )
+def _plan_row(
+    name: str, backbone: FusionTransformerConfig, gpus: int, activations: int, config: PlanConfig
+) -> PlanRow:
+    cost, hardware, num_ema = count_cost(backbone), config.hardware, config.num_ema
+    params, batch = cost.params, config.batch_per_gpu
+    memory = tuple(state_bytes(params, gpus, stage, num_ema) + activations for stage in range(4))
     available = (1 - RESERVE) * hardware.memory_bytes
     stage = next((stage for stage in range(4) if memory[stage] <= available), 3)
 
     # Every stage scatters the gradients once; stages 0 to 2 gather once, stage 3 gathers twice.
     size, num_collectives = VALUE * params, 3 if stage == 3 else 2
     flops = 3 * cost.flops * batch
-    recomputed = 4 / 3 if checkpointing else 1
+    recomputed = 4 / 3 if config.activation_checkpointing else 1
     compute = recomputed * flops / (hardware.flops_per_s * hardware.efficiency)
     communication = num_collectives * collective_seconds(size, gpus, hardware)
     update = update_bytes(params, gpus, stage, num_ema) / hardware.bytes_per_s
@@ -116,7 +131,7 @@ def plan_row(name: str, shape: FusionTransformerConfig, gpus: int, config: PlanC
         stall_seconds=stall_seconds(params, gpus, stage, num_ema, hardware),
         # Each node writes its part of a checkpoint; one process writes all exported weights.
         save_seconds=(checkpoint / nodes + exported) / hardware.store_bytes_per_s,
-        loader_bytes_per_s=sample_bytes(shape) * (batch * gpus / nodes) / best,
+        loader_bytes_per_s=sample_bytes(backbone) * (batch * gpus / nodes) / best,
     )
 
 
@@ -132,42 +147,77 @@ def state_bytes(params: int, gpus: int, stage: int, num_ema: int) -> float:
     return full * (replicated + partitioned / gpus) + VALUE * BUCKET_VALUES + gathered
 
 
-def cast_bytes(params: int, precision: Precision) -> int:
-    """Return the bytes of the 16-bit parameters that autocast keeps during the forward pass."""
-    return 0 if precision == "fp32" else 2 * params
+class PeakMemory(TorchDispatchMode):
+    """Within this context, counts the bytes of the storages that operations create."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = 0
+        """Bytes of the storages that still exist."""
+        self.peak = 0
+        """Largest value of `held`."""
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation, and count its new storages until they are freed."""
+        before = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        outputs = func(*args, **(kwargs or {}))
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor) and _address(output) not in before | self._known:
+                storage = output.untyped_storage()
+                self._known.add(_address(output))
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._free, _address(output), storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return outputs
+
+    def _free(self, address: int, num_bytes: int) -> None:
+        self._known.remove(address)
+        self.held -= num_bytes
+
+
+def _address(tensor: Tensor) -> int:
+    """Return what identifies the storage of a tensor, also of one without memory."""
+    return tensor.untyped_storage()._cdata
 
 
 def activation_bytes(
-    shape: FusionTransformerConfig, batch: int, precision: Precision, *, checkpointing: bool
+    config: FusionTransformerConfig, batch: int, precision: Precision, *, checkpointing: bool
 ) -> int:
-    """Return the bytes that the forward pass keeps for the backward pass, attention fused.
+    """Return the bytes that a forward and backward pass need at their peak, beside the state.
 
-    With checkpointing, it keeps the input of every block and all activations of one block.
+    They include the parameters that autocast casts to 16 bits. The passes run on tensors without
+    memory, with fused attention, and norms in float32 as under autocast on CUDA.
     """
-    width, value = shape.width, 4 if precision == "fp32" else 2
-    image, text = 1 + shape.num_image_tokens, shape.context_length
-    crosses = shape.conditioning == "cross_attention"
-    fused = image if crosses else image + text
-    # fp32: the residual stream before each of the two norms. In `value` bytes: the outputs of both
-    # norms, queries, keys, values, the output of attention, the hidden layer before and after GELU.
-    per_token = 8 + (6 + 2 * shape.mlp_ratio) * value
-    # Keys and values of image and text, and the normalised text that they are computed from.
-    per_fused = (2 * (image + text) + text) * value if crosses else 0
-    inputs = 4 * (
-        2 * shape.num_image_blocks * image
-        + shape.num_fused_blocks * fused
-        + shape.num_text_blocks * text
-    )
-    if checkpointing:
-        keys_values = 3 * text * value if crosses else 0
-        one_block = fused * per_token + per_fused + 2 * fused * value
-        kept = inputs + shape.num_fused_blocks * keys_values + one_block
-    else:
-        num_fused_skips = shape.num_fused_blocks // 2
-        skips = 2 * value * (num_fused_skips * fused + shape.num_image_blocks * image)
-        kept = inputs // 4 * per_token + shape.num_fused_blocks * per_fused + skips
-    ends = image * (4 + value) * width + text * (value * shape.context_width + 4 * width)
-    return batch * (kept * width + ends)
+    with FakeTensorMode():
+        backbone = FusionTransformer(config)
+        for parameter in backbone.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        if precision != "fp32":
+            for module in backbone.modules():
+                if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                    module.register_forward_pre_hook(lambda _, inputs: inputs[0].float())
+        if checkpointing:
+            for part in backbone.parts():
+                part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+        size = config.latent_size
+        latents = torch.empty(batch, config.latent_channels, size, size)
+        condition = (
+            torch.empty(batch, dtype=torch.int64)
+            if config.context_shape is None
+            else torch.empty(batch, *config.context_shape)
+        )
+        with PeakMemory() as memory:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+                predicted = backbone(latents, torch.empty(batch), condition)
+            nn.functional.mse_loss(predicted.float(), latents).backward()
+    return memory.peak
 
 
 def update_bytes(params: int, gpus: int, stage: int, num_ema: int) -> float:
@@ -206,29 +256,11 @@ def stall_seconds(
     return collective_seconds(gathered, gpus, hardware) + copied / hardware.host_bytes_per_s
 
 
-def sample_bytes(shape: FusionTransformerConfig) -> int:
-    """Return the bytes of a sample in the shards: float16 moments and one caption's context."""
-    moments = 2 * shape.latent_channels * shape.latent_size**2
-    return 2 * (moments + shape.context_length * shape.context_width)
-
-
-def _shapes(config: PlanConfig) -> dict[str, FusionTransformerConfig]:
-    if config.width is not None and config.depth is not None:
-        return {f"{config.width}x{config.depth}": _shape(config.width, config.depth)}
-    sizes = {"1b": _shape(1536, 32), "8b": _shape(3072, 64)}
-    return {name: sizes.get(name) or PRESETS[name] for name in config.presets}
-
-
-def _shape(width: int, depth: int) -> FusionTransformerConfig:
-    """Return a backbone like the presets, with 64 channels per head and a third of the blocks on
-    each side image-only."""
-    return replace(
-        PRESETS["small"],
-        width=width,
-        depth=depth,
-        num_heads=width // 64,
-        num_image_blocks=round(depth / 3),
-    )
+def sample_bytes(config: FusionTransformerConfig) -> int:
+    """Return the bytes of a sample in the shards: float16 moments, and one context or class."""
+    moments = 2 * config.latent_channels * config.latent_size**2
+    length, width = config.context_shape or (1, 4)
+    return 2 * (moments + length * width)
 
 
 def _format_table(rows: list[PlanRow]) -> str:

@@ -6,7 +6,7 @@ weights/ store it; `ifvit.models.weights.build_backbone` turns it into a network
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -393,9 +393,34 @@ class ImportConfig:
     weights."""
 
 
+def with_maps(
+    config: FusionTransformerConfig, maps: Sequence[str]
+) -> dict[str, FusionTransformerConfig]:
+    """Return `config` with each fusion map or named setting, by the given word.
+
+    Settings have the depth of `config`. A map without text also loses the text branch.
+    """
+    backbones = {}
+    for word in maps:
+        sees_text = word in SETTINGS or set(parse_fusion(word)) != {"image"}
+        base = config if sees_text else replace(config, num_text_blocks=0)
+        backbones[word] = (
+            with_setting(base, word) if word in SETTINGS else replace(base, fusion=word)
+        )
+    return backbones
+
+
 @record
 class CostConfig:
-    """Print parameters and GFLOPs of every preset with every kind of fusion."""
+    """Print parameters and GFLOPs of all presets, or of chosen fusion maps."""
 
+    backbone: FusionTransformerConfig | None = None
+    """Count this backbone only: a preset's name or a YAML file, then fields such as
+    --backbone.fusion. Unset: all presets, with the settings of arXiv 2403.16530."""
+    maps: list[str] = field(default_factory=list, metadata={"each": "maps"})
+    """Count `backbone`, or the preset small, with each of these fusion maps, or of settings such
+    as concat_early."""
+    draw: str | None = None
+    """PNG file in which to draw the maps, or six that were published or are possible."""
     json: bool = False
     """Print a list of JSON objects instead of a table."""

@@ -7,8 +7,10 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ifvit.models.config import (
     CLASS_PRESETS,
@@ -18,6 +20,7 @@ from ifvit.models.config import (
     CostConfig,
     FusionTransformerConfig,
     setting_of,
+    with_maps,
     with_setting,
 )
 
@@ -57,22 +60,56 @@ def count_cost(config: BackboneConfig) -> Cost:
         if context is None
         else torch.empty(1, *context, device="meta")
     )
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    counter, repeated = FlopCounterMode(display=False), Counter[Any]()
+    if isinstance(config, FusionTransformerConfig):
+        for block in backbone.parts():
+            block.forward = functools.partial(_run_block, block, block.forward, counter, repeated)
+    with counter, torch.no_grad():
         backbone(latents, torch.empty(1, device="meta"), condition)
-    attention_flops = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    flops = Counter(counter.get_flop_counts()["Global"]) + repeated
+    attention_flops = flops.pop(torch.ops.aten.bmm, 0)
     return Cost(
         params=sum(parameter.numel() for parameter in backbone.parameters()),
-        layer_flops=counter.get_total_flops() - attention_flops,
+        layer_flops=flops.total(),
         attention_flops=attention_flops,
     )
+
+
+_BLOCKS: dict[object, tuple[Any, Counter[Any]]] = {}
+"""Outputs on the meta device and operations of blocks that have run, by kind and input shapes."""
+
+
+def _run_block(
+    block: Any,
+    forward: Callable[..., Any],
+    counter: Any,
+    repeated: Counter[Any],
+    tokens: Any,
+    inputs: Any,
+) -> Any:
+    """Run a block under `counter`, or add to `repeated` what an equal block has counted before."""
+    from torch.utils._pytree import tree_leaves
+
+    leaves = tree_leaves([tokens, *vars(inputs).values()])
+    shapes = tuple(leaf.shape for leaf in leaves if leaf is not None)
+    weights = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+    key = type(block), weights, shapes
+    if key in _BLOCKS:
+        outputs, counts = _BLOCKS[key]
+        repeated.update(counts)
+        return outputs
+    before = Counter(counter.get_flop_counts()["Global"])
+    outputs = forward(tokens, inputs)
+    _BLOCKS[key] = outputs, Counter(counter.get_flop_counts()["Global"]) - before
+    return outputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
     """Cost of one preset with one fusion map; GFLOPs are for one forward pass of one image."""
 
-    preset: str
-    """Name of a file in configs/backbone."""
+    preset: str | None
+    """Name of a file in configs/backbone; None for maps and backbones of the command line."""
     setting: str | None
     """Name of the paper's setting that the fusion map is; None for other maps."""
     fusion: str | None
@@ -88,24 +125,37 @@ class CostRow:
 
 
 def cost(config: CostConfig) -> None:
-    """Write the table, or with `config.json` a list of objects, to standard output."""
-    rows = list(cost_rows())
+    """Write the table, or with `config.json` a list of objects; with `config.draw` a drawing."""
+    if config.draw:
+        from ifvit.models.fusion_drawing import draw_maps
+
+        draw_maps(config)
+    rows = list(cost_rows(config))
     text = json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
     sys.stdout.write((text if config.json else _format_table(rows)) + "\n")
 
 
-def cost_rows() -> Iterator[CostRow]:
-    """Yield a row per caption preset and setting, then one per class-conditional preset."""
-    for preset, base in PRESETS.items():
-        for setting in SETTINGS:
-            yield _count_row(preset, with_setting(base, setting))
-        if setting_of(base) is None:
-            yield _count_row(preset, base)
-    for preset, class_config in CLASS_PRESETS.items():
-        yield _count_row(preset, class_config)
+def cost_rows(config: CostConfig) -> Iterator[CostRow]:
+    """Yield a row per map, or for the chosen backbone, or for every preset.
+
+    The presets of the paper's options have a row per setting.
+    """
+    if config.maps:
+        for backbone in with_maps(config.backbone or PRESETS["small"], config.maps).values():
+            yield _count_row(None, backbone)
+    elif config.backbone:
+        yield _count_row(None, config.backbone)
+    else:
+        for preset, base in PRESETS.items():
+            for setting in SETTINGS if setting_of(base) else ():
+                yield _count_row(preset, with_setting(base, setting))
+            if not setting_of(base):
+                yield _count_row(preset, base)
+        for preset, class_config in CLASS_PRESETS.items():
+            yield _count_row(preset, class_config)
 
 
-def _count_row(preset: str, config: BackboneConfig) -> CostRow:
+def _count_row(preset: str | None, config: BackboneConfig) -> CostRow:
     counted = count_cost(config)
     transformer = config if isinstance(config, FusionTransformerConfig) else None
     return CostRow(
@@ -122,11 +172,11 @@ def _count_row(preset: str, config: BackboneConfig) -> CostRow:
 def _format_table(rows: list[CostRow]) -> str:
     lines = [f"{'preset':13}{'parameters':>14}{'GFLOPs':>10}{'+ attention':>13}  fusion map"]
     for row in rows:
-        fusion = row.fusion or "U-Net"
+        fusion, preset = row.fusion or "U-Net", row.preset or ""
         if row.num_text_blocks:
             fusion += f", {row.num_text_blocks} text blocks"
         lines.append(
-            f"{row.preset:13}{row.params:14,}{row.gflops_paper:10.2f}{row.gflops:13.2f}  {fusion}"
+            f"{preset:13}{row.params:14,}{row.gflops_paper:10.2f}{row.gflops:13.2f}  {fusion}"
         )
     lines += [
         "",
