@@ -50,15 +50,15 @@ parallel() { # COMMAND...: run a step in the background, with at most $at_once o
 
 if [ $device = cuda ]; then
     half=bf16 at_once=4
-    bench_train=(--preset small --batch_size 256 --compile true --steps 4 --rounds 5)
+    bench_train=(--backbone small --batch_size 256 --compile true --steps 4 --rounds 5)
     bench_checkpoint=(--batch_size 256 --every 100 --num_steps 100)
-    bench_generate=(--preset small --batch_size 64 --precision bf16 --compile true --rounds 5)
+    bench_generate=(--backbone small --batch_size 64 --precision bf16 --compile true --rounds 5)
     bench_loader=(--num_samples 4000 --batch_size 256 --num_workers 4 --rounds 2)
 else
     half=fp32 at_once=1
-    bench_train=(--preset tiny --batch_size 1 --rounds 1)
+    bench_train=(--backbone tiny --batch_size 1 --rounds 1)
     bench_checkpoint=(--batch_size 1 --every 1 --num_steps 1)
-    bench_generate=(--preset tiny --batch_size 1 --num_steps 2 --rounds 1)
+    bench_generate=(--backbone tiny --batch_size 1 --num_steps 2 --rounds 1)
     bench_loader=(--num_samples 16 --batch_size 4 --num_workers 1 --rounds 1)
 fi
 

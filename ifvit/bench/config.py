@@ -1,11 +1,11 @@
 """Configuration of the benchmarks; imports no torch."""
 
+from dataclasses import field
 from typing import Literal
 
 from ifvit.errors import UserError
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.records import PositiveInt, record
-
-Preset = Literal["tiny", "small", "mid", "large", "huge"]
 
 
 @record
@@ -18,11 +18,11 @@ class BenchConfig:
 
 @record
 class BenchLoaderConfig(BenchConfig):
-    """Compare the training loader with webdataset, with one file per array, and with a bare copy.
+    """Compare the training loader with webdataset and with one file per array.
 
     The samples are random numbers in the shapes of the paper. They are written to a temporary
-    folder ($TMPDIR). The JSON object holds samples_per_s, vs_webdataset, vs_npy and vs_copy; with
-    `store` samples_per_s and vs_download.
+    folder ($TMPDIR). The JSON object holds samples_per_s, vs_webdataset and vs_npy; with `store`
+    samples_per_s and vs_download.
     """
 
     num_samples: PositiveInt | None = None
@@ -31,7 +31,7 @@ class BenchLoaderConfig(BenchConfig):
     batch_size: PositiveInt = 256
     """Samples per batch."""
     num_workers: PositiveInt = 2
-    """Threads of the loader and of the copy; processes of webdataset and of one file per array."""
+    """Threads of the loader; processes of webdataset and of one file per array."""
     rounds: PositiveInt = 5
     """Interleaved repetitions; the medians are compared."""
     store: str | None = None
@@ -105,9 +105,9 @@ class BenchGenerateConfig(BenchConfig):
     images_per_s, vs_no_cache, vs_eager_fp16 (null without a GPU) and the conditions.
     """
 
-    preset: Preset = "small"
-    """Size of the backbone with intermediate fusion by cross-attention. All sizes from small on
-    have 32 x 32 latents (256 x 256 pixels)."""
+    backbone: FusionTransformerConfig | None = None
+    """The backbone, which takes captions: a preset's name or a YAML file, then fields such as
+    --backbone.fusion. Unset: the preset small."""
     num_steps: PositiveInt = 50
     """Function evaluations (NFE) per image; one is measured and multiplied by this number."""
     batch_size: PositiveInt = 4
@@ -122,15 +122,18 @@ class BenchGenerateConfig(BenchConfig):
 
 @record
 class BenchTrainConfig(BenchConfig):
-    """Compare training steps of the paper's four variants with U-ViT's recipe and a bare loop.
+    """Compare training steps with fusion maps of your choice, or with the paper's four settings.
 
-    Steps are also compared with the limits of the hardware. One process trains with plain PyTorch
-    on random data in memory. The JSON object holds rows, intermediate_vs_early, engine_overhead,
-    vs_uvit_recipe and the conditions.
+    The paper's settings are also compared with U-ViT's recipe and a bare loop. One process trains
+    with plain PyTorch on random data in memory. The JSON object holds rows, the ratios and the
+    conditions.
     """
 
-    preset: Preset = "small"
-    """Size of the backbones. All sizes from small on have 32 x 32 latents (256 x 256 pixels)."""
+    backbone: FusionTransformerConfig | None = None
+    """Size and options of the backbones, which take captions: a preset's name or a YAML file, then
+    fields such as --backbone.long_skip. Unset: the preset small."""
+    maps: list[str] = field(default_factory=list, metadata={"each": "maps"})
+    """Fusion maps, or settings such as concat_early. Rows are relative to the first one."""
     batch_size: PositiveInt = 4
     """Samples per step; use the paper's 256 on a GPU."""
     steps: PositiveInt = 1

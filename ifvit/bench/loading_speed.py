@@ -1,8 +1,8 @@
-"""The verb `bench loader`: samples per second of the training loader and of three peers.
+"""The verb `bench loader`: samples per second of the training loader and of two peers.
 
-All read the same random samples. The peers are the pipeline of webdataset, torch's DataLoader over
-the layout of U-ViT (one file per array), and a bare copy of rows in memory. With `--store` the
-loader reads an epoch from an object store and is compared with downloading the shards.
+All read the same random samples. The peers are the pipeline of webdataset, and torch's DataLoader
+over the layout of U-ViT (one file per array). With `--store` the loader reads an epoch from an
+object store and is compared with downloading the shards.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from webdataset import WebDataset, WebLoader
 
-from data_pipeline.encoders import map_ahead
 from data_pipeline.shard_io import write_shard
 from ifvit import storage
 from ifvit.arrays import Array, npy_bytes
@@ -75,7 +74,6 @@ def compare_with_peers(folder: Path, config: BenchLoaderConfig) -> dict[str, flo
         "loader": partial(read_shards, folder / "shards", config),
         "webdataset": partial(read_webdataset, folder / "shards", config),
         "npy": partial(read_files, folder / "files", config),
-        "copy": partial(copy_memory, content, config),
     }
     measures = {name: partial(samples_per_second, stream) for name, stream in streams.items()}
     rates = measure_rounds(measures, config.rounds)
@@ -114,20 +112,13 @@ class Content:
 
 
 def make_content(num_samples: int) -> Content:
-    """Sample random values in [0, 1)."""
+    """Sample random values in [0, 1); integers below the bit pattern of 1.0 are fast to sample."""
     generator = np.random.default_rng(0)
-
-    def sample_values(*shape: int) -> Array:
-        # torch aligns memory to cache lines, from which copies are faster than from NumPy's.
-        values: Array = torch.empty((num_samples, *shape), dtype=torch.float16).numpy()
-        for row in values:
-            # Integers below the bit pattern of 1.0 are much faster to sample than real numbers.
-            row[...] = generator.integers(0, 0x3C00, shape, np.uint16).view(np.float16)
-        return values
-
-    return Content(
-        moments=sample_values(*MOMENTS_SHAPE), contexts=sample_values(NUM_CAPTIONS, *CONTEXT_SHAPE)
+    moments, contexts = (
+        generator.integers(0, 0x3C00, (num_samples, *shape), np.uint16).view(np.float16)
+        for shape in (MOMENTS_SHAPE, (NUM_CAPTIONS, *CONTEXT_SHAPE))
     )
+    return Content(moments=moments, contexts=contexts)
 
 
 def write_shards(folder: Path, content: Content) -> None:
@@ -245,20 +236,6 @@ class _NpyFiles(Dataset[tuple[Array, Array]]):
         caption = random.randrange(NUM_CAPTIONS)
         moments = np.load(self._folder / f"{number}.npy")
         return moments, np.load(self._folder / f"{number}_{caption}.npy")
-
-
-def copy_memory(content: Content, config: BenchLoaderConfig) -> Stream:
-    """Copy random rows from memory into new batches with as many threads as the loader has."""
-    generator = np.random.default_rng(0)
-    contexts = content.contexts.reshape(-1, *CONTEXT_SHAPE)
-
-    def copy(captions: Array) -> tuple[Array, Array]:
-        return content.moments[captions // NUM_CAPTIONS], contexts[captions]
-
-    rows = (generator.integers(len(contexts), size=config.batch_size) for _ in count())
-    with closing(map_ahead(copy, rows, config.num_workers, 2 * config.num_workers)) as batches:
-        for moments, _ in batches:
-            yield len(moments)
 
 
 def seconds_of_epoch(url: str, parent: Path, config: BenchLoaderConfig) -> float:

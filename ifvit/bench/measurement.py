@@ -1,17 +1,16 @@
-"""Timing for all benchmarks: interleaved rounds, ratios, and the limits of the hardware."""
+"""Timing for all benchmarks: interleaved rounds, and ratios within a round."""
 
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
+
+from ifvit.models.config import BackboneConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,6 +52,13 @@ def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def random_condition(config: BackboneConfig, size: int, device: torch.device) -> Tensor:
+    """Sample contexts (B, M, D) in float16, as in shards, or classes (B,)."""
+    if config.context_shape is None:
+        return torch.arange(size, device=device) % (config.num_classes or 1)
+    return torch.randn(size, *config.context_shape, device=device).half()
+
+
 def print_result(result: Mapping[str, object], as_json: bool) -> None:
     """Print the values as one JSON object, or as one line each."""
     if as_json:
@@ -61,48 +67,3 @@ def print_result(result: Mapping[str, object], as_json: bool) -> None:
     for name, value in result.items():
         shown = f"{value:,.2f}" if isinstance(value, float) else value
         sys.stdout.write(f"{name:<20} {shown}\n")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """Work whose `amount` is known: FLOPs of a matrix product, or bytes of a copy in and out."""
-
-    amount: int
-    seconds: Callable[[], float]
-
-    def best(self, seconds: list[float]) -> float:
-        """Return the FLOP/s or bytes/s of the fastest round."""
-        return self.amount / min(seconds)
-
-
-def matmul_probe(device: torch.device, dtype: torch.dtype) -> Probe:
-    """Multiply two square matrices that are large enough to reach the peak of the device."""
-    side = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    work = partial(torch.mm, a, b, out=torch.empty_like(a))
-    return Probe(amount=2 * side**3, seconds=partial(seconds_on, device, work))
-
-
-def copy_probe(device: torch.device) -> Probe:
-    """Copy a tensor that is larger than the caches."""
-    count = 2**29 if device.type == "cuda" else 2**26
-    source = torch.zeros(count, device=device)
-    work = partial(torch.empty_like(source).copy_, source)
-    return Probe(amount=2 * 4 * count, seconds=partial(seconds_on, device, work))
-
-
-def kept_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Return the bytes that `forward` keeps for its backward pass, without the parameters."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        result = forward()
-    for parameter in parameters:
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    del result  # it keeps the noted tensors alive, so that no address occurs twice
-    return sum(kept.values())

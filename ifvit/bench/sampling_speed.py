@@ -14,6 +14,7 @@ from ifvit.bench.measurement import (
     measure_rounds,
     median_ratio,
     print_result,
+    random_condition,
     seconds_on,
 )
 from ifvit.diffusion.config import Guidance
@@ -34,13 +35,13 @@ def bench_generate(config: BenchGenerateConfig) -> None:
     """Measure guided sampling and its peers in turn, and print the ratios."""
     torch.manual_seed(0)
     device = torch.device(choose_device("auto"))
-    shape = PRESETS[config.preset]
+    shape = config.backbone or PRESETS["small"]
     backbone = build_backbone(shape).eval()
     backbone.to(device).to(DTYPES[config.precision])  # type: ignore[arg-type]  # as generate
     if config.compile:
         compile_backbone(backbone)
-    contexts = torch.randn(config.batch_size + 1, *(shape.context_shape or ()), device=device)
-    context, null_context = contexts[:-1], contexts[-1:]
+    conditions = random_condition(shape, config.batch_size + 1, device)
+    context, null_context = conditions[:-1], conditions[-1:]
     null_text = backbone.encode_condition(null_context)
     guidance = Guidance(scale=GUIDANCE_SCALE)
     contenders: dict[str, Callable[[], NoisePredictor]] = {
@@ -64,7 +65,8 @@ def bench_generate(config: BenchGenerateConfig) -> None:
         "vs_eager_fp16": ratios.get("eager_fp16"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "preset": config.preset,
+        "fusion": shape.fusion,
+        "width": shape.width,
         "num_steps": config.num_steps,
         "batch_size": config.batch_size,
         "precision": config.precision,

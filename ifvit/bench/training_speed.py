@@ -1,7 +1,6 @@
-"""The verb `bench train`: time of a training step, relative to its peers and to the hardware.
+"""The verb `bench train`: time and memory of a training step with any fusion maps, side by side.
 
-The contenders are the training loop with each of the paper's four variants, a bare loop, and
-U-ViT's recipe.
+The paper's four settings are also compared with a bare loop and with U-ViT's recipe.
 """
 
 import statistics
@@ -15,23 +14,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ifvit.analysis.plan import activation_bytes, cast_bytes, state_bytes, update_bytes
+from ifvit.analysis.plan import activation_bytes, state_bytes
 from ifvit.bench.config import BenchTrainConfig
 from ifvit.bench.measurement import (
-    DTYPES,
-    copy_probe,
-    kept_bytes,
-    matmul_probe,
     measure_rounds,
     median_ratio,
     print_result,
+    random_condition,
     seconds_on,
     spread,
 )
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.distributed import choose_device
-from ifvit.models.config import PRESETS, SETTINGS, FusionTransformerConfig, with_setting
+from ifvit.models.config import (
+    PRESETS,
+    SETTINGS,
+    FusionTransformerConfig,
+    setting_of,
+    with_maps,
+)
 from ifvit.models.cost import count_cost
 from ifvit.models.weights import build_backbone, initial_weights
 from ifvit.training.config import EngineConfig, TrainConfig
@@ -49,26 +51,46 @@ from ifvit.training.profiling import device_name, peak_flops
 
 SCALING_FACTOR = 0.2301
 EARLY, INTERMEDIATE = "concat_early", "cross_attention_intermediate"
-NUM_COMPILATIONS = 32
-"""By default, torch compiles one function 8 times at most; the four variants need more."""
+NUM_COMPILATIONS = 256
+"""By default, torch compiles one function 8 times at most; several maps need more."""
 
-Row = dict[str, str | int | float]
+Row = dict[str, str | int | float | None]
 
 
 def bench_train(config: BenchTrainConfig) -> None:
-    """Measure all contenders in turn, and print a row for each variant and the ratios."""
+    """Measure all contenders in turn, and print a row for each map and the ratios."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = NUM_COMPILATIONS
     device = torch.device(choose_device("auto"))
-    recipes = {name: build_recipe(shape, config) for name, shape in _variants(config).items()}
-    rows, ratios = _measure(recipes, config, device)
+    maps = with_maps(config.backbone or PRESETS["small"], config.maps or SETTINGS[:4])
+    recipes = {name: build_recipe(backbone, config) for name, backbone in maps.items()}
+    engines = {name: EngineSteps(recipe) for name, recipe in recipes.items()}
+    contenders: dict[str, Callable[[int], None]] = {**engines}
+    if not config.maps:
+        contenders["bare_loop"] = BareSteps(recipes[INTERMEDIATE], device)
+        contenders["uvit_recipe"] = UViTRecipeSteps(recipes[EARLY], device)
+    timers = {
+        name: partial(seconds_on, device, partial(steps, config.steps))
+        for name, steps in contenders.items()
+    }
+    measure_rounds(timers, 2)  # first use of the device, and compilation
+    peaks = {name: _peak_bytes(steps) for name, steps in engines.items()}
+    seconds = measure_rounds(timers, config.rounds)
+    first = next(iter(recipes))
+    rows: list[Row] = []
+    for name, recipe in recipes.items():
+        step = statistics.median(seconds[name]) / config.steps
+        vs_first = median_ratio(seconds[name], seconds[first])
+        row: Row = {"step_seconds": step, "spread": spread(seconds[name]), "vs_first": vs_first}
+        row |= _describe(maps[name], recipe, step, device) | {"peak_bytes": peaks[name]}
+        rows.append(row)
     result: dict[str, object] = {
-        **ratios,
+        **({} if config.maps else _ratios(seconds)),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "preset": config.preset,
+        "width": maps[first].width,
         "batch_size": config.batch_size,
-        "precision": recipes[EARLY].engine.precision,
+        "precision": recipes[first].engine.precision,
         "compile": config.compile,
         "attention": config.attention,
     }
@@ -79,48 +101,48 @@ def bench_train(config: BenchTrainConfig) -> None:
     print_result(result, as_json=False)
 
 
-def _measure(
-    recipes: Mapping[str, TrainConfig], config: BenchTrainConfig, device: torch.device
-) -> tuple[list[Row], dict[str, float]]:
-    """Measure a row for each recipe, the ratios, and the limits of the hardware."""
-    engines = {name: EngineSteps(recipe) for name, recipe in recipes.items()}
-    contenders: dict[str, Callable[[int], None]] = {
-        **engines,
-        "bare_loop": BareSteps(recipes[INTERMEDIATE], device),
-        "uvit_recipe": UViTRecipeSteps(recipes[EARLY], device),
-    }
-    dtype = DTYPES[recipes[EARLY].engine.precision]
-    matmul, copy = matmul_probe(device, dtype), copy_probe(device)
-    timers: dict[str, Callable[[], float]] = {
-        name: partial(seconds_on, device, partial(steps, config.steps))
-        for name, steps in contenders.items()
-    }
-    timers |= {"matmul": matmul.seconds, "copy": copy.seconds}
-    measure_rounds(timers, 2)  # first use of the device, and compilation
-    memory = {name: _measure_memory(steps) for name, steps in engines.items()}
-    seconds = measure_rounds(timers, config.rounds)
-    ratios = {
+def _ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {
         "intermediate_vs_early": median_ratio(seconds[EARLY], seconds[INTERMEDIATE]),
         "engine_overhead": median_ratio(seconds[INTERMEDIATE], seconds["bare_loop"]) - 1,
         "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[EARLY]),
-        "matmul_flops_per_s": matmul.best(seconds["matmul"]),
-        "copy_bytes_per_s": copy.best(seconds["copy"]),
     }
-    # Without a peak from the vendor, MFU is relative to the measured matrix product.
-    peak = peak_flops(device) or ratios["matmul_flops_per_s"]
-    rows = []
-    for name, recipe in recipes.items():
-        step = statistics.median(seconds[name]) / config.steps
-        row: Row = {"setting": name, "step_seconds": step, "spread": spread(seconds[name])}
-        row |= _relate_to_hardware(recipe, step, ratios, peak) | memory[name]
-        row["vs_uvit_recipe"] = median_ratio(seconds["uvit_recipe"], seconds[name])
-        rows.append(row)
-    return rows, ratios
 
 
-def _variants(config: BenchTrainConfig) -> dict[str, FusionTransformerConfig]:
-    """The four backbones that the paper compares, in the size of the preset."""
-    return {name: with_setting(PRESETS[config.preset], name) for name in SETTINGS[:4]}
+def _describe(
+    backbone: FusionTransformerConfig, recipe: TrainConfig, step: float, device: torch.device
+) -> Row:
+    """Map, speed, and the bytes that `ifvit cost --plan` counts, of a step of `step` seconds.
+
+    MFU (model FLOPs utilization) is relative to the vendor's peak; None on an unknown device.
+    """
+    cost, batch_size, peak = count_cost(backbone), recipe.micro_batch_size, peak_flops(device)
+    flops = 3 * cost.flops * batch_size  # a backward pass costs as much as two forward passes
+    precision = recipe.engine.precision
+    state = state_bytes(cost.params, 1, 0, len(recipe.ema_decays))
+    activations = activation_bytes(backbone, batch_size, precision, checkpointing=False)
+    return {
+        "setting": setting_of(backbone),
+        "fusion": backbone.fusion,
+        "num_text_blocks": backbone.num_text_blocks,
+        "images_per_s": batch_size / step,
+        "mfu": None if peak is None else flops / step / peak,
+        "params": cost.params,
+        "planned_bytes": state + activations,
+    }
+
+
+def _peak_bytes(steps: "EngineSteps") -> int | None:
+    """Return the bytes of the state, and those that a step adds at its peak; None on a CPU."""
+    engine = steps.engine
+    if engine.device.type != "cuda":
+        return None
+    state = sum(x.nbytes for x in steps.backbone.parameters()) * (3 + len(engine.ema_decays))
+    torch.cuda.reset_peak_memory_stats(engine.device)
+    before = torch.cuda.memory_allocated(engine.device)
+    steps(1)
+    engine.synchronize()
+    return state + torch.cuda.max_memory_allocated(engine.device) - before
 
 
 def build_recipe(shape: FusionTransformerConfig, config: BenchTrainConfig) -> TrainConfig:
@@ -251,25 +273,23 @@ class UViTRecipeSteps:
             loss.detach().mean().item()
 
     def _loss(self) -> Tensor:
-        moments, context = self._batch.moments.float(), self._batch.condition.float()
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = self._batch.moments.float().chunk(2, dim=1)
         x_0 = (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) * SCALING_FACTOR
         noise = torch.randn_like(x_0)
         timesteps = torch.randint(NUM_TIMESTEPS, (len(x_0),), device=x_0.device)
         x_t = self._schedule.add_noise(x_0, noise, timesteps)
         with torch.autocast(x_0.device.type, torch.float16, enabled=self._uses_fp16):
-            predicted = self.backbone(x_t, timesteps, context)
+            predicted = self.backbone(x_t, timesteps, self._batch.condition)
         return functional.mse_loss(predicted.float(), noise)
 
 
 def _random_batch(config: TrainConfig, device: torch.device) -> Batch:
-    """Sample moments and contexts in the shapes of the recipe, in float16 as in shards."""
+    """Sample moments and conditions in the shapes of the recipe, in float16 as in shards."""
     shape, size = config.backbone, config.micro_batch_size
     moments = (size, 2 * shape.latent_channels, shape.latent_size, shape.latent_size)
-    assert shape.context_shape is not None  # the presets take captions
     return Batch(
         moments=torch.randn(moments, device=device).half(),
-        condition=torch.randn(size, *shape.context_shape, device=device).half(),
+        condition=random_condition(shape, size, device),
         positions=torch.arange(size, device=device),
     )
 
@@ -283,62 +303,19 @@ def _objective(config: TrainConfig, device: torch.device) -> NoisePrediction:
     )
 
 
-def _measure_memory(steps: EngineSteps) -> Row:
-    """Measure `state_bytes` held between steps, and `step_bytes` that a step adds at its peak.
-
-    On a GPU the allocator measures `step_bytes`. On a CPU they are the bytes of the gradients and
-    of the tensors that the forward pass keeps for the backward pass.
-    """
-    engine = steps.engine
-    parameters = list(steps.backbone.parameters())
-    num_bytes = sum(parameter.nbytes for parameter in parameters)
-    state = num_bytes * (3 + len(engine.ema_decays))
-    if engine.device.type != "cuda":
-        return {"state_bytes": state, "step_bytes": num_bytes + kept_bytes(steps.loss, parameters)}
-    torch.cuda.reset_peak_memory_stats(engine.device)
-    before = torch.cuda.memory_allocated(engine.device)
-    steps(1)
-    engine.synchronize()
-    peak = torch.cuda.max_memory_allocated(engine.device)
-    return {"state_bytes": state, "step_bytes": peak - before}
-
-
-def _relate_to_hardware(
-    recipe: TrainConfig, step: float, limits: Mapping[str, float], peak: float
-) -> Row:
-    """Compare the seconds of a step with the limits of the hardware.
-
-    The floor is the time of the matrix products plus the time of the optimizer's memory traffic.
-    MFU (model FLOPs utilization) is relative to `peak` FLOP/s. `planned_bytes` are the bytes of
-    state and step that `ifvit cost --plan` calculates.
-    """
-    shape, precision, batch_size = recipe.backbone, recipe.engine.precision, recipe.micro_batch_size
-    assert isinstance(shape, FusionTransformerConfig)  # as all presets are
-    cost, num_ema = count_cost(shape), len(recipe.ema_decays)
-    # A backward pass costs as much as two forward passes.
-    flops, layer_flops = (3 * count * batch_size for count in (cost.flops, cost.layer_flops))
-    flops_seconds = flops / limits["matmul_flops_per_s"]
-    bytes_seconds = update_bytes(cost.params, 1, 0, num_ema) / limits["copy_bytes_per_s"]
-    activations = activation_bytes(shape, batch_size, precision, checkpointing=False)
-    states = state_bytes(cost.params, 1, 0, num_ema) + cast_bytes(cost.params, precision)
-    return {
-        "images_per_s": batch_size / step,
-        "floor_flops_seconds": flops_seconds,
-        "floor_bytes_seconds": bytes_seconds,
-        "vs_floor": step / (flops_seconds + bytes_seconds),
-        "mfu": flops / step / peak,
-        "mfu_paper": layer_flops / step / peak,
-        "planned_bytes": states + activations,
-    }
-
-
 def _print_table(rows: list[Row]) -> None:
-    head = f"{'':30}{'step':>9}{'spread':>8}{'images/s':>10}{'x floor':>9}{'MFU':>7}{'GB':>7}"
-    sys.stdout.write(head + f"{'x U-ViT recipe':>16}\n")
+    head = f"{'step':>9}{'spread':>8}{'x first':>9}{'images/s':>10}{'MFU':>7}{'planned':>11}"
+    sys.stdout.write(head + f"{'peak':>11}  fusion map\n")
     for row in rows:
-        gigabytes = (float(row["state_bytes"]) + float(row["step_bytes"])) / 1e9
+        fusion, mfu, peak = str(row["fusion"]), row["mfu"], row["peak_bytes"]
+        if row["num_text_blocks"]:
+            fusion += f", {row['num_text_blocks']} text blocks"
         sys.stdout.write(
-            f"{row['setting']:<30}{row['step_seconds']:8.3f}s{row['spread']:8.1%}"
-            f"{row['images_per_s']:10.1f}{row['vs_floor']:9.2f}{row['mfu']:7.1%}"
-            f"{gigabytes:7.2f}{row['vs_uvit_recipe']:16.2f}\n"
+            f"{row['step_seconds']:8.3f}s{row['spread']:8.1%}{row['vs_first']:9.3f}"
+            f"{row['images_per_s']:10.1f}{'-' if mfu is None else format(mfu, '.1%'):>7}"
+            f"{_gigabytes(row['planned_bytes'])}{_gigabytes(peak)}  {fusion}\n"
         )
+
+
+def _gigabytes(num_bytes: str | int | float | None) -> str:
+    return f"{'-' if num_bytes is None else f'{float(num_bytes) / 1e9:.2f} GB':>11}"

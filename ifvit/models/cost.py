@@ -66,7 +66,7 @@ def count_cost(config: BackboneConfig) -> Cost:
             block.forward = functools.partial(_run_block, block, block.forward, counter, repeated)
     with counter, torch.no_grad():
         backbone(latents, torch.empty(1, device="meta"), condition)
-    flops = Counter(counter.get_flop_counts()["Global"]) + repeated
+    flops = _counts(counter) + repeated
     attention_flops = flops.pop(torch.ops.aten.bmm, 0)
     return Cost(
         params=sum(parameter.numel() for parameter in backbone.parameters()),
@@ -98,10 +98,15 @@ def _run_block(
         outputs, counts = _BLOCKS[key]
         repeated.update(counts)
         return outputs
-    before = Counter(counter.get_flop_counts()["Global"])
+    before = _counts(counter)
     outputs = forward(tokens, inputs)
-    _BLOCKS[key] = outputs, Counter(counter.get_flop_counts()["Global"]) - before
+    _BLOCKS[key] = outputs, _counts(counter) - before
     return outputs
+
+
+def _counts(counter: Any) -> Counter[Any]:
+    """Return the operations that a FlopCounterMode has counted, by kind."""
+    return Counter(counter.get_flop_counts().get("Global", {}))
 
 
 @dataclass(frozen=True, kw_only=True)

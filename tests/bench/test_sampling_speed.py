@@ -53,9 +53,9 @@ def test_u_vits_guidance_in_half_precision_predicts_the_same_up_to_rounding() ->
 
 
 def test_the_result_names_its_conditions(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_generate(BenchGenerateConfig(preset="tiny", batch_size=2, rounds=1, json=True))
+    bench_generate(BenchGenerateConfig(backbone=PRESETS["tiny"], batch_size=2, rounds=1, json=True))
     result = json.loads(capsys.readouterr().out)
     assert list(result)[:3] == ["images_per_s", "vs_no_cache", "vs_eager_fp16"]
     assert torch.cuda.is_available() or result["vs_eager_fp16"] is None
     assert min(result["images_per_s"], result["vs_no_cache"]) > 0
-    assert (result["preset"], result["batch_size"]) == ("tiny", 2)
+    assert (result["fusion"], result["batch_size"]) == (PRESETS["tiny"].fusion, 2)
