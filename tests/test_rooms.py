@@ -36,6 +36,7 @@ ROOMS = {
     "matplotlib": [
         "ifvit/analysis/attention_analysis.py",
         "ifvit/figures.py",
+        "ifvit/models/fusion_drawing.py",
         "ifvit/studies/page.py",
         "ifvit/studies/paper_figures.py",
         "ifvit/studies/report.py",

@@ -147,11 +147,11 @@ def state_bytes(params: int, gpus: int, stage: int, num_ema: int) -> float:
     return full * (replicated + partitioned / gpus) + VALUE * BUCKET_VALUES + gathered
 
 
-class PeakMemory(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, untyped
     """Within this context, counts the bytes of the storages that operations create."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = 0
         """Bytes of the storages that still exist."""
         self.peak = 0
@@ -184,7 +184,7 @@ class PeakMemory(TorchDispatchMode):
 
 def _address(tensor: Tensor) -> int:
     """Return what identifies the storage of a tensor, also of one without memory."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def activation_bytes(
@@ -216,8 +216,9 @@ def activation_bytes(
         with PeakMemory() as memory:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
                 predicted = backbone(latents, torch.empty(batch), condition)
-            nn.functional.mse_loss(predicted.float(), latents).backward()
-    return memory.peak
+            loss: Any = nn.functional.mse_loss(predicted.float(), latents)
+            loss.backward()
+    return int(memory.peak)
 
 
 def update_bytes(params: int, gpus: int, stage: int, num_ema: int) -> float:

@@ -131,26 +131,37 @@ class CostRow:
 
 def cost(config: CostConfig) -> None:
     """Write the table, or with `config.json` a list of objects; with `config.draw` a drawing."""
-    if config.draw:
+    rows = list(cost_rows(config))
+    if config.draw is not None:
         from ifvit.models.fusion_drawing import draw_maps
 
-        draw_maps(config)
-    rows = list(cost_rows(config))
+        draw_maps(config.draw, _chosen_maps(config))
     text = json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
     sys.stdout.write((text if config.json else _format_table(rows)) + "\n")
 
 
+def _chosen_maps(config: CostConfig) -> dict[str, FusionTransformerConfig]:
+    """Backbones that the command line names, by title; six examples if it asks for a drawing."""
+    if config.maps:
+        return with_maps(config.backbone or PRESETS["small"], config.maps)
+    if config.backbone:
+        return {config.backbone.fusion: config.backbone}
+    if config.draw is None:
+        return {}
+    from ifvit.models.fusion_drawing import EXAMPLES
+
+    return EXAMPLES
+
+
 def cost_rows(config: CostConfig) -> Iterator[CostRow]:
-    """Yield a row per map, or for the chosen backbone, or for every preset.
+    """Yield a row per chosen map, or for every preset.
 
     The presets of the paper's options have a row per setting.
     """
-    if config.maps:
-        for backbone in with_maps(config.backbone or PRESETS["small"], config.maps).values():
-            yield _count_row(None, backbone)
-    elif config.backbone:
-        yield _count_row(None, config.backbone)
-    else:
+    chosen = _chosen_maps(config)
+    for backbone in chosen.values():
+        yield _count_row(None, backbone)
+    if not chosen:
         for preset, base in PRESETS.items():
             for setting in SETTINGS if setting_of(base) else ():
                 yield _count_row(preset, with_setting(base, setting))

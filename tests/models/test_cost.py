@@ -1,15 +1,24 @@
+"""`ifvit cost`: counts equal formulas, the paper's table and a plain run; rows and drawing."""
+
 import dataclasses
 import json
+import random
+from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.config import read_config
-from ifvit.models import cost
-from ifvit.models.config import CLASS_PRESETS, PRESETS, CostConfig
-from ifvit.models.cost import CostRow, cost_rows, count_cost
-from ifvit.models.weights import build_backbone
+from ifvit.errors import UserError
+from ifvit.models import cost as cost_module
+from ifvit.models.config import CLASS_PRESETS, PRESETS, CostConfig, FusionTransformerConfig
+from ifvit.models.cost import Cost, CostRow, cost, cost_rows, count_cost
+from ifvit.models.weights import describe_backbone
 
-TINY, TOKEN_TINY = PRESETS["tiny"], CLASS_PRESETS["class_tiny"]
+TINY, CLASS_TINY = PRESETS["tiny"], CLASS_PRESETS["class_tiny"]
+assert isinstance(CLASS_TINY, FusionTransformerConfig)
+ENTRIES = ("image", "concat", "cross_attention", "separate_cross_attention", "dual_stream", "adaln")
 # Parameters, operations of layers, operations of attention. Those of transformers come from
 # formulas that counted multiply-accumulates block by block.
 COUNTS = {
@@ -18,101 +27,116 @@ COUNTS = {
     "mid": (PRESETS["mid"], 137_857_700, 69_162_663_936, 3_893_099_520),
     "large": (PRESETS["large"], 299_196_580, 150_935_994_368, 6_272_946_176),
     "huge": (PRESETS["huge"], 516_589_220, 263_585_562_624, 9_856_645_632),
-    "class_tiny": (TOKEN_TINY, 1_016_452, 33_005_568, 943_488),
-    "class_small": (CLASS_PRESETS["class_small"], 40_572_580, 19_491_225_600, 1_635_876_864),
-    "class_base": (CLASS_PRESETS["class_base"], 90_743_204, 43_848_597_504, 2_453_815_296),
-    "class_large": (CLASS_PRESETS["class_large"], 311_954_596, 155_860_631_552, 6_543_507_456),
+    "class_small": (CLASS_PRESETS["class_small"], 38_472_868, 19_487_031_296, 1_635_876_864),
+    "class_large": (CLASS_PRESETS["class_large"], 303_560_868, 155_843_854_336, 6_543_507_456),
     "unet_tiny": (CLASS_PRESETS["unet_tiny"], 1_006_692, 40_779_776, 270_336),
     "unet_base": (CLASS_PRESETS["unet_base"], 91_916_804, 35_247_685_632, 542_343_168),
     "modulated concat": (
-        dataclasses.replace(TINY, conditioning="concat", modulation=True),
+        dataclasses.replace(TINY, fusion="image 5*concat image", modulation="adaln_zero"),
         *(1_451_300, 51_904_512, 2_411_136),
     ),
     "modulated cross-attention": (
-        dataclasses.replace(TINY, modulation=True),
+        dataclasses.replace(TINY, modulation="adaln_zero"),
         *(1_451_300, 35_979_264, 1_397_376),
     ),
     "adaln": (
-        dataclasses.replace(TINY, conditioning="adaln"),
+        dataclasses.replace(TINY, fusion="image 5*adaln image", modulation="adaln_zero"),
         *(1_451_300, 33_030_144, 875_136),
     ),
     "narrow MLP, three channels": (
         dataclasses.replace(TINY, mlp_ratio=2, latent_channels=3),
         *(663_648, 25_016_448, 1_397_376),
     ),
-    "modulated tokens": (
-        dataclasses.replace(TOKEN_TINY, modulation=True),
+    "modulated class token": (
+        dataclasses.replace(CLASS_TINY, modulation="adaln_zero"),
         *(1_504_732, 33_979_008, 943_488),
-    ),
-    "adaln with long skips": (
-        dataclasses.replace(TOKEN_TINY, conditioning="adaln", long_skip=True),
-        *(1_569_836, 34_368_384, 841_568),
-    ),
-    "caption tokens": (
-        dataclasses.replace(TOKEN_TINY, num_classes=None, context_length=5, context_width=12),
-        *(1_010_316, 40_286_400, 1_409_408),
     ),
 }
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_counts_equal_those_of_formulas(name):
+def test_counts_equal_those_of_formulas(name: str) -> None:
     config, *expected = COUNTS[name]
     counted = count_cost(config)
     assert [counted.params, counted.layer_flops, counted.attention_flops] == expected
 
 
-@pytest.mark.parametrize("conditioning", ["concat", "cross_attention", "adaln"])
-def test_parameters_are_those_of_the_network(conditioning):
-    # Only the middle block is fused; there are several image-only and text blocks.
-    config = dataclasses.replace(
-        TINY, depth=6, num_image_blocks=3, num_text_blocks=2, conditioning=conditioning
+def sample_map(seed: int) -> FusionTransformerConfig:
+    """Sample a fusion map of 1 to 9 blocks with random options."""
+    draw = random.Random(seed)
+    entries = [draw.choice(ENTRIES) for _ in range(draw.randint(1, 9))]
+    return dataclasses.replace(
+        TINY,
+        fusion=" ".join(entries),
+        num_text_blocks=draw.randint(0, 2) if set(entries) != {"image"} else 0,
+        long_skip=draw.random() < 0.7,
+        mlp=draw.choice(["gelu", "swiglu"]),
+        norm=draw.choice(["layer_norm", "rms_norm"]),
+        qk_norm=draw.random() < 0.5,
+        rotary=draw.random() < 0.5,
+        num_registers=draw.choice([0, 3]),
+        modulation=draw.choice(["none", "adaln_zero", "shared"]),
     )
-    parameters = build_backbone(config).parameters()
-    assert count_cost(config).params == sum(parameter.numel() for parameter in parameters)
 
 
-def test_attention_operations_are_two_products_of_queries_and_keys_in_every_block():
-    # depth 2: 3 blocks of 1 + 16 + 16 tokens; 2 FLOPs per multiply-accumulate, 2 products.
-    config = dataclasses.replace(
-        TINY, depth=2, conditioning="concat", num_image_blocks=0, num_text_blocks=0
-    )
+def test_blocks_that_were_counted_before_add_what_a_plain_run_counts() -> None:
+    cost_module._BLOCKS.clear()
+    for seed in range(20):
+        config = sample_map(seed)
+        backbone = describe_backbone(config)
+        backbone.set_attention("math")
+        latents, context = torch.empty(1, 4, 8, 8), torch.empty(1, 16, 64)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            backbone(latents.to("meta"), torch.empty(1, device="meta"), context.to("meta"))
+        flops = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+        assert count_cost(config) == Cost(
+            params=sum(parameter.numel() for parameter in backbone.parameters()),
+            layer_flops=counter.get_total_flops() - flops,
+            attention_flops=flops,
+        ), config
+
+
+def test_attention_operations_are_two_products_of_queries_and_keys_in_every_block() -> None:
+    # 3 blocks of 1 + 16 + 16 tokens; 2 FLOPs per multiply-accumulate, 2 products.
+    config = dataclasses.replace(TINY, fusion="3*concat", num_text_blocks=0)
     assert count_cost(config).attention_flops == 3 * 2 * 2 * (1 + 16 + 16) ** 2 * TINY.width
 
 
 @pytest.fixture
 def small_rows(monkeypatch: pytest.MonkeyPatch) -> list[CostRow]:
-    """The rows of the paper's size and of one class-conditional preset."""
-    monkeypatch.setattr(cost, "PRESETS", {"small": PRESETS["small"]})
-    monkeypatch.setattr(cost, "CLASS_PRESETS", {"class_tiny": TOKEN_TINY})
-    return list(cost_rows())
+    """The rows of the paper's size, of a preset with options, and of a class preset."""
+    presets = {"small": PRESETS["small"], "1b": PRESETS["1b"]}
+    monkeypatch.setattr(cost_module, "PRESETS", presets)
+    monkeypatch.setattr(cost_module, "CLASS_PRESETS", {"class_tiny": CLASS_TINY})
+    return list(cost_rows(CostConfig()))
 
 
-def test_the_papers_table_comes_out(small_rows):
+def test_the_papers_table_comes_out(small_rows: list[CostRow]) -> None:
     table = {
-        (row.conditioning, row.num_image_blocks, row.num_text_blocks): (
-            row.params,
-            round(row.gflops_paper, 2),
-            round(row.gflops, 2),
-        )
-        for row in small_rows
+        row.setting: (row.params, round(row.gflops_paper, 2), round(row.gflops, 2))
+        for row in small_rows[:8]
     }
-    assert table["concat", 0, 0] == (44_692_644, 29.49, 32.46)
-    assert table["concat", 4, 1] == (47_843_492, 25.77, 28.01)
-    assert table["cross_attention", 0, 0] == (44_692_644, 23.76, 26.04)
-    assert table["cross_attention", 4, 1] == (47_843_492, 23.59, 25.57)
-    # All conditionings with all ablations, and the class-conditional preset.
-    assert len(table) == len(small_rows) == 3 * 4 + 1
+    assert table["concat_early"] == (44_692_644, 29.49, 32.46)
+    assert table["concat_intermediate"] == (47_843_492, 25.77, 28.01)
+    assert table["cross_attention_early"] == (44_692_644, 23.76, 26.04)
+    assert table["cross_attention_intermediate"] == (47_843_492, 23.59, 25.57)
+    # The halves of the ablation, then presets with their own map.
+    assert len(table) == 8
+    own, class_row = small_rows[8:]
+    assert (own.preset, own.setting, own.fusion) == ("1b", None, PRESETS["1b"].fusion)
+    assert (class_row.preset, class_row.fusion) == ("class_tiny", "7*concat")
 
 
-def test_json_is_all_that_is_written_to_standard_output(small_rows, capsys):
-    cost.cost(CostConfig(json=True))
+def test_json_is_all_that_is_written_to_standard_output(
+    small_rows: list[CostRow], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cost(CostConfig(json=True))
     rows = json.loads(capsys.readouterr().out)
     assert rows == [dataclasses.asdict(row) for row in small_rows]
     assert list(rows[0]) == [
         "preset",
-        "conditioning",
-        "num_image_blocks",
+        "setting",
+        "fusion",
         "num_text_blocks",
         "params",
         "gflops_paper",
@@ -120,14 +144,47 @@ def test_json_is_all_that_is_written_to_standard_output(small_rows, capsys):
     ]
 
 
-def test_the_table_has_a_line_for_every_row(small_rows, capsys):
-    cost.cost(CostConfig())
+def test_the_table_has_a_line_for_every_row(
+    small_rows: list[CostRow], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cost(CostConfig())
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
-    assert ["small", "concat", "0", "0", "44,692,644", "29.49", "32.46"] in lines
-    named = [words[0] for words in lines if words[0] in ("small", "class_tiny")]
-    assert named == ["small"] * 12 + ["class_tiny"]
+    assert ["small", "44,692,644", "29.49", "32.46", "13*concat"] in lines
+    assert len([words for words in lines if words[0] in ("small", "1b", "class_tiny")]) == 10
 
 
-def test_the_json_flag_needs_no_value():
+def test_own_maps_are_counted_at_the_size_of_the_backbone() -> None:
+    flags = ["--backbone", "small", "--backbone.num_text_blocks", "2"]
+    maps = ["--maps", "13*image", "3*concat 10*image", "concat_early"]
+    rows = list(cost_rows(read_config(CostConfig, [*flags, *maps], prog="ifvit cost")))
+    # A map without text has no text branch, and a setting has its own.
+    assert [row.num_text_blocks for row in rows] == [0, 2, 0]
+    assert [row.fusion for row in rows] == ["13*image", "3*concat 10*image", "13*concat"]
+    (row,) = cost_rows(read_config(CostConfig, flags, prog="ifvit cost"))
+    assert (row.preset, row.fusion, row.num_text_blocks) == (None, PRESETS["small"].fusion, 2)
+
+
+def test_a_misspelt_entry_is_named() -> None:
+    with pytest.raises(UserError, match=r"3\*concta is not an entry"):
+        list(cost_rows(CostConfig(maps=["3*concta"])))
+
+
+def test_the_drawing_is_a_reproducible_png(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / name) for name in ("first.png", "second.png", "own.png")]
+    for file in files[:2]:
+        cost(CostConfig(draw=file, json=True))
+    rows = json.loads(capsys.readouterr().out.split("\n]\n")[0] + "]")
+    assert len({row["fusion"] for row in rows}) == len(rows) == 6
+    maps = ["dual_stream 2*image adaln", "2*separate_cross_attention"]
+    cost(CostConfig(maps=maps, draw=files[2]))
+    contents = [Path(file).read_bytes() for file in files]
+    assert contents[0] == contents[1] != contents[2]
+    with pytest.raises(UserError, match=r"draw: fusion.svg; name a \.png file"):
+        cost(CostConfig(draw="fusion.svg"))
+
+
+def test_the_json_flag_needs_no_value() -> None:
     assert read_config(CostConfig, ["--json"], prog="ifvit cost") == CostConfig(json=True)
     assert read_config(CostConfig, ["--json", "false"], prog="ifvit cost") == CostConfig()
