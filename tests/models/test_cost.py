@@ -30,7 +30,7 @@ COUNTS = {
     "class_small": (CLASS_PRESETS["class_small"], 38_472_868, 19_487_031_296, 1_635_876_864),
     "class_large": (CLASS_PRESETS["class_large"], 303_560_868, 155_843_854_336, 6_543_507_456),
     "unet_tiny": (CLASS_PRESETS["unet_tiny"], 1_006_692, 40_779_776, 270_336),
-    "unet_base": (CLASS_PRESETS["unet_base"], 91_916_804, 35_247_685_632, 542_343_168),
+    "unet_base": (CLASS_PRESETS["unet_base"], 86_227_076, 32_182_255_616, 500_318_208),
     "modulated concat": (
         dataclasses.replace(TINY, fusion="image 5*concat image", modulation="adaln_zero"),
         *(1_451_300, 51_904_512, 2_411_136),
@@ -48,7 +48,7 @@ COUNTS = {
         *(663_648, 25_016_448, 1_397_376),
     ),
     "modulated class token": (
-        dataclasses.replace(CLASS_TINY, modulation="adaln_zero"),
+        dataclasses.replace(CLASS_TINY, width=104, num_heads=4, modulation="adaln_zero"),
         *(1_504_732, 33_979_008, 943_488),
     ),
 }
