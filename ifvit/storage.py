@@ -94,7 +94,9 @@ def file_size(url: str) -> int | None:
 
 def list_names(url: str) -> list[str]:
     """Sorted names of the files and folders directly in folder `url`; [] for an absent folder."""
-    return sorted(Path(entry).name for entry in _ask(url, lambda files: files.ls(url, False), []))
+    return sorted(
+        Path(entry).name for entry in _ask(url, lambda files: files.ls(url, detail=False), [])
+    )
 
 
 def list_states(url: str) -> dict[str, str]:
@@ -104,7 +106,7 @@ def list_states(url: str) -> dict[str, str]:
         Path(entry["name"]).name: " ".join(
             [str(entry["size"]), _etag(entry) or str([entry.get(key) for key in versions])]
         )
-        for entry in _ask(url, lambda files: files.ls(url, True), [])
+        for entry in _ask(url, lambda files: files.ls(url, detail=True), [])
         if entry["type"] == "file"
     }
 
