@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, wraps
 from itertools import repeat
 from pathlib import Path, PurePosixPath
 from types import UnionType
@@ -28,7 +28,6 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
-    overload,
 )
 
 import yaml
@@ -91,26 +90,16 @@ PlainName = Annotated[str, Rule("a plain file name", is_plain_name)]
 RelativePath = Annotated[str, Rule("a relative path without ..", is_relative_path)]
 
 
-@overload
-def record(cls: type[_Record], /) -> type[_Record]: ...
-@overload
-def record(*, ignore_unknown: bool) -> Callable[[type[_Record]], type[_Record]]: ...
 @dataclass_transform(
     kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
 )
-def record(cls: type[Any] | None = None, /, *, ignore_unknown: bool = False) -> Any:
+def record(cls: type[_Record], /) -> type[_Record]:
     """Make `cls` a frozen, keyword-only dataclass whose fields are checked when it is built.
 
     Building one raises UserError when a field breaks the `Rule` of its annotation, when a number
-    is NaN or infinite, or when an integer exceeds 64 bits. `parse_json` refuses unknown keys, or
-    drops them with `ignore_unknown`, and refuses values of another type. A field that admits NaN or
-    infinity has the type `object`.
+    is NaN or infinite, or when an integer exceeds 64 bits. `parse_json` also refuses unknown keys
+    and values of another type. A field that admits NaN or infinity has the type `object`.
     """
-    make = partial(_make_record, ignore_unknown=ignore_unknown)
-    return make if cls is None else make(cls)
-
-
-def _make_record(cls: type[_Record], *, ignore_unknown: bool) -> type[_Record]:
     owners = [cls] if "__post_init__" in cls.__dict__ else cls.__bases__
     checks = [owner.__post_init__ for owner in owners if hasattr(owner, "__post_init__")]
 
@@ -123,10 +112,7 @@ def _make_record(cls: type[_Record], *, ignore_unknown: bool) -> type[_Record]:
     if checks:
         __post_init__ = wraps(checks[0])(__post_init__)
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
-    cls.__pydantic_config__ = {  # type: ignore[attr-defined]
-        "extra": "ignore" if ignore_unknown else "forbid",
-        "strict": True,
-    }
+    cls.__pydantic_config__ = {"extra": "forbid", "strict": True}  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -194,12 +180,17 @@ def printable(text: str) -> str:
 
 
 def parse_json(
-    cls: type[_Record], data: bytes | str, where: str, *, error: type[UserError] = UserError
+    cls: type[_Record],
+    data: bytes | str,
+    where: str,
+    *,
+    error: type[UserError] = UserError,
+    ignore_unknown: bool = False,
 ) -> _Record:
     """Parse JSON into the record, or other type, `cls`. Raises `error` naming `where` and the key.
 
-    Keys must be those of the record and values of the annotated types; no value is converted, but
-    lists become tuples.
+    Keys must be those of the record, unless `ignore_unknown` admits further ones, and values of the
+    annotated types; no value is converted, but lists become tuples.
     """
     from pydantic import ValidationError
 
@@ -207,8 +198,9 @@ def parse_json(
         raise error(f"{where}: {len(data)} bytes are more than the allowed {MAX_BYTES}")
     if isinstance(data, bytes):
         data = data.removeprefix(codecs.BOM_UTF8)  # which editors of Windows write
+    extra = "ignore" if ignore_unknown else None
     try:
-        return cast(_Record, _adapter(cast(Hashable, cls)).validate_json(data))
+        return cast(_Record, _adapter(cast(Hashable, cls)).validate_json(data, extra=extra))
     except ValidationError as problems:
         raise error(f"{where}: {_describe(problems)}") from None
 
@@ -222,20 +214,19 @@ def replace_lone_surrogates(data: bytes) -> bytes:
 
 
 def parse_value(
-    cls: type[_Record], value: object, where: str, *, error: type[UserError] = UserError
+    cls: type[_Record],
+    value: object,
+    where: str,
+    *,
+    error: type[UserError] = UserError,
+    ignore_unknown: bool = False,
 ) -> _Record:
     """Check plain values, such as parsed YAML, as `parse_json` checks JSON."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError) as problem:
         raise error(f"{where}: {shorten(problem, 200)}") from None
-    return parse_json(cls, text, where, error=error)
-
-
-def parse_known(cls: type[_Record], value: Mapping[str, object], where: str) -> _Record:
-    """Parse those keys that the record has, for files of others that may hold further keys."""
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    return parse_value(cls, {key: value[key] for key in value if key in known}, where)
+    return parse_json(cls, text, where, error=error, ignore_unknown=ignore_unknown)
 
 
 @lru_cache(maxsize=256)

@@ -178,7 +178,7 @@ def table(statuses: Sequence[JobStatus]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-@record(ignore_unknown=True)
+@record
 class _Length:
     """The fields of a training recipe that say how long the run is."""
 
@@ -197,7 +197,8 @@ def describe_progress(verb: str, run: str) -> str:
         return "no step yet"
     row = rows[-1]
     url = storage.join(run, "config.yaml")
-    length = parse_value(_Length, parse_yaml(storage.read_bytes(url), url), url)
+    recipe = parse_yaml(storage.read_bytes(url), url)
+    length = parse_value(_Length, recipe, url, ignore_unknown=True)
     seconds = (length.max_steps - row.step) * length.global_batch_size / row.samples_per_s
     checkpoint = shorten(latest_checkpoint(run) or "none")
     return (

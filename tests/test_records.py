@@ -24,7 +24,6 @@ from ifvit.records import (
     is_plain_name,
     is_relative_path,
     parse_json,
-    parse_known,
     parse_rows,
     parse_sealed,
     parse_value,
@@ -238,9 +237,12 @@ def test_yaml_values_are_checked_as_json_is() -> None:
 
 
 def test_further_keys_of_a_foreign_file_are_ignored_on_request() -> None:
-    assert parse_known(Description, {"count": 2, "colour": "red"}, "config.json").count == 2
+    foreign = {"count": 2, "parts": [{"name": "x", "sha256": "0" * 64, "size": 1}], "colour": "red"}
+    assert parse_value(Description, foreign, "config.json", ignore_unknown=True).count == 2
     with pytest.raises(UserError, match=r"config\.json: count"):
-        parse_known(Description, {"count": 0, "colour": "red"}, "config.json")
+        parse_value(Description, {**foreign, "count": 0}, "config.json", ignore_unknown=True)
+    with pytest.raises(UserError, match=r"config\.json: parts.0.size"):
+        parse_value(Description, foreign | {"colour": None}, "config.json")
 
 
 def test_control_characters_are_shown_as_escapes() -> None:
@@ -266,15 +268,8 @@ def test_rules_of_the_same_words_keep_their_own_conditions() -> None:
         Pair(low=7, lower=7)
 
 
-def test_a_record_may_ignore_keys_that_it_does_not_know() -> None:
-    @record(ignore_unknown=True)
-    class Entry:
-        count: PositiveInt
-
-    assert parse_json(Entry, '{"count": 3, "more": [1]}', "x").count == 3
-    assert parse_json(Entry, b'\xef\xbb\xbf{"count": 3}\r\n', "x").count == 3  # of Windows
-    with pytest.raises(UserError, match="count"):
-        parse_json(Entry, '{"count": 0, "more": 1}', "x")
+def test_a_byte_order_mark_of_windows_is_no_part_of_json() -> None:
+    assert parse_json(Description, b'\xef\xbb\xbf{"count": 3}\r\n', "x").count == 3
 
 
 def test_a_loop_of_links_leads_nowhere(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ Row = tuple[str, dict[str, Any]]
 """File and line of the row, for messages, and the values by column."""
 
 
-@record(ignore_unknown=True)
+@record
 class CocoImage:
     """Entry of the list `images`."""
 
@@ -48,7 +48,7 @@ class CocoImage:
     file_name: RelativePath
 
 
-@record(ignore_unknown=True)
+@record
 class CocoCaption:
     """Entry of the list `annotations`; null is a blank caption."""
 
@@ -56,7 +56,7 @@ class CocoCaption:
     caption: str | None
 
 
-@record(ignore_unknown=True)
+@record
 class CocoFile:
     """The keys of an annotation file that are read; other keys are ignored."""
 
@@ -93,7 +93,7 @@ class CocoCaptions(ListedSource):
         if Path(captions).is_dir():
             raise UserError(f"{captions}: is a folder; name the captions_*.json file in it")
         data = replace_lone_surrogates(storage.read_bytes(captions))
-        content = parse_json(CocoFile, data, captions)
+        content = parse_json(CocoFile, data, captions, ignore_unknown=True)
         texts: dict[int, list[str]] = {image.id: [] for image in content.images}
         for entry in content.annotations:
             texts[entry.image_id].append(entry.caption or "")

@@ -46,7 +46,7 @@ SUFFIXES = tuple(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
 _DOTTED = tuple(f".{suffix}" for suffix in SUFFIXES)
 
 
-@record(ignore_unknown=True)
+@record
 class TarStatistics:
     """NNNNN_stats.json of img2dataset."""
 
@@ -124,7 +124,8 @@ def _describe_tar(url: str) -> Tar:
     content, problem = TarStatistics(), ""
     if storage.exists(statistics):
         try:
-            content = parse_json(TarStatistics, storage.read_bytes(statistics), statistics)
+            data = storage.read_bytes(statistics)
+            content = parse_json(TarStatistics, data, statistics, ignore_unknown=True)
         except StoreError:
             raise
         except UserError as error:

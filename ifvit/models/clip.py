@@ -21,7 +21,7 @@ from ifvit.models.pretrained import (
     reading,
     resolve_pretrained,
 )
-from ifvit.records import NonNegativeInt, PlainName, PositiveFloat, parse_known, record
+from ifvit.records import NonNegativeInt, PlainName, PositiveFloat, parse_value, record
 from ifvit.shards.format import EncoderIdentity
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def load_text_tower(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _tower_keys(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return _given(parse_known(TowerConfig, stored, f"{folder}/config.json"))
+    return _given(parse_value(TowerConfig, stored, f"{folder}/config.json", ignore_unknown=True))
 
 
 def _given(config: TowerConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ifvit.scenes
 from ifvit.errors import UserError
-from ifvit.records import PlainName, parse_json, parse_known, record, shorten
+from ifvit.records import PlainName, parse_json, record, shorten
 from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import read_bytes, sha256_of
 
@@ -97,8 +97,7 @@ def read_model_config(cls: type[Config], folder: Path, *, name: str = "config.js
     UserError that names the file and the key.
     """
     path = folder / name
-    stored = parse_json(dict[str, Any], read_bytes(str(path)), str(path))
-    return parse_known(cls, stored, str(path))
+    return parse_json(cls, read_bytes(str(path)), str(path), ignore_unknown=True)
 
 
 def load_frozen(

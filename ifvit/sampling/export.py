@@ -15,7 +15,6 @@ from ifvit.models.pretrained import reading, upload_pretrained
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.records import (
     NonNegativeFloat,
-    parse_known,
     parse_value,
     printable,
     record,
@@ -141,7 +140,7 @@ def _format_metrics(run: str, step: int, sha256: str) -> str:
             if row.get("weights_sha256") != sha256:
                 continue
             estimates = {
-                name: parse_known(_Estimate, entry, f"{url}: {name}")
+                name: parse_value(_Estimate, entry, f"{url}: {name}", ignore_unknown=True)
                 for name, entry in row.items()
                 if isinstance(entry, dict) and "standard_error" in entry
             }
