@@ -208,6 +208,11 @@ class FusionTransformerConfig(ConditionConfig):
         depth = len(self.blocks)
         return {depth - 1 - i: i for i in range(depth // 2)} if self.long_skip else {}
 
+    def has_text_skip(self, number: int) -> bool:
+        """Whether the text of this block takes a long skip: where both mirrors update text."""
+        mirror = self.mirrors.get(number)
+        return mirror is not None and {self.blocks[number], self.blocks[mirror]} <= UPDATES_TEXT
+
     @property
     def head_width(self) -> int:
         """Channels of an attention head."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipelines look for it here
 from torch import Tensor, nn
 
@@ -29,7 +30,6 @@ from ifvit.models.layers import (
     modulate,
     repeat_rows,
     rotation_table,
-    timestep_embedding,
 )
 
 
@@ -46,6 +46,8 @@ class FusionTransformer(Backbone):
     def __init__(self, config: FusionTransformerConfig) -> None:
         super().__init__(config)
         width, channels = config.width, config.latent_channels
+        # Frequencies from 1 to 1/10000, cosines first, as in U-ViT (Vaswani et al. 2017, 3.5).
+        self.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.patch_embed = PatchEmbed(channels, config.patch_size, width)
         num_positions = 1 + config.num_text_tokens + config.num_image_tokens
         self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, width))
@@ -163,8 +165,7 @@ class FusionTransformer(Backbone):
         """
         config = self.config
         encoded = self._encode(latents, condition)
-        sinusoids = timestep_embedding(timesteps + config.timestep_offset, config.width)
-        sinusoids = sinusoids.to(self.pos_embed.dtype)
+        sinusoids = self.time_proj(timesteps + config.timestep_offset).to(self.pos_embed.dtype)
         tokens, text = self._embed_tokens(latents, sinusoids), encoded.tokens
         vectors = self._conditioning_vectors(sinusoids, encoded.pooled)
         rotation = self._rotation(latents.device)
@@ -179,7 +180,7 @@ class FusionTransformer(Backbone):
                 text=text,
                 keys_values=keys_values,
                 skip=skip,
-                text_skip=text_skip,
+                text_skip=text_skip if config.has_text_skip(number) else None,
                 vector=self._vector_for(entry, vectors, len(tokens)),
                 rotation=rotation,
                 bias=(biases or {}).get(number),

@@ -6,7 +6,6 @@ and image tokens have B: row i of the text belongs to row i mod B of the image t
 sees text returns k * B rows.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,21 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ifvit.models.attention import Bias, attend_biased, load_attention
-from ifvit.models.config import UPDATES_TEXT, FusionTransformerConfig
+from ifvit.models.config import FusionTransformerConfig
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text tokens for one block, each (B, M, H, E)."""
-
-
-def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
-    """Sinusoids of timesteps (B,), cosines first, as float32 (B, width).
-
-    Frequencies fall geometrically from 1 to 1/10000 (Vaswani et al. 2017, Section 3.5).
-    """
-    half = width // 2
-    exponents = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def repeat_rows(x: Tensor, count: int) -> Tensor:
@@ -270,7 +258,7 @@ class BlockInputs:
     skip: Tensor | None = None
     """(B, L, D): image tokens after the mirror block."""
     text_skip: Tensor | None = None
-    """(k * B, M, D): text tokens after the mirror block."""
+    """(k * B, M, D): text tokens after the mirror block, if both blocks update text."""
     vector: Tensor | None = None
     """Conditioning vector of a modulated block, (B, D), or (B, 6 D) after a shared projection."""
     rotation: Tensor | None = None
@@ -294,39 +282,35 @@ class Stream(nn.Module):
         self.norm1 = build_norm(config, affine=not num_modulations)
         self.modulation = build_modulation(config, num_modulations) if num_modulations else None
 
-    def begin(
-        self, tokens: Tensor, skip: Tensor | None, vector: Tensor | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Tokens joined to the skip, the same normalised, and the shifts, scales and gates.
+    def join_skip(self, tokens: Tensor, skip: Tensor | None) -> Tensor:
+        """Join tokens (k * B, L, D) to the output of the mirror block, if there is a long skip.
 
-        `skip` (B, L, D) is the output of the mirror block, `vector` the conditioning vector of a
-        modulated block. Tokens and skip may have fewer rows than the vector.
+        A skip (B, L, D) that k rows of tokens share is multiplied once.
         """
-        if self.skip_linear is not None:
-            assert skip is not None
-            tokens = join_skip(self.skip_linear, tokens, skip)
-        return self.modulated_norm(tokens, vector)
+        if self.skip_linear is None:
+            return tokens
+        assert skip is not None
+        if len(skip) == len(tokens):
+            joined: Tensor = self.skip_linear(torch.cat([tokens, skip], dim=-1))
+            return joined
+        token_weight, skip_weight = self.skip_linear.weight.chunk(2, dim=1)
+        shared = functional.linear(skip, skip_weight, self.skip_linear.bias)
+        return functional.linear(tokens, token_weight) + repeat_rows(shared, len(tokens))
 
-    def modulated_norm(
+    def normalise(
         self, tokens: Tensor, vector: Tensor | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Tokens, the same normalised and modulated, and all shifts, scales and gates."""
+        """Return tokens, the same normalised, and the shifts, scales and gates of the block.
+
+        `vector` is the conditioning vector of a modulated block. It may have more rows than the
+        tokens, which are then repeated.
+        """
         if self.modulation is None:
             return tokens, self.norm1(tokens), ()
         assert vector is not None
         tokens = repeat_rows(tokens, len(vector))
-        outputs: tuple[Tensor, ...] = self.modulation(vector)
-        return tokens, modulate(self.norm1(tokens), *outputs[:2]), outputs
-
-
-def join_skip(linear: nn.Linear, tokens: Tensor, skip: Tensor) -> Tensor:
-    """Apply `linear` to [tokens, skip]; a skip shared by several rows is multiplied once."""
-    if len(skip) == len(tokens):
-        joined: Tensor = linear(torch.cat([tokens, skip], dim=-1))
-        return joined
-    token_weight, skip_weight = linear.weight.chunk(2, dim=1)
-    shared = functional.linear(skip, skip_weight, linear.bias)
-    return functional.linear(tokens, token_weight) + repeat_rows(shared, len(tokens))
+        modulation: tuple[Tensor, ...] = self.modulation(vector)
+        return tokens, modulate(self.norm1(tokens), *modulation[:2]), modulation
 
 
 class Block(Stream):
@@ -348,7 +332,8 @@ class Block(Stream):
 
     def forward(self, tokens: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, L, D) to the image tokens (B or k * B, L, D) and text after the block."""
-        tokens, normalised, modulation = self.begin(tokens, inputs.skip, inputs.vector)
+        tokens = self.join_skip(tokens, inputs.skip)
+        tokens, normalised, modulation = self.normalise(tokens, inputs.vector)
         attended = self.attn(normalised, inputs.keys_values, inputs.bias, inputs.rotation)
         tokens = self.add_attention(tokens, attended, modulation)
         return self.add_mlp(tokens, modulation), inputs.text
@@ -389,7 +374,8 @@ class SeparateBlock(Block):
     def forward(self, tokens: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, L, D) to the image tokens (k * B, L, D) and the unchanged text."""
         assert inputs.keys_values is not None
-        tokens, normalised, modulation = self.begin(tokens, inputs.skip, inputs.vector)
+        tokens = self.join_skip(tokens, inputs.skip)
+        tokens, normalised, modulation = self.normalise(tokens, inputs.vector)
         attended = self.attn(normalised, rotation=inputs.rotation)
         tokens = self.add_attention(tokens, attended, modulation)
         attended = self.cross_attn(tokens, inputs.keys_values, inputs.bias)
@@ -402,34 +388,17 @@ class SeparateBlock(Block):
 
 
 class ConcatBlock(Block):
-    """`concat`: image and text tokens are one sequence with one set of weights (U-ViT).
-
-    Text takes the long skip, too, if the mirror block updates text.
-    """
-
-    def __init__(
-        self,
-        config: FusionTransformerConfig,
-        *,
-        has_skip: bool,
-        has_text_skip: bool,
-        is_modulated: bool,
-    ) -> None:
-        super().__init__(config, has_skip=has_skip, is_modulated=is_modulated)
-        self.has_text_skip = has_text_skip
+    """`concat`: image and text tokens are one sequence with one set of weights (U-ViT)."""
 
     def forward(self, tokens: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, L, D) to the image tokens (k * B, L, D) and text after the block."""
         text, num_tokens = inputs.text, tokens.shape[1]
         assert text is not None
-        if self.skip_linear is not None:
-            assert inputs.skip is not None
-            tokens = join_skip(self.skip_linear, tokens, inputs.skip)
-            if self.has_text_skip:
-                assert inputs.text_skip is not None
-                text = join_skip(self.skip_linear, text, inputs.text_skip)
+        tokens = self.join_skip(tokens, inputs.skip)
+        if inputs.text_skip is not None:
+            text = self.join_skip(text, inputs.text_skip)
         sequence = torch.cat([repeat_rows(tokens, len(text)), text], dim=1)
-        sequence, normalised, modulation = self.modulated_norm(sequence, inputs.vector)
+        sequence, normalised, modulation = self.normalise(sequence, inputs.vector)
         attended = self.attn(normalised, None, inputs.bias, inputs.rotation)
         sequence = self.add_mlp(self.add_attention(sequence, attended, modulation), modulation)
         return sequence[:, :num_tokens], sequence[:, num_tokens:]
@@ -466,10 +435,10 @@ class DualStreamBlock(nn.Module):
         """Tokens (B, L, D) to the image tokens (k * B, L, D) and text after the block."""
         assert inputs.text is not None
         image, vector, num_tokens = self.image, inputs.vector, tokens.shape[1]
-        tokens, normalised, modulation = image.begin(tokens, inputs.skip, vector)
-        text, text_normalised, text_modulation = self.text.begin(
-            inputs.text, inputs.text_skip, vector
-        )
+        tokens = image.join_skip(tokens, inputs.skip)
+        text = self.text.join_skip(inputs.text, inputs.text_skip)
+        tokens, normalised, modulation = image.normalise(tokens, vector)
+        text, text_normalised, text_modulation = self.text.normalise(text, vector)
         projected = image.attn.project(normalised, inputs.rotation)
         query, key, value = (repeat_rows(x, len(text)) for x in projected)
         # The last block's text has keys and values, but no queries.
@@ -491,21 +460,15 @@ def build_block(
     config: FusionTransformerConfig, number: int
 ) -> Block | SeparateBlock | ConcatBlock | DualStreamBlock:
     """Build block `number` of the fusion map."""
-    entries, mirror = config.blocks, config.mirrors.get(number)
-    entry = entries[number]
-    has_skip, is_modulated = mirror is not None, config.is_modulated(entry)
-    has_text_skip = mirror is not None and entries[mirror] in UPDATES_TEXT
-    if entry == "concat":
-        return ConcatBlock(
-            config, has_skip=has_skip, has_text_skip=has_text_skip, is_modulated=is_modulated
-        )
+    entry, has_skip = config.blocks[number], number in config.mirrors
+    is_modulated = config.is_modulated(entry)
     if entry == "dual_stream":
         return DualStreamBlock(
             config,
             has_skip=has_skip,
-            has_text_skip=has_text_skip,
+            has_text_skip=config.has_text_skip(number),
             is_modulated=is_modulated,
             is_last=number == config.text_key_blocks[-1],
         )
-    kind = SeparateBlock if entry == "separate_cross_attention" else Block
-    return kind(config, has_skip=has_skip, is_modulated=is_modulated)
+    kinds = {"concat": ConcatBlock, "separate_cross_attention": SeparateBlock}
+    return kinds.get(entry, Block)(config, has_skip=has_skip, is_modulated=is_modulated)

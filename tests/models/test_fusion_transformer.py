@@ -1,6 +1,7 @@
 """The paper's mechanisms against a float64 oracle, initial weights, and what each block sees."""
 
 import dataclasses
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from made_backbone import backbone_inputs, loud_backbone
 from test_backbone import CLASSES, CONCAT, CROSS, MODERN
 from uvit_oracle import Oracle, class_layout, our_layout, random_weights
 
-from ifvit.models.config import symmetric_fusion
-from ifvit.models.layers import BlockInputs, timestep_embedding
+from ifvit.models.config import Fusion, symmetric_fusion
+from ifvit.models.fusion_transformer import FusionTransformer
+from ifvit.models.layers import BlockInputs
 from ifvit.models.weights import build_backbone, initial_weights, restore_backbone
 
 PAPER = [
@@ -63,7 +65,8 @@ def test_a_time_between_two_steps_has_a_sinusoid_of_its_own():
     times = torch.tensor([0.5, 999.25])
     angles = times.double()[:, None] * torch.tensor([1, 10_000**-0.5], dtype=torch.float64)
     expected = torch.cat([angles.cos(), angles.sin()], dim=1).float()
-    torch.testing.assert_close(timestep_embedding(times, 4), expected, atol=1e-4, rtol=0)
+    found = FusionTransformer(dataclasses.replace(CROSS, width=4)).time_proj(times)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def record_blocks(backbone, *inputs):
@@ -134,7 +137,7 @@ def test_pooled_text_modulates_blocks_that_see_text_and_time_modulates_all(entry
     )
     backbone, given = loud_backbone(config), backbone_inputs(config)
     calls = record_blocks(backbone, *given)
-    time = backbone.time_embed(timestep_embedding(given[1], 16))
+    time = backbone.time_embed(backbone.time_proj(given[1]))
     follows_time_alone = [torch.equal(inputs.vector, time) for _, inputs, *_ in calls]
     assert follows_time_alone == [True, True, False, False, False, True, True]
 
@@ -147,33 +150,32 @@ def test_image_blocks_are_not_modulated_beside_adaln_blocks():
 
 @pytest.mark.parametrize("depth", [6, 7])
 def test_long_skips_join_a_block_to_its_mirror(depth):
-    fusion = " ".join(["image", "dual_stream", "concat", "concat", "concat", "concat", "image"])
-    config = dataclasses.replace(CROSS, fusion=" ".join(fusion.split()[-depth:]))
+    entries = ["image", "dual_stream", "concat", "cross_attention", "image", "concat", "image"]
+    config = dataclasses.replace(CROSS, fusion=" ".join(entries[-depth:]))
     calls = record_blocks(loud_backbone(config), *backbone_inputs(config))
-    for number in range(depth):
-        inputs, mirror = calls[number][1], depth - 1 - number
+    for number, (_, inputs, *_) in enumerate(calls):
+        mirror = depth - 1 - number
         if number <= mirror:
             assert inputs.skip is None
-        else:
-            assert torch.equal(inputs.skip, calls[mirror][2])
-            assert torch.equal(inputs.text_skip, calls[mirror][3])
+            continue
+        _, _, tokens, text = calls[mirror]
+        assert torch.equal(inputs.skip, tokens)
+        if inputs.text_skip is not None:
+            assert torch.equal(inputs.text_skip, text)
 
 
-@pytest.mark.parametrize("entry", ["concat", "dual_stream"])
-@pytest.mark.parametrize("mirror", ["concat", "dual_stream", "cross_attention", "image"])
+@pytest.mark.parametrize("entry", get_args(Fusion))
+@pytest.mark.parametrize("mirror", get_args(Fusion))
 def test_text_takes_the_skip_where_both_mirrors_update_text(entry, mirror):
-    config = dataclasses.replace(CROSS, fusion=f"{mirror} concat {entry} image concat image")
-    backbone = loud_backbone(dataclasses.replace(config, fusion=f"{mirror} concat {entry}"))
-    generator = torch.Generator().manual_seed(1)
-    tokens, skip = torch.randn(2, 2, 17, 16, generator=generator)
-    text, *text_skips = torch.randn(3, 2, 5, 16, generator=generator)
-    with torch.no_grad():
-        first, second = (
-            backbone.blocks[2](tokens, BlockInputs(text=text, skip=skip, text_skip=text_skip))
-            for text_skip in text_skips
-        )
-    follows_text_skip = not torch.equal(first[0], second[0])
-    assert follows_text_skip == (mirror in ("concat", "dual_stream"))
+    config = dataclasses.replace(CROSS, num_text_blocks=0)
+    both_update = {entry, mirror} <= {"concat", "dual_stream"}
+    for fusion in (f"{mirror} {entry}", f"{mirror} image {entry}"):
+        longer = dataclasses.replace(config, fusion=fusion)
+        calls = record_blocks(loud_backbone(longer), *backbone_inputs(longer))
+        assert (calls[-1][1].text_skip is not None) == both_update
+        if entry == "dual_stream":
+            last = build_backbone(longer).blocks[-1]
+            assert (last.text.skip_linear is not None) == both_update
 
 
 def test_a_condition_does_not_matter_where_no_block_sees_text():
