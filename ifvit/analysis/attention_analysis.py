@@ -35,7 +35,7 @@ from ifvit.diffusion.sampler import ConditionBatch, sample_latents
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import short_names
-from ifvit.figures import INK, RUN_COLOURS, house_style, literal, to_png
+from ifvit.figures import RUN_COLOURS, house_style, literal, to_png
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.records import dump_csv
@@ -53,7 +53,7 @@ from ifvit.shards.reader import ShardReader
 
 _NUM_OF_SHARDS = 64
 _CELL = 1.25
-_ROWS = ("image to image", "text to image", "singular values\n(dots: per prompt)")
+_ROWS = ("image to image", "text to image", "singular values")
 _SMALLEST = 1e-4
 """The axis of singular values begins at this fraction of the largest singular value."""
 
@@ -87,7 +87,7 @@ def analyze_attention(config: AttentionConfig) -> dict[str, AttentionSummary]:
         figure = to_png(attention_figure(shown))
         storage.write_bytes(storage.join(folder, "attention.png"), figure)
         storage.write_bytes(storage.join(folder, "attention.csv"), dump_csv(table_rows(shown)))
-    sys.stdout.write(format_table(table_rows(summaries)))
+    sys.stdout.write(dump_csv(table_rows(summaries)).decode())
     return summaries
 
 
@@ -191,36 +191,20 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
 
 
 def table_rows(summaries: Mapping[str, AttentionSummary]) -> list[dict[str, Any]]:
-    """Return a row per run and block; what a block does not have is None."""
-    return [
-        {
-            "run": name,
-            "layer": layer.name,
-            "text_share": layer.text_share and layer.text_share.value,
-            "text_share_error": layer.text_share and layer.text_share.standard_error,
-            "effective_rank": layer.text and layer.text.effective_rank,
-            "prompt_rank": layer.text and layer.text.prompt_effective_rank.value,
-            "prompt_rank_error": layer.text and layer.text.prompt_effective_rank.standard_error,
-        }
-        for name, summary in summaries.items()
-        for layer in summary.layers
-    ]
-
-
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Return a text table; `rank` is of the mean map, `rank per prompt` is a mean over prompts."""
-    wide = [max(len(row[column]) for row in rows) for column in ("run", "layer")]
-    lines = [f"{'run':{wide[0]}}  {'layer':{wide[1]}}  {'text share':15}   rank  rank per prompt"]
-    for row in rows:
-        numbers = "no text"
-        if row["effective_rank"] is not None:
-            share = "-"
-            if row["text_share"] is not None:
-                share = f"{row['text_share']:.4f} ± {row['text_share_error']:.4f}"
-            prompt_rank = f"{row['prompt_rank']:.2f} ± {row['prompt_rank_error']:.2f}"
-            numbers = f"{share:15}  {row['effective_rank']:5.2f}  {prompt_rank}"
-        lines.append(f"{row['run']:{wide[0]}}  {row['layer']:{wide[1]}}  {numbers}")
-    return "".join(f"{line}\n" for line in lines)
+    """Return a row per run and block, means over prompts; what a block does not have is empty."""
+    rows = []
+    for name, summary in summaries.items():
+        for layer in summary.layers:
+            rank, largest = None, None
+            if layer.text:
+                rank, largest = layer.text.effective_rank, layer.text.singular_values[0]
+            row: dict[str, Any] = {"run": name, "layer": layer.name}
+            means = {"text_share": layer.text_share, "rank": rank, "singular_value": largest}
+            for column, mean in means.items():
+                row[column] = mean.value if mean else None
+                row[f"{column}_error"] = mean.standard_error if mean else None
+            rows.append(row)
+    return rows
 
 
 def attention_figure(summaries: Mapping[str, AttentionSummary]) -> Figure:
@@ -237,9 +221,8 @@ def attention_figure(summaries: Mapping[str, AttentionSummary]) -> Figure:
         _scale(run.image_maps for run in runs),
         _scale(one for run in runs for one in run.text_maps.values()),
     )
-    largest = max(
-        layer.text.singular_values[0] for run in runs for layer in run.layers if layer.text
-    )
+    spectra = [layer.text for run in runs for layer in run.layers if layer.text]
+    largest = max(spectrum.singular_values[0].value for spectrum in spectra)
     limits = (_SMALLEST * largest, 2 * largest)
     num_columns = max(len(run.layers) for run in runs)
     size = (_CELL * num_columns + 2, (3 * _CELL + 0.6) * len(runs))
@@ -297,11 +280,10 @@ def _plot_map(cell: Axes, values: Floats, scale: Normalize) -> None:
 
 
 def _plot_singular_values(cell: Axes, text: TextSpectrum) -> None:
-    """Plot the mean map's values as a line, means over the prompts' maps as dots with errors."""
+    """Plot means over prompts with their standard errors."""
     orders = np.arange(1, 1 + len(text.singular_values))
-    means = [mean.value for mean in text.prompt_singular_values]
-    errors = [mean.standard_error for mean in text.prompt_singular_values]
-    cell.plot(orders, text.singular_values, linewidth=1.4, color=RUN_COLOURS[0])
-    cell.errorbar(orders, means, errors, fmt=".", markersize=3, color=INK, linewidth=0.8)
-    rank = f"rank {text.effective_rank:.1f}\n({text.prompt_effective_rank.value:.1f})"
+    means = [mean.value for mean in text.singular_values]
+    errors = [mean.standard_error for mean in text.singular_values]
+    cell.errorbar(orders, means, errors, fmt=".-", markersize=3, color=RUN_COLOURS[0], linewidth=1)
+    rank = f"rank {text.effective_rank.value:.1f}"
     cell.text(0.96, 0.97, rank, transform=cell.transAxes, ha="right", va="top", fontsize=6)

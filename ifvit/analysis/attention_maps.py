@@ -59,23 +59,23 @@ class AttentionProtocol:
 
 @record
 class TextSpectrum:
-    """Spectrum of the attention from the image tokens of one block to text."""
+    """Spectrum of each prompt's own attention from the image tokens of one block to text.
 
-    singular_values: tuple[NonNegativeFloat, ...]
-    """The largest singular values of the mean map, at most 10."""
-    effective_rank: NonNegativeFloat
-    """Effective rank of the mean map, from all its singular values."""
-    prompt_singular_values: tuple[PromptMean, ...]
-    """Singular values of each prompt's own map, mean over prompts."""
-    prompt_effective_rank: PromptMean
-    """Effective rank of each prompt's own map, mean over prompts."""
+    NAME.npz has the mean map of all prompts, whose rank falls as prompts are added.
+    """
+
+    singular_values: tuple[PromptMean, ...]
+    """The largest singular values, at most 10."""
+    effective_rank: PromptMean
+    """From all singular values."""
 
     def __post_init__(self) -> None:
         """Raise UserError for values that cannot be plotted."""
-        count = len(self.singular_values)
-        if not 1 <= count <= NUM_SINGULAR_VALUES or count != len(self.prompt_singular_values):
-            raise UserError(f"{count} singular values; expected 1 to {NUM_SINGULAR_VALUES}")
-        if not self.singular_values[0] > 0:
+        if not 1 <= len(self.singular_values) <= NUM_SINGULAR_VALUES:
+            raise UserError(
+                f"{len(self.singular_values)} singular values; expected 1 to {NUM_SINGULAR_VALUES}"
+            )
+        if not self.singular_values[0].value > 0:
             raise UserError("the largest singular value is 0")
 
 
@@ -314,26 +314,18 @@ class LayerSums:
         count = len(numbers)
         errors = numbers.std(axis=0, ddof=1) / math.sqrt(count)
         _, image_rows, text_rows = np.split(self._rows / count, self._edges, axis=1)
-        # `spectrum` is the effective rank and the singular values of the prompts' own maps.
         time, image, text, *spectrum = (
             PromptMean(value=float(value), standard_error=float(error))
             for value, error in zip(numbers.mean(axis=0), errors, strict=True)
         )
-        of_mean = None
-        if spectrum:
-            values = np.linalg.svd(text_rows, compute_uv=False)
-            of_mean = TextSpectrum(
-                singular_values=tuple(map(float, values[:NUM_SINGULAR_VALUES])),
-                effective_rank=float(effective_rank(values)),
-                prompt_singular_values=tuple(spectrum[1:]),
-                prompt_effective_rank=spectrum[0],
-            )
         layer = LayerNumbers(
             name=self._name,
             time_share=time,
             image_share=image,
             text_share=None if self._entry == "separate_cross_attention" else text,
-            text=of_mean,
+            text=TextSpectrum(effective_rank=spectrum[0], singular_values=tuple(spectrum[1:]))
+            if spectrum
+            else None,
         )
         return LayerMeans(
             numbers=layer, image_map=image_rows[:, self._inside], text_map=text_rows.T

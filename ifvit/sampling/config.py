@@ -8,7 +8,6 @@ from ifvit.diffusion.config import SolverConfig
 from ifvit.errors import UserError
 from ifvit.records import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, record
 
-Mass = Literal["preserve", "free"]
 MethodName = Literal["plain", "date", "regulate", "both"]
 
 
@@ -51,8 +50,6 @@ class RegulationConfig:
 
     targets: str | None = None
     """Words of the prompt to regulate, as in "bag apple". Unset: its nouns and numerals."""
-    mass: Mass = "preserve"
-    """Keep each image token's total attention to the text (preserve), or let it grow (free)."""
     share_of_steps: Fraction = 0.5
     """Regulate this first fraction of the function evaluations."""
     blocks: tuple[NonNegativeInt, ...] | None = None

@@ -22,7 +22,6 @@ from ifvit.diffusion.guidance import Change, FunctionEvaluation
 from ifvit.errors import UserError
 from ifvit.models.attention import Bias, logits_of
 from ifvit.models.config import FusionTransformerConfig
-from ifvit.sampling.config import Mass
 
 Span = tuple[int, int]
 """First character and last character + 1."""
@@ -135,12 +134,9 @@ def _mentions(phrase: str, caption: str) -> list[Span]:
 class BlockBias:
     """Bias of one block for B captions, called once per function evaluation; a `Bias`."""
 
-    def __init__(
-        self, config: FusionTransformerConfig, targets: TargetTokens, mass: Mass = "preserve"
-    ) -> None:
+    def __init__(self, config: FusionTransformerConfig, targets: TargetTokens) -> None:
         """`config` is that of the backbone: it says where image and text tokens are."""
         self._targets = targets
-        self._mass = mass
         basis = gaussian_basis(config.latent_size // config.patch_size)
         self._basis = basis.to(targets.present.device)
         self._first_image_token = config.first_image_token
@@ -154,8 +150,8 @@ class BlockBias:
         Image tokens are the queries from `first_image_token` on. The last M keys are text, in
         blocks with one softmax and in those whose cross-attention has no other keys.
         The bias at evaluation s is S' = 0.99^s (0.25 S*_{s-1} + 0.75 S*_s), where S*_s is the
-        optimum at s and S*_{-1} = 0. `preserve` subtracts logsumexp(A + S') - logsumexp(A) from
-        all text columns, so that each image query keeps its total attention to text.
+        optimum at s and S*_{-1} = 0. All text columns are lowered by
+        logsumexp(A + S') - logsumexp(A), so that each image query keeps its attention to text.
         """
         image = slice(self._first_image_token, self._first_image_token + len(self._basis))
         text = slice(key.shape[1] - self._num_text_tokens, None)
@@ -169,8 +165,7 @@ class BlockBias:
 
         columns = self._targets.positions[:, None, None].expand(*logits.shape[:3], -1)
         text_bias = torch.zeros_like(logits).scatter_add(3, columns, bias.transpose(2, 3))
-        if self._mass == "preserve":
-            text_bias = text_bias - added_mass(relative, bias)[..., None]
+        text_bias = text_bias - added_mass(relative, bias)[..., None]
         addend = query.new_zeros(len(query), query.shape[2], query.shape[1], key.shape[1])
         addend[:, :, image, text] = text_bias.to(addend.dtype)
         return addend

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from ifvit import storage
-from ifvit.analysis.attention_analysis import attention_figure
+from ifvit.analysis.attention_analysis import attention_figure, table_rows
 from ifvit.analysis.attention_maps import AttentionSummary, read_attention
 from ifvit.evaluation.detectors import SCENES
 from ifvit.evaluation.object_count import ObjectCountRow
@@ -191,23 +191,14 @@ def figure_8(sheet: Sheet) -> PaperFigure:
         return PaperFigure()
     protocol = next(iter(found.values())).protocol
     alike = {name: summary for name, summary in found.items() if summary.protocol == protocol}
-    records: list[dict[str, object]] = [
-        {
-            "variant": variant,
-            "layer": layer.name,
-            "text_share": layer.text_share and layer.text_share.value,
-            "effective_rank": layer.text.effective_rank if layer.text else None,
-            "largest_singular_value": layer.text.singular_values[0] if layer.text else None,
-        }
-        for variant, summary in alike.items()
-        for layer in summary.layers
-    ]
     notes = [
         f"{name} was analysed with another protocol and is left out."
         for name in found
         if name not in alike
     ]
-    return PaperFigure(png=to_png(attention_figure(alike)), csv=dump_csv(records), notes=notes)
+    return PaperFigure(
+        png=to_png(attention_figure(alike)), csv=dump_csv(table_rows(alike)), notes=notes
+    )
 
 
 def _point(variant: str, x: float, mean: SeedMean) -> Point:

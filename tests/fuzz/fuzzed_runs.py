@@ -246,10 +246,7 @@ def read_evaluation(box: Path) -> object:
 
 def make_attention(folder: Path) -> list[Format]:
     mean = PromptMean(value=0.5, standard_error=0.1)
-    text = TextSpectrum(
-        singular_values=(1.0, 0.5), effective_rank=1.5, prompt_singular_values=(mean, mean),
-        prompt_effective_rank=mean,
-    )  # fmt: skip
+    text = TextSpectrum(singular_values=(mean, mean), effective_rank=mean)
     layers = tuple(
         LayerNumbers(name=name, time_share=mean, image_share=mean, text_share=mean, text=text)
         for name in layer_names("2*concat")
