@@ -6,7 +6,6 @@ from ifvit.evaluation.object_count import (
     ObjectCountProtocol,
     ObjectCountRow,
     read_count_prompts,
-    score_counts,
 )
 from ifvit.sampling.config import SamplingConfig
 
@@ -35,6 +34,5 @@ def made_row(errors: tuple[int, ...] = (0, 1)) -> ObjectCountRow:
             sampling=SamplingConfig(solver="ddim").settings,
             rule=CountingRule(detector="d", detector_sha256="2" * 64, threshold=0.9, max_boxes=16),
         ),
-        scores=score_counts(images),
         images=tuple(images),
     )

@@ -108,10 +108,7 @@ def _list_protocols(config: EvaluateConfig) -> list[ProtocolConfig]:
 
 def _format(row: MetricsRow | ObjectCountRow) -> str:
     """The metrics of a row, or its scores over all images, with their intervals."""
-    if isinstance(row, MetricsRow):
-        found = estimates_of(row)
-    else:
-        found = {name: getattr(row.scores[0], name) for name in ("average_error", "match_ratio")}
+    found = estimates_of(row) if isinstance(row, MetricsRow) else vars(row.score())
     return "\n".join(
         f"{name:20}{one.value:10.4f}  [{one.low:.4f}, {one.high:.4f}]"
         for name, one in found.items()

@@ -281,7 +281,6 @@ class ObjectCounting:
             step=model.info.step,
             ema_decay=model.info.ema_decay,
             protocol=self._describe(protocol),
-            scores=object_count.score_counts(images),
             images=tuple(images),
         )
 

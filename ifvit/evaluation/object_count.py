@@ -6,8 +6,8 @@ prompts; `studies` plots the rows. Imports no torch.
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -99,52 +99,52 @@ class CountedImage:
     counted: NonNegativeInt
 
 
-@record
+@dataclass(frozen=True, kw_only=True)
 class CountScore:
-    """Eq. 9 and 10 of the paper over the images of one object and one asked count.
+    """Eq. 9 and 10 of the paper over some images.
 
-    None stands for all objects, or for all asked counts.
     `average_error` is the mean of |counted - asked|, `match_ratio` the share of images where both
     are equal.
     """
 
-    object: Line | None
-    asked: AskedCount | None
     average_error: Estimate
     match_ratio: Estimate
 
 
 @record
 class ObjectCountRow:
-    """Object counts of one checkpoint under one protocol.
-
-    `scores` holds one score of all images, one per object, one per asked count and one per pair of
-    both.
-    """
+    """Object counts of one checkpoint under one protocol."""
 
     weights: str
     weights_sha256: Sha256
     step: NonNegativeInt
     ema_decay: Fraction | None
     protocol: ObjectCountProtocol
-    scores: tuple[CountScore, ...]
     images: tuple[CountedImage, ...]
 
     def __post_init__(self) -> None:
-        """Raise UserError unless there is one score for each group of the images."""
-        if self.groups != _groups(self.images):
-            raise UserError("scores do not belong to the images")
+        """Raise UserError unless each object and asked count has the two images of a score."""
+        if min(self.group_sizes.values(), default=0) < 2:
+            raise UserError("images has fewer than two of an object and asked count")
 
     @property
-    def groups(self) -> list[tuple[str | None, int | None]]:
-        """Object and asked count of each score."""
-        return [(score.object, score.asked) for score in self.scores]
+    def group_sizes(self) -> dict[tuple[str, int], int]:
+        """Number of images of each pair of an object and an asked count."""
+        return Counter((image.object, image.asked) for image in self.images)
 
     def score(self, object: str | None = None, asked: int | None = None) -> CountScore | None:
         """The score of an object, of an asked count, of both or of all; None without images."""
-        return next(
-            (one for one in self.scores if (one.object, one.asked) == (object, asked)), None
+        errors = np.array(
+            [
+                abs(image.counted - image.asked)
+                for image in self.images
+                if object in (None, image.object) and asked in (None, image.asked)
+            ]
         )
+        if not errors.size:
+            return None
+        error = estimate_mean(errors.astype(np.float64))
+        return CountScore(average_error=error, match_ratio=estimate_share(errors == 0))
 
     @property
     def objects(self) -> list[str]:
@@ -235,40 +235,6 @@ def _parse_count(text: str | None) -> int | str | None:
     return int(text) if text and text.isdecimal() and len(text) < 9 else text
 
 
-def score_counts(images: Sequence[CountedImage]) -> tuple[CountScore, ...]:
-    """Score all images, each object, each asked count and each pair; each needs two images."""
-    return tuple(_score(images, name, count) for name, count in _groups(images))
-
-
-def _groups(images: Sequence[CountedImage]) -> list[tuple[str | None, int | None]]:
-    """Object and asked count of each group of images that has a score; None stands for all."""
-    objects = list(dict.fromkeys(image.object for image in images))
-    counts = sorted({image.asked for image in images})
-    asked_pairs = {(image.object, image.asked) for image in images}
-    return [
-        *([(None, None)] if images else []),
-        *((name, None) for name in objects),
-        *((None, count) for count in counts),
-        *((name, count) for name in objects for count in counts if (name, count) in asked_pairs),
-    ]
-
-
-def _score(images: Sequence[CountedImage], name: str | None, asked: int | None) -> CountScore:
-    errors = np.array(
-        [
-            abs(image.counted - image.asked)
-            for image in images
-            if name in (None, image.object) and asked in (None, image.asked)
-        ]
-    )
-    return CountScore(
-        object=name,
-        asked=asked,
-        average_error=estimate_mean(errors.astype(np.float64)),
-        match_ratio=estimate_share(errors == 0),
-    )
-
-
 def differences(first: ObjectCountProtocol, second: ObjectCountProtocol) -> list[str]:
     """Names of the fields that make counts of two protocols incomparable; empty: comparable."""
     one, other = (
@@ -284,6 +250,6 @@ def read_object_counts(folder: str) -> list[ObjectCountRow]:
     rows = [
         parse_value(ObjectCountRow, stored, url)
         for url, stored in read_stored_rows(folder).items()
-        if "scores" in stored
+        if "images" in stored
     ]
     return sorted(rows, key=lambda row: row.step)

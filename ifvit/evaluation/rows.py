@@ -161,7 +161,7 @@ def read_rows(folder: str) -> dict[str, MetricsRow]:
     rows = {
         url: parse_value(MetricsRow, stored, url)
         for url, stored in read_stored_rows(folder).items()
-        if "scores" not in stored
+        if "images" not in stored
     }
     for url, row in rows.items():
         own = row_url(folder, row.protocol.name, row.protocol.guidance_scale, row.step)

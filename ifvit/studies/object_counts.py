@@ -34,7 +34,7 @@ def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[st
         first = first or row
         reasons = differences(first.protocol, row.protocol)
         reasons += ["step"] if row.step != first.step else []
-        reasons += ["list of prompts"] if row.groups != first.groups else []
+        reasons += ["list of prompts"] if row.group_sizes != first.group_sizes else []
         if reasons:
             excluded.append(f"{run.name} was counted with another {', '.join(reasons)}.")
         else:

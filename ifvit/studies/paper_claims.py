@@ -171,7 +171,7 @@ def _compare_counts(
         found = [mean_score(rows, metric, name, asked) for rows in (early, both)]
         return [mean for mean in found if mean]
 
-    pairs = [(s.object, s.asked) for s in early[0].scores if s.object and s.asked is not None]
+    pairs = early[0].group_sizes
     found = [means(ERROR, *pair) for pair in pairs]
     gains = [first.value - second.value for first, second in found]
     clear = sum(gain > noise_between(*pair) for gain, pair in zip(gains, found, strict=True))

@@ -19,7 +19,6 @@ from ifvit.evaluation.object_count import (
     ObjectCountRow,
     differences,
     read_count_prompts,
-    score_counts,
 )
 from ifvit.images import encode_png
 from ifvit.sampling.config import SamplingConfig
@@ -153,11 +152,9 @@ def test_a_mistake_in_a_list_of_prompts_is_named(
 
 def test_scores_are_equations_9_and_10_of_every_group() -> None:
     buses = images(("bus", 2, 2), ("bus", 2, 5), ("bus", 1, 1), ("bus", 1, 1))
-    scores = score_counts(buses + images(("cat", 2, 0), ("cat", 2, 1)))
-    found = {
-        (one.object, one.asked): (one.average_error.value, one.match_ratio.value) for one in scores
-    }
-    assert found == {
+    cats = images(("cat", 2, 0), ("cat", 2, 1))
+    row = dataclasses.replace(made_row(), images=tuple(buses + cats))
+    expected = {
         (None, None): (1.0, 0.5),
         ("bus", None): (0.75, 0.75),
         ("cat", None): (1.5, 0.0),
@@ -167,8 +164,13 @@ def test_scores_are_equations_9_and_10_of_every_group() -> None:
         ("bus", 2): (1.5, 0.5),
         ("cat", 2): (1.5, 0.0),
     }
-    assert all(one.average_error.low <= one.average_error.value for one in scores)
-    assert scores[0].match_ratio.num_samples == 6
+    for group, (error, match) in expected.items():
+        score = row.score(*group)
+        assert score is not None
+        assert (score.average_error.value, score.match_ratio.value) == (error, match)
+        assert score.average_error.low <= score.average_error.value
+    assert row.score("cat", 1) is None
+    assert row.group_sizes == {("bus", 2): 2, ("bus", 1): 2, ("cat", 2): 2}
 
 
 def test_known_images_give_known_counts_and_are_kept(counting: EvaluateConfig, run: str) -> None:
@@ -182,8 +184,10 @@ def test_known_images_give_known_counts_and_are_kept(counting: EvaluateConfig, r
         (one.object, one.count) for one in PROMPTS
     ]
     assert [one.counted - one.asked for one in row.images] == [0] * 15 + [1] * 15
-    assert {one.average_error.value for one in row.scores} == {0.5}
-    assert {one.match_ratio.value for one in row.scores} == {0.5}
+    for group in [(None, None), *row.group_sizes]:
+        score = row.score(*group)
+        assert score is not None
+        assert (score.average_error.value, score.match_ratio.value) == (0.5, 0.5)
     assert storage.read_sealed(ObjectCountRow, f"{folder}.json") == row
     assert (row.step, row.weights) == (7, run)
     assert row.protocol.num_images == 2

@@ -132,10 +132,10 @@ def test_a_row_with_a_seal_but_impossible_values_is_one_line(
         assert str(raised.value).isprintable()
 
 
-def test_a_row_of_counts_needs_the_scores_of_its_images(tmp_path: Path) -> None:
+def test_a_row_of_counts_needs_two_images_of_each_object_and_count(tmp_path: Path) -> None:
     row = dataclasses.asdict(made_row())
     url = row_url(str(tmp_path), "object_count", 4.0, 5)
-    for change in ({"scores": []}, {"images": []}, {"scores": row["scores"][1:]}, {"images": [3]}):
+    for change in ({"scores": []}, {"images": []}, {"images": row["images"][1:]}, {"images": [3]}):
         storage.write_sealed(url, row | change)
         with pytest.raises(UserError, match=r"step_00000005\.json: .*(scores|images)"):
             read_object_counts(str(tmp_path))
