@@ -233,8 +233,7 @@ class _Site:
         if visit.answered and visit.next is not None:
             return RedirectResponse(f"/r/{visit.code}/{visit.next + 1}", status_code=303)
         name = "done.html" if visit.next is None else "welcome.html"
-        kinds = {task.item.kind for task in visit.tasks}
-        return HTMLResponse(render(name, code=visit.code, num=len(visit.tasks), kinds=kinds))
+        return HTMLResponse(render(name, visit=visit))
 
     def question(self, request: Request) -> Response:
         """Show a question with the earlier answer, if there is one."""
@@ -243,17 +242,12 @@ class _Site:
         if visit.next is not None and place > visit.next:
             return RedirectResponse(f"/r/{visit.code}", status_code=303)
         task = visit.tasks[place]
-        earlier = self._store.find(visit.rater, task.item.number, task.repetition)
         page = render(
             f"{task.item.kind}.html",
-            code=visit.code,
+            visit=visit,
             number=place + 1,
-            num=len(visit.tasks),
-            num_done=len(visit.answered),
-            item=task.item,
-            images=[task.item.images[name] for name in task.shown],
-            earlier=form_value(task, earlier),
-            skip_reason=earlier.skip_reason if earlier else None,
+            task=task,
+            earlier=self._store.find(visit.rater, task.item.number, task.repetition),
             skip_reasons=SKIP_REASONS[task.item.kind],
             cannot_tell=CANNOT_TELL,
             max_count=MAX_COUNT,
@@ -376,12 +370,3 @@ def read_answer(form: Mapping[str, str], task: Task, rater: int) -> Answer:
     if answer is None or not answer.fits(task):
         raise HTTPException(400, "This is not an answer to this question.")
     return answer
-
-
-def form_value(task: Task, answer: Answer | None) -> str:
-    """Return the value of the form field that produces this answer."""
-    if answer is None or answer.value is None:
-        return ""
-    if isinstance(answer.value, int):
-        return str(answer.value)
-    return ",".join(str(task.shown.index(name)) for name in answer.value)
