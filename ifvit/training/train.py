@@ -60,7 +60,7 @@ def _train_on(reader: ShardReader, config: TrainConfig) -> TrainState:
     check_dataset(reader, config)
     initial = initial_tensors(config, reader)
     batches = _build_batches(config, reader)
-    engine = _engine_class(config.engine)(config, initial, batches.num_micro_batches)
+    engine = choose_engine(config.engine)(config, initial, batches.num_micro_batches)
     engine.group.on_main(lambda: storage.require_no_links_out(config.run))
     lease = engine.group.on_main(lambda: Lease.acquire(config.run))
     with lease.held() if engine.world.is_main else nullcontext():
@@ -179,7 +179,7 @@ def _scaling_factor(config: TrainConfig, reader: ShardReader) -> float:
     return reader.manifest.scaling_factor if given is None else given
 
 
-def _engine_class(config: EngineConfig) -> type[Engine]:
+def choose_engine(config: EngineConfig) -> type[Engine]:
     """The engine for this recipe and number of processes.
 
     Raises UserError when the recipe asks plain PyTorch for what only DeepSpeed does.

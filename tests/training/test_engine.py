@@ -1,5 +1,6 @@
 """The engine of one process: EMA, optimizer, loss scale, and ways to compute the forward pass."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -148,9 +149,48 @@ def test_fp16_skips_updates_that_overflow_and_resumes_with_its_loss_scale(
     assert table[8]["loss_scale"] == 2.0**22 / 2 ** table[8]["overflows"]
 
 
+EVERY_ENTRY = "image concat cross_attention separate_cross_attention 2*dual_stream adaln image"
+MODERN = {
+    "mlp": "swiglu",
+    "norm": "rms_norm",
+    "qk_norm": True,
+    "rotary": True,
+    "num_registers": 2,
+    "modulation": "shared",
+}
+
+
+def take_steps(options: dict[str, Any], engine_fields: dict[str, Any]) -> list[float]:
+    """Losses of three steps of every entry of fusion maps, and the norms of their gradients."""
+    shape = replace(small_recipe("run", "shards").backbone, fusion=EVERY_ENTRY, **options)
+    config = small_recipe("run", "x", backbone=shape, engine=replace(PLAIN, **engine_fields))
+    built = Engine(config, initial_weights(shape, config.seed))
+    objective = NoisePrediction(schedule=NoiseSchedule(), scaling_factor=0.2, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.randn(2, 8, 8, 8, generator=generator)
+    contexts = torch.randn(2, *shape.context_shape, generator=generator)  # type: ignore[misc]
+    found = []
+    for step in range(1, 4):
+        built.set_learning_rate(step, 10)
+        total = objective(built.predict_noise, moments, contexts, step, torch.arange(2)).total
+        built.backward(total)
+        found += [total.item(), built.step().item()]
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["paper", "modern"])
+def test_every_entry_trains_recomputed_and_in_16_bits(options: dict[str, Any]) -> None:
+    exact = take_steps(options, {})
+    assert take_steps(options, {"activation_checkpointing": True}) == exact
+    for precision in ("bf16", "fp16"):
+        fields = {"precision": precision, "activation_checkpointing": True}
+        assert take_steps(options, fields) == pytest.approx(exact, rel=5e-2)
+
+
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses_and_ema_weights(recipe: Recipe) -> None:
-    backbone = replace(recipe().backbone, fusion="2*concat", num_text_blocks=0)
+    fusion = "separate_cross_attention dual_stream"
+    backbone = replace(recipe().backbone, fusion=fusion, num_text_blocks=0, **MODERN)
     eager = recipe("eager", max_steps=3, backbone=backbone)
     compiled = replace(eager, run=f"{eager.run}2", engine=replace(PLAIN, compile=True))
     train(eager)
@@ -177,6 +217,23 @@ def test_a_16_bit_kernel_in_fp32_is_an_error_before_compilation(recipe: Recipe) 
 def test_deepspeed_with_nothing_to_partition_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"engine\.zero_stage: 0 partitions nothing"):
         EngineConfig(backend="deepspeed", zero_stage=0)
+
+
+def test_initial_tensors_are_taken_one_at_a_time() -> None:
+    config = small_recipe("run", "shards")
+    sample, given = initial_weights(config.backbone, config.seed), []
+
+    def initial(name: str) -> torch.Tensor:
+        assert not any(tensor() is not None for tensor in given)
+        full = sample(name)
+        given.append(weakref.ref(full))
+        return full
+
+    built = Engine(config, initial)
+    assert {name: True for name, _ in built.iter_weights(None)} == {
+        name: tensor.equal(sample(name)) for name, tensor in built.iter_weights(0.9)
+    }
+    assert len(given) == len(dict(built.iter_weights(None)))
 
 
 class NoteWaits(TorchDispatchMode):

@@ -5,22 +5,28 @@ The processes are started once and train all recipes below one after the other.
 
 import os
 import re
+import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from made_backbone import SMALL_UNET
 from run_files import finish, losses, rows, small_recipe, start
+from safetensors.torch import load_file, save_file
 
 from ifvit.errors import UserError
-from ifvit.models.weights import load_weights
+from ifvit.models.backbone import Backbone
+from ifvit.models.cost import count_cost
+from ifvit.models.weights import describe_backbone, initial_weights, load_weights
+from ifvit.training import engine as engines
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
-from ifvit.training.engine import Engine
+from ifvit.training.engine import MOMENTS, Engine
 from ifvit.training.guards import Preempted
-from ifvit.training.train import train
+from ifvit.training.train import choose_engine, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -43,6 +49,14 @@ HALF = {
 }
 HOPS = ("zero1", "zero3", "zero2_offload")
 """Engines that one run changes between, four steps on each; one process finishes it."""
+
+WIDE = {
+    "fusion": "image concat cross_attention separate_cross_attention dual_stream adaln",
+    "width": 160,
+    "qk_norm": True,
+    "num_registers": 1,
+}
+"""Every entry of fusion maps, and wide enough for DeepSpeed to keep some parameters partitioned."""
 
 Runs = dict[str, TrainConfig]
 
@@ -81,9 +95,9 @@ def build_all(
 
 
 def build_hops(folder: Path, shards: str, micro_batch_size: int) -> list[TrainConfig]:
-    """One run as four recipes; wide enough for DeepSpeed to keep some parameters partitioned."""
+    """One run as four recipes."""
     engines = [ENGINES[name] for name in HOPS] + [EngineConfig(backend="plain")]
-    wide = replace(small_recipe("run", "shards").backbone, width=160)
+    wide = replace(small_recipe("run", "shards").backbone, **WIDE)
     return [
         build(
             folder,
@@ -175,6 +189,63 @@ def assert_same_weights(one: TrainConfig, other: TrainConfig) -> None:
         theirs, _ = load_weights(f"{other.run}/{folder}")
         for name, tensor in theirs.state_dict().items():
             assert torch.allclose(mine.state_dict()[name], tensor, rtol=1e-3, atol=1e-5), name
+
+
+def build_engine(config: TrainConfig) -> Engine:
+    """An engine of this recipe before its first step."""
+    AcceleratorState._reset_state()
+    initial = initial_weights(config.backbone, config.seed)
+    return choose_engine(config.engine)(config, initial)
+
+
+def build_engines(folder: str) -> None:
+    """Write the first state of every engine, and the memory that ZeRO stage 3 builds a model in."""
+    path, peaks = Path(folder), []
+    for name, config in ENGINES.items():
+        wide = replace(small_recipe("run", "shards").backbone, **WIDE)
+        built = build_engine(build(path, "shards", name, engine=config, backbone=wide))
+        state = {key: tensor.clone() for key, tensor in built.iter_state()}
+        if built.world.is_main:
+            save_file(state, path / f"{name}.safetensors")
+
+    prepare = engines.prepare_forward
+
+    def note_peak(backbone: Backbone, *given: Any) -> None:
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        prepare(backbone, *given)
+
+    engines.prepare_forward = note_peak
+    large = replace(wide, width=768, fusion="6*concat", long_skip=False)
+    for shape in (wide, large):
+        build_engine(build(path, "shards", "large", engine=ENGINES["zero3"], backbone=shape))
+    share = 1024 * (peaks[1] - peaks[0]) / (4 * count_cost(large).params)
+    (path / f"share-{os.environ['RANK']}").write_text(str(share))
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes note of engines before the first step."""
+    folder = tmp_path_factory.mktemp("starts")
+    assert finish(start(build_engines, (str(folder),), 2)) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_starts_from_the_same_bits(starts: Path, name: str) -> None:
+    recipe = small_recipe("run", "shards")
+    shape = replace(recipe.backbone, **WIDE)
+    initial, state = initial_weights(shape, recipe.seed), load_file(starts / f"{name}.safetensors")
+    for parameter, _ in describe_backbone(shape).named_parameters():
+        for prefix in ("backbone", "ema0.9", "ema0.5"):
+            assert state.pop(f"{prefix}.{parameter}").equal(initial(parameter))
+        for moment in MOMENTS:
+            assert not state.pop(f"{moment}.{parameter}").any()
+    assert not state
+
+
+def test_stage_3_builds_a_model_without_holding_the_whole_of_it(starts: Path) -> None:
+    for rank in (0, 1):
+        assert 0.4 < float((starts / f"share-{rank}").read_text()) < 0.8
 
 
 @pytest.mark.parametrize("name", ENGINES)
