@@ -34,14 +34,16 @@ _REMOTE_PATH = re.compile(
     r"[\w.@:-]*[\w.@-](/[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{0,1000})?", re.ASCII
 )
 _S3_OPTIONS = {
+    "use_listings_cache": False,
     "config_kwargs": {
         "connect_timeout": 5,
         "read_timeout": 30,
         "retries": {"max_attempts": 2, "mode": "standard"},
-    }
+    },
 }
 # ValueError includes UserError.
-_PERMANENT_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, TypeError, ValueError)
+ABSENT = (FileNotFoundError, NotADirectoryError)
+_PERMANENT_ERRORS = (*ABSENT, FileExistsError, IsADirectoryError, TypeError, ValueError)
 _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 
 _connecting = threading.Lock()
@@ -90,9 +92,7 @@ def filesystem(url: str) -> FileSystem:
 
 @lru_cache(maxsize=4)
 def _connect(_pid: int, _settings: tuple[tuple[str, str], ...]) -> FileSystem:
-    files = fsspec.filesystem(
-        "s3", use_listings_cache=False, skip_instance_cache=True, **_S3_OPTIONS
-    )
+    files = fsspec.filesystem("s3", skip_instance_cache=True, **_S3_OPTIONS)
     files.connect()
     return files
 
@@ -124,7 +124,7 @@ def retry(url: str, action: Callable[[FileSystem], Result]) -> Result:
     if not is_remote(url):
         try:
             return action(filesystem(url))
-        except (FileNotFoundError, NotADirectoryError):
+        except ABSENT:
             raise
         except OSError as error:
             raise UserError(f"{url}: {error.strerror or error}; check the disk") from None
@@ -134,7 +134,7 @@ def retry(url: str, action: Callable[[FileSystem], Result]) -> Result:
     while True:
         try:
             return action(filesystem(url))
-        except (FileNotFoundError, *_PERMANENT_ERRORS):
+        except _PERMANENT_ERRORS:
             raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__

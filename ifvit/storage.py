@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ifvit import records
-from ifvit.connections import FileSystem, RemoteFile, Result, StoreError, is_remote, retry
+from ifvit.connections import ABSENT, FileSystem, RemoteFile, Result, StoreError, is_remote, retry
 from ifvit.errors import UserError
 from ifvit.records import MAX_BYTES, shorten
 
@@ -33,7 +33,6 @@ _MIN_BYTES_PER_SECOND = 1 << 20
 """An upload has stalled after STALL_SECONDS plus its size divided by this rate."""
 _NUM_DOWNLOADS = 3
 """Downloads with a wrong hash before the object itself counts as damaged."""
-_ABSENT = (FileNotFoundError, NotADirectoryError)
 # macOS has both ENOTSUP and EOPNOTSUPP.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
@@ -115,7 +114,7 @@ def _ask(url: str, question: Callable[[FileSystem], Result], absent: Absent) -> 
     """Answer to a question about a file or folder; `absent` when there is none."""
     try:
         return retry(url, question)
-    except _ABSENT:
+    except ABSENT:
         return absent
 
 
@@ -130,7 +129,7 @@ def walk_files(url: str) -> list[str]:
         return sorted(path[start:] for path in paths)
 
     def fail(error: OSError) -> None:
-        if not isinstance(error, _ABSENT):
+        if not isinstance(error, ABSENT):
             raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
     names = []
@@ -184,7 +183,7 @@ def _one_line(url: str | Path) -> Iterator[None]:
     """Turn the error of a file that cannot be read into a UserError."""
     try:
         yield
-    except _ABSENT:
+    except ABSENT:
         raise UserError(f"{url}: no such file") from None
     except OSError as error:
         raise UserError(f"{url}: cannot be read ({error.strerror})") from None

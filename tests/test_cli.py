@@ -112,7 +112,7 @@ def test_print_config_shows_every_field_of_a_recipe(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as end:
         main(["train", "--config", str(RECIPE), "--print_config"])
     assert end.value.code == 0
-    assert "conditioning: concat" in capsys.readouterr().out
+    assert "fusion: 13*concat" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["", "train", "submit pipeline"])

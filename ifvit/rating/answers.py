@@ -7,6 +7,7 @@ are exactly those of this module, and every row is sealed. Imports no torch.
 """
 
 import hashlib
+import os
 import re
 import secrets
 import sqlite3
@@ -303,10 +304,10 @@ def _check_files(path: Path) -> None:
     if not path.exists():
         raise UserError(f"{path}: no such file; restore it from a copy of the study")
     *parts, journal = _files(path)
-    if journal.is_symlink() or journal.exists():
+    if os.path.lexists(journal):
         raise UserError(f"{journal}: no study has this file; delete it if you did not put it there")
     for file in parts:
-        if not (file.is_symlink() or file.exists()):
+        if not os.path.lexists(file):
             continue
         status = file.lstat()
         if not stat.S_ISREG(status.st_mode):
