@@ -3,6 +3,7 @@
 Nothing is written, and files that are missing stay missing.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,18 @@ class Run:
     def cost(self) -> Cost | None:
         """Parameters and operations, counted from the configuration of the weights."""
         return count_cost(self.backbone) if self.backbone else None
+
+    @property
+    def end(self) -> TrainingRow | None:
+        """The last line of metrics.jsonl."""
+        return self.curve[-1] if self.curve else None
+
+    @property
+    def last_loss(self) -> float | None:
+        """The mean loss of the last tenth of the training."""
+        losses = [row.loss for row in self.curve if row.loss is not None]
+        last = losses[-math.ceil(len(losses) / 10) :]
+        return sum(last) / len(last) if last else None
 
     @property
     def last(self) -> MetricsRow | None:

@@ -6,8 +6,8 @@
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from scipy import stats
@@ -142,13 +142,35 @@ def _quantile(freedom: int) -> float:
     return float(stats.t.ppf(0.975, freedom) if freedom else stats.norm.ppf(0.975))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(NamedTuple):
     """One metric of two means; `outcome` is `same` when the difference is within the noise."""
 
     metric: str
     outcome: Outcome
     sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Comparisons under one title, and sentences about numbers that have no noise."""
+
+    title: str
+    comparisons: list[Comparison] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        """Sentences that name the metrics that are better, worse, or within the noise."""
+        phrases = {
+            "better": "Clearly better in",
+            "worse": "Clearly worse in",
+            "same": "No difference beyond the noise in",
+        }
+        named = {
+            outcome: ", ".join(c.metric for c in self.comparisons if c.outcome == outcome)
+            for outcome in phrases
+        }
+        return " ".join(f"{phrases[key]} {names}." for key, names in named.items() if names)
 
 
 def compare(metric: Metric, first: SeedMean, second: SeedMean) -> Comparison:
@@ -162,7 +184,7 @@ def compare(metric: Metric, first: SeedMean, second: SeedMean) -> Comparison:
     if abs(difference) <= noise:
         outcome = "same"
         found = f"the difference of {size} is smaller than the noise of {margin}."
-    return Comparison(metric=metric.title, outcome=outcome, sentence=f"{values}: {found}")
+    return Comparison(metric.title, outcome, f"{values}: {found}")
 
 
 def find_best(metric: Metric, means: Mapping[Key, SeedMean]) -> Key | None:
@@ -180,31 +202,7 @@ def find_best(metric: Metric, means: Mapping[Key, SeedMean]) -> Key | None:
     return best if is_clear else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunComparison:
-    """All metrics of the run `other` compared with those of the run `baseline`."""
-
-    baseline: str
-    other: str
-    comparisons: list[Comparison]
-
-    @property
-    def summary(self) -> str:
-        """One sentence that names the metrics that are better, worse, or within the noise."""
-        phrases = {
-            "better": "clearly better in",
-            "worse": "clearly worse in",
-            "same": "no difference beyond the noise in",
-        }
-        named = {
-            outcome: ", ".join(c.metric for c in self.comparisons if c.outcome == outcome)
-            for outcome in phrases
-        }
-        found = "; ".join(f"{phrases[key]} {names}" for key, names in named.items() if names)
-        return f"{self.other} against {self.baseline}: {found}."
-
-
-def compare_runs(baseline: Run, other: Run) -> RunComparison | None:
+def compare_runs(baseline: Run, other: Run) -> Findings | None:
     """Compare the last evaluations of two runs, metric by metric.
 
     Returns None if the protocols differ or if no metric was measured for both runs.
@@ -216,9 +214,8 @@ def compare_runs(baseline: Run, other: Run) -> RunComparison | None:
         for metric in METRICS
         if (first := metric.of(baseline.last)) and (second := metric.of(other.last))
     ]
-    if not comparisons:
-        return None
-    return RunComparison(baseline=baseline.name, other=other.name, comparisons=comparisons)
+    title = f"{other.name} against {baseline.name}"
+    return Findings(title=title, comparisons=comparisons) if comparisons else None
 
 
 def mismatches(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 `report` and `report paper` show them; `ifvit evaluate --protocol object_count` measures them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ifvit import storage
 from ifvit.evaluation.object_count import ObjectCountRow, differences, read_object_counts
@@ -15,6 +15,9 @@ from ifvit.studies.page import Panel, Point
 
 ERROR = Metric(field="average_error", title="Average error", digits=3)
 MATCH = Metric(field="match_ratio", title="Match ratio")
+
+Group = tuple[str | None, int | None]
+"""An object and an asked count; None stands for all of them."""
 
 
 def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[str]]:
@@ -64,53 +67,36 @@ def count_panels(
     if first is None:
         return []
 
-    def points(metric: Metric, keys: Sequence[tuple[str | None, int | None]]) -> list[Point]:
-        highest = 1.0 if metric == MATCH else float("inf")
-        return [
-            Point(
-                name=name,
-                colour=colours[name],
-                x=place,
-                y=mean.value,
-                low=max(0.0, mean.low),
-                high=min(highest, mean.high),
-                values=mean.values,
-            )
-            for name, members in rows.items()
-            for place, key in enumerate(keys)
-            if (mean := mean_score(members, metric, *key))
-        ]
-
     objects, counts = first.objects, first.asked_counts
-    errors = {name: points(ERROR, [(name, count) for count in counts]) for name in objects}
-    top = _top([point for found in errors.values() for point in found])
-    panels = [
-        Panel(
-            title=shorten(name, 200),
-            x_label="asked count",
-            y_label="average error",
-            points=found,
-            places=tuple(map(str, counts)),
-            top=top,
-        )
-        for name, found in errors.items()
+    overall: list[Group] = [*((name, None) for name in objects), (None, None)]
+    shown: list[tuple[str, str, Metric, list[Group], Iterable[str]]] = [
+        (name, "asked count", ERROR, [(name, count) for count in counts], map(str, counts))
+        for name in objects
     ]
-    for metric in (ERROR, MATCH):
-        found = points(metric, [*((name, None) for name in objects), (None, None)])
-        title = metric.title.lower()
-        places = (*objects, "all")
-        panels.append(
-            Panel(
-                title=f"{title}, all counts",
-                y_label=title,
-                points=found,
-                places=places,
-                top=_top(found),
-            )
+    shown += [
+        (f"{metric.title}, all counts", "", metric, overall, (*objects, "all"))
+        for metric in (ERROR, MATCH)
+    ]
+    return [
+        Panel(
+            title=shorten(title, 200),
+            x_label=x_label,
+            y_label=metric.title.lower(),
+            points=[
+                Point(
+                    name=name,
+                    colour=colours[name],
+                    x=place,
+                    y=mean.value,
+                    low=max(0.0, mean.low),
+                    high=mean.high if metric == ERROR else min(1.0, mean.high),
+                    values=mean.values,
+                )
+                for name, members in rows.items()
+                for place, key in enumerate(keys)
+                if (mean := mean_score(members, metric, *key))
+            ],
+            places=tuple(places),
         )
-    return panels
-
-
-def _top(points: Sequence[Point]) -> float:
-    """End of an axis that holds every whisker."""
-    return 1.05 * max(point.high for point in points) or 1.0
+        for title, x_label, metric, keys, places in shown
+    ]

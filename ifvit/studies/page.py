@@ -3,17 +3,17 @@
 import base64
 import io
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, TemplateError
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from ifvit.errors import UserError
-from ifvit.figures import COLOURS, INK, house_style, literal, to_png, to_svg
+from ifvit.figures import COLOURS, house_style, literal, to_png, to_svg
 from ifvit.images import open_image
 from ifvit.records import dump_csv, shorten
 from ifvit.studies.comparisons import Key, Metric, SeedMean, find_best
@@ -26,6 +26,10 @@ _SMALL = 128
 _PANEL_SIZE = (4.6, 3.4)
 _COLUMNS = 3
 _GROUP_WIDTH = 0.8
+_DOT_SHIFT = 0.08
+_MAX_MARKERS = 20
+_LOGARITHMIC = 5
+"""Axes are logarithmic when the values span more than this factor."""
 
 
 def render_page(template: str, **values: Any) -> bytes:
@@ -55,8 +59,7 @@ def inline_image(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
+class Cell(NamedTuple):
     """A value in a table; `note` is printed small beside it."""
 
     text: str = MISSING
@@ -64,25 +67,22 @@ class Cell:
     is_best: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
+class Line(NamedTuple):
     """A line of a table."""
 
     title: str
     cells: list[Cell]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table; `records` are its numbers with all their digits, for a CSV file.
+class Table(NamedTuple):
+    """A table; `heads` has the title of each column, the first one included.
 
-    `heads` has the title of each column, the first one included. `notes` are sentences below.
+    `records` are its numbers with all their digits, for a CSV file.
     """
 
     heads: list[str]
     lines: list[Line]
-    records: list[dict[str, object]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    records: Sequence[dict[str, object]] = ()
 
 
 def text_cell(value: object, template: str = "{}", note: str = "") -> Cell:
@@ -110,7 +110,7 @@ def metric_cells(
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A number of one run, variant or model, with a whisker from `low` to `high`.
+    """A number of one run, variant or model, in an interval from `low` to `high`.
 
     `colour` is an index of COLOURS; `values` holds the number of each run behind a mean.
     """
@@ -122,28 +122,28 @@ class Point:
     low: float
     high: float
     is_hollow: bool = False
-    x_error: float = 0.0
     values: tuple[float, ...] = ()
     label: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """The content of one pair of axes; with `places`, x is an index of `places`.
+    """The content of one pair of axes: lines in bands, which are the intervals of their points.
 
-    With `top`, the points are bars from 0 on an axis that ends there, side by side in each place.
+    With `places`, x is an index of `places`, and points of several names stand side by side there.
     """
 
     title: str
     x_label: str = ""
-    y_label: str
+    y_label: str = ""
     points: list[Point]
     places: tuple[str, ...] = ()
-    top: float | None = None
 
     @property
-    def svg(self) -> str:
-        """The panel without its title, which the page shows as text."""
+    def svg(self) -> str | None:
+        """The panel without its title, which the page shows as text; None without points."""
+        if not self.points:
+            return None
         with house_style():
             figure = Figure(figsize=_PANEL_SIZE, layout="constrained")
             axes = figure.add_subplot()
@@ -165,7 +165,6 @@ def panels_to_csv(panels: Sequence[Panel]) -> bytes:
             "panel": panel.title,
             "name": point.name,
             "x": panel.places[round(point.x)].replace("\n", " ") if panel.places else point.x,
-            "x_error": point.x_error or None,
             "y": point.y,
             "low": point.low,
             "high": point.high,
@@ -185,14 +184,12 @@ def panels_to_png(panels: Sequence[Panel]) -> bytes:
     size = (_PANEL_SIZE[0] * num_columns, _PANEL_SIZE[1] * num_lines + 0.5)
     with house_style():
         figure = Figure(figsize=size, layout="constrained")
-        grid = list(figure.subplots(num_lines, num_columns, squeeze=False).flat)
         handles = {}
-        for axes, panel in zip(grid, panels, strict=False):
+        for number, panel in enumerate(panels, 1):
+            axes = figure.add_subplot(num_lines, num_columns, number)
             _plot(axes, panel)
             for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles[name] = handle
-        for axes in grid[len(panels) :]:
-            axes.set_axis_off()
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles))
         )
@@ -201,37 +198,66 @@ def panels_to_png(panels: Sequence[Panel]) -> bytes:
 
 def _plot(axes: Axes, panel: Panel) -> None:
     names = list(dict.fromkeys(point.name for point in panel.points))
+    is_crowded = len({point.x for point in panel.points}) < len(panel.points)
     for index, name in enumerate(names):
         points = [point for point in panel.points if point.name == name]
-        if panel.top is None:
-            _plot_points(axes, points, is_line=not panel.places)
+        if panel.places:
+            shift = (index - (len(names) - 1) / 2) * _GROUP_WIDTH / len(names) * is_crowded
+            _plot_places(axes, points, shift)
         else:
-            width = _GROUP_WIDTH / len(names)
-            _plot_bars(axes, points, (index - (len(names) - 1) / 2) * width, width)
+            _plot_line(axes, points)
     axes.set_title(literal(panel.title))
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.grid(visible=True, axis="y")
-    if panel.top is not None:
-        axes.set_ylim(0, panel.top)
     if panel.places:
         axes.set_xticks(range(len(panel.places)), map(literal, panel.places), fontsize=9)
         axes.set_xlim(-0.5, len(panel.places) - 0.5)
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        return
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    low, high = axes.dataLim.intervaly
+    if high > _LOGARITHMIC * low > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _plot_points(axes: Axes, points: Sequence[Point], *, is_line: bool) -> None:
-    """Plot one name: dashed and hollow if it is so, and without a line with a dot for each run."""
+def _plot_line(axes: Axes, points: Sequence[Point]) -> None:
+    """Plot a line in a band; it is dashed if its points are hollow."""
+    first, colour, x = points[0], COLOURS[points[0].colour], [point.x for point in points]
+    band = [point.low for point in points], [point.high for point in points]
+    axes.fill_between(x, *band, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(
+        x,
+        [point.y for point in points],
+        color=colour,
+        linestyle="--" if first.is_hollow else "-",
+        linewidth=1.8,
+        marker="o" if len(points) <= _MAX_MARKERS else "",
+        markersize=5,
+        markerfacecolor="none" if first.is_hollow else colour,
+        label=literal(first.name),
+    )
+    for point in (first, points[-1]):
+        if point.label:
+            place = (point.x, point.y)
+            axes.annotate(point.label, place, (4, 4), textcoords="offset points", fontsize=8)
+
+
+def _plot_places(axes: Axes, points: Sequence[Point], shift: float) -> None:
+    """Plot means with whiskers, and beside each mean of several runs a dot for each run."""
     first, colour = points[0], COLOURS[points[0].colour]
     axes.errorbar(
-        [point.x for point in points],
+        [point.x + shift for point in points],
         [point.y for point in points],
-        _whiskers(points),
-        [point.x_error for point in points],
+        # Because of rounding, a value may lie slightly outside its interval.
+        [
+            [max(0.0, point.y - point.low) for point in points],
+            [max(0.0, point.high - point.y) for point in points],
+        ],
         color=colour,
-        linestyle="" if not is_line else "--" if first.is_hollow else "-",
-        linewidth=1.8,
+        linestyle="",
         elinewidth=1.0,
         capsize=2,
         marker="o",
@@ -239,29 +265,7 @@ def _plot_points(axes: Axes, points: Sequence[Point], *, is_line: bool) -> None:
         markerfacecolor="none" if first.is_hollow else colour,
         label=literal(first.name),
     )
-    for point in () if is_line else points:
-        axes.plot([point.x + 0.14] * len(point.values), point.values, ".", color=colour, alpha=0.55)
-    for point in (first, points[-1]):
-        if point.label:
-            place = (point.x, point.y)
-            axes.annotate(point.label, place, (4, 4), textcoords="offset points", fontsize=8)
-
-
-def _plot_bars(axes: Axes, points: Sequence[Point], shift: float, width: float) -> None:
-    axes.bar(
-        [point.x + shift for point in points],
-        [point.y for point in points],
-        width,
-        label=literal(points[0].name),
-        color=COLOURS[points[0].colour],
-        edgecolor="white",
-        yerr=_whiskers(points),
-        capsize=1.5,
-        error_kw={"elinewidth": 0.9, "ecolor": INK},
-    )
-
-
-def _whiskers(points: Sequence[Point]) -> list[list[float]]:
-    """Lengths down and up; because of rounding, a value may lie slightly outside its interval."""
-    down = [max(0.0, point.y - point.low) for point in points]
-    return [down, [max(0.0, point.high - point.y) for point in points]]
+    for point in points:
+        if len(point.values) > 1:
+            x = [point.x + shift + _DOT_SHIFT] * len(point.values)
+            axes.plot(x, point.values, ".", color=colour, alpha=0.55)

@@ -17,12 +17,12 @@ from ifvit.analysis.attention_maps import AttentionSummary, read_attention
 from ifvit.evaluation.detectors import SCENES
 from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
-from ifvit.evaluation.runs import Run, Sample, read_samples, step_files
-from ifvit.figures import house_style, literal, to_png
+from ifvit.evaluation.runs import Run, read_samples, step_files
+from ifvit.figures import RUN_COLOURS, house_style, literal, to_png
 from ifvit.images import Pixels
 from ifvit.records import dump_csv, shorten
 from ifvit.sampling.samples import read_images
-from ifvit.studies.comparisons import COUNT, PAPER_CLIP_SCORE, RELATION, RETRIEVAL, SeedMean
+from ifvit.studies.comparisons import PAPER_CLIP_SCORE, SeedMean, mean_over_seeds
 from ifvit.studies.object_counts import count_panels
 from ifvit.studies.page import Panel, Point, panels_to_csv, panels_to_png
 from ifvit.studies.variants import PAPER_VARIANTS, VARIANT_COLOURS, Sheet, describe, title_of
@@ -35,7 +35,6 @@ _CAPTION_WIDTH = 24
 _PLACE_WIDTH = 12
 _NUM_PAIRS = 12
 _PAIRS_PER_LINE = 6
-_PAIRS_SCALE = 4.0  # "a CFG scale of 3"; the paper prints w - 1
 _PAIRS_SEED = 0
 _HALVES = {
     "early": "none\n(early)",
@@ -49,13 +48,12 @@ _HALVES = {
 class PaperFigure:
     """A figure as PNG and CSV; both are None if the runs lack the data of the figure.
 
-    `facts` fill the text below the figure on the page; `notes` are sentences about runs left out.
+    `notes` are sentences about the runs.
     """
 
     png: bytes | None = None
     csv: bytes | None = None
     panels: list[Panel] = field(default_factory=list)
-    facts: dict[str, object] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -65,64 +63,51 @@ def figure_3(sheet: Sheet) -> PaperFigure:
     Panels in which no variant has two points are left out. Evaluations of scenes get panels that
     the paper does not have.
     """
-    variants = [variant for variant in PAPER_VARIANTS if variant in sheet.variants]
-    quality = sheet.quality
-    panels = []
-    for metric in (quality, PAPER_CLIP_SCORE, RETRIEVAL, COUNT, RELATION):
-        points = [
-            _point(variant, step, mean)
-            for variant in variants
-            for step, mean in sheet.over_steps(variant, metric).items()
-        ]
-        title = f"{metric.title} during training"
-        panels.append(Panel(title=title, x_label="step", y_label=metric.heading, points=points))
-    points = []
-    for variant in variants:
-        scores = sheet.over_guidance(variant, PAPER_CLIP_SCORE)
-        for scale, mean in sheet.over_guidance(variant, quality).items():
-            point = _point(variant, scores[scale].value, mean)
-            points.append(replace(point, x_error=scores[scale].error, label=f"w={scale:g}"))
+    variants, quality = [v for v in PAPER_VARIANTS if v in sheet.variants], sheet.metrics[0]
+    shown_step, shown_scale = sheet.place
+    panels = [
+        Panel(
+            title=f"{metric.title} during training",
+            x_label="step",
+            y_label=metric.heading,
+            points=[
+                _point(variant, step, mean)
+                for variant in variants
+                for (step, scale), mean in sheet.means(variant, metric).items()
+                if scale == shown_scale
+            ],
+        )
+        for metric in sheet.metrics
+    ]
     guidance = Panel(
         title=f"{quality.title} over {PAPER_CLIP_SCORE.title}",
         x_label=PAPER_CLIP_SCORE.heading,
         y_label=quality.heading,
-        points=points,
+        points=[
+            replace(_point(variant, scores[step, scale].value, mean), label=f"w={scale:g}")
+            for variant in variants
+            for scores in [sheet.means(variant, PAPER_CLIP_SCORE)]
+            for (step, scale), mean in sheet.means(variant, quality).items()
+            if step == shown_step
+        ],
     )
     panels.insert(2, guidance)
-    shown = [p for p in panels if len(p.points) > len({point.name for point in p.points})]
-    return _panel_figure(shown, series=sheet.series)
+    return _panel_figure([p for p in panels if len(p.points) > len({q.name for q in p.points})])
 
 
 def figure_4(sheet: Sheet, baseline: str, best: str) -> PaperFigure:
     """Show images of two variants for captions that are sampled from those that both have."""
-    runs = [
-        next((run for run in sheet.variants[variant] if sheet.rows[run.name]), None)
-        for variant in (baseline, best)
-    ]
-    scale = _scale_of_pairs(sheet, runs)
-    top, bottom = (_samples(sheet, run, scale) for run in runs)
+    top, bottom = (_samples(sheet, variant) for variant in (baseline, best))
     common = sorted(set(top) & set(bottom))
     if baseline == best or not common:
         return PaperFigure()
     chosen = random.Random(_PAIRS_SEED).sample(common, min(_NUM_PAIRS, len(common)))
-    pairs = [(top[key], bottom[key]) for key in chosen]
-    above, below = (
-        list(read_images(run.locate(sample.image) for sample in line))
-        for run, line in zip(filter(None, runs), zip(*pairs, strict=True), strict=True)
-    )
+    above, below = (list(read_images(found[key][1] for key in chosen)) for found in (top, bottom))
+    captions = [top[key][0] for key in chosen]
     records: list[dict[str, object]] = [
-        {"caption": a.prompt, "top": a.image, "bottom": b.image} for a, b in pairs
+        {"caption": top[key][0], "top": top[key][1], "bottom": bottom[key][1]} for key in chosen
     ]
-    return PaperFigure(
-        png=_plot_pairs([a.prompt for a, _ in pairs], above, below),
-        csv=dump_csv(records),
-        facts={
-            "top": title_of(baseline),
-            "bottom": title_of(best),
-            "scale": f"{scale:g}",
-            "num_pairs": len(pairs),
-        },
-    )
+    return PaperFigure(png=_plot_pairs(captions, above, below), csv=dump_csv(records))
 
 
 def figure_5(counts: Mapping[str, Sequence[ObjectCountRow]], excluded: list[str]) -> PaperFigure:
@@ -130,8 +115,8 @@ def figure_5(counts: Mapping[str, Sequence[ObjectCountRow]], excluded: list[str]
     rows = {title_of(variant): found for variant, found in counts.items()}
     colours = {title_of(variant): colour for variant, colour in VARIANT_COLOURS.items()}
     detectors = {row.protocol.rule.detector for found in counts.values() for row in found}
-    how = ", ".join("exact analysis of the scenes" if d == SCENES else d for d in detectors)
-    return replace(_panel_figure(count_panels(rows, colours), how=how), notes=excluded)
+    how = [f"Counted by {'exact analysis' if d == SCENES else d}." for d in detectors]
+    return replace(_panel_figure(count_panels(rows, colours)), notes=how + excluded)
 
 
 def figure_6(found: "PreferenceResults | None") -> PaperFigure:
@@ -139,24 +124,16 @@ def figure_6(found: "PreferenceResults | None") -> PaperFigure:
     if found is None:
         return PaperFigure()
     points = [
-        Point(
-            name=name,
-            colour=VARIANT_COLOURS.get(name, place % 8),
-            is_hollow=name.endswith("_early"),
-            x=place,
-            y=score.value,
-            low=score.value - score.standard_error,
-            high=score.value + score.standard_error,
-        )
+        _point(name, place, mean_over_seeds([score]))
         for place, (name, score) in enumerate(found.score.items())
     ]
     panel = Panel(
-        title=f"Preference score, from 1 (last) to {len(points)} (first)",
-        y_label="score",
+        title=f"Score from 1 (last) to {len(points)} (first), {found.num_rankings} rankings",
+        y_label="preference score",
         points=points,
         places=tuple(textwrap.fill(p.name.replace("_", " "), _PLACE_WIDTH) for p in points),
     )
-    return _panel_figure([panel], num_rankings=found.num_rankings)
+    return _panel_figure([panel])
 
 
 def figure_7(sheet: Sheet) -> PaperFigure:
@@ -169,7 +146,7 @@ def figure_7(sheet: Sheet) -> PaperFigure:
         variants = [f"{mechanism}_{half}" for half in _HALVES]
         if not {*variants[1:3]} & sheet.variants.keys():
             continue
-        for metric in (sheet.quality, PAPER_CLIP_SCORE, RETRIEVAL, COUNT, RELATION):
+        for metric in sheet.metrics:
             panel = Panel(
                 title=f"{metric.title}, {describe(variants[0])[0]}",
                 y_label=metric.heading,
@@ -201,11 +178,12 @@ def figure_8(sheet: Sheet) -> PaperFigure:
     )
 
 
-def _point(variant: str, x: float, mean: SeedMean) -> Point:
+def _point(name: str, x: float, mean: SeedMean) -> Point:
+    """Return a mean with its standard error, in the colour of the variant `name` if it is one."""
     return Point(
-        name=title_of(variant),
-        colour=VARIANT_COLOURS[variant],
-        is_hollow=variant.endswith("_early"),
+        name=title_of(name) if name in VARIANT_COLOURS else name,
+        colour=VARIANT_COLOURS.get(name, round(x) % len(RUN_COLOURS)),
+        is_hollow=name.endswith("_early"),
         x=x,
         y=mean.value,
         low=mean.value - mean.error,
@@ -214,30 +192,24 @@ def _point(variant: str, x: float, mean: SeedMean) -> Point:
     )
 
 
-def _panel_figure(panels: list[Panel], **facts: object) -> PaperFigure:
+def _panel_figure(panels: list[Panel]) -> PaperFigure:
     if not panels:
         return PaperFigure()
-    return PaperFigure(
-        png=panels_to_png(panels), csv=panels_to_csv(panels), panels=panels, facts=facts
-    )
+    return PaperFigure(png=panels_to_png(panels), csv=panels_to_csv(panels), panels=panels)
 
 
-def _scale_of_pairs(sheet: Sheet, runs: Sequence[Run | None]) -> float | None:
-    """Return the guidance scale nearest to the paper's at which all runs were evaluated."""
-    step = sheet.reference.step if sheet.reference else None
-    rows = [sheet.rows[run.name] if run else [] for run in runs]
-    scales = [{row.protocol.guidance_scale for row in r if row.step == step} for r in rows]
-    common = set.intersection(*scales)
-    return min(common, key=lambda scale: abs(scale - _PAIRS_SCALE), default=None)
+def _samples(sheet: Sheet, variant: str) -> dict[str, tuple[str, str]]:
+    """Return file name => prompt and URL, of the variant's first run that is compared.
 
-
-def _samples(sheet: Sheet, run: Run | None, scale: float | None) -> dict[str, Sample]:
-    """Return file name => sample; equal names are equal positions in the evaluation."""
-    if run is None or sheet.reference is None or scale is None:
+    Equal names are equal positions in the evaluation.
+    """
+    row = sheet.reference
+    run = next((run for run in sheet.variants[variant] if sheet.is_compared(run)), None)
+    if row is None or run is None:
         return {}
-    folder, name = storage.join(run.url, FOLDER), sheet.reference.protocol.name
-    samples = read_samples(samples_url(row_url(folder, name, scale, sheet.reference.step)))
-    return {sample.image.rpartition("/")[2]: sample for sample in samples}
+    folder, scale = storage.join(run.url, FOLDER), row.protocol.guidance_scale
+    samples = read_samples(samples_url(row_url(folder, row.protocol.name, scale, row.step)))
+    return {s.image.rpartition("/")[2]: (s.prompt, run.locate(s.image)) for s in samples}
 
 
 def _attention(runs: Sequence[Run]) -> AttentionSummary | None:

@@ -5,11 +5,9 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from ifvit.evaluation.rows import describe_field
-from ifvit.evaluation.runs import Run
 from ifvit.models.config import PRESETS, with_setting
 from ifvit.models.cost import count_cost
 from ifvit.studies.comparisons import (
@@ -51,42 +49,33 @@ _PAPER_TABLE_2 = (  # model, fusion, path, zero-shot FID, CLIP Score as printed,
     ("IF-U-ViT, the paper's own", "intermediate", "cross-attention", 5.68, "0.588", "0.235", 23.66),
 )
 
-_CLIP = "clip-vit-large-patch14"
-_FID_PROTOCOL = {
+_PROTOCOL: dict[str, object] = {
     "num_samples": 30_000,
     "caption_rule": "random",
     "guidance_scale": 2.0,
     "num_steps": 50,
     "method": "plain",
+    "score_caption": "first",
+    "paper_prefix": "A photo depicts ",
+    "features": "openai/clip-vit-large-patch14",
 }
-_CLIP_PROTOCOL = {**_FID_PROTOCOL, "score_caption": "first", "paper_prefix": "A photo depicts "}
-_GPU, _BATCH_SIZE = "4090", 256
+_GPU = "NVIDIA GeForce RTX 4090"
+_FREE = {"init_std", "timestep_offset"}
+"""Fields of a backbone that do not change what is compared."""
 
 
 class _Column(NamedTuple):
-    """A quantity of all variants; `differs` says why the paper's numbers are another quantity."""
+    """A quantity of all variants: a mean where it has noise."""
 
     metric: Metric
     values: Mapping[str, SeedMean | float | None]
-    differs: str | None = None
 
 
 def table_1(sheet: Sheet) -> Table:
-    """Return the four variants' numbers, the paper's, and their difference where comparable."""
-    backbone = differs_in_backbone(sheet)
-    fid, clip_score = differs_in_protocol(sheet)
-    runs = sheet.variants
-    params = {v: count_cost(backbone_of(r[0])).params / 1e6 for v, r in runs.items()}
-    speeds = {v: iterations_per_s(r) for v, r in runs.items()}
-    gflops = {v: gflops_of(r[0]) for v, r in runs.items()}
-    columns = [
-        _measured(sheet, FID, backbone or fid),
-        *([_measured(sheet, FRECHET)] if sheet.has(FRECHET) else []),
-        _measured(sheet, PAPER_CLIP_SCORE, backbone or clip_score),
-        _Column(PARAMS, params, backbone),
-        _Column(SPEED, speeds, backbone or differs_in_hardware(sheet)),
-        _Column(GFLOPS, gflops, backbone),
-    ]
+    """Return the numbers of the four variants beside the paper's."""
+    metrics = [FID, FRECHET, PAPER_CLIP_SCORE] if sheet.has(FRECHET) else [FID, PAPER_CLIP_SCORE]
+    columns = [_measured(sheet, metric) for metric in metrics]
+    columns += [_Column(metric, values) for metric, values in costs(sheet).items()]
     return _make_table(sheet, PAPER_VARIANTS, columns)
 
 
@@ -105,64 +94,47 @@ def table_2(sheet: Sheet, ours: Mapping[str, str]) -> Table:
         path, fusion = describe(variant)
         fid, *means = (sheet.mean(variant, m) for m in (FID, PAPER_CLIP_SCORE, CLIP_SCORE))
         found = [f"{mean.value:.3f}" if mean else None for mean in means]
-        gflops = gflops_of(sheet.variants[variant][0])
+        gflops = costs(sheet)[GFLOPS][variant]
         rows.append((f"ours, {name}", fusion, path, fid and fid.value, *found, gflops))
     keys = ("model", "fusion", "path", "fid", "clip_score_printed", "clip_score_raw", "gflops")
-    reasons = differs_in_backbone(sheet), differs_in_protocol(sheet)[1]
     return Table(
         heads=["Model", "Fusion", "Path", "FID ↓", "CLIP Score ↑", "Raw cosine ↑", "GFLOPs ↓"],
         lines=[
             Line(
-                title=str(row[0]),
-                cells=[text_cell(x, "{:.4g}" if isinstance(x, float) else "{}") for x in row[1:]],
+                str(row[0]),
+                [text_cell(x, "{:.4g}" if isinstance(x, float) else "{}") for x in row[1:]],
             )
             for row in rows
         ],
         records=[dict(zip(keys, row, strict=True)) for row in rows],
-        notes=[f"Ours: {reason}." for reason in reasons if reason],
     )
 
 
-def differs_in_backbone(sheet: Sheet) -> str | None:
-    """Return how the backbones differ from the paper's; None if they do not."""
-    free = {"init_std", "timestep_offset"}
+def unlike_the_paper(sheet: Sheet) -> list[str]:
+    """Return sentences on how our backbones, evaluation and training differ from the paper's."""
+    ours: dict[str, object] = {"evaluated": sheet.reference is not None}
+    paper: dict[str, object] = {"evaluated": True}
+    if sheet.reference:
+        ours, paper = sheet.reference.protocol.facts, _PROTOCOL
+    found = [_unlike("evaluation", ours, paper)]
+    backbones = []
     for variant, runs in sheet.variants.items():
-        paper = vars(with_setting(PRESETS["small"], variant))
-        expected = {name: value for name, value in paper.items() if name not in free}
-        if found := _unlike(vars(backbone_of(runs[0])), expected):
-            return f"{title_of(variant)}: {found}"
-    return None
+        backbone = vars(with_setting(PRESETS["small"], variant))
+        expected = {name: value for name, value in backbone.items() if name not in _FREE}
+        backbones.append(_unlike(title_of(variant), vars(backbone_of(runs[0])), expected))
+    found += [sentence for sentence in backbones if sentence][:1]  # all differ alike
+    ours = {"devices": devices(sheet), "batch": sorted({run.batch_size or 0 for run in sheet.runs})}
+    found.append(_unlike("training", ours, {"devices": [_GPU], "batch": [256]}))
+    return [sentence for sentence in found if sentence]
 
 
-def differs_in_protocol(sheet: Sheet) -> tuple[str | None, str | None]:
-    """Return how the protocol differs from the paper's, for FID and for CLIP Score."""
-    if sheet.reference is None:
-        return ("nothing was evaluated",) * 2
-    ours = sheet.reference.protocol.facts
-    clip_score = _unlike(ours, _CLIP_PROTOCOL)
-    if not clip_score and not ours["features"].endswith(_CLIP):
-        clip_score = f"scored by {ours['features']}, not by {_CLIP}"
-    return _unlike(ours, _FID_PROTOCOL), clip_score
-
-
-def _unlike(ours: Mapping[str, object], paper: Mapping[str, object]) -> str | None:
+def _unlike(what: str, ours: Mapping[str, object], paper: Mapping[str, object]) -> str | None:
     found = [
         f"{describe_field(name)} {ours.get(name)!r}, the paper's {value!r}"
         for name, value in paper.items()
         if ours.get(name) != value
     ]
-    return "; ".join(found) or None
-
-
-def differs_in_hardware(sheet: Sheet) -> str | None:
-    """Return how the GPU or the batch size differs from the paper's; None if both are equal."""
-    names, sizes = devices(sheet), {run.batch_size for run in sheet.runs}
-    if len(names) == 1 and _GPU in names[0] and sizes == {_BATCH_SIZE}:
-        return None
-    found = ", ".join(names) or "unknown hardware"
-    return (
-        f"{found} at batch {', '.join(map(str, sizes))} is not an RTX 4090 at batch {_BATCH_SIZE}"
-    )
+    return f"{what}: {'; '.join(found)}" if found else None
 
 
 def devices(sheet: Sheet) -> list[str]:
@@ -171,83 +143,68 @@ def devices(sheet: Sheet) -> list[str]:
     return sorted({row.device for row in rows})
 
 
-def gflops_of(run: Run) -> float:
-    """Return the GFLOPs of a forward pass, by the paper's convention without attention."""
-    return count_cost(backbone_of(run)).layer_flops / 1e9
+def costs(sheet: Sheet) -> dict[Metric, dict[str, float | None]]:
+    """Return what the variants cost: parameters, training speed and operations.
 
-
-def iterations_per_s(runs: Sequence[Run]) -> float | None:
-    """Return training steps per second: the mean over runs of the median over log lines.
-
-    A pause hardly changes the median.
+    The speed is the mean over runs of the median over log lines, which a pause hardly changes.
     """
-    speeds = []
-    for run in runs:
-        rates = [row.samples_per_s for row in run.curve]
-        if rates and run.batch_size:
-            speeds.append(statistics.median(rates) / run.batch_size)
-    return statistics.mean(speeds) if speeds else None
+    found: dict[Metric, dict[str, float | None]] = {PARAMS: {}, SPEED: {}, GFLOPS: {}}
+    for variant, runs in sheet.variants.items():
+        cost = count_cost(backbone_of(runs[0]))
+        found[PARAMS][variant] = cost.params / 1e6
+        found[GFLOPS][variant] = cost.layer_flops / 1e9
+        speeds = [
+            statistics.median(row.samples_per_s for row in run.curve) / run.batch_size
+            for run in runs
+            if run.curve and run.batch_size
+        ]
+        found[SPEED][variant] = statistics.mean(speeds) if speeds else None
+    return found
 
 
-def _measured(sheet: Sheet, metric: Metric, differs: str | None = None) -> _Column:
-    return _Column(metric, {v: sheet.mean(v, metric) for v in sheet.variants}, differs)
+def _measured(sheet: Sheet, metric: Metric) -> _Column:
+    return _Column(metric, {v: sheet.mean(v, metric) for v in sheet.variants})
 
 
 def _make_table(sheet: Sheet, variants: Sequence[str], columns: Sequence[_Column]) -> Table:
-    cells = [_cells(column, variants) for column in columns]
-    lines, records = [], []
+    counts = {}
     for variant in variants:
         runs = sheet.variants.get(variant, [])
-        compared = sum(bool(sheet.rows[run.name]) for run in runs)
-        count = Cell(
-            text=str(len(runs)), note=f"{compared} compared" if compared < len(runs) else ""
-        )
-        lines.append(
-            Line(title=title_of(variant), cells=[count, *(column[variant] for column in cells)])
-        )
-        record: dict[str, object] = {"variant": variant, "runs": len(runs)}
-        for column in columns:
-            record |= _record(column, variant)
-        records.append(record)
-    reasons: dict[str, list[str]] = {}
-    for column in columns:
-        if column.differs:
-            reasons.setdefault(column.differs, []).append(column.metric.title)
+        compared = sum(map(sheet.is_compared, runs))
+        counts[variant] = Cell(str(len(runs)), f"{compared} compared" * (compared < len(runs)))
+    cells = [counts, *(_cells(column, variants) for column in columns)]
     return Table(
         heads=["Variant", "Runs", *(column.metric.heading for column in columns)],
-        lines=lines,
-        records=records,
-        notes=[f"{', '.join(titles)}: {reason}." for reason, titles in reasons.items()],
+        lines=[Line(title_of(v), [column[v] for column in cells]) for v in variants],
+        records=[_record(column, v) for v in variants for column in columns],
     )
 
 
 def _cells(column: _Column, variants: Sequence[str]) -> dict[str, Cell]:
-    """Return our numbers; beneath stand the paper's, and the difference where it has a meaning."""
+    """Return our numbers, with the paper's beneath."""
     metric, values = column.metric, {variant: column.values.get(variant) for variant in variants}
     means = {v: value for v, value in values.items() if isinstance(value, SeedMean)}
     marked = metric_cells(metric, means)
     cells = {}
     for variant, value in values.items():
         number = value.value if isinstance(value, SeedMean) else value
-        text = None if number is None else metric.show(number)
-        cell = marked.get(variant, text_cell(text))
+        cell = marked.get(variant, text_cell(None if number is None else metric.show(number)))
         if metric in PAPER_TABLE_1:
-            paper = PAPER_TABLE_1[metric][variant]
-            note = f"{cell.note}\npaper {paper:g}".lstrip()
-            if number is not None and not column.differs:
-                note += f", {'+' if number >= paper else '-'}{metric.show(abs(number - paper))}"
-            cell = replace(cell, note=note)
+            note = f"{cell.note}\npaper {PAPER_TABLE_1[metric][variant]:g}".lstrip()
+            cell = cell._replace(note=note)
         cells[variant] = cell
     return cells
 
 
 def _record(column: _Column, variant: str) -> dict[str, object]:
-    found, key = column.values.get(variant), column.metric.field
+    found = column.values.get(variant)
     mean = found if isinstance(found, SeedMean) else None
-    record: dict[str, object] = {key: mean.value if mean else found}
-    if column.metric in METRICS:
-        record[f"{key}_seed_error"] = mean.seed_error if mean else None
-        record[f"{key}_sample_error"] = mean.sample_error if mean else None
-    if column.metric in PAPER_TABLE_1:
-        record[f"{key}_paper"] = PAPER_TABLE_1[column.metric][variant]
-    return record
+    return {
+        "variant": variant,
+        "quantity": column.metric.field,
+        "value": mean.value if mean else found,
+        "seed_error": mean and mean.seed_error,
+        "sample_error": mean and mean.sample_error,
+        "runs": mean and len(mean.values),
+        "paper": PAPER_TABLE_1.get(column.metric, {}).get(variant),
+    }

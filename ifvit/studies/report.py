@@ -1,30 +1,24 @@
 """The verb `report`: run folders => one self-contained HTML page that compares the runs."""
 
 import json
-import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import yaml
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import MetricsRow, describe_field, describe_value
 from ifvit.evaluation.runs import Run, read_runs
-from ifvit.figures import RUN_COLOURS, house_style, to_svg
+from ifvit.figures import RUN_COLOURS
 from ifvit.images import ImageError
-from ifvit.models.config import FusionTransformerConfig, setting_of
+from ifvit.models.config import setting_of
 from ifvit.records import shorten
 from ifvit.studies.comparisons import (
     METRICS,
-    Metric,
-    SeedMean,
     compare_runs,
     mean_over_seeds,
     mismatches,
@@ -35,6 +29,8 @@ from ifvit.studies.page import (
     MISSING,
     Cell,
     Line,
+    Panel,
+    Point,
     Table,
     inline_image,
     legend_of,
@@ -46,6 +42,7 @@ from ifvit.studies.page import (
 _NUM_COLOURS = len(RUN_COLOURS)
 _NUM_CAPTIONS = 24
 _NUM_GRIDS = 6
+_NUM_BINS = 100
 
 
 def report(config: ReportConfig) -> None:
@@ -57,23 +54,24 @@ def report(config: ReportConfig) -> None:
         raise UserError("report: no runs given; name at least one run folder")
     runs = read_runs(config.runs)
     counts, counts_excluded = read_counts(runs)
+    differing = mismatches(runs)
     colours = {run.name: number % _NUM_COLOURS for number, run in enumerate(runs)}
     page = render_page(
         "report.html",
         title=config.title,
+        loaded=runs,
+        all_metrics=METRICS,
         runs=[{"name": name, "colour": colour} for name, colour in colours.items()],
-        maps=fusion_maps(runs),
-        settings=settings_lines(runs),
-        metrics=metric_lines(runs),
+        setting_of=setting_of,
+        metrics=metric_lines({run.name: run.last for run in runs}, differing),
         comparisons=[found for other in runs[1:] if (found := compare_runs(runs[0], other))],
         protocol=protocol_lines(runs),
-        mismatches=mismatches(runs),
-        methods=method_table(runs),
+        mismatches=differing,
+        methods=method_tables(runs),
         counts=count_panels({name: [row] for name, row in counts.items()}, colours),
         counts_excluded=counts_excluded,
         legend_of=legend_of,
-        history=evaluation_history(runs),
-        curves=[{"title": curve.title, "svg": plot_curve(curve, runs)} for curve in _CURVES],
+        curves=curve_panels(runs, colours),
         has_real=any(sample.real for run in runs for sample in run.samples),
         captions=_caption_rows(runs),
         grids=[(run.name, _training_grids(run)) for run in runs],
@@ -85,7 +83,6 @@ def report(config: ReportConfig) -> None:
             )
             for run in runs
         ],
-        missing=[text for run in runs for text in _missing_files(run)],
     )
     storage.write_bytes(config.output, page)
     sys.stdout.write(f"{config.output}\n")
@@ -94,80 +91,34 @@ def report(config: ReportConfig) -> None:
 # Tables
 
 
-def fusion_maps(runs: Sequence[Run]) -> list[tuple[str, FusionTransformerConfig]]:
-    """Return name and configuration of the runs whose backbone has a fusion map."""
-    return [(r.name, r.backbone) for r in runs if isinstance(r.backbone, FusionTransformerConfig)]
+def metric_lines(
+    rows: Mapping[str, MetricsRow | None], excluded: Collection[str] = ()
+) -> list[Line]:
+    """Return a line per measured metric with a cell for each row; a clearly best one is marked.
 
-
-def settings_lines(runs: Sequence[Run]) -> list[Line]:
-    """Return lines about backbone, cost and training, with a cell per run."""
-
-    def line(title: str, values: Sequence[object], template: str = "{}", note: str = "") -> Line:
-        return Line(title=title, cells=[text_cell(value, template, note) for value in values])
-
-    shapes = [b if isinstance(b := run.backbone, FusionTransformerConfig) else None for run in runs]
-    costs = [run.cost for run in runs]
-    ends = [run.curve[-1] if run.curve else None for run in runs]
-    return [
-        line("Architecture", [run.backbone and run.backbone.architecture for run in runs]),
-        line("Fusion map", [s and s.fusion for s in shapes]),
-        line("Text-branch blocks", [s and s.num_text_blocks for s in shapes]),
-        line("Setting of the paper", [s and setting_of(s) for s in shapes]),
-        line("Blocks, width", [s and f"{len(s.blocks)}, {s.width}" for s in shapes]),
-        line("Parameters", [c and c.params for c in costs], "{:,}"),
-        line("GFLOPs", [c and c.layer_flops / 1e9 for c in costs], "{:.3f}"),
-        line("GFLOPs with attention", [c and c.flops / 1e9 for c in costs], "{:.3f}"),
-        line("Steps", [end and end.step for end in ends], "{:,}"),
-        line("Images seen", [end and end.samples_seen for end in ends], "{:,}"),
-        line("Training seconds", [end and end.seconds for end in ends], "{:,.0f}"),
-        line("Last loss", [_last_loss(run) for run in runs], "{:.4f}", "mean of the last tenth"),
-    ]
-
-
-def metric_lines(runs: Sequence[Run]) -> list[Line]:
-    """Return a line per measured metric, with standard errors; a clearly best run is marked.
-
-    A note marks the numbers of runs that cannot be compared with the first run.
+    A note marks the numbers of the `excluded` rows, which cannot be compared with the first row.
     """
-    excluded = mismatches(runs)
     lines = []
     for metric in METRICS:
-        means = {run.name: _mean(metric, run.last) for run in runs}
+        means = {
+            name: mean_over_seeds([estimate]) if (estimate := metric.of(row)) else None
+            for name, row in rows.items()
+        }
         if any(means.values()):
-            hint = " (lower is better)" if metric.lower_is_better else ""
-            cells = list(metric_cells(metric, means, excluded).values())
-            lines.append(Line(title=f"{metric.title}{hint}", cells=cells))
+            lines.append(Line(metric.heading, [*metric_cells(metric, means, excluded).values()]))
     return lines
 
 
-def method_table(runs: Sequence[Run]) -> Table:
-    """Compare the alignment methods of each run.
-
-    A run without two methods under one protocol has no lines. A value that is clearly the best of
-    its run's methods is marked.
-    """
-    groups = [(run.name, rows) for run in runs for rows in _rows_by_method(run)]
-    metrics = [m for m in METRICS if any(m.of(row) for _, rows in groups for row in rows)]
-    lines = []
-    for name, rows in groups:
-        base = rows[0].seconds_per_image
-        cells = [
-            metric_cells(metric, {n: _mean(metric, row) for n, row in enumerate(rows)})
-            for metric in metrics
-        ]
-        for number, row in enumerate(rows):
-            seconds = row.seconds_per_image
-            note = f"{seconds / base - 1:+.0%}" if seconds and base and number else ""
-            title = f"{name}, {row.protocol.sampling['method']}, step {row.step:,}"
-            time = text_cell(seconds, "{:.3f}", note)
-            lines.append(Line(title=title, cells=[time, *(column[number] for column in cells)]))
-    heads = ["Run, method", "Seconds per image", *(metric.heading for metric in metrics)]
-    return Table(heads=heads, lines=lines)
-
-
-def _mean(metric: Metric, row: MetricsRow | None) -> SeedMean | None:
-    estimate = metric.of(row)
-    return mean_over_seeds([estimate]) if estimate else None
+def method_tables(runs: Sequence[Run]) -> list[Table]:
+    """Compare the alignment methods of each run that has two of them under one protocol."""
+    tables = []
+    for run in runs:
+        for rows in _rows_by_method(run):
+            seconds = [text_cell(row.seconds_per_image, "{:.3f}") for row in rows]
+            methods = {str(row.protocol.sampling["method"]): row for row in rows}
+            lines = [Line("Seconds per image", seconds), *metric_lines(methods)]
+            tables.append(Table([f"{run.name}, step {rows[0].step:,}", *methods], lines))
+    return tables
 
 
 def _rows_by_method(run: Run) -> list[list[MetricsRow]]:
@@ -187,48 +138,20 @@ def _rows_by_method(run: Run) -> list[list[MetricsRow]]:
 def protocol_lines(runs: Sequence[Run]) -> list[Line]:
     """Return a line per field of the protocols of the runs' last evaluations."""
     rows = [run.last.protocol.facts | {"step": run.last.step} if run.last else {} for run in runs]
-    return [
-        Line(
-            title=describe_field(name),
-            cells=[Cell(text=describe_value(name, row.get(name, MISSING))) for row in rows],
-        )
-        for name in dict.fromkeys(name for row in rows for name in row)
-    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [Line(describe_field(name), _value_cells(rows, name)) for name in names]
 
 
 def recipe_differences(runs: Sequence[Run]) -> list[Line]:
     """Return a line per key of config.yaml whose value differs between runs."""
     flat = [_flatten(run.recipe or {}) for run in runs]
-    return [
-        Line(title=name, cells=[Cell(text=str(recipe.get(name, MISSING))) for recipe in flat])
-        for name in dict.fromkeys(name for recipe in flat for name in recipe)
-        if len({repr(recipe.get(name)) for recipe in flat}) > 1
-    ]
+    names = dict.fromkeys(name for recipe in flat for name in recipe)
+    differing = [name for name in names if len({repr(recipe.get(name)) for recipe in flat}) > 1]
+    return [Line(name, _value_cells(flat, name)) for name in differing]
 
 
-def evaluation_history(runs: Sequence[Run]) -> Table | None:
-    """Return the metrics of all evaluations; None if no run has two."""
-    if all(len(run.evaluations) < 2 for run in runs):
-        return None
-    lines = [
-        Line(
-            title=f"{run.name}, step {row.step:,}",
-            cells=[
-                text_cell(e and metric.show(e.value))
-                for metric in METRICS
-                for e in [metric.of(row)]
-            ],
-        )
-        for run in runs
-        for row in run.evaluations
-    ]
-    return Table(heads=["Run", *(metric.title for metric in METRICS)], lines=lines)
-
-
-def _last_loss(run: Run) -> float | None:
-    losses = [row.loss for row in run.curve if row.loss is not None]
-    last = losses[-math.ceil(len(losses) / 10) :]
-    return sum(last) / len(last) if last else None
+def _value_cells(rows: Sequence[Mapping[str, object]], name: str) -> list[Cell]:
+    return [Cell(describe_value(name, row.get(name, MISSING))) for row in rows]
 
 
 def _flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -242,95 +165,66 @@ def _flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # Training curves
 
-
-class _Curve(NamedTuple):
-    """One quantity of metrics.jsonl over another."""
-
-    title: str
-    x: str
-    x_label: str
-    y: str
-    is_log: bool
-    """Whether the axis is logarithmic when the values span more than a factor of 5."""
-
-
-_CURVES = (
-    _Curve("Loss over steps", "step", "step", "loss", is_log=True),
-    _Curve("Loss over time", "seconds", "training seconds", "loss", is_log=True),
-    _Curve("Gradient norm", "step", "step", "grad_norm", is_log=True),
-    _Curve("Samples per second", "step", "step", "samples_per_s", is_log=False),
+_CURVES = (  # title, quantity of metrics.jsonl, its label, quantity over it
+    ("Loss over steps", "step", "step", "loss"),
+    ("Loss over time", "seconds", "training seconds", "loss"),
+    ("Gradient norm", "step", "step", "grad_norm"),
+    ("Samples per second", "step", "step", "samples_per_s"),
 )
 
 
-def plot_curve(curve: _Curve, runs: Sequence[Run]) -> str | None:
-    """Return an SVG with faint values and solid moving averages; None without values."""
-    with house_style():
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        for number, run in enumerate(runs):
-            pairs = [(getattr(row, curve.x), getattr(row, curve.y)) for row in run.curve]
-            points = [(x, y) for x, y in pairs if y is not None]
-            if not points:
-                continue
-            x, y = np.array(points, dtype=np.float64).T
-            colour = RUN_COLOURS[number % _NUM_COLOURS]
-            axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.9)
-            axes.plot(x, smooth(y, max(1, len(y) // 25)), color=colour, linewidth=2.0)
-        if not axes.lines:
-            return None
-        low, high = axes.dataLim.intervaly
-        if curve.is_log and high > 5 * low > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel(curve.x_label)
-        axes.grid(visible=True, axis="y")
-        axes.margins(x=0.01)
-    return to_svg(figure)
+def curve_panels(runs: Sequence[Run], colours: Mapping[str, int]) -> list[Panel]:
+    """Plot training curves: means of neighbouring log lines, in a band of most single values."""
+    panels = []
+    for title, x, x_label, y in _CURVES:
+        points = [
+            Point(
+                name=run.name,
+                colour=colours[run.name],
+                x=float(xs.mean()),
+                y=float(ys.mean()),
+                low=float(np.quantile(ys, 0.1)),
+                high=float(np.quantile(ys, 0.9)),
+            )
+            for run in runs
+            for xs, ys in _bins([(getattr(row, x), getattr(row, y)) for row in run.curve])
+        ]
+        panels.append(Panel(title=title, x_label=x_label, points=points))
+    return panels
 
 
-def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Return the centred moving average (N,) => (N,); at both ends the window is shorter."""
-    weights = np.ones(window)
-    total = np.convolve(values, weights, mode="same")
-    averaged: NDArray[np.float64] = total / np.convolve(np.ones(len(values)), weights, mode="same")
-    return averaged
+def _bins(pairs: Sequence[tuple[float, float | None]]) -> Iterator[NDArray[np.float64]]:
+    """Yield arrays (2, n) of neighbouring pairs without missing values, at most 100 arrays."""
+    values = np.array([pair for pair in pairs if pair[1] is not None], dtype=np.float64)
+    for part in np.array_split(values, min(_NUM_BINS, len(values))) if len(values) else ():
+        yield part.T
 
 
 # Pictures, recipes and missing files
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Picture:
-    """An image on the page; `uri` is None for a missing image.
+def _caption_rows(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, object]]]]:
+    """Return the first captions, each with its real image (if any) and the image of every run.
 
-    `colour` is the CSS variable of its run; `marks` says which parts of the caption are right.
+    A picture has the CSS variable of its colour, a data URI, None for a missing image, and marks
+    that say which parts of the caption are right.
     """
-
-    colour: str
-    uri: str | None
-    marks: dict[str, bool]
-
-
-def _caption_rows(runs: Sequence[Run]) -> list[tuple[str, list[_Picture]]]:
-    """Return the first captions, each with its real image (if any) and the image of every run."""
     generated = [{(s.image_id, s.prompt): s for s in run.samples} for run in runs]
     wanted = list(dict.fromkeys(key for samples in generated for key in samples))[:_NUM_CAPTIONS]
     has_real = any(sample.real for run in runs for sample in run.samples)
     rows = []
     for key in wanted:
         found = [samples.get(key) for samples in generated]
-        pictures = []
+        pictures: list[dict[str, object]] = []
         if has_real:
             real = ((run, s.real) for run, s in zip(runs, found, strict=True) if s and s.real)
             uri = _inline_if_there(*next(real, (runs[0], None)))
-            pictures.append(_Picture(colour="muted", uri=uri, marks={}))
+            pictures.append({"colour": "muted", "uri": uri})
         for number, (run, sample) in enumerate(zip(runs, found, strict=True)):
             scores = (sample.scores if sample else None) or {}
             marks = {name: value for name, value in scores.items() if value is not None}
             uri = _inline_if_there(run, sample.image if sample else None)
-            pictures.append(_Picture(colour=f"run{number % _NUM_COLOURS}", uri=uri, marks=marks))
+            pictures.append({"colour": f"run{number % _NUM_COLOURS}", "uri": uri, "marks": marks})
         rows.append((shorten(key[1], 1000), pictures))
     return rows
 
@@ -354,15 +248,3 @@ def _training_grids(run: Run) -> list[tuple[int, str]]:
         stride = (len(grids) - 1) / (_NUM_GRIDS - 1)
         grids = [grids[round(stride * number)] for number in range(_NUM_GRIDS)]
     return [(step, _inline_file(run, url)) for step, url in grids]
-
-
-def _missing_files(run: Run) -> list[str]:
-    """Return each missing file of the run and what the page lacks without it."""
-    wanted = {
-        f"{run.url}/config.yaml: no recipe": run.recipe,
-        f"{run.url}/metrics.jsonl: no training curve": run.curve,
-        f"{run.url}/weights: no backbone, so no parameters and GFLOPs": run.backbone,
-        f"{run.url}/samples: no pictures from training": run.training_grids,
-        f"{run.url}/evaluation: not evaluated; run ifvit evaluate --weights {run.url}": run.last,
-    }
-    return [text for text, found in wanted.items() if not found]

@@ -4,17 +4,25 @@ A variant is a setting of `models/config.py`, such as `cross_attention_early`. `
 its tables, figures and claims from the `Sheet` that `make_sheet` returns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from ifvit.errors import UserError
-from ifvit.evaluation.rows import MetricsRow, Protocol, differences, main_series
+from ifvit.evaluation.estimates import Estimate
+from ifvit.evaluation.rows import MetricsRow, differences, main_series
 from ifvit.evaluation.runs import Run
 from ifvit.models.config import SETTINGS, FusionTransformerConfig, setting_of
-from ifvit.studies.comparisons import FID, FRECHET, Metric, SeedMean, mean_over_seeds
-
-_Found = TypeVar("_Found")
+from ifvit.studies.comparisons import (
+    COUNT,
+    FID,
+    FRECHET,
+    PAPER_CLIP_SCORE,
+    RELATION,
+    RETRIEVAL,
+    Metric,
+    SeedMean,
+    mean_over_seeds,
+)
 
 PAPER_VARIANTS = SETTINGS[:4]
 """The rows of Table 1 from top to bottom; the first is the paper's baseline."""
@@ -89,56 +97,42 @@ class Sheet:
     @property
     def series(self) -> str:
         """The series of `reference`, NAME/wSCALE."""
-        return series_of(self.reference.protocol) if self.reference else ""
+        return series_of(self.reference) if self.reference else ""
 
     @property
-    def quality(self) -> Metric:
-        """FID, or the distance on CLIP features if only that one was measured."""
-        return FRECHET if self.has(FRECHET) and not self.has(FID) else FID
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics of the figures: first FID, or the distance on CLIP features without FID."""
+        quality = FRECHET if self.has(FRECHET) and not self.has(FID) else FID
+        return quality, PAPER_CLIP_SCORE, RETRIEVAL, COUNT, RELATION
 
-    def group(self, found: Mapping[str, _Found]) -> dict[str, list[_Found]]:
-        """Convert run name => value to variant => values; variants without a value are left out."""
-        grouped = {
-            variant: [found[run.name] for run in members if run.name in found]
-            for variant, members in self.variants.items()
-        }
-        return {variant: members for variant, members in grouped.items() if members}
+    @property
+    def place(self) -> tuple[int, float]:
+        """Step and guidance scale of `reference`."""
+        shown = self.reference
+        return (shown.step, shown.protocol.guidance_scale) if shown else (0, 0.0)
+
+    def is_compared(self, run: Run) -> bool:
+        """Return whether the run was evaluated as `reference` was."""
+        places = [(row.step, row.protocol.guidance_scale) for row in self.rows[run.name]]
+        return self.place in places
+
+    def means(self, variant: str, metric: Metric) -> dict[tuple[int, float], SeedMean]:
+        """Return the means over the variant's runs by step and guidance scale, sorted."""
+        found: dict[tuple[int, float], list[Estimate]] = {}
+        for run in self.variants.get(variant, ()):
+            for row in self.rows[run.name]:
+                if estimate := metric.of(row):
+                    place = row.step, row.protocol.guidance_scale
+                    found.setdefault(place, []).append(estimate)
+        return {place: mean_over_seeds(found[place]) for place in sorted(found)}
+
+    def mean(self, variant: str, metric: Metric) -> SeedMean | None:
+        """Return the mean at step and scale of `reference`; None if it was not measured."""
+        return self.means(variant, metric).get(self.place)
 
     def has(self, metric: Metric) -> bool:
         """Return whether the metric was measured for any variant."""
         return any(self.mean(variant, metric) for variant in self.variants)
-
-    def mean(
-        self, variant: str, metric: Metric, *, step: int | None = None, scale: float | None = None
-    ) -> SeedMean | None:
-        """Return the mean over the variant's runs; None if the metric was not measured.
-
-        Step and guidance scale are those of `reference` unless given.
-        """
-        if self.reference is None:
-            return None
-        step = self.reference.step if step is None else step
-        scale = self.reference.protocol.guidance_scale if scale is None else scale
-        found = [
-            estimate
-            for row in self._rows_of(variant)
-            if (row.step, row.protocol.guidance_scale) == (step, scale)
-            and (estimate := metric.of(row))
-        ]
-        return mean_over_seeds(found) if found else None
-
-    def over_steps(self, variant: str, metric: Metric) -> dict[int, SeedMean]:
-        """Return means by training step, at the guidance scale of `reference`."""
-        steps = sorted({row.step for row in self._rows_of(variant)})
-        return {s: mean for s in steps if (mean := self.mean(variant, metric, step=s))}
-
-    def over_guidance(self, variant: str, metric: Metric) -> dict[float, SeedMean]:
-        """Return means by guidance scale, at the step of `reference`."""
-        scales = sorted({row.protocol.guidance_scale for row in self._rows_of(variant)})
-        return {s: mean for s in scales if (mean := self.mean(variant, metric, scale=s))}
-
-    def _rows_of(self, variant: str) -> list[MetricsRow]:
-        return [row for run in self.variants.get(variant, []) for row in self.rows[run.name]]
 
 
 def make_sheet(runs: Sequence[Run], series: str | None = None) -> Sheet:
@@ -155,49 +149,39 @@ def make_sheet(runs: Sequence[Run], series: str | None = None) -> Sheet:
     rows = [row for run in members for row in run.rows]
     if not rows:
         return Sheet(variants=variants, reference=None, rows=kept, excluded=excluded)
-    series = series or series_of(main_series(rows)[0].protocol)
-    last = [row for run in members for row in _rows_of_series(run, series)[-1:]]
-    if not last:
-        known = ", ".join(sorted({series_of(row.protocol) for row in rows}))
-        raise UserError(f"--series {series}: no run has this series; choose one of {known}")
-    reference = max(last, key=lambda row: sum(not _mismatches(row, other) for other in last))
+    series = series or series_of(main_series(rows)[0])
+    reference = _choose_reference(members, series)
+    # Figure 3 varies step and guidance scale; every other field must be equal.
+    free = {"guidance_scale": reference.protocol.guidance_scale}
     for run in members:
-        if reasons := _why_excluded(run, series, reference):
-            excluded.append(f"{run.name} is not compared: {reasons}")
-            continue
         for row in run.rows:
+            rescaled = replace(row.protocol, sampling=row.protocol.sampling | free)
             if row.protocol.name != reference.protocol.name:
                 continue
-            # Figure 3 varies step and guidance scale; every other field must be equal.
-            scale = {"guidance_scale": reference.protocol.guidance_scale}
-            rescaled = replace(row.protocol, sampling=row.protocol.sampling | scale)
-            if others := "; ".join(differences(rescaled, reference.protocol)):
-                excluded.append(f"{run.name} is left out at step {row.step:,}: {others}")
+            if reasons := "; ".join(differences(rescaled, reference.protocol)):
+                excluded.append(f"{run.name} is left out at step {row.step:,}: {reasons}")
             else:
                 kept[run.name].append(row)
-    return Sheet(variants=variants, reference=reference, rows=kept, excluded=excluded)
+    sheet = Sheet(variants=variants, reference=reference, rows=kept, excluded=excluded)
+    where = f"{series} at step {reference.step:,}"
+    excluded += [f"{r.name} has no comparable {where}" for r in members if not sheet.is_compared(r)]
+    return sheet
 
 
-def series_of(protocol: Protocol) -> str:
+def _choose_reference(runs: Sequence[Run], series: str) -> MetricsRow:
+    last = [[row for row in run.rows if series_of(row) == series][-1:] for run in runs]
+    candidates = [row for rows in last for row in rows]
+    if not candidates:
+        known = ", ".join(sorted({series_of(row) for run in runs for row in run.rows}))
+        raise UserError(f"--series {series}: no run has this series; choose one of {known}")
+
+    def num_comparable(row: MetricsRow) -> int:
+        same_step = [other.protocol for other in candidates if other.step == row.step]
+        return sum(not differences(row.protocol, protocol) for protocol in same_step)
+
+    return max(candidates, key=num_comparable)
+
+
+def series_of(row: MetricsRow) -> str:
     """Return NAME/wSCALE, for example `scenes/w1.5`."""
-    return f"{protocol.name}/w{protocol.guidance_scale:g}"
-
-
-def _rows_of_series(run: Run, series: str) -> list[MetricsRow]:
-    return [row for row in run.rows if series_of(row.protocol) == series]
-
-
-def _why_excluded(run: Run, series: str, reference: MetricsRow) -> str:
-    """Return why the run cannot be compared with the reference; empty if it can."""
-    rows = _rows_of_series(run, series)
-    if not rows:
-        others = ", ".join(sorted({series_of(row.protocol) for row in run.rows}))
-        return f"evaluated as {others}, not as {series}" if others else "it was not evaluated"
-    same_step = [row for row in rows if row.step == reference.step]
-    return "; ".join(_mismatches((same_step or rows)[-1], reference))
-
-
-def _mismatches(row: MetricsRow, reference: MetricsRow) -> list[str]:
-    step = f"step {row.step:,} against {reference.step:,}"
-    found = [step] if row.step != reference.step else []
-    return found + differences(row.protocol, reference.protocol)
+    return f"{row.protocol.name}/w{row.protocol.guidance_scale:g}"

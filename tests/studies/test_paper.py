@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,10 +22,17 @@ from ifvit.storage import write_sealed
 from ifvit.studies.comparisons import FRECHET
 from ifvit.studies.config import PaperConfig
 from ifvit.studies.object_counts import read_counts
-from ifvit.studies.paper import report_paper
-from ifvit.studies.paper_claims import make_claims
+from ifvit.studies.paper import judge_claims, report_paper
 from ifvit.studies.paper_figures import figure_3, figure_6, figure_7
-from ifvit.studies.paper_tables import iterations_per_s, table_1, table_2, table_further
+from ifvit.studies.paper_tables import (
+    GFLOPS,
+    SPEED,
+    costs,
+    table_1,
+    table_2,
+    table_further,
+    unlike_the_paper,
+)
 from ifvit.studies.variants import PAPER_VARIANTS, Sheet, make_sheet, title_of
 
 PAPER_PROTOCOL = {
@@ -34,6 +40,8 @@ PAPER_PROTOCOL = {
     "num_samples": 30_000,
     "caption_rule": "random",
     "num_steps": 50,
+    "score_caption": "first",
+    "paper_prefix": "A photo depicts ",
     "features": "openai/clip-vit-large-patch14",
 }
 VARIANTS = (
@@ -134,17 +142,13 @@ def test_the_page_and_its_files_are_complete_and_need_no_network(tmp_path: Path)
     assert Path(pair["top"]).name == Path(pair["bottom"]).name
 
 
-def test_pairs_are_shown_at_the_scale_nearest_to_the_papers_that_both_have(tmp_path: Path) -> None:
+def test_pairs_are_of_the_series_that_is_shown(tmp_path: Path) -> None:
     runs = write_runs(tmp_path / "runs", variants=(0, 3), num_seeds=1)
-    page = render(runs, tmp_path / "sheet")
+    page = render(runs, tmp_path / "sheet", series="scenes/w4")
     for pair in records(tmp_path / "sheet", "figure4"):
         assert "/w4/" in pair["top"]
         assert "/w4/" in pair["bottom"]
-    assert page == render(runs, tmp_path / "again"), "the page is reproducible"
-    shutil.rmtree(next(Path(runs[0]).glob("evaluation/*/w4")))
-    render(runs, tmp_path / "sheet")
-    (pair, *_) = records(tmp_path / "sheet", "figure4")
-    assert "/w2/" in pair["bottom"]
+    assert page == render(runs, tmp_path / "again", series="scenes/w4"), "the page is reproducible"
 
 
 def test_what_is_missing_is_named_and_never_invented(tmp_path: Path) -> None:
@@ -155,8 +159,13 @@ def test_what_is_missing_is_named_and_never_invented(tmp_path: Path) -> None:
     for variant in ("Concat, early", "Concat, intermediate", "Cross-attention, early"):
         assert f"{variant}: no run was given" in page
     assert "No run was evaluated" in page
-    ours = [line for line in records(tmp_path / "sheet", "table1") if line["runs"] == "1"]
-    assert [(line["fid"], line["clip_score_paper"]) for line in ours] == [("", "")]
+    ours = {
+        (line["variant"], line["quantity"]): line["value"]
+        for line in records(tmp_path / "sheet", "table1")
+    }
+    assert ours["cross_attention_intermediate", "fid"] == ""
+    assert float(ours["cross_attention_intermediate", "mparams"]) > 0
+    assert ours["concat_early", "mparams"] == ""
     files = {path.name for path in (tmp_path / "sheet").iterdir()}
     assert files == {"paper.html", "table1.csv", "table2.csv"}
 
@@ -171,10 +180,13 @@ def test_table_1_has_means_over_seeds_and_no_distance_under_fid(sheet: Sheet) ->
     assert first["Training it/s ↑"].text == "12.50"
     assert first["Parameters, M ↓"].note == "paper 45"
     assert re.fullmatch(r"0\.0\d{2}", first["GFLOPs ↓"].text)
-    assert table.records[0]["runs"] == 2
-    assert table.records[0]["frechet_distance_seed_error"] == pytest.approx(0.001)
-    assert table.records[0]["frechet_distance_sample_error"] == pytest.approx(0.001)
-    assert "width 96, the paper's 512" in table.notes[0]
+    (record,) = [
+        one
+        for one in table.records
+        if (one["variant"], one["quantity"]) == ("concat_early", "frechet_distance")
+    ]
+    assert record["runs"] == 2
+    assert (record["seed_error"], record["sample_error"]) == pytest.approx((0.001, 0.001))
     further = table_further(sheet)
     assert further is not None
     assert [line.title for line in further.lines] == [title_of(variant) for variant in VARIANTS]
@@ -199,39 +211,38 @@ def test_the_best_variant_is_marked_only_beyond_the_noise_over_seeds(sheet: Shee
 def test_training_speed_ignores_a_pause(sheet: Sheet) -> None:
     paused = [made_training_row(10, samples_per_s=rate) for rate in (400.0, 400.0, 4.0)]
     run = dataclasses.replace(sheet.variants[VARIANTS[0]][0], curve=paused)
-    assert iterations_per_s([run]) == 12.5
+    variants = {VARIANTS[0]: [run]}
+    assert costs(dataclasses.replace(sheet, variants=variants))[SPEED] == {VARIANTS[0]: 12.5}
 
 
-def test_differences_from_the_paper_are_shown_where_both_compare(tmp_path: Path) -> None:
+def test_what_differs_from_the_paper_is_named(tmp_path: Path) -> None:
     runs = []
-    for variant, fid in zip(PAPER_VARIANTS, (6.0, 5.77, 6.5, 5.6), strict=True):
+    for variant in PAPER_VARIANTS:
         run = tmp_path / variant
         write_training(run, backbone_of(variant, "small"))
-        row = build_row(0.5, **PAPER_PROTOCOL)  # type: ignore[arg-type]
-        write_evaluation(run, dataclasses.replace(row, fid=estimate(fid)))
+        write_evaluation(run, build_row(0.5, **PAPER_PROTOCOL))  # type: ignore[arg-type]
         runs.append(str(run))
     sheet = sheet_of(runs)
     table = table_1(sheet)
     cells = [dict(zip(table.heads[1:], line.cells, strict=True)) for line in table.lines]
-    assert [cell["FID ↓"].note for cell in cells] == [
-        "± 0.02\npaper 5.98, +0.02",
-        "± 0.02\npaper 5.77, +0.00",
-        "± 0.02\npaper 6.48, +0.02",
-        "± 0.02\npaper 5.68, -0.08",
-    ]
-    assert cells[0]["FID ↓"].text == "6.00"
-    assert cells[0]["GFLOPs ↓"].note == "paper 29.56, -0.072"
+    assert [cell["GFLOPs ↓"].note for cell in cells[:2]] == ["paper 29.56", "paper 25.84"]
+    assert [cell["GFLOPs ↓"].text for cell in cells[:2]] == ["29.488", "25.774"]
     assert cells[1]["Parameters, M ↓"].text == "47.84"
-    score, speed = table.notes
-    assert score.startswith(
-        "CLIP Score (paper's scale): score caption 'same', the paper's 'first'; "
-    )
-    assert speed == "Training it/s: cpu at batch 32 is not an RTX 4090 at batch 256."
+    assert unlike_the_paper(sheet) == [
+        "training: devices ['cpu'], the paper's ['NVIDIA GeForce RTX 4090']; batch [32], the "
+        "paper's [256]"
+    ]
     assert sheet.reference is not None
     fewer = dataclasses.replace(sheet.reference.protocol, num_samples=10_000)
     reference = dataclasses.replace(sheet.reference, protocol=fewer)
-    notes = table_1(dataclasses.replace(sheet, reference=reference)).notes
-    assert notes[0] == "FID: num samples 10000, the paper's 30000."
+    others = unlike_the_paper(dataclasses.replace(sheet, reference=reference))
+    assert others[0] == "evaluation: num samples 10000, the paper's 30000"
+
+
+def test_another_backbone_than_the_papers_is_named_once(sheet: Sheet) -> None:
+    (found,) = [one for one in unlike_the_paper(sheet) if "width" in one]
+    assert found.startswith("Concat, early: ")
+    assert "width 96, the paper's 512" in found
 
 
 def test_table_2_has_both_scales_of_clip_score(sheet: Sheet) -> None:
@@ -241,7 +252,7 @@ def test_table_2_has_both_scales_of_clip_score(sheet: Sheet) -> None:
     foundation = found["SDXL, as the paper cites it"]
     assert foundation["clip_score_raw"] == foundation["clip_score_printed"] == "0.305"
     assert found["ours, best"]["clip_score_raw"] == "0.610"
-    assert found["ours, best"]["gflops"] == table_1(sheet).records[3]["gflops"]
+    assert found["ours, best"]["gflops"] == costs(sheet)[GFLOPS][VARIANTS[3]]
 
 
 def test_a_run_evaluated_in_another_way_is_left_out_and_the_page_says_why(tmp_path: Path) -> None:
@@ -253,8 +264,9 @@ def test_a_run_evaluated_in_another_way_is_left_out_and_the_page_says_why(tmp_pa
         runs.append(str(run))
     sheet = sheet_of(runs)
     assert sheet.excluded == [
-        "concat_early/seed2 is not compared: num steps 50 against 25",
-        "concat_early/seed3 is not compared: step 600 against 1,200",
+        "concat_early/seed2 is left out at step 1,200: num steps 50 against 25",
+        "concat_early/seed2 has no comparable scenes/w2 at step 1,200",
+        "concat_early/seed3 has no comparable scenes/w2 at step 1,200",
     ]
     line = table_1(sheet).lines[0]
     assert (line.cells[0].text, line.cells[0].note) == ("4", "2 compared")
@@ -269,7 +281,7 @@ def test_runs_that_failed_are_named_and_the_others_are_shown(tmp_path: Path) -> 
     write_training(unmeasured, backbone_of(VARIANTS[0]))
     page = render([str(failed), *runs, str(unmeasured)], tmp_path / "sheet")
     assert ">failed is left out: it has no weights" in page
-    assert "unmeasured is not compared: it was not evaluated" in page
+    assert "unmeasured has no comparable scenes/w2 at step 1,200" in page
     with pytest.raises(UserError, match="failed is left out: it has no weights; give runs"):
         render([str(failed)], tmp_path / "none")
 
@@ -289,7 +301,7 @@ def test_steps_evaluated_in_another_way_are_left_out_of_the_curves(tmp_path: Pat
     runs = write_runs(tmp_path, variants=[0], num_seeds=1)
     write_evaluation(Path(runs[0]), row_of(0.3, step=900, num_samples=64))
     sheet = sheet_of(runs)
-    assert list(sheet.over_steps(VARIANTS[0], FRECHET)) == [600, 1200]
+    assert list(sheet.means(VARIANTS[0], FRECHET)) == [(600, 2.0), (1200, 2.0), (1200, 4.0)]
     (reason,) = sheet.excluded
     assert reason == "seed0 is left out at step 900: num samples 64 against 500"
 
@@ -320,34 +332,32 @@ def test_figure_7_shows_each_half_between_none_and_both(sheet: Sheet, runs: list
 
 
 def test_claims_are_judged_by_the_noise_over_seeds(sheet: Sheet) -> None:
-    found = make_claims(sheet, {}, None)
-    concat, *_, efficiency = found
-    assert [claim.comparisons[0].sentence[:21] for claim in found[:-1]] == [
+    concat, *others = judge_claims(sheet, {}, None)
+    assert [claim.comparisons[0].sentence[:21] for claim in (concat, *others)] == [
         "0.1610 against 0.2010",
         "0.0810 against 0.1210",
         "0.0810 against 0.2010",
         "0.0410 against 0.1210",
-        "0.9590 against 0.8790",
-        "0.9990 against 0.8790",
+        "0.0010 against 0.1210",
     ]
     outcomes = [comparison.outcome for comparison in concat.comparisons]
     assert outcomes == ["better", "better", "better", "same"]
-    assert concat.summary == "Agree: 3. Opposite: 0. Within the noise: 1."
+    assert concat.summary == (
+        "Clearly better in Fréchet distance on CLIP features, CLIP Score (paper's scale), "
+        "Retrieval among 16 captions. No difference beyond the noise in Count right."
+    )
     assert "better by 0.0400, the noise is 0.0061" in concat.comparisons[0].sentence
-    # The paper's Figure 7 says that image blocks alone lower the CLIP Score; here they raise it.
-    (lowers,) = [claim for claim in found if claim.expected == "worse"]
-    assert lowers.summary == "Agree: 0. Opposite: 1. Within the noise: 0."
-    assert efficiency.comparisons == []
-    assert len(efficiency.facts) == 2 * 3
-    assert efficiency.facts[0].startswith("Concat, intermediate: GFLOPs -")
-    assert efficiency.facts[1] == "Concat, intermediate: Training it/s +0.0% (paper +27.6%)."
-    assert "(paper -12.6%)" in efficiency.facts[0]
+    params, speed, gflops = concat.facts
+    assert params.endswith("(paper +6.7%).")
+    assert speed == "Training it/s: +0.0% (paper +27.6%)."
+    assert gflops.startswith("GFLOPs: -")
+    assert gflops.endswith("(paper -12.6%).")
+    assert "paper" not in " ".join(others[-1].facts), "the paper has no costs of one half"
 
 
-def test_claims_say_that_one_run_has_no_noise_over_seeds(runs: list[str]) -> None:
-    found = make_claims(sheet_of(runs[:3]), {}, None)
-    assert len(found) == 2, "the runs have no other variants"
-    assert all("leaves out that of other seeds" in c.sentence for c in found[0].comparisons)
+def test_claims_about_variants_without_runs_are_left_out(runs: list[str]) -> None:
+    (claim,) = judge_claims(sheet_of(runs[:3]), {}, None)
+    assert claim.comparisons[0].sentence.startswith("0.1600 against 0.2010")
 
 
 def test_counts_are_means_over_seeds_of_rows_with_one_protocol(tmp_path: Path) -> None:
@@ -356,10 +366,11 @@ def test_counts_are_means_over_seeds_of_rows_with_one_protocol(tmp_path: Path) -
         write_sealed(f"{run}/{COUNTS}", made_row(errors))
     sheet = sheet_of(runs)
     rows, _ = read_counts(sheet.runs)
-    counts = sheet.group(rows)
-    *_, claim = make_claims(sheet, counts, None)
-    assert [one.sentence[:14] for one in claim.comparisons] == ["0.500 against ", "50.0 % against"]
-    assert "lower for 20 of 20 pairs and equal for 0" in claim.facts[0]
+    counts = {v: [rows[run.name] for run in found] for v, found in sheet.variants.items()}
+    claim, *_ = judge_claims(sheet, counts, None)
+    found = [one.sentence.split(":")[0] for one in claim.comparisons[-2:]]
+    assert found == ["0.500 against 1.500", "50.0 % against 0.0 %"]
+    assert "lower for 20 of 20 pairs of object and count and equal for 0" in claim.facts[-1]
 
     other = dataclasses.replace(made_row((0, 0)).protocol, num_images=7)
     row = dataclasses.replace(made_row((0, 0)), protocol=other)
@@ -373,18 +384,19 @@ def test_the_win_rates_of_a_rating_study_are_shown(sheet: Sheet) -> None:
     share = dataclasses.replace(estimate(0.3, 0.05), num_samples=40)
     rate = WinRate(first="concat_early", second="concat_intermediate", share=share)
     found = dataclasses.replace(PREFERENCE, win_rates=[rate])
-    *_, claim = make_claims(sheet, {}, found)
-    assert claim.facts == [
+    claim, *others = judge_claims(sheet, {}, found)
+    assert claim.facts[-1] == (
         "concat_early is ranked above concat_intermediate in 30% of 40 rankings; the 95 % interval "
         "is 20% to 40%."
-    ]
+    )
+    assert "rankings" not in " ".join(fact for other in others for fact in other.facts)
 
 
 def test_a_model_of_a_rating_study_has_the_colour_of_its_variant() -> None:
     score = {"mine": estimate(1.0), "concat_intermediate": estimate(2.0)}
     (panel,) = figure_6(dataclasses.replace(PREFERENCE, score=score)).panels
     assert [point.colour for point in panel.points] == [0, 9]
-    assert panel.places == ("mine", "concat\nintermediate")
+    assert panel.places == ("mine", "Concat,\nintermediate")
 
 
 def test_a_run_of_another_map_is_named_and_left_out(runs: list[str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ifvit.sampling.config import SamplingConfig
 from ifvit.storage import write_sealed
 from ifvit.studies.comparisons import compare_runs
 from ifvit.studies.config import ReportConfig
-from ifvit.studies.report import method_table, metric_lines, report, smooth
+from ifvit.studies.report import curve_panels, method_tables, metric_lines, report
 
 
 @pytest.fixture
@@ -61,14 +61,14 @@ def test_a_run_that_does_not_exist_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_runs_are_compared_metric_by_metric(runs: list[str]) -> None:
-    comparison = compare_runs(*read_runs(runs))
-    assert comparison is not None
-    outcomes = {found.metric: found.outcome for found in comparison.comparisons}
+    found = compare_runs(*read_runs(runs))
+    assert found is not None
+    assert found.title == "intermediate against early"
+    outcomes = {comparison.metric: comparison.outcome for comparison in found.comparisons}
     assert outcomes["Retrieval among 16 captions"] == "better"
     assert outcomes["Count right"] == "same"
-    assert comparison.summary.startswith(
-        "intermediate against early: clearly better in Retrieval among 16 captions; "
-        "no difference beyond the noise in "
+    assert found.summary.startswith(
+        "Clearly better in Retrieval among 16 captions. No difference beyond the noise in "
     )
 
 
@@ -85,7 +85,8 @@ def test_runs_evaluated_in_different_ways_are_marked_and_not_compared(tmp_path: 
     assert "first run: guidance scale 4.0 against 2.0." in page
     assert "b against a" not in page
     assert "c against a" in page
-    cells = metric_lines(read_runs(urls))[0].cells
+    rows = {run.name: run.last for run in read_runs(urls)}
+    cells = metric_lines(rows, {"b"})[0].cells
     assert ["not compared" in cell.note for cell in cells] == [False, True, False]
     assert [cell.is_best for cell in cells] == [False, False, True]
 
@@ -100,14 +101,13 @@ def test_alignment_methods_of_one_run_are_shown_side_by_side(tmp_path: Path) -> 
     run = write_run(tmp_path / "run", with_method(build_row(0.4), "plain", 0.5))
     write_evaluation(Path(run), with_method(build_row(0.6), "date", 0.75))
     write_evaluation(Path(run), with_method(build_row(0.4, step=600), "regulate", 0.5))
-    table = method_table(read_runs([run]))
-    heads, lines = table.heads[1:], table.lines
-    assert [line.title for line in lines] == ["run, plain, step 1,200", "run, date, step 1,200"]
-    plain, date = (dict(zip(heads, line.cells, strict=True)) for line in lines)
-    assert [cells["Seconds per image"].note for cells in (plain, date)] == ["", "+50%"]
-    retrieval = "Retrieval among 16 captions ↑"
-    assert [cells[retrieval].text for cells in (plain, date)] == ["40.0 %", "60.0 %"]
-    assert [cells[retrieval].is_best for cells in (plain, date)] == [False, True]
+    (table,) = method_tables(read_runs([run]))
+    assert table.heads == ["run, step 1,200", "plain", "date"]
+    cells = {line.title: line.cells for line in table.lines}
+    assert [cell.text for cell in cells["Seconds per image"]] == ["0.500", "0.750"]
+    retrieval = cells["Retrieval among 16 captions ↑"]
+    assert [cell.text for cell in retrieval] == ["40.0 %", "60.0 %"]
+    assert [cell.is_best for cell in retrieval] == [False, True]
     assert "Alignment methods" in render([run], tmp_path / "report.html")
 
 
@@ -115,7 +115,7 @@ def test_object_counts_of_runs_are_shown_side_by_side(runs: list[str], tmp_path:
     for run in runs:
         write_sealed(f"{run}/evaluation/object_count/w2/step_00001200.json", made_row((0, 1)))
     page = render(runs, tmp_path / "report.html")
-    assert "match ratio, all counts" in page
+    assert "Match ratio, all counts" in page
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -125,5 +125,22 @@ def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -
     assert [run.name for run in runs] == ["one/run", "two/run"]
 
 
-def test_smoothing_keeps_a_constant_and_its_ends() -> None:
-    np.testing.assert_allclose(smooth(np.full(9, 3.0), 4), 3.0)
+def test_training_curves_are_means_of_neighbouring_lines(runs: list[str]) -> None:
+    early, other = read_runs(runs)
+    panel = curve_panels([early, other], {early.name: 0, other.name: 1})[0]
+    points = [point for point in panel.points if point.name == early.name]
+    losses = [row.loss for row in early.curve if row.loss is not None]
+    assert len(points) == 100 < len(losses)
+    assert all(point.low <= point.y <= point.high for point in points)
+    assert points[0].y == pytest.approx(np.mean(losses[:2]))
+    assert points[-1].y == pytest.approx(losses[-1])
+    assert early.last_loss == pytest.approx(np.mean(losses[-12:]))
+
+
+def test_the_fusion_map_is_drawn_with_a_square_per_block(runs: list[str], tmp_path: Path) -> None:
+    page = render(runs, tmp_path / "report.html")
+    assert 'aria-label="fusion map image 5*cross_attention image"' in page
+    assert page.count(': cross_attention"></i>') == 7 + 5
+    assert page.count(': image"></i>') == 2
+    assert page.count('title="text branch"></i>') == 2
+    assert "cross_attention_intermediate" in page
