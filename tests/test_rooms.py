@@ -39,7 +39,6 @@ ROOMS = {
         "ifvit/models/fusion_drawing.py",
         "ifvit/studies/page.py",
         "ifvit/studies/paper_figures.py",
-        "ifvit/studies/report.py",
     ],
     "sqlite3": ["ifvit/rating/answers.py"],
     "starlette": ["ifvit/rating/server.py"],

@@ -189,7 +189,7 @@ def _compare_counts(
         found = [mean_score(rows, metric, name, asked) for rows in (first, second)]
         return [mean for mean in found if mean]
 
-    pairs = [means(ERROR, s.object, s.asked) for s in first[0].scores if s.object and s.asked]
+    pairs = [means(ERROR, name, asked) for name, asked in first[0].group_sizes]
     gains = [before.value - after.value for before, after in pairs]
     clear = sum(gain > noise_between(*pair) for gain, pair in zip(gains, pairs, strict=True))
     fact = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ifvit.errors import UserError
-from ifvit.evaluation.estimates import Estimate
+from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.rows import MetricsRow, differences, main_series
 from ifvit.evaluation.runs import Run
 from ifvit.models.config import SETTINGS, FusionTransformerConfig, setting_of
