@@ -6,7 +6,7 @@ Shapes: B images, M text tokens, D context width, C latent channels, S latent si
 import inspect
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ifvit import connections, storage
@@ -33,8 +34,8 @@ from ifvit.models.pretrained import (
     reading,
     weight_files,
 )
-from ifvit.models.weights import check_shapes, read_backbone_config
-from ifvit.records import Rule, parse_json, parse_value, path_inside, record, shorten
+from ifvit.models.weights import check_shapes, read_backbone_config, restore_backbone
+from ifvit.records import Rule, parse_json, parse_value, path_inside, record
 from ifvit.sampling.load import number_classes
 
 Generators = torch.Generator | list[torch.Generator]
@@ -49,36 +50,33 @@ from ifvit.sampling.pipeline import FusionPipeline
 """
 _CLASS_NAME = ["pipeline", "FusionPipeline"]
 Named = tuple[str | None, str | None]
-"""Package and name of a component's class."""
-_CLASSES: dict[str, set[Named]] = {
-    "backbone": {
-        ("ifvit.models.fusion_transformer", "FusionTransformer"),
-        ("ifvit.models.unet", "UNet"),
-    },
-    "vae": {("diffusers", "AutoencoderKL")},
-    "text_encoder": {("transformers", "CLIPTextModel")},
-    "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
-    "scheduler": {("diffusers", name) for name in dir(diffusers) if name.endswith("Scheduler")},
-}
-"""Component => classes that a file may choose: naming another one would import its code."""
+"""Package and name of a component's class; (None, None) for a component that is missing."""
+_SCHEDULERS = {("diffusers", name) for name in dir(diffusers) if name.endswith("Scheduler")}
+Scheduler = Annotated[Named, Rule("a scheduler of diffusers", lambda named: named in _SCHEDULERS)]
 
 
 @record
 class PipelineIndex:
-    """Content of model_index.json without the keys of diffusers."""
+    """Content of model_index.json without the keys of diffusers; a component is a folder.
+
+    Only the scheduler's class is chosen by its name: a file names no other code.
+    """
 
     backbone: Named
     vae: Named
     text_encoder: Named = (None, None)
     tokenizer: Named = (None, None)
-    scheduler: Named
+    scheduler: Annotated[
+        Named, Rule("a scheduler of diffusers", lambda named: named in _SCHEDULERS)
+    ]
     classes: tuple[str, ...] = ()
     null_context: NullContext = "empty_caption"
 
     @property
-    def components(self) -> dict[str, Named]:
-        """The class of every component; a component is a folder of that name."""
-        return {name: getattr(self, name) for name in _CLASSES}
+    def components(self) -> list[str]:
+        """Names of the components that the pipeline has."""
+        names = ("backbone", "vae", "text_encoder", "tokenizer", "scheduler")
+        return [name for name in names if getattr(self, name) != (None, None)]
 
 
 @record
@@ -139,36 +137,37 @@ class FusionPipeline(DiffusionPipeline):
         self._interrupt = False
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """Load from a folder, an `s3://` prefix or a hub name; `options` as in diffusers.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Any:
+        """Load from a folder, an `s3://` prefix or a hub name.
 
-        Pass components of your own classes as arguments: a file cannot name code to import.
+        `options` are components of your own, in place of those of the folder, and diffusers'
+        options of the hub (revision, token, cache_dir and so on).
         Raises UserError for a hub name that cannot be fetched, and for a folder that is not a
         complete pipeline of ifvit.
         """
         url = str(pretrained_model_name_or_path)
-        if connections.is_remote(url):
-            with tempfile.TemporaryDirectory(prefix="ifvit-") as folder:
-                _download(url, Path(folder))
-                return cls._load(Path(folder), options)
-        if not Path(url).is_dir():
-            # diffusers' own download rejects components whose class is in an installed package.
-            of_hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
-            url = str(download_pretrained(url, **of_hub))
-        return cls._load(Path(url), options)
-
-    @classmethod
-    def _load(cls, folder: Path, options: dict[str, Any]) -> Any:
-        components = _load_components(folder, options)
-        safe = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
-        with reading(f"{folder}: not a pipeline that diffusers loads"):
-            return super().from_pretrained(folder, **options | components | safe)
-
-    @classmethod
-    def load_config(cls, *args: Any, **options: Any) -> Any:
-        """Read the index as the index of this class; the code that it names is not loaded."""
-        config: Any = super().load_config(*args, **options)
-        return {**config, "_class_name": cls.__name__}
+        of_hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
+        with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
+            folder = Path(url)
+            if connections.is_remote(url):
+                folder = Path(temporary)
+                _download(url, folder)
+            elif not folder.is_dir():
+                folder = Path(download_pretrained(url, **of_hub))
+            index = _read_index(folder)
+            components = dict.fromkeys(("text_encoder", "tokenizer")) | {
+                name: _load_component(name, index, path_inside(folder, name), torch_dtype)
+                for name in index.components
+                if name not in options
+            }
+        stored: dict[str, Any] = {"classes": index.classes, "null_context": index.null_context}
+        return cls(**components | stored | options)
 
     def to_json_file(self, json_file_path: Any) -> None:
         """Write the index, and beside it the module in which DiffusionPipeline finds this class."""
@@ -337,8 +336,8 @@ def _repeat_each(conditions: Tensor, negative: Tensor, count: int) -> tuple[Tens
 def _download(url: str, folder: Path) -> None:
     """Download the pipeline's index and the files of its components."""
     storage.download(storage.join(url, _INDEX), folder / _INDEX)
-    for component, (library, _) in _read_index(folder).components.items():
-        for name in storage.list_names(storage.join(url, component)) if library else ():
+    for component in _read_index(folder).components:
+        for name in storage.list_names(storage.join(url, component)):
             path = path_inside(folder, f"{component}/{name}")
             storage.download(storage.join(url, component, name), path)
 
@@ -353,35 +352,21 @@ def _read_index(folder: Path) -> PipelineIndex:
     return parse_value(PipelineIndex, own, str(path))
 
 
-def _load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the autoencoder, text encoder and tokenizer, and check the other components.
+def _load_component(name: str, index: PipelineIndex, folder: Path, dtype: torch.dtype) -> Any:
+    """Load one component from its folder.
 
-    Components that the caller passes in `options` are not read. Raises UserError for files that
-    are incomplete, or larger than they claim, and for other classes than those of `export`.
+    Raises UserError for files that are incomplete, or larger than they claim.
     """
-    index = _read_index(folder)
-    dtypes = options.get("torch_dtype") or options.get("dtype") or torch.float32
-    if not isinstance(dtypes, Mapping):
-        dtypes = {"default": dtypes}
-    loaded: dict[str, Any] = {}
-    for name, named in index.components.items():
-        if name in options or named == (None, None):
-            continue
-        if named not in _CLASSES[name]:
-            raise UserError(
-                f"{folder / _INDEX}: {name} is a {shorten('.'.join(map(str, named)))}, a class "
-                f"that a file cannot choose; pass {name}=... to from_pretrained"
-            )
-        inside = path_inside(folder, name)
-        dtype = dtypes.get(name, dtypes.get("default", torch.float32))
-        if name == "backbone":
-            config = read_backbone_config(str(inside))
-            check_shapes(config, *weight_files(str(inside), inside))
-        elif name == "scheduler":
-            read_model_config(SchedulerConfig, inside, name="scheduler_config.json")
-        elif name == "tokenizer":
-            loaded[name] = load_tokenizer(inside)
-        else:
-            load = load_vae if name == "vae" else load_text_tower
-            loaded[name] = load(inside, dtype)
-    return loaded
+    if name == "backbone":
+        config, paths = read_backbone_config(str(folder)), weight_files(str(folder), folder)
+        check_shapes(config, *paths)
+        with reading(f"{folder}: weights that safetensors cannot load"):
+            tensors = {key: one for path in paths for key, one in load_file(path).items()}
+        return restore_backbone(config, tensors, copy=False).to(dtype)  # type: ignore[arg-type]
+    if name == "scheduler":
+        read_model_config(SchedulerConfig, folder, name="scheduler_config.json")
+        with reading(f"{folder}: not a scheduler that diffusers loads"):
+            return getattr(diffusers, str(index.scheduler[1])).from_pretrained(folder)
+    if name == "tokenizer":
+        return load_tokenizer(folder)
+    return load_vae(folder, dtype) if name == "vae" else load_text_tower(folder, dtype)
