@@ -1,22 +1,26 @@
 """`ifvit analyze attention`: weights and prompts => files, a figure and a table."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from made_backbone import SMALL_CLASSES, SMALL_UNET, small_shape
 from made_shards import make_samples, write_shards
 from PIL import Image
 
-from ifvit.analysis.attention_analysis import analyze_run
+from ifvit.analysis.attention_analysis import Prompts, analyze_run, record_layers
 from ifvit.analysis.attention_maps import read_attention
 from ifvit.analysis.config import AttentionConfig
 from ifvit.cli import main
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import BackboneConfig
-from ifvit.models.weights import WeightsInfo, build_backbone, save_weights
+from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
 from ifvit.sampling.config import SamplingConfig
 from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.reader import ShardReader
 
 MADE_UP = EncoderIdentity(name="made-up", sha256="1" * 64)
 
@@ -154,6 +158,38 @@ def test_prompts_come_from_a_text_file_too(
     with pytest.raises(SystemExit):
         main(["analyze", "attention", run, *flags, "--num_prompts", "4"])
     assert "prompts.txt: 3 prompts, but 4 are needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["shards", "prompts"])
+def test_images_are_guided_by_the_null_context_of_the_weights(
+    source: str, shards: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts").write_text("one red circle\ntwo blue squares\n")
+    sampling = SamplingConfig(num_steps=2, guidance_scale=5.0)
+    config = AttentionConfig(
+        runs=["run"],
+        num_prompts=2,
+        sampling=sampling,
+        device="cpu",
+        **{source: f"{tmp_path}/{source}"},
+    )
+    if source == "shards":
+        identity, shape, reader = MADE_UP, (5, 12), ShardReader(shards)
+        contexts = torch.tensor(np.stack([reader.context(n, 0) for n in range(2)]))
+    else:
+        encoder = load_text_encoder("scenes/clip")
+        identity, shape = encoder.identity, encoder.context_shape
+        contexts = encoder.encode(["one red circle", "two blue squares"])
+    run = save_run(tmp_path / "run", EARLY, identity, shape)
+    own = analyze_run(config, run, f"{run}/analysis").layers
+    backbone, info = load_weights(run)
+    zeros = replace(info, null_context="zeros")
+    save_weights(str(tmp_path / "zeros"), backbone, zeros)
+    found = analyze_run(config, str(tmp_path / "zeros"), f"{tmp_path}/analysis").layers
+    prompts = Prompts(texts=["one", "two"], contexts=contexts, null_context=torch.zeros(*shape))
+    expected = record_layers(backbone, prompts, config)
+    assert found == tuple(layer.numbers for layer in expected)
+    assert all(one.image_share != other.image_share for one, other in zip(found, own, strict=True))
 
 
 @pytest.mark.parametrize(
