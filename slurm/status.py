@@ -114,6 +114,10 @@ def _read_status(
         known, is_ours = {"State": "UNKNOWN", "NodeList": ""}, submission.owns_folder
     elif not (is_ours := known["JobName"].endswith(mark_of(submission.token))):
         known = {"State": "FOREIGN", "NodeList": ""}
+    try:
+        progress = describe_progress(job.verb, job.run) if is_ours else ""
+    except UserError as error:
+        progress = shorten(error)
     return JobStatus(
         job_id=job.job_id,
         verb=job.verb,
@@ -121,7 +125,7 @@ def _read_status(
         nodes=known["NodeList"],
         requeues=_count_requeues(submission, job),
         run=job.run,
-        progress=_try_progress(job) if is_ours else "",
+        progress=progress,
     )
 
 
@@ -132,13 +136,6 @@ def _count_requeues(submission: SubmissionRecord, job: JobRecord) -> int:
         return 0
     with path.open(errors="replace") as log:  # which may be larger than the memory
         return max(0, sum(TASK_START in line for line in log) - 1)
-
-
-def _try_progress(job: JobRecord) -> str:
-    try:
-        return describe_progress(job.verb, job.run)
-    except UserError as error:
-        return shorten(error)
 
 
 def ask_slurm(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
