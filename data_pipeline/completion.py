@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.config import SizeLimits
+from data_pipeline.sources.base import REQUESTS_AT_ONCE
 from ifvit import connections, storage
 from ifvit.arrays import Array
 from ifvit.connections import StoreError
@@ -27,8 +28,6 @@ from ifvit.errors import UserError
 from ifvit.image_rules import ImageRules
 from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Sha256, record
 from ifvit.shards.format import COMPLETED, ShardEntry, ShardError
-
-REQUESTS_AT_ONCE = 16
 
 
 @record

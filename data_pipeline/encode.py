@@ -21,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline.completion import (
-    REQUESTS_AT_ONCE,
     CompletionMarker,
     Job,
     LatentSums,
@@ -45,7 +44,7 @@ from data_pipeline.encoders import (
 )
 from data_pipeline.shard_io import open_shard, read_samples, to_stored, write_shards
 from data_pipeline.sources import open_source
-from data_pipeline.sources.base import Source, Unit
+from data_pipeline.sources.base import REQUESTS_AT_ONCE, Source, Unit
 from data_pipeline.units import FileStates, identify, open_unit, read_or_fail
 from ifvit import storage
 from ifvit.arrays import npy_bytes

@@ -19,6 +19,7 @@ from data_pipeline.shard_io import open_shard, read_samples
 from data_pipeline.sources.base import shard_name
 from ifvit import storage
 from ifvit.arrays import Array
+from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.autoencoders import load_autoencoder
@@ -151,7 +152,9 @@ def verify(config: ShardsConfig) -> None:
         null_context = read_null_context(config.url, manifest)
         if null_context is not None and not np.isfinite(null_context).all():
             problems.append(f"{config.url}/{NULL_CONTEXT}: values are not finite; encode again")
-    except ShardError as error:
+    except StoreError:
+        raise
+    except UserError as error:
         problems.append(str(error))
     check = partial(_verify_shard, config.url, manifest)
     with ThreadPoolExecutor(config.num_workers) as pool:

@@ -21,6 +21,7 @@ from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
 from ifvit.records import leads_out, shorten
 
+REQUESTS_AT_ONCE = 16
 MAX_CAPTION = 10_000
 """Longest caption in characters; the rest is cut before tokenising, and is not stored."""
 

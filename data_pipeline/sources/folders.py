@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import (
+    REQUESTS_AT_ONCE,
     ListedSource,
     check_link,
     describe,
@@ -22,7 +23,6 @@ from ifvit.records import decode_lines, shorten
 
 SUFFIX = "txt"
 MAX_TEXT_BYTES = 1 << 20
-REQUESTS_AT_ONCE = 16
 NO_TEXT = "no text file of the same name beside it"
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import (
+    REQUESTS_AT_ONCE,
     CaptionedImage,
     Source,
     Unit,
@@ -33,7 +34,6 @@ from ifvit.records import shorten
 IMAGE = "image"
 _BUFFER_BYTES = 4 << 20
 """Bytes that one read of a column asks for; a larger page is read as a whole."""
-REQUESTS_AT_ONCE = 16
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
 
 

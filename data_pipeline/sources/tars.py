@@ -15,6 +15,7 @@ from typing import Any
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import (
     MAX_CAPTION,
+    REQUESTS_AT_ONCE,
     CaptionedImage,
     Source,
     Unit,
@@ -38,7 +39,6 @@ from ifvit.records import (
 Members = dict[str, tarfile.TarInfo]
 """Members of one key, by suffix in small letters."""
 
-REQUESTS_AT_ONCE = 16
 MAX_JSON_BYTES = 1 << 24
 MAX_HEADER_BYTES = 1 << 20
 MAX_TEXT_BYTES = 4 * MAX_CAPTION + 8  # a character has at most 4 bytes
