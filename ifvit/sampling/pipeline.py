@@ -161,13 +161,13 @@ class FusionPipeline(DiffusionPipeline):
             elif not folder.is_dir():
                 folder = Path(download_pretrained(url, **of_hub))
             index = _read_index(folder)
-            components = dict.fromkeys(("text_encoder", "tokenizer")) | {
-                name: _load_component(name, index, path_inside(folder, name), torch_dtype)
-                for name in index.components
-                if name not in options
-            }
-        stored: dict[str, Any] = {"classes": index.classes, "null_context": index.null_context}
-        return cls(**components | stored | options)
+            given: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
+            for name in index.components:
+                if name not in options:
+                    inside = path_inside(folder, name)
+                    given[name] = _load_component(name, index, inside, torch_dtype)
+        given |= {"classes": index.classes, "null_context": index.null_context}
+        return cls(**given | options)
 
     def to_json_file(self, json_file_path: Any) -> None:
         """Write the index, and beside it the module in which DiffusionPipeline finds this class."""
