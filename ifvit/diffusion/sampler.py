@@ -23,10 +23,7 @@ from diffusers import (
 from torch import Tensor
 
 from ifvit.diffusion.config import SolverConfig, SolverName
-from ifvit.diffusion.guidance import (
-    AlignmentMethod,
-    GuidedNoisePredictor,
-)
+from ifvit.diffusion.guidance import AlignmentMethod, GuidedNoisePredictor
 from ifvit.diffusion.schedules import BETA_END, BETA_START, NUM_TIMESTEPS
 from ifvit.errors import UserError
 from ifvit.images import Pixels, to_pixels
