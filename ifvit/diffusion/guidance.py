@@ -7,7 +7,7 @@ Shapes: B batch, M text tokens, D context width, C latent channels, S latent siz
 what the backbone's `encode_condition` takes: contexts (B, M, D) of captions or class numbers (B,).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -69,24 +69,25 @@ class GuidedNoisePredictor:
         condition: Tensor,
         null_condition: EncodedCondition,
         guidance: Guidance,
-        method: AlignmentMethod | None = None,
+        methods: Sequence[AlignmentMethod] = (),
     ) -> None:
-        """Take conditions (B, ...) and an encoded null condition, "no prompt", of 1 or B rows."""
+        """Take conditions (B, ...) and an encoded null condition, "no prompt", of 1 or B rows.
+
+        Methods do not see each other's changes: DATE looks ahead without biases.
+        """
         self._backbone = backbone
         self._null = null_condition.expand(len(condition))
         self._guidance = guidance
-        self._method = method
+        self._methods = methods
         self._schedule = NoiseSchedule(backbone.device)
         self._num_evaluations = 0
         self.set_condition(condition)
 
     def __call__(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents (B, C, S, S) at timesteps (B,), all equal => guided noise."""
-        change = self._ask_method(x_t, timesteps)
-        if change.context is not None:
-            self.set_condition(change.context)
+        biases = self._ask_methods(x_t, timesteps)
         is_guided = self._guidance.applies_at(timesteps[0])
-        condition, biases = self._encoded, change.biases
+        condition = self._encoded
         if is_guided:
             # Both halves share x_t, so the backbone runs the blocks before the first text on B rows
             # and repeats the rows there (models/layers.py).
@@ -106,9 +107,8 @@ class GuidedNoisePredictor:
         self._encoded = self._backbone.encode_condition(condition)
         self._both_conditions = self._encoded.append(self._null)
 
-    def _ask_method(self, x_t: Tensor, timesteps: Tensor) -> Change:
-        if self._method is None:
-            return Change()
+    def _ask_methods(self, x_t: Tensor, timesteps: Tensor) -> dict[int, Bias]:
+        """Let the methods change the condition; return the biases of this evaluation."""
         evaluation = FunctionEvaluation(
             index=self._num_evaluations,
             x_t=x_t,
@@ -117,7 +117,12 @@ class GuidedNoisePredictor:
             predict_clean=partial(self._predict_clean, x_t, timesteps),
         )
         self._num_evaluations += 1
-        return self._method.before(evaluation)
+        biases: dict[int, Bias] = {}
+        for change in [method.before(evaluation) for method in self._methods]:
+            if change.context is not None:
+                self.set_condition(change.context)
+            biases |= change.biases
+        return biases
 
     def _predict_clean(self, x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         encoded = self._backbone.encode_condition(context)

@@ -99,8 +99,8 @@ class Sampler:
     """The condition of no prompt, without batch dimension: (M, D) or ()."""
 
 
-BuildMethod = Callable[[Sequence[str]], AlignmentMethod]
-"""B prompts => an alignment method that has not seen any function evaluation yet."""
+BuildMethods = Callable[[Sequence[str]], Sequence[AlignmentMethod]]
+"""B prompts => alignment methods that have not seen any function evaluation yet."""
 
 
 @torch.no_grad()
@@ -108,12 +108,12 @@ def generate_images(
     sampler: Sampler,
     batches: Iterable[ConditionBatch],
     config: SolverConfig,
-    build_method: BuildMethod | None = None,
+    build_methods: BuildMethods | None = None,
 ) -> Iterator[Pixels]:
     """Generate the images of each batch, uint8 (B, H, W, 3).
 
-    The null condition is encoded once, every other condition once for all steps. `build_method`
-    makes one alignment method per batch. Raises UserError if an image is not finite.
+    The null condition is encoded once, every other condition once for all steps. `build_methods`
+    makes the alignment methods of a batch. Raises UserError if an image is not finite.
     """
     backbone = sampler.backbone
     null = backbone.encode_condition(sampler.null_condition[None].to(backbone.device))
@@ -122,8 +122,8 @@ def generate_images(
     with ThreadPoolExecutor(1) as thread:
         pending: Future[Pixels] | None = None
         for batch in batches:
-            method = build_method(batch.prompts) if build_method else None
-            latents = sample_latents(backbone, batch, null, config, method)
+            methods = build_methods(batch.prompts) if build_methods else ()
+            latents = sample_latents(backbone, batch, null, config, methods)
             if pending:
                 yield pending.result()
             pending = thread.submit(_decode, sampler, latents)
@@ -137,14 +137,14 @@ def sample_latents(
     batch: ConditionBatch,
     null_condition: EncodedCondition,
     config: SolverConfig,
-    method: AlignmentMethod | None = None,
+    methods: Sequence[AlignmentMethod] = (),
 ) -> Tensor:
     """Sample the scaled latents (B, C, S, S) of a batch; `null_condition` has one row."""
     size = backbone.config.latent_size
     shape = (backbone.config.latent_channels, size, size)
     noise = normal(config.seed, 0, batch.positions, Stream.SAMPLING, shape).to(backbone.device)
     condition = batch.condition.to(backbone.device)
-    predictor = GuidedNoisePredictor(backbone, condition, null_condition, config.guidance, method)
+    predictor = GuidedNoisePredictor(backbone, condition, null_condition, config.guidance, methods)
     return solve(predictor, noise, config.solver, config.num_steps)
 
 

@@ -21,7 +21,7 @@ from ifvit.images import Pixels, encode_png, make_grid
 from ifvit.models.weights import WeightsInfo
 from ifvit.records import shorten
 from ifvit.rng import Stream, uniform_array
-from ifvit.sampling.alignment import build_method
+from ifvit.sampling.alignment import build_methods
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.load import (
     Model,
@@ -169,7 +169,7 @@ def generate_missing(
     if not missing:
         return None
     started = time.perf_counter()
-    method = build_method(config, sampler, info)
+    methods = build_methods(config, sampler, info)
     batches = (
         ConditionBatch(
             positions=torch.tensor([prompt.position for prompt in batch]),
@@ -179,7 +179,7 @@ def generate_missing(
         for batch in batched(missing, config.batch_size)
     )
     with open_writer(folder, [prompt.position for prompt in missing]) as write:
-        for images in generate_images(sampler, batches, config, method):
+        for images in generate_images(sampler, batches, config, methods):
             write(images)
     return (time.perf_counter() - started) / len(missing)
 

@@ -1,13 +1,12 @@
 """Training-free alignment methods: DATE, and how the settings choose and combine methods.
 
-`generate` and `evaluate` call `build_method`; `GuidedNoisePredictor` calls the resulting method
-before each function evaluation. `ifvit.sampling.regulation` holds attention regulation.
+`generate` and `evaluate` call `build_methods`; `GuidedNoisePredictor` calls the resulting
+methods before each function evaluation. `ifvit.sampling.regulation` holds attention regulation.
 
 Shapes: B batch, M text tokens, D context width, H, W image.
 """
 
 import math
-from collections import ChainMap
 from collections.abc import Callable, Container, Sequence
 from functools import lru_cache, partial
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
-from ifvit.diffusion.sampler import BuildMethod, Sampler
+from ifvit.diffusion.sampler import BuildMethods, Sampler
 from ifvit.errors import UserError
 from ifvit.models.clip import ClipScorer, load_clip, load_token_spans
 from ifvit.models.config import FusionTransformerConfig
@@ -36,18 +35,18 @@ _NUM_REGULATED = 5
 _EVALUATIONS_PER_STEP = {"dpm_solver_pp_fast": 3}
 
 
-def build_method(
+def build_methods(
     config: SamplingConfig, sampler: Sampler, info: WeightsInfo, objective: Objective | None = None
-) -> BuildMethod | None:
-    """Choose the alignment method of the settings, for `generate_images`; None for `plain`.
+) -> BuildMethods | None:
+    """Choose the alignment methods of the settings, for `generate_images`; None for `plain`.
 
     `objective` replaces the scores in DATE's settings. Raises UserError for settings that do not
-    fit the backbone or, when the method of a batch is built, its prompts.
+    fit the backbone or, when the methods of a batch are built, its prompts.
     """
     if config.method == "plain":
         return None
     require_text_encoder(info)
-    builders: list[BuildMethod] = []
+    builders: list[Callable[[Sequence[str]], AlignmentMethod]] = []
     if config.method in ("date", "both"):
         if objective is None:
             objective = _load_objective(config.date, info, str(sampler.backbone.device))
@@ -55,21 +54,7 @@ def build_method(
         builders.append(partial(Date, config.date, updates, objective, sampler.decode))
     if config.method in ("regulate", "both"):
         builders.append(_regulation_builder(config, sampler, info))
-    return lambda prompts: Together([build(prompts) for build in builders])
-
-
-class Together:
-    """Several methods at once. They do not see each other: DATE looks ahead without biases."""
-
-    def __init__(self, methods: Sequence[AlignmentMethod]) -> None:
-        self._methods = methods
-
-    def before(self, evaluation: FunctionEvaluation) -> Change:
-        """Combine the changed context, if a method changes it, and the biases of all methods."""
-        changes = [method.before(evaluation) for method in self._methods]
-        contexts = [change.context for change in changes if change.context is not None]
-        biases = ChainMap(*(dict(change.biases) for change in changes))
-        return Change(context=contexts[-1] if contexts else None, biases=biases)
+    return lambda prompts: [build(prompts) for build in builders]
 
 
 class Date:

@@ -14,7 +14,7 @@ from ifvit.images import encode_png, make_grid
 from ifvit.models.clip import MAX_CHARACTERS
 from ifvit.models.weights import WeightsInfo
 from ifvit.records import decode_lines
-from ifvit.sampling.alignment import build_method
+from ifvit.sampling.alignment import build_methods
 from ifvit.sampling.config import GenerateConfig
 from ifvit.sampling.load import (
     Conditions,
@@ -54,7 +54,7 @@ def generate(config: GenerateConfig) -> list[str]:
     prompts = _read_prompts(config, model.info)
     conditions = load_conditions(model.info, str(model.backbone.device))
     sampler = load_sampler(model, conditions.null)
-    method = build_method(config, sampler, model.info)
+    methods = build_methods(config, sampler, model.info)
     settings = config.settings | {
         "weights_sha256": model.sha256,
         "step": model.info.step,
@@ -68,23 +68,17 @@ def generate(config: GenerateConfig) -> list[str]:
     partition = unfinished_images(config.output, positions[world.rank :: world.size])
     batches = _encode_batches(prompts, conditions, partition, config.batch_size)
     with open_writer(config.output, partition) as write:
-        for images in generate_images(sampler, batches, config, method):
+        for images in generate_images(sampler, batches, config, methods):
             write(images)
 
     urls = [image_url(config.output, position) for position in positions]
     if num_missing := len(missing_images(config.output, positions)):
         sys.stdout.write(f"{num_missing} of {len(urls)} images are left to the other processes\n")
         return urls
+    texts = prompts * config.num_images
     write_samples(
         config.output,
-        (
-            SampleRow(
-                file=image_name(position),
-                prompt=prompts[position % len(prompts)],
-                position=position,
-            )
-            for position in positions
-        ),
+        (SampleRow(file=image_name(n), prompt=texts[n], position=n) for n in positions),
     )
     if len(urls) > 1:
         shown = read_images(urls[:_MAX_GRID])

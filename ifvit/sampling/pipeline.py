@@ -206,9 +206,9 @@ class FusionPipeline(DiffusionPipeline):
         the prompts, `negative_prompt` the null context or class. `guidance_scale` is w in
         eps_uncond + w (eps_cond - eps_uncond), at the timesteps of `guidance_interval`.
         `height` and `width` may only be those of the training. `latents` (B, C, S, S) replaces the
-        noise. `output_type` is pil, np, pt or latent. The callback(pipeline, step,
-        timestep, tensors) may return new `latents` or `prompt_embeds` (B, M, D).
-        Raises ValueError for contradictory arguments.
+        noise. `output_type` is pil, np, pt or latent. The callback(pipeline, step, timestep,
+        tensors) may return new `latents` or `prompt_embeds` (B, M, D). Raises ValueError for
+        contradictory arguments.
         """
         self._check_size(height, width)
         conditions = self._embed(prompt, prompt_embeds, "prompt")
@@ -218,15 +218,15 @@ class FusionPipeline(DiffusionPipeline):
         conditions, negative = _repeat_each(conditions, negative, num_images_per_prompt)
         null = self.backbone.encode_condition(negative)
         guidance = Guidance(guidance_scale, *guidance_interval)
-        predictor = GuidedNoisePredictor(self.backbone, conditions, null, guidance, method)
+        methods = [method] if method else []
+        predictor = GuidedNoisePredictor(self.backbone, conditions, null, guidance, methods)
         self._set_timesteps(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         noise = self._initial_noise(len(conditions), generator, latents)
         options = self._step_options(eta, generator)
-        latents = self._solve(
-            predictor, noise, options, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
-        images = self._decode(latents, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        shown = callback_on_step_end_tensor_inputs
+        latents = self._solve(predictor, noise, options, callback_on_step_end, shown)
+        output = ImagePipelineOutput(images=self._decode(latents, output_type))
+        return output if return_dict else output.to_tuple()
 
     def _solve(
         self,

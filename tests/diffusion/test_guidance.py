@@ -42,7 +42,8 @@ def build_predictor(
     high: float = 999,
 ) -> GuidedNoisePredictor:
     null = backbone.encode_condition(NULL[None])
-    return GuidedNoisePredictor(backbone, CONTEXTS, null, Guidance(scale, high=high), method)
+    methods = [method] if method else []
+    return GuidedNoisePredictor(backbone, CONTEXTS, null, Guidance(scale, high=high), methods)
 
 
 @pytest.mark.parametrize("scale", [3.0, 0.5])

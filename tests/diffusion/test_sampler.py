@@ -10,7 +10,7 @@ from captioned_backbone import CONTEXTS, NULL, build_backbone
 from diffusers import AutoencoderKL
 
 from ifvit.diffusion.config import SolverConfig
-from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
+from ifvit.diffusion.guidance import Change, FunctionEvaluation
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images, sample_latents
 from ifvit.errors import UserError
 from ifvit.images import to_pixels
@@ -96,8 +96,8 @@ def test_each_batch_gets_its_own_method_with_its_prompts(sampler: Sampler) -> No
             num_calls[self.prompts] = evaluation.index + 1
             return Change()
 
-    build_method: type[AlignmentMethod] = Counter
-    list(generate_images(sampler, make_batches([4, 1, 2], 2), CONFIG, build_method))
+    batches = make_batches([4, 1, 2], 2)
+    list(generate_images(sampler, batches, CONFIG, lambda prompts: [Counter(prompts)]))
     assert num_calls == {("caption 4", "caption 1"): 4, ("caption 2",): 4}
 
 

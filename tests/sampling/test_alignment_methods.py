@@ -25,8 +25,7 @@ from ifvit.models.image_reward import load_image_reward
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.alignment import (
     Date,
-    Together,
-    build_method,
+    build_methods,
     clip_score_of,
     date_updates,
     middle_blocks,
@@ -86,14 +85,14 @@ def test_a_sample_without_gradient_keeps_its_context() -> None:
 
 def sample(
     backbone: FusionTransformer,
-    method: AlignmentMethod | None,
+    *methods: AlignmentMethod,
     positions: tuple[int, ...] = (0, 1, 2),
     config: SamplingConfig = CONFIG,
 ) -> Tensor:
     rows = list(positions)
     batch = ConditionBatch(positions=torch.tensor(rows), condition=CONTEXTS[rows])
     null = backbone.encode_condition(torch.zeros(1, 6, 16))
-    return sample_latents(backbone, batch, null, config, method)
+    return sample_latents(backbone, batch, null, config, methods)
 
 
 def brightness(images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
@@ -124,7 +123,7 @@ class Recorder:
 
 
 def test_date_with_radius_zero_changes_no_bit(backbone: FusionTransformer) -> None:
-    assert torch.equal(sample(backbone, date(radius=0.0, every=2)), sample(backbone, None))
+    assert torch.equal(sample(backbone, date(radius=0.0, every=2)), sample(backbone))
 
 
 @pytest.mark.parametrize("backbone", ["cross_attention"], indirect=True)
@@ -133,7 +132,7 @@ def test_date_raises_the_score_of_the_images_with_every_solver(
     backbone: FusionTransformer, solver: str
 ) -> None:
     config = dataclasses.replace(CONFIG, solver=solver)
-    plain = brightness(sample(backbone, None, config=config))
+    plain = brightness(sample(backbone, config=config))
     aligned = brightness(sample(backbone, date(radius=2.0, every=1), config=config))
     assert (aligned > plain).all()
 
@@ -200,7 +199,10 @@ def test_an_update_from_the_original_follows_the_gradient_at_the_latest_context(
 
 
 def test_an_image_with_date_does_not_depend_on_its_batch(backbone: FusionTransformer) -> None:
-    together, alone = sample(backbone, date(every=2)), sample(backbone, date(every=2), (1,))
+    together, alone = (
+        sample(backbone, date(every=2)),
+        sample(backbone, date(every=2), positions=(1,)),
+    )
     torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
 
 
@@ -208,13 +210,13 @@ def test_regulation_changes_captions_with_targets_only_and_then_ends(
     backbone: FusionTransformer,
 ) -> None:
     recorder = Recorder(regulation(num_evaluations=3))
-    plain, regulated = sample(backbone, None), sample(backbone, recorder)
+    plain, regulated = sample(backbone), sample(backbone, recorder)
     changed = (regulated - plain).flatten(1).abs().amax(dim=1)
     assert (changed[:2] > 1e-3).all()
     assert changed[2] < 1e-4
     assert [len(change.biases) for _, change in recorder.seen] == [2, 2, 2, 0, 0, 0]
     assert torch.equal(sample(backbone, regulation(num_evaluations=0)), plain)
-    assert not sample(backbone, Together([date(every=2), regulation()])).requires_grad
+    assert not sample(backbone, date(every=2), regulation()).requires_grad
 
 
 # The objectives of DATE, on real scenes and the shipped CLIP.
@@ -271,9 +273,10 @@ def sampler(backbone: FusionTransformer) -> Sampler:
 
 def build(sampler: Sampler, **changes: object) -> AlignmentMethod:
     changes = {"num_steps": 4} | changes
-    build = build_method(dataclasses.replace(CONFIG, **changes), sampler, INFO)
+    build = build_methods(dataclasses.replace(CONFIG, **changes), sampler, INFO)
     assert build is not None
-    return build(PROMPTS)
+    (method,) = build(PROMPTS)
+    return method
 
 
 def evaluation(index: int) -> FunctionEvaluation:
@@ -288,17 +291,21 @@ def evaluation(index: int) -> FunctionEvaluation:
 
 
 def test_plain_sampling_has_no_method(sampler: Sampler) -> None:
-    assert build_method(CONFIG, sampler, INFO) is None
+    assert build_methods(CONFIG, sampler, INFO) is None
 
 
 def test_date_moves_the_context_and_regulation_biases_the_middle_blocks(sampler: Sampler) -> None:
-    method = build(sampler, method="both", date=DateConfig(every=2))
-    changes = [method.before(evaluation(index)) for index in range(4)]
-    assert [change.context is None for change in changes] == [False, True, False, True]
-    assert changes[0].context is not None
-    step = lengths(changes[0].context - evaluation(0).context)
+    config = dataclasses.replace(CONFIG, method="both", num_steps=4, date=DateConfig(every=2))
+    build_both = build_methods(config, sampler, INFO)
+    assert build_both is not None
+    moves, biases = (
+        [method.before(evaluation(index)) for index in range(4)] for method in build_both(PROMPTS)
+    )
+    assert [change.context is None for change in moves] == [False, True, False, True]
+    assert moves[0].context is not None
+    step = lengths(moves[0].context - evaluation(0).context)
     torch.testing.assert_close(step, torch.full((2,), 0.5))
-    assert [sorted(change.biases) for change in changes] == [[1, 2, 3], [1, 2, 3], [], []]
+    assert [sorted(change.biases) for change in biases] == [[1, 2, 3], [1, 2, 3], [], []]
     some = build(sampler, method="regulate", regulation=RegulationConfig(blocks=(1,)))
     assert list(some.before(evaluation(0)).biases) == [1]
 
@@ -348,10 +355,11 @@ def test_a_custom_objective_scores_the_unclamped_images(sampler: Sampler) -> Non
         return images[:, 0].mean(dim=(1, 2))
 
     config = dataclasses.replace(CONFIG, method="date")
-    build = build_method(config, sampler, INFO, objective=redness)
+    build = build_methods(config, sampler, INFO, objective=redness)
     assert build is not None
     far = dataclasses.replace(evaluation(0), context=100 * evaluation(0).context)
-    assert build(PROMPTS).before(far).context is not None
+    (method,) = build(PROMPTS)
+    assert method.before(far).context is not None
     decoded = sampler.decode(far.predict_clean(far.context))
     assert decoded.abs().max() > 1
     torch.testing.assert_close(seen[0], decoded)
