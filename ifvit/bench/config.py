@@ -18,20 +18,20 @@ class BenchConfig:
 
 @record
 class BenchLoaderConfig(BenchConfig):
-    """Compare the training loader with webdataset and with one file per array.
+    """Compare the training loader with webdataset.
 
     The samples are random numbers in the shapes of the paper. They are written to a temporary
-    folder ($TMPDIR). The JSON object holds samples_per_s, vs_webdataset and vs_npy; with `store`
-    samples_per_s and vs_download.
+    folder ($TMPDIR). The JSON object holds samples_per_s and vs_webdataset, or with `store`
+    vs_download.
     """
 
     num_samples: PositiveInt | None = None
-    """Images with five captions each. An image takes 0.6 MB, twice on disk and once in memory.
-    Default: 4000, or 800 with `store`."""
+    """Images with five captions each; an image takes 0.6 MB of disk. Default: 4000, or 800 with
+    `store`."""
     batch_size: PositiveInt = 256
     """Samples per batch."""
     num_workers: PositiveInt = 2
-    """Threads of the loader; processes of webdataset and of one file per array."""
+    """Threads of the loader; processes of webdataset."""
     rounds: PositiveInt = 5
     """Interleaved repetitions; the medians are compared."""
     store: str | None = None
@@ -124,9 +124,8 @@ class BenchGenerateConfig(BenchConfig):
 class BenchTrainConfig(BenchConfig):
     """Compare training steps with fusion maps of your choice, or with the paper's four settings.
 
-    The paper's settings are also compared with U-ViT's recipe and a bare loop. One process trains
-    with plain PyTorch on random data in memory. The JSON object holds rows, the ratios and the
-    conditions.
+    The paper's settings are also compared with U-ViT's recipe. One process trains with plain
+    PyTorch on random data in memory. The JSON object holds rows, the ratios and the conditions.
     """
 
     backbone: FusionTransformerConfig | None = None

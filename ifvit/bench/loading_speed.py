@@ -1,8 +1,7 @@
-"""The verb `bench loader`: samples per second of the training loader and of two peers.
+"""The verb `bench loader`: samples per second of the training loader and of webdataset's pipeline.
 
-All read the same random samples. The peers are the pipeline of webdataset, and torch's DataLoader
-over the layout of U-ViT (one file per array). With `--store` the loader reads an epoch from an
-object store and is compared with downloading the shards.
+Both read the same random samples. With `--store` the loader reads an epoch from an object store and
+is compared with downloading the shards.
 """
 
 import hashlib
@@ -13,14 +12,12 @@ import time
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from webdataset import WebDataset, WebLoader
 
 from data_pipeline.shard_io import write_shard
@@ -61,38 +58,36 @@ Stream = Generator[int]
 def bench_loader(config: BenchLoaderConfig) -> None:
     """Write random samples to a temporary folder, measure all readers, print the ratios."""
     with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as folder:
-        compare = compare_with_peers if config.store is None else compare_with_download
-        print_result(compare(Path(folder), config), config.json)
+        shards = Path(folder, "shards")
+        write_shards(shards, config.num_images)
+        compare = compare_with_webdataset if config.store is None else compare_with_download
+        print_result(compare(shards, config), config.json)
 
 
-def compare_with_peers(folder: Path, config: BenchLoaderConfig) -> dict[str, float]:
-    """Measure the samples per second of the loader, and its speed relative to each peer."""
-    content = make_content(config.num_images)
-    write_shards(folder / "shards", content)
-    write_files(folder / "files", content)
-    streams: dict[str, Callable[[], Stream]] = {
-        "loader": partial(read_shards, folder / "shards", config),
-        "webdataset": partial(read_webdataset, folder / "shards", config),
-        "npy": partial(read_files, folder / "files", config),
+def compare_with_webdataset(shards: Path, config: BenchLoaderConfig) -> dict[str, float]:
+    """Measure the samples per second of the loader, absolute and relative to webdataset."""
+    streams = {"loader": read_shards, "webdataset": read_webdataset}
+    measures = {
+        name: partial(samples_per_second, partial(stream, shards, config))
+        for name, stream in streams.items()
     }
-    measures = {name: partial(samples_per_second, stream) for name, stream in streams.items()}
     rates = measure_rounds(measures, config.rounds)
-    loader = rates.pop("loader")
-    ratios = {f"vs_{name}": median_ratio(loader, others) for name, others in rates.items()}
-    return {"samples_per_s": statistics.median(loader), **ratios}
+    return {
+        "samples_per_s": statistics.median(rates["loader"]),
+        "vs_webdataset": median_ratio(rates["loader"], rates["webdataset"]),
+    }
 
 
-def compare_with_download(folder: Path, config: BenchLoaderConfig) -> dict[str, float]:
+def compare_with_download(shards: Path, config: BenchLoaderConfig) -> dict[str, float]:
     """Measure the samples per second of an epoch with an empty cache, and relative to downloads."""
     assert config.store is not None
-    shards, url = folder / "shards", storage.join(config.store, f"bench-{uuid.uuid4().hex}")
-    write_shards(shards, make_content(config.num_images))
+    url = storage.join(config.store, f"bench-{uuid.uuid4().hex}")
     try:
         for path in sorted(shards.iterdir()):
             storage.upload(path, storage.join(url, path.name))
         contenders = {
-            "epoch": partial(seconds_of_epoch, url, folder, config),
-            "download": partial(seconds_of_downloads, url, folder),
+            "epoch": partial(seconds_of_epoch, url, shards.parent, config),
+            "download": partial(seconds_of_downloads, url, shards.parent),
         }
         seconds = measure_rounds(contenders, config.rounds)
     finally:
@@ -103,29 +98,11 @@ def compare_with_download(folder: Path, config: BenchLoaderConfig) -> dict[str, 
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Content:
-    """Arrays of N images: `moments` (N, 8, 32, 32) and `contexts` (N, 5, 77, 768), float16."""
-
-    moments: Array
-    contexts: Array
-
-
-def make_content(num_samples: int) -> Content:
-    """Sample random values in [0, 1); integers below the bit pattern of 1.0 are fast to sample."""
-    generator = np.random.default_rng(0)
-    moments, contexts = (
-        generator.integers(0, 0x3C00, (num_samples, *shape), np.uint16).view(np.float16)
-        for shape in (MOMENTS_SHAPE, (NUM_CAPTIONS, *CONTEXT_SHAPE))
-    )
-    return Content(moments=moments, contexts=contexts)
-
-
-def write_shards(folder: Path, content: Content) -> None:
+def write_shards(folder: Path, num_samples: int) -> None:
     """Write a dataset of 16 shards with the writer of the encode job."""
-    parts = np.array_split(np.arange(len(content.moments)), NUM_SHARDS)
+    parts = np.array_split(np.arange(num_samples), NUM_SHARDS)
     shards = tuple(
-        write_shard(str(folder), f"shard-{k:05d}", (_sample(content, n) for n in part.tolist()))
+        write_shard(str(folder), f"shard-{k:05d}", map(_sample, part.tolist()))
         for k, part in enumerate(parts)
     )
     null_context = npy_bytes(np.zeros(CONTEXT_SHAPE, np.float16))
@@ -141,8 +118,8 @@ def write_shards(folder: Path, content: Content) -> None:
         image_size=256,
         dtype="float16",
         moments_shape=MOMENTS_SHAPE,
-        num_samples=len(content.moments),
-        num_captions=NUM_CAPTIONS * len(content.moments),
+        num_samples=num_samples,
+        num_captions=NUM_CAPTIONS * num_samples,
         latent_mean=0.0,
         latent_std=1.0,
         shards=shards,
@@ -150,23 +127,20 @@ def write_shards(folder: Path, content: Content) -> None:
     write_manifest(str(folder), manifest)
 
 
-def _sample(content: Content, number: int) -> LatentSample:
+def _sample(number: int) -> LatentSample:
+    """Sample random values in [0, 1); integers below the bit pattern of 1.0 are fast to sample."""
+    generator = np.random.default_rng(number)
+    moments, contexts = (
+        generator.integers(0, 0x3C00, shape, np.uint16).view(np.float16)
+        for shape in (MOMENTS_SHAPE, (NUM_CAPTIONS, *CONTEXT_SHAPE))
+    )
     captions = tuple(f"caption {k} of image {number}" for k in range(NUM_CAPTIONS))
     return LatentSample(
         key=f"{number:012d}",
-        moments=content.moments[number],
-        context=content.contexts[number],
+        moments=moments,
+        context=contexts,
         metadata=SampleMetadata(image_id=number, captions=captions, width=640, height=480),
     )
-
-
-def write_files(folder: Path, content: Content) -> None:
-    """Write the layout of U-ViT: N.npy holds the moments of image N, N_K.npy its K-th context."""
-    folder.mkdir()
-    for n, (moments, contexts) in enumerate(zip(content.moments, content.contexts, strict=True)):
-        np.save(folder / f"{n}.npy", moments)
-        for k, context in enumerate(contexts):
-            np.save(folder / f"{n}_{k}.npy", context)
 
 
 def samples_per_second(start: Callable[[], Stream]) -> float:
@@ -206,36 +180,6 @@ def read_webdataset(folder: Path, config: BenchLoaderConfig) -> Stream:
 def _choose_caption(sample: tuple[Array, Array]) -> tuple[Array, Array]:
     moments, contexts = sample
     return moments, contexts[random.randrange(len(contexts))]
-
-
-def read_files(folder: Path, config: BenchLoaderConfig) -> Stream:
-    """Read U-ViT's layout with torch's DataLoader: two small files for each sample."""
-    loader = DataLoader(
-        _NpyFiles(folder, config.num_images),
-        batch_size=config.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=config.num_workers,
-        persistent_workers=True,
-    )
-    while True:
-        for moments, _ in loader:
-            yield len(moments)
-
-
-class _NpyFiles(Dataset[tuple[Array, Array]]):
-    """Dataset of N.npy and a randomly chosen N_K.npy."""
-
-    def __init__(self, folder: Path, num_samples: int) -> None:
-        self._folder, self._num_samples = folder, num_samples
-
-    def __len__(self) -> int:
-        return self._num_samples
-
-    def __getitem__(self, number: int) -> tuple[Array, Array]:
-        caption = random.randrange(NUM_CAPTIONS)
-        moments = np.load(self._folder / f"{number}.npy")
-        return moments, np.load(self._folder / f"{number}_{caption}.npy")
 
 
 def seconds_of_epoch(url: str, parent: Path, config: BenchLoaderConfig) -> float:

@@ -1,6 +1,6 @@
 """The verb `bench train`: time and memory of a training step with any fusion maps, side by side.
 
-The paper's four settings are also compared with a bare loop and with U-ViT's recipe.
+The paper's four settings are also compared with U-ViT's recipe.
 """
 
 import statistics
@@ -38,13 +38,7 @@ from ifvit.models.cost import count_cost
 from ifvit.models.weights import build_backbone, initial_weights
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.data import Batch, Batches
-from ifvit.training.engine import (
-    EMA,
-    Engine,
-    build_optimizer,
-    choose_normal_sampler,
-    prepare_forward,
-)
+from ifvit.training.engine import Engine, choose_normal_sampler
 from ifvit.training.guards import StopRequest
 from ifvit.training.loop import Hook, TrainState, fit
 from ifvit.training.profiling import device_name, peak_flops
@@ -67,7 +61,6 @@ def bench_train(config: BenchTrainConfig) -> None:
     engines = {name: EngineSteps(recipe) for name, recipe in recipes.items()}
     contenders: dict[str, Callable[[int], None]] = {**engines}
     if not config.maps:
-        contenders["bare_loop"] = BareSteps(recipes[INTERMEDIATE], device)
         contenders["uvit_recipe"] = UViTRecipeSteps(recipes[EARLY], device)
     timers = {
         name: partial(seconds_on, device, partial(steps, config.steps))
@@ -84,8 +77,16 @@ def bench_train(config: BenchTrainConfig) -> None:
         row: Row = {"step_seconds": step, "spread": spread(seconds[name]), "vs_first": vs_first}
         row |= _describe(maps[name], recipe, step, device) | {"peak_bytes": peaks[name]}
         rows.append(row)
+    ratios = (
+        {}
+        if config.maps
+        else {
+            "intermediate_vs_early": median_ratio(seconds[EARLY], seconds[INTERMEDIATE]),
+            "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[EARLY]),
+        }
+    )
     result: dict[str, object] = {
-        **({} if config.maps else _ratios(seconds)),
+        **ratios,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "width": maps[first].width,
@@ -99,14 +100,6 @@ def bench_train(config: BenchTrainConfig) -> None:
         return
     _print_table(rows)
     print_result(result, as_json=False)
-
-
-def _ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    return {
-        "intermediate_vs_early": median_ratio(seconds[EARLY], seconds[INTERMEDIATE]),
-        "engine_overhead": median_ratio(seconds[INTERMEDIATE], seconds["bare_loop"]) - 1,
-        "vs_uvit_recipe": median_ratio(seconds["uvit_recipe"], seconds[EARLY]),
-    }
 
 
 def _describe(
@@ -206,33 +199,6 @@ class _SameBatch:
     def stream(self, step: int, samples_seen: int, device: torch.device) -> Iterator[Batch]:
         while True:
             yield self._batch
-
-
-class BareSteps:
-    """The shortest loop for the same backbone: forward, backward, optimizer step, EMA."""
-
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.backbone = build_backbone(config.backbone)
-        self.backbone.set_attention(config.engine.attention)
-        self.backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides it
-        prepare_forward(self.backbone, config.engine, device)
-        self._objective = _objective(config, device)
-        self._batch = _random_batch(config, device)
-        self._parameters = list(self.backbone.parameters())
-        self._optimizer = build_optimizer(self.backbone, config.optim)
-        self._ema = EMA(self._parameters, config.ema_decays[0])
-
-    def __call__(self, num_steps: int) -> None:
-        """Train for `num_steps` steps."""
-        batch = self._batch
-        for step in range(num_steps):
-            losses = self._objective(
-                self.backbone, batch.moments, batch.condition, step, batch.positions
-            )
-            losses.total.backward()  # type: ignore[no-untyped-call]
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-            self._ema.update(self._parameters)
 
 
 class UViTRecipeSteps:

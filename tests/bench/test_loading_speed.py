@@ -13,7 +13,7 @@ from ifvit.bench.config import BenchLoaderConfig
 
 @pytest.mark.parametrize(
     ("store", "ratios"),
-    [(None, ["vs_webdataset", "vs_npy"]), ("memory://bench", ["vs_download"])],
+    [(None, ["vs_webdataset"]), ("memory://bench", ["vs_download"])],
 )
 def test_it_prints_ratios_and_cleans_up(
     tmp_path: Path,
