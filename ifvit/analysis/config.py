@@ -34,8 +34,6 @@ class HardwareConfig:
     """NVLink bandwidth of a GPU, one way."""
     network_bytes_per_s: PositiveFloat = 50e9
     """Network bandwidth of a GPU, one way."""
-    host_bytes_per_s: PositiveFloat = 50e9
-    """Bandwidth from a GPU to host memory."""
     store_bytes_per_s: PositiveFloat = 2e9
     """Bandwidth from a node to the storage of checkpoints."""
 

@@ -60,11 +60,8 @@ class PlanRow:
     communication_seconds: float
     update_seconds: float
     step_seconds: tuple[float, float]
-    mfu: tuple[float, float]
     checkpoint_bytes: float
     """Bytes of parameters, moments and EMA weights of all GPUs together."""
-    stall_seconds: float
-    """Time for which a checkpoint stops training."""
     save_seconds: float
     """Time until checkpoint and exported weights are stored, while training continues."""
     loader_bytes_per_s: float
@@ -126,9 +123,7 @@ def _plan_row(
         communication_seconds=communication,
         update_seconds=update,
         step_seconds=(best, worst),
-        mfu=(flops / best / hardware.flops_per_s, flops / worst / hardware.flops_per_s),
         checkpoint_bytes=checkpoint,
-        stall_seconds=stall_seconds(params, gpus, stage, num_ema, hardware),
         # Each node writes its part of a checkpoint; one process writes all exported weights.
         save_seconds=(checkpoint / nodes + exported) / hardware.store_bytes_per_s,
         loader_bytes_per_s=sample_bytes(backbone) * (batch * gpus / nodes) / best,
@@ -244,19 +239,6 @@ def collective_seconds(size: float, gpus: int, hardware: HardwareConfig) -> floa
     return by_node + network_bytes(size, gpus, hardware) / hardware.network_bytes_per_s
 
 
-def stall_seconds(
-    params: int, gpus: int, stage: int, num_ema: int, hardware: HardwareConfig
-) -> float:
-    """Return the time for which a checkpoint stops training.
-
-    Partitioned state is gathered, then each GPU copies its partition of all state to its host.
-    """
-    full = VALUE * params
-    gathered = {0: 0, 1: 2, 2: 2, 3: 3 + num_ema}[stage] * full
-    copied = full * (3 + num_ema) / gpus
-    return collective_seconds(gathered, gpus, hardware) + copied / hardware.host_bytes_per_s
-
-
 def sample_bytes(config: FusionTransformerConfig) -> int:
     """Return the bytes of a sample in the shards: float16 moments, and one context or class."""
     moments = 2 * config.latent_channels * config.latent_size**2
@@ -273,22 +255,21 @@ def _format_table(rows: list[PlanRow]) -> str:
                 f"{row.name}: {row.params / 1e9:.2f}B parameters, checkpoints of "
                 f"{row.checkpoint_bytes / 1e9:.0f} GB",
                 f"{'GPUs':>5}{'GB a GPU by ZeRO stage 0/1/2/3':>32}{'stage':>7}{'network':>10}"
-                f"{'compute':>10}{'traffic':>9}{'step':>14}{'MFU':>13}{'stall':>8}{'save':>7}"
+                f"{'compute':>10}{'traffic':>9}{'step':>14}{'save':>7}"
                 f"{'loader':>11}",
             ]
         memory = "/".join(f"{size / 1e9:.0f}" for size in row.memory_by_stage)
         stage = f"{row.zero_stage}{'' if row.fits else '!'}"
         step = "-".join(f"{seconds:.2f}" for seconds in row.step_seconds)
-        mfu = "-".join(f"{fraction:.0%}" for fraction in reversed(row.mfu))
         lines.append(
             f"{row.gpus:5}{memory:>32}{stage:>7}{row.network_bytes / 1e9:7.1f} GB"
-            f"{row.compute_seconds:8.2f} s{row.communication_seconds:7.2f} s{step:>12} s{mfu:>13}"
-            f"{row.stall_seconds:6.1f} s{row.save_seconds:5.0f} s"
+            f"{row.compute_seconds:8.2f} s{row.communication_seconds:7.2f} s{step:>12} s"
+            f"{row.save_seconds:5.0f} s"
             f"{row.loader_bytes_per_s / 1e6:7.0f} MB/s"
         )
     lines += [
         "",
         "stage: the lowest that fits (!: stage 3 does not fit either). network: per GPU and step,",
-        "one way. step, MFU: communication overlapped, and not. loader: per node.",
+        "one way. step: communication overlapped, and not. loader: per node.",
     ]
     return "\n".join(lines[1:])

@@ -100,9 +100,8 @@ class BenchGenerateConfig(BenchConfig):
     """Compare guided sampling with plain guidance, which runs the whole backbone twice per step.
 
     Plain guidance computes the text branch and the keys and values of the text again in every step.
-    On a GPU, sampling is also compared with U-ViT (early fusion by concatenation) under eager fp16
-    autocast. The backbone is untrained, and no latents are decoded. The JSON object holds
-    images_per_s, vs_no_cache, vs_eager_fp16 (null without a GPU) and the conditions.
+    The backbone is untrained, and no latents are decoded. The JSON object holds images_per_s,
+    vs_no_cache and the conditions.
     """
 
     backbone: FusionTransformerConfig | None = None
@@ -117,7 +116,7 @@ class BenchGenerateConfig(BenchConfig):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the weights."""
     compile: bool = False
-    """Compile the backbone, on a GPU with CUDA graphs; the peers stay eager."""
+    """Compile the backbone, on a GPU with CUDA graphs; plain guidance stays eager."""
 
 
 @record

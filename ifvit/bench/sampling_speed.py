@@ -1,7 +1,6 @@
 """The verb `bench generate`: images per second of guided sampling, compared with plain guidance."""
 
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -22,7 +21,7 @@ from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.diffusion.sampler import NoisePredictor
 from ifvit.distributed import choose_device
 from ifvit.models.backbone import Backbone
-from ifvit.models.config import PRESETS, with_setting
+from ifvit.models.config import PRESETS
 from ifvit.models.weights import build_backbone
 from ifvit.sampling.load import compile_backbone
 from ifvit.training.profiling import device_name
@@ -48,21 +47,12 @@ def bench_generate(config: BenchGenerateConfig) -> None:
         "shared": partial(GuidedNoisePredictor, backbone, context, null_text, guidance),
         "no_cache": partial(guide_plainly, backbone, context, null_context),
     }
-    if device.type == "cuda":
-        uvit = with_setting(shape, "concat_early")
-        eager = build_backbone(uvit).eval()
-        eager.to(device)  # type: ignore[arg-type]  # as above
-        contenders["eager_fp16"] = partial(guide_like_uvit, eager, context, null_context)
-    else:
-        sys.stderr.write("vs_eager_fp16: null, because half precision needs a CUDA device\n")
     timers = {name: partial(_time, build, backbone, config) for name, build in contenders.items()}
     measure_rounds(timers, 1)  # first use of the device, and compilation
     seconds = measure_rounds(timers, config.rounds)
-    ratios = {name: median_ratio(times, seconds["shared"]) for name, times in seconds.items()}
     result = {
         "images_per_s": 1 / statistics.median(seconds["shared"]),
-        "vs_no_cache": ratios["no_cache"],
-        "vs_eager_fp16": ratios.get("eager_fp16"),
+        "vs_no_cache": median_ratio(seconds["no_cache"], seconds["shared"]),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "fusion": shape.fusion,
@@ -86,13 +76,6 @@ def guide_plainly(backbone: Backbone, context: Tensor, null_context: Tensor) -> 
         unconditional = backbone.forward(x_t, timesteps, null_contexts).float()
         return unconditional + GUIDANCE_SCALE * (conditional - unconditional)
 
-    return predict_noise
-
-
-def guide_like_uvit(backbone: Backbone, context: Tensor, null_context: Tensor) -> NoisePredictor:
-    """Guide as U-ViT samples: two passes with fp32 weights under fp16 autocast."""
-    autocast = torch.autocast(backbone.device.type, torch.float16)
-    predict_noise: NoisePredictor = autocast(guide_plainly(backbone, context, null_context))
     return predict_noise
 
 

@@ -5,7 +5,7 @@ The paper's four settings are also compared with U-ViT's recipe.
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import cast
