@@ -74,9 +74,6 @@ VERBS = {
     "bench checkpoint": Verb(
         "ifvit.bench.config:BenchCheckpointConfig", "ifvit.bench.checkpoint_speed:bench_checkpoint"
     ),
-    "bench encode": Verb(
-        "ifvit.bench.config:BenchEncodeConfig", "ifvit.bench.encoding_speed:bench_encode"
-    ),
     "bench generate": Verb(
         "ifvit.bench.config:BenchGenerateConfig", "ifvit.bench.sampling_speed:bench_generate"
     ),

@@ -51,30 +51,6 @@ class BenchLoaderConfig(BenchConfig):
 
 
 @record
-class BenchEncodeConfig(BenchConfig):
-    """Compare the whole encode job, from image files to the manifest, with its two models alone.
-
-    The images are rendered scenes, saved as JPEGs of 640 x 480 pixels, with five captions each. The
-    JSON object holds images_per_s, vs_models_alone and the conditions.
-    """
-
-    vae: str = "scenes/vae"
-    """Autoencoder: hub name, local folder, or scenes/vae."""
-    text_encoder: str = "scenes/clip"
-    """CLIP text encoder: hub name, local folder, or scenes/clip."""
-    num_images: PositiveInt = 128
-    """Images per measurement; the job writes them as two shards."""
-    image_size: PositiveInt = 256
-    """Side of the square images in pixels."""
-    batch_size: PositiveInt = 16
-    """Images that the models encode at once."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format in which the models compute."""
-    rounds: PositiveInt = 3
-    """Interleaved repetitions; the medians are compared."""
-
-
-@record
 class BenchCheckpointConfig(BenchConfig):
     """Measure how much the checkpoints of the 48M-parameter preset slow training down.
 

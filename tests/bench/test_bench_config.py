@@ -6,7 +6,6 @@ import pytest
 
 from ifvit.bench.config import (
     BenchCheckpointConfig,
-    BenchEncodeConfig,
     BenchGenerateConfig,
     BenchLoaderConfig,
     BenchTrainConfig,
@@ -19,7 +18,6 @@ from ifvit.errors import UserError
     [
         (lambda: BenchTrainConfig(steps=0), "steps is 0; it must be at least 1"),
         (lambda: BenchGenerateConfig(rounds=-1), "rounds is -1; it must be at least 1"),
-        (lambda: BenchEncodeConfig(num_images=0), "num_images is 0; it must be at least 1"),
         (lambda: BenchLoaderConfig(num_samples=0), "num_samples is 0; it must be at least 1"),
         (lambda: BenchLoaderConfig(num_samples=9), "num_samples is 9; .* batch_size 256"),
         (lambda: BenchCheckpointConfig(every=0), "every is 0; it must be at least 1"),
