@@ -93,7 +93,7 @@ def demo(config: DemoConfig) -> None:
         rows = list(pool.map(_train_and_evaluate, recipes, evaluations))
     _announce("4/4", "report")
     page = join(config.folder, "report.html")
-    report(ReportConfig(runs=runs, output=page, title="ifvit demo: early against intermediate"))
+    report(ReportConfig(runs=runs, output=page))
     summary = dict(zip(backbones, rows, strict=True))
     write_json(join(config.folder, "summary.json"), summary)
     _finish(config.folder, summary, time.perf_counter() - started)

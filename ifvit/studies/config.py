@@ -13,9 +13,6 @@ class ReportConfig:
     output: str = "report.html"
     """HTML file to write; it needs no network."""
 
-    title: str = "ifvit report"
-    """Heading of the page."""
-
 
 @record
 class PaperConfig:

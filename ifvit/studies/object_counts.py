@@ -20,20 +20,22 @@ Group = tuple[str | None, int | None]
 """An object and an asked count; None stands for all of them."""
 
 
-def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[str]]:
-    """Return run name => newest row, and sentences about runs that are left out.
+def read_counts(
+    groups: Mapping[str, Sequence[Run]],
+) -> tuple[dict[str, list[ObjectCountRow]], list[str]]:
+    """Return the newest row of each run of each group, and sentences about runs that are left out.
 
     A run is left out if the protocol or step of its row differs from that of the first row, so
     all returned rows can be plotted together.
     """
-    rows: dict[str, ObjectCountRow] = {}
+    rows: dict[str, list[ObjectCountRow]] = {}
     excluded = []
     first: ObjectCountRow | None = None
-    for run in runs:
-        found = read_object_counts(storage.join(run.url, FOLDER))
-        if not found:
+    for group, run in ((group, run) for group, runs in groups.items() for run in runs):
+        counted = read_object_counts(storage.join(run.url, FOLDER))
+        if not counted:
             continue
-        row = found[-1]
+        row = counted[-1]
         first = first or row
         reasons = differences(first.protocol, row.protocol)
         reasons += ["step"] if row.step != first.step else []
@@ -41,7 +43,7 @@ def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[st
         if reasons:
             excluded.append(f"{run.name} was counted with another {', '.join(reasons)}.")
         else:
-            rows[run.name] = row
+            rows.setdefault(group, []).append(row)
     return rows, excluded
 
 

@@ -28,6 +28,7 @@ _COLUMNS = 3
 _GROUP_WIDTH = 0.8
 _DOT_SHIFT = 0.08
 _MAX_MARKERS = 20
+_LOOKS = {"colour", "is_hollow"}
 _LOGARITHMIC = 5
 """Axes are logarithmic when the values span more than this factor."""
 
@@ -101,10 +102,10 @@ def metric_cells(
     best = find_best(metric, compared)
     cells = {}
     for key, mean in means.items():
-        mark = ", not compared" if key in excluded else ""
-        note = f"± {metric.show(mean.error)}{mark}" if mean else ""
+        notes = [f"± {metric.show(mean.error)}"] if mean and mean.error else []
+        notes += ["not compared"] if mean and key in excluded else []
         text = metric.show(mean.value) if mean else MISSING
-        cells[key] = Cell(text=text, note=note, is_best=best is not None and key == best)
+        cells[key] = Cell(text, ", ".join(notes), is_best=best is not None and key == best)
     return cells
 
 
@@ -152,24 +153,13 @@ class Panel:
             return to_svg(figure)
 
 
-def legend_of(panels: Sequence[Panel]) -> list[dict[str, object]]:
-    """Return name and colour of everything in the panels."""
-    colours = {point.name: point.colour for panel in panels for point in panel.points}
-    return [{"name": name, "colour": colour} for name, colour in colours.items()]
-
-
 def panels_to_csv(panels: Sequence[Panel]) -> bytes:
     """Return a CSV file with a line per point."""
     records: list[dict[str, object]] = [
         {
             "panel": panel.title,
-            "name": point.name,
-            "x": panel.places[round(point.x)].replace("\n", " ") if panel.places else point.x,
-            "y": point.y,
-            "low": point.low,
-            "high": point.high,
-            "runs": len(point.values) or None,
-            "label": point.label,
+            "place": panel.places[round(point.x)].replace("\n", " ") if panel.places else None,
+            **{key: value for key, value in vars(point).items() if key not in _LOOKS},
         }
         for panel in panels
         for point in panel.points

@@ -6,8 +6,8 @@
 import random
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ from ifvit.sampling.samples import read_images
 from ifvit.studies.comparisons import PAPER_CLIP_SCORE, SeedMean, mean_over_seeds
 from ifvit.studies.object_counts import count_panels
 from ifvit.studies.page import Panel, Point, panels_to_csv, panels_to_png
-from ifvit.studies.variants import PAPER_VARIANTS, VARIANT_COLOURS, Sheet, describe, title_of
+from ifvit.studies.variants import PAPER_VARIANTS, VARIANT_COLOURS, Sheet, title_of
 
 if TYPE_CHECKING:  # a sheet without a rating study does not need the extra `rate`
     from ifvit.rating.results import PreferenceResults
@@ -44,8 +44,7 @@ _HALVES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class PaperFigure:
+class PaperFigure(NamedTuple):
     """A figure as PNG and CSV; both are None if the runs lack the data of the figure.
 
     `notes` are sentences about the runs.
@@ -53,8 +52,8 @@ class PaperFigure:
 
     png: bytes | None = None
     csv: bytes | None = None
-    panels: list[Panel] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    panels: Sequence[Panel] = ()
+    notes: Sequence[str] = ()
 
 
 def figure_3(sheet: Sheet) -> PaperFigure:
@@ -116,7 +115,7 @@ def figure_5(counts: Mapping[str, Sequence[ObjectCountRow]], excluded: list[str]
     colours = {title_of(variant): colour for variant, colour in VARIANT_COLOURS.items()}
     detectors = {row.protocol.rule.detector for found in counts.values() for row in found}
     how = [f"Counted by {'exact analysis' if d == SCENES else d}." for d in detectors]
-    return replace(_panel_figure(count_panels(rows, colours)), notes=how + excluded)
+    return _panel_figure(count_panels(rows, colours))._replace(notes=how + excluded)
 
 
 def figure_6(found: "PreferenceResults | None") -> PaperFigure:
@@ -148,7 +147,7 @@ def figure_7(sheet: Sheet) -> PaperFigure:
             continue
         for metric in sheet.metrics:
             panel = Panel(
-                title=f"{metric.title}, {describe(variants[0])[0]}",
+                title=f"{metric.title}, {mechanism.replace('_', '-')}",
                 y_label=metric.heading,
                 points=[
                     _point(variant, place, mean)

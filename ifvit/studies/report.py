@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ from ifvit.studies.page import (
     Point,
     Table,
     inline_image,
-    legend_of,
     metric_cells,
     render_page,
     text_cell,
@@ -53,42 +53,31 @@ def report(config: ReportConfig) -> None:
     if not config.runs:
         raise UserError("report: no runs given; name at least one run folder")
     runs = read_runs(config.runs)
-    counts, counts_excluded = read_counts(runs)
+    counts, counts_excluded = read_counts({run.name: [run] for run in runs})
     differing = mismatches(runs)
     colours = {run.name: number % _NUM_COLOURS for number, run in enumerate(runs)}
     page = render_page(
         "report.html",
-        title=config.title,
+        title="ifvit report",
         loaded=runs,
         all_metrics=METRICS,
         runs=[{"name": name, "colour": colour} for name, colour in colours.items()],
         setting_of=setting_of,
         metrics=metric_lines({run.name: run.last for run in runs}, differing),
         comparisons=[found for other in runs[1:] if (found := compare_runs(runs[0], other))],
-        protocol=protocol_lines(runs),
+        protocol=_value_lines([_protocol_of(run) for run in runs]),
         mismatches=differing,
         methods=method_tables(runs),
-        counts=count_panels({name: [row] for name, row in counts.items()}, colours),
+        counts=count_panels(counts, colours),
         counts_excluded=counts_excluded,
-        legend_of=legend_of,
         curves=curve_panels(runs, colours),
-        has_real=any(sample.real for run in runs for sample in run.samples),
         captions=_caption_rows(runs),
         grids=[(run.name, _training_grids(run)) for run in runs],
         differences=recipe_differences(runs),
-        recipes=[
-            (
-                run.name,
-                run.recipe and yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
-            )
-            for run in runs
-        ],
+        dump=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
     )
     storage.write_bytes(config.output, page)
     sys.stdout.write(f"{config.output}\n")
-
-
-# Tables
 
 
 def metric_lines(
@@ -135,23 +124,21 @@ def _rows_by_method(run: Run) -> list[list[MetricsRow]]:
     ]
 
 
-def protocol_lines(runs: Sequence[Run]) -> list[Line]:
-    """Return a line per field of the protocols of the runs' last evaluations."""
-    rows = [run.last.protocol.facts | {"step": run.last.step} if run.last else {} for run in runs]
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [Line(describe_field(name), _value_cells(rows, name)) for name in names]
-
-
 def recipe_differences(runs: Sequence[Run]) -> list[Line]:
     """Return a line per key of config.yaml whose value differs between runs."""
-    flat = [_flatten(run.recipe or {}) for run in runs]
-    names = dict.fromkeys(name for recipe in flat for name in recipe)
-    differing = [name for name in names if len({repr(recipe.get(name)) for recipe in flat}) > 1]
-    return [Line(name, _value_cells(flat, name)) for name in differing]
+    lines = _value_lines([_flatten(run.recipe or {}) for run in runs])
+    return [line for line in lines if len(set(line.cells)) > 1]
 
 
-def _value_cells(rows: Sequence[Mapping[str, object]], name: str) -> list[Cell]:
-    return [Cell(describe_value(name, row.get(name, MISSING))) for row in rows]
+def _value_lines(rows: Sequence[Mapping[str, object]]) -> list[Line]:
+    """Return a line per key of any row."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [Line(n, [Cell(str(row.get(n, MISSING))) for row in rows]) for n in names]
+
+
+def _protocol_of(run: Run) -> dict[str, object]:
+    facts = run.last.protocol.facts | {"step": run.last.step} if run.last else {}
+    return {describe_field(name): describe_value(name, value) for name, value in facts.items()}
 
 
 def _flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -162,8 +149,6 @@ def _flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
-
-# Training curves
 
 _CURVES = (  # title, quantity of metrics.jsonl, its label, quantity over it
     ("Loss over steps", "step", "step", "loss"),
@@ -200,9 +185,6 @@ def _bins(pairs: Sequence[tuple[float, float | None]]) -> Iterator[NDArray[np.fl
         yield part.T
 
 
-# Pictures, recipes and missing files
-
-
 def _caption_rows(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, object]]]]:
     """Return the first captions, each with its real image (if any) and the image of every run.
 
@@ -218,30 +200,31 @@ def _caption_rows(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, object]
         pictures: list[dict[str, object]] = []
         if has_real:
             real = ((run, s.real) for run, s in zip(runs, found, strict=True) if s and s.real)
-            uri = _inline_if_there(*next(real, (runs[0], None)))
+            uri = _inline_file(*next(real, (runs[0], None)))
             pictures.append({"colour": "muted", "uri": uri})
         for number, (run, sample) in enumerate(zip(runs, found, strict=True)):
             scores = (sample.scores if sample else None) or {}
             marks = {name: value for name, value in scores.items() if value is not None}
-            uri = _inline_if_there(run, sample.image if sample else None)
+            uri = _inline_file(run, sample.image if sample else None)
             pictures.append({"colour": f"run{number % _NUM_COLOURS}", "uri": uri, "marks": marks})
         rows.append((shorten(key[1], 1000), pictures))
     return rows
 
 
-def _inline_if_there(run: Run, url: str | None) -> str | None:
-    return _inline_file(run, url) if url and storage.exists(url) else None
+def _inline_file(run: Run, url: str | None) -> str | None:
+    """Return an image of the run as a data URI; None without the file.
 
-
-def _inline_file(run: Run, url: str) -> str:
-    """Return an image of the run as a data URI. Raises UserError for a link to somewhere else."""
+    Raises UserError for a link to somewhere else, and for what is not an image.
+    """
+    if url is None or not storage.exists(url):
+        return None
     try:
         return inline_image(storage.read_bytes(run.locate(url)))
     except ImageError as error:
         raise UserError(f"{url}: {error}") from None
 
 
-def _training_grids(run: Run) -> list[tuple[int, str]]:
+def _training_grids(run: Run) -> list[tuple[int, str | None]]:
     """Return (step, data URI) of the first, the last and some grids between them."""
     grids = run.training_grids
     if len(grids) > _NUM_GRIDS:

@@ -30,16 +30,11 @@ VARIANT_COLOURS = dict(zip(SETTINGS, (8, 9, 10, 11, 5, 3, 2, 4), strict=True))
 """Indices of `figures.COLOURS`: concat is blue, cross-attention orange; early fusion is light."""
 
 
-def describe(variant: str) -> tuple[str, str]:
-    """Return mechanism and fusion in words, such as `cross-attention` and `image blocks only`."""
-    mechanism = "concat" if variant.startswith("concat") else "cross_attention"
-    fusion = variant.removeprefix(f"{mechanism}_")
-    return mechanism.replace("_", "-"), fusion.replace("_", " ")
-
-
 def title_of(variant: str) -> str:
-    """Return the name on the page, such as `Concat, early`."""
-    return ", ".join(describe(variant)).capitalize()
+    """Return the name on the page, such as `Cross-attention, image blocks only`."""
+    mechanism = "concat" if variant.startswith("concat") else "cross_attention"
+    fusion = variant.removeprefix(f"{mechanism}_").replace("_", " ")
+    return f"{mechanism.replace('_', '-').capitalize()}, {fusion}"
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:

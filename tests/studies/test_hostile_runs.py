@@ -94,7 +94,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("name", SEALED)
 def test_a_changed_file_with_a_seal_gives_the_same_run_or_one_line(name: str, run: Path) -> None:
     def facts() -> object:
-        return read_counts([read(run)]) if name == COUNTS else read(run)
+        return read_counts({"run": [read(run)]}) if name == COUNTS else read(run)
 
     before, data = facts(), (run / name).read_bytes()
     rng = random.Random(name)
@@ -155,7 +155,7 @@ def test_what_is_not_a_file_is_one_line(name: str, kind: str, run: Path) -> None
         read(run)
         return
     with pytest.raises(UserError, match=name):
-        read_counts([read(run)])
+        read_counts({"run": [read(run)]})
 
 
 def leave(run: Path, place: str) -> Path:

@@ -50,7 +50,7 @@ def test_the_table_has_every_point_with_its_interval() -> None:
     lines = list(csv.DictReader(panels_to_csv(panels).decode().splitlines()))
     assert len(lines) == 2 * (4 * 5 + 2 * 5)
     (line,) = [
-        one for one in lines if (one["panel"], one["name"], one["x"]) == ("sheep", "late", "3")
+        one for one in lines if (one["panel"], one["name"], one["place"]) == ("sheep", "late", "3")
     ]
     row: ObjectCountRow = ROWS["late"][0]
     score = row.score("sheep", 3)
@@ -60,7 +60,7 @@ def test_the_table_has_every_point_with_its_interval() -> None:
     (line,) = [
         one
         for one in lines
-        if (one["panel"][:5], one["name"], one["x"]) == ("Match", "late", "all")
+        if (one["panel"][:5], one["name"], one["place"]) == ("Match", "late", "all")
     ]
     overall = row.score()
     assert overall is not None
