@@ -144,6 +144,7 @@ class BlockBias:
         self._previous: Tensor | None = None
         self._num_calls = 0
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # each call has new state
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         """Queries (B, Q, H, E), keys (B, J, H, E) => addend (B, H, Q, J) to the logits.
 
