@@ -324,8 +324,13 @@ def _explain(error: Exception) -> str:
     found = _UNION.search(text) or _SINGLE.search(text)
     if not found:
         return shorten(text, 400)
+    name = found["key"]
+    if field := re.match(r"NestedArg\(key='(\w+)'", found["value"]):
+        return f"{name}.{field[1]}: no such field, or a value of another type; see --{name}.help"
+    if found["value"].startswith("Namespace(class_path="):
+        return f"{name}: give --{name} NAME before its fields, such as --{name} small"
     types = re.sub(r"<class '(\w+)'>", r"\1", _without_annotated(found["types"]))
     types = types.replace("typing.", "").replace("NoneType", "null")
     types = re.sub(r"Literal\[(.*?)\]", r"\1", types)
     types = re.sub(r", (?![^\[]*\])", " or ", types)  # not within tuple[int, int]
-    return f"{found['key']} is {shorten(found['value'])}; expected {shorten(types, 200)}"
+    return f"{name} is {shorten(found['value'])}; expected {shorten(types, 200)}"

@@ -169,6 +169,19 @@ def test_a_misspelt_entry_is_named() -> None:
         list(cost_rows(CostConfig(maps=["3*concta"])))
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backbone.width", "8"], "give --backbone NAME before its fields"),
+        (["--backbone", "small", "--backbone.widht", "8"], r"backbone\.widht: no such field"),
+        (["--backbone", "small", "--backbone.width", "9"], "width 9 must be even"),
+    ],
+)
+def test_a_wrong_field_of_the_backbone_is_named(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_config(CostConfig, flags, prog="ifvit cost")
+
+
 def test_the_drawing_is_a_reproducible_png(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
