@@ -10,15 +10,52 @@ what the backbone's `encode_condition` takes: contexts (B, M, D) of captions or 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.schedules import NoiseSchedule
-from ifvit.models.attention import Bias
-from ifvit.models.backbone import Backbone, EncodedCondition
+
+Bias = Callable[[Tensor, Tensor], Tensor | None]
+"""Queries (B, Q, H, E) and keys (B, J, H, E) => addend (B, H, Q, J) to the attention logits."""
+
+
+class EncodedCondition(Protocol):
+    """A condition as the backbone encodes it, B rows; computed once per prompt."""
+
+    def expand(self, num_rows: int) -> Self:
+        """Repeat a single row `num_rows` times, without a copy."""
+
+    def append(self, other: Self) -> Self:
+        """Return these rows followed by those of `other`."""
+
+
+class ConditionalBackbone(Protocol):
+    """The part of a backbone that guidance and sampling use; this package imports no network."""
+
+    @property
+    def config(self) -> Any:
+        """Configuration with `latent_channels` (C) and `latent_size` (S)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+
+    def encode_condition(self, condition: Tensor) -> Any:
+        """Encode conditions (B, ...) as an `EncodedCondition`."""
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Any, *biases: Any) -> Any:
+        """Predict the noise in x_t (B, C, S, S) at timesteps (B,).
+
+        An encoded condition may have k * B rows; row i belongs to latents i mod B, and the result
+        has k * B rows, too. `biases` maps numbers of blocks to a `Bias`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +102,7 @@ class GuidedNoisePredictor:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: ConditionalBackbone,
         condition: Tensor,
         null_condition: EncodedCondition,
         guidance: Guidance,

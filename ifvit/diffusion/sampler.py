@@ -23,11 +23,15 @@ from diffusers import (
 from torch import Tensor
 
 from ifvit.diffusion.config import SolverConfig, SolverName
-from ifvit.diffusion.guidance import AlignmentMethod, GuidedNoisePredictor
+from ifvit.diffusion.guidance import (
+    AlignmentMethod,
+    ConditionalBackbone,
+    EncodedCondition,
+    GuidedNoisePredictor,
+)
 from ifvit.diffusion.schedules import BETA_END, BETA_START, NUM_TIMESTEPS
 from ifvit.errors import UserError
 from ifvit.images import Pixels, to_pixels
-from ifvit.models.backbone import Backbone, EncodedCondition
 from ifvit.rng import Stream, normal
 
 NoisePredictor = Callable[[Tensor, Tensor], Tensor]
@@ -89,7 +93,7 @@ class ConditionBatch:
 class Sampler:
     """The frozen models that generate images."""
 
-    backbone: Backbone
+    backbone: ConditionalBackbone
     decode: Callable[[Tensor], Tensor]
     """Scaled latents (B, C, S, S) => images (B, 3, H, W), nominally in [-1, 1] but not clamped.
 
@@ -133,7 +137,7 @@ def generate_images(
 
 @torch.no_grad()
 def sample_latents(
-    backbone: Backbone,
+    backbone: ConditionalBackbone,
     batch: ConditionBatch,
     null_condition: EncodedCondition,
     config: SolverConfig,
