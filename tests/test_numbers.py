@@ -19,7 +19,6 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "EvaluateConfig": {"shards": "x"},
     "SubmitEvaluateConfig": {"shards": "x"},
     "AttentionConfig": {"shards": "x"},
-    "PlanConfig": {"width": 512, "depth": 12},
     **{
         type(preset).__name__: vars(preset) for preset in (*CLASS_PRESETS.values(), PRESETS["tiny"])
     },
