@@ -127,7 +127,7 @@ class GuidedNoisePredictor:
         condition = self._encoded
         if is_guided:
             # Both halves share x_t, so the backbone runs the blocks before the first text on B rows
-            # and repeats the rows there (models/layers.py).
+            # and repeats the rows there (models/blocks.py).
             condition = self._both_conditions
             biases = {
                 block: partial(_bias_conditional, len(x_t), bias) for block, bias in biases.items()

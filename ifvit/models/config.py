@@ -28,7 +28,7 @@ from ifvit.records import (
 Fusion = Literal[
     "image", "concat", "cross_attention", "separate_cross_attention", "dual_stream", "adaln"
 ]
-"""How text takes part in one block; `models/layers.py` has a class for each."""
+"""How text takes part in one block; `models/blocks.py` has a class for each."""
 READS_TEXT: frozenset[Fusion] = frozenset({"cross_attention", "separate_cross_attention"})
 """Blocks whose image tokens attend to text tokens, which stay as they are."""
 UPDATES_TEXT: frozenset[Fusion] = frozenset({"concat", "dual_stream"})

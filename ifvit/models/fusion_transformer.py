@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from ifvit.models.attention import Backend, Bias, load_attention
 from ifvit.models.backbone import Backbone, EncodedCondition, check_shape
+from ifvit.models.blocks import Block, BlockInputs, build_block
 from ifvit.models.config import READS_TEXT, UPDATES_TEXT, Fusion, FusionTransformerConfig
 from ifvit.models.layers import (
     Attention,
-    Block,
-    BlockInputs,
     CrossAttention,
     KeysValues,
     PatchEmbed,
-    build_block,
     build_modulation,
     build_norm,
     modulate,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from made_backbone import backbone_inputs, loud_backbone, small_shape
 
+from ifvit.models.blocks import build_block
 from ifvit.models.config import Fusion, FusionTransformerConfig
 from ifvit.models.fusion_transformer import FusionTransformer
-from ifvit.models.layers import build_block
 
 ENTRIES = get_args(Fusion)
 CAPTIONS = {"context_length": 3, "context_width": 5}

@@ -10,9 +10,9 @@ from made_backbone import backbone_inputs, loud_backbone
 from test_backbone import CLASSES, CONCAT, CROSS, MODERN
 from uvit_oracle import Oracle, class_layout, our_layout, random_weights
 
+from ifvit.models.blocks import BlockInputs
 from ifvit.models.config import Fusion, symmetric_fusion
 from ifvit.models.fusion_transformer import FusionTransformer
-from ifvit.models.layers import BlockInputs
 from ifvit.models.weights import build_backbone, initial_weights, restore_backbone
 
 PAPER = [

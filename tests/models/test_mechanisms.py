@@ -9,15 +9,8 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from made_backbone import small_shape
 from torch import nn
 
-from ifvit.models.layers import (
-    Attention,
-    BlockInputs,
-    RMSNorm,
-    SwiGLU,
-    build_block,
-    rotate,
-    rotation_table,
-)
+from ifvit.models.blocks import BlockInputs, build_block
+from ifvit.models.layers import Attention, RMSNorm, SwiGLU, rotate, rotation_table
 from ifvit.models.weights import build_backbone
 
 WIDTH, HEADS, NUM_TEXT = 32, 2, 6
