@@ -162,8 +162,8 @@ class FusionTransformerConfig(ConditionConfig):
     projection per block (Peebles and Xie 2023). shared: one projection, and a table per block
     (PixArt). adaln blocks are modulated in any case."""
     init_std: PositiveFloat | Literal["auto"] = "auto"
-    """Standard deviation of the initial Linear weights. auto: U-ViT's 0.02 from width 512 on, and
-    in inverse proportion to the width below."""
+    """Standard deviation of the initial Linear weights. auto: U-ViT's 0.02 from width 512 on,
+    in inverse proportion to the width below, and at most width**-0.5."""
     timestep_offset: NonNegativeInt = 0
     """Added to the timesteps 0 ... 999; U-ViT's published weights count from 1."""
 
@@ -280,14 +280,14 @@ def with_setting(config: FusionTransformerConfig, name: str) -> FusionTransforme
 
 
 def setting_of(config: FusionTransformerConfig) -> str | None:
-    """Return the name of the setting that a backbone's map and text branch are, or None."""
+    """Return the setting that a caption backbone's map and text branch are, or None."""
     num_blocks, num_image_blocks = len(config.blocks), (config.text_blocks or (0,))[0]
     entry = config.blocks[num_blocks // 2]
     if config.fusion != symmetric_fusion(entry, num_blocks, num_image_blocks):
         return None
     found = (entry, num_image_blocks > 0, config.num_text_blocks > 0)
     names = {setting: name for name, setting in _SETTINGS.items()}
-    return names.get(found) if config.long_skip else None
+    return names.get(found) if config.long_skip and config.context_shape else None
 
 
 @record

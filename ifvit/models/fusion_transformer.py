@@ -114,8 +114,8 @@ class FusionTransformer(Backbone):
 
     @property
     def _init_std(self) -> float:
-        std = self.config.init_std
-        return 0.02 * max(1.0, 512 / self.config.width) if std == "auto" else float(std)
+        std, width = self.config.init_std, self.config.width
+        return max(0.02, min(0.02 * 512 / width, width**-0.5)) if std == "auto" else float(std)
 
     def encode_condition(self, condition: Tensor) -> EncodedCondition:
         """Run the text branch on contexts (B, M, context_width), or embed classes (B,).
