@@ -14,7 +14,8 @@ from threading import Thread
 
 from data_pipeline.config import EncodeConfig
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
-from ifvit.models.config import PRESETS, BackboneConfig, with_setting
+from ifvit.models.config import BackboneConfig
+from ifvit.models.presets import PRESETS, with_setting
 from ifvit.records import PositiveFloat, record
 from ifvit.sampling.config import SamplingConfig
 from ifvit.storage import join, write_json

@@ -10,7 +10,7 @@ import pytest
 
 from ifvit.config import read_config
 from ifvit.errors import UserError
-from ifvit.models.config import CLASS_PRESETS, PRESETS
+from ifvit.models.presets import CLASS_PRESETS, PRESETS
 from ifvit.records import field_hints
 from ifvit.verbs import VERBS, load
 

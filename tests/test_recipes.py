@@ -12,7 +12,8 @@ from data_pipeline.config import EncodeConfig
 from ifvit.config import FLAG_ONLY, dump_config, read_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
-from ifvit.models.config import CLASS_PRESETS, PRESETS, restore_config, with_setting
+from ifvit.models.config import restore_config
+from ifvit.models.presets import CLASS_PRESETS, PRESETS, with_setting
 from ifvit.records import PositiveFloat, PositiveInt, parse_yaml, record
 from ifvit.training.config import OptimConfig, TrainConfig
 from slurm.config import PipelineConfig, SubmitTrainConfig

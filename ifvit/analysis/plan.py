@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ifvit.analysis.config import HardwareConfig, PlanConfig
-from ifvit.models.config import PRESETS, FusionTransformerConfig
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.cost import count_cost
 from ifvit.models.fusion_transformer import FusionTransformer
+from ifvit.models.presets import PRESETS
 
 VALUE = 4
 """Bytes of a parameter, gradient, moment or EMA weight; the engine keeps all of them in fp32."""

@@ -8,7 +8,7 @@ from ifvit.bench.config import BenchCheckpointConfig, BenchTrainConfig
 from ifvit.bench.measurement import print_result, seconds_on
 from ifvit.bench.training_speed import EngineSteps, build_recipe
 from ifvit.errors import UserError
-from ifvit.models.config import PRESETS
+from ifvit.models.presets import PRESETS
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards.format import MANIFEST, EncoderIdentity
 from ifvit.storage import file_size, join, list_names, write_bytes, write_json

@@ -21,7 +21,7 @@ from ifvit.diffusion.guidance import GuidedNoisePredictor
 from ifvit.diffusion.sampler import NoisePredictor
 from ifvit.distributed import choose_device
 from ifvit.models.backbone import Backbone
-from ifvit.models.config import PRESETS
+from ifvit.models.presets import PRESETS
 from ifvit.models.weights import build_backbone
 from ifvit.sampling.load import compile_backbone
 from ifvit.training.profiling import device_name

@@ -27,14 +27,9 @@ from ifvit.bench.measurement import (
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.distributed import choose_device
-from ifvit.models.config import (
-    PRESETS,
-    SETTINGS,
-    FusionTransformerConfig,
-    setting_of,
-    with_maps,
-)
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.cost import count_cost
+from ifvit.models.presets import PRESETS, SETTINGS, setting_of, with_maps
 from ifvit.models.weights import build_backbone, initial_weights
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.data import Batch, Batches

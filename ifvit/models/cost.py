@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ifvit.models.config import (
+from ifvit.models.config import BackboneConfig, CostConfig, FusionTransformerConfig
+from ifvit.models.presets import (
     CLASS_PRESETS,
     PRESETS,
     SETTINGS,
-    BackboneConfig,
-    CostConfig,
-    FusionTransformerConfig,
     setting_of,
     with_maps,
     with_setting,

@@ -12,15 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Arc, FancyBboxPatch
 
 from ifvit.figures import RULE, RUN_COLOURS, house_style, literal, to_png
-from ifvit.models.config import (
-    PRESETS,
-    TEXT_KEYS,
-    UPDATES_TEXT,
-    Fusion,
-    FusionTransformerConfig,
-    with_setting,
-)
+from ifvit.models.config import TEXT_KEYS, UPDATES_TEXT, Fusion, FusionTransformerConfig
 from ifvit.models.cost import count_cost
+from ifvit.models.presets import PRESETS, with_setting
 from ifvit.storage import write_bytes
 
 COLOURS: dict[Fusion, str] = {

@@ -12,8 +12,8 @@ from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.evaluation.rows import describe_field, describe_value
 from ifvit.evaluation.runs import Run, read_runs
-from ifvit.models.config import PRESETS, with_setting
 from ifvit.models.cost import count_cost
+from ifvit.models.presets import PRESETS, with_setting
 from ifvit.records import dump_csv
 from ifvit.studies import paper_figures
 from ifvit.studies.comparisons import (

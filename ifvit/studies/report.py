@@ -16,7 +16,7 @@ from ifvit.evaluation.rows import MetricsRow, describe_field, describe_value
 from ifvit.evaluation.runs import Run, read_runs
 from ifvit.figures import RUN_COLOURS
 from ifvit.images import ImageError
-from ifvit.models.config import setting_of
+from ifvit.models.presets import setting_of
 from ifvit.records import shorten
 from ifvit.studies.comparisons import (
     METRICS,

@@ -11,7 +11,8 @@ from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.rows import MetricsRow, differences, main_series
 from ifvit.evaluation.runs import Run
-from ifvit.models.config import SETTINGS, FusionTransformerConfig, setting_of
+from ifvit.models.config import FusionTransformerConfig
+from ifvit.models.presets import SETTINGS, setting_of
 from ifvit.studies.comparisons import (
     COUNT,
     FID,

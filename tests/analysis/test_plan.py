@@ -27,8 +27,9 @@ from ifvit.analysis.plan import (
 )
 from ifvit.config import read_config
 from ifvit.models.backbone import Backbone
-from ifvit.models.config import CLASS_PRESETS, PRESETS, FusionTransformerConfig
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.cost import count_cost
+from ifvit.models.presets import CLASS_PRESETS, PRESETS
 from ifvit.models.weights import build_backbone
 
 BILLION = 10**9

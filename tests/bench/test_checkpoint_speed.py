@@ -8,7 +8,7 @@ import pytest
 from ifvit.bench.checkpoint_speed import bench_checkpoint
 from ifvit.bench.config import BenchCheckpointConfig
 from ifvit.errors import UserError
-from ifvit.models.config import PRESETS
+from ifvit.models.presets import PRESETS
 from ifvit.storage import list_names
 
 

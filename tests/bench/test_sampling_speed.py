@@ -10,7 +10,7 @@ from ifvit.bench.config import BenchGenerateConfig
 from ifvit.bench.sampling_speed import bench_generate, guide_plainly
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedNoisePredictor
-from ifvit.models.config import PRESETS
+from ifvit.models.presets import PRESETS
 from ifvit.models.weights import build_backbone
 
 

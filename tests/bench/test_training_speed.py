@@ -11,8 +11,9 @@ from ifvit.analysis.plan import activation_bytes
 from ifvit.bench.config import BenchTrainConfig
 from ifvit.bench.measurement import median_ratio, spread
 from ifvit.bench.training_speed import EngineSteps, UViTRecipeSteps, bench_train
-from ifvit.models.config import CLASS_PRESETS, PRESETS, FusionTransformerConfig
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.cost import count_cost
+from ifvit.models.presets import CLASS_PRESETS, PRESETS
 from ifvit.training.config import EngineConfig, TrainConfig
 
 CPU = torch.device("cpu")

@@ -28,7 +28,7 @@ from ifvit.evaluation.sample_set import (
 )
 from ifvit.images import decode_png
 from ifvit.models.clip import load_clip
-from ifvit.models.config import CLASS_PRESETS
+from ifvit.models.presets import CLASS_PRESETS
 from ifvit.models.pretrained import resolve_pretrained
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
 from ifvit.sampling.config import RegulationConfig, SamplingConfig

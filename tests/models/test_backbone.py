@@ -12,7 +12,8 @@ from made_backbone import backbone_inputs, loud_backbone
 from torch.utils.checkpoint import checkpoint
 
 from ifvit.errors import UserError
-from ifvit.models.config import PRESETS, FusionTransformerConfig, UNetConfig, restore_config
+from ifvit.models.config import FusionTransformerConfig, UNetConfig, restore_config
+from ifvit.models.presets import PRESETS
 from ifvit.models.weights import build_backbone, describe_backbone
 
 CROSS = FusionTransformerConfig(

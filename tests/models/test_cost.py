@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.models import cost as cost_module
-from ifvit.models.config import CLASS_PRESETS, PRESETS, CostConfig, FusionTransformerConfig
+from ifvit.models.config import CostConfig, FusionTransformerConfig
 from ifvit.models.cost import Cost, CostRow, cost, cost_rows, count_cost
+from ifvit.models.presets import CLASS_PRESETS, PRESETS
 from ifvit.models.weights import describe_backbone
 
 TINY, CLASS_TINY = PRESETS["tiny"], CLASS_PRESETS["class_tiny"]

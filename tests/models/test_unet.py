@@ -5,8 +5,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from made_backbone import backbone_inputs
 from test_backbone import CAPTIONS_UNET, UNET
 
-from ifvit.models.config import CLASS_PRESETS
 from ifvit.models.cost import count_cost
+from ifvit.models.presets import CLASS_PRESETS
 from ifvit.models.weights import build_backbone
 
 

@@ -18,7 +18,7 @@ from ifvit.cli import main
 from ifvit.errors import UserError
 from ifvit.models import pretrained
 from ifvit.models.autoencoders import load_autoencoder
-from ifvit.models.config import CLASS_PRESETS
+from ifvit.models.presets import CLASS_PRESETS
 from ifvit.models.weights import (
     WeightsInfo,
     build_backbone,

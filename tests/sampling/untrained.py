@@ -7,8 +7,8 @@ import torch
 
 from ifvit.models.autoencoders import load_autoencoder
 from ifvit.models.clip import load_text_encoder
-from ifvit.models.config import PRESETS
 from ifvit.models.fusion_transformer import FusionTransformer
+from ifvit.models.presets import PRESETS
 from ifvit.models.weights import WeightsInfo, save_weights
 
 

@@ -11,7 +11,7 @@ from ifvit.cli import main
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
-from ifvit.models.config import PRESETS, setting_of
+from ifvit.models.presets import PRESETS, setting_of
 from ifvit.training.config import TrainConfig
 from slurm.config import ClusterConfig, PipelineConfig, SubmitConfig, SubmitTrainConfig
 from slurm.jobs import ROOT, read_records

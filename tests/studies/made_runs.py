@@ -12,7 +12,8 @@ from ifvit import storage
 from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url
 from ifvit.images import Pixels, encode_png, make_grid
-from ifvit.models.config import PRESETS, BackboneConfig
+from ifvit.models.config import BackboneConfig
+from ifvit.models.presets import PRESETS
 from ifvit.models.weights import StoredWeights, WeightsInfo
 from ifvit.records import dump_rows, dump_sealed
 from ifvit.sampling.config import SamplingConfig

@@ -21,7 +21,7 @@ from ifvit.errors import UserError
 from ifvit.evaluation.object_count import CountedImage
 from ifvit.evaluation.runs import Run, read_run
 from ifvit.images import encode_png
-from ifvit.models.config import PRESETS, with_setting
+from ifvit.models.presets import PRESETS, with_setting
 from ifvit.sampling.samples import read_samples, write_samples
 from ifvit.storage import write_sealed
 from ifvit.studies.config import PaperConfig, ReportConfig

@@ -15,7 +15,8 @@ from PIL import Image
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.evaluation.runs import read_runs
-from ifvit.models.config import PRESETS, FusionTransformerConfig, with_setting
+from ifvit.models.config import FusionTransformerConfig
+from ifvit.models.presets import PRESETS, with_setting
 from ifvit.rating.agreement import OrderBias
 from ifvit.rating.results import PreferenceResults, Replies, WinRate
 from ifvit.storage import write_sealed

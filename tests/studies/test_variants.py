@@ -10,7 +10,8 @@ from made_runs import write_training
 
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import Run, read_runs
-from ifvit.models.config import CLASS_PRESETS, PRESETS, SETTINGS, BackboneConfig, with_setting
+from ifvit.models.config import BackboneConfig
+from ifvit.models.presets import CLASS_PRESETS, PRESETS, SETTINGS, with_setting
 from ifvit.studies.variants import group_runs, title_of
 
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.errors import UserError
-from ifvit.models.config import PRESETS
 from ifvit.models.layers import RMSNorm
+from ifvit.models.presets import PRESETS
 from ifvit.models.weights import build_backbone, initial_weights, load_weights
 from ifvit.training import engine
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
