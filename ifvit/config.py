@@ -317,6 +317,10 @@ _SINGLE = re.compile(
     r'Parser key "(?P<key>[^"]*)": Expected a (?P<types>.*?)\. Got value: (?P<value>.*)'
 )
 
+_INNER = re.compile(  # in a field of an optional dataclass
+    r'(?<=: )Parser key "[^"]*": Expected a .*? Got value: .*?(?= - Expected a )'
+)
+
 
 def _explain(error: Exception) -> str:
     """One short line for an error of jsonargparse: field, value, and what is expected."""
@@ -325,8 +329,10 @@ def _explain(error: Exception) -> str:
     if not found:
         return shorten(text, 400)
     name = found["key"]
+    if inner := _INNER.search(text):
+        return f"{name}.{_explain(ValueError(inner[0]))}"
     if field := re.match(r"NestedArg\(key='(\w+)'", found["value"]):
-        return f"{name}.{field[1]}: no such field, or a value of another type; see --{name}.help"
+        return f"{name}.{field[1]}: no such field; see --{name}.help"
     if found["value"].startswith("Namespace(class_path="):
         return f"{name}: give --{name} NAME before its fields, such as --{name} small"
     types = re.sub(r"<class '(\w+)'>", r"\1", _without_annotated(found["types"]))
