@@ -36,6 +36,7 @@ from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import short_names
 from ifvit.figures import RUN_COLOURS, house_style, literal, to_png
+from ifvit.models.config import name_map
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.records import dump_csv
@@ -230,7 +231,7 @@ def attention_figure(summaries: Mapping[str, AttentionSummary]) -> Figure:
         figure = Figure(figsize=size, layout="constrained")
         parts = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
         for part, (name, run) in zip(parts, summaries.items(), strict=True):
-            title = f"{literal(name)}: {literal(run.fusion)}, N_text = {run.num_text_blocks}"
+            title = f"{literal(name)}: {literal(name_map(run.fusion, run.num_text_blocks))}"
             part.suptitle(f"{title}, step {run.step:,}", fontsize=9, fontweight="bold")
             _plot_run(part, run, num_columns, scales, limits)
     return figure
@@ -247,7 +248,7 @@ def _plot_run(
     for cell in axes[:, len(run.layers) :].flat:
         cell.set_axis_off()
     for number, (column, layer) in enumerate(zip(axes.T, run.layers, strict=False)):
-        column[0].set_title(literal(layer.name.replace(" ", "\n")), fontsize=6)
+        column[0].set_title(literal(layer.name).replace(" ", "\n"), fontsize=6)
         _plot_map(column[0], run.image_maps[number], scales[0])
         column[2].set(yscale="log", ylim=limits, xlim=(0.5, NUM_SINGULAR_VALUES + 0.5))
         column[2].set_xticks([1, NUM_SINGULAR_VALUES])

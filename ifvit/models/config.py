@@ -82,6 +82,12 @@ def symmetric_fusion(entry: Fusion, num_blocks: int, num_image_blocks: int) -> s
     return format_fusion([*images, *[entry] * (num_blocks - 2 * num_image_blocks), *images])
 
 
+def name_map(fusion: str, num_text_blocks: int) -> str:
+    """Return a map and its text branch in words, such as "4*image 5*concat, 1 text block"."""
+    plural = "" if num_text_blocks == 1 else "s"
+    return fusion + (f", {num_text_blocks} text block{plural}" if num_text_blocks else "")
+
+
 _CONDITIONS = ("num_classes", "context_length", "context_width")
 
 

@@ -11,7 +11,7 @@ from made_backbone import SMALL_CLASSES, SMALL_UNET, small_shape
 from made_shards import make_samples, write_shards
 from PIL import Image
 
-from ifvit.analysis.attention_analysis import Prompts, analyze_run, record_layers
+from ifvit.analysis.attention_analysis import Prompts, analyze_run, attention_figure, record_layers
 from ifvit.analysis.attention_maps import read_attention
 from ifvit.analysis.config import AttentionConfig
 from ifvit.cli import main
@@ -102,6 +102,9 @@ def test_two_runs_are_set_side_by_side(
     assert printed.endswith((output / "attention.csv").read_text())
     with Image.open(output / "attention.png") as figure:
         assert figure.width > 500
+    (part,) = attention_figure({"intermediate": intermediate}).subfigs
+    assert part.get_suptitle() == "intermediate: image cross_attention image, 1 text block, step 3"
+    assert part.axes[0].get_title() == "0\nimage"
 
 
 def test_without_an_output_files_go_to_each_run(shards: str, tmp_path: Path) -> None:
