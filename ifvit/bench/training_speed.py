@@ -27,7 +27,7 @@ from ifvit.bench.measurement import (
 from ifvit.diffusion.objectives import NoisePrediction
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.distributed import choose_device
-from ifvit.models.config import FusionTransformerConfig
+from ifvit.models.config import FusionTransformerConfig, name_map
 from ifvit.models.cost import count_cost
 from ifvit.models.presets import PRESETS, SETTINGS, setting_of, with_maps
 from ifvit.models.weights import build_backbone, initial_weights
@@ -268,9 +268,8 @@ def _print_table(rows: list[Row]) -> None:
     head = f"{'step':>9}{'spread':>8}{'x first':>9}{'images/s':>10}{'MFU':>7}{'planned':>11}"
     sys.stdout.write(head + f"{'peak':>11}  fusion map\n")
     for row in rows:
-        fusion, mfu, peak = str(row["fusion"]), row["mfu"], row["peak_bytes"]
-        if row["num_text_blocks"]:
-            fusion += f", {row['num_text_blocks']} text blocks"
+        fusion, mfu, peak = row["fusion"], row["mfu"], row["peak_bytes"]
+        fusion = name_map(str(fusion), int(row["num_text_blocks"] or 0))
         sys.stdout.write(
             f"{row['step_seconds']:8.3f}s{row['spread']:8.1%}{row['vs_first']:9.3f}"
             f"{row['images_per_s']:10.1f}{'-' if mfu is None else format(mfu, '.1%'):>7}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ifvit.models.config import BackboneConfig, CostConfig, FusionTransformerConfig
+from ifvit.models.config import BackboneConfig, CostConfig, FusionTransformerConfig, name_map
 from ifvit.models.presets import (
     CLASS_PRESETS,
     PRESETS,
@@ -186,11 +186,10 @@ def _count_row(preset: str | None, config: BackboneConfig) -> CostRow:
 def _format_table(rows: list[CostRow]) -> str:
     lines = [f"{'preset':13}{'parameters':>14}{'GFLOPs':>10}{'+ attention':>13}  fusion map"]
     for row in rows:
-        fusion, preset = row.fusion or "U-Net", row.preset or ""
-        if row.num_text_blocks:
-            fusion += f", {row.num_text_blocks} text blocks"
+        fusion = name_map(row.fusion, row.num_text_blocks or 0) if row.fusion else "U-Net"
+        preset = row.preset or ""
         lines.append(
-            f"{preset:13}{row.params:14,}{row.gflops_paper:10.2f}{row.gflops:13.2f}  {fusion}"
+            f"{preset:13}{row.params:14,}{row.gflops_paper:10.3f}{row.gflops:13.3f}  {fusion}"
         )
     lines += [
         "",

@@ -98,8 +98,11 @@ def _draw_row(
     for number, entry in enumerate(blocks):
         _draw_block(axes, number, y, entry, is_last=number == last)
     x = len(blocks) - 0.1
-    axes.text(x, y, f"{cost.params / 1e6:.1f}M params", size=9.5, va="center", color=TEXT_COLOUR)
-    axes.text(x, lane, f"{cost.flops / 1e9:.1f} GFLOPs", size=9.5, va="center", color=TEXT_COLOUR)
+    params, gflops = cost.params / 1e6, cost.flops / 1e9
+    size = f"{params:.1f}M params" if params >= 10 else f"{params:.2f}M params"
+    work = f"{gflops:.1f} GFLOPs" if gflops >= 1 else f"{1000 * gflops:.1f} MFLOPs"
+    axes.text(x, y, size, size=9.5, va="center", color=TEXT_COLOUR)
+    axes.text(x, lane, work, size=9.5, va="center", color=TEXT_COLOUR)
 
 
 def _draw_block(axes: Axes, x: float, y: float, entry: Fusion, *, is_last: bool) -> None:

@@ -20,7 +20,13 @@ from torch import Tensor
 from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.models.clip import load_text_encoder
-from ifvit.models.config import Fusion, FusionTransformerConfig, ImportConfig, symmetric_fusion
+from ifvit.models.config import (
+    Fusion,
+    FusionTransformerConfig,
+    ImportConfig,
+    name_map,
+    symmetric_fusion,
+)
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.pretrained import identify, read_pickled_tensors, reading, resolve_pretrained
 from ifvit.models.weights import (
@@ -258,7 +264,7 @@ def import_weights(config: ImportConfig) -> None:
     save_weights(folder, backbone, info)
     found = backbone.config
     sys.stdout.write(
-        f"{folder}: {found.fusion}, {found.num_text_blocks} text blocks, "
+        f"{folder}: {name_map(found.fusion, found.num_text_blocks)}, "
         f"{backbone.num_parameters():,} parameters, null context {null_context}\n"
     )
 

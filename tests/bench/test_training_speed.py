@@ -82,7 +82,7 @@ def test_any_maps_are_measured_side_by_side(capsys: pytest.CaptureFixture[str]) 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("GB")[-1].split("-  ")[-1] for line in lines[1:4]] == [
         "3*image",
-        "dual_stream image adaln, 1 text blocks",
+        "dual_stream image adaln, 1 text block",
         "3*concat",
     ]
     assert lines[1].split()[2] == "1.000"

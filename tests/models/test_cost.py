@@ -150,7 +150,7 @@ def test_the_table_has_a_line_for_every_row(
 ) -> None:
     cost(CostConfig())
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
-    assert ["small", "44,692,644", "29.49", "32.46", "13*concat"] in lines
+    assert ["small", "44,692,644", "29.488", "32.458", "13*concat"] in lines
     assert len([words for words in lines if words[0] in ("small", "1b", "class_tiny")]) == 10
 
 
@@ -175,6 +175,7 @@ def test_a_misspelt_entry_is_named() -> None:
     [
         (["--backbone.width", "8"], "give --backbone NAME before its fields"),
         (["--backbone", "small", "--backbone.widht", "8"], r"backbone\.widht: no such field"),
+        (["--backbone", "small", "--backbone.norm", "rms"], r"backbone\.norm is rms; .*'rms_norm'"),
         (["--backbone", "small", "--backbone.width", "9"], "width 9 must be even"),
     ],
 )
