@@ -89,9 +89,10 @@ class FusionTransformer(Backbone):
     def initial_tensor(self, name: str, seed: int) -> Tensor:
         """Sample the initial value of a parameter on the CPU, a function of its name and the seed.
 
-        Weights of Linear layers and embeddings are N(0, init_std) and biases 0. Positions and
-        registers are N(0, 0.02). Modulation and the output of separate cross-attention start at
-        zero; convolutions have torch's own distribution.
+        Weights of Linear layers and embeddings are N(0, init_std) and biases 0. Positions,
+        registers and, as in PixArt, the shared modulation are N(0, 0.02). Other modulation and
+        the output of separate cross-attention start at zero; convolutions have torch's own
+        distribution.
         """
         owner, _, kind = name.rpartition(".")
         module, parameter = self.get_submodule(owner), self.get_parameter(name)
@@ -105,7 +106,9 @@ class FusionTransformer(Backbone):
             starts_at_zero = owner.endswith(("modulation.linear", "cross_attn.proj"))
             if kind == "bias" or starts_at_zero:
                 return full
-            return nn.init.trunc_normal_(full, std=self._init_std, generator=generator)
+            # Gates as large as init_std makes them would multiply the tokens of narrow backbones.
+            std = 0.02 if owner.startswith("shared_modulation") else self._init_std
+            return nn.init.trunc_normal_(full, std=std, generator=generator)
         if kind == "table":
             return full.normal_(0, self.config.width**-0.5, generator=generator)
         if owner == "":

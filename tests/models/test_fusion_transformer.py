@@ -220,7 +220,8 @@ def test_fresh_weights_are_narrow_normal_with_zero_biases(init_std, expected, mo
         elif name.endswith("bias") or "cross_attn.proj" in name or "modulation.linear" in name:
             assert not parameter.any(), name
         else:
-            std = {"pos_embed": 0.02, "registers": 0.02}.get(name, expected)
+            is_fixed = name in ("pos_embed", "registers", "shared_modulation.1.weight")
+            std = 0.02 if is_fixed else expected
             std = 128**-0.5 if name.endswith("table") else std
             assert parameter.std().item() == pytest.approx(std, rel=0.1), name
             assert abs(parameter.mean().item()) < 0.12 * std, name
@@ -234,6 +235,17 @@ def test_automatic_initial_weights_are_wider_in_narrow_backbones(width, std):
         "blocks.0.attn.proj.weight"
     )
     assert weight.std().item() == pytest.approx(std, rel=0.03)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modulation", ["adaln_zero", "shared"])
+def test_fresh_modulation_keeps_the_scale_of_a_narrow_backbone(modulation):
+    plain = dataclasses.replace(MODERN, width=32, num_heads=2, modulation="none")
+    sizes = [
+        build_backbone(config)(*backbone_inputs(config)).std().item()
+        for config in (plain, dataclasses.replace(plain, modulation=modulation))
+    ]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.5)
 
 
 def test_convolutions_have_torchs_own_distribution():
