@@ -46,6 +46,9 @@ def build_methods(
     if config.method == "plain":
         return None
     require_text_encoder(info)
+    backbone = sampler.backbone.config
+    if isinstance(backbone, FusionTransformerConfig) and not backbone.text_blocks:
+        raise UserError(f"method {config.method}: no block of this backbone sees text; use plain")
     builders: list[Callable[[Sequence[str]], AlignmentMethod]] = []
     if config.method in ("date", "both"):
         if objective is None:

@@ -408,6 +408,15 @@ def test_regulation_that_fits_neither_backbone_nor_prompt_is_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("method", ["date", "regulate", "both"])
+@pytest.mark.parametrize("backbone", ["concat"], indirect=True)
+def test_no_method_aligns_a_backbone_that_sees_no_text(sampler: Sampler, method: str) -> None:
+    shape = small_shape(latent_channels=2, fusion="2*image", num_text_blocks=0)
+    sampler = dataclasses.replace(sampler, backbone=FusionTransformer(shape))
+    with pytest.raises(UserError, match="no block of this backbone sees text; use plain"):
+        build(sampler, method=method)
+
+
 def test_the_middle_five_blocks_with_text_keys_are_the_default() -> None:
     assert middle_blocks(tuple(range(13))) == (4, 5, 6, 7, 8)
     assert middle_blocks(tuple(range(6))) == (0, 1, 2, 3, 4)
