@@ -71,8 +71,11 @@ def read_config(
         chosen: dict[str, type[Any]] = {}
         for name, hint in get_type_hints(cls).items():
             members = get_args(hint) if isinstance(hint, UnionType) else ()
-            if members and all(map(is_dataclass, members)):
+            described = _dataclasses_of(hint) if members else []
+            if members and len(described) == len(members):
                 chosen[name], flags = _choose_member(name, members, flags)
+            elif len(described) == 1 and any(_describes(name, *flag) for flag in flags):
+                chosen[name] = described[0]  # errors of a union would not name the field
         names = parser.add_class_arguments(cls, skip=set(chosen))
         for name, member in chosen.items():
             parser.add_argument(f"--{name}", type=member, required=True)
@@ -262,6 +265,13 @@ def _find_shipped(cls: type[Any], prog: str, flags: list[Flag]) -> list[Flag]:
             raise UserError(f"{flag} {value}: no such file; shipped names are {known or 'none'}")
         found.append(("--config" if flag == "--recipe" else flag, str(path)))
     return found
+
+
+def _describes(name: str, flag: str, value: Any) -> bool:
+    """Whether a flag gives something for the field `name` of a dataclass."""
+    if flag == "--config":
+        return isinstance(value, dict) and value.get(name) is not None
+    return flag.split(".")[0] == f"--{name}" and value != "null"
 
 
 def _choose_member(
