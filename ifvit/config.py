@@ -327,6 +327,7 @@ _SINGLE = re.compile(
     r'Parser key "(?P<key>[^"]*)": Expected a (?P<types>.*?)\. Got value: (?P<value>.*)'
 )
 
+_NUMBERS = re.compile(r"[-+.,\de]{1,40}")
 _INNER = re.compile(  # in a field of an optional dataclass
     r'(?<=: )Parser key "[^"]*": Expected a .*? Got value: .*?(?= - Expected a )'
 )
@@ -349,4 +350,6 @@ def _explain(error: Exception) -> str:
     types = types.replace("typing.", "").replace("NoneType", "null")
     types = re.sub(r"Literal\[(.*?)\]", r"\1", types)
     types = re.sub(r", (?![^\[]*\])", " or ", types)  # not within tuple[int, int]
-    return f"{name} is {shorten(found['value'])}; expected {shorten(types, 200)}"
+    lacks_brackets = re.match(r"(list|tuple)\b", types) and _NUMBERS.fullmatch(found["value"])
+    remedy = f", such as '[{found['value']}]'" if lacks_brackets else ""
+    return f"{name} is {shorten(found['value'])}; expected {shorten(types, 200)}{remedy}"
