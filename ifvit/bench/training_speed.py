@@ -275,6 +275,11 @@ def _print_table(rows: list[Row]) -> None:
             f"{row['images_per_s']:10.1f}{'-' if mfu is None else format(mfu, '.1%'):>7}"
             f"{_gigabytes(row['planned_bytes'])}{_gigabytes(peak)}  {fusion}\n"
         )
+    sys.stdout.write(
+        "\nstep: median; spread: interquartile range / median; x first: median of the ratios to\n"
+        "the first row, taken within rounds; planned: memory that `ifvit cost --plan` counts;\n"
+        "MFU and peak memory are measured on a GPU only.\n\n"
+    )
 
 
 def _gigabytes(num_bytes: str | int | float | None) -> str:
