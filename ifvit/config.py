@@ -268,10 +268,10 @@ def _find_shipped(cls: type[Any], prog: str, flags: list[Flag]) -> list[Flag]:
 
 
 def _describes(name: str, flag: str, value: Any) -> bool:
-    """Whether a flag gives something for the field `name` of a dataclass."""
+    """Whether a flag gives the field `name`, which is a dataclass, and not only fields of it."""
     if flag == "--config":
         return isinstance(value, dict) and value.get(name) is not None
-    return flag.split(".")[0] == f"--{name}" and value != "null"
+    return flag == f"--{name}" and value != "null"
 
 
 def _choose_member(
@@ -328,9 +328,6 @@ _SINGLE = re.compile(
 )
 
 _NUMBERS = re.compile(r"[-+.,\de]{1,40}")
-_INNER = re.compile(  # in a field of an optional dataclass
-    r'(?<=: )Parser key "[^"]*": Expected a .*? Got value: .*?(?= - Expected a )'
-)
 
 
 def _explain(error: Exception) -> str:
@@ -340,11 +337,7 @@ def _explain(error: Exception) -> str:
     if not found:
         return shorten(text, 400)
     name = found["key"]
-    if inner := _INNER.search(text):
-        return f"{name}.{_explain(ValueError(inner[0]))}"
-    if field := re.match(r"NestedArg\(key='(\w+)'", found["value"]):
-        return f"{name}.{field[1]}: no such field; see --{name}.help"
-    if found["value"].startswith("Namespace(class_path="):
+    if found["value"].startswith(("Namespace(class_path=", "NestedArg(")):
         return f"{name}: give --{name} NAME before its fields, such as --{name} small"
     types = re.sub(r"<class '(\w+)'>", r"\1", _without_annotated(found["types"]))
     types = types.replace("typing.", "").replace("NoneType", "null")
