@@ -76,11 +76,13 @@ def check_recipe(config: TrainConfig) -> None:
     before = asdict(parse_value(TrainConfig, parse_yaml(read_bytes(path), path), path))
     now = asdict(config)
     for key in sorted(set(now) - MAY_CHANGE):
+        is_backbone = key == "backbone"  # a checkpoint of another one cannot be continued
+        remedy = "train" if is_backbone else "continue"
+        source = "" if is_backbone else f" --resume {config.run}"
         for name, old, new in differences(key, before[key], now[key]):
             raise UserError(
                 f"{config.run}: started with {name}: {shorten(old)}, the recipe now says "
-                f"{new}; restore that value, or continue in a new run: --run NEW "
-                f"--resume {config.run}"
+                f"{new}; restore that value, or {remedy} in a new run: --run NEW{source}"
             )
 
 

@@ -38,6 +38,9 @@ def test_another_recipe_in_the_same_run_directory_is_an_error(recipe: Recipe) ->
     train(config)
     with pytest.raises(UserError, match="started with seed: 1234, the recipe now says 5"):
         train(replace(config, seed=5))
+    other = replace(config.backbone, norm="rms_norm")
+    with pytest.raises(UserError, match=r"backbone\.norm: .* or train in a new run: --run NEW$"):
+        train(replace(config, backbone=other))
     slower = replace(config.optim, learning_rate=1e-5)
     with pytest.raises(UserError, match=r"started with optim\.learning_rate: .* now says 1e-05"):
         train(replace(config, optim=slower))
