@@ -210,6 +210,11 @@ class FusionPipeline(DiffusionPipeline):
         tensors) may return new `latents` or `prompt_embeds` (B, M, D). Raises ValueError for
         contradictory arguments.
         """
+        if isinstance(method, str):
+            raise ValueError(
+                f"method is {method!r}; give an object such as ifvit.sampling.alignment.Date, or "
+                "use `ifvit generate --method`"
+            )
         self._check_size(height, width)
         conditions = self._embed(prompt, prompt_embeds, "prompt")
         if negative_prompt is None and negative_prompt_embeds is None:

@@ -167,6 +167,7 @@ def test_each_prompt_may_have_its_own_negative_prompt(pipeline: FusionPipeline) 
         ({"negative_prompt_embeds": torch.zeros(2, 16, 64)}, "one negative prompt"),
         ({"height": 512}, "height and width are 512 and None; leave them out or 64"),
         ({"height": 64, "width": 63}, "height and width"),
+        ({"method": "both"}, "method is 'both'; give an object"),
         ({"eta": 0.5}, "eta is 0.5, which DPMSolverMultistepScheduler does not take"),
         ({"sigmas": [1.0, 0.5]}, "sigmas: DPMSolverMultistepScheduler takes"),
         ({"timesteps": []}, "timesteps"),
