@@ -144,11 +144,12 @@ def prepare_forward(backbone: Backbone, config: EngineConfig, device: torch.devi
             "install it or set engine.compile to false"
         )
     for block in backbone.parts():
-        if config.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if config.compile:
             # Static: the blocks see two or three shapes, and kernels made for each are faster.
-            block.compile(dynamic=False)
+            # Before `checkpoint`, because torch.compile skips a forward that begins with it.
+            block.forward = torch.compile(block.forward, dynamic=False)
+        if config.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.precision in _AUTOCAST:
         # Autocast lies inside the module, so that DeepSpeed computes the same as plain PyTorch.
         autocast = torch.autocast(device.type, _AUTOCAST[config.precision])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_backbone import backbone_inputs, small_shape
 from run_files import losses, rows, small_recipe
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -198,6 +199,26 @@ def test_compiled_blocks_give_the_same_losses_and_ema_weights(recipe: Recipe) ->
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
     weights = [dict(load_weights(config.run)[0].state_dict()) for config in (compiled, eager)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_block_is_compiled_also_where_it_is_recomputed(
+    monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    graphs, original = [], torch.compile
+
+    def note(graph: torch.nn.Module, inputs: object) -> torch.nn.Module:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda code, **_: original(code, backend=note))
+    monkeypatch.setenv("CXX", "true")  # this backend needs no compiler
+    torch.compiler.reset()
+    backbone = build_backbone(small_shape(fusion="image concat adaln"))
+    options = replace(PLAIN, compile=True, activation_checkpointing=recompute)
+    prepare_forward(backbone, options, torch.device("cpu"))
+    backbone(*backbone_inputs(backbone.config)).sum().backward()
+    assert len(graphs) == len(backbone.parts()) == 3 + backbone.config.num_text_blocks
 
 
 def test_compilation_without_a_compiler_is_an_error(
