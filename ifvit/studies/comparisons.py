@@ -161,6 +161,9 @@ class Findings:
     @property
     def summary(self) -> str:
         """Sentences that name the metrics that are better, worse, or within the noise."""
+        count = len(self.comparisons)
+        if count > 2 and all(c.outcome == "same" for c in self.comparisons):
+            return f"No difference beyond the noise in any of the {count} metrics."
         phrases = {
             "better": "Clearly better in",
             "worse": "Clearly worse in",
