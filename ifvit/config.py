@@ -262,7 +262,8 @@ def _find_shipped(cls: type[Any], prog: str, flags: list[Flag]) -> list[Flag]:
         path = folder / f"{value}.yaml"
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-            raise UserError(f"{flag} {value}: no such file; shipped names are {known or 'none'}")
+            remedy = f"shipped names are {known}" if known else "give a file by --config"
+            raise UserError(f"{flag} {value}: no such file; {remedy}")
         found.append(("--config" if flag == "--recipe" else flag, str(path)))
     return found
 
