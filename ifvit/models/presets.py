@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ifvit.errors import UserError
 from ifvit.models.config import (
     Fusion,
     FusionTransformerConfig,
@@ -33,12 +34,15 @@ def with_setting(config: FusionTransformerConfig, name: str) -> FusionTransforme
     """Return `config` with the fusion map and text branch of a setting, at the same depth.
 
     Intermediate fusion has as many image-only blocks on each side as `config` has in front or, if
-    it has none, a third of its blocks; and as many text blocks as `config`, or one.
+    it has none, a third of its blocks; and as many text blocks as `config`, or one. Raises
+    UserError if it would have none.
     """
     entry, has_image_blocks, has_text_branch = _SETTINGS[name]
     num_blocks = len(config.blocks)
     in_front = (config.text_blocks or (0,))[0] or round((num_blocks - 1) / 3)
     num_image_blocks = min(in_front, (num_blocks - 1) // 2)
+    if has_image_blocks and not num_image_blocks:
+        raise UserError(f"{name}: needs image blocks on both sides; give 3 blocks or more")
     return replace(
         config,
         fusion=symmetric_fusion(entry, num_blocks, num_image_blocks if has_image_blocks else 0),

@@ -165,6 +165,12 @@ def test_own_maps_are_counted_at_the_size_of_the_backbone() -> None:
     assert (row.preset, row.fusion, row.num_text_blocks) == (None, PRESETS["small"].fusion, 2)
 
 
+def test_too_few_blocks_for_image_blocks_on_both_sides_are_refused() -> None:
+    shape = dataclasses.replace(PRESETS["tiny"], fusion="2*concat")
+    with pytest.raises(UserError, match=r"concat_intermediate: .* give 3 blocks or more"):
+        list(cost_rows(CostConfig(backbone=shape, maps=["concat_early", "concat_intermediate"])))
+
+
 def test_a_misspelt_entry_is_named() -> None:
     with pytest.raises(UserError, match=r"3\*concta is not an entry"):
         list(cost_rows(CostConfig(maps=["3*concta"])))
