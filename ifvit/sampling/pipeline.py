@@ -370,8 +370,9 @@ def _load_component(name: str, index: PipelineIndex, folder: Path, dtype: torch.
         return restore_backbone(config, tensors, copy=False).to(dtype)  # type: ignore[arg-type]
     if name == "scheduler":
         read_model_config(SchedulerConfig, folder, name="scheduler_config.json")
+        scheduler = getattr(diffusers, str(index.scheduler[1]))
         with reading(f"{folder}: not a scheduler that diffusers loads"):
-            return getattr(diffusers, str(index.scheduler[1])).from_pretrained(folder)
+            return scheduler.from_pretrained(folder)
     if name == "tokenizer":
         return load_tokenizer(folder)
     return load_vae(folder, dtype) if name == "vae" else load_text_tower(folder, dtype)

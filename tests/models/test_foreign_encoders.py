@@ -168,9 +168,9 @@ def test_a_broken_pickle_is_one_line(data: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-OWN_CLASSES = {"AutoencoderKL", "super()"}
-"""Receivers that cannot run a folder's code: diffusers' model class takes no such option, and
-`super()` is the pipeline, whose options are collected in one variable."""
+OWN_CLASSES = {"AutoencoderKL", "scheduler", "super()"}
+"""Receivers that cannot run a folder's code: models and schedulers of diffusers take no such
+option, and `super()` is the pipeline, whose options are collected in one variable."""
 
 
 def test_nothing_that_is_loaded_may_bring_code() -> None:

@@ -5,7 +5,6 @@ The processes are started once and train all recipes below one after the other.
 
 import os
 import re
-import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,12 @@ from accelerate.state import AcceleratorState
 from made_backbone import SMALL_UNET
 from run_files import finish, losses, rows, small_recipe, start
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ifvit.errors import UserError
-from ifvit.models.backbone import Backbone
 from ifvit.models.cost import count_cost
 from ifvit.models.weights import describe_backbone, initial_weights, load_weights
-from ifvit.training import engine as engines
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
 from ifvit.training.engine import MOMENTS, Engine
 from ifvit.training.guards import Preempted
@@ -200,7 +199,7 @@ def build_engine(config: TrainConfig) -> Engine:
 
 def build_engines(folder: str) -> None:
     """Write the first state of every engine, and the memory that ZeRO stage 3 builds a model in."""
-    path, peaks = Path(folder), []
+    path = Path(folder)
     for name, config in ENGINES.items():
         wide = replace(small_recipe("run", "shards").backbone, **WIDE)
         built = build_engine(build(path, "shards", name, engine=config, backbone=wide))
@@ -208,17 +207,20 @@ def build_engines(folder: str) -> None:
         if built.world.is_main:
             save_file(state, path / f"{name}.safetensors")
 
-    prepare = engines.prepare_forward
+    seen: list[Any] = []
+    held: list[int] = []
 
-    def note_peak(backbone: Backbone, *given: Any) -> None:
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        prepare(backbone, *given)
+    def count_values(_module: nn.Module, _name: str, parameter: nn.Parameter) -> None:
+        if parameter.device.type != "meta":
+            seen.append(parameter)
+        shards = [one.ds_tensor for one in seen if hasattr(one, "ds_tensor")]
+        held.append(sum(one.numel() for one in (*seen, *shards)))
 
-    engines.prepare_forward = note_peak
-    large = replace(wide, width=768, fusion="6*concat", long_skip=False)
-    for shape in (wide, large):
-        build_engine(build(path, "shards", "large", engine=ENGINES["zero3"], backbone=shape))
-    share = 1024 * (peaks[1] - peaks[0]) / (4 * count_cost(large).params)
+    large = replace(wide, width=256, fusion="12*concat", long_skip=False)
+    config = build(path, "shards", "large", engine=ENGINES["zero3"], backbone=large)
+    with register_module_parameter_registration_hook(count_values):
+        build_engine(config)
+    share = max(held) / count_cost(large).params
     (path / f"share-{os.environ['RANK']}").write_text(str(share))
 
 
@@ -245,7 +247,8 @@ def test_every_engine_starts_from_the_same_bits(starts: Path, name: str) -> None
 
 def test_stage_3_builds_a_model_without_holding_the_whole_of_it(starts: Path) -> None:
     for rank in (0, 1):
-        assert 0.4 < float((starts / f"share-{rank}").read_text()) < 0.8
+        # Half of the parameters, and all of the few that are made together before they are divided.
+        assert 0.5 <= float((starts / f"share-{rank}").read_text()) < 0.6
 
 
 @pytest.mark.parametrize("name", ENGINES)
