@@ -180,8 +180,8 @@ def test_a_misspelt_entry_is_named() -> None:
     ("flags", "message"),
     [
         (["--backbone.width", "8"], "give --backbone NAME before its fields"),
-        (["--backbone", "small", "--backbone.widht", "8"], r"arguments: --backbone\.widht=8"),
-        (["--backbone.widht", "8"], "give --backbone NAME before its fields"),
+        (["--backbone", "small", "--backbone.breadth", "8"], r"arguments: --backbone\.breadth=8"),
+        (["--backbone.breadth", "8"], "give --backbone NAME before its fields"),
         (["--backbone", "small", "--backbone.norm", "rms"], r"backbone\.norm is rms; .*'rms_norm'"),
         (["--backbone", "small", "--backbone.width", "9"], "width 9 must be even"),
     ],
