@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,16 @@ def check_dataset(reader: ShardReader, config: TrainConfig) -> None:
 
 
 def check_recipe(config: TrainConfig) -> None:
-    """Raise UserError when `config.run` holds a run whose fixed fields have other values."""
+    """Raise UserError when `config.run` holds a run whose fixed fields have other values.
+
+    Warns on standard error when rise and fall of the learning rate take longer than the run.
+    """
+    ramps = config.optim.warmup_steps + config.optim.cooldown_steps
+    if ramps > config.max_steps:
+        sys.stderr.write(
+            f"optim: warmup_steps and cooldown_steps are {ramps} together, but max_steps is "
+            f"{config.max_steps}; the learning rate never reaches {config.optim.learning_rate:g}\n"
+        )
     path = join(config.run, "config.yaml")
     if not exists(path):
         return

@@ -24,13 +24,23 @@ from ifvit.training import guards, hooks
 from ifvit.training.checkpoint import Checkpoint, commit
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 from ifvit.training.engine import Engine
-from ifvit.training.guards import SIGNALS, Preempted, StopRequest, write_recipe
+from ifvit.training.guards import SIGNALS, Preempted, StopRequest, check_recipe, write_recipe
 from ifvit.training.hooks import SaveCheckpoint
 from ifvit.training.train import train
 
 ALONE = World(rank=0, size=1, local_rank=0)
 Recipe = Callable[..., TrainConfig]
 SMALL = small_recipe("run", "shards").backbone
+
+
+@pytest.mark.parametrize(("max_steps", "is_short"), [(60, True), (100, False)])
+def test_a_run_too_short_for_its_learning_rate_is_named(
+    max_steps: int, is_short: bool, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optim = OptimConfig(learning_rate=4e-3, warmup_steps=20, cooldown_steps=80)
+    check_recipe(recipe(max_steps=max_steps, optim=optim))
+    expected = "are 100 together, but max_steps is 60; the learning rate never reaches 0.004"
+    assert (expected in capsys.readouterr().err) == is_short
 
 
 def test_another_recipe_in_the_same_run_directory_is_an_error(recipe: Recipe) -> None:
