@@ -8,37 +8,26 @@ import warnings
 
 import pytest
 import torch
-from made_backbone import backbone_inputs, loud_backbone
+from made_backbone import (
+    SMALL_CLASSES,
+    SMALL_UNET,
+    backbone_inputs,
+    loud_backbone,
+    small_shape,
+)
 from torch.utils.checkpoint import checkpoint
 
 from ifvit.errors import UserError
-from ifvit.models.config import FusionTransformerConfig, UNetConfig, restore_config
+from ifvit.models.config import restore_config
 from ifvit.models.presets import PRESETS
 from ifvit.models.weights import build_backbone, describe_backbone
 
-CROSS = FusionTransformerConfig(
-    latent_size=8,
-    patch_size=2,
-    width=16,
-    num_heads=2,
-    context_length=5,
-    context_width=12,
-    fusion="2*image 3*cross_attention 2*image",
-    num_text_blocks=1,
+CROSS = small_shape(
+    width=16, context_length=5, context_width=12, fusion="2*image 3*cross_attention 2*image"
 )
 CONCAT = dataclasses.replace(CROSS, fusion="2*image 3*concat 2*image")
-CLASSES = FusionTransformerConfig(
-    latent_size=8,
-    num_classes=3,
-    patch_size=2,
-    width=16,
-    num_heads=2,
-    fusion="5*concat",
-    long_skip=False,
-)
-UNET = UNetConfig(
-    latent_size=8, num_classes=3, channels=(32, 64), num_attention_levels=1, head_width=16
-)
+CLASSES = dataclasses.replace(SMALL_CLASSES, num_classes=3, width=16, fusion="5*concat")
+UNET = dataclasses.replace(SMALL_UNET, num_classes=3, channels=(32, 64))
 CAPTIONS_UNET = dataclasses.replace(UNET, num_classes=None, context_length=5, context_width=12)
 MODERN = dataclasses.replace(
     CROSS,
