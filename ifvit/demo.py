@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 from data_pipeline.config import EncodeConfig
+from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.models.config import BackboneConfig
 from ifvit.models.presets import PRESETS, with_setting
@@ -174,7 +175,7 @@ def _recipe(run: str, shards: str, backbone: BackboneConfig, minutes: float) -> 
         max_steps=max_steps,
         global_batch_size=32,
         micro_batch_size=32,
-        min_snr_gamma=1.0,
+        objective=ObjectiveConfig(min_snr_gamma=1.0),
         ema_decays=(0.99,),
         log_every=10,
         checkpoint_every=200,

@@ -32,6 +32,7 @@ from ifvit.analysis.attention_maps import (
 )
 from ifvit.analysis.config import AttentionConfig
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import short_names
@@ -48,6 +49,7 @@ from ifvit.sampling.load import (
     load_model,
     read_null_condition,
     require_text_encoder,
+    schedule_of,
 )
 from ifvit.sampling.samples import batched, hash_json
 from ifvit.shards.reader import ShardReader
@@ -112,7 +114,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
     if before and (before.weights_sha256, before.fusion, before.protocol) == same:
         sys.stdout.write(f"{url} exists\n")
         return before
-    layers = record_layers(backbone, prompts, config)
+    layers = record_layers(backbone, schedule_of(info, device), prompts, config)
     summary = AttentionSummary(
         weights=run,
         weights_sha256=model.sha256,
@@ -131,7 +133,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
 
 @torch.no_grad()
 def record_layers(
-    backbone: FusionTransformer, prompts: Prompts, config: AttentionConfig
+    backbone: FusionTransformer, schedule: NoiseSchedule, prompts: Prompts, config: AttentionConfig
 ) -> list[LayerMeans]:
     """Generate images for the prompts, batch by batch, and average the attention of each block."""
     shape = backbone.config
@@ -144,7 +146,7 @@ def record_layers(
             conditions = ConditionBatch(positions=batch, condition=prompts.contexts[batch])
             rows = PromptRows(shape, len(batch), inside)
             with watch_attention(backbone, rows):
-                sample_latents(backbone, conditions, null_text, config.sampling)
+                sample_latents(backbone, schedule, conditions, null_text, config.sampling)
             for layer, mean in zip(layers, rows.means(), strict=True):
                 layer.add(mean)
             progress.update(len(batch))

@@ -17,8 +17,9 @@ from ifvit.bench.measurement import (
     seconds_on,
 )
 from ifvit.diffusion.config import Guidance
-from ifvit.diffusion.guidance import GuidedNoisePredictor
-from ifvit.diffusion.sampler import NoisePredictor
+from ifvit.diffusion.guidance import GuidedPredictor
+from ifvit.diffusion.schedules import NoiseSchedule
+from ifvit.diffusion.solvers import Predictor
 from ifvit.distributed import choose_device
 from ifvit.models.backbone import Backbone
 from ifvit.models.presets import PRESETS
@@ -43,8 +44,10 @@ def bench_generate(config: BenchGenerateConfig) -> None:
     context, null_context = conditions[:-1], conditions[-1:]
     null_text = backbone.encode_condition(null_context)
     guidance = Guidance(scale=GUIDANCE_SCALE)
-    contenders: dict[str, Callable[[], NoisePredictor]] = {
-        "shared": partial(GuidedNoisePredictor, backbone, context, null_text, guidance),
+    contenders: dict[str, Callable[[], Predictor]] = {
+        "shared": partial(
+            GuidedPredictor, backbone, NoiseSchedule(device), context, null_text, guidance
+        ),
         "no_cache": partial(guide_plainly, backbone, context, null_context),
     }
     timers = {name: partial(_time, build, backbone, config) for name, build in contenders.items()}
@@ -65,29 +68,27 @@ def bench_generate(config: BenchGenerateConfig) -> None:
     print_result(result, config.json)
 
 
-def guide_plainly(backbone: Backbone, context: Tensor, null_context: Tensor) -> NoisePredictor:
+def guide_plainly(backbone: Backbone, context: Tensor, null_context: Tensor) -> Predictor:
     """Guide as in U-ViT's code: two passes through the whole backbone, text branch included."""
     null_contexts = null_context.expand_as(context)
 
-    def predict_noise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+    def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
         x_t = x_t.to(backbone.dtype)
         # `forward` stays eager even if the call of the module is compiled.
         conditional = backbone.forward(x_t, timesteps, context).float()
         unconditional = backbone.forward(x_t, timesteps, null_contexts).float()
         return unconditional + GUIDANCE_SCALE * (conditional - unconditional)
 
-    return predict_noise
+    return predict
 
 
-def _time(
-    build: Callable[[], NoisePredictor], backbone: Backbone, config: BenchGenerateConfig
-) -> float:
+def _time(build: Callable[[], Predictor], backbone: Backbone, config: BenchGenerateConfig) -> float:
     """Return the seconds per image: the setup and `num_steps` measured function evaluations."""
     shape = backbone.config
     size = (config.batch_size, shape.latent_channels, shape.latent_size, shape.latent_size)
     x_t = torch.randn(size, device=backbone.device)
     timesteps = torch.full((config.batch_size,), 500, device=backbone.device)
-    predictors: list[NoisePredictor] = []
+    predictors: list[Predictor] = []
     setup = seconds_on(backbone.device, lambda: predictors.append(build()))
     step = seconds_on(backbone.device, partial(predictors[0], x_t, timesteps))
     return (setup + config.num_steps * step) / config.batch_size

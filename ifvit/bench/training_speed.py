@@ -24,7 +24,7 @@ from ifvit.bench.measurement import (
     seconds_on,
     spread,
 )
-from ifvit.diffusion.objectives import NoisePrediction
+from ifvit.diffusion.objectives import Objective
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.distributed import choose_device
 from ifvit.models.config import FusionTransformerConfig, name_map
@@ -178,7 +178,7 @@ class EngineSteps:
         """Compute the loss of one step, with its graph."""
         batch = self._batch
         return self._objective(
-            self.engine.predict_noise, batch.moments, batch.condition, 0, batch.positions
+            self.engine.predict, batch.moments, batch.condition, 0, batch.positions
         ).total
 
 
@@ -255,11 +255,12 @@ def _random_batch(config: TrainConfig, device: torch.device) -> Batch:
     )
 
 
-def _objective(config: TrainConfig, device: torch.device) -> NoisePrediction:
-    return NoisePrediction(
-        schedule=NoiseSchedule(device),
+def _objective(config: TrainConfig, device: torch.device) -> Objective:
+    return Objective(
+        config.objective,
         scaling_factor=SCALING_FACTOR,
         seed=config.seed,
+        device=device,
         sample_normal=choose_normal_sampler(config.engine),
     )
 

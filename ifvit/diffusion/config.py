@@ -1,30 +1,67 @@
-"""Settings that turn noise into latents: solver, guidance and seed. Imports no torch."""
+"""Settings of the objective, and of what turns noise into latents. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, SupportsFloat
 
 from ifvit.errors import UserError
-from ifvit.records import Rule, record
+from ifvit.records import PositiveFloat, Rule, record
 
-SolverName = Literal["dpm_solver_pp", "dpm_solver_pp_fast", "ddim", "euler", "unipc"]
+Prediction = Literal["epsilon", "v", "flow"]
+"""What a network predicts: the noise, v (Salimans and Ho 2022), or the velocity of a flow."""
+SolverName = Literal["dpm_solver_pp", "dpm_solver_pp_fast", "ddim", "unipc", "euler", "heun"]
+Shift = Annotated[float, Rule("from 0.01 to 100", lambda value: 0.01 <= value <= 100)]
+LogitMean = Annotated[float, Rule("from -10 to 10", lambda value: -10 <= value <= 10)]
+LogitStd = Annotated[float, Rule("above 0 and at most 10", lambda value: 0 < value <= 10)]
+
+
+@record
+class ObjectiveConfig:
+    """What the network predicts, and how often it sees each timestep."""
+
+    prediction: Prediction = "epsilon"
+    """epsilon, the noise, as in the paper; v = alpha noise - sigma x_0; or flow, the velocity
+    noise - x_0 of x_s = (1 - s) x_0 + s noise. epsilon and v use Stable Diffusion's schedule."""
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """Density of the timesteps. logit_normal: t / 1000 = sigmoid(logit_mean + logit_std z) for a
+    standard normal z (Esser et al. 2024)."""
+    logit_mean: LogitMean = 0.0
+    """Mean of the logit; above 0: more noise."""
+    logit_std: LogitStd = 1.0
+    """Standard deviation of the logit."""
+    shift: Shift = 1.0
+    """Moves every u = t / 1000 to shift u / (1 + (shift - 1) u), for latents of many pixels; above
+    1: more noise. Solvers of flows space their steps by the same shift."""
+    min_snr_gamma: PositiveFloat | None = None
+    """Weight the errors of x_0 by min(SNR, gamma) (Hang et al. 2023); unset: equal weights."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a mean or deviation that uniform timesteps do not have."""
+        if self.timesteps == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise UserError(
+                "objective: logit_mean and logit_std belong to timesteps: logit_normal; "
+                "set it, or remove them"
+            )
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """eps_uncond + scale (eps_cond - eps_uncond) at timesteps low ... high, eps_cond elsewhere."""
+    """uncond + scale (cond - uncond) at timesteps low ... high, and cond elsewhere."""
 
     scale: float
     low: float = 0.0
     high: float = 999.0
 
     def applies_at(self, timestep: SupportsFloat) -> bool:
-        """Whether the guided noise at this timestep (0 ... 999) depends on eps_uncond.
+        """Whether the guided prediction at this timestep depends on the unconditional one.
 
+        Flows count to 1000, their pure noise, which belongs to every interval that reaches 999.
         Reading a timestep from a GPU makes the host wait for the device. It is therefore read only
         if the interval of guidance is narrower than all timesteps.
         """
         everywhere = self.low <= 0.0 and self.high >= 999.0
-        return self.scale != 1.0 and (everywhere or self.low <= float(timestep) <= self.high)
+        return self.scale != 1.0 and (
+            everywhere or self.low <= min(float(timestep), 999.0) <= self.high
+        )
 
 
 Timestep = Annotated[float, Rule("from 0 to 999", lambda value: 0 <= value <= 999)]
@@ -35,18 +72,21 @@ class SolverConfig:
     """Settings that decide the latents of an image, given weights, condition and position."""
 
     solver: SolverName = "dpm_solver_pp"
-    """Deterministic ODE solver: DPM-Solver++ of order 2 (multistep), U-ViT's "fast" DPM-Solver++ of
-    order 3 (singlestep), DDIM, Euler or UniPC."""
+    """Deterministic ODE solver: DPM-Solver++ of order 2 (multistep) or Euler; for epsilon and v
+    also U-ViT's "fast" DPM-Solver++ of order 3 (singlestep), DDIM and UniPC; for flow also Heun."""
     num_steps: Annotated[int, Rule("from 2 to 999", lambda value: 2 <= value <= 999)] = 50
-    """Function evaluations (NFE) per image. A guided evaluation of both halves counts as one."""
+    """Function evaluations (NFE) per image, at most. A guided evaluation of both halves counts as
+    one; Heun takes an odd number."""
     guidance_scale: float = 2.0
-    """w in eps = eps_uncond + w (eps_cond - eps_uncond); 1 turns guidance off. The scale s that
-    the paper and U-ViT print is w - 1."""
+    """w in uncond + w (cond - uncond); 1 turns guidance off. The scale s that the paper and U-ViT
+    print is w - 1."""
     guidance_low: Timestep = 0.0
     """Apply guidance only at timesteps of at least this (0 … 999, 0 is clean). A narrower interval
     is cheaper and gives less saturated images (Kynkäänniemi et al. 2024)."""
     guidance_high: Timestep = 999.0
     """Apply guidance only at timesteps of at most this."""
+    shift: Shift | None = None
+    """Spacing of a flow's steps, as `objective.shift` of its training; unset: that shift."""
     seed: int = 0
     """The initial noise of an image is a function of this seed and the image's position."""
 

@@ -1,6 +1,6 @@
 """Classifier-free guidance (Ho and Salimans 2022), and where alignment methods take part in it.
 
-The sampler and the diffusers pipeline call `GuidedNoisePredictor` once per function evaluation.
+The sampler and the diffusers pipeline call `GuidedPredictor` once per function evaluation.
 Both halves of a guided evaluation run in one batch.
 
 Shapes: B batch, M text tokens, D context width, C latent channels, S latent size. A condition is
@@ -51,7 +51,7 @@ class ConditionalBackbone(Protocol):
         """Encode conditions (B, ...) as an `EncodedCondition`."""
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Any, *biases: Any) -> Any:
-        """Predict the noise in x_t (B, C, S, S) at timesteps (B,).
+        """Predict for x_t (B, C, S, S) at timesteps (B,) what the weights were trained to.
 
         An encoded condition may have k * B rows; row i belongs to latents i mod B, and the result
         has k * B rows, too. `biases` maps numbers of blocks to a `Bias`.
@@ -67,11 +67,11 @@ class FunctionEvaluation:
     x_t: Tensor
     """Noisy latents (B, C, S, S)."""
     timesteps: Tensor
-    """(B,) in 0 ... 999."""
+    """(B,) from 0 to 1000."""
     context: Tensor
     """Text context (B, M, D) after the last change."""
     predict_clean: Callable[[Tensor], Tensor]
-    """Context (B, M, D) => the x_0 (B, C, S, S) that the guided noise implies, scaled latents.
+    """Context (B, M, D) => the x_0 (B, C, S, S) that the guided prediction implies, scaled latents.
 
     Differentiable with respect to the context under `torch.enable_grad`.
     """
@@ -94,15 +94,17 @@ class AlignmentMethod(Protocol):
         """Return the change to make; called once before each function evaluation."""
 
 
-class GuidedNoisePredictor:
-    """eps = eps_uncond + w (eps_cond - eps_uncond) for B conditions; a `NoisePredictor`.
+class GuidedPredictor:
+    """uncond + w (cond - uncond) of the predictions for B conditions; a `Predictor` for `solve`.
 
-    Outside the interval of `guidance`, and at w = 1, eps_uncond is not evaluated.
+    Outside the interval of `guidance`, and at w = 1, uncond is not evaluated. w means the same for
+    every prediction, because each is linear in x_0 at a given x_t.
     """
 
     def __init__(
         self,
         backbone: ConditionalBackbone,
+        schedule: NoiseSchedule,
         condition: Tensor,
         null_condition: EncodedCondition,
         guidance: Guidance,
@@ -116,12 +118,12 @@ class GuidedNoisePredictor:
         self._null = null_condition.expand(len(condition))
         self._guidance = guidance
         self._methods = methods
-        self._schedule = NoiseSchedule(backbone.device)
+        self._schedule = schedule
         self._num_evaluations = 0
         self.set_condition(condition)
 
     def __call__(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """Noisy latents (B, C, S, S) at timesteps (B,), all equal => guided noise."""
+        """Noisy latents (B, C, S, S) at timesteps (B,), all equal => prediction."""
         biases = self._ask_methods(x_t, timesteps)
         is_guided = self._guidance.applies_at(timesteps[0])
         condition = self._encoded
@@ -163,12 +165,12 @@ class GuidedNoisePredictor:
 
     def _predict_clean(self, x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         encoded = self._backbone.encode_condition(context)
-        noise = self._predict(x_t, timesteps, encoded)
+        predicted = self._predict(x_t, timesteps, encoded)
         if self._guidance.applies_at(timesteps[0]):
             with torch.no_grad():
                 unconditional = self._predict(x_t, timesteps, self._null)
-            noise = self._guide(noise, unconditional)
-        return self._schedule.remove_noise(x_t, noise, timesteps)
+            predicted = self._guide(predicted, unconditional)
+        return self._schedule.clean(x_t, predicted, timesteps)
 
     def _predict(self, x_t: Tensor, timesteps: Tensor, condition: EncodedCondition) -> Tensor:
         predicted: Tensor = self._backbone(x_t.to(self._backbone.dtype), timesteps, condition)

@@ -1,7 +1,7 @@
-"""The training objective: add noise to latents, predict the noise, weight the squared error.
+"""The training objective: add noise to latents, predict, and weight the squared error.
 
-Shapes: B batch, C latent channels, H, W latent. A condition is what the noise predictor takes:
-contexts (B, M, D) of captions or class numbers (B,).
+Shapes: B batch, C latent channels, H, W latent. A condition is what the network takes: contexts
+(B, M, D) of captions or class numbers (B,).
 """
 
 from collections.abc import Callable
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
+from ifvit.diffusion.config import ObjectiveConfig
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.rng import Stream, normal, uniform
 
-ConditionalNoisePredictor = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t (B, C, H, W), timesteps (B,), condition (B, ...)) => predicted noise (B, C, H, W)."""
+ConditionalPredictor = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t (B, C, H, W), timesteps (B,), condition (B, ...)) => prediction (B, C, H, W)."""
 NormalSampler = Callable[[int, int, Tensor, Stream, tuple[int, ...]], Tensor]
 """`ifvit.rng.normal`, or the same function compiled."""
 
@@ -28,28 +29,33 @@ class Losses:
     per_sample: Tensor
     """(B,), detached."""
     timesteps: Tensor
-    """(B,) in 0 ... 999."""
+    """(B,) from 0 to 1000."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoisePrediction:
-    """Epsilon prediction: the mean of (noise - predicted)^2 (Ho et al. 2020, Eq. 14).
+class Objective:
+    """The mean of (target - predicted)², and the random numbers behind it.
 
-    `min_snr_gamma` weights each sample by min(SNR, gamma) / SNR (Hang et al. 2023, Eq. 8). This
-    reduces the weight of nearly clean latents, whose error is large and teaches little.
     All random numbers are functions of (seed, step, position in the global batch), so the loss of a
-    step depends neither on the number of processes nor on restarts.
+    step depends neither on the number of processes nor on restarts. Objectives that differ in other
+    fields see the same latents, noise and quantiles of the timesteps.
     """
 
-    schedule: NoiseSchedule
-    scaling_factor: float
-    seed: int
-    min_snr_gamma: float | None = None
-    sample_normal: NormalSampler = normal
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        *,
+        scaling_factor: float,
+        seed: int,
+        device: torch.device | str = "cpu",
+        sample_normal: NormalSampler = normal,
+    ) -> None:
+        self.config, self.scaling_factor, self.seed = config, scaling_factor, seed
+        self.schedule = NoiseSchedule(device, config.prediction, config.shift)
+        self._sample_normal = sample_normal
 
     def __call__(
         self,
-        predict_noise: ConditionalNoisePredictor,
+        predict: ConditionalPredictor,
         moments: Tensor,
         condition: Tensor,
         step: int,
@@ -58,22 +64,43 @@ class NoisePrediction:
         """Moments (B, 2C, H, W), condition (B, ...), positions (B,) int64 => losses."""
         x_0 = self.sample_posterior(moments, step, positions)
         shape = tuple(x_0.shape[1:])
-        noise = self.sample_normal(self.seed, step, positions, Stream.NOISE, shape)
-        u = uniform(self.seed, step, positions, Stream.TIMESTEP, 1)[:, 0]
-        timesteps = (u * NUM_TIMESTEPS).long()
-        x_t = self.schedule.add_noise(x_0, noise, timesteps)
-        error = (predict_noise(x_t, timesteps, condition).float() - noise).square()
-        per_sample = error.flatten(1).mean(dim=1)
-        if self.min_snr_gamma is not None:
-            snr = self.schedule.snr(timesteps)
-            per_sample = per_sample * snr.clamp(max=self.min_snr_gamma) / snr
+        noise = self._sample_normal(self.seed, step, positions, Stream.NOISE, shape)
+        timesteps = self.sample_timesteps(step, positions)
+        per_sample = self.errors(predict, x_0, noise, timesteps, condition)
         detached = per_sample.detach()
         return Losses(total=per_sample.mean(), per_sample=detached, timesteps=timesteps)
+
+    def errors(
+        self,
+        predict: ConditionalPredictor,
+        x_0: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        condition: Tensor,
+    ) -> Tensor:
+        """Weighted mean squared error of each sample, (B,), at given noise and timesteps."""
+        x_t = self.schedule.add_noise(x_0, noise, timesteps)
+        target = self.schedule.target(x_0, noise, timesteps)
+        error = (predict(x_t, timesteps, condition).float() - target).square()
+        per_sample = error.flatten(1).mean(dim=1)
+        if self.config.min_snr_gamma is None:
+            return per_sample
+        return self.schedule.weigh(per_sample, timesteps, self.config.min_snr_gamma)
+
+    def sample_timesteps(self, step: int, positions: Tensor) -> Tensor:
+        """Timesteps (B,) of the configured density; a quantile of it is a uniform number."""
+        config = self.config
+        u = uniform(self.seed, step, positions, Stream.TIMESTEP, 1)[:, 0]
+        if config.timesteps == "logit_normal":
+            u = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
+        if config.shift != 1.0:
+            u = config.shift * u / (1 + (config.shift - 1) * u)
+        return self.schedule.timesteps(u.clamp(max=1 - 2**-24))
 
     def sample_posterior(self, moments: Tensor, step: int, positions: Tensor) -> Tensor:
         """Sample scaled latents x_0 (B, C, H, W) from the VAE posterior (B, 2C, H, W)."""
         mean, logvar = moments.float().chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
         shape = tuple(mean.shape[1:])
-        noise = self.sample_normal(self.seed, step, positions, Stream.POSTERIOR, shape)
+        noise = self._sample_normal(self.seed, step, positions, Stream.POSTERIOR, shape)
         return (mean + std * noise) * self.scaling_factor

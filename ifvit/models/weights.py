@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ifvit.diffusion.config import Prediction, Shift
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.config import (
@@ -71,6 +72,10 @@ class WeightsInfo:
     """The text encoder whose context the backbone was trained on; None for classes."""
     null_context: NullContext = "empty_caption"
     """What stands for no caption in training: the context of "", or zeros."""
+    prediction: Prediction = "epsilon"
+    """What the backbone predicts."""
+    shift: Shift = 1.0
+    """Shift of the training's timesteps, by which solvers of flows space their steps."""
     classes: tuple[str, ...] = ()
     """Names of the classes, by number."""
     recipe_sha256: Sha256

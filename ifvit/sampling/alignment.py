@@ -32,7 +32,7 @@ Scores are differentiable with respect to the images; larger is better.
 """
 
 _NUM_REGULATED = 5
-_EVALUATIONS_PER_STEP = {"dpm_solver_pp_fast": 3}
+_EVALUATIONS_PER_STEP = {"dpm_solver_pp_fast": 3, "heun": 2}
 
 
 def build_methods(

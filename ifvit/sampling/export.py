@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ifvit import storage
-from ifvit.diffusion.sampler import SOLVERS
+from ifvit.diffusion.solvers import build_scheduler
 from ifvit.models.config import BackboneConfig
 from ifvit.models.pretrained import reading, upload_pretrained
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
@@ -20,7 +20,12 @@ from ifvit.records import (
     record,
 )
 from ifvit.sampling.config import ExportConfig
-from ifvit.sampling.load import load_model, load_trained_autoencoder, load_trained_text_encoder
+from ifvit.sampling.load import (
+    load_model,
+    load_trained_autoencoder,
+    load_trained_text_encoder,
+    schedule_of,
+)
 from ifvit.sampling.pipeline import FusionPipeline
 
 _INDEX = "model_index.json"
@@ -66,9 +71,10 @@ def export(config: ExportConfig) -> None:
         vae=vae,
         text_encoder=text_encoder.model if text_encoder else None,
         tokenizer=text_encoder.tokenizer if text_encoder else None,
-        scheduler=SOLVERS["dpm_solver_pp"](),
+        scheduler=build_scheduler("dpm_solver_pp", schedule_of(info)),
         classes=info.classes,
         null_context=info.null_context,
+        prediction=info.prediction,
     )
     with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
         folder = Path(temporary)
@@ -107,6 +113,7 @@ def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneCon
     title = f"{subject} by a {config.architecture}"
     facts = {
         "weights": f"EMA, decay {info.ema_decay}" if info.ema_decay else "raw",
+        "prediction": info.prediction,
         "optimizer steps": info.step,
         **condition,
         "VAE": f"{info.vae.name}, {info.vae.sha256}",

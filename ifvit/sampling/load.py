@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ifvit.diffusion.sampler import Sampler
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.backbone import Backbone
@@ -75,8 +76,18 @@ def compile_backbone(backbone: Backbone) -> None:
 
 def load_sampler(model: Model, null_condition: Tensor) -> Sampler:
     """Add the decoder to a model. `null_condition`, (M, D) or (), stands for no prompt."""
-    decode = load_decoder(model.info, str(model.backbone.device))
-    return Sampler(backbone=model.backbone, decode=decode, null_condition=null_condition)
+    backbone, info = model.backbone, model.info
+    return Sampler(
+        backbone=backbone,
+        schedule=schedule_of(info, backbone.device),
+        decode=load_decoder(info, str(backbone.device)),
+        null_condition=null_condition,
+    )
+
+
+def schedule_of(info: WeightsInfo, device: torch.device | str = "cpu") -> NoiseSchedule:
+    """Build the forward process and prediction of the training."""
+    return NoiseSchedule(device, info.prediction, info.shift)
 
 
 def load_decoder(info: WeightsInfo, device: str) -> Callable[[Tensor], Tensor]:

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ifvit import connections, storage
-from ifvit.diffusion.config import Guidance
-from ifvit.diffusion.guidance import AlignmentMethod, GuidedNoisePredictor
-from ifvit.diffusion.schedules import BETA_END, BETA_START
+from ifvit.diffusion.config import Guidance, Prediction
+from ifvit.diffusion.guidance import AlignmentMethod, GuidedPredictor
+from ifvit.diffusion.schedules import BETA_END, BETA_START, NoiseSchedule
+from ifvit.diffusion.solvers import initial_latents, network_input, network_timesteps, set_steps
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import load_vae
 from ifvit.models.backbone import Backbone
@@ -71,6 +72,7 @@ class PipelineIndex:
     ]
     classes: tuple[str, ...] = ()
     null_context: NullContext = "empty_caption"
+    prediction: Prediction = "epsilon"
 
     @property
     def components(self) -> list[str]:
@@ -87,15 +89,26 @@ class SchedulerConfig:
     beta_schedule: Literal["scaled_linear"]
     beta_start: Annotated[float, Rule(f"{BETA_START}", lambda value: value == BETA_START)]
     beta_end: Annotated[float, Rule(f"{BETA_END}", lambda value: value == BETA_END)]
-    prediction_type: Literal["epsilon"] = "epsilon"
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     trained_betas: None = None
 
 
-class FusionPipeline(DiffusionPipeline):
-    """Captions or classes => images, with any diffusers scheduler for epsilon prediction.
+@record
+class FlowSchedulerConfig:
+    """The keys of scheduler_config.json that set a flow from 0 to 1."""
 
-    The scheduler must use Stable Diffusion's noise schedule. `vae.config.scaling_factor` is that of
-    the training, not Stable Diffusion's.
+    num_train_timesteps: Literal[1000]
+    prediction_type: Literal["flow_prediction"] = "flow_prediction"
+    use_flow_sigmas: Literal[True] = True
+    invert_sigmas: Literal[False] = False
+    use_dynamic_shifting: Literal[False] = False
+
+
+class FusionPipeline(DiffusionPipeline):
+    """Captions or classes => images, with any diffusers scheduler for the backbone's prediction.
+
+    For epsilon and v, it must use Stable Diffusion's noise schedule. `vae.config.scaling_factor` is
+    that of the training, not Stable Diffusion's.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds")
@@ -117,14 +130,17 @@ class FusionPipeline(DiffusionPipeline):
         scheduler: Any,
         classes: Sequence[str] = (),
         null_context: NullContext = "empty_caption",
+        prediction: Prediction = "epsilon",
     ) -> None:
         """`classes` are the class names of a class-conditional backbone without text encoder.
 
-        `null_context` stood for the empty prompt in the training.
+        `null_context` stood for the empty prompt in the training, and `prediction` is what the
+        backbone predicts. Raises ValueError for a scheduler that expects another prediction.
         """
         super().__init__()
+        _check_prediction(scheduler, prediction)
         self.register_to_config(  # type: ignore[no-untyped-call]
-            classes=list(classes), null_context=null_context
+            classes=list(classes), null_context=null_context, prediction=prediction
         )
         self.register_modules(  # type: ignore[no-untyped-call]
             backbone=backbone,
@@ -166,7 +182,8 @@ class FusionPipeline(DiffusionPipeline):
                 if name not in options:
                     inside = path_inside(folder, name)
                     given[name] = _load_component(name, index, inside, torch_dtype)
-        given |= {"classes": index.classes, "null_context": index.null_context}
+        for name in ("classes", "null_context", "prediction"):
+            given[name] = getattr(index, name)
         return cls(**given | options)
 
     def to_json_file(self, json_file_path: Any) -> None:
@@ -204,7 +221,7 @@ class FusionPipeline(DiffusionPipeline):
 
         A prompt is a caption, or a class name or number. `prompt_embeds` (prompts, M, D) replaces
         the prompts, `negative_prompt` the null context or class. `guidance_scale` is w in
-        eps_uncond + w (eps_cond - eps_uncond), at the timesteps of `guidance_interval`.
+        uncond + w (cond - uncond), at the timesteps of `guidance_interval`.
         `height` and `width` may only be those of the training. `latents` (B, C, S, S) replaces the
         noise. `output_type` is pil, np, pt or latent. The callback(pipeline, step, timestep,
         tensors) may return new `latents` or `prompt_embeds` (B, M, D). Raises ValueError for
@@ -224,7 +241,8 @@ class FusionPipeline(DiffusionPipeline):
         null = self.backbone.encode_condition(negative)
         guidance = Guidance(guidance_scale, *guidance_interval)
         methods = [method] if method else []
-        predictor = GuidedNoisePredictor(self.backbone, conditions, null, guidance, methods)
+        schedule = NoiseSchedule(self._execution_device, self.config["prediction"])
+        predictor = GuidedPredictor(self.backbone, schedule, conditions, null, guidance, methods)
         self._set_timesteps(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         noise = self._initial_noise(len(conditions), generator, latents)
         options = self._step_options(eta, generator)
@@ -235,20 +253,22 @@ class FusionPipeline(DiffusionPipeline):
 
     def _solve(
         self,
-        predictor: GuidedNoisePredictor,
+        predictor: GuidedPredictor,
         noise: Tensor,
         options: dict[str, Any],
         on_step_end: OnStepEnd | None,
         shown: Sequence[str],
     ) -> Any:
         """Turn noise (B, C, S, S) into latents; a callback may set `_interrupt` to stop early."""
-        latents = noise.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
+        noise = noise.to(self._execution_device, torch.float32)
+        latents = initial_latents(self.scheduler, noise)
+        fed = network_timesteps(self.scheduler)
         self._interrupt = False
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self._interrupt:
                 break
-            scaled = self.scheduler.scale_model_input(latents, t)
-            predicted = predictor(scaled, t.expand(len(scaled)))
+            x_t = network_input(self.scheduler, latents, t)
+            predicted = predictor(x_t, fed[step].expand(len(x_t)))
             latents = self.scheduler.step(predicted, t, latents, **options).prev_sample
             if on_step_end is not None:
                 tensors = {"latents": latents, "prompt_embeds": predictor.condition}
@@ -275,8 +295,10 @@ class FusionPipeline(DiffusionPipeline):
         for name, values in given.items():
             if name not in takes or not len(values):
                 raise ValueError(f"{name}: {type(self.scheduler).__name__} takes no such list")
-        options = given or {"num_inference_steps": num_steps}
-        self.scheduler.set_timesteps(**options, device=self._execution_device)
+        if given:
+            self.scheduler.set_timesteps(**given, device=self._execution_device)
+        else:
+            set_steps(self.scheduler, num_steps, self._execution_device)
 
     def _step_options(self, eta: float, generator: Generators | None) -> dict[str, Any]:
         """Options of the scheduler's step; only schedulers that add noise take a generator."""
@@ -327,6 +349,21 @@ class FusionPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(decoded, output_type=output_type)
 
 
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
+
+
+def _check_prediction(scheduler: Any, prediction: Prediction) -> None:
+    """Raise ValueError unless the scheduler takes what the backbone predicts."""
+    # The schedulers that are made for flows have no such keys.
+    taken = scheduler.config.get("prediction_type", "flow_prediction")
+    has_flow = scheduler.config.get("use_flow_sigmas", "prediction_type" not in scheduler.config)
+    if taken != _PREDICTION_TYPES[prediction] or has_flow != (prediction == "flow"):
+        raise ValueError(
+            f"scheduler: {type(scheduler).__name__} of prediction_type {taken}, use_flow_sigmas "
+            f"{has_flow}; the backbone predicts {prediction}, {_PREDICTION_TYPES[prediction]}"
+        )
+
+
 def _repeat_each(conditions: Tensor, negative: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Repeat every condition `count` times; a single negative condition stays single."""
     if count * len(conditions) < 1:
@@ -369,7 +406,15 @@ def _load_component(name: str, index: PipelineIndex, folder: Path, dtype: torch.
             tensors = {key: one for path in paths for key, one in load_file(path).items()}
         return restore_backbone(config, tensors, copy=False).to(dtype)  # type: ignore[arg-type]
     if name == "scheduler":
-        read_model_config(SchedulerConfig, folder, name="scheduler_config.json")
+        known: type[SchedulerConfig | FlowSchedulerConfig] = SchedulerConfig
+        if index.prediction == "flow":
+            known = FlowSchedulerConfig
+        found = read_model_config(known, folder, name="scheduler_config.json")
+        if found.prediction_type != _PREDICTION_TYPES[index.prediction]:
+            raise UserError(
+                f"{folder}: scheduler_config.json has prediction_type {found.prediction_type}, but "
+                f"the backbone predicts {index.prediction}; restore the file"
+            )
         scheduler = getattr(diffusers, str(index.scheduler[1]))
         with reading(f"{folder}: not a scheduler that diffusers loads"):
             return scheduler.from_pretrained(folder)

@@ -4,6 +4,7 @@ from dataclasses import field
 from datetime import timedelta
 from typing import Annotated, Literal
 
+from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.errors import UserError
 from ifvit.models.config import BackboneConfig, NullContext
 from ifvit.records import (
@@ -97,7 +98,7 @@ class SampleGridConfig:
     num_steps: NumSolverSteps = 25
     """Solver steps."""
     guidance_scale: NonNegativeFloat = 2.0
-    """Weight w of eps = eps_uncond + w (eps_cond - eps_uncond)."""
+    """Weight w of the guidance, uncond + w (cond - uncond)."""
 
 
 @record
@@ -114,6 +115,8 @@ class TrainConfig:
     """The text encoder that the shards must come from; unset: any."""
     backbone: BackboneConfig
     """The network: a preset (`--backbone small`), a YAML file, or single fields."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What the network predicts, at which timesteps."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -130,8 +133,6 @@ class TrainConfig:
     """Fraction of samples trained without their caption or class, for guidance."""
     null_context: NullContext = "empty_caption"
     """Context of samples without a caption: that of "" (empty_caption), or zeros."""
-    min_snr_gamma: PositiveFloat | None = None
-    """Weight samples by min(SNR, gamma) / SNR (Hang et al. 2023); unset: all equally."""
     scaling_factor: Factor | None = None
     """Factor on the latents; unset: 1 / their standard deviation, from the manifest."""
     ema_decays: tuple[Decay, ...] = (0.9999,)

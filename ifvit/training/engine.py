@@ -211,7 +211,7 @@ class Engine:
         self._frozen_steps = torch.zeros((), device=self.device)
         self._skipped, self._update_applied = 0, True
 
-    def predict_noise(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+    def predict(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Run the backbone in the recipe's precision; shapes as in `ifvit.diffusion.objectives`."""
         return cast(Tensor, self._model(x_t, timesteps, condition))
 

@@ -35,7 +35,12 @@ from ifvit.models.weights import (
     step_name,
 )
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.load import load_conditions, load_decoder, read_null_condition
+from ifvit.sampling.load import (
+    load_conditions,
+    load_decoder,
+    read_null_condition,
+    schedule_of,
+)
 from ifvit.sampling.samples import batched
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join, list_names
@@ -318,6 +323,7 @@ class SampleGrid:
     def __init__(self, config: TrainConfig, engine: Engine, info: WeightsInfo) -> None:
         self.every = config.sample_grid.every
         self._run, self._engine = config.run, engine
+        self._schedule = schedule_of(info, engine.device)
         reader = ShardReader(config.shards, config.cache)
         conditions, self._null_condition = _grid_conditions(config.sample_grid, reader, info)
         self._decode = load_decoder(info, str(engine.device))
@@ -335,7 +341,10 @@ class SampleGrid:
         if self._engine.world.is_main:
             backbone = restore_backbone(self._engine.backbone.config, dict(weights), copy=False)
             sampler = Sampler(
-                backbone=backbone, decode=self._decode, null_condition=self._null_condition
+                backbone=backbone,
+                schedule=self._schedule,
+                decode=self._decode,
+                null_condition=self._null_condition,
             )
             images = np.concatenate([*generate_images(sampler, self._batches, self._sampling)])
             name = f"{step_name(state.step)}.png"

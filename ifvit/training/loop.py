@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ifvit.diffusion.objectives import Losses, NoisePrediction
+from ifvit.diffusion.objectives import Losses, Objective
 from ifvit.diffusion.schedules import NUM_TIMESTEPS
 from ifvit.records import NonNegativeFloat, NonNegativeInt, record
 from ifvit.training.data import Batch, Batches
@@ -155,7 +155,7 @@ def fit(
     state: TrainState,
     max_steps: int,
     batches: Batches,
-    objective: NoisePrediction,
+    objective: Objective,
     engine: Engine,
     hooks: Sequence[Hook],
     stop: StopRequest,
@@ -202,7 +202,7 @@ def fit(
 
 
 def _accumulate(
-    stream: Iterator[Batch], batches: Batches, objective: NoisePrediction, engine: Engine, step: int
+    stream: Iterator[Batch], batches: Batches, objective: Objective, engine: Engine, step: int
 ) -> tuple[Losses, float]:
     """Accumulate the gradients of this process's micro-batches.
 
@@ -218,7 +218,7 @@ def _accumulate(
         with engine.accumulate(last=not remaining):
             with engine.timer.phase("forward"):
                 losses = objective(
-                    engine.predict_noise, batch.moments, batch.condition, step, batch.positions
+                    engine.predict, batch.moments, batch.condition, step, batch.positions
                 )
             with engine.timer.phase("backward"):
                 engine.backward(losses.total)
@@ -245,7 +245,7 @@ def _count_skipped(
 
 def _sums_by_time(local: Losses) -> Tensor:
     """Sums of the losses in each quarter of the timesteps, then numbers of samples, (8,)."""
-    quarters = local.timesteps * 4 // NUM_TIMESTEPS
+    quarters = (local.timesteps * 4 // NUM_TIMESTEPS).long()
     both = torch.stack([local.per_sample, torch.ones_like(local.per_sample)])
     return both.new_zeros(2, 4).index_add(1, quarters, both).flatten()
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ifvit.diffusion.objectives import NoisePrediction
-from ifvit.diffusion.schedules import NoiseSchedule
+from ifvit.diffusion.config import ObjectiveConfig
+from ifvit.diffusion.objectives import Objective
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
@@ -69,7 +69,7 @@ class FailedStep:
     backbone: dict[str, Any]
     scaling_factor: PositiveFloat
     seed: int
-    min_snr_gamma: PositiveFloat | None
+    objective: ObjectiveConfig
     tensors_sha256: Sha256
 
 
@@ -78,7 +78,7 @@ class Replay:
     """Computes micro-batches of one step again, without an optimizer."""
 
     backbone: Backbone
-    objective: NoisePrediction
+    objective: Objective
     step: int
 
     def differentiate(self, batch: Batch) -> Outcome:
@@ -102,7 +102,7 @@ class Replay:
 def report_nonfinite(
     failure: NonfiniteGradient,
     batches: Batches,
-    objective: NoisePrediction,
+    objective: Objective,
     engine: Engine,
     config: TrainConfig,
 ) -> NoReturn:
@@ -150,11 +150,11 @@ def replay(config: ReplayConfig) -> None:
     batch = _restore_batch(config.file, tensors, shape, device)
     backbone = nn.Module.to(restore_backbone(shape, tensors), device)
     prepare_forward(backbone, EngineConfig(precision=failed.precision), device)
-    objective = NoisePrediction(
-        schedule=NoiseSchedule(device),
+    objective = Objective(
+        failed.objective,
         scaling_factor=failed.scaling_factor,
         seed=failed.seed,
-        min_snr_gamma=failed.min_snr_gamma,
+        device=device,
     )
     replayed = Replay(backbone=backbone, objective=objective, step=failed.step)
     sys.stdout.write(f"then {shorten(failed.outcome)}\n")
@@ -224,7 +224,7 @@ def _write_failure(
         backbone=asdict(config.backbone),
         scaling_factor=replayed.objective.scaling_factor,
         seed=replayed.objective.seed,
-        min_snr_gamma=replayed.objective.min_snr_gamma,
+        objective=replayed.objective.config,
         tensors_sha256=_sha256(tensors),
     )
     with write_file(path) as temporary:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ifvit import storage
 from ifvit.config import dump_config
-from ifvit.diffusion.objectives import NoisePrediction
-from ifvit.diffusion.schedules import NoiseSchedule
+from ifvit.diffusion.objectives import Objective
 from ifvit.distributed import World, one_line_for_lost_processes
 from ifvit.errors import UserError
 from ifvit.models.pretrained import place_of
@@ -74,11 +73,11 @@ def _train(
     engine.group.on_main(lambda: check_recipe(config))
     state = resume(config, engine, lease.token)
     info = _weights_info(config, reader)
-    objective = NoisePrediction(
-        schedule=NoiseSchedule(engine.device),
+    objective = Objective(
+        config.objective,
         scaling_factor=info.scaling_factor,
         seed=config.seed,
-        min_snr_gamma=config.min_snr_gamma,
+        device=engine.device,
         sample_normal=choose_normal_sampler(config.engine),
     )
     stop = StopRequest(engine.world, config.engine.timeout)
@@ -118,7 +117,7 @@ def initial_tensors(config: TrainConfig, reader: ShardReader) -> Callable[[str],
     """Return a function from the name of a parameter to its value at step 0, on the CPU.
 
     `initial_weights` is not read again when the run is resumed. Raises UserError when these
-    weights have another configuration, null context or scale of the latents.
+    weights have another configuration, null context, prediction or scale of the latents.
     """
     if config.initial_weights is None or committed_steps(config.run):
         return initial_weights(config.backbone, config.seed)
@@ -129,6 +128,7 @@ def initial_tensors(config: TrainConfig, reader: ShardReader) -> Callable[[str],
         ("backbone", asdict(backbone), asdict(config.backbone)),
         ("scaling_factor", stored.info.scaling_factor, _scaling_factor(config, reader)),
         ("null_context", stored.info.null_context, config.null_context),
+        ("objective.prediction", stored.info.prediction, config.objective.prediction),
     ):
         for name, old, new in differences(key, found, wanted):
             raise UserError(
@@ -169,6 +169,8 @@ def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:
         vae=vae,
         text_encoder=encoder,
         null_context=config.null_context,
+        prediction=config.objective.prediction,
+        shift=config.objective.shift,
         classes=reader.manifest.classes,
         recipe_sha256=hashlib.sha256(dump_config(config).encode()).hexdigest(),
     )

@@ -15,6 +15,7 @@ from ifvit.analysis.attention_analysis import Prompts, analyze_run, attention_fi
 from ifvit.analysis.attention_maps import read_attention
 from ifvit.analysis.config import AttentionConfig
 from ifvit.cli import main
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
@@ -190,7 +191,7 @@ def test_images_are_guided_by_the_null_context_of_the_weights(
     save_weights(str(tmp_path / "zeros"), backbone, zeros)
     found = analyze_run(config, str(tmp_path / "zeros"), f"{tmp_path}/analysis").layers
     prompts = Prompts(texts=["one", "two"], contexts=contexts, null_context=torch.zeros(*shape))
-    expected = record_layers(backbone, prompts, config)
+    expected = record_layers(backbone, NoiseSchedule(), prompts, config)
     assert found == tuple(layer.numbers for layer in expected)
     assert all(one.image_share != other.image_share for one, other in zip(found, own, strict=True))
 

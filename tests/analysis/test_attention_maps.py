@@ -28,8 +28,9 @@ from ifvit.analysis.attention_maps import (
 )
 from ifvit.analysis.config import AttentionConfig
 from ifvit.diffusion.config import Guidance
-from ifvit.diffusion.guidance import GuidedNoisePredictor
+from ifvit.diffusion.guidance import GuidedPredictor
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.errors import UserError
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.sampling.config import SamplingConfig
@@ -38,6 +39,7 @@ from ifvit.storage import read_sealed, sha256_of, write_sealed
 NUM_PROMPTS, NUM_TEXT, SIDE = 5, 6, 4
 CONTEXTS = torch.randn(NUM_PROMPTS, NUM_TEXT, 16, generator=torch.Generator().manual_seed(1))
 NULL = torch.randn(NUM_TEXT, 16, generator=torch.Generator().manual_seed(2))
+SCHEDULE = NoiseSchedule()
 SAMPLING = SamplingConfig(num_steps=3, guidance_scale=3.0, seed=7, batch_size=NUM_PROMPTS)
 PROMPTS = Prompts(
     texts=[f"caption {n}" for n in range(NUM_PROMPTS)],
@@ -81,7 +83,7 @@ def build_config(batch_size: int = NUM_PROMPTS, trim: int = 1) -> AttentionConfi
 def sample(backbone: FusionTransformer) -> Tensor:
     null_text = backbone.encode_condition(NULL[None])
     batch = ConditionBatch(positions=torch.arange(NUM_PROMPTS), condition=CONTEXTS)
-    return sample_latents(backbone, batch, null_text, SAMPLING)
+    return sample_latents(backbone, SCHEDULE, batch, null_text, SAMPLING)
 
 
 def record_all_at_once(backbone: FusionTransformer) -> list[np.ndarray]:
@@ -113,7 +115,7 @@ def record_all_at_once(backbone: FusionTransformer) -> list[np.ndarray]:
 @pytest.mark.parametrize("batch_size", [2, NUM_PROMPTS])
 def test_means_by_batch_equal_means_over_all_prompts(fusion: str, batch_size: int) -> None:
     backbone = build_backbone(fusion)
-    layers = record_layers(backbone, PROMPTS, build_config(batch_size))
+    layers = record_layers(backbone, SCHEDULE, PROMPTS, build_config(batch_size))
     inside = FIRST + np.array([5, 6, 9, 10])
     for layer, weights in zip(layers, record_all_at_once(backbone), strict=True):
         of_prompts = weights[:, :, :, inside].mean(axis=(1, 2))
@@ -140,7 +142,7 @@ def test_means_by_batch_equal_means_over_all_prompts(fusion: str, batch_size: in
 @FUSIONS
 def test_shares_of_time_image_and_text_sum_to_one(fusion: str) -> None:
     backbone = build_backbone(fusion)
-    layers = record_layers(backbone, PROMPTS, build_config(trim=0))
+    layers = record_layers(backbone, SCHEDULE, PROMPTS, build_config(trim=0))
     for number, (entry, layer) in enumerate(zip(backbone.config.blocks, layers, strict=True)):
         numbers = layer.numbers
         assert numbers.name == f"{number} {entry}"
@@ -179,7 +181,7 @@ def test_only_the_conditional_half_is_recorded(fusion: str) -> None:
 
     def record(scale: float) -> list[np.ndarray]:
         rows = PromptRows(backbone.config, NUM_PROMPTS, inner_tokens(SIDE, 0))
-        predictor = GuidedNoisePredictor(backbone, CONTEXTS, null_text, Guidance(scale=scale))
+        predictor = GuidedPredictor(backbone, SCHEDULE, CONTEXTS, null_text, Guidance(scale=scale))
         with torch.no_grad(), watch_attention(backbone, rows):
             predictor(x_t, torch.full((NUM_PROMPTS,), 400))
         return list(rows.means())
@@ -290,7 +292,7 @@ def test_memory_does_not_grow_with_the_number_of_prompts() -> None:
 
 
 def summarise(fusion: str) -> AttentionSummary:
-    layers = record_layers(build_backbone(fusion), PROMPTS, build_config())
+    layers = record_layers(build_backbone(fusion), SCHEDULE, PROMPTS, build_config())
     return AttentionSummary(
         weights="run",
         weights_sha256="0" * 64,

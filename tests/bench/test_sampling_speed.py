@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ifvit.bench.config import BenchGenerateConfig
 from ifvit.bench.sampling_speed import bench_generate, guide_plainly
 from ifvit.diffusion.config import Guidance
-from ifvit.diffusion.guidance import GuidedNoisePredictor
+from ifvit.diffusion.guidance import GuidedPredictor
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.models.presets import PRESETS
 from ifvit.models.weights import build_backbone
 
@@ -21,8 +22,9 @@ def test_sharing_changes_only_the_amount_of_work() -> None:
     context, null_context = torch.randn(2, 77, 768)
     x_t, timesteps = torch.randn(1, 4, 32, 32), torch.tensor([500])
     predictors = [
-        GuidedNoisePredictor(
+        GuidedPredictor(
             backbone,
+            NoiseSchedule(),
             context[None],
             backbone.encode_condition(null_context[None]),
             Guidance(scale=2.0),

@@ -21,10 +21,10 @@ from ifvit.diffusion.guidance import (
     AlignmentMethod,
     Change,
     FunctionEvaluation,
-    GuidedNoisePredictor,
+    GuidedPredictor,
 )
-from ifvit.diffusion.sampler import solve
 from ifvit.diffusion.schedules import NoiseSchedule
+from ifvit.diffusion.solvers import build_scheduler, solve
 from ifvit.models.backbone import EncodedCondition
 from ifvit.models.config import BackboneConfig
 from ifvit.models.fusion_transformer import FusionTransformer
@@ -32,6 +32,7 @@ from ifvit.models.weights import build_backbone as build
 
 X_T = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(3))
 TIMESTEPS = torch.full((5,), 400)
+SCHEDULE = NoiseSchedule()
 FUSIONS = pytest.mark.parametrize("fusion", MAPS)
 
 
@@ -40,10 +41,10 @@ def build_predictor(
     scale: float,
     method: AlignmentMethod | None = None,
     high: float = 999,
-) -> GuidedNoisePredictor:
+) -> GuidedPredictor:
     null = backbone.encode_condition(NULL[None])
     methods = [method] if method else []
-    return GuidedNoisePredictor(backbone, CONTEXTS, null, Guidance(scale, high=high), methods)
+    return GuidedPredictor(backbone, SCHEDULE, CONTEXTS, null, Guidance(scale, high=high), methods)
 
 
 @pytest.mark.parametrize("scale", [3.0, 0.5])
@@ -67,7 +68,7 @@ def test_class_guidance_steers_away_from_the_null_class(config: BackboneConfig) 
         for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         null = backbone.encode_condition(torch.tensor([3]))
-        predictor = GuidedNoisePredictor(backbone, torch.tensor(numbers), null, Guidance(3.0))
+        predictor = GuidedPredictor(backbone, SCHEDULE, torch.tensor(numbers), null, Guidance(3.0))
         guided = predictor(latents, timesteps)
         conditional = backbone(latents, timesteps, torch.tensor(numbers))
         unconditional = backbone(latents, timesteps, torch.tensor([3, 3]))
@@ -124,7 +125,9 @@ def test_the_unconditional_half_runs_only_where_guidance_applies() -> None:
     rows: list[int] = []
     backbone.decoder_pred.register_forward_hook(lambda *call: rows.append(len(call[2])))
     null = backbone.encode_condition(NULL[None])
-    predictor = GuidedNoisePredictor(backbone, CONTEXTS, null, Guidance(2.0, low=100, high=800))
+    predictor = GuidedPredictor(
+        backbone, SCHEDULE, CONTEXTS, null, Guidance(2.0, low=100, high=800)
+    )
     for t in (999, 801, 800, 100, 99, 0):
         predictor(X_T, torch.full((5,), t))
     build_predictor(backbone, 1.0)(X_T, TIMESTEPS)
@@ -149,8 +152,8 @@ def sample_on_meta(guidance: Guidance, fusion: str = "3*concat") -> Tensor:
         contexts, noise = torch.empty(2, 6, 16), torch.empty(2, 4, 4, 4)
     with torch.no_grad():
         null = backbone.encode_condition(contexts[:1])
-        predictor = GuidedNoisePredictor(backbone, contexts, null, guidance)
-    return solve(predictor, noise, "dpm_solver_pp", num_steps=4)
+        predictor = GuidedPredictor(backbone, SCHEDULE, contexts, null, guidance)
+    return solve(predictor, noise, build_scheduler("dpm_solver_pp", SCHEDULE), 4)
 
 
 @FUSIONS

@@ -1,15 +1,16 @@
 """Losses of perfect and ignorant noise predictors, and the random numbers behind them."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from ifvit.diffusion.objectives import NoisePrediction
-from ifvit.diffusion.schedules import NoiseSchedule, alphas_cumprod
+from ifvit.diffusion.config import ObjectiveConfig
+from ifvit.diffusion.objectives import Objective
+from ifvit.diffusion.schedules import alphas_cumprod
+from ifvit.records import parse_value
 from ifvit.rng import Stream, normal, uniform
 
 POSITIONS = torch.arange(64)
@@ -17,8 +18,9 @@ CONTEXT = torch.zeros(64, 3, 5)
 MEAN = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def objective(scaling_factor: float = 1.0) -> NoisePrediction:
-    return NoisePrediction(schedule=NoiseSchedule(), scaling_factor=scaling_factor, seed=11)
+def objective(scaling_factor: float = 1.0, **settings: object) -> Objective:
+    config = parse_value(ObjectiveConfig, settings, "objective")
+    return Objective(config, scaling_factor=scaling_factor, seed=11)
 
 
 def alpha_sigma(timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +109,7 @@ def test_timesteps_are_uniform() -> None:
 def test_min_snr_reduces_the_weight_of_nearly_clean_latents_only() -> None:
     moments = MEAN.repeat(1, 2, 1, 1)
     plain = objective()(Spy(), moments, CONTEXT, 0, POSITIONS)
-    weighting = replace(objective(), min_snr_gamma=5.0)
+    weighting = objective(min_snr_gamma=5.0)
     weighted = weighting(Spy(), moments, CONTEXT, 0, POSITIONS)
     timesteps = (uniform(11, 0, POSITIONS, Stream.TIMESTEP, 1)[:, 0] * 1000).long()
     abar = alphas_cumprod()[timesteps]

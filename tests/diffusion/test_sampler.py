@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from ifvit.diffusion.config import SolverConfig
 from ifvit.diffusion.guidance import Change, FunctionEvaluation
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images, sample_latents
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.errors import UserError
 from ifvit.images import to_pixels
 from ifvit.models.autoencoders import Autoencoder
@@ -30,6 +31,7 @@ def sampler() -> Sampler:
     autoencoder = Autoencoder(vae, EncoderIdentity(name="random", sha256="0" * 64))
     return Sampler(
         backbone=build_backbone(),
+        schedule=NoiseSchedule(),
         decode=lambda latents: autoencoder.decode(latents / 0.5),
         null_condition=NULL,
     )
@@ -56,7 +58,7 @@ def test_latents_depend_on_the_position_and_not_on_the_batch() -> None:
     backbone = build_backbone()
     null = backbone.encode_condition(NULL[None])
     together, alone = (
-        sample_latents(backbone, next(make_batches(positions, 5)), null, CONFIG)
+        sample_latents(backbone, NoiseSchedule(), next(make_batches(positions, 5)), null, CONFIG)
         for positions in ([0, 1, 2, 3, 4], [3])
     )
     torch.testing.assert_close(together[3:4], alone, rtol=1e-4, atol=1e-4)
@@ -78,7 +80,7 @@ def test_images_are_the_same_for_any_batch_size(sampler: Sampler) -> None:
 def test_images_are_the_decoded_latents(sampler: Sampler) -> None:
     (batch,) = make_batches(range(5), 5)
     null = sampler.backbone.encode_condition(NULL[None])
-    latents = sample_latents(sampler.backbone, batch, null, CONFIG)
+    latents = sample_latents(sampler.backbone, sampler.schedule, batch, null, CONFIG)
     with torch.no_grad():
         expected = to_pixels(sampler.decode(latents))
     (images,) = generate_images(sampler, [batch], CONFIG)

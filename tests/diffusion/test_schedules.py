@@ -37,7 +37,7 @@ def test_removing_the_noise_undoes_adding_it(t: int) -> None:
     x_0, noise = torch.randn(2, 3, 4, 2, 2, generator=generator)
     schedule, timesteps = NoiseSchedule(), torch.full((3,), t)
     x_t = schedule.add_noise(x_0, noise, timesteps)
-    assert torch.allclose(schedule.remove_noise(x_t, noise, timesteps), x_0, atol=1e-4)
+    assert torch.allclose(schedule.clean(x_t, noise, timesteps), x_0, atol=1e-4)
 
 
 def test_between_integers_sigma_over_alpha_is_interpolated() -> None:
@@ -45,5 +45,5 @@ def test_between_integers_sigma_over_alpha_is_interpolated() -> None:
     low = times.long()
     ratios = ((1 - alphas_cumprod()) / alphas_cumprod()).sqrt()
     ratio = ratios[low] + (times - low) * (ratios[low + 1] - ratios[low])
-    clean = NoiseSchedule().remove_noise(torch.zeros(3, 1), torch.ones(3, 1), times)
+    clean = NoiseSchedule().clean(torch.zeros(3, 1), torch.ones(3, 1), times)
     assert torch.allclose(clean[:, 0].double(), -ratio, rtol=1e-5)

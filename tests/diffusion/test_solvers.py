@@ -8,10 +8,11 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ifvit.diffusion.config import SolverConfig, SolverName
-from ifvit.diffusion.sampler import SOLVERS, solve
-from ifvit.diffusion.schedules import BETA_END, BETA_START, alphas_cumprod
+from ifvit.diffusion.schedules import BETA_END, BETA_START, NoiseSchedule, alphas_cumprod
+from ifvit.diffusion.solvers import build_scheduler, solve, solvers_for
 
 MEAN, STD = 0.5, 0.7
+SOLVERS = solvers_for("epsilon")
 NOISE = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 # Relative error of the standard deviation after 50 steps. First-order solvers contract too much.
@@ -56,9 +57,14 @@ def exact_sample(noise: Tensor) -> Tensor:
     return MEAN + STD * (noise - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2).sqrt()
 
 
+def integrate(solver: SolverName, num_steps: int) -> Tensor:
+    """Samples by a solver that gets the exact noise."""
+    return solve(exact_noise, NOISE, build_scheduler(solver, NoiseSchedule()), num_steps)
+
+
 def error_halfway(solver: SolverName, num_steps: int) -> float:
     """Mean distance from the exact solution after half of the steps, before the stiff end."""
-    scheduler = SOLVERS[solver]()
+    scheduler = build_scheduler(solver, NoiseSchedule())
     scheduler.set_timesteps(num_steps)
     x_t = NOISE
     if solver == "euler":  # its x is x_t / alpha_t
@@ -109,7 +115,7 @@ def sample_like_uvit(noise: Tensor, num_steps: int) -> Tensor:
 
 
 def test_the_fast_solver_equals_u_vits_up_to_rounding_and_one_coefficient() -> None:
-    ours, theirs = solve(exact_noise, NOISE, "dpm_solver_pp_fast", 50), sample_like_uvit(NOISE, 50)
+    ours, theirs = integrate("dpm_solver_pp_fast", 50), sample_like_uvit(NOISE, 50)
     spread, error = (ours - theirs).abs().mean(), (theirs - exact_flow(NOISE, 0)).abs().mean()
     assert spread < 0.05 * error
 
@@ -118,7 +124,7 @@ def test_the_fast_solver_equals_u_vits_up_to_rounding_and_one_coefficient() -> N
 def test_the_fast_solver_takes_steps_of_u_vits_orders(
     num_steps: int, orders: tuple[int, ...]
 ) -> None:
-    scheduler = SOLVERS["dpm_solver_pp_fast"]()
+    scheduler = build_scheduler("dpm_solver_pp_fast", NoiseSchedule())
     scheduler.set_timesteps(num_steps)
     assert scheduler.order_list == [k for order in orders for k in range(1, order + 1)]
 
@@ -126,7 +132,7 @@ def test_the_fast_solver_takes_steps_of_u_vits_orders(
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_more_steps_reduce_the_distance_from_the_exact_solution(solver: str) -> None:
     errors = [
-        float((solve(exact_noise, NOISE, solver, steps) - exact_sample(NOISE)).square().mean())
+        float((integrate(solver, steps) - exact_sample(NOISE)).square().mean())
         for steps in (5, 20, 100)
     ]
     assert errors[0] > errors[1] > errors[2]
@@ -135,7 +141,7 @@ def test_more_steps_reduce_the_distance_from_the_exact_solution(solver: str) -> 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_fifty_steps_reproduce_the_moments_of_the_data(solver: SolverName) -> None:
-    samples, expected = solve(exact_noise, NOISE, solver, 50), exact_sample(NOISE)
+    samples, expected = integrate(solver, 50), exact_sample(NOISE)
     assert float(samples.mean() - expected.mean()) == pytest.approx(0, abs=0.01)
     assert float(samples.std() / expected.std()) == pytest.approx(1, abs=TOLERANCE[solver])
 
@@ -149,7 +155,7 @@ def test_num_steps_is_the_number_of_function_evaluations(solver: str, num_steps:
         times.append(float(timesteps[0]))
         return exact_noise(x_t, timesteps)
 
-    samples = solve(count, NOISE[:2], solver, num_steps)
+    samples = solve(count, NOISE[:2], build_scheduler(solver, NoiseSchedule()), num_steps)
     assert len(times) == num_steps
     assert times[0] == 999
     assert samples.isfinite().all()
@@ -165,7 +171,7 @@ def test_ddim_equals_diffusers_own_scheduler_for_equal_strides() -> None:
         timestep_spacing="trailing",
     )
     original.set_timesteps(1000 // 37)
-    ours = SOLVERS["ddim"]()
+    ours = build_scheduler("ddim", NoiseSchedule())
     # 999 = 37 * 27, and diffusers' scheduler steps from t to t - 37.
     times = list(range(999, -1, -37))
     ours.set_timesteps(timesteps=times)

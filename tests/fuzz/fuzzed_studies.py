@@ -92,7 +92,8 @@ def claim_again(box: Path) -> object:
 def make_pipeline(folder: Path) -> list[Format]:
     from diffusers import AutoencoderKL
 
-    from ifvit.diffusion.sampler import SOLVERS
+    from ifvit.diffusion.schedules import NoiseSchedule
+    from ifvit.diffusion.solvers import build_scheduler
     from ifvit.models.weights import build_backbone
 
     torch.manual_seed(0)
@@ -100,7 +101,7 @@ def make_pipeline(folder: Path) -> list[Format]:
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     pipeline = FusionPipeline(
         backbone=build_backbone(shape), vae=vae, text_encoder=None, tokenizer=None,
-        scheduler=SOLVERS["dpm_solver_pp"](), classes=("cat", "dog"),
+        scheduler=build_scheduler("dpm_solver_pp", NoiseSchedule()), classes=("cat", "dog"),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     files = ("model_index.json", "backbone/config.json", "scheduler/scheduler_config.json")

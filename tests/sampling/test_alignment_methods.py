@@ -15,7 +15,9 @@ from torch.nn import functional
 
 from ifvit.config import read_config
 from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
-from ifvit.diffusion.sampler import SOLVERS, ConditionBatch, Sampler, sample_latents
+from ifvit.diffusion.sampler import ConditionBatch, Sampler, sample_latents
+from ifvit.diffusion.schedules import NoiseSchedule
+from ifvit.diffusion.solvers import solvers_for
 from ifvit.errors import UserError
 from ifvit.images import to_model_range
 from ifvit.models.autoencoders import Autoencoder
@@ -92,7 +94,7 @@ def sample(
     rows = list(positions)
     batch = ConditionBatch(positions=torch.tensor(rows), condition=CONTEXTS[rows])
     null = backbone.encode_condition(torch.zeros(1, 6, 16))
-    return sample_latents(backbone, batch, null, config, methods)
+    return sample_latents(backbone, NoiseSchedule(), batch, null, config, methods)
 
 
 def brightness(images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
@@ -127,7 +129,7 @@ def test_date_with_radius_zero_changes_no_bit(backbone: FusionTransformer) -> No
 
 
 @pytest.mark.parametrize("backbone", ["cross_attention"], indirect=True)
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers_for("epsilon"))
 def test_date_raises_the_score_of_the_images_with_every_solver(
     backbone: FusionTransformer, solver: str
 ) -> None:
@@ -266,6 +268,7 @@ def sampler(backbone: FusionTransformer) -> Sampler:
     autoencoder = Autoencoder(vae.eval(), CLIP)
     return Sampler(
         backbone=backbone,
+        schedule=NoiseSchedule(),
         decode=lambda latents: autoencoder.decode(latents / 0.5),
         null_condition=torch.zeros(6, 16),
     )

@@ -10,6 +10,7 @@ import torch
 from made_shards import make_samples, write_shards
 
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.images import Pixels
 from ifvit.models.clip import TextEncoder, load_text_encoder
 from ifvit.models.weights import load_weights, save_weights
@@ -82,7 +83,12 @@ def test_generated_images_are_guided_by_zeros_as_by_hand(
     backbone, info = load_weights(zeros)
     context = encoder.encode(PROMPTS[:1])
     null = torch.zeros_like(context[0])
-    sampler = Sampler(backbone=backbone, decode=load_decoder(info, "cpu"), null_condition=null)
+    sampler = Sampler(
+        backbone=backbone,
+        schedule=NoiseSchedule(),
+        decode=load_decoder(info, "cpu"),
+        null_condition=null,
+    )
     batches = [
         ConditionBatch(positions=torch.tensor([0]), condition=condition)
         for condition in (context, null[None])

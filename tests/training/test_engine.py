@@ -13,8 +13,8 @@ from run_files import losses, rows, small_recipe
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ifvit.diffusion.objectives import NoisePrediction
-from ifvit.diffusion.schedules import NoiseSchedule
+from ifvit.diffusion.config import ObjectiveConfig
+from ifvit.diffusion.objectives import Objective
 from ifvit.errors import UserError
 from ifvit.models.layers import RMSNorm
 from ifvit.models.presets import PRESETS
@@ -166,14 +166,14 @@ def take_steps(options: dict[str, Any], engine_fields: dict[str, Any]) -> list[f
     shape = replace(small_recipe("run", "shards").backbone, fusion=EVERY_ENTRY, **options)
     config = small_recipe("run", "x", backbone=shape, engine=replace(PLAIN, **engine_fields))
     built = Engine(config, initial_weights(shape, config.seed))
-    objective = NoisePrediction(schedule=NoiseSchedule(), scaling_factor=0.2, seed=1)
+    objective = Objective(ObjectiveConfig(), scaling_factor=0.2, seed=1)
     generator = torch.Generator().manual_seed(0)
     moments = torch.randn(2, 8, 8, 8, generator=generator)
     contexts = torch.randn(2, *shape.context_shape, generator=generator)  # type: ignore[misc]
     found = []
     for step in range(1, 4):
         built.set_learning_rate(step, 10)
-        total = objective(built.predict_noise, moments, contexts, step, torch.arange(2)).total
+        total = objective(built.predict, moments, contexts, step, torch.arange(2)).total
         built.backward(total)
         found += [total.item(), built.step().item()]
     return found
@@ -290,12 +290,12 @@ def test_the_host_waits_for_the_device_only_when_it_must_look_at_the_gradient(
         tolerate_nonfinite=tolerate_nonfinite,
     )
     plain = Engine(config, initial_weights(config.backbone, config.seed))
-    objective = NoisePrediction(schedule=NoiseSchedule(), scaling_factor=0.2, seed=1)
+    objective = Objective(ObjectiveConfig(), scaling_factor=0.2, seed=1)
     moments, contexts = torch.randn(2, 8, 8, 8), torch.randn(2, 16, 64)
 
     def step() -> None:
         plain.set_learning_rate(0, 10)
-        total = objective(plain.predict_noise, moments, contexts, 3, torch.arange(2)).total
+        total = objective(plain.predict, moments, contexts, 3, torch.arange(2)).total
         plain.backward(total)
         plain.step()
         plain.update_ema()

@@ -96,7 +96,6 @@ def test_a_broken_config_of_a_run_is_one_line(recipe: Recipe, content: bytes) ->
         ("micro_batch_size", 10**12),
         ("shards", ""),
         ("shards", "x\ny"),
-        ("min_snr_gamma", 0.0),
         ("shuffle_window", 0),
         ("num_workers", 10**9),
         ("tolerate_nonfinite", -1),

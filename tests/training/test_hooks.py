@@ -21,6 +21,7 @@ from torch import Tensor
 from ifvit import connections, storage
 from ifvit.diffusion.config import SolverConfig
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
 from ifvit.images import decode_png, make_grid
@@ -544,7 +545,9 @@ def test_the_grid_shows_what_the_ema_weights_generate(
     grids = []
     for step in (4, 8):
         backbone, _ = load_weights(f"{config.run}/weights/step_{step:08d}/ema")
-        sampler = Sampler(backbone=backbone, decode=decode, null_condition=null)
+        sampler = Sampler(
+            backbone=backbone, schedule=NoiseSchedule(), decode=decode, null_condition=null
+        )
         batch = ConditionBatch(positions=torch.arange(16), condition=contexts)
         (images,) = generate_images(sampler, [batch], solver)
         expected = np.asarray(make_grid(images, 8))
