@@ -37,6 +37,8 @@ class Stream(IntEnum):
     ORDER = 6
     FLIP = 7
     SHARD_ORDER = 8
+    HELD_OUT_POSTERIOR = 9
+    HELD_OUT_NOISE = 10
 
 
 def philox(counter: Tensor, seed: int) -> Tensor:

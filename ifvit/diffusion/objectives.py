@@ -79,10 +79,7 @@ class Objective:
         condition: Tensor,
     ) -> Tensor:
         """Weighted mean squared error of each sample, (B,), at given noise and timesteps."""
-        x_t = self.schedule.add_noise(x_0, noise, timesteps)
-        target = self.schedule.target(x_0, noise, timesteps)
-        error = (predict(x_t, timesteps, condition).float() - target).square()
-        per_sample = error.flatten(1).mean(dim=1)
+        per_sample = squared_errors(self.schedule, predict, x_0, noise, timesteps, condition)
         if self.config.min_snr_gamma is None:
             return per_sample
         return self.schedule.weigh(per_sample, timesteps, self.config.min_snr_gamma)
@@ -99,8 +96,28 @@ class Objective:
 
     def sample_posterior(self, moments: Tensor, step: int, positions: Tensor) -> Tensor:
         """Sample scaled latents x_0 (B, C, H, W) from the VAE posterior (B, 2C, H, W)."""
-        mean, logvar = moments.float().chunk(2, dim=1)
-        std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-        shape = tuple(mean.shape[1:])
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
         noise = self._sample_normal(self.seed, step, positions, Stream.POSTERIOR, shape)
-        return (mean + std * noise) * self.scaling_factor
+        return scaled_latents(moments, noise, self.scaling_factor)
+
+
+def scaled_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
+    """x_0 (B, C, H, W) of VAE posteriors (B, 2C, H, W) and standard normal noise (B, C, H, W)."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+    return (mean + std * noise) * scaling_factor
+
+
+def squared_errors(
+    schedule: NoiseSchedule,
+    predict: ConditionalPredictor,
+    x_0: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    condition: Tensor,
+) -> Tensor:
+    """Mean over C, H, W of (target - predicted)², (B,), without a weight."""
+    x_t = schedule.add_noise(x_0, noise, timesteps)
+    target = schedule.target(x_0, noise, timesteps)
+    error = (predict(x_t, timesteps, condition).float() - target).square()
+    return error.flatten(1).mean(dim=1)
