@@ -67,6 +67,26 @@ def test_the_papers_recipes_are_its_table_3(cls: type[TrainConfig], name: str) -
     assert config.objective == ObjectiveConfig()
 
 
+def test_the_papers_recipe_on_scenes_keeps_its_objective_beside_todays() -> None:
+    paper, modern = (
+        read_config(TrainConfig, ["--recipe", name], prog="ifvit train")
+        for name in ("scenes_paper", "scenes")
+    )
+    assert paper.backbone == PRESETS["tiny"]
+    assert paper.objective == ObjectiveConfig(min_snr_gamma=1.0)
+    assert paper.optim == OptimConfig(
+        learning_rate=4e-3,
+        weight_decay=0.01,
+        betas=(0.9, 0.999),
+        warmup_steps=200,
+        cooldown_steps=1333,
+        max_grad_norm=1.0,
+    )
+    assert (paper.max_steps, paper.global_batch_size, paper.ema_decays) == (2000, 32, (0.99,))
+    assert (modern.objective.prediction, modern.objective.timesteps) == ("flow", "logit_normal")
+    assert modern.backbone.fusion == paper.backbone.fusion
+
+
 @pytest.mark.parametrize("name", ["coco2014_fid30k", "paper_compat"])
 def test_the_papers_protocols_draw_30_000_random_captions_at_its_scale_of_1(name: str) -> None:
     words = ["--weights", "w", "--shards", "s", "--protocol", name]

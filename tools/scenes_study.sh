@@ -48,12 +48,12 @@ done | in_parallel
 
 for seed in $seeds; do
     for name in "${!fusion[@]}"; do
-        echo train --config configs/train/scenes.yaml --shards "$study/shards/train2014" \
+        echo train --config configs/train/scenes_paper.yaml --shards "$study/shards/train2014" \
             --run "$study/$name/seed$seed" --seed "$seed" "$(backbone_flags "$name")"
     done
     for name in "${!equal_compute[@]}"; do
         steps=${equal_compute[$name]}
-        echo train --config configs/train/scenes.yaml --shards "$study/shards/train2014" \
+        echo train --config configs/train/scenes_paper.yaml --shards "$study/shards/train2014" \
             --run "$study/equal_compute/$name/seed$seed" --seed "$seed" --sample_grid.every 0 \
             "$(backbone_flags "$name")" --max_steps "$steps" --checkpoint_every "$steps" \
             --optim.cooldown_steps $((steps * 2 / 3))
