@@ -84,7 +84,7 @@ class CaptionMetrics:
         """
         wanted = self._describe(protocol)
         row = _read_row(self._group, MetricsRow, url, model)
-        if row is None or (protocol.scenes and row.scene_accuracy is None):
+        if row is None or (protocol.scenes and row.empty_share is None):
             return None
         return None if rows.differences(row.protocol, wanted) else row
 
@@ -329,10 +329,10 @@ def _read_row(group: ProcessGroup, cls: type[_Row], url: str, model: Model) -> _
 
 
 def scene_accuracies(scores: Sequence[SceneScore]) -> dict[str, Estimate | None]:
-    """Shares of images that are right, by field of MetricsRow.
+    """Shares of images that are right, or empty, by field of MetricsRow.
 
     The share of right relations is over the captions that state one; None if none does. A scene is
-    right if count, colour, kind and relation are.
+    right if count, colour, kind and relation are. `empty_share` is that of images without objects.
     """
     relations = [score.relation for score in scores if score.relation is not None]
     right = [s.count and s.colour and s.kind and s.relation is not False for s in scores]
@@ -342,4 +342,5 @@ def scene_accuracies(scores: Sequence[SceneScore]) -> dict[str, Estimate | None]
         "kind_accuracy": estimate_share(np.array([score.kind for score in scores])),
         "relation_accuracy": estimate_share(np.array(relations)) if relations else None,
         "scene_accuracy": estimate_share(np.array(right)),
+        "empty_share": estimate_share(np.array([score.empty for score in scores])),
     }

@@ -42,7 +42,9 @@ _RETRIEVAL_SEED = 0
 _NUM_RESAMPLES = 1000
 _RESAMPLING_SEED = 0
 
-LOWER_IS_BETTER = frozenset({"frechet_distance", "fid", "kid", "cmmd", "average_error"})
+LOWER_IS_BETTER = frozenset(
+    {"frechet_distance", "fid", "kid", "cmmd", "average_error", "empty_share"}
+)
 """Metrics that fall as images get better; all others rise."""
 
 

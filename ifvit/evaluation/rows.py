@@ -119,6 +119,8 @@ class MetricsRow:
     kind_accuracy: Estimate | None = None
     relation_accuracy: Estimate | None = None
     scene_accuracy: Estimate | None = None
+    empty_share: Estimate | None = None
+    """Share of the images that show no object of a scene."""
     seconds_per_image: NonNegativeFloat | None = None
     """Seconds of one process to generate an image and write its PNG file."""
 

@@ -55,12 +55,14 @@ class SceneScore:
     `colour`: exactly the wanted colours occur. `kind`: every object of a wanted colour has the
     wanted kind. `count`: every group has the wanted number of objects. `relation`: both groups'
     colours occur and their centres have the wanted relation; None for a scene of one group.
+    `empty`: the image shows no object at all.
     """
 
     count: bool
     colour: bool
     kind: bool
     relation: bool | None
+    empty: bool = False
 
 
 def score_image(image: NDArray[np.uint8], scene: Scene) -> SceneScore:
@@ -73,6 +75,7 @@ def score_image(image: NDArray[np.uint8], scene: Scene) -> SceneScore:
         colour={one.colour for one in found} == {group.colour for group in scene.groups},
         kind=all(_count(group, objects) == len(objects) > 0 for group, objects in pairs),
         relation=scene.relation and all(groups) and _holds(scene.relation, groups),
+        empty=not found,
     )
 
 

@@ -70,6 +70,7 @@ METRICS = (
     Metric(field="kind_accuracy", title="Kind right"),
     RELATION,
     Metric(field="scene_accuracy", title="Everything right"),
+    Metric(field="empty_share", title="Empty pictures"),
 )
 
 

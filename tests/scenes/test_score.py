@@ -80,7 +80,7 @@ def test_an_empty_image_has_nothing_right() -> None:
     blank = np.full((64, 64, 3), 240, dtype=np.uint8)
     assert find_objects(blank) == ()
     score = score_image(blank, PAIRS[0].scene)
-    assert score == SceneScore(count=False, colour=False, kind=False, relation=False)
+    assert score == SceneScore(count=False, colour=False, kind=False, relation=False, empty=True)
 
 
 def test_specks_are_not_objects_but_touching_objects_are_one() -> None:
