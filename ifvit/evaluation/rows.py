@@ -121,6 +121,9 @@ class MetricsRow:
     scene_accuracy: Estimate | None = None
     empty_share: Estimate | None = None
     """Share of the images that show no object of a scene."""
+    held_out_loss: Estimate | None = None
+    target: str | None = None
+    """What the held-out loss is the error of; losses compare only where it is equal."""
     seconds_per_image: NonNegativeFloat | None = None
     """Seconds of one process to generate an image and write its PNG file."""
 
@@ -218,8 +221,10 @@ class TrainingRow:
     """Training between the row before and this one; None: not measured, or not a finite number.
 
     `loss`, `loss_q0` to `loss_q3` (by quarter of the timesteps, the cleanest first) and all speeds
-    are means over these steps; `learning_rate` and `grad_norm` are those of the last step; counts
-    and `seconds` include all steps of the run. `PHASE_seconds` are seconds per step.
+    are means over these steps. `validation_loss` is the held-out loss of the EMA weights after the
+    last step, `validation_loss_tK` its part at timestep (K + 1/2) / 8. `learning_rate` and
+    `grad_norm` are those of the last step; counts and `seconds` include all steps of the run.
+    `PHASE_seconds` are seconds per step.
     """
 
     step: PositiveInt
@@ -229,6 +234,15 @@ class TrainingRow:
     loss_q1: NonNegativeFloat | None = None
     loss_q2: NonNegativeFloat | None = None
     loss_q3: NonNegativeFloat | None = None
+    validation_loss: NonNegativeFloat | None = None
+    validation_loss_t0: NonNegativeFloat | None = None
+    validation_loss_t1: NonNegativeFloat | None = None
+    validation_loss_t2: NonNegativeFloat | None = None
+    validation_loss_t3: NonNegativeFloat | None = None
+    validation_loss_t4: NonNegativeFloat | None = None
+    validation_loss_t5: NonNegativeFloat | None = None
+    validation_loss_t6: NonNegativeFloat | None = None
+    validation_loss_t7: NonNegativeFloat | None = None
     learning_rate: NonNegativeFloat
     grad_norm: NonNegativeFloat | None
     loss_spikes: NonNegativeInt = 0
@@ -243,6 +257,7 @@ class TrainingRow:
     backward_seconds: NonNegativeFloat | None = None
     optimizer_seconds: NonNegativeFloat | None = None
     ema_seconds: NonNegativeFloat | None = None
+    validation_seconds: NonNegativeFloat | None = None
     log_seconds: NonNegativeFloat | None = None
     checkpoint_seconds: NonNegativeFloat | None = None
     samples_seconds: NonNegativeFloat | None = None

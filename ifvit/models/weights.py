@@ -81,6 +81,11 @@ class WeightsInfo:
     recipe_sha256: Sha256
     """Hash of the recipe that trained it; for imported weights, of the imported file."""
 
+    @property
+    def target(self) -> str:
+        """What the backbone predicts, and of which latents."""
+        return f"{self.prediction} of vae {self.vae.sha256[:12]} x {self.scaling_factor:.5g}"
+
     def __post_init__(self) -> None:
         """Raise UserError for weights of neither captions nor classes, or of both."""
         if (self.text_encoder is None) == (not self.classes):

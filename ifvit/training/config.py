@@ -101,6 +101,22 @@ class SampleGridConfig:
     """Weight w of the guidance, uncond + w (cond - uncond)."""
 
 
+VALIDATION_LOSS = "validation_loss"
+"""Name of the held-out loss in rows of training, and for `keep_best`."""
+
+
+@record
+class ValidationConfig:
+    """The loss of the EMA weights on held-out shards, always for the same samples and noise."""
+
+    shards: Location | None = None
+    """Folder of held-out shards, encoded as those of the training; unset: no validation."""
+    every: PositiveInt = 1000
+    """Steps between validations, a multiple of log_every."""
+    num_samples: NumSamples = 256
+    """Number of samples, from the first one on."""
+
+
 @record
 class TrainConfig:
     """Train a backbone on pre-encoded shards; run the same command again to resume."""
@@ -123,6 +139,8 @@ class TrainConfig:
     """Precision, attention kernels, DeepSpeed."""
     sample_grid: SampleGridConfig = field(default_factory=SampleGridConfig)
     """Images generated during training."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Loss on held-out shards."""
     max_steps: PositiveInt = 1_000_000
     """Optimizer steps of the whole run."""
     global_batch_size: NumSamples = 256
@@ -162,7 +180,7 @@ class TrainConfig:
     """Also keep the checkpoints of steps divisible by this number; 0: none."""
     keep_best: str | None = None
     """Also keep the checkpoint and the exported weights whose evaluation has the best value of this
-    metric, such as frechet_distance or clip_score; unset: none."""
+    metric, such as frechet_distance or clip_score, or the lowest validation_loss; unset: none."""
     export_every: PositiveInt | None = None
     """Steps between exported weights, a multiple of checkpoint_every; unset: with each checkpoint.
     The weights of the last step are always exported."""
@@ -186,6 +204,18 @@ class TrainConfig:
             raise UserError(
                 f"export_every {self.export_every} is not a multiple of checkpoint_every "
                 f"{self.checkpoint_every}; weights are exported from checkpoints"
+            )
+        if self.validation.shards is not None and self.validation.every % self.log_every:
+            raise UserError(
+                f"validation.every {self.validation.every} is not a multiple of log_every "
+                f"{self.log_every}; its losses go to the rows of metrics.jsonl"
+            )
+        if self.keep_best == VALIDATION_LOSS and (
+            self.validation.shards is None or self.checkpoint_every % self.validation.every
+        ):
+            raise UserError(
+                f"keep_best: {VALIDATION_LOSS} needs validation.shards, and checkpoint_every a "
+                "multiple of validation.every"
             )
 
 

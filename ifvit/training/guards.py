@@ -30,14 +30,14 @@ MAY_CHANGE = {
     *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
     *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
     *("keep_every", "keep_best", "export_every", "keep_exports", "resume", "tolerate_nonfinite"),
-    *("trackers", "profile"),
+    *("trackers", "profile", "validation"),
 }
 """Fields that a resumed run may change; a change of any other field would make another run."""
 
 
 def check_dataset(reader: ShardReader, config: TrainConfig) -> None:
     """Raise UserError when the shards do not fit the backbone or the encoders of the recipe."""
-    url, manifest, backbone = config.shards, reader.manifest, config.backbone
+    url, manifest, backbone = reader.url, reader.manifest, config.backbone
     channels, height, width = manifest.moments_shape
     size = backbone.latent_size
     _require_shape(
@@ -66,6 +66,25 @@ def check_dataset(reader: ShardReader, config: TrainConfig) -> None:
     _require_encoder("vae", config.vae, manifest.vae, url)
     if config.text_encoder is not None:
         _require_encoder("text_encoder", config.text_encoder, reader.text.encoder, url)
+
+
+def check_held_out(reader: ShardReader, training: ShardReader, config: TrainConfig) -> None:
+    """Raise UserError when held-out shards are not encoded as the training shards, or are these."""
+    check_dataset(reader, config)
+    url, found, wanted = reader.url, reader.manifest, training.manifest
+    same = f"give validation.shards that were encoded as {training.url}"
+    if found.vae.sha256 != wanted.vae.sha256:
+        raise UserError(f"{url}: another vae, {found.vae.name}; {same}")
+    if found.text and wanted.text and found.text.encoder.sha256 != wanted.text.encoder.sha256:
+        raise UserError(f"{url}: another text encoder, {found.text.encoder.name}; {same}")
+    if found.classes != wanted.classes:
+        raise UserError(f"{url}: other classes; {same}")
+    shared = {entry.sha256 for entry in found.shards} & {entry.sha256 for entry in wanted.shards}
+    if shared:
+        raise UserError(
+            f"{url}: {len(shared)} of its shards belong to the training shards {training.url}; "
+            "give validation.shards that are not trained on"
+        )
 
 
 def check_recipe(config: TrainConfig) -> None:

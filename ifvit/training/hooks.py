@@ -7,7 +7,7 @@ and folders of the names that training writes are removed.
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -26,6 +26,7 @@ from ifvit.errors import UserError
 from ifvit.evaluation.metrics import LOWER_IS_BETTER, Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, main_series, read_rows
 from ifvit.images import encode_png, make_grid
+from ifvit.models.backbone import Backbone
 from ifvit.models.weights import (
     WeightsInfo,
     read_stored_weights,
@@ -57,7 +58,7 @@ from ifvit.training.checkpoint import (
     step_url,
     write_part,
 )
-from ifvit.training.config import SampleGridConfig, TrainConfig
+from ifvit.training.config import VALIDATION_LOSS, SampleGridConfig, TrainConfig
 from ifvit.training.engine import Engine, weights_prefix
 from ifvit.training.guards import StopRequest
 from ifvit.training.lease import Lease
@@ -91,10 +92,11 @@ class SaveCheckpoint:
         self._config, self._engine, self._info = config, engine, info
         self._lease, self._metrics, self._stop = lease, metrics, stop
         self._shards_sha256 = manifest_sha256(config.shards)
-        if config.keep_best is not None and config.keep_best not in MetricsRow.__dataclass_fields__:
+        metric_names = {VALIDATION_LOSS, *MetricsRow.__dataclass_fields__}
+        if config.keep_best is not None and config.keep_best not in metric_names:
             raise UserError(
                 f"keep_best: evaluations have no metric named {config.keep_best}; "
-                "use for example frechet_distance or clip_score"
+                f"use for example frechet_distance, clip_score or {VALIDATION_LOSS}"
             )
         world = engine.world
         self._part_name = f"part-{world.rank:05d}-of-{world.size:05d}-{lease.token}.safetensors"
@@ -195,11 +197,25 @@ class SaveCheckpoint:
             self._lease.check()
             commit(checkpoint)
         try:
-            prune_checkpoints(self._config, checkpoint)
-            prune_exports(self._config, self._exports.keys(), replace(self._info, step=step))
+            scores = self._score_steps()
+            prune_checkpoints(self._config, checkpoint, scores)
+            exported = replace(self._info, step=step)
+            prune_exports(self._config, self._exports.keys(), exported, scores)
         except (UserError, OSError) as error:  # for example a file that NFS still holds open
             message = f"older checkpoints and weights stay until the next save ({error})"
             sys.stderr.write(f"{self._config.run}: {message}\n")
+
+    def _score_steps(self) -> Mapping[int, float]:
+        """Value of `keep_best` by step, or its negative if higher is better."""
+        metric = self._config.keep_best
+        if metric is None:
+            return {}
+        if metric == VALIDATION_LOSS:
+            return dict(self._metrics.validation_losses)
+        rows = main_series(list(read_rows(join(self._config.run, FOLDER)).values()))
+        values = {row.step: getattr(row, metric) for row in rows}
+        sign = 1 if metric in LOWER_IS_BETTER else -1
+        return {step: sign * v.value for step, v in values.items() if isinstance(v, Estimate)}
 
     def _is_exported(self, step: int) -> bool:
         every = self._config.export_every
@@ -232,9 +248,10 @@ class SaveCheckpoint:
             ) from error
 
 
-def prune_checkpoints(config: TrainConfig, saved: Checkpoint) -> None:
+def prune_checkpoints(config: TrainConfig, saved: Checkpoint, scores: Mapping[int, float]) -> None:
     """Remove the checkpoints that need not be kept, and the leftovers of interrupted saves.
 
+    The checkpoint of the lowest score is kept, too.
     `saved` is the checkpoint that was committed last. Later ones are damaged, because the run did
     not continue from them; they stay until the run has reached their steps.
     """
@@ -244,7 +261,7 @@ def prune_checkpoints(config: TrainConfig, saved: Checkpoint) -> None:
     kept = set(committed[-config.keep_checkpoints :])
     if config.keep_every:
         kept.update(step for step in committed if step % config.keep_every == 0)
-    kept |= _best_step(config, committed)
+    kept |= _best_step(committed, scores)
     for step in set(steps) - kept:
         # The manifest goes first: a half-removed checkpoint must not look complete.
         storage.remove(join(step_url(run, step), MANIFEST))
@@ -263,7 +280,9 @@ def _remove_files(url: str, kept: Sequence[str]) -> None:
     _remove_empty(url)
 
 
-def prune_exports(config: TrainConfig, kinds: Set[str], info: WeightsInfo) -> None:
+def prune_exports(
+    config: TrainConfig, kinds: Set[str], info: WeightsInfo, scores: Mapping[int, float]
+) -> None:
     """Remove the exported weights that need not be kept; `info` describes those exported last.
 
     Only weights whose weights.json names this step and this run's encoders and scaling are removed.
@@ -271,7 +290,7 @@ def prune_exports(config: TrainConfig, kinds: Set[str], info: WeightsInfo) -> No
     folder = join(config.run, "weights")
     steps = [step for step in step_folders(folder) if step <= info.step]
     kept = {*steps[-config.keep_exports :]}
-    kept |= _best_step(config, steps)
+    kept |= _best_step(steps, scores)
     for step in set(steps) - kept:
         url = join(folder, step_name(step))
         for kind in kinds & set(list_names(url)):
@@ -300,15 +319,10 @@ def _remove_empty(url: str) -> None:
             Path(url).rmdir()
 
 
-def _best_step(config: TrainConfig, steps: Sequence[int]) -> set[int]:
-    """That of `steps` whose evaluation has the best value of `keep_best`, the first of equals."""
-    if config.keep_best is None:
-        return set()
-    rows = main_series(list(read_rows(join(config.run, FOLDER)).values()))
-    measured = [(getattr(row, config.keep_best), row.step) for row in rows if row.step in steps]
-    sign = 1 if config.keep_best in LOWER_IS_BETTER else -1
-    scores = [(sign * value.value, step) for value, step in measured if isinstance(value, Estimate)]
-    return {min(scores)[1]} if scores else set()
+def _best_step(steps: Sequence[int], scores: Mapping[int, float]) -> set[int]:
+    """That of `steps` with the lowest score, the first of equals."""
+    measured = [(scores[step], step) for step in steps if step in scores]
+    return {min(measured)[1]} if measured else set()
 
 
 _GRID_COLUMNS = 8
@@ -337,9 +351,8 @@ class SampleGrid:
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Generate the images on the main process while the others wait."""
-        weights = self._engine.iter_weights(self._engine.ema_decays[0])
-        if self._engine.world.is_main:
-            backbone = restore_backbone(self._engine.backbone.config, dict(weights), copy=False)
+        backbone = gather_ema(self._engine)
+        if backbone is not None:
             sampler = Sampler(
                 backbone=backbone,
                 schedule=self._schedule,
@@ -350,9 +363,19 @@ class SampleGrid:
             name = f"{step_name(state.step)}.png"
             grid = encode_png(make_grid(images, _GRID_COLUMNS))
             storage.write_bytes(join(self._run, "samples", name), grid)
-        else:
-            deque(weights, maxlen=0)  # takes part in gathering, and keeps nothing
         self._engine.barrier()
+
+
+def gather_ema(engine: Engine) -> Backbone | None:
+    """The EMA weights of the first decay, on the main process; None on the others.
+
+    All processes call this together.
+    """
+    weights = engine.iter_weights(engine.ema_decays[0])
+    if engine.world.is_main:
+        return restore_backbone(engine.backbone.config, dict(weights), copy=False)
+    deque(weights, maxlen=0)  # takes part in gathering, and keeps nothing
+    return None
 
 
 def _grid_conditions(

@@ -11,13 +11,14 @@ from pathlib import Path
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
+from ifvit.arrays import Array
 from ifvit.connections import is_remote
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import TRAINING_FILE, TrainingRow, read_training_rows
 from ifvit.models.cost import count_cost
 from ifvit.records import dump_rows
 from ifvit.storage import join, write_bytes
-from ifvit.training.config import TrainConfig
+from ifvit.training.config import VALIDATION_LOSS, TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.loop import StepReport, TrainState
 from ifvit.training.profiling import device_name, peak_flops, peak_memory
@@ -42,6 +43,10 @@ class MetricsLog:
         self._url = join(config.run, TRAINING_FILE)
         self._rows: list[bytes] = []
         self._row: TrainingRow | None = None
+        self._validation: dict[str, float | None] = {}
+        """Numbers of the last validation, for the row of its step."""
+        self.validation_losses: dict[int, float] = {}
+        """The held-out losses so far by step, on the main process."""
 
     @contextmanager
     def open(self, state: TrainState) -> Iterator[None]:
@@ -78,14 +83,25 @@ class MetricsLog:
             os.fsync(file.fileno())
 
     def _keep_rows_until(self, step: int) -> None:
-        rows = read_training_rows(self._config.run)
-        self._rows = [dump_rows([row]) for row in rows if row.step <= step]
+        rows = [row for row in read_training_rows(self._config.run) if row.step <= step]
+        losses = {row.step: row.validation_loss for row in rows}
+        self.validation_losses = {n: loss for n, loss in losses.items() if loss is not None}
+        self._rows = [dump_rows([row]) for row in rows]
         write_bytes(self._url, b"".join(self._rows))
+
+    def add_validation(self, step: int, losses: Array) -> None:
+        """Add held-out losses (N, 8) of N samples at 8 timesteps to the row of this step."""
+        mean = _finite(float(losses.mean(axis=1).mean()))
+        by_time = enumerate(losses.mean(axis=0).tolist())
+        self._validation = {f"{VALIDATION_LOSS}_t{k}": _finite(loss) for k, loss in by_time}
+        self._validation[VALIDATION_LOSS] = mean
+        if mean is not None:
+            self.validation_losses[step] = mean
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Write the row of this step."""
         self._row = self._build_row(state, report)
-        self._last = state
+        self._last, self._validation = state, {}
         if not self._engine.world.is_main:
             return
         self._rows.append(dump_rows([self._row]))
@@ -96,7 +112,8 @@ class MetricsLog:
         numbers = {key: value for key, value in values if isinstance(value, int | float)}
         for tracker in self._trackers:
             tracker.log(numbers, step=state.step)
-        self._bar.set_postfix(loss=f"{state.since_log.mean:.4f}", refresh=False)
+        shown = {"loss": state.since_log.mean, **self._last_validation()}
+        self._bar.set_postfix({k: f"{loss:.4f}" for k, loss in shown.items()}, refresh=False)
         self._bar.update(state.step - self._bar.n)
 
     def _build_row(self, state: TrainState, report: StepReport) -> TrainingRow:
@@ -120,6 +137,7 @@ class MetricsLog:
             tokens_per_s=rate * self._config.backbone.num_tokens,
             data_wait=min(1.0, (state.data_wait - last.data_wait) / seconds),
             seconds=state.seconds,
+            **self._validation,  # type: ignore[arg-type]  # some fields are never None
             **{f"{phase}_seconds": total / num_steps for phase, total in totals.items()},
             loss_scale=None if scale is None else scale.value,
             overflows=None if scale is None else scale.overflows,
@@ -127,6 +145,11 @@ class MetricsLog:
             peak_memory=peak_memory(engine.device),
             device=device_name(engine.device),
         )
+
+    def _last_validation(self) -> dict[str, float]:
+        """The newest held-out loss, named for the progress line; empty before the first one."""
+        losses = list(self.validation_losses.values())
+        return {"validation": losses[-1]} if losses else {}
 
     def _summarise(self) -> None:
         state, row = self._last, self._row
@@ -138,6 +161,7 @@ class MetricsLog:
         facts = [
             f"step {state.step} in {state.seconds:.0f} s",
             f"loss {math.nan if row.loss is None else row.loss:.4f}",
+            *(f"validation loss {loss:.4f}" for loss in self._last_validation().values()),
             f"{row.samples_per_s:.1f} samples/s",
             f"data wait {row.data_wait:.1%}",
             *([f"MFU {row.mfu:.1%}"] if row.mfu is not None else []),

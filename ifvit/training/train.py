@@ -34,6 +34,7 @@ from ifvit.training.guards import (
     Preempted,
     StopRequest,
     check_dataset,
+    check_held_out,
     check_recipe,
     differences,
     write_recipe,
@@ -43,6 +44,7 @@ from ifvit.training.lease import Lease
 from ifvit.training.loop import Hook, TrainState, fit
 from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.replay import report_nonfinite
+from ifvit.training.validation import Validation
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -57,6 +59,8 @@ def train(config: TrainConfig) -> TrainState:
 
 def _train_on(reader: ShardReader, config: TrainConfig) -> TrainState:
     check_dataset(reader, config)
+    if config.validation.shards is not None:
+        check_held_out(ShardReader(config.validation.shards, config.cache), reader, config)
     initial = initial_tensors(config, reader)
     batches = _build_batches(config, reader)
     engine = choose_engine(config.engine)(config, initial, batches.num_micro_batches)
@@ -84,6 +88,8 @@ def _train(
     metrics = MetricsLog(config, engine)
     checkpoints = SaveCheckpoint(config, engine, info, lease, metrics, stop)
     hooks: list[Hook] = [metrics, checkpoints]
+    if config.validation.shards is not None:  # before the log, whose row takes its numbers
+        hooks.insert(0, Validation(config, engine, info, metrics))
     if config.sample_grid.every:
         hooks.append(SampleGrid(config, engine, info))
     engine.group.on_main(lambda: write_recipe(config))

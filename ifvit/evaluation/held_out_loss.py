@@ -1,0 +1,94 @@
+"""Held-out loss: the squared error of predictions for fixed samples, noise and timesteps.
+
+The cheapest and most sensitive comparison of two networks that predict the same. `ifvit train`
+computes it while it trains, `ifvit evaluate` for stored weights.
+
+Shapes: N samples, B samples of a chunk, C latent channels, H, W latent size.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ifvit.arrays import Array
+from ifvit.diffusion.objectives import ConditionalPredictor, scaled_latents, squared_errors
+from ifvit.distributed import ProcessGroup
+from ifvit.errors import UserError
+from ifvit.models.weights import WeightsInfo
+from ifvit.rng import Stream, normal
+from ifvit.sampling.load import schedule_of
+from ifvit.sampling.samples import batched
+from ifvit.shards.reader import ShardReader
+
+NUM_TIMES = 8
+"""Timesteps at which each sample is predicted: (k + 1/2) / 8 of all timesteps for k = 0 … 7."""
+_CHUNK_SIZE = 32
+"""Samples of a forward pass. It is fixed, because rounding depends on the size of a batch."""
+
+
+class HeldOutLoss:
+    """Loss of networks on the first samples of held-out shards, each with its first caption.
+
+    The posterior draw and the noise of sample n at timestep k are functions of (seed, n, k), so all
+    weights of one training see the same noisy latents, on any number of processes. Errors are not
+    weighted, whatever the loss of the training is.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        num_samples: int,
+        info: WeightsInfo,
+        device: torch.device | str,
+        seed: int = 0,
+    ) -> None:
+        """Raise UserError when the shards hold fewer samples."""
+        if num_samples > len(reader):
+            raise UserError(
+                f"{reader.url}: has {len(reader)} samples, but num_samples is {num_samples}; "
+                "lower it"
+            )
+        self._reader, self._device, self._seed = reader, device, seed
+        self._chunks = list(batched(np.arange(num_samples), _CHUNK_SIZE))
+        self._schedule = schedule_of(info, device)
+        self._scaling_factor = info.scaling_factor
+
+    @torch.no_grad()
+    def measure(self, predict: ConditionalPredictor, group: ProcessGroup | None = None) -> Array:
+        """Return the losses (N, 8) float64; the processes of a group share the work."""
+        rank, size = (group.world.rank, group.world.size) if group else (0, 1)
+        own = [self._measure_chunk(predict, chunk) for chunk in self._chunks[rank::size]]
+        parts = group.gather(own) if group else [own]
+        return np.concatenate([parts[n % size][n // size] for n in range(len(self._chunks))])
+
+    def _measure_chunk(self, predict: ConditionalPredictor, samples: Array) -> Array:
+        """Losses (B, 8) of these samples."""
+        moments, condition = self._read(samples)
+        positions = torch.from_numpy(samples).to(self._device)
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        losses = []
+        for k in range(NUM_TIMES):
+            draw, noise = (
+                normal(self._seed, k, positions, stream, shape)
+                for stream in (Stream.HELD_OUT_POSTERIOR, Stream.HELD_OUT_NOISE)
+            )
+            x_0 = scaled_latents(moments, draw, self._scaling_factor)
+            u = torch.full(positions.shape, (k + 0.5) / NUM_TIMES, device=self._device)
+            timesteps = self._schedule.timesteps(u)
+            errors = squared_errors(self._schedule, predict, x_0, noise, timesteps, condition)
+            losses.append(errors.cpu().double().numpy())
+        return np.stack(losses, axis=1)
+
+    def _read(self, samples: Array) -> tuple[Tensor, Tensor]:
+        """Moments (B, 2C, H, W) and conditions (B, ...) of these samples, on the device."""
+        reader, first = self._reader, np.zeros_like(samples)
+        moments = np.empty((len(samples), *reader.manifest.moments_shape), reader.dtype)
+        reader.read_moments(samples, moments)
+        if reader.manifest.classes:
+            condition = np.empty(len(samples), np.int64)
+            reader.read_labels(samples, first > 0, condition)
+        else:
+            condition = np.empty((len(samples), *reader.text.context_shape), reader.dtype)
+            reader.read_contexts(samples, first, condition)
+        arrays = torch.from_numpy(moments), torch.from_numpy(condition)
+        return arrays[0].to(self._device), arrays[1].to(self._device)
