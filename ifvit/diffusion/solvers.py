@@ -3,8 +3,8 @@
 `solve` and the diffusers pipeline take their steps here. diffusers' schedulers for flows are used
 with these corrections:
 
-- Euler spaces its steps from 1 to a smallest sigma that it shifts twice; it gets the grid 1, ...,
-  2/n, 1/n instead, as in Flux. Heun takes no grid, so it is written into the scheduler.
+- They space n steps from 1 to a smallest sigma that they shift twice, and DPM-Solver++ takes pure
+  noise for x_s at s = 0.999. All get the sigmas 1, ..., 2/n, 1/n before the shift, as in Flux.
 - DPM-Solver++ rounds its timesteps to integers; the network gets 1000 sigma instead.
 - Some lack `scale_model_input` and `init_noise_sigma`, which flows do not need.
 """
@@ -72,7 +72,6 @@ _FLOW_SOLVERS: dict[SolverName, Callable[..., Any]] = {
     "dpm_solver_pp": partial(
         DPMSolverMultistepScheduler,
         solver_order=2,
-        euler_at_final=True,
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
         final_sigmas_type="zero",
@@ -106,36 +105,29 @@ def build_scheduler(solver: SolverName, schedule: NoiseSchedule, shift: float | 
 
 
 def set_steps(scheduler: Any, num_evaluations: int, device: torch.device) -> None:
-    """Prepare a scheduler for at most `num_evaluations` steps, each of one evaluation."""
-    kind = type(scheduler)
+    """Prepare a scheduler for at most `num_evaluations` steps, each of one evaluation.
+
+    `scheduler.timesteps` then holds what the network gets at each step, from 0 to 1000.
+    """
+    kind, config = type(scheduler), scheduler.config
+    is_heun = kind is FlowMatchHeunDiscreteScheduler
+    num_steps = (num_evaluations + 1) // 2 if is_heun else num_evaluations
+    grid = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
     if kind is FlowMatchEulerDiscreteScheduler:
-        scheduler.set_timesteps(sigmas=_grid(num_evaluations), device=device)
-    elif kind is FlowMatchHeunDiscreteScheduler:
-        scheduler.set_timesteps((num_evaluations + 1) // 2, device=device)
-        grid = torch.tensor(_grid((num_evaluations + 1) // 2), device=device)
-        grid = scheduler.config.shift * grid / (1 + (scheduler.config.shift - 1) * grid)
-        # Every sigma but the first is the end of one step and the start of the next one.
-        doubled = torch.cat([grid[:1], grid[1:].repeat_interleave(2)])
-        scheduler.timesteps = doubled * NUM_TIMESTEPS
-        scheduler.sigmas = torch.cat([doubled, doubled.new_zeros(1)])
+        scheduler.set_timesteps(sigmas=grid.tolist(), device=device)
     else:
-        scheduler.set_timesteps(num_evaluations, device=device)
+        scheduler.set_timesteps(num_steps, device=device)
+    if is_heun or (kind is DPMSolverMultistepScheduler and config.use_flow_sigmas):
+        shift = config.shift if is_heun else config.flow_shift
+        sigmas = (shift * grid / (1 + (shift - 1) * grid)).float()
+        if is_heun:  # every sigma but the first is the end of one step and the start of the next
+            sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
+        scheduler.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])  # steps read them on the CPU
+    if is_heun or config.get("use_flow_sigmas"):
+        scheduler.timesteps = (scheduler.sigmas[:-1] * NUM_TIMESTEPS).to(device)
     # Without a begin index, the scheduler searches t in a list on the device and waits for it.
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-
-
-def _grid(num_steps: int) -> list[float]:
-    return torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64).tolist()
-
-
-def network_timesteps(scheduler: Any) -> Tensor:
-    """Timesteps that the network gets, from 0 to 1000, one for each evaluation."""
-    timesteps: Tensor = scheduler.timesteps
-    if scheduler.config.get("use_flow_sigmas"):
-        sigmas: Tensor = scheduler.sigmas[: len(timesteps)]
-        return (sigmas * NUM_TIMESTEPS).to(timesteps.device)
-    return timesteps
 
 
 def initial_latents(scheduler: Any, noise: Tensor) -> Tensor:
@@ -155,7 +147,7 @@ def solve(predict: Predictor, noise: Tensor, scheduler: Any, num_evaluations: in
     """Standard normal noise (B, …) => x_0 (B, …), by a scheduler of `build_scheduler`."""
     set_steps(scheduler, num_evaluations, noise.device)
     latents = initial_latents(scheduler, noise)
-    for t, fed in zip(scheduler.timesteps, network_timesteps(scheduler), strict=True):
-        predicted = predict(network_input(scheduler, latents, t), fed.expand(len(noise)))
+    for t in scheduler.timesteps:
+        predicted = predict(network_input(scheduler, latents, t), t.expand(len(noise)))
         latents = scheduler.step(predicted, t, latents).prev_sample
     return latents

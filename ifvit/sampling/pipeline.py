@@ -23,7 +23,7 @@ from ifvit import connections, storage
 from ifvit.diffusion.config import Guidance, Prediction
 from ifvit.diffusion.guidance import AlignmentMethod, GuidedPredictor
 from ifvit.diffusion.schedules import BETA_END, BETA_START, NoiseSchedule
-from ifvit.diffusion.solvers import initial_latents, network_input, network_timesteps, set_steps
+from ifvit.diffusion.solvers import initial_latents, network_input, set_steps
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import load_vae
 from ifvit.models.backbone import Backbone
@@ -262,13 +262,11 @@ class FusionPipeline(DiffusionPipeline):
         """Turn noise (B, C, S, S) into latents; a callback may set `_interrupt` to stop early."""
         noise = noise.to(self._execution_device, torch.float32)
         latents = initial_latents(self.scheduler, noise)
-        fed = network_timesteps(self.scheduler)
         self._interrupt = False
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self._interrupt:
                 break
-            x_t = network_input(self.scheduler, latents, t)
-            predicted = predictor(x_t, fed[step].expand(len(x_t)))
+            predicted = predictor(network_input(self.scheduler, latents, t), t.expand(len(latents)))
             latents = self.scheduler.step(predicted, t, latents, **options).prev_sample
             if on_step_end is not None:
                 tensors = {"latents": latents, "prompt_embeds": predictor.condition}

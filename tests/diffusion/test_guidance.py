@@ -16,7 +16,7 @@ from captioned_backbone import (
 from made_backbone import SMALL_CLASSES, SMALL_UNET
 from torch import Tensor
 
-from ifvit.diffusion.config import Guidance, SolverConfig
+from ifvit.diffusion.config import Guidance, Prediction, SolverConfig, SolverName
 from ifvit.diffusion.guidance import (
     AlignmentMethod,
     Change,
@@ -24,7 +24,7 @@ from ifvit.diffusion.guidance import (
     GuidedPredictor,
 )
 from ifvit.diffusion.schedules import NoiseSchedule
-from ifvit.diffusion.solvers import build_scheduler, solve
+from ifvit.diffusion.solvers import build_scheduler, solve, solvers_for
 from ifvit.models.backbone import EncodedCondition
 from ifvit.models.config import BackboneConfig
 from ifvit.models.fusion_transformer import FusionTransformer
@@ -145,20 +145,81 @@ def test_guidance_applies_everywhere_by_default_and_else_in_its_interval() -> No
         SolverConfig(guidance_low=6.0, guidance_high=5.0)
 
 
-def sample_on_meta(guidance: Guidance, fusion: str = "3*concat") -> Tensor:
+def test_pure_noise_of_a_flow_belongs_to_an_interval_that_reaches_the_last_timestep() -> None:
+    narrow = Guidance(2.0, low=500.0)
+    assert [t for t in (0.0, 499.5, 500.0, 999.5, 1000.0) if narrow.applies_at(t)] == [
+        500.0, 999.5, 1000.0,
+    ]  # fmt: skip
+    assert not Guidance(2.0, high=998.0).applies_at(1000.0)
+
+
+class Oracle:
+    """Knows the x_0 of each condition, and says it in the terms of its schedule."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
+
+    def encode_condition(self, condition: Tensor) -> EncodedCondition:
+        return EncodedCondition(tokens=condition)
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: EncodedCondition) -> Tensor:
+        x_0 = condition.tokens
+        times = timesteps[:1].expand(len(x_0))
+        one, zero = torch.ones_like(x_0), torch.zeros_like(x_0)
+        alpha = self.schedule.add_noise(one, zero, times)
+        sigma = self.schedule.add_noise(zero, one, times)
+        noise = (x_t.repeat(len(x_0) // len(x_t), 1, 1, 1) - alpha * x_0) / sigma
+        return self.schedule.target(x_0, noise, times)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+def test_networks_that_agree_on_x_0_agree_on_the_guided_one(
+    prediction: Prediction, scale: float
+) -> None:
+    schedule = NoiseSchedule("cpu", prediction)
+    generator = torch.Generator().manual_seed(0)
+    conditional, unconditional = torch.randn(2, 5, 4, 4, 4, generator=generator)
+    method, oracle = Recorder(Change()), Oracle(schedule)
+    null = EncodedCondition(tokens=unconditional)
+    predictor = GuidedPredictor(
+        oracle, schedule, conditional, null, Guidance(scale, low=300), [method]
+    )
+    expected = unconditional + scale * (conditional - unconditional)
+    found = schedule.clean(X_T, predictor(X_T, TIMESTEPS), TIMESTEPS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # Alignment methods see the same x_0.
+    seen = method.seen[0].predict_clean(conditional)
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
+
+
+def sample_on_meta(
+    guidance: Guidance,
+    fusion: str = "3*concat",
+    prediction: Prediction = "epsilon",
+    solver: SolverName = "dpm_solver_pp",
+) -> Tensor:
     """Four steps on the meta device, which has no values: reading a value from it raises."""
+    schedule = NoiseSchedule("cpu", prediction)
     with torch.device("meta"):
         backbone = build_backbone(fusion)
         contexts, noise = torch.empty(2, 6, 16), torch.empty(2, 4, 4, 4)
     with torch.no_grad():
         null = backbone.encode_condition(contexts[:1])
-        predictor = GuidedPredictor(backbone, SCHEDULE, contexts, null, guidance)
-    return solve(predictor, noise, build_scheduler("dpm_solver_pp", SCHEDULE), 4)
+        predictor = GuidedPredictor(backbone, schedule, contexts, null, guidance)
+    return solve(predictor, noise, build_scheduler(solver, schedule), 4)
 
 
 @FUSIONS
 def test_guided_steps_never_wait_for_the_device(fusion: str) -> None:
     assert sample_on_meta(Guidance(2.0), fusion).is_meta
+
+
+@pytest.mark.parametrize("solver", solvers_for("flow"))
+def test_guided_steps_of_a_flow_never_wait_for_the_device(solver: SolverName) -> None:
+    assert sample_on_meta(Guidance(2.0), prediction="flow", solver=solver).is_meta
 
 
 def test_only_an_interval_of_guidance_reads_the_timestep() -> None:
