@@ -80,6 +80,9 @@ VERBS = {
     "bench loader": Verb(
         "ifvit.bench.config:BenchLoaderConfig", "ifvit.bench.loading_speed:bench_loader"
     ),
+    "bench quality": Verb(
+        "ifvit.bench.config:BenchQualityConfig", "ifvit.bench.quality:bench_quality"
+    ),
     "bench train": Verb(
         "ifvit.bench.config:BenchTrainConfig", "ifvit.bench.training_speed:bench_train"
     ),

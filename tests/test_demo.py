@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from ifvit import demo as demo_module
-from ifvit.demo import DemoConfig, demo
+from ifvit.bench.scene_runs import SceneSets
+from ifvit.demo import DemoConfig, build_recipe, demo
+from ifvit.models.presets import PRESETS, with_setting
 
 
 @pytest.fixture
@@ -19,8 +21,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
     """A demo with 48 training scenes, one training step and 24 generated images."""
     monkeypatch.setattr(demo_module, "NUM_TRAIN", 48)
     monkeypatch.setattr(demo_module, "NUM_HELD_OUT", 24)
-    monkeypatch.setattr(demo_module, "NUM_SAMPLES", 24)
-    monkeypatch.setattr(demo_module, "STEPS_PER_MINUTE", 1)
+    monkeypatch.setattr(demo_module, "STEPS_PER_MINUTE", {"early": 1, "modern": 1})
     return DemoConfig(folder=str(tmp_path / "demo"), minutes=1)
 
 
@@ -31,6 +32,15 @@ def written(folder: str) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in paths}
 
 
+def test_the_demo_sets_the_papers_baseline_beside_todays_model() -> None:
+    sets = SceneSets(folder="runs/demo")
+    early, modern = (build_recipe(sets, model, 4.5) for model in ("early", "modern"))
+    assert early.backbone == with_setting(PRESETS["tiny"], "concat_early")
+    assert (early.objective.prediction, modern.objective.prediction) == ("epsilon", "flow")
+    assert (early.run, early.shards) == ("runs/demo/early", "runs/demo/shards/train2014")
+    assert early.optim.cooldown_steps == round(early.max_steps * 1333 / 2000)
+
+
 @pytest.mark.slow
 def test_demo_goes_the_whole_way_and_repeats_nothing(
     config: DemoConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -38,7 +48,7 @@ def test_demo_goes_the_whole_way_and_repeats_nothing(
     demo(config)
     folder = Path(config.folder)
     summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary) == ["early", "intermediate"]
+    assert list(summary) == ["early", "modern"]
     for row in summary.values():
         shares = ("retrieval_at_16", "count_accuracy", "colour_accuracy")
         assert all(0 <= row[key] <= 1 for key in shares)
@@ -50,13 +60,13 @@ def test_demo_goes_the_whole_way_and_repeats_nothing(
     assert 'src="http' not in page
     last_lines = capsys.readouterr().out.strip().splitlines()[-3:]
     assert "report.html" in last_lines[0]
-    assert [line.split()[0] for line in last_lines[1:]] == ["early", "intermediate"]
+    assert [line.split()[0] for line in last_lines[1:]] == ["early", "modern"]
 
     before = written(config.folder)
     assert len(before) > 48 + 24
     # A second demo repeats nothing; without worker processes, which import torch, it is faster.
     here = nullcontext(SimpleNamespace(map=map))
-    monkeypatch.setattr(demo_module, "_worker_processes", lambda: here)
+    monkeypatch.setattr(demo_module, "worker_processes", lambda *_: here)
     demo(config)
     assert written(config.folder) == before
     again = json.loads((folder / "summary.json").read_text())
@@ -67,8 +77,8 @@ def test_demo_goes_the_whole_way_and_repeats_nothing(
 def test_a_killed_demo_takes_its_workers_along() -> None:
     program = (
         "import os, signal\n"
-        "from ifvit.demo import _worker_processes\n"
-        "print(_worker_processes().submit(os.getpid).result(), flush=True)\n"
+        "from ifvit.bench.scene_runs import worker_processes\n"
+        "print(worker_processes(1, 1).submit(os.getpid).result(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     # Ends when no process, no worker either, holds standard output open.

@@ -1,11 +1,11 @@
 """Configuration of the benchmarks; imports no torch."""
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
 from ifvit.errors import UserError
 from ifvit.models.config import FusionTransformerConfig
-from ifvit.records import PositiveInt, record
+from ifvit.records import PositiveInt, Rule, record
 
 
 @record
@@ -93,6 +93,28 @@ class BenchGenerateConfig(BenchConfig):
     """Number format of the weights."""
     compile: bool = False
     """Compile the backbone, on a GPU with CUDA graphs; plain guidance stays eager."""
+
+
+@record
+class BenchQualityConfig(BenchConfig):
+    """Measure how much sooner today's recipe reaches the quality of the paper's recipe.
+
+    Both train the same fusion map on rendered scenes (configs/train/scenes.yaml and
+    scenes_paper.yaml), and so does today's recipe without each of its ingredients. Run it again to
+    continue. The JSON object holds time_ratio, ingredients, and cost and quality of both recipes.
+    """
+
+    folder: str = "runs/quality"
+    """Output folder for scenes, runs and evaluations; 4 GB with three seeds."""
+    seeds: PositiveInt = 3
+    """Number of training seeds, 1, 2, …; the ratio is the median over them."""
+    steps: PositiveInt = 1500
+    """Optimizer steps of the paper's recipe."""
+    share: Annotated[float, Rule("above 0 and at most 1", lambda value: 0 < value <= 1)] = 0.5
+    """Length of the other runs, as a share of the processor time of the paper's recipe. A ratio
+    above it is not found."""
+    processes: PositiveInt = 2
+    """Runs at the same time, each on one core."""
 
 
 @record

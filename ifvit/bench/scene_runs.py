@@ -1,0 +1,121 @@
+"""Scenes, recipes and worker processes of the demo and of `ifvit bench quality`.
+
+Modules that import torch are imported inside functions, because `ifvit demo --help` comes here.
+"""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+
+from data_pipeline.config import EncodeConfig
+from ifvit.config import read_config
+from ifvit.evaluation.config import EvaluateConfig
+from ifvit.storage import join
+from ifvit.training.config import TrainConfig
+
+TRAIN, HELD_OUT = "train2014", "val2014"
+_NUM_ENCODE_TASKS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneSets:
+    """Rendered scenes for training and for evaluation, in `folder`/images and `folder`/shards."""
+
+    folder: str
+    num_train: int = 6000
+    num_held_out: int = 256
+
+    def render(self) -> None:
+        """Render both sets; a finished set is left alone."""
+        from ifvit.scenes.image_sets import render_scene_set
+
+        for split, count in ((TRAIN, self.num_train), (HELD_OUT, self.num_held_out)):
+            render_scene_set(join(self.folder, "images"), split, count)
+
+    def encode(self, workers: ProcessPoolExecutor) -> None:
+        """Encode both sets into shards; finished shards are left alone."""
+        from data_pipeline.encode import encode
+
+        tasks = [
+            replace(self._encoding(TRAIN), num_tasks=_NUM_ENCODE_TASKS, task=task)
+            for task in range(_NUM_ENCODE_TASKS)
+        ]
+        list(workers.map(encode, [*tasks, self._encoding(HELD_OUT)]))
+
+    def recipe(self, name: str, max_steps: int) -> TrainConfig:
+        """Read configs/train/NAME.yaml for a run of `max_steps` on these scenes, `folder`/NAME."""
+        shards = join(self.folder, "shards", TRAIN)
+        words = ["--recipe", name, "--shards", shards, "--run", join(self.folder, name)]
+        return with_length(read_config(TrainConfig, words, prog="ifvit train"), max_steps)
+
+    def evaluation(self, run: str) -> EvaluateConfig:
+        """The protocol `scenes` on every held-out scene."""
+        shards, images = (join(self.folder, kind, HELD_OUT) for kind in ("shards", "images"))
+        words = ["--weights", run, "--shards", shards, "--images", images, "--protocol", "scenes"]
+        words += ["--protocol.num_samples", str(self.num_held_out)]
+        return read_config(EvaluateConfig, words, prog="ifvit evaluate")
+
+    def _encoding(self, split: str) -> EncodeConfig:
+        images = join(self.folder, "images")
+        return EncodeConfig(
+            images=join(images, split),
+            captions=join(images, "annotations", f"captions_{split}.json"),
+            output=join(self.folder, "shards", split),
+            vae="scenes/vae",
+            text_encoder="scenes/clip",
+            image_size=64,
+            batch_size=50,
+        )
+
+
+def with_length(recipe: TrainConfig, max_steps: int) -> TrainConfig:
+    """Return the recipe for a run of `max_steps`; all numbers of steps keep their shares of it."""
+
+    def scale(steps: int) -> int:
+        return steps and max(1, round(steps * max_steps / recipe.max_steps))
+
+    optim, grid = recipe.optim, recipe.sample_grid
+    return replace(
+        recipe,
+        max_steps=max_steps,
+        optim=replace(
+            optim,
+            warmup_steps=scale(optim.warmup_steps),
+            cooldown_steps=scale(optim.cooldown_steps),
+        ),
+        sample_grid=replace(grid, every=scale(grid.every)),
+        checkpoint_every=scale(recipe.checkpoint_every),
+    )
+
+
+def worker_processes(number: int, threads: int, log: str | None = None) -> ProcessPoolExecutor:
+    """Open a pool of processes with `threads` threads each; they die with this process.
+
+    Steps of so small a model last milliseconds. Two threads would spend much of that waiting for
+    each other; two processes do not wait. With `log` what the processes print goes to this file.
+    """
+    return ProcessPoolExecutor(
+        number, get_context("spawn"), initializer=_start_worker, initargs=(threads, log)
+    )
+
+
+def _start_worker(threads: int, log: str | None) -> None:
+    if log is not None:
+        with Path(log).open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(threads)
+    Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Exit when the parent dies; the workers of a killed demo would go on training otherwise."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
