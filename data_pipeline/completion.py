@@ -41,6 +41,7 @@ class Job:
     source_sha256: Sha256
     vae_sha256: Sha256
     text_encoder_sha256: Sha256 | None
+    image_encoder_sha256: Sha256 | None = None
     image_size: PositiveInt
     dtype: Literal["float16", "float32"]
     precision: Literal["fp32", "bf16"]

@@ -69,6 +69,9 @@ class EncodeConfig:
     """Autoencoder: hub name, local folder, or scenes/vae."""
     text_encoder: str | None = None
     """CLIP text encoder: hub name, local folder, or scenes/clip. Class labels need none."""
+    image_encoder: str | None = None
+    """DINOv2 or CLIP whose features of image patches are stored, for representation alignment in
+    training (REPA): hub name, local folder, or scenes/clip. Unset: no features."""
     image_size: Side = 256
     """Side of the square images in pixels; they are centre-cropped and resized with LANCZOS."""
     samples_per_shard: PositiveInt = 1000
@@ -81,7 +84,7 @@ class EncodeConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format in which the encoders compute."""
     flip: bool = False
-    """Also store the moments of every image's horizontal flip."""
+    """Also store the moments, and the features, of every image's horizontal flip."""
     tolerate: NonNegativeInt = 0
     """Number of unreadable images that the finished dataset may leave out."""
     max_megapixels: PositiveFloat = 100.0

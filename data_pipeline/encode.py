@@ -47,7 +47,7 @@ from data_pipeline.sources import open_source
 from data_pipeline.sources.base import REQUESTS_AT_ONCE, Source, Unit
 from data_pipeline.units import FileStates, identify, open_unit, read_or_fail
 from ifvit import storage
-from ifvit.arrays import npy_bytes
+from ifvit.arrays import Array, npy_bytes
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels
@@ -87,6 +87,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
         source_sha256=source.sha256,
         vae_sha256=encoders.vae.identity.sha256,
         text_encoder_sha256=encoders.text.identity.sha256 if encoders.text else None,
+        image_encoder_sha256=encoders.image.encoding.encoder.sha256 if encoders.image else None,
         image_size=config.image_size,
         dtype=config.dtype,
         precision=config.precision,
@@ -102,7 +103,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
     todo = [unit for unit in own if unit.name not in markers]
     _unmark(config.output, todo)
     with _open_progress(todo, partition) as progress:
-        decoded = _reuse_moments(decode_batches(todo, config, states), config.output, earlier)
+        decoded = _reuse_images(decode_batches(todo, config, states), config.output, earlier)
         batches = _encode_batches(decoded, encoders, progress)
         written = write_shards(batches, config, job)
     markers |= {marker.shard.name: marker for marker in written}
@@ -227,10 +228,10 @@ def _open_progress(todo: list[Unit], partition: Partition) -> "tqdm[Any]":
     )
 
 
-def _reuse_moments(
+def _reuse_images(
     batches: Iterable[Batch], output: str, earlier: dict[str, ShardEntry]
 ) -> Iterator[Batch]:
-    """Add the moments of the earlier shards to their batches, wherever the keys agree."""
+    """Add moments and features of earlier shards to their batches, wherever the keys agree."""
     for name, shard in groupby(batches, key=lambda batch: batch.shard):
         if name not in earlier:
             yield from shard
@@ -242,13 +243,20 @@ def _reuse_moments(
             for batch in shard:
                 stored = list(islice(samples, len(batch.readable)))
                 if stored and [s.key for s in stored] == [image.key for image, _ in batch.readable]:
-                    flips = [s.flipped for s in stored if s.flipped is not None]
                     batch = replace(
                         batch,
-                        moments=torch.from_numpy(np.stack([s.moments for s in stored])),
-                        flipped=torch.from_numpy(np.stack(flips)) if flips else None,
+                        moments=_stack([s.moments for s in stored]),
+                        flipped=_stack([s.flipped for s in stored]),
+                        features=_stack([s.features for s in stored]),
+                        flipped_features=_stack([s.flipped_features for s in stored]),
                     )
                 yield batch
+
+
+def _stack(arrays: Sequence[Array | None]) -> torch.Tensor | None:
+    """Stack an array of each sample; None if the samples do not have it."""
+    found = [array for array in arrays if array is not None]
+    return torch.from_numpy(np.stack(found)) if found else None
 
 
 def _encode_batches(
@@ -282,6 +290,7 @@ def finish(
         flipped=config.flip,
         dtype=config.dtype,
         moments_shape=(2 * channels, height, width),
+        features=encoders.image.encoding if encoders.image else None,
         num_samples=sum(marker.shard.num_samples for marker in markers),
         num_captions=sum(marker.shard.num_captions for marker in markers),
         latent_mean=sums.mean,

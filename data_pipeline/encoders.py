@@ -22,6 +22,7 @@ from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels, to_model_range, to_pixels
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.clip import TextEncoder, load_text_encoder
+from ifvit.models.image_encoders import ImageEncoder, load_image_encoder
 from ifvit.shards.format import LatentSample
 
 BATCHES_AHEAD = 4
@@ -36,9 +37,10 @@ class Batch:
     """Some images of one shard on their way through the job, whose stages fill the fields.
 
     `results` has the pixels of each image, or the reason why it is unreadable. `moments`
-    (B, 2C, h, w) and, if asked, `flipped` belong to the B readable images, `contexts` (T, M, D) to
-    their T captions, image after image; `cut` are the captions of too many tokens. Tensors stay on
-    the device, so the encoders need not wait for the copy to the CPU.
+    (B, 2C, h, w) and, if asked, `flipped`, `features` (B, G * G, F) and `flipped_features` belong
+    to the B readable images, `contexts` (T, M, D) to their T captions, image after image; `cut` are
+    the captions of too many tokens. Tensors stay on the device, so the encoders need not wait for
+    the copy to the CPU.
     """
 
     unit: OpenUnit
@@ -47,6 +49,8 @@ class Batch:
     results: Sequence[DecodedImage | Failure] = ()
     moments: Tensor | None = None
     flipped: Tensor | None = None
+    features: Tensor | None = None
+    flipped_features: Tensor | None = None
     contexts: Tensor | None = None
     cut: frozenset[str] = frozenset()
 
@@ -110,11 +114,19 @@ def _divide(units: Sequence[Unit], config: EncodeConfig, states: FileStates) -> 
 
 
 class Encoders:
-    """The autoencoder and, for captioned images, the text encoder."""
+    """The autoencoder, for captioned images the text encoder, and, if asked, an image encoder."""
 
-    def __init__(self, vae: Autoencoder, text: TextEncoder | None, device: str, flip: bool) -> None:
+    def __init__(
+        self,
+        vae: Autoencoder,
+        text: TextEncoder | None,
+        image: ImageEncoder | None,
+        device: str,
+        flip: bool,
+    ) -> None:
         self.vae = vae
         self.text = text
+        self.image = image
         self.device = device
         self._flip = flip
         self._kept: dict[str, Tensor] = {}  # contexts of this shard's repeated captions
@@ -122,13 +134,23 @@ class Encoders:
     def encode(self, batch: Batch) -> Batch:
         """Encode the readable images and their captions, equal captions of a shard only once.
 
-        Moments that the batch already has are kept.
+        Moments and features that the batch already has are kept.
         """
         if batch.readable and batch.moments is None:
             stacked = np.stack([found.pixels for _, found in batch.readable])
             pixels = to_model_range(stacked, self.device)
-            flipped = self.vae.encode(pixels.flip(-1)) if self._flip else None
-            batch = replace(batch, moments=self.vae.encode(pixels), flipped=flipped)
+            flips = pixels.flip(-1) if self._flip else None
+            batch = replace(
+                batch,
+                moments=self.vae.encode(pixels),
+                flipped=None if flips is None else self.vae.encode(flips),
+            )
+            if self.image:
+                batch = replace(
+                    batch,
+                    features=self.image.encode(pixels),
+                    flipped_features=None if flips is None else self.image.encode(flips),
+                )
         captions = [caption for image, _ in batch.readable for caption in image.captions]
         if captions and self.text:
             new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
@@ -160,7 +182,10 @@ def load_encoders(config: EncodeConfig, *, has_classes: bool) -> Encoders:
         text = load_text_encoder(config.text_encoder, device, dtype)
     vae = load_autoencoder(config.vae, device, dtype)
     vae.latent_shape(config.image_size)  # raises UserError if the size does not fit
-    return Encoders(vae, text, device, config.flip)
+    image = None
+    if config.image_encoder is not None:
+        image = load_image_encoder(config.image_encoder, device, dtype)
+    return Encoders(vae, text, image, device, config.flip)
 
 
 def decode_mean(vae: Autoencoder, sample: LatentSample) -> Pixels:

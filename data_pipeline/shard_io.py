@@ -39,6 +39,7 @@ from ifvit.arrays import Array, npy_bytes, parse_npy
 from ifvit.errors import UserError
 from ifvit.records import MAX_BYTES
 from ifvit.shards.format import (
+    FEATURE_DTYPE,
     LatentSample,
     SampleMetadata,
     ShardEntry,
@@ -142,6 +143,8 @@ class _Samples:
         moments = self._store(batch.moments)
         flipped = None if batch.flipped is None else self._store(batch.flipped)
         contexts = None if batch.contexts is None else self._store(batch.contexts)
+        features = self._store_features(batch, batch.features)
+        flipped_features = self._store_features(batch, batch.flipped_features)
         self.latent_sums += sum_latents(moments)
         end = 0
         for row, (image, decoded) in enumerate(batch.readable):
@@ -157,6 +160,8 @@ class _Samples:
                 flipped=None if flipped is None else flipped[row],
                 context=None if contexts is None else contexts[start:end],
                 label=image.label,
+                features=None if features is None else features[row],
+                flipped_features=None if flipped_features is None else flipped_features[row],
                 metadata=SampleMetadata(
                     image_id=image.image_id,
                     captions=image.captions,
@@ -167,6 +172,19 @@ class _Samples:
 
     def _store(self, values: Tensor) -> Array:
         return to_stored(values, self._dtype, self._name)
+
+    def _store_features(self, batch: Batch, values: Tensor | None) -> Array | None:
+        """Convert features to their dtype. Raises UserError that names the image of a bad value."""
+        if values is None:
+            return None
+        bad = ~values.half().isfinite().flatten(1).all(dim=1)
+        if bad.any():
+            image, _ = batch.readable[int(bad.int().argmax())]
+            raise UserError(
+                f"{self._name}: the image encoder gave features of {image.name} that "
+                f"{FEATURE_DTYPE} cannot hold; look at this image, or choose another image_encoder"
+            )
+        return to_stored(values, FEATURE_DTYPE, self._name)
 
 
 def to_stored(values: Tensor, dtype: str, name: str) -> Array:
@@ -212,10 +230,10 @@ def pack_sample(sample: LatentSample) -> dict[str, str | bytes]:
         "moments.npy": npy_bytes(sample.moments),
         "json": json.dumps(asdict(sample.metadata), ensure_ascii=False).encode(),
     }
-    if sample.flipped is not None:
-        members["flipped.npy"] = npy_bytes(sample.flipped)
-    if sample.context is not None:
-        members["context.npy"] = npy_bytes(sample.context)
+    for field in ("flipped", "context", "features", "flipped_features"):
+        array = getattr(sample, field)
+        if array is not None:
+            members[f"{field}.npy"] = npy_bytes(array)
     if sample.label is not None:
         members["cls"] = str(sample.label).encode()
     return members

@@ -27,6 +27,7 @@ from ifvit.records import printable, shorten
 from ifvit.shards.cache import check_shard_files, read_index, read_null_context
 from ifvit.shards.format import (
     COMPLETED,
+    FEATURE_DTYPE,
     MANIFEST,
     NULL_CONTEXT,
     LatentSample,
@@ -135,6 +136,9 @@ def _recipe_rows(manifest: Manifest) -> Rows:
     if text := manifest.text:
         rows.append(("text encoder", f"{text.encoder.name} ({text.encoder.sha256[:12]})"))
         stored += f", context {'x'.join(map(str, text.context_shape))}"
+    if features := manifest.features:
+        rows.append(("image encoder", f"{features.encoder.name} ({features.encoder.sha256[:12]})"))
+        stored += f", features {'x'.join(map(str, features.shape))}"
     if manifest.flipped:
         stored += ", horizontal flips"
     return [
@@ -210,20 +214,24 @@ def _tar_problems(
 
 def _sample_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
     num_captions = len(sample.metadata.captions)
+    features = manifest.features.shape if manifest.features else None
     shapes = {
         "moments": manifest.moments_shape,
         "flipped": manifest.moments_shape if manifest.flipped else None,
         "context": (num_captions, *manifest.text.context_shape) if manifest.text else None,
+        "features": features,
+        "flipped_features": features if manifest.flipped else None,
     }
     for field, shape in shapes.items():
+        dtype = FEATURE_DTYPE if "features" in field else manifest.dtype
         array: Array | None = getattr(sample, field)
         if array is None or shape is None:
             if (array is None) != (shape is None):
                 state = "missing" if array is None else "present"
                 yield f"{field}.npy is {state}, contrary to the manifest"
             continue
-        if array.shape != shape or array.dtype != manifest.dtype:
-            yield f"{field}.npy is {array.dtype} {array.shape}, not {manifest.dtype} {shape}"
+        if array.shape != shape or array.dtype != dtype:
+            yield f"{field}.npy is {array.dtype} {array.shape}, not {dtype} {shape}"
         if not np.isfinite(array).all():
             yield f"{field}.npy has values that are not finite"
     labels = range(len(manifest.classes)) if manifest.classes else [None]
@@ -275,11 +283,12 @@ def _check_alike(urls: list[str], manifests: list[Manifest]) -> None:
     """Raise UserError unless the datasets share all properties of their encoding."""
 
     def properties(manifest: Manifest) -> dict[str, object]:
-        text = manifest.text
+        text, features = manifest.text, manifest.features
         return {key: getattr(manifest, key) for key in SHARED} | {
             "vae": manifest.vae.sha256,
             "text_encoder": text and text.encoder.sha256,
             "null_context": text and text.null_context_sha256,  # also shows another precision
+            "image_encoder": features and (features.encoder.sha256, features.shape),
         }
 
     first = properties(manifests[0])

@@ -1,6 +1,7 @@
 """Small datasets of random content, written as real shards by the writer of the encode job."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from data_pipeline.shard_io import write_shard
 from ifvit.arrays import npy_bytes
 from ifvit.shards.format import (
     EncoderIdentity,
+    FeatureEncoding,
     LatentSample,
     Manifest,
     SampleMetadata,
@@ -26,10 +28,11 @@ def make_samples(
     moments_shape: tuple[int, int, int] = (8, 8, 8),
     context_shape: tuple[int, int] = (5, 12),
     flipped: bool = False,
+    feature_shape: tuple[int, int] | None = None,
     labelled: bool = False,
     seed: int = 0,
 ) -> list[LatentSample]:
-    """Random samples with one to three captions each, or with labels."""
+    """Random samples with one to three captions each, or with labels; (G * G, F) of features."""
     generator = np.random.default_rng(seed)
 
     def sample_values(*shape: int) -> np.ndarray:
@@ -43,6 +46,8 @@ def make_samples(
             context=None if labelled else sample_values(len(captions), *context_shape),
             label=number % len(CLASSES) if labelled else None,
             flipped=sample_values(*moments_shape) if flipped else None,
+            features=sample_values(*feature_shape) if feature_shape else None,
+            flipped_features=sample_values(*feature_shape) if feature_shape and flipped else None,
             metadata=SampleMetadata(
                 image_id=number, captions=() if labelled else captions, width=9, height=8
             ),
@@ -66,6 +71,7 @@ def write_shards(folder: Path, samples: Sequence[LatentSample], sizes: Sequence[
         flipped=samples[0].flipped is not None,
         dtype="float16",
         moments_shape=samples[0].moments.shape,
+        features=_feature_encoding(samples[0]),
         num_samples=len(samples),
         num_captions=sum(entry.num_captions for entry in shards),
         latent_mean=0.0,
@@ -74,6 +80,14 @@ def write_shards(folder: Path, samples: Sequence[LatentSample], sizes: Sequence[
     )
     write_manifest(str(folder), manifest)
     return manifest
+
+
+def _feature_encoding(sample: LatentSample) -> FeatureEncoding | None:
+    if sample.features is None:
+        return None
+    num_tokens, width = sample.features.shape
+    encoder = EncoderIdentity(name="made-up", sha256="2" * 64)
+    return FeatureEncoding(encoder=encoder, grid=math.isqrt(num_tokens), width=width)
 
 
 def _write_null_context(folder: Path, sample: LatentSample) -> TextEncoding | None:

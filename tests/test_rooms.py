@@ -50,6 +50,7 @@ ROOMS = {
     "transformers": [
         "ifvit/evaluation/detectors.py",
         "ifvit/models/clip.py",
+        "ifvit/models/image_encoders.py",
         "ifvit/models/image_reward.py",
     ],
     "uvicorn": ["ifvit/rating/limits.py", "ifvit/rating/server.py"],

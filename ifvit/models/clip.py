@@ -74,6 +74,27 @@ class ImageProcessorConfig:
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
+class ImagePreprocessor:
+    """Images => resized, normalised input of an image encoder."""
+
+    def __init__(
+        self, processor: ImageProcessorConfig, image_size: int, device: torch.device | str
+    ) -> None:
+        self.image_size = image_size
+        mean, std = torch.tensor([processor.image_mean, processor.image_std]).view(2, 1, 3, 1, 1)
+        self._mean, self._std = mean.to(device), std.to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] => (B, 3, image_size, image_size), resized bicubic."""
+        pixels = images / 2 + 0.5
+        if pixels.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+            pixels = pixels.clamp(0, 1)
+        normalised: Tensor = (pixels.to(self._mean.device) - self._mean) / self._std
+        return normalised
+
+
 class TextEncoder:
     """Captions => the last hidden state of CLIP's text tower, padding included, no mask."""
 
@@ -122,25 +143,15 @@ class ClipScorer:
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        mean, std = torch.tensor([processor.image_mean, processor.image_std]).view(2, 1, 3, 1, 1)
-        self._mean, self._std = mean.to(model.device), std.to(model.device)
         self.image_size: int = model.config.vision_config.image_size
+        self.preprocess = ImagePreprocessor(processor, self.image_size, model.device)
         self.identity = identity
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] => (B, E), unit length; differentiable."""
-        vision = self._model.vision_model(pixel_values=self.preprocess(images)).pooler_output
+        pixels = self.preprocess(images).to(self._model.dtype)
+        vision = self._model.vision_model(pixel_values=pixels).pooler_output
         return functional.normalize(self._model.visual_projection(vision).float(), dim=1)
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] => resized, normalised input of the image tower."""
-        pixels = images / 2 + 0.5
-        if pixels.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True)
-            pixels = pixels.clamp(0, 1)
-        normalised: Tensor = (pixels.to(self._model.device) - self._mean) / self._std
-        return normalised.to(self._model.dtype)
 
     @torch.no_grad()
     def embed_texts(self, captions: list[str]) -> Tensor:
@@ -192,7 +203,7 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
             vision_config=_tower_keys(stored.vision_config or {}, folder),
             **({} if width is None else {"projection_dim": width}),  # type: ignore[arg-type]
         )
-    model = _load(CLIPModel, config, folder, dtype).to(device)
+    model = load_transformers(CLIPModel, config, folder, dtype).to(device)
     # Read by hand, because transformers' image processor needs torchvision.
     processor = read_model_config(ImageProcessorConfig, folder, name="preprocessor_config.json")
     return ClipScorer(model, load_tokenizer(folder), processor, identify(name, folder))
@@ -217,22 +228,35 @@ def load_text_tower(folder: Path, dtype: torch.dtype) -> Any:
     # transformers' CLIP is imported where it is loaded: most training runs do not need it.
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    whole = read_model_config(ModelConfig, folder).text_config
+    return _load_tower(CLIPTextModel, CLIPTextConfig, "text_config", folder, dtype)
+
+
+def load_vision_tower(folder: Path, dtype: torch.dtype) -> Any:
+    """Load the vision tower of a folder, alone or part of a CLIP."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return _load_tower(CLIPVisionModel, CLIPVisionConfig, "vision_config", folder, dtype)
+
+
+def _load_tower(cls: Any, config_cls: Any, part: str, folder: Path, dtype: torch.dtype) -> Any:
+    whole = getattr(read_model_config(ModelConfig, folder), part)
     if whole is None:
-        keys = _given(read_model_config(TowerConfig, folder))
+        keys = given_keys(read_model_config(TowerConfig, folder))
     else:
         keys = _tower_keys(whole, folder)
-    with reading(f"{folder}/config.json: not a CLIP text tower"):
-        config = CLIPTextConfig(**keys)
-    return _load(CLIPTextModel, config, folder, dtype)
+    with reading(f"{folder}/config.json: not a CLIP with {part}"):
+        config = config_cls(**keys)
+    return load_transformers(cls, config, folder, dtype)
 
 
 def _tower_keys(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return _given(parse_value(TowerConfig, stored, f"{folder}/config.json", ignore_unknown=True))
+    return given_keys(
+        parse_value(TowerConfig, stored, f"{folder}/config.json", ignore_unknown=True)
+    )
 
 
-def _given(config: TowerConfig) -> dict[str, Any]:
-    """The keys that config.json states."""
+def given_keys(config: object) -> dict[str, Any]:
+    """The keys that config.json states, of a record whose other fields are None."""
     return {key: value for key, value in vars(config).items() if value is not None}
 
 
@@ -249,7 +273,8 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
     return tokenizer
 
 
-def _load(cls: Any, config: Any, folder: Path, dtype: torch.dtype) -> Any:
+def load_transformers(cls: Any, config: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Load the frozen model of a class of transformers; see `load_frozen`."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it counts tensors and takes a second
     return load_frozen(
         f"a {cls.__name__}",

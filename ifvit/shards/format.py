@@ -4,7 +4,7 @@ The encode job (data_pipeline) writes these files and `ShardReader` reads them. 
 `manifest.json`, the null context, and `NAME.tar` and `NAME.index.npz` for each shard.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Annotated, Literal
 
@@ -26,6 +26,8 @@ from ifvit.records import (
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 NULL_CONTEXT = "null_context.npy"
+FEATURE_DTYPE = "float16"
+"""Number format of features in every dataset."""
 COMPLETED = "completed"
 """Folder of the completion markers that the encode job writes beside the shards."""
 RESIZE = "center_crop+lanczos"
@@ -77,9 +79,10 @@ class LatentSample:
     """One image as the encode job writes it.
 
     `moments` (2C, H, W) are the unscaled mean and logvar of the VAE posterior, stacked along the
-    channel axis, and `flipped` those of the horizontally flipped image. A sample has either
-    `context` (captions, M, D) or `label`. `key` contains no dot and no slash, because WebDataset
-    ends a key there.
+    channel axis, and `flipped` those of the horizontally flipped image. `features` (T, F) float16
+    are those of an image encoder's patches, and `flipped_features` those of the flipped image. A
+    sample has either `context` (captions, M, D) or `label`. `key` contains no dot and no slash,
+    because WebDataset ends a key there.
     """
 
     key: str
@@ -87,6 +90,8 @@ class LatentSample:
     context: Array | None = None
     label: int | None = None
     flipped: Array | None = None
+    features: Array | None = None
+    flipped_features: Array | None = None
     metadata: SampleMetadata
 
 
@@ -116,12 +121,30 @@ class TextEncoding:
 
 
 @record
+class FeatureEncoding:
+    """How features of images were made: encoder, patches per side, channels of a feature."""
+
+    encoder: EncoderIdentity
+    grid: PositiveInt
+    width: PositiveInt
+
+    def __post_init__(self) -> None:
+        if prod(self.shape) > MAX_VALUES:
+            raise UserError(f"features of shape {self.shape} have more than {MAX_VALUES} values")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, F) of an image's features, row by row."""
+        return self.grid**2, self.width
+
+
+@record
 class Manifest:
     """Content of `manifest.json`: the shards of a dataset and how they were made.
 
     `text` is None in a dataset with class labels, `classes` is empty in one with captions.
-    `latent_mean` and `latent_std` are statistics of z = mean + std * eps over all elements of all
-    latents.
+    `features` is None in a dataset without features of images. `latent_mean` and `latent_std` are
+    statistics of z = mean + std * eps over all elements of all latents.
     """
 
     format_version: int = FORMAT_VERSION
@@ -134,6 +157,7 @@ class Manifest:
     flipped: bool = False
     dtype: Literal["float16", "float32"]
     moments_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    features: FeatureEncoding | None = None
     num_samples: PositiveInt
     num_captions: Count
     latent_mean: float
@@ -171,7 +195,10 @@ class Manifest:
 
 def write_manifest(url: str, manifest: Manifest) -> None:
     """Write `url/manifest.json`, which completes the dataset."""
-    storage.write_sealed(storage.join(url, MANIFEST), manifest)
+    content = asdict(manifest)
+    if manifest.features is None:
+        del content["features"]  # so that datasets without features stay as they were
+    storage.write_sealed(storage.join(url, MANIFEST), content)
 
 
 def read_manifest(url: str) -> Manifest:

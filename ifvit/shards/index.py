@@ -8,7 +8,7 @@ import io
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,8 @@ class ShardIndex:
     `moments` and `flipped` (N, 2) offset of the values in the tar and checksum, `metadata` (N, 3)
     offset, length and checksum, `label` (N,), `context` (T, 2) offset and checksum of each
     caption's embedding. Sample n has the captions first_caption[n] to first_caption[n + 1] - 1;
-    `first_caption` is (N + 1,).
+    `first_caption` is (N + 1,). `features` and `flipped_features` are like `moments`; in a shard
+    without features they are (0, 2), and the file does not have them.
     """
 
     keys: Array
@@ -40,6 +41,8 @@ class ShardIndex:
     label: Array
     context: Array
     first_caption: Array
+    features: Array = field(default_factory=lambda: _table([], 2))
+    flipped_features: Array = field(default_factory=lambda: _table([], 2))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -62,7 +65,11 @@ class Member:
     data: bytes
 
 
-_SUFFIXES = ("moments.npy", "flipped.npy", "context.npy", "json", "cls")
+_FEATURES = ("features", "flipped_features")
+_SUFFIXES = (
+    *("moments.npy", "flipped.npy", "context.npy", "json", "cls"),
+    *(f"{name}.npy" for name in _FEATURES),
+)
 _PAX_PATH = re.compile(rb"\d{1,5} path=([^\n\0]{1,1000})\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_CAPTIONS = 10_000
@@ -147,6 +154,7 @@ def index_tar(path: Path) -> ShardIndex:
             entries[suffix].append(_index_entries(suffix, member, where) if member else [])
     absent = [(ABSENT, 0)]
     contexts = entries["context.npy"]
+    features = {name: entries[f"{name}.npy"] for name in _FEATURES}
     return ShardIndex(
         keys=np.array(keys, dtype=np.bytes_),
         moments=_table([found[0] for found in entries["moments.npy"]], 2),
@@ -155,6 +163,10 @@ def index_tar(path: Path) -> ShardIndex:
         label=np.array([(found or absent)[0][0] for found in entries["cls"]], dtype=np.int64),
         context=_table([entry for found in contexts for entry in found], 2),
         first_caption=np.cumsum([0, *map(len, contexts)], dtype=np.int64),
+        **{
+            name: _table([(one or absent)[0] for one in found] if any(found) else [], 2)
+            for name, found in features.items()
+        },
     )
 
 
@@ -188,14 +200,16 @@ def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Array:
 def index_bytes(index: ShardIndex) -> bytes:
     """Encode an index as `NAME.index.npz`; equal indexes give equal bytes."""
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **vars(index))
+    stored = {k: array for k, array in vars(index).items() if k not in _FEATURES or len(array)}
+    np.savez(buffer, allow_pickle=False, **stored)
     return buffer.getvalue()
 
 
 def parse_index(data: bytes, where: str, manifest: Manifest, entry: ShardEntry) -> ShardIndex:
     """Decode `NAME.index.npz`. Raises ShardError unless it fits the manifest and the tar's size."""
     arrays = parse_npz(data, where, error=ShardError)
-    if set(arrays) != set(ShardIndex.__annotations__):
+    names = set(ShardIndex.__annotations__)
+    if not names.difference(_FEATURES) <= set(arrays) <= names:
         raise ShardError(f"{where}: not an index of this format; encode again")
     index = ShardIndex(**arrays)
     for problem in _index_problems(index, manifest, entry):
@@ -213,6 +227,8 @@ def _index_problems(index: ShardIndex, manifest: Manifest, entry: ShardEntry) ->
         "label": (num_samples,),
         "context": (num_captions, 2),
         "first_caption": (num_samples + 1,),
+        "features": (num_samples if manifest.features else 0, 2),
+        "flipped_features": (num_samples if manifest.features and manifest.flipped else 0, 2),
     }
     for name, shape in shapes.items():
         array: Array = getattr(index, name)
@@ -220,7 +236,8 @@ def _index_problems(index: ShardIndex, manifest: Manifest, entry: ShardEntry) ->
         if not is_right or array.shape != shape:
             yield f"{name} is {array.dtype} {array.shape}, the manifest says {shape}"
             return  # the checks below need the shapes
-    tables = (index.moments, index.flipped, index.context, index.metadata)
+    images = (index.moments, index.flipped, index.features, index.flipped_features)
+    tables = (*images, index.context, index.metadata)
     offsets, length = np.concatenate([table[:, 0] for table in tables]), index.metadata[:, 1]
     # Offsets below 0 stand for absent arrays.
     if (np.append(offsets, length) > entry.num_bytes).any() or (length < 0).any():

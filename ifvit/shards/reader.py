@@ -96,14 +96,29 @@ class ShardReader:
         `hflip` (B,) is true where the moments of the horizontally flipped image are wanted.
         Raises ShardError for damaged bytes and for a dataset without flipped moments.
         """
+        self._read_images(samples, ("moments", "flipped"), out, hflip)
+
+    def read_features(self, samples: Array, out: Array, hflip: Array | None = None) -> None:
+        """Fill `out` (B, T, F) float16 with the features of the images' patches.
+
+        `hflip` is that of `read_moments`. Raises ShardError as it does, and without features.
+        """
+        if self.manifest.features is None:
+            raise ShardError(f"{self.url}: holds no features; encode with --image_encoder")
+        self._read_images(samples, ("features", "flipped_features"), out, hflip)
+
+    def _read_images(
+        self, samples: Array, fields: tuple[str, str], out: Array, hflip: Array | None
+    ) -> None:
+        """Fill `out` (B, ...) with an array of each image, or, where `hflip`, of its flip."""
         if hflip is None:
             hflip = np.zeros(len(samples), dtype=np.bool_)
         elif not self.manifest.flipped:
             raise ShardError(f"{self.url}: holds no horizontally flipped images; use --flip")
         memory = _bytes_of(out)
         for n, (shard, row, index) in enumerate(self._locate(samples)):
-            place = (index.flipped if hflip[n] else index.moments)[row]
-            self._read(shard, row, "moments", place, memory[n])
+            field = fields[bool(hflip[n])]
+            self._read(shard, row, field, getattr(index, field)[row], memory[n])
 
     def read_contexts(self, samples: Array, captions: Array, out: Array) -> None:
         """Fill `out` (B, M, D) with the embedding of one caption of each sample.

@@ -27,7 +27,6 @@ from ifvit import storage
 from ifvit.arrays import Array, npy_bytes
 from ifvit.errors import UserError
 from ifvit.shards import CacheConfig
-from ifvit.shards.cache import read_index
 from ifvit.shards.format import ShardError, read_manifest
 from ifvit.shards.reader import ShardReader
 
@@ -350,8 +349,7 @@ def mutate(index: dict[str, Array], random: np.random.Generator) -> None:
 def test_an_index_whose_hash_an_attacker_made_right_is_an_error_or_changes_nothing(
     dataset: Path, capsys: Capture
 ) -> None:
-    manifest = read_manifest(str(dataset))
-    intact = vars(read_index(dataset, manifest, manifest.shards[0]))
+    intact = dict(np.load(dataset / "shard-00000.index.npz"))
     samples, counts = np.arange(4), np.array([1, 2, 3, 1])
     expected = np.empty((4, 8, 4, 4), np.float16)
     ShardReader(str(dataset)).read_moments(samples, expected)

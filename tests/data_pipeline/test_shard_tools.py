@@ -212,6 +212,7 @@ def test_datasets_that_were_encoded_differently_are_not_merged(
         "null_context": replace(config, precision="bf16"),
         "vae": replace(config, vae=other_encoders.vae),
         "text_encoder": replace(config, text_encoder=other_encoders.text_encoder),
+        "image_encoder": replace(config, image_encoder="scenes/clip"),
     }
     for key, other in others.items():
         url = encode_part(other, f"other_{key}", 4, 10)

@@ -91,6 +91,43 @@ def test_a_batch_is_read_into_its_rows(dataset: Path, samples: list[LatentSample
         np.testing.assert_array_equal(contexts[row], expected)
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+def test_features_of_a_batch_are_read_into_its_rows(tmp_path: Path, flipped: bool) -> None:
+    samples = make_samples(5, flipped=flipped, feature_shape=(4, 6))
+    write_shards(tmp_path, samples, (3, 0, 2))
+    reader = ShardReader(str(tmp_path))
+    chosen, hflip = np.array([4, 0, 0, 2]), np.array([True, False, True, False])
+    features = np.empty((4, 4, 6), np.float16)
+    reader.read_features(chosen, features, hflip if flipped else None)
+    for row, number in enumerate(chosen):
+        is_flipped = flipped and hflip[row]
+        expected = samples[number].flipped_features if is_flipped else samples[number].features
+        np.testing.assert_array_equal(features[row], expected)
+
+
+def test_a_damaged_feature_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, make_samples(2, feature_shape=(4, 6)), (2,))
+    reader = ShardReader(str(tmp_path))
+    offset = reader._index(0).features[1, 0]
+    path = tmp_path / "shard-00000.tar"
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ShardError, match=r"000000000001\.features is damaged"):
+        reader.read_features(np.array([0, 1]), np.empty((2, 4, 6), np.float16))
+
+
+def test_shards_without_features_are_the_files_that_they_were(
+    dataset: Path, samples: list[LatentSample]
+) -> None:
+    stored = np.load(dataset / "shard-00000.index.npz")
+    names = ("keys", "moments", "flipped", "metadata", "label", "context", "first_caption")
+    assert tuple(stored) == names
+    assert "features" not in json.loads((dataset / "manifest.json").read_text())
+    with pytest.raises(ShardError, match="holds no features; encode with --image_encoder"):
+        ShardReader(str(dataset)).read_features(np.array([0]), np.empty((1, 4, 6), np.float16))
+
+
 def num_open() -> int:
     """File descriptors of this process."""
     return len(list(Path("/proc/self/fd").iterdir()))

@@ -11,7 +11,8 @@ from webdataset import WebDataset
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("flipped", [False, True])
 def test_webdataset_decodes_every_member(tmp_path: Path, labelled: bool, flipped: bool) -> None:
-    samples = make_samples(7, labelled=labelled, flipped=flipped)
+    feature_shape = (4, 6) if flipped else None
+    samples = make_samples(7, labelled=labelled, flipped=flipped, feature_shape=feature_shape)
     manifest = write_shards(tmp_path, samples, (4, 3))
     urls = [str(tmp_path / f"{entry.name}.tar") for entry in manifest.shards]
     decoded = list(WebDataset(urls, shardshuffle=False).decode())
@@ -26,3 +27,5 @@ def test_webdataset_decodes_every_member(tmp_path: Path, labelled: bool, flipped
         assert ("flipped.npy" in row) == flipped
         if flipped:
             np.testing.assert_array_equal(row["flipped.npy"], sample.flipped)
+            np.testing.assert_array_equal(row["flipped_features.npy"], sample.flipped_features)
+        assert ("features.npy" in row, "flipped_features.npy" in row) == (flipped, flipped)
