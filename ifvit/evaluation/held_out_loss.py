@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ifvit.arrays import Array
 from ifvit.diffusion.objectives import ConditionalPredictor, scaled_latents, squared_errors
-from ifvit.distributed import ProcessGroup
+from ifvit.distributed import ProcessGroup, show_progress
 from ifvit.errors import UserError
 from ifvit.models.weights import WeightsInfo
 from ifvit.rng import Stream, normal
@@ -49,16 +49,19 @@ class HeldOutLoss:
                 "lower it"
             )
         self._reader, self._device, self._seed = reader, device, seed
-        self._chunks = list(batched(np.arange(num_samples), _CHUNK_SIZE))
+        self._chunks = [np.array(chunk) for chunk in batched(range(num_samples), _CHUNK_SIZE)]
         self._schedule = schedule_of(info, device)
         self._scaling_factor = info.scaling_factor
 
     @torch.no_grad()
     def measure(self, predict: ConditionalPredictor, group: ProcessGroup | None = None) -> Array:
         """Return the losses (N, 8) float64; the processes of a group share the work."""
-        rank, size = (group.world.rank, group.world.size) if group else (0, 1)
-        own = [self._measure_chunk(predict, chunk) for chunk in self._chunks[rank::size]]
-        parts = group.gather(own) if group else [own]
+        if group is None:
+            return np.concatenate([self._measure_chunk(predict, chunk) for chunk in self._chunks])
+        rank, size = group.world.rank, group.world.size
+        own = self._chunks[rank::size]
+        shown = show_progress(own, sum(map(len, own)), "held-out loss", group.world)
+        parts = group.gather([self._measure_chunk(predict, chunk) for chunk in shown])
         return np.concatenate([parts[n % size][n // size] for n in range(len(self._chunks))])
 
     def _measure_chunk(self, predict: ConditionalPredictor, samples: Array) -> Array:

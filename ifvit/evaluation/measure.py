@@ -28,6 +28,7 @@ from ifvit.evaluation.features import (
     collect_features,
     load_networks,
 )
+from ifvit.evaluation.held_out_loss import HeldOutLoss
 from ifvit.evaluation.metrics import Estimate, estimate_mean, estimate_share
 from ifvit.evaluation.references import RealImages, Reference, list_images, read_reference
 from ifvit.evaluation.rows import MetricsRow
@@ -68,6 +69,7 @@ class CaptionMetrics:
             else None
         )
         self.prompts = sample_set.read_prompts(self._reader, config.protocol)
+        self._held_out_losses: dict[tuple[str, int], Estimate | None] = {}
         self.sources = {
             "shards_sha256": hash_json([entry.sha256 for entry in manifest.shards]),
             "caption_rule": config.protocol.caption_rule,
@@ -84,7 +86,9 @@ class CaptionMetrics:
         """
         wanted = self._describe(protocol)
         row = _read_row(self._group, MetricsRow, url, model)
-        if row is None or (protocol.scenes and row.empty_share is None):
+        if row is None or row.held_out_loss is None:
+            return None
+        if protocol.scenes and row.empty_share is None:
             return None
         return None if rows.differences(row.protocol, wanted) else row
 
@@ -94,6 +98,7 @@ class CaptionMetrics:
         """Measure the samples of the row at `url` and write it; each took `seconds` to generate."""
         folder = rows.samples_url(url)
         sampled, real, description = self._embed(folder), self._real, self._describe(protocol)
+        held_out_loss = self._measure_held_out_loss(model, protocol.sampling.seed)
 
         def write() -> MetricsRow:
             cosines = metrics.cosines(sampled[CLIP].part, self._texts[""])
@@ -112,12 +117,28 @@ class CaptionMetrics:
                 protocol=description,
                 # Images that are measured again keep the time that it took to generate them.
                 seconds_per_image=seconds or (earlier.seconds_per_image if earlier else None),
+                held_out_loss=held_out_loss,
+                target=model.info.target,
                 **found,  # type: ignore[arg-type]  # some fields are never None
             )
             storage.write_sealed(url, row)
             return row
 
         return self._group.on_main(write)
+
+    def _measure_held_out_loss(self, model: Model, seed: int) -> Estimate | None:
+        """Loss over all samples of the protocol; None if it is not finite.
+
+        Rows of one model share it, because it depends on no guidance and no alignment method.
+        """
+        key = model.sha256, seed
+        if key not in self._held_out_losses:
+            device = model.backbone.device
+            loss = HeldOutLoss(self._reader, len(self.prompts), model.info, device, seed)
+            losses = loss.measure(model.backbone, self._group).mean(axis=1)
+            found = estimate_mean(losses) if np.isfinite(losses).all() else None
+            self._held_out_losses[key] = found
+        return self._held_out_losses[key]
 
     @cached_property
     def _networks(self) -> Networks:

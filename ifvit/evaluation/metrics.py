@@ -43,7 +43,7 @@ _NUM_RESAMPLES = 1000
 _RESAMPLING_SEED = 0
 
 LOWER_IS_BETTER = frozenset(
-    {"frechet_distance", "fid", "kid", "cmmd", "average_error", "empty_share"}
+    {"frechet_distance", "fid", "kid", "cmmd", "held_out_loss", "average_error", "empty_share"}
 )
 """Metrics that fall as images get better; all others rise."""
 

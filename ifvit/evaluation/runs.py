@@ -53,9 +53,10 @@ class _Recipe:
 class Run:
     """The contents of one run directory; None or empty: there is no such file.
 
-    `batch_size` is the global one of the recipe. `curve` holds the rows of metrics.jsonl, `rows`
-    all evaluations, sorted by protocol name, guidance scale and step. `evaluations` are those of
-    the main series (see `main_series`), by step; `samples` belong to the last of them.
+    `batch_size` is the global one of the recipe. `target` is what the backbone predicts, of which
+    latents; losses of different targets do not compare. `curve` holds the rows of metrics.jsonl,
+    `rows` all evaluations, sorted by protocol name, guidance scale and step. `evaluations` are
+    those of the main series (see `main_series`), by step; `samples` belong to the last of them.
     `training_grids` are (step, URL).
     """
 
@@ -64,6 +65,7 @@ class Run:
     recipe: dict[str, Any] | None
     batch_size: int | None
     backbone: BackboneConfig | None
+    target: str | None
     curve: list[TrainingRow]
     rows: list[MetricsRow]
     evaluations: list[MetricsRow]
@@ -92,6 +94,12 @@ class Run:
         return sum(last) / len(last) if last else None
 
     @property
+    def last_validation_loss(self) -> float | None:
+        """The held-out loss of the last validation."""
+        losses = [row.validation_loss for row in self.curve if row.validation_loss is not None]
+        return losses[-1] if losses else None
+
+    @property
     def last(self) -> MetricsRow | None:
         """The evaluation of the last step."""
         return self.evaluations[-1] if self.evaluations else None
@@ -111,12 +119,14 @@ def read_run(url: str, name: str) -> Run:
     evaluations = main_series(list(rows.values()))
     last = next((row_url for row_url, row in rows.items() if row is evaluations[-1]), None)
     recipe, batch_size = _read_recipe(storage.join_inside(url, "config.yaml"))
+    backbone, target = _read_backbone(url)
     return Run(
         name=name,
         url=url,
         recipe=recipe,
         batch_size=batch_size,
-        backbone=_read_backbone(url),
+        backbone=backbone,
+        target=target,
         curve=read_training_rows(url),
         rows=list(rows.values()),
         evaluations=evaluations,
@@ -168,9 +178,10 @@ def read_samples(folder: str) -> list[Sample]:
     ]
 
 
-def _read_backbone(run: str) -> BackboneConfig | None:
-    """The configuration of the newest weights, EMA weights first."""
+def _read_backbone(run: str) -> tuple[BackboneConfig, str] | tuple[None, None]:
+    """The configuration of the newest weights, EMA weights first, and what they predict."""
     folder = newest_weights(run)
     if folder is None:
-        return None
-    return read_backbone_config(folder, read_stored_weights(folder).config_sha256)
+        return None, None
+    stored = read_stored_weights(folder)
+    return read_backbone_config(folder, stored.config_sha256), stored.info.target

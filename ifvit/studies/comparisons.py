@@ -54,6 +54,7 @@ FRECHET = Metric(field="frechet_distance", title="Fréchet distance on CLIP feat
 CLIP_SCORE = Metric(field="clip_score", title="CLIP Score (raw cosine)", digits=4)
 PAPER_CLIP_SCORE = Metric(field="clip_score_paper", title="CLIP Score (paper's scale)", digits=4)
 RETRIEVAL = Metric(field="retrieval_at_16", title="Retrieval among 16 captions")
+HELD_OUT_LOSS = Metric(field="held_out_loss", title="Held-out loss", digits=4)
 COUNT = Metric(field="count_accuracy", title="Count right")
 RELATION = Metric(field="relation_accuracy", title="Relation right")
 
@@ -65,6 +66,7 @@ METRICS = (
     PAPER_CLIP_SCORE,
     FRECHET,
     Metric(field="cmmd", title="CMMD", digits=3),
+    HELD_OUT_LOSS,
     COUNT,
     Metric(field="colour_accuracy", title="Colour right"),
     Metric(field="kind_accuracy", title="Kind right"),
@@ -216,10 +218,18 @@ def compare_runs(baseline: Run, other: Run) -> Findings | None:
     comparisons = [
         compare(metric, mean_over_seeds([first]), mean_over_seeds([second]))
         for metric in METRICS
-        if (first := metric.of(baseline.last)) and (second := metric.of(other.last))
+        if compares(metric, baseline.last, other.last)
+        and (first := metric.of(baseline.last))
+        and (second := metric.of(other.last))
     ]
     title = f"{other.name} against {baseline.name}"
     return Findings(title=title, comparisons=comparisons) if comparisons else None
+
+
+def compares(metric: Metric, first: MetricsRow | None, second: MetricsRow | None) -> bool:
+    """Whether the metric means the same in both rows: losses of different targets do not."""
+    targets = {row.target for row in (first, second) if row and metric.of(row)}
+    return metric is not HELD_OUT_LOSS or len(targets) < 2
 
 
 def mismatches(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from ifvit.records import shorten
 from ifvit.studies.comparisons import (
     METRICS,
     compare_runs,
+    compares,
     mean_over_seeds,
     mismatches,
 )
@@ -85,7 +86,8 @@ def metric_lines(
 ) -> list[Line]:
     """Return a line per measured metric with a cell for each row; a clearly best one is marked.
 
-    A note marks the numbers of the `excluded` rows, which cannot be compared with the first row.
+    A note marks the numbers of the `excluded` rows, which cannot be compared with the first row,
+    and held-out losses of another target than the first one.
     """
     lines = []
     for metric in METRICS:
@@ -94,7 +96,10 @@ def metric_lines(
             for name, row in rows.items()
         }
         if any(means.values()):
-            lines.append(Line(metric.heading, [*metric_cells(metric, means, excluded).values()]))
+            first = next(row for row in rows.values() if metric.of(row))
+            others = {name for name, row in rows.items() if not compares(metric, first, row)}
+            cells = metric_cells(metric, means, others.union(excluded))
+            lines.append(Line(metric.heading, [*cells.values()]))
     return lines
 
 
@@ -153,28 +158,36 @@ def _flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 _CURVES = (  # title, quantity of metrics.jsonl, its label, quantity over it
     ("Loss over steps", "step", "step", "loss"),
     ("Loss over time", "seconds", "training seconds", "loss"),
+    ("Held-out loss over steps", "step", "step", "validation_loss"),
+    ("Held-out loss over time", "seconds", "training seconds", "validation_loss"),
     ("Gradient norm", "step", "step", "grad_norm"),
     ("Samples per second", "step", "step", "samples_per_s"),
 )
 
 
 def curve_panels(runs: Sequence[Run], colours: Mapping[str, int]) -> list[Panel]:
-    """Plot training curves: means of neighbouring log lines, in a band of most single values."""
+    """Plot training curves: means of neighbouring log lines, in a band of most single values.
+
+    Losses of different targets do not compare and have panels of their own.
+    """
     panels = []
     for title, x, x_label, y in _CURVES:
-        points = [
-            Point(
-                name=run.name,
-                colour=colours[run.name],
-                x=float(xs.mean()),
-                y=float(ys.mean()),
-                low=float(np.quantile(ys, 0.1)),
-                high=float(np.quantile(ys, 0.9)),
-            )
-            for run in runs
-            for xs, ys in _bins([(getattr(row, x), getattr(row, y)) for row in run.curve])
-        ]
-        panels.append(Panel(title=title, x_label=x_label, points=points))
+        groups: dict[str, list[Point]] = {}
+        for run in runs:
+            group = (run.target or "no weights yet") if y.endswith("loss") else ""
+            for xs, ys in _bins([(getattr(row, x), getattr(row, y)) for row in run.curve]):
+                point = Point(
+                    name=run.name,
+                    colour=colours[run.name],
+                    x=float(xs.mean()),
+                    y=float(ys.mean()),
+                    low=float(np.quantile(ys, 0.1)),
+                    high=float(np.quantile(ys, 0.9)),
+                )
+                groups.setdefault(group, []).append(point)
+        for group, points in groups.items():
+            name = f"{title}: {group}" if len(groups) > 1 else title
+            panels.append(Panel(title=name, x_label=x_label, points=points))
     return panels
 
 

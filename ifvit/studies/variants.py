@@ -22,6 +22,7 @@ from ifvit.studies.comparisons import (
     RETRIEVAL,
     Metric,
     SeedMean,
+    compares,
     mean_over_seeds,
 )
 
@@ -117,7 +118,7 @@ class Sheet:
         found: dict[tuple[int, float], list[Estimate]] = {}
         for run in self.variants.get(variant, ()):
             for row in self.rows[run.name]:
-                if estimate := metric.of(row):
+                if compares(metric, self.reference, row) and (estimate := metric.of(row)):
                     place = row.step, row.protocol.guidance_scale
                     found.setdefault(place, []).append(estimate)
         return {place: mean_over_seeds(found[place]) for place in sorted(found)}

@@ -138,7 +138,7 @@ class MetricsLog:
             data_wait=min(1.0, (state.data_wait - last.data_wait) / seconds),
             seconds=state.seconds,
             cpu_seconds=state.cpu_seconds,
-            **self._validation,  # type: ignore[arg-type]  # some fields are never None
+            **self._validation,
             **{f"{phase}_seconds": total / num_steps for phase, total in totals.items()},
             loss_scale=None if scale is None else scale.value,
             overflows=None if scale is None else scale.overflows,

@@ -18,6 +18,7 @@ from ifvit.diffusion.sampler import ConditionBatch, generate_images
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
+from ifvit.evaluation.held_out_loss import HeldOutLoss
 from ifvit.evaluation.references import list_images
 from ifvit.evaluation.rows import MetricsRow, differences
 from ifvit.evaluation.runs import read_run
@@ -73,7 +74,26 @@ def test_one_evaluation_writes_its_row_its_images_and_their_prompts(
     assert (samples[0]["prompt"], samples[0]["image_id"]) == (first.captions[0], first.image_id)
     assert all((folder / str(sample["file"])).is_file() for sample in samples)
     assert all((folder / str(sample["real"])).is_file() for sample in samples)
-    assert set(samples[0]["scores"]) == {"count", "colour", "kind", "relation"}  # type: ignore[call-overload]
+    parts = {"count", "colour", "kind", "relation", "empty"}
+    assert set(samples[0]["scores"]) == parts  # type: ignore[call-overload]
+
+
+def test_the_held_out_loss_needs_no_images_and_is_a_mean_over_the_samples(
+    config: EvaluateConfig, held_out: HeldOut, run: str
+) -> None:
+    few = with_protocol(config, sampling=SamplingConfig(num_steps=2, seed=3), scenes=False)
+    first, other = evaluate(dataclasses.replace(few, guidance_scales=[1.0, 4.0], images=None))
+    assert isinstance(first, MetricsRow)
+    assert isinstance(other, MetricsRow)
+    backbone, info = load_weights(run)
+    losses = HeldOutLoss(ShardReader(held_out.shards), 20, info, "cpu", seed=3).measure(backbone)
+    found = first.held_out_loss
+    assert found is not None
+    assert found == other.held_out_loss, "it depends on no guidance"
+    assert found.value == losses.mean(axis=1).mean()
+    assert found.num_samples == 20
+    assert found.standard_error == pytest.approx(losses.mean(axis=1).std(ddof=1) / 20**0.5)
+    assert first.target == info.target
 
 
 def test_nothing_is_written_where_a_link_of_the_run_leads(

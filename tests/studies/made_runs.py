@@ -9,6 +9,7 @@ import numpy as np
 from made_training_rows import made_training_row
 
 from ifvit import storage
+from ifvit.diffusion.config import Prediction
 from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, row_url, samples_url
 from ifvit.images import Pixels, encode_png, make_grid
@@ -63,16 +64,27 @@ def build_row(retrieval: float, step: int = 1200, **changes: object) -> MetricsR
     )
 
 
-def write_run(folder: Path, row: MetricsRow, fusion: str = "7*cross_attention") -> str:
+def write_run(
+    folder: Path,
+    row: MetricsRow,
+    fusion: str = "7*cross_attention",
+    prediction: Prediction = "epsilon",
+) -> str:
     """Write a complete run folder of the tiny preset with one evaluation."""
-    write_training(folder, dataclasses.replace(PRESETS["tiny"], fusion=fusion))
+    shape = dataclasses.replace(PRESETS["tiny"], fusion=fusion)
+    write_training(folder, shape, prediction=prediction)
     write_evaluation(folder, row)
     return str(folder)
 
 
-def write_training(folder: Path, shape: BackboneConfig, seed: int = 1) -> None:
+def write_training(
+    folder: Path, shape: BackboneConfig, seed: int = 1, prediction: Prediction = "epsilon"
+) -> None:
     """Write the files of `ifvit train`; the weights have no tensors."""
-    curve = [made_training_row(step) for step in range(10, 1201, 10)]
+    curve = [
+        made_training_row(step, validation_loss=None if step % 400 else 2 / step)
+        for step in range(10, 1201, 10)
+    ]
     backbone = json.dumps(dataclasses.asdict(shape))
     encoder = EncoderIdentity(name="made-up", sha256="0" * 64)
     info = WeightsInfo(
@@ -81,6 +93,7 @@ def write_training(folder: Path, shape: BackboneConfig, seed: int = 1) -> None:
         scaling_factor=1.0,
         vae=encoder,
         text_encoder=encoder if shape.context_shape else None,
+        prediction=prediction,
         classes=tuple(map(str, range(shape.num_classes or 0))),
         recipe_sha256="0" * 64,
     )

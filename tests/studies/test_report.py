@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_counts import made_row
-from made_runs import build_row, write_evaluation, write_run
+from made_runs import build_row, estimate, write_evaluation, write_run
 
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import MetricsRow
@@ -123,6 +123,42 @@ def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -
         (tmp_path / parent / "run").mkdir(parents=True)
     runs = read_runs([str(tmp_path / "one/run"), str(tmp_path / "two/run")])
     assert [run.name for run in runs] == ["one/run", "two/run"]
+
+
+def test_held_out_losses_of_other_targets_are_not_compared(tmp_path: Path) -> None:
+    def row(retrieval: float, loss: float, target: str) -> MetricsRow:
+        return dataclasses.replace(
+            build_row(retrieval), held_out_loss=estimate(loss), target=target
+        )
+
+    urls = [
+        write_run(tmp_path / "a", row(0.5, 0.5, "epsilon")),
+        write_run(tmp_path / "b", row(0.5, 0.9, "flow"), prediction="flow"),
+        write_run(tmp_path / "c", row(0.5, 0.3, "epsilon")),
+    ]
+    a, b, c = runs = read_runs(urls)
+    cells = {line.title: line.cells for line in metric_lines({run.name: run.last for run in runs})}
+    losses = cells["Held-out loss ↓"]
+    assert [cell.text for cell in losses] == ["0.5000", "0.9000", "0.3000"]
+    assert ["not compared" in cell.note for cell in losses] == [False, True, False]
+    assert [cell.is_best for cell in losses] == [False, False, True]
+    for other, compared in ((b, False), (c, True)):
+        found = compare_runs(a, other)
+        assert found is not None
+        names = [comparison.metric for comparison in found.comparisons]
+        assert ("Held-out loss" in names) == compared
+    panels = {panel.title: panel for panel in curve_panels(runs, dict.fromkeys("abc", 0))}
+    own = {
+        title: panel for title, panel in panels.items() if title.startswith("Held-out loss over s")
+    }
+    named = {title: {point.name for point in panel.points} for title, panel in own.items()}
+    assert named == {
+        "Held-out loss over steps: epsilon of vae 000000000000 x 1": {"a", "c"},
+        "Held-out loss over steps: flow of vae 000000000000 x 1": {"b"},
+    }
+    assert a.last_validation_loss == 2 / 1200
+    page = render(urls, tmp_path / "report.html")
+    assert "Last held-out loss while training" in page
 
 
 def test_training_curves_are_means_of_neighbouring_lines(runs: list[str]) -> None:
