@@ -31,7 +31,7 @@ from ifvit.analysis.attention_maps import (
     write_attention,
 )
 from ifvit.analysis.config import AttentionConfig
-from ifvit.diffusion.sampler import ConditionBatch, sample_latents
+from ifvit.diffusion.sampler import ConditionBatch, sample_latents, sampling_precision
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
@@ -139,9 +139,12 @@ def record_layers(
     shape = backbone.config
     inside = inner_tokens(shape.latent_size // shape.patch_size, config.trim)
     layers = [LayerSums(shape, number, inside) for number in range(len(shape.blocks))]
-    null_text = backbone.encode_condition(prompts.null_context[None].to(backbone.device))
     positions = torch.arange(len(prompts.texts))
-    with tqdm(total=len(positions), unit="prompt", desc="attention", leave=False) as progress:
+    with (
+        sampling_precision(backbone, config.sampling.precision),
+        tqdm(total=len(positions), unit="prompt", desc="attention", leave=False) as progress,
+    ):
+        null_text = backbone.encode_condition(prompts.null_context[None].to(backbone.device))
         for batch in torch.split(positions, config.sampling.batch_size):
             conditions = ConditionBatch(positions=batch, condition=prompts.contexts[batch])
             rows = PromptRows(shape, len(batch), inside)

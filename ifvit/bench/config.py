@@ -3,6 +3,7 @@
 from dataclasses import field
 from typing import Annotated, Literal
 
+from ifvit.diffusion.config import Precision
 from ifvit.errors import UserError
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.records import PositiveInt, Rule, record
@@ -89,8 +90,8 @@ class BenchGenerateConfig(BenchConfig):
     """Images generated together."""
     rounds: PositiveInt = 11
     """Interleaved repetitions; the medians are compared."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of the weights."""
+    precision: Precision = "fp32"
+    """Number format of the matrix products, as in `ifvit generate`."""
     compile: bool = False
     """Compile the backbone, on a GPU with CUDA graphs; plain guidance stays eager."""
 

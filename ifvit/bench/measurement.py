@@ -12,8 +12,6 @@ from tqdm import tqdm
 
 from ifvit.models.config import BackboneConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def measure_rounds(
     contenders: Mapping[str, Callable[[], float]], rounds: int

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ifvit.bench.config import BenchGenerateConfig
 from ifvit.bench.measurement import (
-    DTYPES,
     measure_rounds,
     median_ratio,
     print_result,
@@ -18,6 +17,7 @@ from ifvit.bench.measurement import (
 )
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.guidance import GuidedPredictor
+from ifvit.diffusion.sampler import sampling_precision
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.diffusion.solvers import Predictor
 from ifvit.distributed import choose_device
@@ -37,22 +37,23 @@ def bench_generate(config: BenchGenerateConfig) -> None:
     device = torch.device(choose_device("auto"))
     shape = config.backbone or PRESETS["small"]
     backbone = build_backbone(shape).eval()
-    backbone.to(device).to(DTYPES[config.precision])  # type: ignore[arg-type]  # as generate
+    backbone.to(device)  # type: ignore[arg-type]  # diffusers' decorator
     if config.compile:
         compile_backbone(backbone)
     conditions = random_condition(shape, config.batch_size + 1, device)
     context, null_context = conditions[:-1], conditions[-1:]
-    null_text = backbone.encode_condition(null_context)
     guidance = Guidance(scale=GUIDANCE_SCALE)
-    contenders: dict[str, Callable[[], Predictor]] = {
-        "shared": partial(
-            GuidedPredictor, backbone, NoiseSchedule(device), context, null_text, guidance
-        ),
-        "no_cache": partial(guide_plainly, backbone, context, null_context),
-    }
-    timers = {name: partial(_time, build, backbone, config) for name, build in contenders.items()}
-    measure_rounds(timers, 1)  # first use of the device, and compilation
-    seconds = measure_rounds(timers, config.rounds)
+    with sampling_precision(backbone, config.precision):
+        null_text = backbone.encode_condition(null_context)
+        contenders: dict[str, Callable[[], Predictor]] = {
+            "shared": partial(
+                GuidedPredictor, backbone, NoiseSchedule(device), context, null_text, guidance
+            ),
+            "no_cache": partial(guide_plainly, backbone, context, null_context),
+        }
+        timers = {name: partial(_time, one, backbone, config) for name, one in contenders.items()}
+        measure_rounds(timers, 1)  # first use of the device, and compilation
+        seconds = measure_rounds(timers, config.rounds)
     result = {
         "images_per_s": 1 / statistics.median(seconds["shared"]),
         "vs_no_cache": median_ratio(seconds["no_cache"], seconds["shared"]),

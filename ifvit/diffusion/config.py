@@ -8,6 +8,8 @@ from ifvit.records import PositiveFloat, Rule, record
 
 Prediction = Literal["epsilon", "v", "flow"]
 """What a network predicts: the noise, v (Salimans and Ho 2022), or the velocity of a flow."""
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""Number format of a backbone's matrix products."""
 SolverName = Literal["dpm_solver_pp", "dpm_solver_pp_fast", "ddim", "unipc", "euler", "heun"]
 Shift = Annotated[float, Rule("from 0.01 to 100", lambda value: 0.01 <= value <= 100)]
 LogitMean = Annotated[float, Rule("from -10 to 10", lambda value: -10 <= value <= 10)]
@@ -87,6 +89,9 @@ class SolverConfig:
     """Apply guidance only at timesteps of at most this."""
     shift: Shift | None = None
     """Spacing of a flow's steps, as `objective.shift` of its training; unset: that shift."""
+    precision: Precision = "fp32"
+    """Matrix products of the backbone: tf32 rounds those of float32 weights, on GPUs that can;
+    bf16 and fp16 round the weights, too. Guidance, solver and autoencoder stay in float32."""
     seed: int = 0
     """The initial noise of an image is a function of this seed and the image's position."""
 

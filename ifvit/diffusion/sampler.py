@@ -8,12 +8,13 @@ Shapes: B batch, C latent channels, S latent size, H, W image.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ifvit.diffusion.config import SolverConfig
+from ifvit.diffusion.config import Precision, SolverConfig
 from ifvit.diffusion.guidance import (
     AlignmentMethod,
     ConditionalBackbone,
@@ -59,6 +60,25 @@ BuildMethods = Callable[[Sequence[str]], Sequence[AlignmentMethod]]
 """B prompts => alignment methods that have not seen any function evaluation yet."""
 
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def sampling_precision(backbone: ConditionalBackbone, precision: Precision) -> Iterator[None]:
+    """Cast the weights of the backbone, in place, and use TF32 in this block if it is asked for.
+
+    A decoder that runs in the block keeps its type; Stable Diffusion's overflows in float16.
+    """
+    assert isinstance(backbone, nn.Module)
+    nn.Module.to(backbone, _DTYPES.get(precision, torch.float32))  # diffusers' own `to` warns
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
 def generate_images(
     sampler: Sampler,
@@ -69,17 +89,20 @@ def generate_images(
     """Generate the images of each batch, uint8 (B, H, W, 3).
 
     The null condition is encoded once, every other condition once for all steps. `build_methods`
-    makes the alignment methods of a batch. Raises UserError if an image is not finite.
+    makes the alignment methods of a batch. Casts the weights of the sampler's backbone to the
+    configured precision. Raises UserError if an image is not finite.
     """
     backbone = sampler.backbone
-    null = backbone.encode_condition(sampler.null_condition[None].to(backbone.device))
+    with sampling_precision(backbone, config.precision):
+        null = backbone.encode_condition(sampler.null_condition[None].to(backbone.device))
     # A thread decodes each batch while the next one is sampled. On a GPU, this hides the time to
     # copy the images to the host and to round them.
     with ThreadPoolExecutor(1) as thread:
         pending: Future[Pixels] | None = None
         for batch in batches:
             methods = build_methods(batch.prompts) if build_methods else ()
-            latents = sample_latents(backbone, sampler.schedule, batch, null, config, methods)
+            with sampling_precision(backbone, config.precision):
+                latents = sample_latents(backbone, sampler.schedule, batch, null, config, methods)
             if pending:
                 yield pending.result()
             pending = thread.submit(_decode, sampler, latents)
@@ -116,6 +139,7 @@ def _decode(sampler: Sampler, latents: Tensor) -> Pixels:
     images = sampler.decode(latents).clamp(-1.0, 1.0)
     if not images.isfinite().all():  # such pixels would become black
         raise UserError(
-            "generated images are not finite numbers; lower guidance_scale or use other weights"
+            "generated images are not finite numbers; lower guidance_scale, use precision fp32 or "
+            "bf16, or other weights"
         )
     return to_pixels(images)

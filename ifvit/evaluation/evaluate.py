@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> list[MetricsRow | ObjectCountRow]:
                 if row is None:
                     if opened is None:  # rows that exist need neither encoder nor autoencoder
                         conditions = measurement.open_conditions(model)
-                        opened = conditions, load_sampler(model, conditions.null)
+                        opened = conditions, load_sampler(model, conditions.null, sampling)
                     folder = samples_url(url)
                     identity = {
                         "weights_sha256": model.sha256,

@@ -71,11 +71,21 @@ class SamplingConfig(SolverConfig):
     batch_size: PositiveInt = 64
     """Images generated together. Changes speed and memory, not the images."""
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a precision in which DATE's gradient is noise."""
+        super().__post_init__()
+        if self.method in ("date", "both") and self.precision in ("bf16", "fp16"):
+            raise UserError(
+                f"method {self.method}: precision {self.precision} rounds away the direction of "
+                "DATE's gradient; use fp32 or tf32"
+            )
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that decide an image, as JSON values; stored with images and metrics.
 
-        The batch size and the settings of methods that are not used are left out.
+        The batch size, the settings of methods that are not used, a shift that is not set, and
+        fp32, the precision of all images of earlier versions, are left out.
         """
         given = json.loads(json.dumps(asdict(self)))  # JSON has lists in place of tuples
         names = {field.name for field in fields(SamplingConfig)} - {"batch_size"}
@@ -83,6 +93,10 @@ class SamplingConfig(SolverConfig):
             names.remove("date")
         if self.method not in ("regulate", "both"):
             names.remove("regulation")
+        if self.shift is None:
+            names.remove("shift")
+        if self.precision == "fp32":
+            names.remove("precision")
         return {name: value for name, value in given.items() if name in names}
 
 

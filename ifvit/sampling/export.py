@@ -27,8 +27,8 @@ from ifvit.sampling.load import (
     schedule_of,
 )
 from ifvit.sampling.pipeline import FusionPipeline
+from ifvit.sampling.pipeline_files import INDEX_FILE
 
-_INDEX = "model_index.json"
 _HEAD = """\
 ---
 library_name: diffusers
@@ -85,8 +85,8 @@ def export(config: ExportConfig) -> None:
         card = format_card(weights, info, model.sha256, model.backbone.config)
         (folder / "README.md").write_text(card)
         # The index is uploaded last, so that a folder that can be loaded is complete.
-        paths = [path for path in folder.rglob("*") if path.is_file() and path.name != _INDEX]
-        for path in (*sorted(paths), folder / _INDEX):
+        paths = [path for path in folder.rglob("*") if path.is_file() and path.name != INDEX_FILE]
+        for path in (*sorted(paths), folder / INDEX_FILE):
             name = path.relative_to(folder).as_posix()
             storage.upload(path, storage.join(config.output, name))
         if config.hub:
@@ -114,6 +114,7 @@ def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneCon
     facts = {
         "weights": f"EMA, decay {info.ema_decay}" if info.ema_decay else "raw",
         "prediction": info.prediction,
+        **({"shift": info.shift} if info.prediction == "flow" else {}),
         "optimizer steps": info.step,
         **condition,
         "VAE": f"{info.vae.name}, {info.vae.sha256}",

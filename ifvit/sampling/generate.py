@@ -53,7 +53,7 @@ def generate(config: GenerateConfig) -> list[str]:
     model = load_model(config.weights, choose_device(config.device), config, compile=config.compile)
     prompts = _read_prompts(config, model.info)
     conditions = load_conditions(model.info, str(model.backbone.device))
-    sampler = load_sampler(model, conditions.null)
+    sampler = load_sampler(model, conditions.null, config)
     methods = build_methods(config, sampler, model.info)
     settings = config.settings | {
         "weights_sha256": model.sha256,

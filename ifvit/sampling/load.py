@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ifvit.diffusion.config import SolverConfig
 from ifvit.diffusion.sampler import Sampler
 from ifvit.diffusion.schedules import NoiseSchedule
+from ifvit.diffusion.solvers import build_scheduler
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.backbone import Backbone
@@ -74,12 +76,17 @@ def compile_backbone(backbone: Backbone) -> None:
     backbone.compile(mode="reduce-overhead" if backbone.device.type == "cuda" else None)
 
 
-def load_sampler(model: Model, null_condition: Tensor) -> Sampler:
-    """Add the decoder to a model. `null_condition`, (M, D) or (), stands for no prompt."""
+def load_sampler(model: Model, null_condition: Tensor, config: SolverConfig) -> Sampler:
+    """Add the decoder to a model. `null_condition`, (M, D) or (), stands for no prompt.
+
+    Raises UserError for a solver that does not take the prediction of the model.
+    """
     backbone, info = model.backbone, model.info
+    schedule = schedule_of(info, backbone.device)
+    build_scheduler(config.solver, schedule, config.shift)  # raises before a folder is claimed
     return Sampler(
         backbone=backbone,
-        schedule=schedule_of(info, backbone.device),
+        schedule=schedule,
         decode=load_decoder(info, str(backbone.device)),
         null_condition=null_condition,
     )

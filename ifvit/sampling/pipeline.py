@@ -5,103 +5,39 @@ Shapes: B images, M text tokens, D context width, C latent channels, S latent si
 
 import inspect
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ifvit import connections, storage
+from ifvit import storage
 from ifvit.diffusion.config import Guidance, Prediction
 from ifvit.diffusion.guidance import AlignmentMethod, GuidedPredictor
-from ifvit.diffusion.schedules import BETA_END, BETA_START, NoiseSchedule
+from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.diffusion.solvers import initial_latents, network_input, set_steps
-from ifvit.errors import UserError
-from ifvit.models.autoencoders import load_vae
 from ifvit.models.backbone import Backbone
-from ifvit.models.clip import encode_captions, load_text_tower, load_tokenizer
+from ifvit.models.clip import encode_captions
 from ifvit.models.config import NullContext
-from ifvit.models.pretrained import (
-    download_pretrained,
-    read_model_config,
-    reading,
-    weight_files,
-)
-from ifvit.models.weights import check_shapes, read_backbone_config, restore_backbone
-from ifvit.records import Rule, parse_json, parse_value, path_inside, record
 from ifvit.sampling.load import number_classes
+from ifvit.sampling.pipeline_files import (
+    CLASS_NAME,
+    HUB_OPTIONS,
+    PREDICTION_TYPES,
+    load_components,
+)
 
 Generators = torch.Generator | list[torch.Generator]
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
-
-
-_INDEX = "model_index.json"
 _MODULE = """\
 # DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True) finds the class here.
 from ifvit.sampling.pipeline import FusionPipeline
 """
-_CLASS_NAME = ["pipeline", "FusionPipeline"]
-Named = tuple[str | None, str | None]
-"""Package and name of a component's class; (None, None) for a component that is missing."""
-_SCHEDULERS = {("diffusers", name) for name in dir(diffusers) if name.endswith("Scheduler")}
-Scheduler = Annotated[Named, Rule("a scheduler of diffusers", lambda named: named in _SCHEDULERS)]
-
-
-@record
-class PipelineIndex:
-    """Content of model_index.json without the keys of diffusers; a component is a folder.
-
-    Only the scheduler's class is chosen by its name: a file names no other code.
-    """
-
-    backbone: Named
-    vae: Named
-    text_encoder: Named = (None, None)
-    tokenizer: Named = (None, None)
-    scheduler: Annotated[
-        Named, Rule("a scheduler of diffusers", lambda named: named in _SCHEDULERS)
-    ]
-    classes: tuple[str, ...] = ()
-    null_context: NullContext = "empty_caption"
-    prediction: Prediction = "epsilon"
-
-    @property
-    def components(self) -> list[str]:
-        """Names of the components that the pipeline has."""
-        names = ("backbone", "vae", "text_encoder", "tokenizer", "scheduler")
-        return [name for name in names if getattr(self, name) != (None, None)]
-
-
-@record
-class SchedulerConfig:
-    """The keys of scheduler_config.json that are Stable Diffusion's noise schedule."""
-
-    num_train_timesteps: Literal[1000]
-    beta_schedule: Literal["scaled_linear"]
-    beta_start: Annotated[float, Rule(f"{BETA_START}", lambda value: value == BETA_START)]
-    beta_end: Annotated[float, Rule(f"{BETA_END}", lambda value: value == BETA_END)]
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    trained_betas: None = None
-
-
-@record
-class FlowSchedulerConfig:
-    """The keys of scheduler_config.json that set a flow from 0 to 1."""
-
-    num_train_timesteps: Literal[1000]
-    prediction_type: Literal["flow_prediction"] = "flow_prediction"
-    use_flow_sigmas: Literal[True] = True
-    invert_sigmas: Literal[False] = False
-    use_dynamic_shifting: Literal[False] = False
 
 
 class FusionPipeline(DiffusionPipeline):
@@ -162,33 +98,20 @@ class FusionPipeline(DiffusionPipeline):
     ) -> Any:
         """Load from a folder, an `s3://` prefix or a hub name.
 
-        `options` are components of your own, in place of those of the folder, and diffusers'
-        options of the hub (revision, token, cache_dir and so on).
+        `torch_dtype` is the backbone's; autoencoder and text encoder stay in float32, because
+        Stable Diffusion's autoencoder overflows in float16. `options` are components of your own,
+        in place of those of the folder, and diffusers' options of the hub (revision, token,
+        cache_dir and so on).
         Raises UserError for a hub name that cannot be fetched, and for a folder that is not a
         complete pipeline of ifvit.
         """
-        url = str(pretrained_model_name_or_path)
-        of_hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
-        with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
-            folder = Path(url)
-            if connections.is_remote(url):
-                folder = Path(temporary)
-                _download(url, folder)
-            elif not folder.is_dir():
-                folder = Path(download_pretrained(url, **of_hub))
-            index = _read_index(folder)
-            given: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
-            for name in index.components:
-                if name not in options:
-                    inside = path_inside(folder, name)
-                    given[name] = _load_component(name, index, inside, torch_dtype)
-        for name in ("classes", "null_context", "prediction"):
-            given[name] = getattr(index, name)
+        of_hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        given = load_components(str(pretrained_model_name_or_path), torch_dtype, options, of_hub)
         return cls(**given | options)
 
     def to_json_file(self, json_file_path: Any) -> None:
         """Write the index, and beside it the module in which DiffusionPipeline finds this class."""
-        index = json.loads(self.to_json_string()) | {"_class_name": _CLASS_NAME}
+        index = json.loads(self.to_json_string()) | {"_class_name": CLASS_NAME}
         storage.write_json(str(json_file_path), index)
         storage.write_bytes(str(Path(json_file_path).with_name("pipeline.py")), _MODULE.encode())
 
@@ -227,21 +150,14 @@ class FusionPipeline(DiffusionPipeline):
         tensors) may return new `latents` or `prompt_embeds` (B, M, D). Raises ValueError for
         contradictory arguments.
         """
-        if isinstance(method, str):
-            raise ValueError(
-                f"method is {method!r}; give an object such as ifvit.sampling.alignment.Date, or "
-                "use `ifvit generate --method`"
-            )
-        self._check_size(height, width)
+        self._check(height, width, method)
         conditions = self._embed(prompt, prompt_embeds, "prompt")
-        if negative_prompt is None and negative_prompt_embeds is None:
-            negative_prompt = ""
-        negative = self._embed(negative_prompt, negative_prompt_embeds, "negative_prompt")
+        negative = self._embed(negative_prompt, negative_prompt_embeds, "negative_prompt", "")
         conditions, negative = _repeat_each(conditions, negative, num_images_per_prompt)
         null = self.backbone.encode_condition(negative)
         guidance = Guidance(guidance_scale, *guidance_interval)
-        methods = [method] if method else []
         schedule = NoiseSchedule(self._execution_device, self.config["prediction"])
+        methods = [method] if method else []
         predictor = GuidedPredictor(self.backbone, schedule, conditions, null, guidance, methods)
         self._set_timesteps(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         noise = self._initial_noise(len(conditions), generator, latents)
@@ -278,7 +194,14 @@ class FusionPipeline(DiffusionPipeline):
                     predictor.set_condition(changed["prompt_embeds"])
         return latents
 
-    def _check_size(self, height: int | None, width: int | None) -> None:
+    def _check(self, height: int | None, width: int | None, method: object) -> None:
+        """Raise ValueError for arguments and a scheduler that do not fit the backbone."""
+        _check_prediction(self.scheduler, self.config["prediction"])
+        if isinstance(method, str):
+            raise ValueError(
+                f"method is {method!r}; give an object such as ifvit.sampling.alignment.Date, or "
+                "use `ifvit generate --method`"
+            )
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         side = factor * self.backbone.config.latent_size
         if not {height, width} <= {None, side}:
@@ -289,7 +212,9 @@ class FusionPipeline(DiffusionPipeline):
         given = {name: values for name, values in lists.items() if values is not None}
         if len(given) > 1:
             raise ValueError("give timesteps or sigmas, not both")
-        takes = inspect.signature(self.scheduler.set_timesteps).parameters
+        takes = set(inspect.signature(self.scheduler.set_timesteps).parameters)
+        if self.scheduler.config.get("use_flow_sigmas"):
+            takes.clear()  # diffusers computes these sigmas from a number of steps only
         for name, values in given.items():
             if name not in takes or not len(values):
                 raise ValueError(f"{name}: {type(self.scheduler).__name__} takes no such list")
@@ -306,8 +231,16 @@ class FusionPipeline(DiffusionPipeline):
         options = {"generator": generator} | ({"eta": eta} if eta else {})
         return {name: value for name, value in options.items() if name in takes}
 
-    def _embed(self, prompt: str | list[str] | None, embeds: Tensor | None, name: str) -> Tensor:
+    def _embed(
+        self,
+        prompt: str | list[str] | None,
+        embeds: Tensor | None,
+        name: str,
+        default: str | None = None,
+    ) -> Tensor:
         """Return the conditions of prompts: contexts (prompts, M, D) or classes (prompts,)."""
+        if prompt is None and embeds is None:
+            prompt = default
         if (prompt is None) == (embeds is None):
             raise ValueError(f"give either {name} or {name}_embeds")
         if embeds is not None:
@@ -342,23 +275,25 @@ class FusionPipeline(DiffusionPipeline):
         """Decode latents (B, C, S, S) to images of the requested type."""
         if output_type == "latent":
             return latents
+        if self.vae.dtype == torch.float16:  # plain diffusers casts all components
+            self.vae.to(torch.float32)
         unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         decoded = self.vae.decode(unscaled).sample
         return self.image_processor.postprocess(decoded, output_type=output_type)
 
 
-_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
-
-
 def _check_prediction(scheduler: Any, prediction: Prediction) -> None:
     """Raise ValueError unless the scheduler takes what the backbone predicts."""
-    # The schedulers that are made for flows have no such keys.
-    taken = scheduler.config.get("prediction_type", "flow_prediction")
-    has_flow = scheduler.config.get("use_flow_sigmas", "prediction_type" not in scheduler.config)
-    if taken != _PREDICTION_TYPES[prediction] or has_flow != (prediction == "flow"):
+    # `from_config` keeps keys that its class does not take; the classes made for flows take none.
+    own = inspect.signature(type(scheduler)).parameters
+    taken, has_flow = "flow_prediction", "prediction_type" not in own
+    if not has_flow:
+        taken = scheduler.config.prediction_type
+        has_flow = "use_flow_sigmas" in own and scheduler.config.use_flow_sigmas
+    if taken != PREDICTION_TYPES[prediction] or has_flow != (prediction == "flow"):
         raise ValueError(
-            f"scheduler: {type(scheduler).__name__} of prediction_type {taken}, use_flow_sigmas "
-            f"{has_flow}; the backbone predicts {prediction}, {_PREDICTION_TYPES[prediction]}"
+            f"scheduler: {type(scheduler).__name__} with prediction_type {taken} and "
+            f"use_flow_sigmas {has_flow} does not fit a backbone that predicts {prediction}"
         )
 
 
@@ -371,51 +306,3 @@ def _repeat_each(conditions: Tensor, negative: Tensor, count: int) -> tuple[Tens
     if len(negative) > 1:
         negative = negative.repeat_interleave(count, dim=0)
     return conditions.repeat_interleave(count, dim=0), negative
-
-
-def _download(url: str, folder: Path) -> None:
-    """Download the pipeline's index and the files of its components."""
-    storage.download(storage.join(url, _INDEX), folder / _INDEX)
-    for component in _read_index(folder).components:
-        for name in storage.list_names(storage.join(url, component)):
-            path = path_inside(folder, f"{component}/{name}")
-            storage.download(storage.join(url, component, name), path)
-
-
-def _read_index(folder: Path) -> PipelineIndex:
-    path = folder / _INDEX
-    stored = parse_json(dict[str, Any], storage.read_bytes(str(path)), str(path))
-    if stored.get("_class_name") not in (_CLASS_NAME, FusionPipeline.__name__):
-        raise UserError(f"{path}: not the index of a {FusionPipeline.__name__}")
-    # Other keys that begin with an underscore belong to diffusers.
-    own = {key: value for key, value in stored.items() if not key.startswith("_")}
-    return parse_value(PipelineIndex, own, str(path))
-
-
-def _load_component(name: str, index: PipelineIndex, folder: Path, dtype: torch.dtype) -> Any:
-    """Load one component from its folder.
-
-    Raises UserError for files that are incomplete, or larger than they claim.
-    """
-    if name == "backbone":
-        config, paths = read_backbone_config(str(folder)), weight_files(str(folder), folder)
-        check_shapes(config, *paths)
-        with reading(f"{folder}: weights that safetensors cannot load"):
-            tensors = {key: one for path in paths for key, one in load_file(path).items()}
-        return restore_backbone(config, tensors, copy=False).to(dtype)  # type: ignore[arg-type]
-    if name == "scheduler":
-        known: type[SchedulerConfig | FlowSchedulerConfig] = SchedulerConfig
-        if index.prediction == "flow":
-            known = FlowSchedulerConfig
-        found = read_model_config(known, folder, name="scheduler_config.json")
-        if found.prediction_type != _PREDICTION_TYPES[index.prediction]:
-            raise UserError(
-                f"{folder}: scheduler_config.json has prediction_type {found.prediction_type}, but "
-                f"the backbone predicts {index.prediction}; restore the file"
-            )
-        scheduler = getattr(diffusers, str(index.scheduler[1]))
-        with reading(f"{folder}: not a scheduler that diffusers loads"):
-            return scheduler.from_pretrained(folder)
-    if name == "tokenizer":
-        return load_tokenizer(folder)
-    return load_vae(folder, dtype) if name == "vae" else load_text_tower(folder, dtype)

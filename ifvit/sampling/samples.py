@@ -60,7 +60,8 @@ def claim_folder(folder: str, settings: dict[str, Any]) -> None:
     if storage.create(url, dump_sealed(settings)):
         return
     found = read_settings(folder)
-    differing = sorted(key for key in settings if found.get(key) != settings[key])
+    names = settings.keys() | found.keys()
+    differing = sorted(name for name in names if found.get(name) != settings.get(name))
     if differing:
         raise UserError(
             f"{folder} holds samples of another {', '.join(differing)}; "

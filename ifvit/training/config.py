@@ -4,7 +4,7 @@ from dataclasses import field
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from ifvit.diffusion.config import ObjectiveConfig
+from ifvit.diffusion.config import ObjectiveConfig, Precision
 from ifvit.errors import UserError
 from ifvit.models.config import BackboneConfig, NullContext
 from ifvit.records import (
@@ -99,6 +99,8 @@ class SampleGridConfig:
     """Solver steps."""
     guidance_scale: NonNegativeFloat = 2.0
     """Weight w of the guidance, uncond + w (cond - uncond)."""
+    precision: Precision = "fp32"
+    """Number format of the matrix products, as in `ifvit generate`."""
 
 
 VALIDATION_LOSS = "validation_loss"

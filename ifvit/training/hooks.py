@@ -341,8 +341,9 @@ class SampleGrid:
         reader = ShardReader(config.shards, config.cache)
         conditions, self._null_condition = _grid_conditions(config.sample_grid, reader, info)
         self._decode = load_decoder(info, str(engine.device))
+        grid = config.sample_grid
         self._sampling = SamplingConfig(
-            num_steps=config.sample_grid.num_steps, guidance_scale=config.sample_grid.guidance_scale
+            num_steps=grid.num_steps, guidance_scale=grid.guidance_scale, precision=grid.precision
         )
         chunks = map(torch.tensor, batched(range(len(conditions)), self._sampling.batch_size))
         self._batches = [

@@ -15,6 +15,7 @@ from ifvit.analysis.attention_analysis import Prompts, analyze_run, attention_fi
 from ifvit.analysis.attention_maps import read_attention
 from ifvit.analysis.config import AttentionConfig
 from ifvit.cli import main
+from ifvit.diffusion.config import Precision, SolverName
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import BackboneConfig
@@ -194,6 +195,30 @@ def test_images_are_guided_by_the_null_context_of_the_weights(
     expected = record_layers(backbone, NoiseSchedule(), prompts, config)
     assert found == tuple(layer.numbers for layer in expected)
     assert all(one.image_share != other.image_share for one, other in zip(found, own, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("solver", "precision"), [("dpm_solver_pp", "fp32"), ("heun", "bf16"), ("euler", "tf32")]
+)
+def test_attention_of_a_flow_is_that_of_its_own_sampling(
+    solver: SolverName, precision: Precision, shards: str, tmp_path: Path
+) -> None:
+    run = save_run(tmp_path / "epsilon", EARLY)
+    backbone, info = load_weights(run)
+    flow = str(tmp_path / "flow")
+    save_weights(flow, backbone, replace(info, prediction="flow", shift=3.0))
+    sampling = SamplingConfig(num_steps=3, solver=solver, precision=precision)
+    config = AttentionConfig(
+        runs=[flow], shards=shards, num_prompts=2, sampling=sampling, device="cpu"
+    )
+    found = analyze_run(config, flow, f"{flow}/analysis")
+    assert found.protocol.sampling["solver"] == solver
+    reader = ShardReader(shards)
+    contexts = torch.tensor(np.stack([reader.context(n, 0) for n in range(2)]))
+    null = torch.from_numpy(np.array(reader.null_context))
+    prompts = Prompts(texts=["one", "two"], contexts=contexts, null_context=null)
+    expected = record_layers(backbone, NoiseSchedule("cpu", "flow", 3.0), prompts, config)
+    assert found.layers == tuple(layer.numbers for layer in expected)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,15 @@ import torch
 from captioned_backbone import CONTEXTS, NULL, build_backbone
 from diffusers import AutoencoderKL
 
-from ifvit.diffusion.config import SolverConfig
+from ifvit.diffusion.config import Precision, SolverConfig
 from ifvit.diffusion.guidance import Change, FunctionEvaluation
-from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images, sample_latents
+from ifvit.diffusion.sampler import (
+    ConditionBatch,
+    Sampler,
+    generate_images,
+    sample_latents,
+    sampling_precision,
+)
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.errors import UserError
 from ifvit.images import to_pixels
@@ -21,7 +27,7 @@ from ifvit.shards.format import EncoderIdentity
 CONFIG = SolverConfig(num_steps=4, guidance_scale=3.0, seed=7)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def sampler() -> Sampler:
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -111,6 +117,34 @@ def test_seed_solver_and_guidance_change_the_image(sampler: Sampler) -> None:
     pictures = [generate(), generate(seed=8), generate(solver="euler"), generate(guidance_scale=1)]
     assert len(set(pictures)) == 4
     assert generate() == pictures[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_a_precision_is_that_of_the_backbone_while_it_samples(
+    sampler: Sampler, precision: Precision
+) -> None:
+    seen: list[tuple[torch.dtype, str]] = []
+
+    class Watch:
+        def before(self, evaluation: FunctionEvaluation) -> Change:
+            products = torch.get_float32_matmul_precision()
+            seen.append((sampler.backbone.dtype, products))
+            assert evaluation.x_t.dtype == torch.float32
+            assert evaluation.predict_clean(evaluation.context).dtype == torch.float32
+            return Change()
+
+    config = dataclasses.replace(CONFIG, precision=precision, num_steps=2)
+    for images in generate_images(sampler, make_batches(range(4), 2), config, lambda _: [Watch()]):
+        assert images.std() > 1
+        assert torch.get_float32_matmul_precision() == "highest"  # the caller's setting
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    assert seen == 4 * [(dtype, "high" if precision == "tf32" else "highest")]
+
+
+def test_an_error_restores_the_precision_of_matrix_products(sampler: Sampler) -> None:
+    with pytest.raises(ZeroDivisionError), sampling_precision(sampler.backbone, "tf32"):
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_images_that_are_not_finite_raise_and_do_not_become_black(sampler: Sampler) -> None:

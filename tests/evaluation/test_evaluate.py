@@ -273,11 +273,25 @@ def test_an_evaluation_guides_by_the_null_context_of_the_weights(
         images.append(read_images([f"{folder}/00000.png", f"{folder}/00001.png"]))
     assert (images[0] != images[1]).any()
     model = load_model(zeros, "cpu")
-    sampler = load_sampler(model, torch.zeros(reader.text.context_shape))
+    sampler = load_sampler(model, torch.zeros(reader.text.context_shape), few.protocol.sampling)
     contexts = torch.from_numpy(np.stack([reader.context(n, 0) for n in range(2)]))
     batch = ConditionBatch(positions=torch.arange(2), condition=contexts)
     (expected,) = generate_images(sampler, [batch], few.protocol.sampling)
     np.testing.assert_array_equal(images[1], expected)
+
+
+def test_a_flow_is_evaluated_with_its_solvers(config: EvaluateConfig, run: str) -> None:
+    backbone, info = load_weights(run)
+    info = dataclasses.replace(info, prediction="flow", shift=2.0)
+    save_weights(f"{run}/weights/step_00000007/ema", backbone, info)
+    heun = SamplingConfig(num_steps=3, solver="heun", precision="bf16")
+    few = with_protocol(config, num_samples=2, sampling=heun)
+    row = measure(few)
+    assert (row.protocol.sampling["solver"], row.protocol.sampling["precision"]) == ("heun", "bf16")
+    wrong = dataclasses.replace(heun, solver="unipc")
+    with pytest.raises(UserError, match="solver unipc does not take flow predictions"):
+        evaluate(with_protocol(config, name="other", num_samples=2, sampling=wrong))
+    assert not Path(run, "evaluation/other").exists()
 
 
 def test_samples_of_other_settings_are_neither_mixed_nor_lost(config: EvaluateConfig) -> None:

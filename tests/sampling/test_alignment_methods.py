@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ifvit.config import read_config
+from ifvit.diffusion.config import Prediction, SolverName
 from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, sample_latents
 from ifvit.diffusion.schedules import NoiseSchedule
@@ -90,19 +91,21 @@ def sample(
     *methods: AlignmentMethod,
     positions: tuple[int, ...] = (0, 1, 2),
     config: SamplingConfig = CONFIG,
+    prediction: Prediction = "epsilon",
 ) -> Tensor:
     rows = list(positions)
     batch = ConditionBatch(positions=torch.tensor(rows), condition=CONTEXTS[rows])
     null = backbone.encode_condition(torch.zeros(1, 6, 16))
-    return sample_latents(backbone, NoiseSchedule(), batch, null, config, methods)
+    schedule = NoiseSchedule("cpu", prediction)
+    return sample_latents(backbone, schedule, batch, null, config, methods)
 
 
 def brightness(images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
     return images.flatten(1).tanh().mean(dim=1)
 
 
-def date(**settings: object) -> Date:
-    config = dataclasses.replace(CONFIG, date=DateConfig(**settings))
+def date(config: SamplingConfig = CONFIG, **settings: object) -> Date:
+    config = dataclasses.replace(config, date=DateConfig(**settings))
     return Date(config.date, date_updates(config), brightness, lambda latents: 0.5 * latents, [])
 
 
@@ -124,24 +127,42 @@ class Recorder:
         return change
 
 
-def test_date_with_radius_zero_changes_no_bit(backbone: FusionTransformer) -> None:
-    assert torch.equal(sample(backbone, date(radius=0.0, every=2)), sample(backbone))
+EVERY_PREDICTION = pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+
+
+@EVERY_PREDICTION
+def test_date_with_radius_zero_changes_no_bit(
+    backbone: FusionTransformer, prediction: Prediction
+) -> None:
+    unmoved = sample(backbone, date(radius=0.0, every=2), prediction=prediction)
+    assert torch.equal(unmoved, sample(backbone, prediction=prediction))
 
 
 @pytest.mark.parametrize("backbone", ["cross_attention"], indirect=True)
-@pytest.mark.parametrize("solver", solvers_for("epsilon"))
+@pytest.mark.parametrize(
+    ("prediction", "solver"),
+    [
+        (prediction, solver)
+        for prediction in ("epsilon", "v", "flow")
+        for solver in solvers_for(prediction)
+    ],
+)
 def test_date_raises_the_score_of_the_images_with_every_solver(
-    backbone: FusionTransformer, solver: str
+    backbone: FusionTransformer, prediction: Prediction, solver: SolverName
 ) -> None:
     config = dataclasses.replace(CONFIG, solver=solver)
-    plain = brightness(sample(backbone, config=config))
-    aligned = brightness(sample(backbone, date(radius=2.0, every=1), config=config))
+    every_step = date(config, radius=2.0, every=1)
+    plain = brightness(sample(backbone, config=config, prediction=prediction))
+    aligned = brightness(sample(backbone, every_step, config=config, prediction=prediction))
     assert (aligned > plain).all()
 
 
-def test_each_update_raises_the_predicted_score(backbone: FusionTransformer) -> None:
+@EVERY_PREDICTION
+def test_each_update_raises_the_predicted_score(
+    backbone: FusionTransformer, prediction: Prediction
+) -> None:
     recorder = Recorder(date(every=1, radius=0.01))
-    sample(backbone, recorder)
+    sample(backbone, recorder, prediction=prediction)
     for evaluation, change in recorder.seen:
         assert change.context is not None
         before, after = (
@@ -164,6 +185,8 @@ def test_date_updates_before_the_configured_evaluations(
 def test_a_step_of_several_evaluations_sees_one_context() -> None:
     config = SamplingConfig(num_steps=50, solver="dpm_solver_pp_fast")
     assert date_updates(config) == (0, 12, 21, 30, 42)
+    heun = SamplingConfig(num_steps=9, solver="heun", date=DateConfig(every=3))
+    assert date_updates(heun) == (0, 4, 6)
     late = dataclasses.replace(config, date=DateConfig(evaluations=(2, 3, 49)))
     assert date_updates(late) == (3,)
 
@@ -200,25 +223,32 @@ def test_an_update_from_the_original_follows_the_gradient_at_the_latest_context(
     assert not torch.equal(updates[1][0].context, CONTEXTS)
 
 
-def test_an_image_with_date_does_not_depend_on_its_batch(backbone: FusionTransformer) -> None:
+@EVERY_PREDICTION
+def test_an_image_with_date_does_not_depend_on_its_batch(
+    backbone: FusionTransformer, prediction: Prediction
+) -> None:
     together, alone = (
-        sample(backbone, date(every=2)),
-        sample(backbone, date(every=2), positions=(1,)),
+        sample(backbone, date(every=2), prediction=prediction),
+        sample(backbone, date(every=2), positions=(1,), prediction=prediction),
     )
     torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
 
 
+@EVERY_PREDICTION
 def test_regulation_changes_captions_with_targets_only_and_then_ends(
-    backbone: FusionTransformer,
+    backbone: FusionTransformer, prediction: Prediction
 ) -> None:
     recorder = Recorder(regulation(num_evaluations=3))
-    plain, regulated = sample(backbone), sample(backbone, recorder)
+    plain = sample(backbone, prediction=prediction)
+    regulated = sample(backbone, recorder, prediction=prediction)
     changed = (regulated - plain).flatten(1).abs().amax(dim=1)
     assert (changed[:2] > 1e-3).all()
     assert changed[2] < 1e-4
     assert [len(change.biases) for _, change in recorder.seen] == [2, 2, 2, 0, 0, 0]
-    assert torch.equal(sample(backbone, regulation(num_evaluations=0)), plain)
-    assert not sample(backbone, date(every=2), regulation()).requires_grad
+    ended = sample(backbone, regulation(num_evaluations=0), prediction=prediction)
+    assert torch.equal(ended, plain)
+    both = sample(backbone, date(every=2), regulation(), prediction=prediction)
+    assert not both.requires_grad
 
 
 # The objectives of DATE, on real scenes and the shipped CLIP.
@@ -319,6 +349,7 @@ def test_date_moves_the_context_and_regulation_biases_the_middle_blocks(sampler:
         ("dpm_solver_pp", 5, 0.5, 3),
         ("dpm_solver_pp", 8, 0.25, 2),
         ("dpm_solver_pp_fast", 8, 0.5, 6),  # the end of the current step
+        ("heun", 7, 0.4, 4),
     ],
 )
 def test_regulation_applies_to_the_first_share_of_the_evaluations(

@@ -28,6 +28,7 @@ from ifvit.models.weights import (
 )
 from ifvit.sampling.config import ExportConfig
 from ifvit.sampling.export import export
+from ifvit.sampling.pipeline import FusionPipeline
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +54,23 @@ def read_card(run: Path, folder: Path, evaluated: str) -> str:
 def test_the_card_describes_weights_map_and_recipe(run: Path, tmp_path: Path) -> None:
     card = read_card(run, tmp_path, evaluated="other weights")
     assert "| weights | raw |" in card
+    assert "| prediction | epsilon |" in card
     assert "seed: 17" in card
     assert "| fusion | image 3\\*cross_attention image |" in card
     assert "have not been evaluated" in card
     # The exported autoencoder has the scaling factor of the training, not Stable Diffusion's.
     assert json.loads((tmp_path / "vae/config.json").read_text())["scaling_factor"] == 0.5
+
+
+def test_a_flow_is_exported_with_its_prediction_and_shift(tmp_path: Path) -> None:
+    weights = save_untrained(tmp_path / "weights", prediction="flow", shift=3.0)
+    export(ExportConfig(weights=weights, output=str(tmp_path / "out")))
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| prediction | flow |" in card
+    assert "| shift | 3.0 |" in card
+    stored = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert (stored["prediction_type"], stored["flow_shift"]) == ("flow_prediction", 3.0)
+    assert FusionPipeline.from_pretrained(tmp_path / "out").config["prediction"] == "flow"
 
 
 def test_the_card_shows_metrics_of_the_exported_weights(run: Path, tmp_path: Path) -> None:

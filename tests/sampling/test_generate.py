@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from made_backbone import SMALL_CLASSES, SMALL_UNET
+from untrained import save_untrained
 
 from ifvit.config import read_config
+from ifvit.diffusion.config import Precision, Prediction
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.images import decode_png
@@ -26,6 +28,7 @@ CAPTIONS = "two red circles\na blue square\na green triangle\n"
 
 def build_config(weights: str, folder: Path, **changes: object) -> GenerateConfig:
     """Two steps for three captions in a file, images in FOLDER/out."""
+    folder.mkdir(exist_ok=True)
     (folder / "prompts.txt").write_text(CAPTIONS)
     given = {
         "weights": weights,
@@ -123,6 +126,47 @@ def test_images_of_other_settings_or_prompts_are_not_mixed(weights: str, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("prediction", "solver"), [("flow", "heun"), ("flow", "dpm_solver_pp"), ("v", "unipc")]
+)
+def test_weights_of_every_prediction_generate_with_their_solvers(
+    prediction: Prediction, solver: str, tmp_path: Path
+) -> None:
+    weights = save_untrained(tmp_path / "weights", prediction=prediction, shift=2.0)
+    urls = generate(build_config(weights, tmp_path, solver=solver, num_steps=3))
+    before = [Path(url).read_bytes() for url in urls]
+    # The shift of the training is the default of flows.
+    same = build_config(weights, tmp_path / "same", solver=solver, num_steps=3, shift=2.0)
+    if prediction == "v":
+        with pytest.raises(UserError, match="spaces the steps of flows"):
+            generate(same)
+    else:
+        assert [Path(url).read_bytes() for url in generate(same)] == before
+        assert read_settings(same.output)["shift"] == 2.0
+    wrong = build_config(
+        weights, tmp_path / "wrong", solver="ddim" if prediction == "flow" else "heun"
+    )
+    with pytest.raises(UserError, match=f"does not take {prediction} predictions; use dpm"):
+        generate(wrong)
+    assert not Path(wrong.output).exists()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_a_precision_changes_images_little_and_is_stored(
+    precision: Precision, weights: str, tmp_path: Path
+) -> None:
+    full = generate(build_config(weights, tmp_path / "full"))
+    config = build_config(weights, tmp_path, precision=precision)
+    for one, other in zip(full, generate(config), strict=True):
+        pictures = [decode_png(Path(url).read_bytes()).astype(int) for url in (one, other)]
+        assert abs(pictures[0] - pictures[1]).mean() < 2
+    assert read_settings(config.output)["precision"] == precision
+    for precise in (build_config(weights, tmp_path), dataclasses.replace(config, precision="bf16")):
+        if precise.precision != precision:
+            with pytest.raises(UserError, match="holds samples of another precision"):
+                generate(precise)
+
+
+@pytest.mark.parametrize(
     ("method", "used"),
     [
         ("plain", set()),
@@ -140,6 +184,8 @@ def test_stored_settings_are_those_that_decide_an_image(method: str, used: set[s
     assert "batch_size" not in config.settings
     assert json.loads(json.dumps(config.settings)) == config.settings
     assert GenerateConfig(**vars(config), weights="run", prompt="x").settings == config.settings
+    # Images of earlier versions have neither, and are continued.
+    assert not config.settings.keys() & {"shift", "precision"}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +195,8 @@ def test_stored_settings_are_those_that_decide_an_image(method: str, used: set[s
         ({"prompt": "x", "prompts": "y"}, "prompt"),
         ({"prompt": "x", "num_images": 0}, "num_images is 0"),
         ({"prompt": "x", "batch_size": 0}, "batch_size is 0"),
+        ({"prompt": "x", "method": "date", "precision": "bf16"}, "precision bf16 .* fp32 or tf32"),
+        ({"prompt": "x", "method": "both", "precision": "fp16"}, "precision fp16 .* fp32 or tf32"),
     ],
 )
 def test_impossible_configs_are_refused(wrong: dict[str, object], named: str) -> None:

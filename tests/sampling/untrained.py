@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ifvit.diffusion.config import Prediction
 from ifvit.models.autoencoders import load_autoencoder
 from ifvit.models.clip import load_text_encoder
 from ifvit.models.fusion_transformer import FusionTransformer
@@ -12,7 +13,13 @@ from ifvit.models.presets import PRESETS
 from ifvit.models.weights import WeightsInfo, save_weights
 
 
-def save_untrained(folder: Path, vae: str = "scenes/vae", clip: str = "scenes/clip") -> str:
+def save_untrained(
+    folder: Path,
+    vae: str = "scenes/vae",
+    clip: str = "scenes/clip",
+    prediction: Prediction = "epsilon",
+    shift: float = 1.0,
+) -> str:
     """Weights for 64 x 64 pixels of the named encoders."""
     encoder, autoencoder = load_text_encoder(clip), load_autoencoder(vae)
     channels, size, _ = autoencoder.latent_shape(64)
@@ -28,6 +35,8 @@ def save_untrained(folder: Path, vae: str = "scenes/vae", clip: str = "scenes/cl
         vae=autoencoder.identity,
         text_encoder=encoder.identity,
         recipe_sha256="0" * 64,
+        prediction=prediction,
+        shift=shift,
     )
     torch.manual_seed(0)
     save_weights(str(folder), FusionTransformer(shape), info)

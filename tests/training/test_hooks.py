@@ -19,7 +19,7 @@ from run_files import small_recipe, write_evaluation
 from torch import Tensor
 
 from ifvit import connections, storage
-from ifvit.diffusion.config import SolverConfig
+from ifvit.diffusion.config import ObjectiveConfig, Precision, Prediction, SolverConfig
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import ProcessGroup, World
@@ -525,15 +525,26 @@ def decode(latents: Tensor) -> Tensor:
     return latents[:, :3] / 0.5
 
 
-@pytest.mark.parametrize("null_context", ["empty_caption", "zeros"])
+@pytest.mark.parametrize(
+    ("null_context", "prediction", "precision"),
+    [("empty_caption", "epsilon", "fp32"), ("zeros", "flow", "bf16")],
+)
 def test_the_grid_shows_what_the_ema_weights_generate(
-    recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, null_context: NullContext
+    recipe: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    null_context: NullContext,
+    prediction: Prediction,
+    precision: Precision,
 ) -> None:
     monkeypatch.setattr(hooks, "load_decoder", lambda info, device: decode)
     monkeypatch.setattr(hooks, "SamplingConfig", partial(SamplingConfig, batch_size=10))
-    grid = SampleGridConfig(every=4, num_steps=3, guidance_scale=2.5)
+    grid = SampleGridConfig(every=4, num_steps=3, guidance_scale=2.5, precision=precision)
     config = recipe(
-        sample_grid=grid, checkpoint_every=4, scaling_factor=0.5, null_context=null_context
+        sample_grid=grid,
+        checkpoint_every=4,
+        scaling_factor=0.5,
+        null_context=null_context,
+        objective=ObjectiveConfig(prediction=prediction),
     )
     train(config)
     reader = ShardReader(config.shards)
@@ -541,13 +552,12 @@ def test_the_grid_shows_what_the_ema_weights_generate(
     null = torch.from_numpy(np.array(reader.null_context))
     if null_context == "zeros":
         null.zero_()
-    solver = SolverConfig(num_steps=3, guidance_scale=2.5)
+    solver = SolverConfig(num_steps=3, guidance_scale=2.5, precision=precision)
+    schedule = NoiseSchedule("cpu", prediction)
     grids = []
     for step in (4, 8):
         backbone, _ = load_weights(f"{config.run}/weights/step_{step:08d}/ema")
-        sampler = Sampler(
-            backbone=backbone, schedule=NoiseSchedule(), decode=decode, null_condition=null
-        )
+        sampler = Sampler(backbone=backbone, schedule=schedule, decode=decode, null_condition=null)
         batch = ConditionBatch(positions=torch.arange(16), condition=contexts)
         (images,) = generate_images(sampler, [batch], solver)
         expected = np.asarray(make_grid(images, 8))
