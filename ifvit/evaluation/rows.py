@@ -245,7 +245,6 @@ class TrainingRow:
     validation_loss_t7: NonNegativeFloat | None = None
     learning_rate: NonNegativeFloat
     grad_norm: NonNegativeFloat | None
-    loss_spikes: NonNegativeInt = 0
     nonfinite_steps: NonNegativeInt = 0
     samples_per_s: PositiveFloat
     tokens_per_s: NonNegativeFloat | None = None

@@ -20,10 +20,6 @@ from ifvit.training.data import Batch, Batches
 from ifvit.training.engine import Engine
 from ifvit.training.guards import NonfiniteGradient, Preempted, StopRequest
 
-_HISTORY = 100
-"""Number of steps over which the loss is averaged; the losses of the first ones are no spikes."""
-_SPIKE = 6.0
-"""A loss this many standard deviations above its running mean is a spike."""
 _LARGEST_LOSS = 1e9
 """Larger losses count as this one, so that all sums stay finite."""
 
@@ -86,11 +82,6 @@ class TrainState:
     """Part of `seconds` that was spent waiting for batches."""
     nonfinite_steps: NonNegativeInt = 0
     """Number of steps skipped because their gradient was not finite."""
-    loss_spikes: NonNegativeInt = 0
-    """Number of losses far above the losses before them."""
-    loss_mean: NonNegativeFloat = 0.0
-    loss_variance: NonNegativeFloat = 0.0
-    """Exponential moving averages over about the last hundred steps."""
     since_log: LossSums = LossSums()
     """The losses of the steps since the last row of the metrics log."""
 
@@ -108,30 +99,17 @@ class TrainState:
         )
 
     def observe(self, losses: Sequence[StepLosses], log_every: int) -> "TrainState":
-        """Add the losses of the last `len(losses)` steps to the means and count spikes.
+        """Add the losses of the last `len(losses)` steps to the sums, except non-finite ones.
 
-        A spike lies more than six standard deviations above the running mean. Mean and variance
-        are West's (1979) incremental ones with exponential weights; non-finite losses are ignored.
         `since_log` starts anew with the first step after each multiple of `log_every`.
         """
-        mean, variance, spikes = self.loss_mean, self.loss_variance, self.loss_spikes
         since_log = self.since_log
         for step, values in enumerate(losses, start=self.step - len(losses)):
             if step % log_every == 0:
                 since_log = LossSums()
-            if not math.isfinite(values[0]):
-                continue
-            loss, *_ = finite = [min(value, _LARGEST_LOSS) for value in values]
-            since_log = since_log.add(finite)
-            above = loss - mean
-            if step >= _HISTORY and above > _SPIKE * variance**0.5:
-                spikes += 1
-            weight = 1 / min(step + 1, _HISTORY)
-            mean += weight * above
-            variance = (1 - weight) * (variance + weight * above**2)
-        return replace(
-            self, loss_mean=mean, loss_variance=variance, loss_spikes=spikes, since_log=since_log
-        )
+            if math.isfinite(values[0]):
+                since_log = since_log.add([min(value, _LARGEST_LOSS) for value in values])
+        return replace(self, since_log=since_log)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,6 @@ class MetricsLog:
             **{f"loss_q{n}": _finite(loss) for n, loss in enumerate(state.since_log.mean_by_time)},
             learning_rate=report.learning_rate,
             grad_norm=_finite(report.grad_norm),
-            loss_spikes=state.loss_spikes,
             nonfinite_steps=state.nonfinite_steps,
             samples_per_s=rate,
             tokens_per_s=rate * self._config.backbone.num_tokens,
@@ -167,7 +166,6 @@ class MetricsLog:
             f"data wait {row.data_wait:.1%}",
             *([f"MFU {row.mfu:.1%}"] if row.mfu is not None else []),
             f"peak memory {peak_memory(self._engine.device) / 1e9:.2f} GB on {row.device}",
-            f"{state.loss_spikes} loss spikes",
             f"{state.nonfinite_steps} skipped steps",
         ]
         sys.stderr.write(f"{self._config.run}: {', '.join(facts)}\n")

@@ -48,6 +48,7 @@ from ifvit.training.config import (
     ReplayConfig,
     SampleGridConfig,
     TrainConfig,
+    ValidationConfig,
 )
 from ifvit.training.guards import check_recipe
 from ifvit.training.lease import Lease
@@ -73,6 +74,7 @@ def recipe(run: Path, shards: Path) -> TrainConfig:
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=1),
         engine=EngineConfig(backend="plain"),
         sample_grid=SampleGridConfig(every=0),
+        validation=ValidationConfig(shards=str(shards.parent / "held_out"), every=2, num_samples=2),
         max_steps=2,
         global_batch_size=2,
         micro_batch_size=2,
@@ -87,8 +89,10 @@ def recipe(run: Path, shards: Path) -> TrainConfig:
 def make_run(folder: Path) -> list[Format]:
     run, shards = folder / "run", folder / "shards"
     samples = make_samples(4, moments_shape=MOMENTS, context_shape=CONTEXT)
-    shards.mkdir(parents=True)
-    write_shards(shards, samples, (2, 2))
+    held_out = make_samples(2, moments_shape=MOMENTS, context_shape=CONTEXT, seed=1)
+    for path, written in ((shards, samples), (folder / "held_out", held_out)):
+        path.mkdir(parents=True)
+        write_shards(path, written, (2,) * (len(written) // 2))
     train(recipe(run, shards))
     part = next((run / "checkpoints" / STEP).glob("part-*")).relative_to(folder).as_posix()
     lease = run / "lease" / "000001.json"
@@ -208,6 +212,7 @@ def make_evaluation(folder: Path) -> list[Format]:
         weights="run", weights_sha256="d" * 64, step=2, ema_decay=0.9, protocol=protocol,
         frechet_distance=_estimate(0.12), clip_score=_estimate(0.6),
         clip_score_paper=_estimate(1.5), retrieval_at_16=_estimate(0.5),
+        held_out_loss=_estimate(0.4), target="epsilon of vae 0123456789ab x 1",
     )  # fmt: skip
     run = folder / "run"
     url = row_url(str(run / FOLDER), "scenes", 2.0, 2)

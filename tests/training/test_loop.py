@@ -22,14 +22,13 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(recipe: Recipe, whole: Trai
     remove(join(broken.run, "checkpoints", "step_00000005"))  # the rows of step 5 are dropped
     with Path(broken.run, "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 0.')  # cut off where the process was killed
-    state = train(broken)
+    train(broken)
     table, expected = rows(broken), rows(whole)
     assert list(table) == list(expected)
     for key in ("loss", "grad_norm", "learning_rate"):
         assert [row[key] for row in table.values()] == [row[key] for row in expected.values()]
     rates = [row["learning_rate"] for row in table.values()]
     assert rates == pytest.approx([0.0, 0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01, 0.01])
-    assert state.loss_mean == pytest.approx(sum(losses(whole)) / 8)
 
 
 def test_a_logged_loss_is_the_mean_over_all_steps_since_the_last_row(
