@@ -1,7 +1,7 @@
 """Training-free alignment methods: DATE, and how the settings choose and combine methods.
 
-`generate` and `evaluate` call `build_methods`; `GuidedNoisePredictor` calls the resulting
-methods before each function evaluation. `ifvit.sampling.regulation` holds attention regulation.
+`generate` and `evaluate` call `build_methods`; `GuidedPredictor` calls the resulting methods before
+each function evaluation. `ifvit.sampling.regulation` holds attention regulation.
 
 Shapes: B batch, M text tokens, D context width, H, W image.
 """

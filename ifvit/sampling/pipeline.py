@@ -213,7 +213,7 @@ class FusionPipeline(DiffusionPipeline):
         if len(given) > 1:
             raise ValueError("give timesteps or sigmas, not both")
         takes = set(inspect.signature(self.scheduler.set_timesteps).parameters)
-        if self.scheduler.config.get("use_flow_sigmas"):
+        if self.scheduler.config.get("use_flow_sigmas") and "sigmas" not in takes:
             takes.clear()  # diffusers computes these sigmas from a number of steps only
         for name, values in given.items():
             if name not in takes or not len(values):

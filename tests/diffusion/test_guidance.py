@@ -41,10 +41,11 @@ def build_predictor(
     scale: float,
     method: AlignmentMethod | None = None,
     high: float = 999,
+    schedule: NoiseSchedule = SCHEDULE,
 ) -> GuidedPredictor:
     null = backbone.encode_condition(NULL[None])
     methods = [method] if method else []
-    return GuidedPredictor(backbone, SCHEDULE, CONTEXTS, null, Guidance(scale, high=high), methods)
+    return GuidedPredictor(backbone, schedule, CONTEXTS, null, Guidance(scale, high=high), methods)
 
 
 @pytest.mark.parametrize("scale", [3.0, 0.5])
@@ -240,20 +241,27 @@ class Recorder:
         return self.changes.pop(0)
 
 
-@pytest.mark.parametrize("high", [999.0, 399.0])
+@pytest.mark.parametrize(
+    ("prediction", "high"), [("epsilon", 999.0), ("epsilon", 399.0), ("v", 999.0), ("flow", 999.0)]
+)
 @FUSIONS
 def test_a_method_gets_clean_latents_with_a_gradient_to_the_context(
-    fusion: str, high: float
+    fusion: str, prediction: Prediction, high: float
 ) -> None:
-    method = Recorder(Change())
+    method, schedule = Recorder(Change()), NoiseSchedule("cpu", prediction)
     backbone = build_backbone(fusion)
-    noise = build_predictor(backbone, 3.0, method, high)(X_T, TIMESTEPS)
-    # A method that changes nothing leaves the noise unchanged.
-    assert torch.equal(noise, build_predictor(backbone, 3.0, None, high)(X_T, TIMESTEPS))
+    predicted = build_predictor(backbone, 3.0, method, high, schedule)(X_T, TIMESTEPS)
+    # A method that changes nothing leaves the prediction unchanged.
+    plain = build_predictor(backbone, 3.0, None, high, schedule)(X_T, TIMESTEPS)
+    assert torch.equal(predicted, plain)
     context = CONTEXTS.clone().requires_grad_()
     clean = method.seen[0].predict_clean(context)
-    noised = NoiseSchedule().add_noise(clean, noise, TIMESTEPS)
-    torch.testing.assert_close(noised, X_T, rtol=1e-4, atol=1e-4)
+    # x_t, taken apart into this x_0 and noise, has the target that the network predicted.
+    zero = torch.zeros_like(X_T)
+    sigma = schedule.add_noise(zero, torch.ones_like(X_T), TIMESTEPS)
+    noise = (X_T - schedule.add_noise(clean, zero, TIMESTEPS)) / sigma
+    target = schedule.target(clean, noise, TIMESTEPS)
+    torch.testing.assert_close(target, predicted, rtol=1e-4, atol=1e-4)
     (gradient,) = torch.autograd.grad(clean[2].sum(), context)
     assert [bool(row.any()) for row in gradient] == [False, False, True, False, False]
 

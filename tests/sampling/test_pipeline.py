@@ -296,7 +296,8 @@ def test_schedulers_of_diffusers_for_flows_work(components: dict[str, Any], name
 
 
 def test_a_list_of_sigmas_is_that_of_the_flows_scheduler(components: dict[str, Any]) -> None:
-    pipeline = flow_pipeline(components, diffusers.FlowMatchEulerDiscreteScheduler())
+    euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(FLOW)
+    pipeline = flow_pipeline(components, euler)
     pipeline("x", sigmas=[1.0, 0.5, 0.25], output_type="latent")
     assert pipeline.scheduler.timesteps.tolist() == [1000.0, 500.0, 250.0]
     pipeline = flow_pipeline(components, diffusers.DPMSolverMultistepScheduler(**FLOW))
