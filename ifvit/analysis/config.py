@@ -58,6 +58,8 @@ class PlanConfig:
     """activation_checkpointing of the training recipe."""
     num_ema: PositiveInt = 1
     """Number of EMA weights (ema_decays of the training recipe)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """optim.optimizer of the training recipe; muon excludes ZeRO."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """The GPUs and their connections."""
     json: bool = False

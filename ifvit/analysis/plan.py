@@ -23,6 +23,7 @@ from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.cost import count_cost
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.presets import PRESETS
+from ifvit.models.weights import describe_backbone
 
 VALUE = 4
 """Bytes of a parameter, gradient, moment or EMA weight; the engine keeps all of them in fp32."""
@@ -51,9 +52,9 @@ class PlanRow:
     flops_per_step: float
     """Model FLOPs of all GPUs: three forward passes with attention, without recomputation."""
     memory_by_stage: tuple[float, ...]
-    """Bytes per GPU under ZeRO stage 0, 1, 2, 3."""
+    """Bytes per GPU under ZeRO stage 0, 1, 2, 3; with Muon under stage 0 alone."""
     zero_stage: int
-    """The lowest stage that fits, or 3 if none fits; the fields below assume this stage."""
+    """The lowest stage that fits, or the last if none fits; the fields below assume this stage."""
     fits: bool
     network_bytes: float
     """Bytes per step through the network adapter of a GPU, one way."""
@@ -96,9 +97,15 @@ def _plan_row(
 ) -> PlanRow:
     cost, hardware, num_ema = count_cost(backbone), config.hardware, config.num_ema
     params, batch = cost.params, config.batch_per_gpu
-    memory = tuple(state_bytes(params, gpus, stage, num_ema) + activations for stage in range(4))
+    shapes = _muon_shapes(backbone) if config.optimizer == "muon" else []
+    saved = VALUE * sum(rows * columns for rows, columns in shapes)  # one tensor, not two
+    memory = tuple(
+        state_bytes(params, gpus, stage, num_ema) - saved + activations
+        for stage in range(1 if shapes else 4)
+    )
     available = (1 - RESERVE) * hardware.memory_bytes
-    stage = next((stage for stage in range(4) if memory[stage] <= available), 3)
+    fitting = [stage for stage, size in enumerate(memory) if size <= available]
+    stage = fitting[0] if fitting else len(memory) - 1
 
     # Every stage scatters the gradients once; stages 0 to 2 gather once, stage 3 gathers twice.
     size, num_collectives = VALUE * params, 3 if stage == 3 else 2
@@ -106,10 +113,13 @@ def _plan_row(
     recomputed = 4 / 3 if config.activation_checkpointing else 1
     compute = recomputed * flops / (hardware.flops_per_s * hardware.efficiency)
     communication = num_collectives * collective_seconds(size, gpus, hardware)
-    update = update_bytes(params, gpus, stage, num_ema) / hardware.bytes_per_s
+    update = (update_bytes(params, gpus, stage, num_ema) - 2 * saved) / hardware.bytes_per_s
+    update += sum(muon_flops(*shape) for shape in shapes) / (
+        hardware.flops_per_s * hardware.efficiency
+    )
     best, worst = max(compute, communication) + update, compute + communication + update
 
-    checkpoint, exported = size * (3 + num_ema), size * (1 + num_ema)
+    checkpoint, exported = size * (3 + num_ema) - saved, size * (1 + num_ema)
     nodes = max(1, gpus // hardware.gpus_per_node)
     return PlanRow(
         name=name,
@@ -129,6 +139,17 @@ def _plan_row(
         save_seconds=(checkpoint / nodes + exported) / hardware.store_bytes_per_s,
         loader_bytes_per_s=sample_bytes(backbone) * (batch * gpus / nodes) / best,
     )
+
+
+def _muon_shapes(config: FusionTransformerConfig) -> list[tuple[int, int]]:
+    """Return the shorter and the longer side of each matrix that Muon updates."""
+    matrices = describe_backbone(config).block_matrices().values()
+    return [(min(matrix.shape), max(matrix.shape)) for matrix in matrices]
+
+
+def muon_flops(rows: int, columns: int) -> int:
+    """Return the operations of five Newton-Schulz iterations; every GPU runs them on all."""
+    return 5 * (4 * rows**2 * columns + 2 * rows**3)
 
 
 def state_bytes(params: int, gpus: int, stage: int, num_ema: int) -> float:

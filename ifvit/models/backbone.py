@@ -96,6 +96,17 @@ class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their con
     def parts(self) -> list[nn.Module]:
         """Return the parts that are compiled, or recomputed in the backward pass, one by one."""
 
+    def block_matrices(self) -> dict[str, nn.Parameter]:
+        """Weights of the linear layers within `parts` by name, except those that modulate."""
+        within = {module for part in self.parts() for module in part.modules()}
+        return {
+            f"{name}.weight": module.weight
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear)
+            and module in within
+            and not name.endswith(("modulation.linear", "time_emb_proj"))
+        }
+
     def _encode(self, latents: Tensor, condition: Tensor | EncodedCondition) -> EncodedCondition:
         """Check the latents, and encode the condition unless it is encoded already."""
         size = self.config.latent_size

@@ -227,8 +227,8 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
         def read(name: str) -> Tensor:
             if name not in file_of:
                 raise UserError(
-                    f"{checkpoint.url}: holds no {name}; use the ema_decays and backbone of that "
-                    "run"
+                    f"{checkpoint.url}: holds no {name}; use the ema_decays, the backbone and the "
+                    "optim.optimizer of that run"
                 )
             with reading(f"{checkpoint.url}: {shorten(name)} cannot be read"):
                 tensor: Tensor = file_of[name].get_tensor(name)

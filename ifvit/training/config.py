@@ -34,8 +34,11 @@ NumSolverSteps = Annotated[int, Rule("from 2 to 999", lambda value: 2 <= value <
 
 @record
 class OptimConfig:
-    """AdamW, whose learning rate rises from 0, stays constant, and may fall to 0 at the end."""
+    """The learning rate rises from 0, stays constant, and may fall to 0 at the end."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, at the same learning rate and weight decay, and
+    AdamW for all else."""
     learning_rate: NonNegativeFloat = 2e-4
     """Learning rate after the warm-up."""
     weight_decay: NonNegativeFloat = 0.03
@@ -57,7 +60,8 @@ class EngineConfig:
     """How a step runs on this hardware; it changes results only by rounding."""
 
     backend: Literal["auto", "plain", "deepspeed"] = "auto"
-    """auto: DeepSpeed for several processes or for offload, otherwise plain PyTorch."""
+    """auto: DeepSpeed for several processes or for offload, otherwise plain PyTorch; with Muon
+    always plain."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What is partitioned among processes: 1 the moments, 2 also the gradients, 3 also the
     parameters and EMA weights, 0 nothing (PyTorch's DDP)."""
@@ -218,6 +222,14 @@ class TrainConfig:
             raise UserError(
                 f"keep_best: {VALIDATION_LOSS} needs validation.shards, and checkpoint_every a "
                 "multiple of validation.every"
+            )
+        engine = self.engine
+        if self.optim.optimizer == "muon" and (
+            engine.backend == "deepspeed" or engine.offload_optimizer
+        ):
+            raise UserError(
+                "optim.optimizer: muon needs engine.backend: plain without offload_optimizer; "
+                "ZeRO shards matrices, which Muon needs whole"
             )
 
 

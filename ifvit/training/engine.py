@@ -6,7 +6,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from ifvit.models.weights import describe_backbone
 from ifvit.records import NonNegativeInt, PositiveFloat, record
 from ifvit.rng import normal
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
+from ifvit.training.optimizers import build_optimizers, create_moments, learning_rate, state_names
 from ifvit.training.profiling import StepTimer
 
 
@@ -49,40 +50,6 @@ class EMA:
 def weights_prefix(ema_decay: float | None) -> str:
     """Prefix of the names of weights in the state: `backbone.` for None, else `ema0.9999.`."""
     return "backbone." if ema_decay is None else f"ema{ema_decay}."
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""The state tensors that AdamW keeps for each parameter, in the parameter's shape."""
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-
-
-def build_optimizer(backbone: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); norms decay only if `config.decay_norms` is set.
-
-    The learning rate is 0 until `Engine.set_learning_rate` sets it.
-    """
-    norms = [module for module in backbone.modules() if isinstance(module, _NORMS)]
-    exempt = [] if config.decay_norms else [p for norm in norms for p in norm.parameters()]
-    decayed = [p for p in backbone.parameters() if all(p is not other for other in exempt)]
-    pairs = [(decayed, config.weight_decay), (exempt, 0.0)]
-    groups = [{"params": found, "weight_decay": decay} for found, decay in pairs if found]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
-
-
-def create_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
-    """Create AdamW's zero state for `tensors` now instead of at the first step."""
-    for tensor in tensors:
-        optimizer.state[tensor] = {
-            "step": torch.zeros((), device=tensor.device),
-            **{key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS},
-        }
-
-
-def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
-    """Learning rate of the update after `step` steps: linear rise, constant, linear fall."""
-    rise = step / config.warmup_steps if config.warmup_steps else 1.0
-    fall = (max_steps - step) / config.cooldown_steps if config.cooldown_steps else 1.0
-    return config.learning_rate * min(rise, fall, 1.0)
 
 
 GROWTH_INTERVAL = 2000
@@ -164,7 +131,7 @@ def choose_normal_sampler(config: EngineConfig) -> NormalSampler:
 class Engine:
     """Trains one backbone on one process, or on several with PyTorch's DDP.
 
-    Parameters, AdamW's moments and EMA weights are fp32 in every precision. Here each process
+    Parameters, the optimizers' state and EMA weights are fp32 in every precision. Here each process
     holds all of them; the subclasses in `ifvit.training.zero` hold shards. `iter_state` and
     `load_state` exchange full tensors by name, so a run that was saved by one engine continues
     with any other and on any number of processes.
@@ -190,10 +157,12 @@ class Engine:
         """The network that is trained; under ZeRO stage 3 its parameters are partitioned."""
         self.backbone.set_attention(config.engine.attention)
         prepare_forward(self.backbone, config.engine, self.device)
-        optimizer = build_optimizer(self.backbone, config.optim)
-        self._model, prepared = self._accelerator.prepare(self.backbone, optimizer)
-        self._optimizer: Any = prepared.optimizer  # torch's AdamW, or DeepSpeed's ZeRO around it
+        optimizers = build_optimizers(self.backbone, config.optim)
+        self._model, *prepared = self._accelerator.prepare(self.backbone, *optimizers)
+        # The first is torch's AdamW, or DeepSpeed's ZeRO around it.
+        self._optimizers: list[Any] = [wrapped.optimizer for wrapped in prepared]
         self._parameters = dict(self.backbone.named_parameters())
+        self._state_names = list(state_names(self.backbone, config.optim))
         self._create_moments()
         with torch.no_grad():
             for name, parameter in self._parameters.items():
@@ -229,8 +198,9 @@ class Engine:
     def set_learning_rate(self, step: int, max_steps: int) -> float:
         """Set and return the learning rate of the update that follows `step` finished ones."""
         rate = learning_rate(step, max_steps, self._optim)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         return rate
 
     def step(self) -> Tensor:
@@ -251,10 +221,10 @@ class Engine:
             self._frozen_steps += nonfinite
         else:
             self._count_update(applied=not nonfinite.item())
-        # AdamW's fused kernel reads this flag on the device and then skips the update.
-        self._optimizer.found_inf = nonfinite
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.found_inf = nonfinite  # read on the device, where the update is then skipped
+            optimizer.step()
+            optimizer.zero_grad()
         return norm
 
     def _count_update(self, *, applied: bool) -> None:
@@ -298,16 +268,15 @@ class Engine:
     def iter_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all learned state as full fp32 tensors; all processes call this together.
 
-        The names are `backbone.NAME`, `ema0.9999.NAME` for each decay, `exp_avg.NAME` and
-        `exp_avg_sq.NAME`, in the same order on every process. Copy a tensor to keep it beyond the
+        The names are `backbone.NAME`, `ema0.9999.NAME` for each decay, and the optimizers' state
+        as `exp_avg.NAME`, in the same order on every process. Copy a tensor to keep it beyond the
         next update.
         """
         for decay in (None, *self._emas):
             for name, tensor in self.iter_weights(decay):
                 yield f"{weights_prefix(decay)}{name}", tensor
-        for key in MOMENTS:
-            for name, parameter in self._parameters.items():
-                yield f"{key}.{name}", self._gather_moment(parameter, key)
+        for key, name in self._state_names:
+            yield f"{key}.{name}", self._gather_moment(self._parameters[name], key)
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor]) -> None:
@@ -330,8 +299,8 @@ class Engine:
 
         for name, parameter in self._parameters.items():
             self._load_parameter(parameter, read_full(weights_prefix(None), name))
-            for key in MOMENTS:
-                self._load_moment(parameter, key, read_full(f"{key}.", name))
+        for key, name in self._state_names:
+            self._load_moment(self._parameters[name], key, read_full(f"{key}.", name))
         for decay, ema in self._emas.items():
             for (name, parameter), shard in zip(self._parameters.items(), ema.tensors, strict=True):
                 shard.copy_(self._scatter(read_full(weights_prefix(decay), name), parameter))
@@ -374,10 +343,11 @@ class Engine:
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:
-        return cast(torch.optim.Optimizer, self._optimizer)
+        return cast(torch.optim.Optimizer, self._optimizers[0])
 
     def _create_moments(self) -> None:
-        create_moments(self._adamw, self._parameters.values())
+        for group in self._adamw.param_groups:
+            create_moments(self._adamw, group["params"])
 
     def _shards(self) -> list[Tensor]:
         """The shard of each parameter that this process holds."""
@@ -392,10 +362,11 @@ class Engine:
         return full
 
     def _gather_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        return cast(Tensor, self._adamw.state[parameter][key])
+        (state,) = (one.state[parameter] for one in self._optimizers if parameter in one.state)
+        return cast(Tensor, state[key])
 
     def _load_parameter(self, parameter: nn.Parameter, full: Tensor) -> None:
         parameter.copy_(full)
 
     def _load_moment(self, parameter: nn.Parameter, key: str, full: Tensor) -> None:
-        self._adamw.state[parameter][key].copy_(full)
+        self._gather_moment(parameter, key).copy_(full)

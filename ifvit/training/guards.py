@@ -18,13 +18,14 @@ from ifvit.config import dump_config
 from ifvit.connections import is_remote
 from ifvit.distributed import World
 from ifvit.errors import EXIT_PREEMPTED, UserError
-from ifvit.models.cost import count_cost
 from ifvit.models.pretrained import identify, place_of, resolve_pretrained
+from ifvit.models.weights import describe_backbone
 from ifvit.records import parse_value, parse_yaml, shorten
 from ifvit.shards.format import EncoderIdentity
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import exists, join, read_bytes, write_bytes
 from ifvit.training.config import TrainConfig
+from ifvit.training.optimizers import state_names
 
 MAY_CHANGE = {
     *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
@@ -105,10 +106,10 @@ def check_recipe(config: TrainConfig) -> None:
     before = asdict(parse_value(TrainConfig, parse_yaml(read_bytes(path), path), path))
     now = asdict(config)
     for key in sorted(set(now) - MAY_CHANGE):
-        is_backbone = key == "backbone"  # a checkpoint of another one cannot be continued
-        remedy = "train" if is_backbone else "continue"
-        source = "" if is_backbone else f" --resume {config.run}"
         for name, old, new in differences(key, before[key], now[key]):
+            # A checkpoint of another backbone or optimizer cannot be continued.
+            fits = key != "backbone" and name != "optim.optimizer"
+            remedy, source = ("continue", f" --resume {config.run}") if fits else ("train", "")
             raise UserError(
                 f"{config.run}: started with {name}: {shorten(old)}, the recipe now says "
                 f"{new}; restore that value, or {remedy} in a new run: --run NEW{source}"
@@ -129,10 +130,13 @@ def write_recipe(config: TrainConfig) -> None:
     write_bytes(join(config.run, "config.yaml"), dump_config(config).encode())
     if is_remote(config.run):
         return
-    # A checkpoint holds parameters, two moments and EMA weights; the exported weights hold the
-    # parameters and the EMA weights again.
-    num_copies = (3 + len(config.ema_decays)) + (1 + len(config.ema_decays))
-    needed = 4 * count_cost(config.backbone).params * num_copies
+    # A checkpoint holds parameters, EMA weights and the optimizers' state; the exported weights
+    # hold the parameters and the EMA weights again.
+    backbone = describe_backbone(config.backbone)
+    parameters = dict(backbone.named_parameters())
+    num_values = 2 * (1 + len(config.ema_decays)) * sum(p.numel() for p in parameters.values())
+    num_values += sum(parameters[name].numel() for _, name in state_names(backbone, config.optim))
+    needed = 4 * num_values
     free = shutil.disk_usage(config.run).free
     if free < needed:
         raise UserError(

@@ -26,7 +26,7 @@ from ifvit.models.weights import (
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
 from ifvit.training.checkpoint import committed_steps, resume
-from ifvit.training.config import EngineConfig, TrainConfig
+from ifvit.training.config import TrainConfig
 from ifvit.training.data import Batches, BatchOrder
 from ifvit.training.engine import Engine, choose_normal_sampler
 from ifvit.training.guards import (
@@ -63,7 +63,7 @@ def _train_on(reader: ShardReader, config: TrainConfig) -> TrainState:
         check_held_out(ShardReader(config.validation.shards, config.cache), reader, config)
     initial = initial_tensors(config, reader)
     batches = _build_batches(config, reader)
-    engine = choose_engine(config.engine)(config, initial, batches.num_micro_batches)
+    engine = choose_engine(config)(config, initial, batches.num_micro_batches)
     engine.group.on_main(lambda: storage.require_no_links_out(config.run))
     lease = engine.group.on_main(lambda: Lease.acquire(config.run))
     with lease.held() if engine.world.is_main else nullcontext():
@@ -187,19 +187,20 @@ def _scaling_factor(config: TrainConfig, reader: ShardReader) -> float:
     return reader.manifest.scaling_factor if given is None else given
 
 
-def choose_engine(config: EngineConfig) -> type[Engine]:
+def choose_engine(config: TrainConfig) -> type[Engine]:
     """The engine for this recipe and number of processes.
 
     Raises UserError when the recipe asks plain PyTorch for what only DeepSpeed does.
     """
+    engine, is_adamw = config.engine, config.optim.optimizer == "adamw"
     # One process has nothing to partition, and ZeRO would cost it a copy and a wait every step.
-    is_useful = World.from_environment().size > 1 or config.offload_optimizer
-    if config.backend == "deepspeed" or (
-        config.backend == "auto" and config.zero_stage and is_useful
+    is_useful = World.from_environment().size > 1 or engine.offload_optimizer
+    if engine.backend == "deepspeed" or (
+        engine.backend == "auto" and engine.zero_stage and is_useful and is_adamw
     ):
         from ifvit.training.zero import Zero3Engine, ZeroEngine  # takes seconds to import
 
-        return ZeroEngine if config.zero_stage < 3 else Zero3Engine
-    if config.offload_optimizer:
+        return ZeroEngine if engine.zero_stage < 3 else Zero3Engine
+    if engine.offload_optimizer:
         raise UserError("engine.offload_optimizer: needs DeepSpeed; set engine.backend: deepspeed")
     return Engine

@@ -30,7 +30,8 @@ from torch import Tensor, distributed, nn
 from ifvit.models.backbone import Backbone
 from ifvit.models.weights import construct_backbone
 from ifvit.training.config import EngineConfig, TrainConfig
-from ifvit.training.engine import Engine, create_moments
+from ifvit.training.engine import Engine
+from ifvit.training.optimizers import create_moments
 
 
 class ZeroEngine(Engine):
@@ -46,7 +47,7 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this micro-batch's mean loss; DeepSpeed applies the scale."""
         if self.loss_scale is not None:
-            self._optimizer.override_loss_scale(self.loss_scale.value)
+            self._optimizers[0].override_loss_scale(self.loss_scale.value)
         self._model.backward(loss)
 
     def step(self) -> Tensor:
@@ -101,11 +102,11 @@ class ZeroEngine(Engine):
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:
-        return cast(torch.optim.Optimizer, self._optimizer.optimizer)
+        return cast(torch.optim.Optimizer, self._optimizers[0].optimizer)
 
     def _create_moments(self) -> None:
-        create_moments(self._adamw, self._optimizer.single_partition_of_fp32_groups)
-        self._optimizer._lazy_init_hp_params_optimizer_state()
+        create_moments(self._adamw, self._optimizers[0].single_partition_of_fp32_groups)
+        self._optimizers[0]._lazy_init_hp_params_optimizer_state()
 
     def _gather_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         return cast(Tensor, safe_get_full_optimizer_state(parameter, key))
@@ -127,7 +128,7 @@ class Zero3Engine(ZeroEngine):
             return construct_backbone(config.backbone)
 
     def _create_moments(self) -> None:
-        create_moments(self._adamw, self._optimizer.fp32_partitioned_groups_flat)
+        create_moments(self._adamw, self._optimizers[0].fp32_partitioned_groups_flat)
 
     def _shards(self) -> list[Tensor]:
         return [cast(Any, parameter).ds_tensor for parameter in self._parameters.values()]
