@@ -25,7 +25,7 @@ from ifvit.models.backbone import Backbone
 from ifvit.models.weights import describe_backbone
 from ifvit.records import NonNegativeInt, PositiveFloat, record
 from ifvit.rng import normal
-from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
+from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.optimizers import build_optimizers, create_moments, learning_rate, state_names
 from ifvit.training.profiling import StepTimer
 

@@ -25,11 +25,11 @@ def build_adamw(
     Norms decay only if `config.decay_norms` is set. The learning rate is 0 until
     `Engine.set_learning_rate` sets it.
     """
-    norms = [module for module in module.modules() if isinstance(module, _NORMS)]
-    exempt = set() if config.decay_norms else {p for norm in norms for p in norm.parameters()}
-    parameters = [p for p in module.parameters() if p not in set(others)]
-    decayed = [p for p in parameters if p not in exempt]
-    pairs = [(decayed, config.weight_decay), ([p for p in parameters if p in exempt], 0.0)]
+    norms = [part for part in module.modules() if isinstance(part, _NORMS)]
+    exempt = [] if config.decay_norms else [p for norm in norms for p in norm.parameters()]
+    excluded = {*others, *exempt}
+    decayed = [p for p in module.parameters() if p not in excluded]
+    pairs = [(decayed, config.weight_decay), (exempt, 0.0)]
     groups = [{"params": found, "weight_decay": decay} for found, decay in pairs if found]
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
 
@@ -71,7 +71,7 @@ _DECAY = 0.95
 """Decay of Muon's momentum."""
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
-_BATCH_VALUES = 2**26
+_BATCH_VALUES = 2**24
 """Number of values of the matrices that are orthogonalised together, which bounds the memory."""
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.analysis.config import HardwareConfig, PlanConfig
 from ifvit.analysis.plan import (
@@ -31,6 +32,7 @@ from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.cost import count_cost
 from ifvit.models.presets import CLASS_PRESETS, PRESETS
 from ifvit.models.weights import build_backbone
+from ifvit.training.optimizers import iterate
 
 BILLION = 10**9
 HARDWARE = HardwareConfig()
@@ -170,6 +172,20 @@ def test_one_gpu_takes_the_sum_of_its_parts() -> None:
     assert row.step_seconds == pytest.approx((step, step))
     assert row.save_seconds == pytest.approx((16 + 8) * cost.params / 2e9)
     assert row.loader_bytes_per_s == pytest.approx(8 * sample_bytes(shape) / step)
+
+
+def test_muon_keeps_one_tensor_for_each_matrix_and_computes_in_every_update() -> None:
+    config = PlanConfig(backbone=TINY, gpus=(8,))
+    (adamw,), (muon,) = plan_rows(config), plan_rows(dataclasses.replace(config, optimizer="muon"))
+    matrices = build_backbone(TINY).block_matrices().values()
+    num_bytes = 4 * sum(matrix.numel() for matrix in matrices)
+    assert muon.memory_by_stage == (adamw.memory_by_stage[0] - num_bytes,)
+    assert (muon.zero_stage, muon.checkpoint_bytes) == (0, adamw.checkpoint_bytes - num_bytes)
+    with FlopCounterMode(display=False) as counter:
+        for matrix in matrices:
+            iterate(matrix[None] if matrix.shape[0] < matrix.shape[1] else matrix.T[None])
+    seconds = counter.get_total_flops() / (989e12 * 0.5) - 2 * num_bytes / 4.8e12
+    assert muon.update_seconds == pytest.approx(adamw.update_seconds + seconds)
 
 
 @pytest.mark.parametrize(("memory", "stage", "passes"), [(141e9, 0, 2), (1e9, 3, 3)])

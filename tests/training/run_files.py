@@ -14,6 +14,7 @@ from accelerate.utils.other import get_free_port
 from made_backbone import small_shape
 from made_shards import make_samples, write_shards
 
+from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, read_training_rows, row_url
 from ifvit.sampling.config import SamplingConfig
@@ -24,6 +25,14 @@ CONTEXT_SHAPE = (5, 12)
 FORKS = multiprocessing.get_context("forkserver")
 """Processes forked from one that has imported what takes longer than these runs take to train."""
 FORKS.set_forkserver_preload(["ifvit.training.train", "ifvit.training.zero"])
+
+
+FLOW = ObjectiveConfig(prediction="flow", timesteps="logit_normal")
+FLOW_AND_MUON = {
+    "objective": FLOW,
+    "optim": OptimConfig(optimizer="muon", learning_rate=1e-2, warmup_steps=4, max_grad_norm=0.5),
+}
+"""Fields of a recipe with the objective and the optimizer that are not the defaults."""
 
 
 def write_dataset(folder: Path, seed: int = 0) -> str:

@@ -4,19 +4,17 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from made_backbone import backbone_inputs, small_shape
 from run_files import losses, rows, small_recipe
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.diffusion.objectives import Objective
 from ifvit.errors import UserError
-from ifvit.models.layers import RMSNorm
 from ifvit.models.presets import PRESETS
 from ifvit.models.weights import build_backbone, initial_weights, load_weights
 from ifvit.training import engine
@@ -26,8 +24,6 @@ from ifvit.training.engine import (
     GROWTH_INTERVAL,
     Engine,
     LossScale,
-    build_optimizer,
-    learning_rate,
     prepare_forward,
 )
 from ifvit.training.train import train
@@ -69,33 +65,6 @@ def test_a_run_exports_the_ema_of_its_weights_also_across_a_restart(recipe: Reci
             assert (info.step, info.ema_decay) == (step, decay)
             torch.testing.assert_close(dict(exported.state_dict()), ema)
     assert not torch.allclose(emas["ema"][1]["pos_embed"], weights["pos_embed"])
-
-
-def test_the_learning_rate_falls_linearly_to_zero_over_the_cooldown() -> None:
-    optim = OptimConfig(learning_rate=1.0, warmup_steps=2, cooldown_steps=4)
-    rates = [learning_rate(step, 10, optim) for step in range(11)]
-    assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
-
-
-@pytest.mark.parametrize("decay_norms", [False, True])
-def test_the_first_update_is_adamws_and_norms_decay_only_by_recipe(decay_norms: bool) -> None:
-    config = OptimConfig(weight_decay=0.2, betas=(0.7, 0.6), decay_norms=decay_norms)
-    layers = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), RMSNorm(3), nn.GroupNorm(1, 3))
-    optimizer = build_optimizer(layers, config)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.5
-    for parameter in layers.parameters():
-        nn.init.constant_(parameter, 4.0)
-        parameter.grad = torch.full_like(parameter, 3.0)
-    optimizer.step()
-    for name, parameter in layers.named_parameters():
-        # Corrected for their zero start the moments are g and g^2, and their quotient is 1.
-        decay = 0.2 if decay_norms or name.startswith("0.") else 0.0
-        expected = (1 - 0.5 * decay) * 4.0 - 0.5
-        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected))
-        moments = optimizer.state[parameter]
-        torch.testing.assert_close(moments["exp_avg"], torch.full_like(parameter, 0.3 * 3.0))
-        torch.testing.assert_close(moments["exp_avg_sq"], torch.full_like(parameter, 0.4 * 9.0))
 
 
 def test_the_gradient_is_clipped_to_the_norm_of_the_recipe(
@@ -275,18 +244,26 @@ class NoteWaits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("fields", "tolerate_nonfinite", "num_waits"),
-    [({}, 0, 0), ({"precision": "bf16"}, 0, 0), ({"precision": "fp16"}, 0, 1), ({}, 1, 1)],
+    ("fields", "optimizer", "tolerate_nonfinite", "num_waits"),
+    [
+        ({}, "adamw", 0, 0),
+        ({"precision": "bf16"}, "muon", 0, 0),
+        ({"precision": "fp16"}, "adamw", 0, 1),
+        ({}, "adamw", 1, 1),
+    ],
 )
 def test_the_host_waits_for_the_device_only_when_it_must_look_at_the_gradient(
-    fields: dict[str, Any], tolerate_nonfinite: int, num_waits: int
+    fields: dict[str, Any],
+    optimizer: Literal["adamw", "muon"],
+    tolerate_nonfinite: int,
+    num_waits: int,
 ) -> None:
     config = small_recipe(
         "run",
         "shards",
         backbone=PRESETS["tiny"],
         engine=replace(PLAIN, **fields),
-        optim=OptimConfig(max_grad_norm=1.0),
+        optim=OptimConfig(optimizer=optimizer, max_grad_norm=1.0),
         tolerate_nonfinite=tolerate_nonfinite,
     )
     plain = Engine(config, initial_weights(config.backbone, config.seed))

@@ -51,6 +51,9 @@ def test_another_recipe_in_the_same_run_directory_is_an_error(recipe: Recipe) ->
     other = replace(config.backbone, norm="rms_norm")
     with pytest.raises(UserError, match=r"backbone\.norm: .* or train in a new run: --run NEW$"):
         train(replace(config, backbone=other))
+    muon = replace(config.optim, optimizer="muon")
+    with pytest.raises(UserError, match=r"optim\.optimizer: .* or train in a new run: --run NEW$"):
+        train(replace(config, optim=muon))
     slower = replace(config.optim, learning_rate=1e-5)
     with pytest.raises(UserError, match=r"started with optim\.learning_rate: .* now says 1e-05"):
         train(replace(config, optim=slower))
@@ -171,7 +174,8 @@ def test_a_disk_too_full_for_the_next_checkpoint_is_an_error(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", ["free"])
-    config = recipe(ema_decays=(0.9, 0.99), max_steps=1)
+    muon = OptimConfig(optimizer="muon")
+    config = recipe(ema_decays=(0.9, 0.99), max_steps=1, optim=muon)
     train(config)
     files = list(Path(config.run).rglob("*.safetensors"))
     written = sum(path.stat().st_size for path in files)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from made_backbone import SMALL_CLASSES, SMALL_UNET
-from run_files import CONTEXT_SHAPE, finish, losses, start, write_dataset
+from run_files import CONTEXT_SHAPE, FLOW_AND_MUON, finish, losses, start, write_dataset
 
 from ifvit.cli import main
 from ifvit.config import dump_config
@@ -45,12 +46,13 @@ def on_captions(backbone: BackboneConfig) -> BackboneConfig:
 
 
 @every_architecture
-def test_a_resumed_run_on_classes_repeats_the_uninterrupted_one(
+def test_a_resumed_run_on_classes_with_flow_and_muon_repeats_the_uninterrupted_one(
     recipe: Recipe, labelled: str, backbone: BackboneConfig
 ) -> None:
-    whole = recipe("whole", shards=labelled, backbone=backbone, max_steps=4)
+    fields = {"shards": labelled, "backbone": backbone, **FLOW_AND_MUON}
+    whole = recipe("whole", max_steps=4, **fields)
     train(whole)
-    broken = recipe("broken", shards=labelled, backbone=backbone, max_steps=2)
+    broken = recipe("broken", max_steps=2, **fields)
     train(broken)
     train(replace(broken, max_steps=4))
     assert losses(broken) == losses(whole)
@@ -136,6 +138,12 @@ def test_initial_weights_that_do_not_fit_are_an_error(recipe: Recipe, whole: Tra
 def test_offload_without_deepspeed_is_an_error(recipe: Recipe) -> None:
     with pytest.raises(UserError, match=r"engine\.offload_optimizer: needs DeepSpeed"):
         train(recipe(engine=EngineConfig(backend="plain", offload_optimizer=True)))
+
+
+@pytest.mark.parametrize("fields", [{"backend": "deepspeed"}, {"offload_optimizer": True}])
+def test_muon_with_zero_is_an_error(recipe: Recipe, fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"optim\.optimizer: muon needs engine\.backend: plain"):
+        recipe(engine=EngineConfig(**fields), **FLOW_AND_MUON)
 
 
 def test_a_run_that_was_taken_over_commits_nothing_more(

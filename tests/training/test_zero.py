@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from made_backbone import SMALL_UNET
-from run_files import finish, losses, rows, small_recipe, start
+from run_files import FLOW, FLOW_AND_MUON, finish, losses, rows, small_recipe, start
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -23,8 +23,9 @@ from ifvit.errors import UserError
 from ifvit.models.cost import count_cost
 from ifvit.models.weights import describe_backbone, initial_weights, load_weights
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
-from ifvit.training.engine import MOMENTS, Engine
+from ifvit.training.engine import Engine
 from ifvit.training.guards import Preempted
+from ifvit.training.optimizers import MOMENTS
 from ifvit.training.train import choose_engine, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -75,9 +76,12 @@ def build_all(
     folder: Path, shards: str, damaged: str, labelled: str, micro_batch_size: int
 ) -> Runs:
     """Every run of the tests below except `hop`, by name."""
-    # This run precedes those with DeepSpeed, which accelerate cannot leave within one process.
+    # These runs precede those with DeepSpeed, which accelerate cannot leave within one process.
     classes = build(folder, labelled, "classes", backbone=SMALL_UNET, max_steps=3)
-    runs = {"classes": classes}
+    wide = replace(small_recipe("run", "shards").backbone, **WIDE)
+    auto = EngineConfig()
+    muon = build(folder, shards, "muon", engine=auto, backbone=wide, max_steps=4, **FLOW_AND_MUON)
+    runs = {"classes": classes, "muon": muon}
     for name, engine in ENGINES.items():
         runs[name] = build(folder, shards, name, engine=engine)
     for name, engine in HALF.items():
@@ -94,7 +98,7 @@ def build_all(
 
 
 def build_hops(folder: Path, shards: str, micro_batch_size: int) -> list[TrainConfig]:
-    """One run as four recipes."""
+    """One run of a flow as four recipes."""
     engines = [ENGINES[name] for name in HOPS] + [EngineConfig(backend="plain")]
     wide = replace(small_recipe("run", "shards").backbone, **WIDE)
     return [
@@ -104,6 +108,7 @@ def build_hops(folder: Path, shards: str, micro_batch_size: int) -> list[TrainCo
             "hop",
             engine=engine,
             backbone=wide,
+            objective=FLOW,
             optim=OptimConfig(learning_rate=1e-3, warmup_steps=4),
             micro_batch_size=micro_batch_size,
             max_steps=4 * number,
@@ -194,7 +199,7 @@ def build_engine(config: TrainConfig) -> Engine:
     """An engine of this recipe before its first step."""
     AcceleratorState._reset_state()
     initial = initial_weights(config.backbone, config.seed)
-    return choose_engine(config.engine)(config, initial)
+    return choose_engine(config)(config, initial)
 
 
 def build_engines(folder: str) -> None:
@@ -277,6 +282,16 @@ def test_a_run_may_change_its_engine_at_every_restart(pair: Runs, alone: Runs) -
     train(alone["hop"])
     assert losses(pair["hop"]) == pytest.approx(losses(alone["hop"]), rel=TOLERANCE)
     assert_same_weights(pair["hop"], alone["hop"])
+
+
+def test_muon_gives_the_losses_of_one_process_which_continues_the_run(
+    pair: Runs, alone: Runs
+) -> None:
+    longer = [replace(run["muon"], max_steps=8, micro_batch_size=8) for run in (pair, alone)]
+    for run in longer:
+        train(run)
+    assert losses(longer[0]) == pytest.approx(losses(longer[1]), rel=TOLERANCE)
+    assert_same_weights(*longer)
 
 
 def test_two_processes_train_another_architecture_on_classes_as_one(
