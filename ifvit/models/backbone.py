@@ -96,7 +96,7 @@ class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their con
     def parts(self) -> list[nn.Module]:
         """Return the parts that are compiled, or recomputed in the backward pass, one by one."""
 
-    def block_matrices(self) -> dict[str, nn.Parameter]:
+    def block_matrices(self) -> dict[str, Tensor]:
         """Weights of the linear layers within `parts` by name, except those that modulate."""
         within = {module for part in self.parts() for module in part.modules()}
         return {

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +95,8 @@ class Muon(torch.optim.Optimizer):
         self.found_inf = torch.zeros((), device=matrices[0].device)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Update all matrices. A `closure` is not supported."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all matrices, without a closure."""
         keep = 1 - self.found_inf
         for group in self.param_groups:
             matrices, rate = group["params"], group["lr"]

@@ -30,7 +30,7 @@ FORKS.set_forkserver_preload(["ifvit.training.train", "ifvit.training.zero"])
 FLOW = ObjectiveConfig(prediction="flow", timesteps="logit_normal")
 FLOW_AND_MUON = {
     "objective": FLOW,
-    "optim": OptimConfig(optimizer="muon", learning_rate=1e-2, warmup_steps=4, max_grad_norm=0.5),
+    "optim": OptimConfig(optimizer="muon", learning_rate=1e-3, warmup_steps=4, max_grad_norm=0.5),
 }
 """Fields of a recipe with the objective and the optimizer that are not the defaults."""
 
