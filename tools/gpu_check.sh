@@ -70,6 +70,7 @@ parallel train train_plain --engine.precision fp32
 parallel train train_bf16 --engine.precision bf16
 parallel train train_checkpointing --engine.activation_checkpointing true --engine.precision $half
 parallel cuda train train_fp16 --engine.precision fp16
+parallel cuda train train_muon --optim.optimizer muon --engine.precision bf16
 parallel train train_attention_sdpa --engine.attention sdpa --engine.precision $half
 parallel train train_attention_math --engine.attention math --engine.precision $half
 for attention in flash cudnn efficient; do

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from made_backbone import backbone_inputs, small_shape
-from run_files import losses, rows, small_recipe
+from run_files import FLOW_AND_MUON, losses, rows, small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ifvit.diffusion.config import ObjectiveConfig
@@ -105,9 +105,8 @@ def test_fp16_skips_updates_that_overflow_and_resumes_with_its_loss_scale(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "LossScale", partial(LossScale, value=2.0**22))
-    half, broken = (
-        recipe(name, engine=EngineConfig(precision="fp16")) for name in ("half", "broken")
-    )
+    fields = {"engine": EngineConfig(precision="fp16"), **FLOW_AND_MUON}
+    half, broken = (recipe(name, **fields) for name in ("half", "broken"))
     assert train(half).nonfinite_steps == 0
     train(replace(broken, max_steps=6))
     train(broken)
