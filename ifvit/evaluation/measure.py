@@ -29,7 +29,7 @@ from ifvit.evaluation.features import (
     load_networks,
 )
 from ifvit.evaluation.held_out_loss import HeldOutLoss
-from ifvit.evaluation.metrics import Estimate, estimate_mean, estimate_share
+from ifvit.evaluation.metrics import Estimate, Floats, estimate_mean, estimate_share
 from ifvit.evaluation.references import RealImages, Reference, list_images, read_reference
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.sampling.load import Model
@@ -69,7 +69,7 @@ class CaptionMetrics:
             else None
         )
         self.prompts = sample_set.read_prompts(self._reader, config.protocol)
-        self._held_out_losses: dict[tuple[str, int], Estimate | None] = {}
+        self._held_out_losses: dict[tuple[str, int], Floats] = {}
         self.sources = {
             "shards_sha256": hash_json([entry.sha256 for entry in manifest.shards]),
             "caption_rule": config.protocol.caption_rule,
@@ -98,13 +98,19 @@ class CaptionMetrics:
         """Measure the samples of the row at `url` and write it; each took `seconds` to generate."""
         folder = rows.samples_url(url)
         sampled, real, description = self._embed(folder), self._real, self._describe(protocol)
-        held_out_loss = self._measure_held_out_loss(model, protocol.sampling.seed)
+        losses = self._measure_held_out_losses(model, protocol.sampling.seed)
+        is_finite = bool(np.isfinite(losses).all())
 
         def write() -> MetricsRow:
             cosines = metrics.cosines(sampled[CLIP].part, self._texts[""])
             scores = self._score_scenes(folder) if protocol.scenes else []
             sample_set.write_overview(
-                folder, self.prompts, cosines.tolist(), scores, self._real_images
+                folder,
+                self.prompts,
+                cosines.tolist(),
+                losses.tolist() if is_finite else (),
+                scores,
+                self._real_images,
             )
             found = scene_accuracies(scores) if scores else {}
             found |= self._compute_metrics(sampled, real)
@@ -117,7 +123,7 @@ class CaptionMetrics:
                 protocol=description,
                 # Images that are measured again keep the time that it took to generate them.
                 seconds_per_image=seconds or (earlier.seconds_per_image if earlier else None),
-                held_out_loss=held_out_loss,
+                held_out_loss=estimate_mean(losses) if is_finite else None,
                 target=model.info.target,
                 **found,  # type: ignore[arg-type]  # some fields are never None
             )
@@ -126,18 +132,14 @@ class CaptionMetrics:
 
         return self._group.on_main(write)
 
-    def _measure_held_out_loss(self, model: Model, seed: int) -> Estimate | None:
-        """Loss over all samples of the protocol; None if it is not finite.
-
-        Rows of one model share it, because it depends on no guidance and no alignment method.
-        """
+    def _measure_held_out_losses(self, model: Model, seed: int) -> Floats:
+        """Losses (N,) of the samples; rows of one model share them, whatever their guidance."""
         key = model.sha256, seed
         if key not in self._held_out_losses:
             device = model.backbone.device
             loss = HeldOutLoss(self._reader, len(self.prompts), model.info, device, seed)
             losses = loss.measure(model.backbone, self._group).mean(axis=1)
-            found = estimate_mean(losses) if np.isfinite(losses).all() else None
-            self._held_out_losses[key] = found
+            self._held_out_losses[key] = losses
         return self._held_out_losses[key]
 
     @cached_property

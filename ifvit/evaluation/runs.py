@@ -5,7 +5,7 @@ Nothing is written, and files that are missing stay missing.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ifvit import storage
@@ -30,8 +30,8 @@ from ifvit.sampling import samples as sample_files
 class Sample:
     """One sample of an evaluation.
 
-    `image` is its URL, `real` the URL of the held-out image, `clip_score` the raw cosine, `scores`
-    what is right about a scene.
+    `image` is its URL, `real` the URL of the held-out image, `clip_score` the raw cosine,
+    `held_out_loss` the mean error on its latents, `scores` what is right about a scene.
     """
 
     prompt: str
@@ -39,6 +39,7 @@ class Sample:
     image: str
     real: str | None
     clip_score: float | None
+    held_out_loss: float | None
     scores: dict[str, bool | None] | None
 
 
@@ -47,23 +48,25 @@ class _Recipe:
     """What reports compute with; they show all other keys of a recipe as text."""
 
     global_batch_size: PositiveInt | None = None
+    validation: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """The contents of one run directory; None or empty: there is no such file.
 
-    `batch_size` is the global one of the recipe. `target` is what the backbone predicts, of which
-    latents; losses of different targets do not compare. `curve` holds the rows of metrics.jsonl,
-    `rows` all evaluations, sorted by protocol name, guidance scale and step. `evaluations` are
-    those of the main series (see `main_series`), by step; `samples` belong to the last of them.
-    `training_grids` are (step, URL).
+    `batch_size` is the global one of the recipe, `validation` the recipe's. `target` is what the
+    backbone predicts, of which latents; losses of different targets do not compare. `curve` holds
+    the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol name, guidance scale and
+    step. `evaluations` are those of the main series (see `main_series`), by step; `samples` belong
+    to the last of them. `training_grids` are (step, URL).
     """
 
     name: str
     url: str
     recipe: dict[str, Any] | None
     batch_size: int | None
+    validation: dict[str, Any]
     backbone: BackboneConfig | None
     target: str | None
     curve: list[TrainingRow]
@@ -118,13 +121,14 @@ def read_run(url: str, name: str) -> Run:
     rows = read_rows(storage.join_inside(url, FOLDER))
     evaluations = main_series(list(rows.values()))
     last = next((row_url for row_url, row in rows.items() if row is evaluations[-1]), None)
-    recipe, batch_size = _read_recipe(storage.join_inside(url, "config.yaml"))
+    recipe, known = _read_recipe(storage.join_inside(url, "config.yaml"))
     backbone, target = _read_backbone(url)
     return Run(
         name=name,
         url=url,
         recipe=recipe,
-        batch_size=batch_size,
+        batch_size=known.global_batch_size,
+        validation=known.validation,
         backbone=backbone,
         target=target,
         curve=read_training_rows(url),
@@ -135,14 +139,14 @@ def read_run(url: str, name: str) -> Run:
     )
 
 
-def _read_recipe(url: str) -> tuple[dict[str, Any] | None, int | None]:
-    """The keys of config.yaml, and the batch size among them; None without the file."""
+def _read_recipe(url: str) -> tuple[dict[str, Any] | None, _Recipe]:
+    """The keys of config.yaml, None without the file, and those that reports compute with."""
     if not storage.exists(url):
-        return None, None
+        return None, _Recipe()
     stored = parse_yaml(storage.read_bytes(url), url)
     recipe: dict[str, Any] = parse_value(dict[str, Any], stored, url)
     known = {key: recipe[key] for key in vars(_Recipe()) if key in recipe}
-    return recipe, parse_value(_Recipe, known, url).global_batch_size
+    return recipe, parse_value(_Recipe, known, url)
 
 
 def short_names(urls: list[str]) -> list[str]:
@@ -172,6 +176,7 @@ def read_samples(folder: str) -> list[Sample]:
             image=storage.join(folder, row.file),
             real=storage.join(folder, row.real) if row.real else None,
             clip_score=row.clip_score,
+            held_out_loss=row.held_out_loss,
             scores=row.scores,
         )
         for row in sample_files.read_samples(folder)

@@ -194,6 +194,7 @@ def write_overview(
     folder: str,
     prompts: Sequence[Prompt],
     clip_scores: Sequence[float] = (),
+    held_out_losses: Sequence[float] = (),
     scene_scores: Sequence[SceneScore] = (),
     real_images: RealImages | None = None,
 ) -> None:
@@ -216,6 +217,7 @@ def write_overview(
             image_id=prompt.image_id,
             real=real.get(prompt.position),
             clip_score=clip_scores[prompt.position] if clip_scores else None,
+            held_out_loss=held_out_losses[prompt.position] if held_out_losses else None,
             scores=asdict(scene_scores[prompt.position]) if scene_scores else None,
         )
         for prompt in prompts

@@ -28,8 +28,8 @@ _T = TypeVar("_T")
 class SampleRow:
     """A row of samples.jsonl: an image in the same folder and what was measured on it.
 
-    `real` is the file of the held-out image, `clip_score` the raw cosine, `scores` what is right
-    about a scene.
+    `real` is the file of the held-out image, `clip_score` the raw cosine, `held_out_loss` the mean
+    error on the held-out latents, `scores` what is right about a scene.
     """
 
     file: PlainName
@@ -38,6 +38,7 @@ class SampleRow:
     image_id: int | str | None = None
     real: PlainName | None = None
     clip_score: float | None = None
+    held_out_loss: float | None = None
     scores: dict[str, bool | None] | None = None
 
 

@@ -179,9 +179,12 @@ class Findings:
         return " ".join(f"{phrases[key]} {names}." for key, names in named.items() if names)
 
 
-def compare(metric: Metric, first: SeedMean, second: SeedMean) -> Comparison:
-    """Compare the second mean with the first."""
-    difference, noise = second.value - first.value, noise_between(first, second)
+def compare(
+    metric: Metric, first: SeedMean, second: SeedMean, *, noise: float | None = None
+) -> Comparison:
+    """Compare the second mean with the first; without `noise`, it is that between the means."""
+    difference = second.value - first.value
+    noise = noise_between(first, second) if noise is None else noise
     values = f"{metric.show(second.value)} against {metric.show(first.value)}"
     size = metric.show(abs(difference)).replace(" %", " points")
     margin = metric.show(noise).replace(" %", " points")
@@ -211,12 +214,18 @@ def find_best(metric: Metric, means: Mapping[Key, SeedMean]) -> Key | None:
 def compare_runs(baseline: Run, other: Run) -> Findings | None:
     """Compare the last evaluations of two runs, metric by metric.
 
+    The held-out loss is compared sample by sample, because both runs saw the same noisy latents.
     Returns None if the protocols differ or if no metric was measured for both runs.
     """
     if mismatches([baseline, other]):
         return None
     comparisons = [
-        compare(metric, mean_over_seeds([first]), mean_over_seeds([second]))
+        compare(
+            metric,
+            mean_over_seeds([first]),
+            mean_over_seeds([second]),
+            noise=_paired_noise(baseline, other) if metric is HELD_OUT_LOSS else None,
+        )
         for metric in METRICS
         if compares(metric, baseline.last, other.last)
         and (first := metric.of(baseline.last))
@@ -224,6 +233,18 @@ def compare_runs(baseline: Run, other: Run) -> Findings | None:
     ]
     title = f"{other.name} against {baseline.name}"
     return Findings(title=title, comparisons=comparisons) if comparisons else None
+
+
+def _paired_noise(first: Run, second: Run) -> float | None:
+    """Half the 95 % interval of the mean difference in held-out loss over the samples of two runs.
+
+    None if the losses of single samples are not known.
+    """
+    losses = [[sample.held_out_loss for sample in run.samples] for run in (first, second)]
+    if len(losses[0]) != len(losses[1]) or len(losses[0]) < 2 or None in losses[0] + losses[1]:
+        return None
+    gains = np.subtract(*np.array(losses, dtype=np.float64))
+    return _quantile(0) * float(gains.std(ddof=1)) / math.sqrt(len(gains))
 
 
 def compares(metric: Metric, first: MetricsRow | None, second: MetricsRow | None) -> bool:

@@ -168,13 +168,13 @@ _CURVES = (  # title, quantity of metrics.jsonl, its label, quantity over it
 def curve_panels(runs: Sequence[Run], colours: Mapping[str, int]) -> list[Panel]:
     """Plot training curves: means of neighbouring log lines, in a band of most single values.
 
-    Losses of different targets do not compare and have panels of their own.
+    Losses that do not compare have panels of their own.
     """
     panels = []
     for title, x, x_label, y in _CURVES:
         groups: dict[str, list[Point]] = {}
         for run in runs:
-            group = (run.target or "no weights yet") if y.endswith("loss") else ""
+            group = _comparable_group(run, y)
             for xs, ys in _bins([(getattr(row, x), getattr(row, y)) for row in run.curve]):
                 point = Point(
                     name=run.name,
@@ -189,6 +189,16 @@ def curve_panels(runs: Sequence[Run], colours: Mapping[str, int]) -> list[Panel]
             name = f"{title}: {group}" if len(groups) > 1 else title
             panels.append(Panel(title=name, x_label=x_label, points=points))
     return panels
+
+
+def _comparable_group(run: Run, quantity: str) -> str:
+    """What a loss of the run is the error of; equal for all runs that compare."""
+    if not quantity.endswith("loss"):
+        return ""
+    target, held_out = run.target or "no weights yet", run.validation
+    if quantity == "loss":
+        return target
+    return f"{target}, {held_out.get('num_samples')} samples of {held_out.get('shards')}"
 
 
 def _bins(pairs: Sequence[tuple[float, float | None]]) -> Iterator[NDArray[np.float64]]:

@@ -94,6 +94,8 @@ def test_the_held_out_loss_needs_no_images_and_is_a_mean_over_the_samples(
     assert found.num_samples == 20
     assert found.standard_error == pytest.approx(losses.mean(axis=1).std(ddof=1) / 20**0.5)
     assert first.target == info.target
+    listed = samples_of(Path(run, "evaluation/test/w1/step_00000007"))
+    assert [one["held_out_loss"] for one in listed] == losses.mean(axis=1).tolist()
 
 
 def test_nothing_is_written_where_a_link_of_the_run_leads(

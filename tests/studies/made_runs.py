@@ -103,7 +103,8 @@ def write_training(
         tensors_sha256="0" * 64,
     )
     files = {
-        folder / "config.yaml": f"seed: {seed}\nglobal_batch_size: 32\nbackbone: {backbone}\n",
+        folder / "config.yaml": f"seed: {seed}\nglobal_batch_size: 32\nbackbone: {backbone}\n"
+        "validation: {shards: made, num_samples: 9}\n",
         folder / "metrics.jsonl": dump_rows(curve).decode(),
         folder / "weights/step_00001200/ema/config.json": backbone,
         folder / "weights/step_00001200/ema/weights.json": dump_sealed(stored).decode(),

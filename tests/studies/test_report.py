@@ -11,7 +11,7 @@ from made_runs import build_row, estimate, write_evaluation, write_run
 
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import MetricsRow
-from ifvit.evaluation.runs import read_runs
+from ifvit.evaluation.runs import Run, read_runs
 from ifvit.sampling.config import SamplingConfig
 from ifvit.storage import write_sealed
 from ifvit.studies.comparisons import compare_runs
@@ -153,12 +153,34 @@ def test_held_out_losses_of_other_targets_are_not_compared(tmp_path: Path) -> No
     }
     named = {title: {point.name for point in panel.points} for title, panel in own.items()}
     assert named == {
-        "Held-out loss over steps: epsilon of vae 000000000000 x 1": {"a", "c"},
-        "Held-out loss over steps: flow of vae 000000000000 x 1": {"b"},
+        "Held-out loss over steps: epsilon of vae 000000000000 x 1, 9 samples of made": {"a", "c"},
+        "Held-out loss over steps: flow of vae 000000000000 x 1, 9 samples of made": {"b"},
     }
     assert a.last_validation_loss == 2 / 1200
     page = render(urls, tmp_path / "report.html")
     assert "Last held-out loss while training" in page
+
+
+def test_held_out_losses_are_compared_sample_by_sample(tmp_path: Path) -> None:
+    def made(name: str, losses: list[float]) -> Run:
+        row = dataclasses.replace(
+            build_row(0.5), held_out_loss=estimate(float(np.mean(losses)), 0.3), target="epsilon"
+        )
+        (run,) = read_runs([write_run(tmp_path / name, row)])
+        pairs = zip(run.samples, losses, strict=True)
+        samples = [dataclasses.replace(sample, held_out_loss=loss) for sample, loss in pairs]
+        return dataclasses.replace(run, samples=samples)
+
+    def outcome(first: Run, second: Run) -> str:
+        found = compare_runs(first, second)
+        assert found is not None
+        return {one.metric: one.outcome for one in found.comparisons}["Held-out loss"]
+
+    base = made("base", [0.2, 0.5, 0.8])
+    assert outcome(base, made("better", [0.19, 0.48, 0.79])) == "better"
+    assert outcome(base, made("noisy", [0.29, 0.38, 0.79])) == "same"
+    unpaired = dataclasses.replace(base, samples=base.samples[:2])
+    assert outcome(unpaired, made("other", [0.19, 0.48, 0.79])) == "same"
 
 
 def test_training_curves_are_means_of_neighbouring_lines(runs: list[str]) -> None:
