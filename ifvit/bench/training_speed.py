@@ -27,7 +27,7 @@ from ifvit.bench.measurement import (
 from ifvit.diffusion.objectives import Objective
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.distributed import choose_device
-from ifvit.models.config import FusionTransformerConfig, name_map
+from ifvit.models.config import FusionTransformerConfig, name_map, without_representation
 from ifvit.models.cost import count_cost
 from ifvit.models.presets import PRESETS, SETTINGS, setting_of, with_maps
 from ifvit.models.weights import build_backbone, initial_weights
@@ -139,7 +139,7 @@ def build_recipe(shape: FusionTransformerConfig, config: BenchTrainConfig) -> Tr
     return TrainConfig(
         run="bench",
         shards="bench",
-        backbone=shape,
+        backbone=without_representation(shape),  # there are no features to align with
         engine=EngineConfig(
             backend="plain",
             precision=precision,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, SupportsFloat
 
 from ifvit.errors import UserError
-from ifvit.records import PositiveFloat, Rule, record
+from ifvit.records import PositiveFloat, PositiveInt, Rule, record
 
 Prediction = Literal["epsilon", "v", "flow"]
 """What a network predicts: the noise, v (Salimans and Ho 2022), or the velocity of a flow."""
@@ -43,6 +43,23 @@ class ObjectiveConfig:
                 "objective: logit_mean and logit_std belong to timesteps: logit_normal; "
                 "set it, or remove them"
             )
+
+
+@record
+class RepresentationConfig:
+    """Representation alignment (REPA, Yu et al. 2024): loss += weight (1 - mean cosine).
+
+    The cosine is that of projected image tokens and features of an image encoder.
+    """
+
+    weight: PositiveFloat = 0.5
+    """Weight of the loss, equal for all timesteps."""
+    stop_step: PositiveInt | None = None
+    """Steps after which the weight is 0 (HASTE, Wang et al. 2025); unset: never."""
+
+    def is_on(self, step: int) -> bool:
+        """Whether the step after `step` finished ones has this loss, and so needs features."""
+        return self.stop_step is None or step < self.stop_step
 
 
 @dataclass(frozen=True)

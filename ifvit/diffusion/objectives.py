@@ -1,21 +1,28 @@
 """The training objective: add noise to latents, predict, and weight the squared error.
 
-Shapes: B batch, C latent channels, H, W latent. A condition is what the network takes: contexts
+Shapes: B batch, C latent channels, H, W latent, L image tokens, G x G patches of an image encoder,
+F its channels. A condition is what the network takes: contexts
 (B, M, D) of captions or class numbers (B,).
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ifvit.diffusion.config import ObjectiveConfig
+from ifvit.diffusion.config import ObjectiveConfig, RepresentationConfig
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.rng import Stream, normal, uniform
 
 ConditionalPredictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t (B, C, H, W), timesteps (B,), condition (B, ...)) => prediction (B, C, H, W)."""
+TrainedPredictor = Callable[..., Any]
+"""A ConditionalPredictor that, with `with_features=True`, returns a pair: its prediction and the
+projected image tokens (B, L, F)."""
 NormalSampler = Callable[[int, int, Tensor, Stream, tuple[int, ...]], Tensor]
 """`ifvit.rng.normal`, or the same function compiled."""
 
@@ -25,15 +32,19 @@ class Losses:
     """Losses of one batch."""
 
     total: Tensor
-    """Mean loss, a scalar with gradient."""
+    """Mean loss, with that of representations, a scalar with gradient."""
     per_sample: Tensor
-    """(B,), detached."""
+    """(B,) weighted squared errors alone, detached."""
     timesteps: Tensor
     """(B,) from 0 to 1000."""
+    representation: Tensor | None = None
+    """Loss of representations without its weight, a detached scalar; None in steps without it."""
 
 
 class Objective:
     """The mean of (target - predicted)², and the random numbers behind it.
+
+    With `representation`, the network also gives projected image tokens, whose loss is added.
 
     All random numbers are functions of (seed, step, position in the global batch), so the loss of a
     step depends neither on the number of processes nor on restarts. Objectives that differ in other
@@ -48,27 +59,54 @@ class Objective:
         seed: int,
         device: torch.device | str = "cpu",
         sample_normal: NormalSampler = normal,
+        representation: RepresentationConfig | None = None,
     ) -> None:
         self.config, self.scaling_factor, self.seed = config, scaling_factor, seed
         self.schedule = NoiseSchedule(device, config.prediction, config.shift)
         self._sample_normal = sample_normal
+        self.representation = representation
 
     def __call__(
         self,
-        predict: ConditionalPredictor,
+        predict: TrainedPredictor,
         moments: Tensor,
         condition: Tensor,
         step: int,
         positions: Tensor,
+        features: Tensor | None = None,
     ) -> Losses:
-        """Moments (B, 2C, H, W), condition (B, ...), positions (B,) int64 => losses."""
+        """Moments (B, 2C, H, W), condition (B, ...), positions (B,) int64 => losses.
+
+        Steps that align representations also take the images' features (B, G * G, F).
+        """
         x_0 = self.sample_posterior(moments, step, positions)
         shape = tuple(x_0.shape[1:])
         noise = self._sample_normal(self.seed, step, positions, Stream.NOISE, shape)
         timesteps = self.sample_timesteps(step, positions)
-        per_sample = self.errors(predict, x_0, noise, timesteps, condition)
-        detached = per_sample.detach()
-        return Losses(total=per_sample.mean(), per_sample=detached, timesteps=timesteps)
+        tokens: list[Tensor] = []
+
+        def predict_and_keep(*inputs: Tensor) -> Tensor:
+            prediction, projected = predict(*inputs, with_features=True)
+            tokens.append(projected)
+            return prediction  # type: ignore[no-any-return]
+
+        network = predict if self.representation is None else predict_and_keep
+        per_sample = self.errors(network, x_0, noise, timesteps, condition)
+        losses = Losses(
+            total=per_sample.mean(), per_sample=per_sample.detach(), timesteps=timesteps
+        )
+        return self._align(losses, tokens[0], features, step) if tokens else losses
+
+    def _align(self, losses: Losses, tokens: Tensor, features: Tensor | None, step: int) -> Losses:
+        """Add the loss of projected tokens (B, L, F), if the step has one."""
+        assert self.representation is not None
+        if not self.representation.is_on(step):
+            # Engines need a gradient of every parameter, also of the projector.
+            return replace(losses, total=losses.total + 0.0 * tokens.float().mean())
+        assert features is not None
+        loss = representation_loss(tokens, features)
+        total = losses.total + self.representation.weight * loss
+        return replace(losses, total=total, representation=loss.detach())
 
     def errors(
         self,
@@ -99,6 +137,21 @@ class Objective:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         noise = self._sample_normal(self.seed, step, positions, Stream.POSTERIOR, shape)
         return scaled_latents(moments, noise, self.scaling_factor)
+
+
+def representation_loss(tokens: Tensor, features: Tensor) -> Tensor:
+    """1 - mean cosine of projected tokens (B, L, F) and features (B, G * G, F), a scalar.
+
+    Features of another grid than the tokens' are resized to it: by area to a coarser one,
+    bilinearly to a finer one.
+    """
+    side, grid = math.isqrt(tokens.shape[1]), math.isqrt(features.shape[1])
+    features = features.float()
+    if grid != side:
+        maps = features.mT.reshape(len(features), -1, grid, grid)
+        mode = "area" if grid > side else "bilinear"
+        features = functional.interpolate(maps, (side, side), mode=mode).flatten(2).mT
+    return 1 - functional.cosine_similarity(tokens.float(), features, dim=2).mean()
 
 
 def scaled_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:

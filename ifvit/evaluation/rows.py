@@ -220,8 +220,9 @@ def _series(row: MetricsRow) -> tuple[str, float]:
 class TrainingRow:
     """Training between the row before and this one; None: not measured, or not a finite number.
 
-    `loss`, `loss_q0` to `loss_q3` (by quarter of the timesteps, the cleanest first) and all speeds
-    are means over these steps. `validation_loss` is the held-out loss of the EMA weights after the
+    `loss`, `loss_q0` to `loss_q3` (by quarter of the timesteps, the cleanest first),
+    `representation_loss` (1 - mean cosine, not part of `loss`) and all speeds are means over these
+    steps. `validation_loss` is the held-out loss of the EMA weights after the
     last step, `validation_loss_tK` its part at timestep (K + 1/2) / 8. `learning_rate` and
     `grad_norm` are those of the last step; counts, `seconds` and `cpu_seconds` include all steps of
     the run. `PHASE_seconds` are seconds per step.
@@ -234,6 +235,7 @@ class TrainingRow:
     loss_q1: NonNegativeFloat | None = None
     loss_q2: NonNegativeFloat | None = None
     loss_q3: NonNegativeFloat | None = None
+    representation_loss: float | None = None
     validation_loss: NonNegativeFloat | None = None
     validation_loss_t0: NonNegativeFloat | None = None
     validation_loss_t1: NonNegativeFloat | None = None

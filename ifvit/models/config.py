@@ -6,7 +6,7 @@ weights/ store it; `ifvit.models.weights.build_backbone` turns it into a network
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Annotated, Any, Literal, get_args
@@ -170,6 +170,12 @@ class FusionTransformerConfig(ConditionConfig):
     in inverse proportion to the width below, and at most width**-0.5."""
     timestep_offset: NonNegativeInt = 0
     """Added to the timesteps 0 ... 999; U-ViT's published weights count from 1."""
+    representation_block: NonNegativeInt | None = None
+    """For representation alignment in training (REPA): number of the block, counted from 0, after
+    which a projector maps image tokens to features of an image encoder. Exported weights lack the
+    projector."""
+    representation_width: Size | None = None
+    """Channels of these features, which the shards hold; for DINOv2-B 768."""
 
     def __post_init__(self) -> None:
         """Write the map in compact notation. Raise UserError for a shape that cannot be built."""
@@ -190,6 +196,13 @@ class FusionTransformerConfig(ConditionConfig):
             )
         if self.num_text_blocks and not self.text_blocks:
             raise UserError("num_text_blocks: no block of the fusion map sees text; set it to 0")
+        if (self.representation_block is None) != (self.representation_width is None):
+            raise UserError("give both representation_block and representation_width, or neither")
+        if (self.representation_block or 0) >= len(self.blocks):
+            raise UserError(
+                f"representation_block {self.representation_block} is not a block of the fusion "
+                f"map; its blocks are 0 to {len(self.blocks) - 1}"
+            )
 
     @property
     def blocks(self) -> tuple[Fusion, ...]:
@@ -299,6 +312,13 @@ _BY_ARCHITECTURE: dict[str, type[BackboneConfig]] = {
     "fusion_transformer": FusionTransformerConfig,
     "unet": UNetConfig,
 }
+
+
+def without_representation(config: BackboneConfig) -> BackboneConfig:
+    """Return the configuration without the projector for representation alignment."""
+    if isinstance(config, UNetConfig):
+        return config
+    return replace(config, representation_block=None, representation_width=None)
 
 
 def restore_config(stored: Mapping[str, Any], where: str = "backbone") -> BackboneConfig:

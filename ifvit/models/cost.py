@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ifvit.models.config import BackboneConfig, CostConfig, FusionTransformerConfig, name_map
+from ifvit.models.config import (
+    BackboneConfig,
+    CostConfig,
+    FusionTransformerConfig,
+    name_map,
+    without_representation,
+)
 from ifvit.models.presets import (
     CLASS_PRESETS,
     PRESETS,
@@ -28,7 +34,7 @@ class Cost:
     """Size of a backbone, and floating-point operations of one forward pass for one sample."""
 
     params: int
-    """Trainable parameters."""
+    """Trainable parameters, without the projector for representation alignment."""
     layer_flops: int
     """Twice the multiply-accumulates of Linear and Conv2d layers; the paper counts only these."""
     attention_flops: int
@@ -49,7 +55,7 @@ def count_cost(config: BackboneConfig) -> Cost:
 
     from ifvit.models.weights import describe_backbone
 
-    backbone = describe_backbone(config)
+    backbone = describe_backbone(without_representation(config))
     backbone.set_attention("math")  # its matrix products are the only batched ones (bmm)
     size, context = config.latent_size, config.context_shape
     latents = torch.empty(1, config.latent_channels, size, size, device="meta")

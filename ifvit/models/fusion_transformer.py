@@ -7,7 +7,7 @@ Shapes: B batch, k * B conditions, C latent channels, S latent size, L image tok
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import Timesteps
@@ -74,6 +74,16 @@ class FusionTransformer(Backbone):
         self.head_modulation = build_modulation(config, 2) if ends_modulated else None
         self.decoder_pred = nn.Linear(width, config.patch_size**2 * channels)
         self.final_layer = nn.Conv2d(channels, channels, 3, padding=1)
+        if config.representation_width is not None:
+            # REPA's projector, whose 2048 channels are narrower here for small backbones.
+            hidden = min(2048, 4 * width)
+            self.representation_projector = nn.Sequential(
+                nn.Linear(width, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, config.representation_width),
+            )
 
     def set_attention(self, backend: Backend) -> None:
         """Choose the attention backend of all blocks."""
@@ -155,8 +165,13 @@ class FusionTransformer(Backbone):
         timesteps: Tensor,
         condition: Tensor | EncodedCondition,
         biases: Mapping[int, Bias] | None = None,
-    ) -> Tensor:
+        *,
+        with_features: bool = False,
+    ) -> Any:
         """Predict the noise in noisy latents (B, C, S, S) at timesteps (B,) in 0 ... 999.
+
+        With `with_features`, the result is the pair of the prediction and the projected image
+        tokens (B, L, F) after `config.representation_block`, for representation alignment.
 
         `biases` shift attention logits of the blocks with these numbers. Queries and keys are in
         the order time, registers, image, text; keys of separate_cross_attention are text alone.
@@ -172,6 +187,7 @@ class FusionTransformer(Backbone):
         rotation = self._rotation(latents.device)
         mirrors = config.mirrors
         outputs: dict[int | None, tuple[Tensor, Tensor | None]] = {}
+        features: Tensor | None = None
         for number, (entry, block) in enumerate(zip(config.blocks, self.blocks, strict=True)):
             keys_values = encoded.keys_values.get(number)
             if keys_values is None and entry in READS_TEXT:
@@ -189,9 +205,12 @@ class FusionTransformer(Backbone):
             tokens, text = block(tokens, inputs)
             if number in mirrors.values():
                 outputs[number] = tokens, text
+            if with_features and number == config.representation_block:
+                features = self.representation_projector(tokens[:, config.first_image_token :])
         vector = self._vector_for(config.blocks[-1], vectors, len(tokens))
         noise = self._predict(tokens[:, config.first_image_token :], vector)
-        return repeat_rows(noise, len(encoded.tokens))
+        noise = repeat_rows(noise, len(encoded.tokens))
+        return (noise, features) if with_features else noise
 
     def _embed_tokens(self, latents: Tensor, sinusoids: Tensor) -> Tensor:
         """Time, register and image tokens (B, 1 + R + L, D) at the first block."""

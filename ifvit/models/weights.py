@@ -24,6 +24,7 @@ from ifvit.models.config import (
     FusionTransformerConfig,
     NullContext,
     restore_config,
+    without_representation,
 )
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.pretrained import read_shapes, reading, require_shapes
@@ -152,6 +153,16 @@ def restore_backbone(
     backbone.load_state_dict(state_dict, assign=not copy)
     backbone.eval()
     return backbone
+
+
+def exported_backbone(config: BackboneConfig, state_dict: Mapping[str, Tensor]) -> Backbone:
+    """Build the backbone that samplers load from trained tensors, which it shares.
+
+    It lacks the projector for representation alignment.
+    """
+    exported = without_representation(config)
+    names = describe_backbone(exported).state_dict().keys()
+    return restore_backbone(exported, {name: state_dict[name] for name in names}, copy=False)
 
 
 def save_weights(folder: str, backbone: Backbone, info: WeightsInfo) -> None:

@@ -16,6 +16,7 @@ from ifvit.records import shorten
 from ifvit.shards import CacheConfig
 from ifvit.shards.cache import ShardFiles, read_index, read_null_context
 from ifvit.shards.format import (
+    FeatureEncoding,
     SampleMetadata,
     ShardError,
     TextEncoding,
@@ -74,6 +75,13 @@ class ShardReader:
         return self.manifest.text
 
     @property
+    def features(self) -> FeatureEncoding:
+        """How the features of images were made. Raises ShardError for a dataset without them."""
+        if self.manifest.features is None:
+            raise ShardError(f"{self.url}: holds no features; encode with --image_encoder")
+        return self.manifest.features
+
+    @property
     def null_context(self) -> Array:
         """(M, D) embedding of the empty caption."""
         if self._null_context is None:
@@ -103,8 +111,7 @@ class ShardReader:
 
         `hflip` is that of `read_moments`. Raises ShardError as it does, and without features.
         """
-        if self.manifest.features is None:
-            raise ShardError(f"{self.url}: holds no features; encode with --image_encoder")
+        assert out.shape[1:] == self.features.shape
         self._read_images(samples, ("features", "flipped_features"), out, hflip)
 
     def _read_images(

@@ -4,9 +4,9 @@ from dataclasses import field
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from ifvit.diffusion.config import ObjectiveConfig, Precision
+from ifvit.diffusion.config import ObjectiveConfig, Precision, RepresentationConfig
 from ifvit.errors import UserError
-from ifvit.models.config import BackboneConfig, NullContext
+from ifvit.models.config import BackboneConfig, FusionTransformerConfig, NullContext
 from ifvit.records import (
     Fraction,
     NonNegativeFloat,
@@ -139,6 +139,8 @@ class TrainConfig:
     """The network: a preset (`--backbone small`), a YAML file, or single fields."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What the network predicts, at which timesteps."""
+    representation: RepresentationConfig = field(default_factory=RepresentationConfig)
+    """Alignment of image tokens with features, if `backbone.representation_block` is set."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -201,9 +203,19 @@ class TrainConfig:
     num_workers: NumThreads = 2
     """Threads that read batches ahead."""
 
+    @property
+    def active_representation(self) -> RepresentationConfig | None:
+        """Representation alignment of this backbone; None if it has no projector."""
+        backbone = self.backbone
+        if not isinstance(backbone, FusionTransformerConfig):
+            return None
+        return None if backbone.representation_block is None else self.representation
+
     def __post_init__(self) -> None:
         if self.backbone.num_classes is not None and self.null_context == "zeros":
             raise UserError("null_context: the backbone knows classes, not captions; remove it")
+        if self.active_representation is None and self.representation != RepresentationConfig():
+            raise UserError("representation: has no effect; set backbone.representation_block")
         if len(set(self.ema_decays)) != len(self.ema_decays) or not self.ema_decays:
             raise UserError("ema_decays must name at least one decay, each once")
         if self.export_every is not None and self.export_every % self.checkpoint_every:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from ifvit.arrays import Array
+from ifvit.diffusion.config import RepresentationConfig
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.models.config import NullContext
 from ifvit.rng import Stream, permutation, uniform_array
+from ifvit.shards.format import FEATURE_DTYPE
 from ifvit.shards.reader import ShardReader
 
 
@@ -30,12 +32,19 @@ class Batch:
     """One micro-batch of one process.
 
     `moments` (B, 2C, H, W) in the dtype of the shards; `condition` is contexts (B, M, D) in that
-    dtype or class numbers (B,) int64; `positions` (B,) int64 in the global batch.
+    dtype or class numbers (B,) int64; `positions` (B,) int64 in the global batch; `features`
+    (B, G * G, F) float16 of the images' patches, if the step needs them.
     """
 
     moments: Tensor
     condition: Tensor
     positions: Tensor
+    features: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, without features that were not read."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +63,8 @@ class BatchOrder:
     caption_dropout: float
     shuffle_window: int | None = None
     random_flip: bool = False
+    representation: RepresentationConfig | None = None
+    """Tells which steps need features of the images; None: no step does."""
 
     @property
     def num_samples(self) -> int:
@@ -214,7 +225,8 @@ class Batches:
         captions = order.caption_indices(step, positions, reader.caption_counts(samples))
         pinned = copier is not None  # only page-locked memory is copied beside the computation
         moments = _empty((size, *reader.manifest.moments_shape), reader.dtype, pinned)
-        reader.read_moments(samples, moments.numpy(), order.hflip(step, positions))
+        hflip = order.hflip(step, positions)
+        reader.read_moments(samples, moments.numpy(), hflip)
         if reader.manifest.classes:
             condition = _empty((size,), np.dtype(np.int64), pinned)
             reader.read_labels(samples, captions < 0, condition.numpy())
@@ -223,7 +235,16 @@ class Batches:
             reader.read_contexts(samples, captions, condition.numpy())
             if self._null_context == "zeros":
                 condition[torch.from_numpy(captions < 0)] = 0
-        batch = Batch(moments=moments, condition=condition, positions=torch.from_numpy(positions))
+        features = None
+        if order.representation and order.representation.is_on(step):
+            features = _empty((size, *reader.features.shape), np.dtype(FEATURE_DTYPE), pinned)
+            reader.read_features(samples, features.numpy(), hflip)
+        batch = Batch(
+            moments=moments,
+            condition=condition,
+            positions=torch.from_numpy(positions),
+            features=features,
+        )
         return batch if copier is None else copier.copy(batch)
 
 
@@ -243,7 +264,7 @@ class _GpuCopier:
         with torch.cuda.stream(self._copies):
             tensors = {
                 name: tensor.to(self._copies.device, non_blocking=True)
-                for name, tensor in vars(batch).items()
+                for name, tensor in batch.tensors.items()
             }
         self._copies.synchronize()
         for tensor in tensors.values():

@@ -180,9 +180,9 @@ class Engine:
         self._frozen_steps = torch.zeros((), device=self.device)
         self._skipped, self._update_applied = 0, True
 
-    def predict(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """Run the backbone in the recipe's precision; shapes as in `ifvit.diffusion.objectives`."""
-        return cast(Tensor, self._model(x_t, timesteps, condition))
+    def predict(self, x_t: Tensor, timesteps: Tensor, condition: Tensor, **options: bool) -> Any:
+        """Run the backbone in the recipe's precision, as a TrainedPredictor of the objective."""
+        return self._model(x_t, timesteps, condition, **options)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """Context of a micro-batch; processes exchange gradients in the `last` one of a step."""

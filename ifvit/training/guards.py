@@ -18,6 +18,7 @@ from ifvit.config import dump_config
 from ifvit.connections import is_remote
 from ifvit.distributed import World
 from ifvit.errors import EXIT_PREEMPTED, UserError
+from ifvit.models.config import UNetConfig
 from ifvit.models.pretrained import identify, place_of, resolve_pretrained
 from ifvit.models.weights import describe_backbone
 from ifvit.records import parse_value, parse_yaml, shorten
@@ -67,6 +68,18 @@ def check_dataset(reader: ShardReader, config: TrainConfig) -> None:
     _require_encoder("vae", config.vae, manifest.vae, url)
     if config.text_encoder is not None:
         _require_encoder("text_encoder", config.text_encoder, reader.text.encoder, url)
+
+
+def check_features(reader: ShardReader, config: TrainConfig) -> None:
+    """Raise UserError when the shards lack the features with which the recipe aligns tokens."""
+    backbone = config.backbone
+    if isinstance(backbone, UNetConfig) or backbone.representation_width is None:
+        return
+    if reader.features.width != backbone.representation_width:
+        raise UserError(
+            f"{reader.url}: features have {reader.features.width} channels, but "
+            f"backbone.representation_width is {backbone.representation_width}; set it to match"
+        )
 
 
 def check_held_out(reader: ShardReader, training: ShardReader, config: TrainConfig) -> None:

@@ -29,9 +29,9 @@ from ifvit.images import encode_png, make_grid
 from ifvit.models.backbone import Backbone
 from ifvit.models.weights import (
     WeightsInfo,
+    exported_backbone,
     read_stored_weights,
     remove_weights,
-    restore_backbone,
     save_weights,
     step_name,
 )
@@ -230,7 +230,7 @@ class SaveCheckpoint:
                 for key, tensor in self._host.items()
                 if key.startswith(prefix)
             }
-            backbone = restore_backbone(self._config.backbone, weights, copy=False)
+            backbone = exported_backbone(self._config.backbone, weights)
             info = replace(self._info, step=step, ema_decay=decay)
             save_weights(join(folder, name), backbone, info)
 
@@ -374,7 +374,7 @@ def gather_ema(engine: Engine) -> Backbone | None:
     """
     weights = engine.iter_weights(engine.ema_decays[0])
     if engine.world.is_main:
-        return restore_backbone(engine.backbone.config, dict(weights), copy=False)
+        return exported_backbone(engine.backbone.config, dict(weights))
     deque(weights, maxlen=0)  # takes part in gathering, and keeps nothing
     return None
 

@@ -25,8 +25,9 @@ _LARGEST_LOSS = 1e9
 
 Quarters = tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat]
 StepLosses = Sequence[float]
-"""Nine numbers of one step: the mean loss; the sum of the losses in each quarter of the timesteps,
-the cleanest first; the number of samples in each quarter."""
+"""Eleven numbers of one step: the mean loss; the sum of the losses in each quarter of the
+timesteps, the cleanest first; the number of samples in each quarter; the loss of representations
+and 1, or two zeros in a step without it."""
 
 
 @record
@@ -42,6 +43,10 @@ class LossSums:
     by_time: Quarters = (0.0, 0.0, 0.0, 0.0)
     """Sum of the losses of the samples in each quarter of the timesteps."""
     num_samples: Quarters = (0.0, 0.0, 0.0, 0.0)
+    representation: float = 0.0
+    """Sum of the losses of representations, which rounding may make negative."""
+    num_aligned: NonNegativeFloat = 0.0
+    """Number of steps that have such a loss."""
 
     def add(self, losses: StepLosses) -> "LossSums":
         """The sums with one more step."""
@@ -52,12 +57,19 @@ class LossSums:
             num_steps=self.num_steps + 1,
             by_time=tuple(by_time),  # type: ignore[arg-type]  # four, as mypy cannot see
             num_samples=tuple(num_samples),  # type: ignore[arg-type]
+            representation=self.representation + losses[9],
+            num_aligned=self.num_aligned + losses[10],
         )
 
     @property
     def mean(self) -> float:
         """Mean loss of the steps; nan without a finite step."""
         return self.total / self.num_steps if self.num_steps else math.nan
+
+    @property
+    def mean_representation(self) -> float:
+        """Mean loss of representations; nan without a step that has one."""
+        return self.representation / self.num_aligned if self.num_aligned else math.nan
 
     @property
     def mean_by_time(self) -> tuple[float, ...]:
@@ -107,7 +119,7 @@ class TrainState:
         for step, values in enumerate(losses, start=self.step - len(losses)):
             if step % log_every == 0:
                 since_log = LossSums()
-            if math.isfinite(values[0]):
+            if math.isfinite(values[0]) and math.isfinite(values[9]):
                 since_log = since_log.add([min(value, _LARGEST_LOSS) for value in values])
         return replace(self, since_log=since_log)
 
@@ -158,7 +170,7 @@ def fit(
             started, cpu_started = time.perf_counter(), time.process_time()
             rate = engine.set_learning_rate(state.step, max_steps)
             local, data_wait = _accumulate(stream, batches, objective, engine, state.step)
-            losses.append(torch.cat([local.total[None], _sums_by_time(local)]))
+            losses.append(torch.cat([local.total[None], _sums_by_time(local), _aligned(local)]))
             with engine.timer.phase("optimizer"):
                 grad_norm = engine.step()
             with engine.timer.phase("ema"):
@@ -192,7 +204,7 @@ def _accumulate(
 
     Returns their losses and the seconds spent waiting for data.
     """
-    per_sample, timesteps = [], []
+    per_sample, timesteps, representation = [], [], []
     data_wait = 0.0
     for remaining in reversed(range(batches.num_micro_batches)):
         started = time.perf_counter()
@@ -202,14 +214,26 @@ def _accumulate(
         with engine.accumulate(last=not remaining):
             with engine.timer.phase("forward"):
                 losses = objective(
-                    engine.predict, batch.moments, batch.condition, step, batch.positions
+                    engine.predict,
+                    batch.moments,
+                    batch.condition,
+                    step,
+                    batch.positions,
+                    batch.features,
                 )
             with engine.timer.phase("backward"):
                 engine.backward(losses.total)
         per_sample.append(losses.per_sample)
         timesteps.append(losses.timesteps)
+        if losses.representation is not None:
+            representation.append(losses.representation)
     all_losses = torch.cat(per_sample)
-    local = Losses(total=all_losses.mean(), per_sample=all_losses, timesteps=torch.cat(timesteps))
+    local = Losses(
+        total=all_losses.mean(),
+        per_sample=all_losses,
+        timesteps=torch.cat(timesteps),
+        representation=torch.stack(representation).mean() if representation else None,
+    )
     return local, data_wait
 
 
@@ -232,6 +256,13 @@ def _sums_by_time(local: Losses) -> Tensor:
     quarters = (local.timesteps * 4 // NUM_TIMESTEPS).long()
     both = torch.stack([local.per_sample, torch.ones_like(local.per_sample)])
     return both.new_zeros(2, 4).index_add(1, quarters, both).flatten()
+
+
+def _aligned(local: Losses) -> Tensor:
+    """The loss of representations and 1, or zeros without it, (2,)."""
+    if local.representation is None:
+        return local.total.new_zeros(2)
+    return torch.stack([local.representation, torch.ones_like(local.representation)])
 
 
 def _is_due(hook: Hook, step: int, max_steps: int, signal: int | None) -> bool:

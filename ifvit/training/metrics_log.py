@@ -129,6 +129,7 @@ class MetricsLog:
             samples_seen=state.samples_seen,
             loss=_finite(state.since_log.mean),
             **{f"loss_q{n}": _finite(loss) for n, loss in enumerate(state.since_log.mean_by_time)},
+            representation_loss=_finite(state.since_log.mean_representation),
             learning_rate=report.learning_rate,
             grad_norm=_finite(report.grad_norm),
             nonfinite_steps=state.nonfinite_steps,

@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ifvit.diffusion.config import ObjectiveConfig
+from ifvit.diffusion.config import ObjectiveConfig, RepresentationConfig
 from ifvit.diffusion.objectives import Objective
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
-from ifvit.models.config import BackboneConfig, restore_config
+from ifvit.models.config import BackboneConfig, UNetConfig, restore_config
 from ifvit.models.weights import describe_backbone, restore_backbone, step_name
 from ifvit.records import (
     NonNegativeInt,
@@ -70,6 +70,7 @@ class FailedStep:
     scaling_factor: PositiveFloat
     seed: int
     objective: ObjectiveConfig
+    representation: RepresentationConfig | None = None
     tensors_sha256: Sha256
 
 
@@ -85,7 +86,12 @@ class Replay:
         """Loss and gradient norm of a micro-batch."""
         self.backbone.zero_grad()
         loss = self.objective(
-            self.backbone, batch.moments, batch.condition, self.step, batch.positions
+            self.backbone,
+            batch.moments,
+            batch.condition,
+            self.step,
+            batch.positions,
+            batch.features,
         ).total
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self.backbone.parameters() if p.grad is not None]
@@ -93,8 +99,8 @@ class Replay:
 
     def nonfinite_positions(self, batch: Batch) -> Tensor:
         """Positions of the samples that alone are not finite, or of all samples if none is."""
-        rows = zip(*(tensor.split(1) for tensor in vars(batch).values()), strict=True)
-        samples = [Batch(**dict(zip(vars(batch), row, strict=True))) for row in rows]
+        rows = zip(*(torch.split(tensor, 1) for tensor in batch.tensors.values()), strict=True)
+        samples = [Batch(**dict(zip(batch.tensors, row, strict=True))) for row in rows]
         nonfinite = [sample for sample in samples if not self.differentiate(sample).is_finite]
         return torch.cat([sample.positions for sample in nonfinite or samples]).cpu()
 
@@ -147,7 +153,7 @@ def replay(config: ReplayConfig) -> None:
     failed, tensors = _read_failure(config.file)
     shape = restore_config(failed.backbone, config.file)
     device = torch.device(choose_device("auto"))
-    batch = _restore_batch(config.file, tensors, shape, device)
+    batch = _restore_batch(config.file, tensors, failed, shape, device)
     backbone = nn.Module.to(restore_backbone(shape, tensors), device)
     prepare_forward(backbone, EngineConfig(precision=failed.precision), device)
     objective = Objective(
@@ -155,6 +161,7 @@ def replay(config: ReplayConfig) -> None:
         scaling_factor=failed.scaling_factor,
         seed=failed.seed,
         device=device,
+        representation=failed.representation,
     )
     replayed = Replay(backbone=backbone, objective=objective, step=failed.step)
     sys.stdout.write(f"then {shorten(failed.outcome)}\n")
@@ -180,13 +187,17 @@ def _read_failure(file: str) -> tuple[FailedStep, dict[str, Tensor]]:
 
 
 def _restore_batch(
-    file: str, tensors: dict[str, Tensor], shape: BackboneConfig, device: torch.device
+    file: str,
+    tensors: dict[str, Tensor],
+    failed: FailedStep,
+    shape: BackboneConfig,
+    device: torch.device,
 ) -> Batch:
     """Take the batch out of `tensors`. Raises UserError unless the rest fits the backbone."""
     wanted = {name: value.shape for name, value in describe_backbone(shape).state_dict().items()}
-    names = Batch.__dataclass_fields__
+    names = Batch.__dataclass_fields__.keys() & tensors.keys()
     found = {name: value.shape for name, value in tensors.items() if name not in names}
-    if found != wanted or not tensors.keys() >= names.keys():
+    if found != wanted or not names >= {"moments", "condition", "positions"}:
         raise UserError(f"{file}: its tensors are not those of its backbone and a batch")
     batch = Batch(**{name: tensors.pop(name).to(device) for name in names})
     size, side = len(batch.positions), shape.latent_size
@@ -197,9 +208,23 @@ def _restore_batch(
         or batch.positions.dtype != torch.int64
         or batch.condition.is_floating_point() != (classes is None)
         or (classes is not None and not all(0 <= n <= classes for n in batch.condition.tolist()))
+        or not _are_features_of(batch.features, failed, shape, size)
     ):
         raise UserError(f"{file}: its batch does not fit its backbone")
     return batch
+
+
+def _are_features_of(
+    features: Tensor | None, failed: FailedStep, shape: BackboneConfig, size: int
+) -> bool:
+    """Whether these are the features (size, G * G, F) of the failed step, or None without them."""
+    width = None if isinstance(shape, UNetConfig) else shape.representation_width
+    if width is None or failed.representation is None:
+        return width is None and failed.representation is None and features is None
+    if features is None or not failed.representation.is_on(failed.step):
+        return features is None and not failed.representation.is_on(failed.step)
+    grid = math.isqrt(features.numel() // max(size * width, 1))
+    return features.is_floating_point() and tuple(features.shape) == (size, grid**2, width)
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -215,7 +240,7 @@ def _write_failure(
 ) -> None:
     tensors = {
         name: tensor.cpu().contiguous()
-        for name, tensor in (vars(batch) | replayed.backbone.state_dict()).items()
+        for name, tensor in (batch.tensors | replayed.backbone.state_dict()).items()
     }
     failed = FailedStep(
         step=replayed.step,
@@ -225,6 +250,7 @@ def _write_failure(
         scaling_factor=replayed.objective.scaling_factor,
         seed=replayed.objective.seed,
         objective=replayed.objective.config,
+        representation=replayed.objective.representation,
         tensors_sha256=_sha256(tensors),
     )
     with write_file(path) as temporary:

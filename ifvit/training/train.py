@@ -15,6 +15,7 @@ from ifvit.config import dump_config
 from ifvit.diffusion.objectives import Objective
 from ifvit.distributed import World, one_line_for_lost_processes
 from ifvit.errors import UserError
+from ifvit.models.config import without_representation
 from ifvit.models.pretrained import place_of
 from ifvit.models.weights import (
     WeightsInfo,
@@ -34,6 +35,7 @@ from ifvit.training.guards import (
     Preempted,
     StopRequest,
     check_dataset,
+    check_features,
     check_held_out,
     check_recipe,
     differences,
@@ -59,6 +61,7 @@ def train(config: TrainConfig) -> TrainState:
 
 def _train_on(reader: ShardReader, config: TrainConfig) -> TrainState:
     check_dataset(reader, config)
+    check_features(reader, config)
     if config.validation.shards is not None:
         check_held_out(ShardReader(config.validation.shards, config.cache), reader, config)
     initial = initial_tensors(config, reader)
@@ -83,6 +86,7 @@ def _train(
         seed=config.seed,
         device=engine.device,
         sample_normal=choose_normal_sampler(config.engine),
+        representation=config.active_representation,
     )
     stop = StopRequest(engine.world, config.engine.timeout)
     metrics = MetricsLog(config, engine)
@@ -131,7 +135,7 @@ def initial_tensors(config: TrainConfig, reader: ShardReader) -> Callable[[str],
     stored = read_stored_weights(folder)
     backbone, path = verify_weights(folder, stored)
     for key, found, wanted in (
-        ("backbone", asdict(backbone), asdict(config.backbone)),
+        ("backbone", asdict(backbone), asdict(without_representation(config.backbone))),
         ("scaling_factor", stored.info.scaling_factor, _scaling_factor(config, reader)),
         ("null_context", stored.info.null_context, config.null_context),
         ("objective.prediction", stored.info.prediction, config.objective.prediction),
@@ -142,7 +146,12 @@ def initial_tensors(config: TrainConfig, reader: ShardReader) -> Callable[[str],
                 f"set {name} to match"
             )
     tensors: Any = safe_open(path, "pt")
-    return cast(Callable[[str], Tensor], tensors.get_tensor)
+    stored_names, fresh = set(tensors.keys()), initial_weights(config.backbone, config.seed)
+
+    def initial(name: str) -> Tensor:
+        return cast(Tensor, tensors.get_tensor(name)) if name in stored_names else fresh(name)
+
+    return initial  # exported weights lack the projector for representation alignment
 
 
 def _build_batches(config: TrainConfig, reader: ShardReader) -> Batches:
@@ -153,6 +162,7 @@ def _build_batches(config: TrainConfig, reader: ShardReader) -> Batches:
         caption_dropout=config.caption_dropout,
         shuffle_window=config.shuffle_window,
         random_flip=config.random_flip,
+        representation=config.active_representation,
     )
     world = World.from_environment()
     return Batches(

@@ -41,6 +41,15 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def featured(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """21 samples with flips and features (4, 6), a grid of 2 x 2."""
+    folder = tmp_path_factory.mktemp("featured")
+    samples = make_samples(21, context_shape=CONTEXT_SHAPE, flipped=True, feature_shape=(4, 6))
+    write_shards(folder, samples, (12, 9))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
     """21 samples of the classes cat and dog."""
     folder = tmp_path_factory.mktemp("labelled")
