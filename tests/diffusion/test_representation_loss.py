@@ -44,7 +44,7 @@ def test_features_of_a_coarser_grid_are_interpolated() -> None:
 
 
 def predict(x_t: Tensor, timesteps: Tensor, condition: Tensor, with_features: bool = False) -> Any:
-    """Predict the noisy latents; the tokens depend on what `TOKENS.grad` then is."""
+    """Predict the noisy latents, and project `TOKENS`."""
     return (x_t, TOKENS) if with_features else x_t
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from made_backbone import SMALL_UNET
 from made_shards import make_samples, write_shards
-from run_files import CONTEXT_SHAPE, losses, rows, small_recipe
+from run_files import CONTEXT_SHAPE, losses, rows
 
 from ifvit.diffusion.config import RepresentationConfig
 from ifvit.distributed import World

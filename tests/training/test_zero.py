@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ifvit.diffusion.config import RepresentationConfig
 from ifvit.errors import UserError
 from ifvit.models.cost import count_cost
 from ifvit.models.weights import describe_backbone, initial_weights, load_weights
@@ -72,12 +73,11 @@ def build(folder: Path, shards: str, name: str, **fields: object) -> TrainConfig
     return small_recipe(str(folder / name), shards, **values)
 
 
-def build_all(
-    folder: Path, shards: str, damaged: str, labelled: str, micro_batch_size: int
-) -> Runs:
+def build_all(folder: Path, datasets: dict[str, str], micro_batch_size: int) -> Runs:
     """Every run of the tests below except `hop`, by name."""
+    shards = datasets["shards"]
     # These runs precede those with DeepSpeed, which accelerate cannot leave within one process.
-    classes = build(folder, labelled, "classes", backbone=SMALL_UNET, max_steps=3)
+    classes = build(folder, datasets["labelled"], "classes", backbone=SMALL_UNET, max_steps=3)
     wide = replace(small_recipe("run", "shards").backbone, **WIDE)
     auto = EngineConfig()
     muon = build(folder, shards, "muon", engine=auto, backbone=wide, max_steps=4, **FLOW_AND_MUON)
@@ -87,11 +87,21 @@ def build_all(
     for name, engine in HALF.items():
         runs[name] = build(folder, shards, name, engine=engine, max_steps=8)
     zero3 = ENGINES["zero3"]
+    projecting = {"representation_block": 1, "representation_width": 6}
+    runs["aligned"] = build(
+        folder,
+        datasets["featured"],
+        "aligned",
+        engine=zero3,
+        max_steps=6,
+        backbone=replace(small_recipe("run", "shards").backbone, **projecting),
+        representation=RepresentationConfig(stop_step=4),
+    )
     runs["tolerant"] = build(
-        folder, damaged, "tolerant", engine=zero3, max_steps=8, tolerate_nonfinite=9
+        folder, datasets["damaged"], "tolerant", engine=zero3, max_steps=8, tolerate_nonfinite=9
     )
     runs["intolerant"] = build(
-        folder, damaged, "intolerant", engine=ENGINES["zero1"], max_steps=8, log_every=5
+        folder, datasets["damaged"], "intolerant", engine=ENGINES["zero1"], max_steps=8, log_every=5
     )
     runs["preempted"] = build(folder, shards, "preempted", engine=ENGINES["zero2"])
     return {name: replace(run, micro_batch_size=micro_batch_size) for name, run in runs.items()}
@@ -152,25 +162,27 @@ def train_all(recipes: list[TrainConfig], num_processes: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(
-    shards: str, damaged: str, labelled: str, tmp_path_factory: pytest.TempPathFactory
-) -> Runs:
+def datasets(shards: str, damaged: str, labelled: str, featured: str) -> dict[str, str]:
+    """Folders of the datasets by name."""
+    return {"shards": shards, "damaged": damaged, "labelled": labelled, "featured": featured}
+
+
+@pytest.fixture(scope="module")
+def pair(datasets: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All runs, trained by two processes in two micro-batches."""
     folder = tmp_path_factory.mktemp("pair")
-    runs = build_all(folder, shards, damaged, labelled, micro_batch_size=2)
-    hops = build_hops(folder, shards, micro_batch_size=2)
+    runs = build_all(folder, datasets, micro_batch_size=2)
+    hops = build_hops(folder, datasets["shards"], micro_batch_size=2)
     train_all([*runs.values(), *hops[:-1]], 2)
     return {**runs, "hop": replace(hops[-1], micro_batch_size=8)}
 
 
 @pytest.fixture(scope="module")
-def alone(
-    shards: str, damaged: str, labelled: str, tmp_path_factory: pytest.TempPathFactory
-) -> Runs:
+def alone(datasets: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The same runs for one process of plain PyTorch; not trained yet."""
     folder = tmp_path_factory.mktemp("alone")
-    runs = build_all(folder, shards, damaged, labelled, micro_batch_size=8)
-    runs["hop"] = build_hops(folder, shards, micro_batch_size=8)[-1]
+    runs = build_all(folder, datasets, micro_batch_size=8)
+    runs["hop"] = build_hops(folder, datasets["shards"], micro_batch_size=8)[-1]
     plain = EngineConfig(backend="plain")
     return {
         name: replace(run, engine=replace(plain, precision=run.engine.precision))
@@ -299,6 +311,16 @@ def test_two_processes_train_another_architecture_on_classes_as_one(
 ) -> None:
     train(alone["classes"])
     assert losses(pair["classes"]) == pytest.approx(losses(alone["classes"]), rel=1e-4)
+
+
+def test_two_processes_align_representations_as_one(pair: Runs, alone: Runs) -> None:
+    train(alone["aligned"])
+    found, expected = rows(pair["aligned"]), rows(alone["aligned"])
+    for step in range(1, 7):
+        assert (found[step]["representation_loss"] is None) == (step > 4)
+        for key in ("loss", "grad_norm", *(["representation_loss"] if step <= 4 else [])):
+            assert found[step][key] == pytest.approx(expected[step][key], rel=1e-4), (step, key)
+    assert_same_weights(pair["aligned"], alone["aligned"])
 
 
 def test_tolerated_steps_are_skipped_by_all_processes(pair: Runs, alone: Runs) -> None:
