@@ -152,7 +152,7 @@ def exports(request: pytest.FixtureRequest) -> Iterator[Exports]:
     recorded = Exports()
     with pytest.MonkeyPatch.context() as patched:
         if "recipe" not in request.fixturenames:
-            patched.setattr(hooks, "restore_backbone", lambda config, weights, copy: weights)
+            patched.setattr(hooks, "exported_backbone", lambda config, weights: weights)
             patched.setattr(hooks, "save_weights", recorded.save_weights)
         yield recorded
 
