@@ -38,7 +38,7 @@ def test_the_demo_sets_the_papers_baseline_beside_todays_model() -> None:
     assert early.backbone == with_setting(PRESETS["tiny"], "concat_early")
     assert (early.objective.prediction, modern.objective.prediction) == ("epsilon", "flow")
     assert (early.run, early.shards) == ("runs/demo/early", "runs/demo/shards/train2014")
-    assert early.optim.cooldown_steps == round(early.max_steps * 1333 / 2000)
+    assert early.optim.cooldown_steps == early.max_steps * 1333 // 2000
 
 
 @pytest.mark.slow

@@ -54,8 +54,8 @@ class SceneSets:
     def evaluation(self, run: str) -> EvaluateConfig:
         """The protocol `scenes` on every held-out scene."""
         shards, images = (join(self.folder, kind, HELD_OUT) for kind in ("shards", "images"))
-        words = ["--weights", run, "--shards", shards, "--images", images, "--protocol", "scenes"]
-        words += ["--protocol.num_samples", str(self.num_held_out)]
+        words = ["--weights", run, "--shards", shards, "--images", images]
+        words += ["--protocol", "scenes", "--protocol.num_samples", str(self.num_held_out)]
         return read_config(EvaluateConfig, words, prog="ifvit evaluate")
 
     def _encoding(self, split: str) -> EncodeConfig:
@@ -75,7 +75,7 @@ def with_length(recipe: TrainConfig, max_steps: int) -> TrainConfig:
     """Return the recipe for a run of `max_steps`; all numbers of steps keep their shares of it."""
 
     def scale(steps: int) -> int:
-        return steps and max(1, round(steps * max_steps / recipe.max_steps))
+        return steps and max(1, steps * max_steps // recipe.max_steps)
 
     optim, grid = recipe.optim, recipe.sample_grid
     return replace(
