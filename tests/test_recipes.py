@@ -13,7 +13,7 @@ from ifvit.config import FLAG_ONLY, dump_config, read_config
 from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
-from ifvit.models.config import restore_config
+from ifvit.models.config import FusionTransformerConfig, restore_config
 from ifvit.models.presets import CLASS_PRESETS, PRESETS, with_setting
 from ifvit.records import PositiveFloat, PositiveInt, parse_yaml, record
 from ifvit.training.config import OptimConfig, TrainConfig
@@ -84,6 +84,8 @@ def test_the_papers_recipe_on_scenes_keeps_its_objective_beside_todays() -> None
     )
     assert (paper.max_steps, paper.global_batch_size, paper.ema_decays) == (2000, 32, (0.99,))
     assert (modern.objective.prediction, modern.objective.timesteps) == ("flow", "logit_normal")
+    assert (modern.optim.optimizer, paper.optim.optimizer) == ("muon", "adamw")
+    assert isinstance(modern.backbone, FusionTransformerConfig)
     assert modern.backbone.fusion == paper.backbone.fusion
 
 

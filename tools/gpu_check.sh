@@ -38,7 +38,7 @@ cuda() { # FUNCTION NAME ...: run a step that only a GPU can run
 }
 
 train() { # train_NAME FLAGS...: eight small steps with a checkpoint and a grid of samples
-    ifvit "$1" train --recipe scenes --run "$out/runs/${1#train_}" --shards "$out/shards" --max_steps 8 \
+    ifvit "$1" train --recipe scenes_paper --run "$out/runs/${1#train_}" --shards "$out/shards" --max_steps 8 \
         --optim.warmup_steps 2 --optim.cooldown_steps 2 --checkpoint_every 4 --sample_grid.every 4 \
         --sample_grid.num_steps 2 --log_every 1 "${@:2}"
 }
@@ -68,6 +68,7 @@ ifvit encode encode --config configs/data/scenes.yaml --images "$out/images/trai
     --captions "$out/images/annotations/captions_train2014.json" --device $device --precision $half
 parallel train train_plain --engine.precision fp32
 parallel train train_bf16 --engine.precision bf16
+parallel train train_modern --objective.prediction flow --optim.optimizer muon --engine.precision $half
 parallel train train_checkpointing --engine.activation_checkpointing true --engine.precision $half
 parallel cuda train train_fp16 --engine.precision fp16
 parallel cuda train train_muon --optim.optimizer muon --engine.precision bf16
