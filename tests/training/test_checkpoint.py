@@ -224,7 +224,7 @@ def test_only_files_that_training_writes_are_pruned(recipe: Recipe) -> None:
 
 def step_losses(loss: float) -> list[float]:
     """The losses of a step whose eight samples are all in the first quarter of the timesteps."""
-    return [loss, loss, 0.0, 0.0, 0.0, 8.0, 0.0, 0.0, 0.0]
+    return [loss, loss, 0.0, 0.0, 0.0, 8.0, 0.0, 0.0, 0.0, loss / 4, 1.0]
 
 
 def test_the_mean_of_losses_does_not_depend_on_how_often_they_are_observed() -> None:
@@ -237,6 +237,7 @@ def test_the_mean_of_losses_does_not_depend_on_how_often_they_are_observed() -> 
     assert at_once.since_log.mean == values[3]  # the third step ended an interval
     assert at_once.since_log.mean_by_time[0] == values[3] / 8
     assert all(map(math.isnan, at_once.since_log.mean_by_time[1:]))
+    assert at_once.since_log.mean_representation == values[3] / 4
 
 
 def test_the_mean_loss_leaves_out_steps_that_are_not_finite_and_stays_finite() -> None:
@@ -244,6 +245,7 @@ def test_the_mean_loss_leaves_out_steps_that_are_not_finite_and_stays_finite() -
     state = replace(TrainState(), step=4).observe(list(map(step_losses, values[:3])), 10)
     assert state.since_log.mean == 2.0
     assert math.isnan(LossSums().mean)
+    assert math.isnan(LossSums().mean_representation)
     diverged = replace(TrainState(), step=4).observe(list(map(step_losses, values)), 10)
     assert 1e6 < diverged.since_log.mean < 1e12
 
