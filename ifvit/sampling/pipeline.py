@@ -21,6 +21,7 @@ from ifvit.diffusion.config import Guidance, Prediction
 from ifvit.diffusion.guidance import AlignmentMethod, GuidedPredictor
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.diffusion.solvers import initial_latents, network_input, set_steps
+from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.clip import encode_captions
 from ifvit.models.config import NullContext
@@ -283,7 +284,7 @@ class FusionPipeline(DiffusionPipeline):
 
 
 def _check_prediction(scheduler: Any, prediction: Prediction) -> None:
-    """Raise ValueError unless the scheduler takes what the backbone predicts."""
+    """Raise UserError, a ValueError, unless the scheduler takes what the backbone predicts."""
     # `from_config` keeps keys that its class does not take; the classes made for flows take none.
     own = inspect.signature(type(scheduler)).parameters
     taken, has_flow = "flow_prediction", "prediction_type" not in own
@@ -291,7 +292,7 @@ def _check_prediction(scheduler: Any, prediction: Prediction) -> None:
         taken = scheduler.config.prediction_type
         has_flow = "use_flow_sigmas" in own and scheduler.config.use_flow_sigmas
     if taken != PREDICTION_TYPES[prediction] or has_flow != (prediction == "flow"):
-        raise ValueError(
+        raise UserError(
             f"scheduler: {type(scheduler).__name__} with prediction_type {taken} and "
             f"use_flow_sigmas {has_flow} does not fit a backbone that predicts {prediction}"
         )

@@ -73,6 +73,7 @@ class SchedulerConfig:
     beta_start: Annotated[float, Rule(f"{BETA_START}", lambda value: value == BETA_START)]
     beta_end: Annotated[float, Rule(f"{BETA_END}", lambda value: value == BETA_END)]
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    use_flow_sigmas: Literal[False] = False
     trained_betas: None = None
 
 

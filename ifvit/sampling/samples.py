@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.images import ImageError, Pixels, decode_png, encode_png
-from ifvit.records import NonNegativeInt, PlainName, dump_rows, dump_sealed, record
+from ifvit.records import NonNegativeInt, PlainName, dump_rows, dump_sealed, printable, record
 
 _NUM_THREADS = 4
 _LIST, _SETTINGS = "samples.jsonl", "settings.json"
@@ -65,7 +65,7 @@ def claim_folder(folder: str, settings: dict[str, Any]) -> None:
     differing = sorted(name for name in names if found.get(name) != settings.get(name))
     if differing:
         raise UserError(
-            f"{folder} holds samples of another {', '.join(differing)}; "
+            f"{folder} holds samples of another {printable(', '.join(differing))}; "
             "delete the folder or give another --output"
         )
 
