@@ -68,7 +68,6 @@ ifvit encode encode --config configs/data/scenes.yaml --images "$out/images/trai
     --captions "$out/images/annotations/captions_train2014.json" --device $device --precision $half
 parallel train train_plain --engine.precision fp32
 parallel train train_bf16 --engine.precision bf16
-parallel train train_modern --objective.prediction flow --optim.optimizer muon --engine.precision $half
 parallel train train_checkpointing --engine.activation_checkpointing true --engine.precision $half
 parallel cuda train train_fp16 --engine.precision fp16
 parallel cuda train train_muon --optim.optimizer muon --engine.precision bf16
