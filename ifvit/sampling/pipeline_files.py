@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ifvit import connections, storage
-from ifvit.diffusion.config import Prediction
+from ifvit.diffusion.config import Prediction, Shift
 from ifvit.diffusion.schedules import BETA_END, BETA_START
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import load_vae
@@ -84,6 +84,8 @@ class FlowSchedulerConfig:
     num_train_timesteps: Literal[1000]
     prediction_type: Literal["flow_prediction"] = "flow_prediction"
     use_flow_sigmas: Literal[True] = True
+    shift: Shift = 1.0
+    flow_shift: Shift = 1.0
     invert_sigmas: Literal[False] = False
     use_dynamic_shifting: Literal[False] = False
 

@@ -511,6 +511,18 @@ def test_a_folder_whose_scheduler_is_for_another_prediction_is_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("changes", [{"flow_shift": 0}, {"shift": -1.0}, {"invert_sigmas": True}])
+def test_a_flow_with_an_impossible_scheduler_is_one_line(
+    components: dict[str, Any], tmp_path: Path, changes: dict[str, object]
+) -> None:
+    scheduler = build_scheduler("dpm_solver_pp", NoiseSchedule("cpu", "flow"))
+    flow_pipeline(components, scheduler).save_pretrained(tmp_path)
+    change_json(tmp_path / "scheduler/scheduler_config.json", **changes)
+    with pytest.raises(UserError, match=f"scheduler_config.json.*{next(iter(changes))}") as error:
+        FusionPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_component_outside_the_folder_is_not_read(copy: Path) -> None:
     shutil.move(copy / "vae", copy.parent / "secret")
     (copy / "vae").symlink_to(copy.parent / "secret")
