@@ -69,8 +69,10 @@ def sampling_precision(backbone: ConditionalBackbone, precision: Precision) -> I
 
     A decoder that runs in the block keeps its type; Stable Diffusion's overflows in float16.
     """
-    assert isinstance(backbone, nn.Module)
-    nn.Module.to(backbone, _DTYPES.get(precision, torch.float32))  # diffusers' own `to` warns
+    dtype = _DTYPES.get(precision, torch.float32)
+    if backbone.dtype != dtype:
+        assert isinstance(backbone, nn.Module)
+        nn.Module.to(backbone, dtype)  # diffusers' own `to` warns
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
     try:

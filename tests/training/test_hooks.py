@@ -557,6 +557,8 @@ def test_the_grid_shows_what_the_ema_weights_generate(
     grids = []
     for step in (4, 8):
         backbone, _ = load_weights(f"{config.run}/weights/step_{step:08d}/ema")
+        # A grid of lower precision has not rounded the EMA weights.
+        assert any((one != one.bfloat16()).any() for one in backbone.parameters())
         sampler = Sampler(backbone=backbone, schedule=schedule, decode=decode, null_condition=null)
         batch = ConditionBatch(positions=torch.arange(16), condition=contexts)
         (images,) = generate_images(sampler, [batch], solver)
