@@ -25,7 +25,6 @@ RECIPES = {"early": "scenes_paper", "modern": "scenes"}
 STEPS_PER_MINUTE = {"early": 520, "modern": 320}
 """Optimizer steps per minute of `--minutes`, of equal processor time; fixed, so that the demo
 repeats."""
-GUIDANCE = 2.0
 SUMMARY_KEYS = (
     "retrieval_at_16",
     "clip_score",
@@ -63,9 +62,7 @@ def demo(config: DemoConfig) -> None:
         _announce("2/4", "encode them into shards of VAE moments and CLIP contexts")
         sets.encode(workers)
         _announce("3/4", "train both models, generate from held-out captions, evaluate")
-        evaluations = [
-            replace(sets.evaluation(recipe.run), guidance_scales=[GUIDANCE]) for recipe in recipes
-        ]
+        evaluations = [sets.evaluation(recipe.run) for recipe in recipes]
         rows = list(workers.map(_train_and_evaluate, recipes, evaluations))
     _announce("4/4", "report")
     page = join(config.folder, "report.html")
