@@ -25,8 +25,9 @@ from ifvit.bench.training_speed import EngineSteps
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
-from ifvit.evaluation.rows import MetricsRow, read_training_rows
+from ifvit.evaluation.rows import MetricsRow
 from ifvit.models.cost import count_cost
+from ifvit.records import PositiveFloat, PositiveInt, Sha256, record
 from ifvit.sampling.samples import hash_json
 from ifvit.storage import exists, join, read_sealed, write_sealed
 from ifvit.training.config import TrainConfig
@@ -35,8 +36,8 @@ from ifvit.training.train import train
 
 PAPER, MODERN = "paper", "modern"
 NUM_SAVES = 12
-"""Saved steps of a run, at equal distances; also the steps per measurement of a step's cost."""
-COST_ROUNDS = 3
+"""Saved steps of a run, at equal distances; also the steps per measurement of a step's time."""
+COST_ROUNDS = 5
 OBJECTIVE_GROUPS = {
     "prediction": ("prediction", "min_snr_gamma"),
     "timesteps": ("timesteps", "logit_mean", "logit_std", "shift"),
@@ -54,8 +55,6 @@ class Point:
     """Quality of the weights of one step."""
 
     step: int
-    cpu_seconds: float
-    """Processor time of the training steps until then."""
     retrieval: float
     accuracy: float
     """Mean of the shares of images with the right colours, kinds and counts."""
@@ -63,6 +62,21 @@ class Point:
     def reaches(self, other: "Point") -> bool:
         """Whether these weights are at least as good in both respects."""
         return self.retrieval >= other.retrieval and self.accuracy >= other.accuracy
+
+
+@record
+class Plan:
+    """Time and number of steps of every arm; plan.json in the folder of the benchmark."""
+
+    identity: Sha256
+    """Hash of everything that it was made for."""
+    steps: dict[str, PositiveInt]
+    step_seconds: dict[str, PositiveFloat]
+    """Processor time of a step in one thread, without the loader."""
+
+    def seconds(self, arm: str) -> float:
+        """Processor time of a whole run."""
+        return self.steps[arm] * self.step_seconds[arm]
 
 
 def bench_quality(config: BenchQualityConfig) -> None:
@@ -74,9 +88,9 @@ def bench_quality(config: BenchQualityConfig) -> None:
     sets.render()
     with worker_processes(config.processes, 1, join(config.folder, "log.txt")) as workers:
         sets.encode(workers)
-        lengths = _plan_lengths(workers, arms, config)
+        plan = make_plan(workers, arms, config)
         jobs = {
-            (arm, seed): _plan_run(sets, recipe, arm, seed, lengths[arm])
+            (arm, seed): _plan_run(sets, recipe, arm, seed, plan.steps[arm])
             for seed in range(1, config.seeds + 1)
             for arm, recipe in arms.items()
         }
@@ -87,7 +101,7 @@ def bench_quality(config: BenchQualityConfig) -> None:
             if arm != PAPER
         }
         reached = _run_all(workers, find_equal, searches, "find equal quality")
-    rows = {arm: summarise(arm, recipe, ends, reached) for arm, recipe in arms.items()}
+    rows = {arm: summarise(arm, recipe, plan, ends, reached) for arm, recipe in arms.items()}
     result = {
         "time_ratio": rows[MODERN]["time_ratio"],
         "paper": rows.pop(PAPER),
@@ -128,26 +142,26 @@ def without_ingredients(modern: TrainConfig, paper: TrainConfig) -> Arms:
     return arms
 
 
-def _plan_lengths(workers: Executor, arms: Arms, config: BenchQualityConfig) -> dict[str, int]:
-    """Number of steps of every arm, a multiple of NUM_SAVES.
+def make_plan(workers: Executor, arms: Arms, config: BenchQualityConfig) -> Plan:
+    """Measure a step of every arm, and choose the number of steps, a multiple of NUM_SAVES.
 
-    Arms beside the paper's get `share` of its processor time by the measured cost of a step. The
-    numbers are kept in the folder, so that a benchmark that was killed continues with them.
+    Arms beside the paper's get `share` of its processor time. The plan is kept in the folder, so
+    that a benchmark that was killed continues with it.
     """
     url = join(config.folder, "plan.json")
-    recipes = {arm: asdict(recipe) for arm, recipe in arms.items()}
-    identity = hash_json([config.share, recipes])
+    identity = hash_json([config.share, {arm: asdict(recipe) for arm, recipe in arms.items()}])
     if exists(url):
-        plan = read_sealed(dict[str, Any], url)
-        if plan["identity"] != identity:
+        plan = read_sealed(Plan, url)
+        if plan.identity != identity:
             raise UserError(f"{url}: made for other recipes, steps or share; give another --folder")
-        return {arm: int(steps) for arm, steps in plan["steps"].items()}
-    costs = workers.submit(measure_costs, arms).result()
-    budget = config.share * config.steps * costs[PAPER]
-    lengths = {arm: whole_length(budget / cost) for arm, cost in costs.items()}
-    lengths[PAPER] = whole_length(config.steps)
-    write_sealed(url, {"identity": identity, "steps": lengths})
-    return lengths
+        return plan
+    seconds = workers.submit(measure_steps, arms).result()
+    budget = config.share * config.steps * seconds[PAPER]
+    steps = {arm: whole_length(budget / one) for arm, one in seconds.items()}
+    steps[PAPER] = whole_length(config.steps)
+    plan = Plan(identity=identity, steps=steps, step_seconds=seconds)
+    write_sealed(url, plan)
+    return plan
 
 
 def whole_length(steps: float) -> int:
@@ -155,8 +169,11 @@ def whole_length(steps: float) -> int:
     return NUM_SAVES * max(1, round(steps / NUM_SAVES))
 
 
-def measure_costs(arms: Arms) -> dict[str, float]:
-    """Processor time in seconds of a training step of every arm, measured in turn."""
+def measure_steps(arms: Arms) -> dict[str, float]:
+    """Processor time in seconds of a training step of every arm, measured in turn.
+
+    Other work on the machine then slows down all arms alike.
+    """
 
     def measure(steps: EngineSteps) -> float:
         started = time.process_time()
@@ -216,12 +233,9 @@ def measure_quality(recipe: TrainConfig, evaluation: EvaluateConfig, step: int) 
     (row,) = evaluate(replace(evaluation, steps=[step]))
     assert isinstance(row, MetricsRow)
     scores = (row.colour_accuracy, row.kind_accuracy, row.count_accuracy)
-    seconds = {one.step: one.cpu_seconds for one in read_training_rows(recipe.run)}[step]
     assert row.retrieval_at_16 is not None
-    assert seconds is not None
     return Point(
         step=step,
-        cpu_seconds=seconds,
         retrieval=row.retrieval_at_16.value,
         accuracy=statistics.mean(score.value for score in scores if score is not None),
     )
@@ -250,6 +264,7 @@ def find_equal(
 def summarise(
     arm: str,
     recipe: TrainConfig,
+    plan: Plan,
     ends: Mapping[Run, Point],
     reached: Mapping[Run, Point | None],
 ) -> dict[str, Any]:
@@ -260,23 +275,21 @@ def summarise(
     """
     seeds = sorted(seed for name, seed in ends if name == arm)
     own = [ends[arm, seed] for seed in seeds]
+    step_seconds, paper_seconds = plan.step_seconds[arm], plan.seconds(PAPER)
     cost = count_cost(recipe.backbone)
     row = {
         "params": cost.params,
         "gflops": cost.layer_flops / 1e9,
-        "steps": own[0].step,
-        "cpu_seconds": statistics.median(point.cpu_seconds for point in own),
+        "steps": plan.steps[arm],
+        "cpu_seconds": plan.seconds(arm),
         "retrieval": statistics.mean(point.retrieval for point in own),
         "accuracy": statistics.mean(point.accuracy for point in own),
     }
     if arm == PAPER:
         return row
-    ratios = [_ratio(reached[arm, seed], ends[PAPER, seed]) for seed in seeds]
+    points = [reached[arm, seed] for seed in seeds]
+    ratios = [point.step * step_seconds / paper_seconds if point else None for point in points]
     return {"time_ratio": median_ratio_or_none(ratios), "time_ratios": ratios, **row}
-
-
-def _ratio(point: Point | None, paper: Point) -> float | None:
-    return point.cpu_seconds / paper.cpu_seconds if point else None
 
 
 def median_ratio_or_none(ratios: Sequence[float | None]) -> float | None:

@@ -222,10 +222,10 @@ class TrainingRow:
 
     `loss`, `loss_q0` to `loss_q3` (by quarter of the timesteps, the cleanest first),
     `representation_loss` (1 - mean cosine, not part of `loss`) and all speeds are means over these
-    steps. `validation_loss` is the held-out loss of the EMA weights after the
-    last step, `validation_loss_tK` its part at timestep (K + 1/2) / 8. `learning_rate` and
-    `grad_norm` are those of the last step; counts, `seconds` and `cpu_seconds` include all steps of
-    the run. `PHASE_seconds` are seconds per step.
+    steps. `validation_loss` is the held-out loss of the EMA weights after the last step,
+    `validation_loss_tK` its part at timestep (K + 1/2) / 8. `learning_rate` and `grad_norm` are
+    those of the last step; counts and `seconds` include all steps of the run. `PHASE_seconds` are
+    seconds per step.
     """
 
     step: PositiveInt
@@ -253,7 +253,6 @@ class TrainingRow:
     data_wait: Fraction
     """Share of the time that was spent waiting for batches."""
     seconds: NonNegativeFloat
-    cpu_seconds: NonNegativeFloat | None = None
     """Processor time of all threads of the main process in the training steps."""
     data_seconds: NonNegativeFloat | None = None
     forward_seconds: NonNegativeFloat | None = None

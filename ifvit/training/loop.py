@@ -88,8 +88,6 @@ class TrainState:
     """Number of samples read so far; the whole state of the loader."""
     seconds: NonNegativeFloat = 0.0
     """Time spent in training steps, over all restarts."""
-    cpu_seconds: NonNegativeFloat = 0.0
-    """Processor time of all threads of the main process in training steps, over all restarts."""
     data_wait: NonNegativeFloat = 0.0
     """Part of `seconds` that was spent waiting for batches."""
     nonfinite_steps: NonNegativeInt = 0
@@ -97,16 +95,13 @@ class TrainState:
     since_log: LossSums = LossSums()
     """The losses of the steps since the last row of the metrics log."""
 
-    def advance(
-        self, num_samples: int, seconds: float, cpu_seconds: float, data_wait: float
-    ) -> "TrainState":
+    def advance(self, num_samples: int, seconds: float, data_wait: float) -> "TrainState":
         """The state after one more step."""
         return replace(
             self,
             step=self.step + 1,
             samples_seen=self.samples_seen + num_samples,
             seconds=self.seconds + seconds,
-            cpu_seconds=self.cpu_seconds + cpu_seconds,
             data_wait=self.data_wait + data_wait,
         )
 
@@ -167,7 +162,7 @@ def fit(
     with closing(batches.stream(state.step, state.samples_seen, engine.device)) as stream:
         while state.step < max_steps:
             stop.ask()
-            started, cpu_started = time.perf_counter(), time.process_time()
+            started = time.perf_counter()
             rate = engine.set_learning_rate(state.step, max_steps)
             local, data_wait = _accumulate(stream, batches, objective, engine, state.step)
             losses.append(torch.cat([local.total[None], _sums_by_time(local), _aligned(local)]))
@@ -181,8 +176,7 @@ def fit(
             if due:
                 engine.synchronize()  # so that `seconds` covers the work and not its submission
             seconds = time.perf_counter() - started
-            cpu_seconds = time.process_time() - cpu_started
-            state = state.advance(batches.global_batch_size, seconds, cpu_seconds, data_wait)
+            state = state.advance(batches.global_batch_size, seconds, data_wait)
             state = _count_skipped(state, batches, engine, wait=bool(due))
             if due:
                 state = state.observe(engine.mean(torch.stack(losses)).tolist(), log_every)

@@ -137,7 +137,6 @@ class MetricsLog:
             tokens_per_s=rate * self._config.backbone.num_tokens,
             data_wait=min(1.0, (state.data_wait - last.data_wait) / seconds),
             seconds=state.seconds,
-            cpu_seconds=state.cpu_seconds,
             **self._validation,
             **{f"{phase}_seconds": total / num_steps for phase, total in totals.items()},
             loss_scale=None if scale is None else scale.value,

@@ -12,6 +12,7 @@ import pytest
 from ifvit.bench import quality
 from ifvit.bench.config import BenchQualityConfig
 from ifvit.bench.quality import (
+    Plan,
     Point,
     bench_quality,
     find_equal,
@@ -39,10 +40,9 @@ def recipe(name: str) -> TrainConfig:
     return read_config(TrainConfig, ["--recipe", name], prog="ifvit train")
 
 
-def point(step: int, quality: float, seconds_per_step: float = 1.0) -> Point:
+def point(step: int, quality: float) -> Point:
     """Weights whose accuracy is half their retrieval."""
-    seconds = step * seconds_per_step
-    return Point(step=step, cpu_seconds=seconds, retrieval=quality, accuracy=quality / 2)
+    return Point(step=step, retrieval=quality, accuracy=quality / 2)
 
 
 def test_each_arm_lacks_one_ingredient_and_all_of_them_make_the_papers_recipe() -> None:
@@ -84,21 +84,27 @@ def test_the_first_saved_step_of_equal_quality_is_found_by_few_evaluations(
 
 
 def test_equal_quality_is_equal_in_both_respects() -> None:
-    target = Point(step=1, cpu_seconds=1, retrieval=0.5, accuracy=0.4)
+    target = Point(step=1, retrieval=0.5, accuracy=0.4)
     assert replace(target, accuracy=0.5).reaches(target)
     assert not replace(target, retrieval=0.6, accuracy=0.39).reaches(target)
     assert not replace(target, retrieval=0.49, accuracy=0.9).reaches(target)
 
 
-def test_ratios_are_of_processor_time_within_a_seed() -> None:
-    ends = {("paper", 1): point(100, 0.5), ("paper", 2): point(100, 0.5, seconds_per_step=2)}
+def test_ratios_are_of_the_processor_time_of_steps() -> None:
+    plan = Plan(
+        identity="0" * 64,
+        steps={"paper": 100, "modern": 50},
+        step_seconds={"paper": 0.1, "modern": 0.2},
+    )
+    ends = {("paper", seed): point(100, 0.5) for seed in (1, 2)}
     ends |= {("modern", seed): point(50, 0.8) for seed in (1, 2)}
-    reached = {("modern", 1): point(40, 0.6), ("modern", 2): point(20, 0.6)}
-    row = summarise("modern", recipe("scenes"), ends, reached)
-    assert row["time_ratios"] == [0.4, 0.1]
-    assert row["time_ratio"] == pytest.approx(0.25)
+    reached = {("modern", 1): point(20, 0.6), ("modern", 2): None}
+    row = summarise("modern", recipe("scenes"), plan, ends, reached)
+    assert row["time_ratios"] == [pytest.approx(0.4), None]
+    assert row["time_ratio"] is None
+    assert row["cpu_seconds"] == pytest.approx(10)
     assert (row["steps"], row["retrieval"], row["accuracy"]) == (50, 0.8, 0.4)
-    assert "time_ratio" not in summarise("paper", recipe("scenes_paper"), ends, reached)
+    assert "time_ratio" not in summarise("paper", recipe("scenes_paper"), plan, ends, reached)
 
 
 @pytest.mark.parametrize(
