@@ -1,8 +1,8 @@
 """The training objective: add noise to latents, predict, and weight the squared error.
 
 Shapes: B batch, C latent channels, H, W latent, L image tokens, G x G patches of an image encoder,
-F its channels. A condition is what the network takes: contexts
-(B, M, D) of captions or class numbers (B,).
+F its channels. A condition is what the network takes: contexts (B, M, D) of captions or class
+numbers (B,).
 """
 
 import math
@@ -83,19 +83,18 @@ class Objective:
         shape = tuple(x_0.shape[1:])
         noise = self._sample_normal(self.seed, step, positions, Stream.NOISE, shape)
         timesteps = self.sample_timesteps(step, positions)
-        tokens: list[Tensor] = []
-
-        def predict_and_keep(*inputs: Tensor) -> Tensor:
-            prediction, projected = predict(*inputs, with_features=True)
-            tokens.append(projected)
-            return prediction  # type: ignore[no-any-return]
-
-        network = predict if self.representation is None else predict_and_keep
-        per_sample = self.errors(network, x_0, noise, timesteps, condition)
+        inputs = self.schedule.add_noise(x_0, noise, timesteps), timesteps, condition
+        if self.representation is None:
+            predicted, tokens = predict(*inputs), None
+        else:
+            predicted, tokens = predict(*inputs, with_features=True)
+        per_sample = self.schedule.squared_errors(predicted, x_0, noise, timesteps)
+        if self.config.min_snr_gamma is not None:
+            per_sample = self.schedule.weigh(per_sample, timesteps, self.config.min_snr_gamma)
         losses = Losses(
             total=per_sample.mean(), per_sample=per_sample.detach(), timesteps=timesteps
         )
-        return self._align(losses, tokens[0], features, step) if tokens else losses
+        return losses if tokens is None else self._align(losses, tokens, features, step)
 
     def _align(self, losses: Losses, tokens: Tensor, features: Tensor | None, step: int) -> Losses:
         """Add the loss of projected tokens (B, L, F), if the step has one."""
@@ -107,20 +106,6 @@ class Objective:
         loss = representation_loss(tokens, features)
         total = losses.total + self.representation.weight * loss
         return replace(losses, total=total, representation=loss.detach())
-
-    def errors(
-        self,
-        predict: ConditionalPredictor,
-        x_0: Tensor,
-        noise: Tensor,
-        timesteps: Tensor,
-        condition: Tensor,
-    ) -> Tensor:
-        """Weighted mean squared error of each sample, (B,), at given noise and timesteps."""
-        per_sample = squared_errors(self.schedule, predict, x_0, noise, timesteps, condition)
-        if self.config.min_snr_gamma is None:
-            return per_sample
-        return self.schedule.weigh(per_sample, timesteps, self.config.min_snr_gamma)
 
     def sample_timesteps(self, step: int, positions: Tensor) -> Tensor:
         """Timesteps (B,) of the configured density; a quantile of it is a uniform number."""
@@ -159,18 +144,3 @@ def scaled_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Ten
     mean, logvar = moments.float().chunk(2, dim=1)
     std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
     return (mean + std * noise) * scaling_factor
-
-
-def squared_errors(
-    schedule: NoiseSchedule,
-    predict: ConditionalPredictor,
-    x_0: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    condition: Tensor,
-) -> Tensor:
-    """Mean over C, H, W of (target - predicted)², (B,), without a weight."""
-    x_t = schedule.add_noise(x_0, noise, timesteps)
-    target = schedule.target(x_0, noise, timesteps)
-    error = (predict(x_t, timesteps, condition).float() - target).square()
-    return error.flatten(1).mean(dim=1)

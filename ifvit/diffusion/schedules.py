@@ -82,6 +82,13 @@ class NoiseSchedule:
             return x_t * inverse_alpha - ratio * predicted
         return (x_t - ratio * predicted) / inverse_alpha
 
+    def squared_errors(
+        self, predicted: Tensor, x_0: Tensor, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """Mean over C, H, W of (target - predicted)², (B,), without a weight."""
+        error = predicted.float() - self.target(x_0, noise, timesteps)
+        return error.square().flatten(1).mean(dim=1)
+
     def weigh(self, errors: Tensor, timesteps: Tensor, gamma: float) -> Tensor:
         """Squared errors (B,) of predictions => those of x_0, times min(SNR, gamma).
 

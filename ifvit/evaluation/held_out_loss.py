@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ifvit.arrays import Array
-from ifvit.diffusion.objectives import ConditionalPredictor, scaled_latents, squared_errors
+from ifvit.diffusion.objectives import ConditionalPredictor, scaled_latents
 from ifvit.distributed import ProcessGroup, show_progress
 from ifvit.errors import UserError
 from ifvit.models.weights import WeightsInfo
@@ -78,7 +78,9 @@ class HeldOutLoss:
             x_0 = scaled_latents(moments, draw, self._scaling_factor)
             u = torch.full(positions.shape, (k + 0.5) / NUM_TIMES, device=self._device)
             timesteps = self._schedule.timesteps(u)
-            errors = squared_errors(self._schedule, predict, x_0, noise, timesteps, condition)
+            x_t = self._schedule.add_noise(x_0, noise, timesteps)
+            predicted = predict(x_t, timesteps, condition)
+            errors = self._schedule.squared_errors(predicted, x_0, noise, timesteps)
             losses.append(errors.cpu().double().numpy())
         return np.stack(losses, axis=1)
 
