@@ -47,7 +47,7 @@ from data_pipeline.sources import open_source
 from data_pipeline.sources.base import REQUESTS_AT_ONCE, Source, Unit
 from data_pipeline.units import FileStates, identify, open_unit, read_or_fail
 from ifvit import storage
-from ifvit.arrays import Array, npy_bytes
+from ifvit.arrays import npy_bytes
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels
@@ -55,6 +55,7 @@ from ifvit.models.autoencoders import Autoencoder
 from ifvit.records import printable, shorten
 from ifvit.shards.format import (
     COMPLETED,
+    IMAGE_ARRAYS,
     MANIFEST,
     NULL_CONTEXT,
     Manifest,
@@ -243,20 +244,11 @@ def _reuse_images(
             for batch in shard:
                 stored = list(islice(samples, len(batch.readable)))
                 if stored and [s.key for s in stored] == [image.key for image, _ in batch.readable]:
-                    batch = replace(
-                        batch,
-                        moments=_stack([s.moments for s in stored]),
-                        flipped=_stack([s.flipped for s in stored]),
-                        features=_stack([s.features for s in stored]),
-                        flipped_features=_stack([s.flipped_features for s in stored]),
-                    )
+                    fields = [f for f in IMAGE_ARRAYS if getattr(stored[0], f) is not None]
+                    arrays = {f: np.stack([getattr(s, f) for s in stored]) for f in fields}
+                    encoded = {f: torch.from_numpy(array) for f, array in arrays.items()}
+                    batch = replace(batch, encoded=encoded)
                 yield batch
-
-
-def _stack(arrays: Sequence[Array | None]) -> torch.Tensor | None:
-    """Stack an array of each sample; None if the samples do not have it."""
-    found = [array for array in arrays if array is not None]
-    return torch.from_numpy(np.stack(found)) if found else None
 
 
 def _encode_batches(

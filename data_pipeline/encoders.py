@@ -2,9 +2,9 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, tee
 from typing import TypeVar
@@ -36,21 +36,18 @@ Result = TypeVar("Result")
 class Batch:
     """Some images of one shard on their way through the job, whose stages fill the fields.
 
-    `results` has the pixels of each image, or the reason why it is unreadable. `moments`
-    (B, 2C, h, w) and, if asked, `flipped`, `features` (B, G * G, F) and `flipped_features` belong
-    to the B readable images, `contexts` (T, M, D) to their T captions, image after image; `cut` are
-    the captions of too many tokens. Tensors stay on the device, so the encoders need not wait for
-    the copy to the CPU.
+    `results` has the pixels of each image, or the reason why it is unreadable. `encoded` holds the
+    moments (B, 2C, h, w) and, if asked, `flipped`, `features` (B, G * G, F) and `flipped_features`
+    of the B readable images, by field of LatentSample. `contexts` (T, M, D) belong to their T
+    captions, image after image; `cut` are the captions of too many tokens. Tensors stay on the
+    device, so the encoders need not wait for the copy to the CPU.
     """
 
     unit: OpenUnit
     is_last: bool
     images: Sequence[CaptionedImage]
     results: Sequence[DecodedImage | Failure] = ()
-    moments: Tensor | None = None
-    flipped: Tensor | None = None
-    features: Tensor | None = None
-    flipped_features: Tensor | None = None
+    encoded: Mapping[str, Tensor] = field(default_factory=dict)
     contexts: Tensor | None = None
     cut: frozenset[str] = frozenset()
 
@@ -136,26 +133,23 @@ class Encoders:
 
         Moments and features that the batch already has are kept.
         """
-        if batch.readable and batch.moments is None:
+        if batch.readable and not batch.encoded:
             stacked = np.stack([found.pixels for _, found in batch.readable])
             pixels = to_model_range(stacked, self.device)
-            flips = pixels.flip(-1) if self._flip else None
-            batch = replace(
-                batch,
-                moments=self.vae.encode(pixels),
-                flipped=None if flips is None else self.vae.encode(flips),
-            )
+            encoded = {"moments": self.vae.encode(pixels)}
             if self.image:
-                batch = replace(
-                    batch,
-                    features=self.image.encode(pixels),
-                    flipped_features=None if flips is None else self.image.encode(flips),
-                )
+                encoded["features"] = self.image.encode(pixels)
+            if self._flip:
+                flips = pixels.flip(-1)
+                encoded["flipped"] = self.vae.encode(flips)
+                if self.image:
+                    encoded["flipped_features"] = self.image.encode(flips)
+            batch = replace(batch, encoded=encoded)
         captions = [caption for image, _ in batch.readable for caption in image.captions]
         if captions and self.text:
             new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
-            encoded = self.text.encode(new) if new else ()
-            contexts = self._kept | dict(zip(new, encoded, strict=True))
+            added = self.text.encode(new) if new else ()
+            contexts = self._kept | dict(zip(new, added, strict=True))
             for caption in batch.unit.repeated.intersection(new):
                 self._kept[caption] = contexts[caption].clone()  # a view would keep the whole batch
             stacked_contexts = torch.stack([contexts[caption] for caption in captions])

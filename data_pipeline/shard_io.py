@@ -138,14 +138,13 @@ class _Samples:
             is_last = batch.is_last
 
     def _convert(self, batch: Batch) -> Iterator[LatentSample]:
-        if batch.moments is None:
+        if not batch.encoded:
             return
-        moments = self._store(batch.moments)
-        flipped = None if batch.flipped is None else self._store(batch.flipped)
-        contexts = None if batch.contexts is None else self._store(batch.contexts)
-        features = self._store_features(batch, batch.features)
-        flipped_features = self._store_features(batch, batch.flipped_features)
-        self.latent_sums += sum_latents(moments)
+        arrays = {name: self._store(batch, name, values) for name, values in batch.encoded.items()}
+        contexts = None
+        if batch.contexts is not None:
+            contexts = to_stored(batch.contexts, self._dtype, self._name)
+        self.latent_sums += sum_latents(arrays["moments"])
         end = 0
         for row, (image, decoded) in enumerate(batch.readable):
             start, end = end, end + len(image.captions)
@@ -156,27 +155,21 @@ class _Samples:
             ]
             yield LatentSample(
                 key=image.key,
-                moments=moments[row],
-                flipped=None if flipped is None else flipped[row],
                 context=None if contexts is None else contexts[start:end],
                 label=image.label,
-                features=None if features is None else features[row],
-                flipped_features=None if flipped_features is None else flipped_features[row],
                 metadata=SampleMetadata(
                     image_id=image.image_id,
                     captions=image.captions,
                     width=decoded.width,
                     height=decoded.height,
                 ),
+                **{name: values[row] for name, values in arrays.items()},
             )
 
-    def _store(self, values: Tensor) -> Array:
-        return to_stored(values, self._dtype, self._name)
-
-    def _store_features(self, batch: Batch, values: Tensor | None) -> Array | None:
-        """Convert features to their dtype. Raises UserError that names the image of a bad value."""
-        if values is None:
-            return None
+    def _store(self, batch: Batch, field: str, values: Tensor) -> Array:
+        """Convert to the stored dtype. Raises UserError that names the image of a bad feature."""
+        if "features" not in field:
+            return to_stored(values, self._dtype, self._name)
         bad = ~values.half().isfinite().flatten(1).all(dim=1)
         if bad.any():
             image, _ = batch.readable[int(bad.int().argmax())]

@@ -26,6 +26,8 @@ from ifvit.records import (
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 NULL_CONTEXT = "null_context.npy"
+IMAGE_ARRAYS = ("moments", "flipped", "features", "flipped_features")
+"""Arrays of a sample that are made from its image, by field of LatentSample."""
 FEATURE_DTYPE = "float16"
 """Number format of features in every dataset."""
 COMPLETED = "completed"

@@ -17,7 +17,7 @@ import xxhash
 from ifvit import storage
 from ifvit.arrays import Array, parse_npy, parse_npz
 from ifvit.records import MAX_BYTES, is_plain_name, shorten
-from ifvit.shards.format import Manifest, ShardEntry, ShardError, remedy_for
+from ifvit.shards.format import IMAGE_ARRAYS, Manifest, ShardEntry, ShardError, remedy_for
 
 ABSENT = -1
 
@@ -236,8 +236,7 @@ def _index_problems(index: ShardIndex, manifest: Manifest, entry: ShardEntry) ->
         if not is_right or array.shape != shape:
             yield f"{name} is {array.dtype} {array.shape}, the manifest says {shape}"
             return  # the checks below need the shapes
-    images = (index.moments, index.flipped, index.features, index.flipped_features)
-    tables = (*images, index.context, index.metadata)
+    tables = [getattr(index, name) for name in (*IMAGE_ARRAYS, "context", "metadata")]
     offsets, length = np.concatenate([table[:, 0] for table in tables]), index.metadata[:, 1]
     # Offsets below 0 stand for absent arrays.
     if (np.append(offsets, length) > entry.num_bytes).any() or (length < 0).any():
