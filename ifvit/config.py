@@ -152,8 +152,13 @@ def _expand(hint: Any, value: Any, where: str, folder: Path, *, is_flag: bool) -
     expanded = {}
     for key, given in value.items():
         if key not in known:
-            names = ", ".join(known)
-            raise UserError(f"{where}: unknown key {shorten(key)}; known keys are {names}")
+            nested = [
+                f"{name}.{key}" for name, (_, part) in known.items() if key in _fields_of(part)
+            ]
+            remedy = (
+                f"use {' or '.join(nested)}" if nested else "known keys are " + ", ".join(known)
+            )
+            raise UserError(f"{where}: unknown key {shorten(key)}; {remedy}")
         field, field_hint = known[key]
         if field.metadata.get("flag_only") and not is_flag and given != field.default:
             raise UserError(f"{where}: {key} is set by the flag --{key} only, not by a file")

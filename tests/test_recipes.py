@@ -217,6 +217,7 @@ def test_help_shows_the_architecture_before_the_fields_that_depend_on_it(
 
 BROKEN = {
     "unknown key": ("max_stepz: 3", "max_stepz"),
+    "key of a section": ("min_snr_gamma: 5.0", "use objective.min_snr_gamma"),
     "unknown nested key": ("optim: {learning_rat: 1}", "learning_rat"),
     "wrong type": ("max_steps: many", "max_steps"),
     "wrong choice": ("engine: {precision: fp64}", "precision"),

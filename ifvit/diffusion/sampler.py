@@ -65,20 +65,35 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def sampling_precision(backbone: ConditionalBackbone, precision: Precision) -> Iterator[None]:
-    """Cast the weights of the backbone, in place, and use TF32 in this block if it is asked for.
+    """Cast the weights of the backbone, and use TF32 if it is asked for, within this block.
 
     A decoder that runs in the block keeps its type; Stable Diffusion's overflows in float16.
     """
-    dtype = _DTYPES.get(precision, torch.float32)
-    if backbone.dtype != dtype:
-        assert isinstance(backbone, nn.Module)
-        nn.Module.to(backbone, dtype)  # diffusers' own `to` warns
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
     try:
-        yield
+        with _cast_weights(backbone, _DTYPES.get(precision, torch.float32)):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _cast_weights(backbone: ConditionalBackbone, dtype: torch.dtype) -> Iterator[None]:
+    """Give the backbone rounded copies of its weights in this block; it keeps the exact ones."""
+    if backbone.dtype == dtype:
+        yield
+        return
+    assert isinstance(backbone, nn.Module)
+    parameters = list(backbone.parameters())
+    exact = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in zip(parameters, exact, strict=True):
+            parameter.data = data
 
 
 @torch.no_grad()
@@ -91,15 +106,18 @@ def generate_images(
     """Generate the images of each batch, uint8 (B, H, W, 3).
 
     The null condition is encoded once, every other condition once for all steps. `build_methods`
-    makes the alignment methods of a batch. Casts the weights of the sampler's backbone to the
-    configured precision. Raises UserError if an image is not finite.
+    makes the alignment methods of a batch. The weights of the sampler's backbone are cast to the
+    configured precision until the last image. Raises UserError if an image is not finite.
     """
     backbone = sampler.backbone
-    with sampling_precision(backbone, config.precision):
-        null = backbone.encode_condition(sampler.null_condition[None].to(backbone.device))
     # A thread decodes each batch while the next one is sampled. On a GPU, this hides the time to
     # copy the images to the host and to round them.
-    with ThreadPoolExecutor(1) as thread:
+    with (
+        _cast_weights(backbone, _DTYPES.get(config.precision, torch.float32)),
+        ThreadPoolExecutor(1) as thread,
+    ):
+        with sampling_precision(backbone, config.precision):
+            null = backbone.encode_condition(sampler.null_condition[None].to(backbone.device))
         pending: Future[Pixels] | None = None
         for batch in batches:
             methods = build_methods(batch.prompts) if build_methods else ()

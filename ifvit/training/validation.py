@@ -3,8 +3,8 @@
 from ifvit.evaluation.held_out_loss import HeldOutLoss
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards.reader import ShardReader
-from ifvit.training.config import EngineConfig, TrainConfig
-from ifvit.training.engine import Engine, prepare_forward
+from ifvit.training.config import TrainConfig
+from ifvit.training.engine import Engine
 from ifvit.training.hooks import gather_ema
 from ifvit.training.loop import StepReport, TrainState
 from ifvit.training.metrics_log import MetricsLog
@@ -13,9 +13,9 @@ from ifvit.training.metrics_log import MetricsLog
 class Validation:
     """Adds the held-out loss of the EMA weights to the row of the step.
 
-    Only the main process computes it, always in the same chunks. It is therefore equal for any
-    number of processes and after every restart. The noise does not depend on the run's seed, so
-    that runs of several seeds compare.
+    Only the main process computes it, always in the same chunks and in fp32. It is therefore equal
+    for any number of processes, after every restart and in evaluations, and runs of any precision
+    compare. The noise does not depend on the run's seed, so that runs of several seeds compare.
     """
 
     name = "validation"
@@ -27,7 +27,6 @@ class Validation:
         assert config.validation.shards is not None
         self.every = config.validation.every
         self._engine, self._metrics = engine, metrics
-        self._precision = EngineConfig(precision=config.engine.precision)
         reader = ShardReader(config.validation.shards, config.cache)
         self._loss = HeldOutLoss(reader, config.validation.num_samples, info, engine.device)
 
@@ -35,6 +34,5 @@ class Validation:
         """Compute the loss on the main process while the others wait."""
         backbone = gather_ema(self._engine)
         if backbone is not None:
-            prepare_forward(backbone, self._precision, self._engine.device)
             self._metrics.add_validation(state.step, self._loss.measure(backbone))
         self._engine.barrier()

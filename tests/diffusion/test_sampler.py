@@ -133,10 +133,13 @@ def test_a_precision_is_that_of_the_backbone_while_it_samples(
             assert evaluation.predict_clean(evaluation.context).dtype == torch.float32
             return Change()
 
+    assert isinstance(sampler.backbone, torch.nn.Module)
+    exact = {name: weights.tolist() for name, weights in sampler.backbone.state_dict().items()}
     config = dataclasses.replace(CONFIG, precision=precision, num_steps=2)
     for images in generate_images(sampler, make_batches(range(4), 2), config, lambda _: [Watch()]):
         assert images.std() > 1
         assert torch.get_float32_matmul_precision() == "highest"  # the caller's setting
+    assert exact == {name: w.tolist() for name, w in sampler.backbone.state_dict().items()}
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     assert seen == 4 * [(dtype, "high" if precision == "tf32" else "highest")]
 

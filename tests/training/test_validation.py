@@ -137,15 +137,13 @@ def test_a_seed_changes_the_noise_and_a_longer_set_keeps_its_first_samples(
         HeldOutLoss(reader, 22, info, "cpu")
 
 
-def test_the_precision_of_the_training_is_that_of_the_validation(validated: Recipe) -> None:
+def test_a_run_of_any_precision_is_validated_in_fp32(validated: Recipe) -> None:
     single, half = validated("single"), validated("half", engine=EngineConfig(precision="bf16"))
     optim = replace(single.optim, learning_rate=0.0)
     single, half = replace(single, optim=optim), replace(half, optim=optim)
     train(single)
     train(half)
-    for exact, rounded in zip(validations(single)[4], validations(half)[4], strict=True):
-        assert exact != rounded
-        assert rounded == pytest.approx(exact, rel=0.01)
+    assert validations(single) == validations(half)
 
 
 def test_classes_are_validated(
