@@ -14,13 +14,14 @@ from ifvit.errors import UserError
 from ifvit.models.clip import (
     ImagePreprocessor,
     ImageProcessorConfig,
+    TowerConfig,
     given_keys,
     load_transformers,
     load_vision_tower,
 )
 from ifvit.models.config import NumBlocks, Ratio, Size
 from ifvit.models.pretrained import identify, read_model_config, reading, resolve_pretrained
-from ifvit.records import PlainName, PositiveFloat, record
+from ifvit.records import PositiveFloat, record
 from ifvit.shards.format import EncoderIdentity, FeatureEncoding
 
 _PROCESSOR = "preprocessor_config.json"
@@ -51,24 +52,14 @@ class EncoderKind:
 
 
 @record
-class Dinov2Keys:
+class Dinov2Keys(TowerConfig):
     """The keys of a DINOv2's config.json; None stands for transformers' default."""
 
-    hidden_size: Size | None = None
-    num_hidden_layers: NumBlocks | None = None
-    num_attention_heads: Size | None = None
     mlp_ratio: Ratio | None = None
-    hidden_act: PlainName | None = None
-    layer_norm_eps: PositiveFloat | None = None
-    image_size: Size | None = None
-    patch_size: Size | None = None
-    num_channels: Size | None = None
     qkv_bias: bool | None = None
     use_swiglu_ffn: bool | None = None
     use_mask_token: bool | None = None
     num_register_tokens: NumBlocks | None = None
-    attn_implementation: None = None
-    quantization_config: None = None
 
 
 class ImageEncoder:

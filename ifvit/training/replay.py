@@ -24,8 +24,8 @@ from ifvit.diffusion.objectives import Objective
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
-from ifvit.models.config import BackboneConfig, UNetConfig, restore_config
-from ifvit.models.weights import describe_backbone, restore_backbone, step_name
+from ifvit.models.config import BackboneConfig, restore_config
+from ifvit.models.weights import restore_backbone, step_name
 from ifvit.records import (
     NonNegativeInt,
     PositiveFloat,
@@ -152,9 +152,27 @@ def replay(config: ReplayConfig) -> None:
     """
     failed, tensors = _read_failure(config.file)
     shape = restore_config(failed.backbone, config.file)
+    try:
+        outcome = _differentiate(failed, shape, tensors)
+    except Exception as error:
+        raise UserError(
+            f"{config.file}: its tensors are not those of its backbone and a batch "
+            f"({shorten(error)})"
+        ) from None
+    sys.stdout.write(f"then {shorten(failed.outcome)}\n")
+    sys.stdout.write(f"now  {outcome}\n")
+
+
+def _differentiate(
+    failed: FailedStep, shape: BackboneConfig, tensors: dict[str, Tensor]
+) -> Outcome:
+    """Compute the step again from the tensors of its batch and of its backbone."""
     device = torch.device(choose_device("auto"))
-    batch = _restore_batch(config.file, tensors, failed, shape, device)
-    backbone = nn.Module.to(restore_backbone(shape, tensors), device)
+    names = Batch.__dataclass_fields__.keys() & tensors.keys()
+    batch = Batch(**{name: tensors.pop(name).to(device) for name in names})
+    if batch.positions.dtype != torch.int64:
+        raise TypeError("positions are not integers")
+    backbone = nn.Module.to(restore_backbone(shape, tensors, copy=False), device)
     prepare_forward(backbone, EngineConfig(precision=failed.precision), device)
     objective = Objective(
         failed.objective,
@@ -163,9 +181,7 @@ def replay(config: ReplayConfig) -> None:
         device=device,
         representation=failed.representation,
     )
-    replayed = Replay(backbone=backbone, objective=objective, step=failed.step)
-    sys.stdout.write(f"then {shorten(failed.outcome)}\n")
-    sys.stdout.write(f"now  {replayed.differentiate(batch)}\n")
+    return Replay(backbone=backbone, objective=objective, step=failed.step).differentiate(batch)
 
 
 def _read_failure(file: str) -> tuple[FailedStep, dict[str, Tensor]]:
@@ -184,47 +200,6 @@ def _read_failure(file: str) -> tuple[FailedStep, dict[str, Tensor]]:
     if _sha256(tensors) != failed.tensors_sha256:
         raise UserError(f"{file}: damaged, its tensors have another sha256; restore the file")
     return failed, tensors
-
-
-def _restore_batch(
-    file: str,
-    tensors: dict[str, Tensor],
-    failed: FailedStep,
-    shape: BackboneConfig,
-    device: torch.device,
-) -> Batch:
-    """Take the batch out of `tensors`. Raises UserError unless the rest fits the backbone."""
-    wanted = {name: value.shape for name, value in describe_backbone(shape).state_dict().items()}
-    names = Batch.__dataclass_fields__.keys() & tensors.keys()
-    found = {name: value.shape for name, value in tensors.items() if name not in names}
-    if found != wanted or not names >= {"moments", "condition", "positions"}:
-        raise UserError(f"{file}: its tensors are not those of its backbone and a batch")
-    batch = Batch(**{name: tensors.pop(name).to(device) for name in names})
-    size, side = len(batch.positions), shape.latent_size
-    condition, classes = tuple(batch.condition.shape), shape.num_classes
-    if (
-        tuple(batch.moments.shape) != (size, 2 * shape.latent_channels, side, side)
-        or condition != (size, *(shape.context_shape or ()))
-        or batch.positions.dtype != torch.int64
-        or batch.condition.is_floating_point() != (classes is None)
-        or (classes is not None and not all(0 <= n <= classes for n in batch.condition.tolist()))
-        or not _are_features_of(batch.features, failed, shape, size)
-    ):
-        raise UserError(f"{file}: its batch does not fit its backbone")
-    return batch
-
-
-def _are_features_of(
-    features: Tensor | None, failed: FailedStep, shape: BackboneConfig, size: int
-) -> bool:
-    """Whether these are the features (size, G * G, F) of the failed step, or None without them."""
-    width = None if isinstance(shape, UNetConfig) else shape.representation_width
-    if width is None or failed.representation is None:
-        return width is None and failed.representation is None and features is None
-    if features is None or not failed.representation.is_on(failed.step):
-        return features is None and not failed.representation.is_on(failed.step)
-    grid = math.isqrt(features.numel() // max(size * width, 1))
-    return features.is_floating_point() and tuple(features.shape) == (size, grid**2, width)
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
