@@ -80,6 +80,8 @@ class Checkpoint:
     scalars: EngineScalars
     backbone: dict[str, Any]
     """Fields of the backbone's configuration."""
+    target: str | None = None
+    """What the backbone predicts, as `WeightsInfo.target`; None in earlier checkpoints."""
     recipe_sha256: Sha256
     """Hash of the recipe, as in `weights.json`."""
     shards_sha256: Sha256
@@ -237,17 +239,22 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
         yield read
 
 
-def resume(config: TrainConfig, engine: Engine, token: str) -> TrainState:
+def resume(config: TrainConfig, engine: Engine, token: str, target: str) -> TrainState:
     """Load the checkpoint from which the run continues, and return its position.
 
     All processes call this together. Remote parts are downloaded once per node, into a folder
     named by `token` under TMPDIR. Raises UserError when `config.resume` cannot be followed, or
-    when the checkpoint has other shards or another backbone.
+    when the checkpoint has other shards, another backbone or another target than the recipe.
     """
     with _node_cache(engine, token) as cache:
         checkpoint = _choose_checkpoint(config, cache, engine.group)
         if checkpoint is None:
             return TrainState()
+        if checkpoint.target not in (None, target):
+            raise UserError(
+                f"{checkpoint.url}: trained to predict {checkpoint.target}, but the recipe says "
+                f"{target}; set objective.prediction and scaling_factor to match"
+            )
         with open_tensors(checkpoint, cache) as read:
             engine.load_state(read)
         engine.load_scalars(checkpoint.scalars)

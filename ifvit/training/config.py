@@ -236,8 +236,9 @@ class TrainConfig:
                 "multiple of validation.every"
             )
         engine = self.engine
+        wants_zero = engine.backend == "auto" and engine.zero_stage > 1  # 1 is the default
         if self.optim.optimizer == "muon" and (
-            engine.backend == "deepspeed" or engine.offload_optimizer
+            engine.backend == "deepspeed" or engine.offload_optimizer or wants_zero
         ):
             raise UserError(
                 "optim.optimizer: muon needs engine.backend: plain without offload_optimizer; "

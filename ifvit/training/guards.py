@@ -34,7 +34,10 @@ MAY_CHANGE = {
     *("keep_every", "keep_best", "export_every", "keep_exports", "resume", "tolerate_nonfinite"),
     *("trackers", "profile", "validation"),
 }
-"""Fields that a resumed run may change; a change of any other field would make another run."""
+"""Fields that a resumed run may change; a change of any other field would make another run. Of
+validation, only `every` may change once there are held-out shards."""
+_OF_CHECKPOINTS = {"optim.optimizer", "objective.prediction", "scaling_factor"}
+"""Fields that a checkpoint must share with the run that continues it, besides the backbone."""
 
 
 def check_dataset(reader: ShardReader, config: TrainConfig) -> None:
@@ -118,10 +121,15 @@ def check_recipe(config: TrainConfig) -> None:
     # Fields that were added to the configuration after the run began get their defaults.
     before = asdict(parse_value(TrainConfig, parse_yaml(read_bytes(path), path), path))
     now = asdict(config)
-    for key in sorted(set(now) - MAY_CHANGE):
+    fixed = sorted(set(now) - MAY_CHANGE)
+    if before["validation"]["shards"] and now["validation"]["shards"]:
+        # Losses of two held-out sets would lie on one curve, and `keep_best` would compare them.
+        before["validation"]["every"] = now["validation"]["every"]
+        fixed.append("validation")
+    for key in fixed:
         for name, old, new in differences(key, before[key], now[key]):
-            # A checkpoint of another backbone or optimizer cannot be continued.
-            fits = key != "backbone" and name != "optim.optimizer"
+            # A checkpoint of another backbone, optimizer or prediction cannot be continued.
+            fits = key != "backbone" and name not in _OF_CHECKPOINTS
             remedy, source = ("continue", f" --resume {config.run}") if fits else ("train", "")
             raise UserError(
                 f"{config.run}: started with {name}: {shorten(old)}, the recipe now says "

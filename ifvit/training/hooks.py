@@ -140,6 +140,7 @@ class SaveCheckpoint:
             state=state,
             scalars=self._engine.scalars(),
             backbone=asdict(self._config.backbone),
+            target=self._info.target,
             recipe_sha256=self._info.recipe_sha256,
             shards_sha256=self._shards_sha256,
             parts=(),

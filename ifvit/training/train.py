@@ -78,8 +78,8 @@ def _train(
 ) -> TrainState:
     """Train while this job holds the lease of the run directory."""
     engine.group.on_main(lambda: check_recipe(config))
-    state = resume(config, engine, lease.token)
     info = _weights_info(config, reader)
+    state = resume(config, engine, lease.token, info.target)
     objective = Objective(
         config.objective,
         scaling_factor=info.scaling_factor,

@@ -18,6 +18,7 @@ import pytest
 from made_backbone import SMALL_CLASSES
 from run_files import losses, rows, small_recipe
 
+from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.distributed import World
 from ifvit.errors import EXIT_PREEMPTED, UserError
 from ifvit.training import guards, hooks
@@ -54,6 +55,17 @@ def test_another_recipe_in_the_same_run_directory_is_an_error(recipe: Recipe) ->
     muon = replace(config.optim, optimizer="muon")
     with pytest.raises(UserError, match=r"optim\.optimizer: .* or train in a new run: --run NEW$"):
         train(replace(config, optim=muon))
+    objective = ObjectiveConfig(prediction="flow")
+    with pytest.raises(
+        UserError, match=r"prediction: epsilon, .* or train in a new run: --run NEW$"
+    ):
+        train(replace(config, objective=objective))
+    other_run = replace(config, run=f"{config.run}_other", resume=config.run)
+    for fields in ({"objective": objective}, {"scaling_factor": 0.2}):
+        with pytest.raises(
+            UserError, match=r"trained to predict epsilon of vae 0.* the recipe says"
+        ):
+            train(replace(other_run, **fields))  # type: ignore[arg-type]
     slower = replace(config.optim, learning_rate=1e-5)
     with pytest.raises(UserError, match=r"started with optim\.learning_rate: .* now says 1e-05"):
         train(replace(config, optim=slower))

@@ -140,7 +140,9 @@ def test_offload_without_deepspeed_is_an_error(recipe: Recipe) -> None:
         train(recipe(engine=EngineConfig(backend="plain", offload_optimizer=True)))
 
 
-@pytest.mark.parametrize("fields", [{"backend": "deepspeed"}, {"offload_optimizer": True}])
+@pytest.mark.parametrize(
+    "fields", [{"backend": "deepspeed"}, {"offload_optimizer": True}, {"zero_stage": 2}]
+)
 def test_muon_with_zero_is_an_error(recipe: Recipe, fields: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"optim\.optimizer: muon needs engine\.backend: plain"):
         recipe(engine=EngineConfig(**fields), **FLOW_AND_MUON)

@@ -97,6 +97,10 @@ def test_restarts_do_not_change_the_validation(validated: Recipe) -> None:
     train(replace(again, validation=other))  # a resumed run may validate more often
     assert list(validations(again)) == [4, 6, 8]
     assert {step: validations(again)[step] for step in (4, 8)} == validations(whole)
+    fewer = replace(again.validation, num_samples=9)  # another set, whose losses do not compare
+    with pytest.raises(UserError, match=r"started with validation\.num_samples: 20, .* now says 9"):
+        train(replace(again, validation=fewer, max_steps=9))
+    train(replace(again, validation=ValidationConfig(), max_steps=9))
 
 
 def train_in_turn(recipes: list[TrainConfig]) -> None:
