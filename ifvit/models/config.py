@@ -169,7 +169,7 @@ class FusionTransformerConfig(ConditionConfig):
     """Standard deviation of the initial Linear weights. auto: U-ViT's 0.02 from width 512 on,
     in inverse proportion to the width below, and at most width**-0.5."""
     timestep_offset: NonNegativeInt = 0
-    """Added to the timesteps 0 ... 999; U-ViT's published weights count from 1."""
+    """Added to the timesteps; U-ViT's published weights count from 1."""
     representation_block: NonNegativeInt | None = None
     """For representation alignment in training (REPA): number of the block, counted from 0, after
     which a projector maps image tokens to features of an image encoder. Exported weights lack the

@@ -168,11 +168,10 @@ class FusionTransformer(Backbone):
         *,
         with_features: bool = False,
     ) -> Any:
-        """Predict the noise in noisy latents (B, C, S, S) at timesteps (B,) in 0 ... 999.
+        """Predict noise, v or velocity of noisy latents (B, C, S, S) at timesteps (B,) from 0 to 1000.
 
         With `with_features`, the result is the pair of the prediction and the projected image
         tokens (B, L, F) after `config.representation_block`, for representation alignment.
-
         `biases` shift attention logits of the blocks with these numbers. Queries and keys are in
         the order time, registers, image, text; keys of separate_cross_attention are text alone.
         Tokens that do not depend on text are computed once and shared by all k conditions of a
@@ -208,9 +207,9 @@ class FusionTransformer(Backbone):
             if with_features and number == config.representation_block:
                 features = self.representation_projector(tokens[:, config.first_image_token :])
         vector = self._vector_for(config.blocks[-1], vectors, len(tokens))
-        noise = self._predict(tokens[:, config.first_image_token :], vector)
-        noise = repeat_rows(noise, len(encoded.tokens))
-        return (noise, features) if with_features else noise
+        predicted = self._predict(tokens[:, config.first_image_token :], vector)
+        predicted = repeat_rows(predicted, len(encoded.tokens))
+        return (predicted, features) if with_features else predicted
 
     def _embed_tokens(self, latents: Tensor, sinusoids: Tensor) -> Tensor:
         """Time, register and image tokens (B, 1 + R + L, D) at the first block."""
@@ -259,7 +258,7 @@ class FusionTransformer(Backbone):
         )
 
     def _predict(self, image_tokens: Tensor, vector: Tensor | None) -> Tensor:
-        """Image tokens (B, L, D) and the conditioning vector (B, D) to noise (B, C, S, S)."""
+        """Image tokens (B, L, D) and the conditioning vector (B, D) to the prediction (B, C, S, S)."""
         normalised = self.head_norm(image_tokens)
         if self.head_modulation is not None:
             normalised = modulate(normalised, *self.head_modulation(vector))
@@ -267,5 +266,5 @@ class FusionTransformer(Backbone):
         pixels = self.decoder_pred(normalised)
         pixels = pixels.unflatten(-1, (patch, patch, -1)).unflatten(1, (side, side))
         pixels = pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        noise: Tensor = self.final_layer(pixels)
-        return noise
+        predicted: Tensor = self.final_layer(pixels)
+        return predicted

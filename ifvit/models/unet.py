@@ -62,14 +62,14 @@ class UNet(Backbone):
     def forward(
         self, latents: Tensor, timesteps: Tensor, condition: Tensor | EncodedCondition
     ) -> Tensor:
-        """Predict the noise in noisy latents (B, C, S, S) at timesteps (B,) in 0 ... 999.
+        """Predict noise, v or velocity of noisy latents (B, C, S, S) at timesteps (B,) from 0 to 1000.
 
         Raises UserError for latents or contexts of another shape than the configured one.
         """
         tokens = self._encode(latents, condition).tokens
         latents, timesteps = (repeat_rows(x, len(tokens)) for x in (latents, timesteps))
-        noise: Tensor = self.unet(latents.to(tokens.dtype), timesteps, tokens).sample
-        return noise
+        predicted: Tensor = self.unet(latents.to(tokens.dtype), timesteps, tokens).sample
+        return predicted
 
 
 class _Processor:

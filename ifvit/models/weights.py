@@ -156,9 +156,9 @@ def restore_backbone(
 
 
 def exported_backbone(config: BackboneConfig, state_dict: Mapping[str, Tensor]) -> Backbone:
-    """Build the backbone that samplers load from trained tensors, which it shares.
+    """Build a backbone without the projector for representation alignment, as samplers load it.
 
-    It lacks the projector for representation alignment.
+    It shares the memory of the trained tensors in `state_dict`.
     """
     exported = without_representation(config)
     names = describe_backbone(exported).state_dict().keys()

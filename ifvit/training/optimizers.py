@@ -143,7 +143,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def iterate(x: Tensor) -> Tensor:
-    """The iterations on x (N, R, C) itself, which 16 bits compute exactly enough."""
+    """Iterate on x (N, R, C) itself; rounding to bf16 changes the result little."""
     a, b, c = _COEFFICIENTS
     for _ in range(_NUM_ITERATIONS):
         gram = x @ x.mT
@@ -153,7 +153,7 @@ def iterate(x: Tensor) -> Tensor:
 
 
 def iterate_gram(x: Tensor) -> Tensor:
-    """The same in fp32: each polynomial p commutes with x x^T, which becomes p x x^T p."""
+    """The same in fp32, on the smaller x x^T: polynomials p of it commute, and it becomes p x x^T p."""
     gram = x @ x.mT
     factor = product = _polynomial(gram)
     for _ in range(_NUM_ITERATIONS - 1):
