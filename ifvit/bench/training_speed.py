@@ -141,10 +141,7 @@ def build_recipe(shape: FusionTransformerConfig, config: BenchTrainConfig) -> Tr
         shards="bench",
         backbone=without_representation(shape),  # there are no features to align with
         engine=EngineConfig(
-            backend="plain",
-            precision=precision,
-            compile=config.compile,
-            attention=config.attention,
+            backend="plain", precision=precision, compile=config.compile, attention=config.attention
         ),
         global_batch_size=config.batch_size,
         micro_batch_size=config.batch_size,

@@ -51,7 +51,7 @@ class ConditionalBackbone(Protocol):
         """Encode conditions (B, ...) as an `EncodedCondition`."""
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Any, *biases: Any) -> Any:
-        """Predict noise, v or velocity of x_t (B, C, S, S) at timesteps (B,) from 0 to 1000.
+        """Predict noise, v or velocity from x_t (B, C, S, S) at timesteps (B,), 0 to 1000.
 
         An encoded condition may have k * B rows; row i belongs to latents i mod B, and the result
         has k * B rows, too. `biases` maps numbers of blocks to a `Bias`.

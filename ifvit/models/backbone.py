@@ -55,7 +55,7 @@ def _map_tensors(function: Callable[..., Tensor], *encoded: EncodedCondition) ->
 
 
 class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their config_name differs
-    """Predicts the noise, v or the velocity of latents, given a timestep and a caption or a class."""
+    """Predicts noise, v or velocity from latents, a timestep, and a caption or a class."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -82,7 +82,7 @@ class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their con
     def forward(
         self, latents: Tensor, timesteps: Tensor, condition: Tensor | EncodedCondition
     ) -> Tensor:
-        """Predict noise, v or velocity of noisy latents (B, C, S, S) at timesteps (B,) from 0 to 1000.
+        """Predict noise, v or velocity from latents (B, C, S, S) at timesteps (B,), 0 to 1000.
 
         `condition` may have k * B rows, row i for latents i mod B; the result then has k * B rows.
         Raises UserError for latents or contexts of another shape than the configured one.

@@ -168,7 +168,7 @@ class FusionTransformer(Backbone):
         *,
         with_features: bool = False,
     ) -> Any:
-        """Predict noise, v or velocity of noisy latents (B, C, S, S) at timesteps (B,) from 0 to 1000.
+        """Predict noise, v or velocity from latents (B, C, S, S) at timesteps (B,), 0 to 1000.
 
         With `with_features`, the result is the pair of the prediction and the projected image
         tokens (B, L, F) after `config.representation_block`, for representation alignment.
@@ -258,7 +258,7 @@ class FusionTransformer(Backbone):
         )
 
     def _predict(self, image_tokens: Tensor, vector: Tensor | None) -> Tensor:
-        """Image tokens (B, L, D) and the conditioning vector (B, D) to the prediction (B, C, S, S)."""
+        """Image tokens (B, L, D), conditioning vector (B, D) => prediction (B, C, S, S)."""
         normalised = self.head_norm(image_tokens)
         if self.head_modulation is not None:
             normalised = modulate(normalised, *self.head_modulation(vector))

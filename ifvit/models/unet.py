@@ -62,7 +62,7 @@ class UNet(Backbone):
     def forward(
         self, latents: Tensor, timesteps: Tensor, condition: Tensor | EncodedCondition
     ) -> Tensor:
-        """Predict noise, v or velocity of noisy latents (B, C, S, S) at timesteps (B,) from 0 to 1000.
+        """Predict noise, v or velocity from latents (B, C, S, S) at timesteps (B,), 0 to 1000.
 
         Raises UserError for latents or contexts of another shape than the configured one.
         """

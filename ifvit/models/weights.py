@@ -28,14 +28,7 @@ from ifvit.models.config import (
 )
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.pretrained import read_shapes, reading, require_shapes
-from ifvit.records import (
-    Fraction,
-    NonNegativeInt,
-    PositiveFloat,
-    Sha256,
-    parse_json,
-    record,
-)
+from ifvit.records import Fraction, NonNegativeInt, PositiveFloat, Sha256, parse_json, record
 from ifvit.shards.cache import local_copy
 from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import (

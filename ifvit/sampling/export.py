@@ -13,12 +13,7 @@ from ifvit.diffusion.solvers import build_scheduler
 from ifvit.models.config import BackboneConfig
 from ifvit.models.pretrained import reading, upload_pretrained
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
-from ifvit.records import (
-    NonNegativeFloat,
-    parse_value,
-    printable,
-    record,
-)
+from ifvit.records import NonNegativeFloat, parse_value, printable, record
 from ifvit.sampling.config import ExportConfig
 from ifvit.sampling.load import (
     load_model,

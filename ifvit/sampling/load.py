@@ -22,12 +22,7 @@ from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.backbone import Backbone
 from ifvit.models.clip import TextEncoder, encode_captions, load_text_encoder
 from ifvit.models.pretrained import place_of
-from ifvit.models.weights import (
-    WeightsInfo,
-    find_weights,
-    load_backbone,
-    read_stored_weights,
-)
+from ifvit.models.weights import WeightsInfo, find_weights, load_backbone, read_stored_weights
 from ifvit.sampling.config import EncoderPlaces
 from ifvit.shards.format import EncoderIdentity
 from ifvit.shards.reader import ShardReader

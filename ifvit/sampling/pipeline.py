@@ -26,12 +26,7 @@ from ifvit.models.backbone import Backbone
 from ifvit.models.clip import encode_captions
 from ifvit.models.config import NullContext
 from ifvit.sampling.load import number_classes
-from ifvit.sampling.pipeline_files import (
-    CLASS_NAME,
-    HUB_OPTIONS,
-    PREDICTION_TYPES,
-    load_components,
-)
+from ifvit.sampling.pipeline_files import CLASS_NAME, HUB_OPTIONS, PREDICTION_TYPES, load_components
 
 Generators = torch.Generator | list[torch.Generator]
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]

@@ -20,12 +20,7 @@ from ifvit.errors import UserError
 from ifvit.models.autoencoders import load_vae
 from ifvit.models.clip import load_text_tower, load_tokenizer
 from ifvit.models.config import NullContext
-from ifvit.models.pretrained import (
-    download_pretrained,
-    read_model_config,
-    reading,
-    weight_files,
-)
+from ifvit.models.pretrained import download_pretrained, read_model_config, reading, weight_files
 from ifvit.models.weights import check_shapes, read_backbone_config, restore_backbone
 from ifvit.records import Rule, parse_json, parse_value, path_inside, record
 

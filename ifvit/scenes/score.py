@@ -12,15 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ifvit.scenes.drawings import (
-    COLOURS,
-    KINDS,
-    PROPORTIONS,
-    SMALLEST_AREA,
-    Group,
-    Relation,
-    Scene,
-)
+from ifvit.scenes.drawings import COLOURS, KINDS, PROPORTIONS, SMALLEST_AREA, Group, Relation, Scene
 
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
 _COVERED = 0.5

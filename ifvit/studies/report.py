@@ -18,13 +18,7 @@ from ifvit.figures import RUN_COLOURS
 from ifvit.images import ImageError
 from ifvit.models.presets import setting_of
 from ifvit.records import shorten
-from ifvit.studies.comparisons import (
-    METRICS,
-    compare_runs,
-    compares,
-    mean_over_seeds,
-    mismatches,
-)
+from ifvit.studies.comparisons import METRICS, compare_runs, compares, mean_over_seeds, mismatches
 from ifvit.studies.config import ReportConfig
 from ifvit.studies.object_counts import count_panels, read_counts
 from ifvit.studies.page import (

@@ -153,7 +153,7 @@ def iterate(x: Tensor) -> Tensor:
 
 
 def iterate_gram(x: Tensor) -> Tensor:
-    """The same in fp32, on the smaller x x^T: polynomials p of it commute, and it becomes p x x^T p."""
+    """The same in fp32 on the smaller x x^T, with which polynomials p of it commute: p x x^T p."""
     gram = x @ x.mT
     factor = product = _polynomial(gram)
     for _ in range(_NUM_ITERATIONS - 1):
