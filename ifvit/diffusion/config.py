@@ -75,11 +75,12 @@ class Guidance:
 
         Flows count to 1000, their pure noise, which belongs to every interval that reaches 999.
         Reading a timestep from a GPU makes the host wait for the device. It is therefore read only
-        if the interval of guidance is narrower than all timesteps.
+        if the interval of guidance is narrower than all timesteps. It is rounded, because that of a
+        flow is 1000 times a float32, such as 599.99994 for 600.
         """
         everywhere = self.low <= 0.0 and self.high >= 999.0
         return self.scale != 1.0 and (
-            everywhere or self.low <= min(float(timestep), 999.0) <= self.high
+            everywhere or self.low <= min(round(float(timestep), 3), 999.0) <= self.high
         )
 
 

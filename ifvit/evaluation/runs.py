@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ifvit import storage
+from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import (
     FOLDER,
@@ -48,6 +49,7 @@ class _Recipe:
     """What reports compute with; they show all other keys of a recipe as text."""
 
     global_batch_size: PositiveInt | None = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     validation: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,17 +57,18 @@ class _Recipe:
 class Run:
     """The contents of one run directory; None or empty: there is no such file.
 
-    `batch_size` is the global one of the recipe, `validation` the recipe's. `target` is what the
-    backbone predicts, of which latents; losses of different targets do not compare. `curve` holds
-    the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol name, guidance scale and
-    step. `evaluations` are those of the main series (see `main_series`), by step; `samples` belong
-    to the last of them. `training_grids` are (step, URL).
+    `batch_size` is the global one of the recipe, `objective` and `validation` the recipe's.
+    `target` is what the backbone predicts, of which latents; losses of different targets do not
+    compare. `curve` holds the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol
+    name, guidance scale and step. `evaluations` are those of the main series (see `main_series`),
+    by step; `samples` belong to the last of them. `training_grids` are (step, URL).
     """
 
     name: str
     url: str
     recipe: dict[str, Any] | None
     batch_size: int | None
+    objective: ObjectiveConfig
     validation: dict[str, Any]
     backbone: BackboneConfig | None
     target: str | None
@@ -128,6 +131,7 @@ def read_run(url: str, name: str) -> Run:
         url=url,
         recipe=recipe,
         batch_size=known.global_batch_size,
+        objective=known.objective,
         validation=known.validation,
         backbone=backbone,
         target=target,

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from ifvit import storage
+from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import MetricsRow, describe_field, describe_value
 from ifvit.evaluation.runs import Run, read_runs
@@ -190,8 +192,11 @@ def _comparable_group(run: Run, quantity: str) -> str:
     if not quantity.endswith("loss"):
         return ""
     target, held_out = run.target or "no weights yet", run.validation
-    if quantity == "loss":
-        return target
+    if quantity == "loss":  # the mean over other timesteps, or with other weights, is another loss
+        default = ObjectiveConfig()
+        own = vars(replace(run.objective, prediction=default.prediction)).items()
+        changed = [f"{name} {value}" for name, value in own if value != getattr(default, name)]
+        return ", ".join([target, *changed])
     return f"{target}, {held_out.get('num_samples')} samples of {held_out.get('shards')}"
 
 

@@ -152,6 +152,7 @@ def test_pure_noise_of_a_flow_belongs_to_an_interval_that_reaches_the_last_times
         500.0, 999.5, 1000.0,
     ]  # fmt: skip
     assert not Guidance(2.0, high=998.0).applies_at(1000.0)
+    assert Guidance(2.0, low=600.0).applies_at(599.99994)  # how float32 holds 1000 x 0.6
 
 
 class Oracle:

@@ -136,6 +136,8 @@ def test_held_out_losses_of_other_targets_are_not_compared(tmp_path: Path) -> No
         write_run(tmp_path / "b", row(0.5, 0.9, "flow"), prediction="flow"),
         write_run(tmp_path / "c", row(0.5, 0.3, "epsilon")),
     ]
+    with Path(urls[2], "config.yaml").open("a") as recipe:
+        recipe.write("objective: {min_snr_gamma: 1.0}\n")
     a, b, c = runs = read_runs(urls)
     cells = {line.title: line.cells for line in metric_lines({run.name: run.last for run in runs})}
     losses = cells["Held-out loss ↓"]
@@ -156,6 +158,11 @@ def test_held_out_losses_of_other_targets_are_not_compared(tmp_path: Path) -> No
         "Held-out loss over steps: epsilon of vae 000000000000 x 1, 9 samples of made": {"a", "c"},
         "Held-out loss over steps: flow of vae 000000000000 x 1, 9 samples of made": {"b"},
     }
+    assert [title for title in panels if title.startswith("Loss over s")] == [
+        "Loss over steps: epsilon of vae 000000000000 x 1",
+        "Loss over steps: flow of vae 000000000000 x 1",
+        "Loss over steps: epsilon of vae 000000000000 x 1, min_snr_gamma 1.0",
+    ]
     assert a.last_validation_loss == 2 / 1200
     page = render(urls, tmp_path / "report.html")
     assert "Last held-out loss while training" in page
