@@ -28,13 +28,7 @@ from ifvit import connections, storage
 from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.images import IMAGE_SUFFIXES
-from ifvit.records import (
-    NonNegativeInt,
-    parse_json,
-    record,
-    replace_lone_surrogates,
-    shorten,
-)
+from ifvit.records import NonNegativeInt, parse_json, record, replace_lone_surrogates, shorten
 
 Members = dict[str, tarfile.TarInfo]
 """Members of one key, by suffix in small letters."""

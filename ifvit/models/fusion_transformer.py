@@ -183,8 +183,7 @@ class FusionTransformer(Backbone):
         sinusoids = self.time_proj(timesteps + config.timestep_offset).to(self.pos_embed.dtype)
         tokens, text = self._embed_tokens(latents, sinusoids), encoded.tokens
         vectors = self._conditioning_vectors(sinusoids, encoded.pooled)
-        rotation = self._rotation(latents.device)
-        mirrors = config.mirrors
+        mirrors, rotation = config.mirrors, self._rotation(latents.device)
         outputs: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         features: Tensor | None = None
         for number, (entry, block) in enumerate(zip(config.blocks, self.blocks, strict=True)):

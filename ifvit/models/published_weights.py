@@ -241,9 +241,7 @@ def import_weights(config: ImportConfig) -> None:
         digest = storage.sha256_of(path)
     text_encoder = load_text_encoder(config.text_encoder)
     backbone = from_published_state_dict(
-        tensors,
-        num_heads=config.num_heads,
-        context_length=text_encoder.context_shape[0],
+        tensors, num_heads=config.num_heads, context_length=text_encoder.context_shape[0]
     )
     null_context = config.null_context or ("zeros" if _is_fork(tensors) else "empty_caption")
     info = WeightsInfo(

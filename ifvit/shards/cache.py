@@ -23,13 +23,7 @@ from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.records import is_sha256
 from ifvit.shards import CacheConfig
-from ifvit.shards.format import (
-    NULL_CONTEXT,
-    Manifest,
-    ShardEntry,
-    ShardError,
-    remedy_for,
-)
+from ifvit.shards.format import NULL_CONTEXT, Manifest, ShardEntry, ShardError, remedy_for
 from ifvit.shards.index import ShardIndex, parse_index
 
 MAX_OPEN = 256

@@ -32,15 +32,7 @@ from ifvit.studies.comparisons import (
 )
 from ifvit.studies.config import PaperConfig
 from ifvit.studies.object_counts import ERROR, MATCH, mean_score, read_counts
-from ifvit.studies.page import (
-    Cell,
-    Line,
-    Table,
-    inline_image,
-    metric_cells,
-    render_page,
-    text_cell,
-)
+from ifvit.studies.page import Cell, Line, Table, inline_image, metric_cells, render_page, text_cell
 from ifvit.studies.report import recipe_differences
 from ifvit.studies.variants import (
     PAPER_VARIANTS,
