@@ -16,11 +16,11 @@ from ifvit.training.checkpoint import step_url
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.guards import StopRequest
-from ifvit.training.hooks import SaveCheckpoint
 from ifvit.training.lease import Lease
 from ifvit.training.loop import TrainState
 from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.profiling import device_name
+from ifvit.training.saving import SaveCheckpoint
 
 
 def bench_checkpoint(config: BenchCheckpointConfig) -> None:

@@ -41,12 +41,12 @@ from ifvit.training.guards import (
     differences,
     write_recipe,
 )
-from ifvit.training.hooks import SampleGrid, SaveCheckpoint
+from ifvit.training.hooks import SampleGrid, Validation
 from ifvit.training.lease import Lease
 from ifvit.training.loop import Hook, TrainState, fit
 from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.replay import report_nonfinite
-from ifvit.training.validation import Validation
+from ifvit.training.saving import SaveCheckpoint
 
 
 def train(config: TrainConfig) -> TrainState:

@@ -21,12 +21,12 @@ from run_files import losses, rows, small_recipe
 from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.distributed import World
 from ifvit.errors import EXIT_PREEMPTED, UserError
-from ifvit.training import guards, hooks
+from ifvit.training import guards, saving
 from ifvit.training.checkpoint import Checkpoint, commit
 from ifvit.training.config import EngineConfig, OptimConfig, SampleGridConfig, TrainConfig
 from ifvit.training.engine import Engine
 from ifvit.training.guards import SIGNALS, Preempted, StopRequest, check_recipe, write_recipe
-from ifvit.training.hooks import SaveCheckpoint
+from ifvit.training.saving import SaveCheckpoint
 from ifvit.training.train import train
 
 ALONE = World(rank=0, size=1, local_rank=0)
@@ -266,7 +266,7 @@ def test_a_signal_during_the_last_save_does_not_end_it(
 
     real_wait = SaveCheckpoint.wait
     monkeypatch.setattr(SaveCheckpoint, "wait", wait)
-    monkeypatch.setattr(hooks, "commit", commit_after_signal)
+    monkeypatch.setattr(saving, "commit", commit_after_signal)
     before = signal.signal(signal.SIGTERM, lambda *_: died.append(True))
     try:
         train(recipe(max_steps=1))

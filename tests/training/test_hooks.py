@@ -31,7 +31,7 @@ from ifvit.sampling.config import SamplingConfig
 from ifvit.shards.format import EncoderIdentity
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join, list_names
-from ifvit.training import hooks
+from ifvit.training import hooks, saving
 from ifvit.training.checkpoint import (
     Part,
     fetch_newest,
@@ -43,8 +43,8 @@ from ifvit.training.checkpoint import (
 from ifvit.training.config import SampleGridConfig, TrainConfig
 from ifvit.training.engine import EngineScalars
 from ifvit.training.guards import StopRequest
-from ifvit.training.hooks import SaveCheckpoint
 from ifvit.training.loop import StepReport, TrainState
+from ifvit.training.saving import SaveCheckpoint
 from ifvit.training.train import train
 
 SHAPES = {"backbone.a": (40, 30), "backbone.b": (7,), "exp_avg.a": (40, 30), "ema0.9.a": (40, 30)}
@@ -152,8 +152,8 @@ def exports(request: pytest.FixtureRequest) -> Iterator[Exports]:
     recorded = Exports()
     with pytest.MonkeyPatch.context() as patched:
         if "recipe" not in request.fixturenames:
-            patched.setattr(hooks, "exported_backbone", lambda config, weights: weights)
-            patched.setattr(hooks, "save_weights", recorded.save_weights)
+            patched.setattr(saving, "exported_backbone", lambda config, weights: weights)
+            patched.setattr(saving, "save_weights", recorded.save_weights)
         yield recorded
 
 
@@ -227,7 +227,7 @@ def test_training_continues_during_a_save_and_does_not_change_it(
         assert release.wait(60)
         return write_part(folder, name, tensors)
 
-    monkeypatch.setattr(hooks, "write_part", write_late)
+    monkeypatch.setattr(saving, "write_part", write_late)
     rank.save(1)
     for tensor in rank.engine.live.values():
         tensor.fill_(-1.0)

@@ -27,7 +27,7 @@ from ifvit.models.weights import WeightsInfo, load_weights
 from ifvit.shards.format import read_manifest, write_manifest
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import read_sealed, write_sealed
-from ifvit.training import hooks
+from ifvit.training import saving
 from ifvit.training.config import EngineConfig, TrainConfig
 from ifvit.training.lease import Holder
 from ifvit.training.metrics_log import MetricsLog
@@ -157,7 +157,7 @@ def test_a_run_that_was_taken_over_commits_nothing_more(
         holder = read_sealed(Holder, f"{config.run}/lease/000001.json")
         write_sealed(f"{config.run}/lease/000002.json", replace(holder, host="node7"))
 
-    monkeypatch.setattr(hooks, "save_weights", lose_lease)
+    monkeypatch.setattr(saving, "save_weights", lose_lease)
     with pytest.raises(UserError, match=r"taken over by process \d+ on node7"):
         train(config)
     assert not Path(config.run, "checkpoints", "latest").exists()
