@@ -1,5 +1,6 @@
 """AdamW and Muon: which optimizer updates which parameter, their state, and the learning rate."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
@@ -86,8 +87,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices: Sequence[Tensor], weight_decay: float) -> None:
         """Take parameters of two dimensions; the learning rate is 0 until it is set."""
         groups = []
-        for (rows, columns), equal in groupby(sorted(matrices, key=_sides), key=_sides):
-            found, size = list(equal), max(1, _BATCH_VALUES // (rows * columns))
+        for shape, equal in groupby(sorted(matrices, key=_shape), key=_shape):
+            found, size = list(equal), max(1, _BATCH_VALUES // math.prod(shape))
             groups += [{"params": found[i : i + size]} for i in range(0, len(found), size)]
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay})
         for matrix in matrices:
@@ -101,34 +102,19 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices, rate = group["params"], group["lr"]
             buffers = [self.state[matrix][MOMENTUM] for matrix in matrices]
-            momentum = _stack(buffers)
-            gradient = _stack([matrix.grad for matrix in matrices]).nan_to_num_(0.0, 0.0, 0.0)
+            momentum = torch.stack(buffers)
+            gradient = torch.stack([matrix.grad for matrix in matrices]).nan_to_num_(0.0, 0.0, 0.0)
             momentum.lerp_(gradient, keep * (1 - _DECAY))
             update = orthogonalise(gradient.lerp_(momentum, _DECAY)).float()
             # An update has the root mean square of AdamW's, about 0.2 (Liu et al. 2025, 2.2).
             update *= keep * (-0.2 * rate * max(matrices[0].shape) ** 0.5)
-            torch._foreach_copy_(buffers, _unstack(momentum, matrices))
+            torch._foreach_copy_(buffers, momentum.unbind())
             torch._foreach_mul_(matrices, 1 - keep * (rate * group["weight_decay"]))
-            torch._foreach_add_(matrices, _unstack(update, matrices))
+            torch._foreach_add_(matrices, update.unbind())
 
 
-def _sides(matrix: Tensor) -> tuple[int, int]:
-    rows, columns = sorted(matrix.shape)
-    return rows, columns
-
-
-def _is_tall(matrix: Tensor) -> bool:
-    return matrix.shape[0] > matrix.shape[1]
-
-
-def _stack(matrices: Sequence[Tensor]) -> Tensor:
-    """Stack matrices as (N, R, C) with R <= C; tall ones are transposed."""
-    return torch.stack([matrix.T if _is_tall(matrix) else matrix for matrix in matrices])
-
-
-def _unstack(stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    pairs = zip(stacked, like, strict=True)
-    return [found.T if _is_tall(matrix) else found for found, matrix in pairs]
+def _shape(matrix: Tensor) -> tuple[int, ...]:
+    return tuple(matrix.shape)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -137,6 +123,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     Five Newton-Schulz iterations x => (a + b x x^T + c (x x^T)^2) x; in bf16 on a GPU, else in
     fp32, where the same polynomials are applied to the smaller matrix x x^T.
     """
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalise(matrices.mT.contiguous()).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     on_gpu, is_square = x.is_cuda, x.shape[1] == x.shape[2]
     return iterate(x.bfloat16() if on_gpu else x) if on_gpu or is_square else iterate_gram(x)
