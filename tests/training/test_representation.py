@@ -12,7 +12,7 @@ import pytest
 import torch
 from made_backbone import SMALL_UNET
 from made_shards import make_samples, write_shards
-from run_files import CONTEXT_SHAPE, losses, rows
+from run_files import CONTEXT_SHAPE, losses, rows, small_recipe
 
 from ifvit.diffusion.config import RepresentationConfig
 from ifvit.distributed import World
@@ -34,6 +34,16 @@ def aligned(recipe: Recipe, featured: str) -> TrainConfig:
     config = recipe("aligned", shards=featured)
     backbone = replace(config.backbone, representation_block=1, representation_width=6)
     return replace(config, backbone=backbone)
+
+
+@pytest.fixture(scope="module")
+def trained(featured: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """The recipe of `aligned`, trained; tests compare with its losses and do not change it."""
+    config = small_recipe(str(tmp_path_factory.mktemp("trained") / "run"), featured)
+    backbone = replace(config.backbone, representation_block=1, representation_width=6)
+    config = replace(config, backbone=backbone)
+    train(config)
+    return config
 
 
 def representation_losses(config: TrainConfig) -> list[float | None]:
@@ -97,14 +107,13 @@ def test_after_the_stop_step_features_are_not_read(aligned: TrainConfig) -> None
 
 
 def test_without_alignment_features_change_nothing(
-    recipe: Recipe, featured: str, aligned: TrainConfig
+    recipe: Recipe, featured: str, trained: TrainConfig
 ) -> None:
     plain = recipe("plain", shards=featured)
     train(plain)
     assert set(representation_losses(plain)) == {None}
-    train(aligned)
-    assert losses(aligned)[0] == losses(plain)[0]  # before the first update
-    assert losses(aligned)[2:] != losses(plain)[2:]
+    assert losses(trained)[0] == losses(plain)[0]  # before the first update
+    assert losses(trained)[2:] != losses(plain)[2:]
 
 
 @pytest.mark.parametrize(
@@ -115,24 +124,22 @@ def test_without_alignment_features_change_nothing(
     ],
 )
 def test_recomputation_and_bf16_give_the_same_losses(
-    aligned: TrainConfig, engine: EngineConfig, tolerance: float
+    aligned: TrainConfig, trained: TrainConfig, engine: EngineConfig, tolerance: float
 ) -> None:
-    train(aligned)
-    other = replace(aligned, run=f"{aligned.run}_other", engine=engine)
+    other = replace(aligned, engine=engine)
     train(other)
-    expected = representation_losses(aligned)
+    expected = representation_losses(trained)
     assert representation_losses(other) == pytest.approx(expected, rel=tolerance, abs=0)
-    assert losses(other) == pytest.approx(losses(aligned), rel=tolerance, abs=0)
+    assert losses(other) == pytest.approx(losses(trained), rel=tolerance, abs=0)
 
 
 def test_exported_weights_start_a_run_with_a_new_projector(
-    aligned: TrainConfig, recipe: Recipe, featured: str
+    aligned: TrainConfig, trained: TrainConfig, recipe: Recipe, featured: str
 ) -> None:
-    train(aligned)
-    tuned = replace(aligned, run=f"{aligned.run}_tuned", initial_weights=aligned.run, max_steps=1)
+    tuned = replace(aligned, initial_weights=trained.run, max_steps=1)
     train(tuned)
-    assert losses(tuned) != losses(aligned)[:1]
-    plain = recipe("plain", shards=featured, initial_weights=aligned.run, max_steps=1)
+    assert losses(tuned) != losses(trained)[:1]
+    plain = recipe("plain", shards=featured, initial_weights=trained.run, max_steps=1)
     train(plain)
     assert losses(plain) == losses(tuned)
 
