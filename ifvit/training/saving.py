@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +30,7 @@ from ifvit.models.weights import (
     save_weights,
     step_name,
 )
+from ifvit.records import field_hints
 from ifvit.storage import join, list_names
 from ifvit.training.checkpoint import (
     MANIFEST,
@@ -77,7 +79,9 @@ class SaveCheckpoint:
         self._config, self._engine, self._info = config, engine, info
         self._lease, self._metrics, self._stop = lease, metrics, stop
         self._shards_sha256 = manifest_sha256(config.shards)
-        metric_names = {VALIDATION_LOSS, *MetricsRow.__dataclass_fields__}
+        hints = field_hints(MetricsRow).items()
+        metric_names = {name for name, hint in hints if Estimate in (hint, *get_args(hint))}
+        metric_names.add(VALIDATION_LOSS)
         if config.keep_best is not None and config.keep_best not in metric_names:
             raise UserError(
                 f"keep_best: evaluations have no metric named {config.keep_best}; "

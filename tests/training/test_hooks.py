@@ -505,9 +505,12 @@ def test_weights_of_others_are_not_pruned(recipe: Callable[..., TrainConfig]) ->
     }
 
 
-def test_a_metric_that_no_evaluation_has_is_an_error(tmp_path: Path, ranks: Ranks) -> None:
-    with pytest.raises(UserError, match="keep_best: evaluations have no metric named beauty"):
-        ranks(str(tmp_path), keep_best="beauty")
+@pytest.mark.parametrize("name", ["beauty", "weights", "seconds_per_image"])
+def test_a_metric_that_no_evaluation_has_is_an_error(
+    tmp_path: Path, ranks: Ranks, name: str
+) -> None:
+    with pytest.raises(UserError, match=f"keep_best: evaluations have no metric named {name}"):
+        ranks(str(tmp_path), keep_best=name)
 
 
 def test_pruning_removes_what_interrupted_saves_left(run: str, ranks: Ranks) -> None:
