@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.schedules import NoiseSchedule
+from ifvit.errors import UserError
 
 Bias = Callable[[Tensor, Tensor], Tensor | None]
 """Queries (B, Q, H, E) and keys (B, J, H, E) => addend (B, H, Q, J) to the attention logits."""
@@ -73,7 +74,8 @@ class FunctionEvaluation:
     predict_clean: Callable[[Tensor], Tensor]
     """Context (B, M, D) => the x_0 (B, C, S, S) that the guided prediction implies, scaled latents.
 
-    Differentiable with respect to the context under `torch.enable_grad`.
+    Differentiable with respect to the context under `torch.enable_grad`. Raises UserError for such
+    a context if the backbone has 16 bits, which round the direction of the gradient away.
     """
 
 
@@ -164,6 +166,11 @@ class GuidedPredictor:
         return biases
 
     def _predict_clean(self, x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        if context.requires_grad and self._backbone.dtype != torch.float32:
+            raise UserError(
+                f"the backbone is {self._backbone.dtype}, which rounds away the direction of a "
+                "method's gradient; use float32"
+            )
         encoded = self._backbone.encode_condition(context)
         predicted = self._predict(x_t, timesteps, encoded)
         if self._guidance.applies_at(timesteps[0]):

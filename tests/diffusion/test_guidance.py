@@ -25,6 +25,7 @@ from ifvit.diffusion.guidance import (
 )
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.diffusion.solvers import build_scheduler, solve, solvers_for
+from ifvit.errors import UserError
 from ifvit.models.backbone import EncodedCondition
 from ifvit.models.config import BackboneConfig
 from ifvit.models.fusion_transformer import FusionTransformer
@@ -265,6 +266,9 @@ def test_a_method_gets_clean_latents_with_a_gradient_to_the_context(
     torch.testing.assert_close(target, predicted, rtol=1e-4, atol=1e-4)
     (gradient,) = torch.autograd.grad(clean[2].sum(), context)
     assert [bool(row.any()) for row in gradient] == [False, False, True, False, False]
+    torch.nn.Module.to(backbone, torch.bfloat16)
+    with pytest.raises(UserError, match=r"the backbone is torch\.bfloat16, .* use float32"):
+        method.seen[0].predict_clean(context)
 
 
 def test_a_changed_context_stays_until_the_next_change() -> None:
