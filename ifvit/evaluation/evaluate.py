@@ -14,12 +14,11 @@ from ifvit.evaluation.measure import CaptionMetrics, ObjectCounting
 from ifvit.evaluation.metrics import estimate_mean
 from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.evaluation.rows import FOLDER, MetricsRow, estimates_of, row_url, samples_url
-from ifvit.evaluation.runs import read_samples
 from ifvit.evaluation.sample_set import generate_missing
 from ifvit.images import encode_png, make_grid
 from ifvit.models.weights import find_weights, run_of, step_name
 from ifvit.sampling.load import load_model, load_sampler
-from ifvit.sampling.samples import claim_folder, read_images
+from ifvit.sampling.samples import claim_folder, read_images, read_samples
 
 _NUM_SHOWN = 8
 """Prompts in the grid that compares alignment methods."""
@@ -123,10 +122,14 @@ def _compare_methods(methods: Sequence[str], urls: Sequence[str]) -> None:
     """
     for start in range(0, len(urls), len(methods)):
         series = urls[start : start + len(methods)]
-        samples = [read_samples(samples_url(url)) for url in series]
-        columns = [read_images(one.image for one in listed[:_NUM_SHOWN]) for listed in samples]
+        folders = [samples_url(url) for url in series]
+        samples = [read_samples(folder) for folder in folders]
+        columns = [
+            read_images(storage.join(folder, one.file) for one in listed[:_NUM_SHOWN])
+            for folder, listed in zip(folders, samples, strict=True)
+        ]
         cells = np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
-        grid = f"{samples_url(series[0])}_methods.png"
+        grid = f"{folders[0]}_methods.png"
         storage.write_bytes(grid, encode_png(make_grid(cells, len(methods))))
         sys.stdout.write(f"{grid}\n")
         cosines = [np.array([one.clip_score for one in listed], float) for listed in samples]

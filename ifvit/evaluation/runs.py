@@ -24,24 +24,7 @@ from ifvit.models.config import BackboneConfig
 from ifvit.models.cost import Cost, count_cost
 from ifvit.models.weights import newest_weights, read_backbone_config, read_stored_weights
 from ifvit.records import PositiveInt, parse_value, parse_yaml, record
-from ifvit.sampling import samples as sample_files
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One sample of an evaluation.
-
-    `image` is its URL, `real` the URL of the held-out image, `clip_score` the raw cosine,
-    `held_out_loss` the mean error on its latents, `scores` what is right about a scene.
-    """
-
-    prompt: str
-    image_id: int | str
-    image: str
-    real: str | None
-    clip_score: float | None
-    held_out_loss: float | None
-    scores: dict[str, bool | None] | None
+from ifvit.sampling.samples import SampleRow, read_samples
 
 
 @record
@@ -61,7 +44,8 @@ class Run:
     `target` is what the backbone predicts, of which latents; losses of different targets do not
     compare. `curve` holds the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol
     name, guidance scale and step. `evaluations` are those of the main series (see `main_series`),
-    by step; `samples` belong to the last of them. `training_grids` are (step, URL).
+    by step; `samples` belong to
+    the last of them, with files in `samples_folder`. `training_grids` are (step, URL).
     """
 
     name: str
@@ -75,12 +59,17 @@ class Run:
     curve: list[TrainingRow]
     rows: list[MetricsRow]
     evaluations: list[MetricsRow]
-    samples: list[Sample]
+    samples: list[SampleRow]
+    samples_folder: str
     training_grids: list[tuple[int, str]]
 
     def locate(self, url: str) -> str:
         """Return `url`. Raises UserError if a link there leads out of the run's folder."""
         return storage.join_inside(self.url, url.removeprefix(f"{self.url}/"))
+
+    def sample_url(self, file: str) -> str:
+        """URL of a file that one of `samples` names."""
+        return storage.join(self.samples_folder, file)
 
     @property
     def cost(self) -> Cost | None:
@@ -123,7 +112,7 @@ def read_run(url: str, name: str) -> Run:
         raise UserError(f"{url}: no such run; give the folder that `ifvit train` wrote")
     rows = read_rows(storage.join_inside(url, FOLDER))
     evaluations = main_series(list(rows.values()))
-    last = next((row_url for row_url, row in rows.items() if row is evaluations[-1]), None)
+    last = next((row_url for row_url, row in rows.items() if row is evaluations[-1]), "")
     recipe, known = _read_recipe(storage.join_inside(url, "config.yaml"))
     backbone, target = _read_backbone(url)
     return Run(
@@ -139,6 +128,7 @@ def read_run(url: str, name: str) -> Run:
         rows=list(rows.values()),
         evaluations=evaluations,
         samples=read_samples(samples_url(last)) if last else [],
+        samples_folder=samples_url(last),
         training_grids=step_files(storage.join(url, "samples"), ".png"),
     )
 
@@ -169,22 +159,6 @@ def step_files(folder: str, suffix: str) -> list[tuple[int, str]]:
     pattern = re.compile(rf"step_([0-9]{{1,18}}){re.escape(suffix)}")
     found = [(name, pattern.fullmatch(name)) for name in storage.list_names(folder)]
     return sorted((int(match[1]), storage.join(folder, name)) for name, match in found if match)
-
-
-def read_samples(folder: str) -> list[Sample]:
-    """The samples that samples.jsonl in the folder of an evaluation lists; empty without it."""
-    return [
-        Sample(
-            prompt=row.prompt,
-            image_id=row.position if row.image_id is None else row.image_id,
-            image=storage.join(folder, row.file),
-            real=storage.join(folder, row.real) if row.real else None,
-            clip_score=row.clip_score,
-            held_out_loss=row.held_out_loss,
-            scores=row.scores,
-        )
-        for row in sample_files.read_samples(folder)
-    ]
 
 
 def _read_backbone(run: str) -> tuple[BackboneConfig, str] | tuple[None, None]:

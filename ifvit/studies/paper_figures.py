@@ -17,11 +17,11 @@ from ifvit.analysis.attention_maps import AttentionSummary, read_attention
 from ifvit.evaluation.detectors import SCENES
 from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.evaluation.rows import FOLDER, row_url, samples_url
-from ifvit.evaluation.runs import Run, read_samples, step_files
+from ifvit.evaluation.runs import Run, step_files
 from ifvit.figures import RUN_COLOURS, house_style, literal, to_png
 from ifvit.images import Pixels
 from ifvit.records import dump_csv, shorten
-from ifvit.sampling.samples import read_images
+from ifvit.sampling.samples import read_images, read_samples
 from ifvit.studies.comparisons import PAPER_CLIP_SCORE, SeedMean, mean_over_seeds
 from ifvit.studies.object_counts import count_panels
 from ifvit.studies.page import Panel, Point, panels_to_csv, panels_to_png
@@ -206,9 +206,10 @@ def _samples(sheet: Sheet, variant: str) -> dict[str, tuple[str, str]]:
     run = next((run for run in sheet.variants[variant] if sheet.is_compared(run)), None)
     if row is None or run is None:
         return {}
-    folder, scale = storage.join(run.url, FOLDER), row.protocol.guidance_scale
-    samples = read_samples(samples_url(row_url(folder, row.protocol.name, scale, row.step)))
-    return {s.image.rpartition("/")[2]: (s.prompt, run.locate(s.image)) for s in samples}
+    evaluations, scale = storage.join(run.url, FOLDER), row.protocol.guidance_scale
+    folder = samples_url(row_url(evaluations, row.protocol.name, scale, row.step))
+    samples = read_samples(folder)
+    return {s.file: (s.prompt, run.locate(storage.join(folder, s.file))) for s in samples}
 
 
 def _attention(runs: Sequence[Run]) -> AttentionSummary | None:

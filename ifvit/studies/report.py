@@ -221,13 +221,14 @@ def _caption_rows(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, object]
         found = [samples.get(key) for samples in generated]
         pictures: list[dict[str, object]] = []
         if has_real:
-            real = ((run, s.real) for run, s in zip(runs, found, strict=True) if s and s.real)
+            pairs = zip(runs, found, strict=True)
+            real = ((run, run.sample_url(s.real)) for run, s in pairs if s and s.real)
             uri = _inline_file(*next(real, (runs[0], None)))
             pictures.append({"colour": "muted", "uri": uri})
         for number, (run, sample) in enumerate(zip(runs, found, strict=True)):
             scores = (sample.scores if sample else None) or {}
             marks = {name: value for name, value in scores.items() if value is not None}
-            uri = _inline_file(run, sample.image if sample else None)
+            uri = _inline_file(run, run.sample_url(sample.file) if sample else None)
             pictures.append({"colour": f"run{number % _NUM_COLOURS}", "uri": uri, "marks": marks})
         rows.append((shorten(key[1], 1000), pictures))
     return rows

@@ -241,12 +241,11 @@ def make_evaluation(folder: Path) -> list[Format]:
 
 def read_evaluation(box: Path) -> object:
     run = read_run(str(box / "run"), "run")
-    shown = [sample.image for sample in run.samples]
+    shown = [sample.file for sample in run.samples]
     shown += [sample.real for sample in run.samples if sample.real]
-    images = [decode_png(read_bytes(url)) for url in shown]
+    images = [decode_png(read_bytes(run.sample_url(file))) for file in shown]
     counts = read_object_counts(str(box / "run" / FOLDER))
-    samples = [replace(sample, image="", real=None) for sample in run.samples]
-    return run.rows, run.last, samples, images, counts
+    return run.rows, run.last, run.samples, images, counts
 
 
 def make_attention(folder: Path) -> list[Format]:
