@@ -42,8 +42,8 @@ def title_of(variant: str) -> str:
 def group_runs(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:
     """Return the runs of each variant in the paper's order, and sentences about all other runs.
 
-    Raises UserError if no run is one of the variants, and for two backbones of different shape
-    that are the same variant.
+    Raises UserError if no run is one of the variants, and for two backbones of different shape or
+    prediction that are the same variant.
     """
     groups: dict[str, list[Run]] = {variant: [] for variant in SETTINGS}
     excluded = []
@@ -60,10 +60,14 @@ def group_runs(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:
     if len(excluded) == len(runs):
         raise UserError(f"report paper: {'; '.join(excluded)}; give runs of the paper's settings")
     for variant, members in groups.items():
+        names = ", ".join(run.url for run in members)
         # The initial standard deviation does not change the shape.
-        if len({replace(backbone_of(run), init_std=1.0) for run in members}) > 1:
-            names = ", ".join(run.url for run in members)
-            raise UserError(f"{names}: {title_of(variant)} has two shapes; report them one by one")
+        shapes = {replace(backbone_of(run), init_std=1.0) for run in members}
+        for what, found in (("shapes", shapes), ("predictions", {run.target for run in members})):
+            if len(found) > 1:
+                raise UserError(
+                    f"{names}: {title_of(variant)} has two {what}; report them one by one"
+                )
     return {variant: members for variant, members in groups.items() if members}, excluded
 
 

@@ -36,6 +36,10 @@ def test_two_shapes_of_one_variant_are_refused(tmp_path: Path) -> None:
     runs = trained(tmp_path, [shape, replace(shape, fusion="2*image 3*concat 2*image")])
     with pytest.raises(UserError, match=r"0, .*1: Concat, intermediate has two shapes"):
         group_runs(runs)
+    write_training(tmp_path / "flow", shape, prediction="flow")
+    flow = read_runs([str(tmp_path / "flow")])
+    with pytest.raises(UserError, match="Concat, intermediate has two predictions; report them"):
+        group_runs(runs[:1] + flow)
 
 
 def test_a_run_of_another_kind_or_without_weights_is_left_out_and_named(tmp_path: Path) -> None:
