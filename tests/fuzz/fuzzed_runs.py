@@ -161,7 +161,8 @@ def read_curve(box: Path) -> object:
 
 
 def compare_recipe(box: Path) -> object:
-    return check_recipe(recipe(box / "run", box / "shards"))
+    # A run may not change the place of its held-out shards, which is not this folder.
+    return check_recipe(replace(recipe(box / "run", box / "shards"), validation=ValidationConfig()))
 
 
 def resume_log(box: Path) -> object:
