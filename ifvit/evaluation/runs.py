@@ -28,7 +28,7 @@ from ifvit.sampling.samples import SampleRow, read_samples
 
 
 @record
-class _Recipe:
+class RecipeFacts:
     """What reports compute with; they show all other keys of a recipe as text."""
 
     global_batch_size: PositiveInt | None = None
@@ -40,20 +40,17 @@ class _Recipe:
 class Run:
     """The contents of one run directory; None or empty: there is no such file.
 
-    `batch_size` is the global one of the recipe, `objective` and `validation` the recipe's.
     `target` is what the backbone predicts, of which latents; losses of different targets do not
     compare. `curve` holds the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol
     name, guidance scale and step. `evaluations` are those of the main series (see `main_series`),
-    by step; `samples` belong to
-    the last of them, with files in `samples_folder`. `training_grids` are (step, URL).
+    by step; `samples` belong to the last of them, with files in `samples_folder`. `training_grids`
+    are (step, URL).
     """
 
     name: str
     url: str
     recipe: dict[str, Any] | None
-    batch_size: int | None
-    objective: ObjectiveConfig
-    validation: dict[str, Any]
+    facts: RecipeFacts
     backbone: BackboneConfig | None
     target: str | None
     curve: list[TrainingRow]
@@ -113,15 +110,13 @@ def read_run(url: str, name: str) -> Run:
     rows = read_rows(storage.join_inside(url, FOLDER))
     evaluations = main_series(list(rows.values()))
     last = next((row_url for row_url, row in rows.items() if row is evaluations[-1]), "")
-    recipe, known = _read_recipe(storage.join_inside(url, "config.yaml"))
+    recipe, facts = _read_recipe(storage.join_inside(url, "config.yaml"))
     backbone, target = _read_backbone(url)
     return Run(
         name=name,
         url=url,
         recipe=recipe,
-        batch_size=known.global_batch_size,
-        objective=known.objective,
-        validation=known.validation,
+        facts=facts,
         backbone=backbone,
         target=target,
         curve=read_training_rows(url),
@@ -133,14 +128,14 @@ def read_run(url: str, name: str) -> Run:
     )
 
 
-def _read_recipe(url: str) -> tuple[dict[str, Any] | None, _Recipe]:
+def _read_recipe(url: str) -> tuple[dict[str, Any] | None, RecipeFacts]:
     """The keys of config.yaml, None without the file, and those that reports compute with."""
     if not storage.exists(url):
-        return None, _Recipe()
+        return None, RecipeFacts()
     stored = parse_yaml(storage.read_bytes(url), url)
     recipe: dict[str, Any] = parse_value(dict[str, Any], stored, url)
-    known = {key: recipe[key] for key in vars(_Recipe()) if key in recipe}
-    return recipe, parse_value(_Recipe, known, url)
+    known = {key: recipe[key] for key in vars(RecipeFacts()) if key in recipe}
+    return recipe, parse_value(RecipeFacts, known, url)
 
 
 def short_names(urls: list[str]) -> list[str]:

@@ -276,7 +276,10 @@ def unlike_the_paper(sheet: Sheet) -> list[str]:
         backbones.append(_unlike(title_of(variant), vars(backbone_of(runs[0])), expected))
     found += [sentence for sentence in backbones if sentence][:1]  # all differ alike
     devices = sorted({row.device for run in sheet.runs for row in run.curve})
-    ours = {"devices": devices, "batch": sorted({run.batch_size or 0 for run in sheet.runs})}
+    ours = {
+        "devices": devices,
+        "batch": sorted({run.facts.global_batch_size or 0 for run in sheet.runs}),
+    }
     found.append(_unlike("training", ours, {"devices": [_GPU], "batch": [256]}))
     return [sentence for sentence in found if sentence]
 
@@ -304,9 +307,9 @@ def _cost(metric: Metric, run: Run) -> Estimate | None:
     cost, error, num_lines = count_cost(backbone_of(run)), 0.0, len(run.curve)
     value = cost.params / 1e6 if metric == PARAMS else cost.layer_flops / 1e9
     if metric == SPEED:
-        if not num_lines or not run.batch_size:
+        if not num_lines or not run.facts.global_batch_size:
             return None
-        rates = np.array([row.samples_per_s for row in run.curve]) / run.batch_size
+        rates = np.array([row.samples_per_s for row in run.curve]) / run.facts.global_batch_size
         value, error = float(np.median(rates)), float(np.std(rates) / np.sqrt(num_lines))
     low, high = value - 2 * error, value + 2 * error
     return Estimate(value=value, standard_error=error, num_samples=1, low=low, high=high)

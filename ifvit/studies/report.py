@@ -191,10 +191,10 @@ def _comparable_group(run: Run, quantity: str) -> str:
     """What a loss of the run is the error of; equal for all runs that compare."""
     if not quantity.endswith("loss"):
         return ""
-    target, held_out = run.target or "no weights yet", run.validation
+    target, held_out = run.target or "no weights yet", run.facts.validation
     if quantity == "loss":  # the mean over other timesteps, or with other weights, is another loss
         default = ObjectiveConfig()
-        own = vars(replace(run.objective, prediction=default.prediction)).items()
+        own = vars(replace(run.facts.objective, prediction=default.prediction)).items()
         changed = [f"{name} {value}" for name, value in own if value != getattr(default, name)]
         return ", ".join([target, *changed])
     return f"{target}, {held_out.get('num_samples')} samples of {held_out.get('shards')}"
