@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from argparse import Action
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -84,7 +84,10 @@ def read_config(
         values = parser.instantiate(parsed)
         return cls(**{name: values[name] for name in (*names, *chosen)})
     except (ArgumentError, TypeError, ValueError, OverflowError, OSError) as error:
-        raise UserError(f"{prog}: {_explain(error)}") from None
+        unknown = re.search(r"unrecognized arguments: --(\w+)", str(error))
+        nested = _in_sections(unknown[1], _fields_of(cls)) if unknown else []
+        remedy = f"; use --{' or --'.join(nested)}" if nested else ""
+        raise UserError(f"{prog}: {_explain(error)}{remedy}") from None
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -152,9 +155,7 @@ def _expand(hint: Any, value: Any, where: str, folder: Path, *, is_flag: bool) -
     expanded = {}
     for key, given in value.items():
         if key not in known:
-            nested = [
-                f"{name}.{key}" for name, (_, part) in known.items() if key in _fields_of(part)
-            ]
+            nested = _in_sections(key, known)
             remedy = (
                 f"use {' or '.join(nested)}" if nested else "known keys are " + ", ".join(known)
             )
@@ -164,6 +165,11 @@ def _expand(hint: Any, value: Any, where: str, folder: Path, *, is_flag: bool) -
             raise UserError(f"{where}: {key} is set by the flag --{key} only, not by a file")
         expanded[key] = _expand(field_hint, given, where, folder, is_flag=is_flag)
     return expanded
+
+
+def _in_sections(key: str, known: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """SECTION.KEY for each of these fields that is a section with this key."""
+    return [f"{name}.{key}" for name, (_, part) in known.items() if key in _fields_of(part)]
 
 
 def _fields_of(hint: Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:

@@ -56,6 +56,7 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["shards"], "no verb `shards`"),
         (["train"], "arguments are required: run"),
         (["cost", "--jsn"], "unrecognized arguments: --jsn"),
+        (["train", "--min_snr_gamma", "5"], "--min_snr_gamma=5; use --objective.min_snr_gamma"),
         (["cost", "--backbone", "tiny", "--backbone.fusion", "2*imag"], "cost: fusion: 2*imag is"),
         (["cost", "--backbone", "tiny", "--backbone.depth", "7"], "arguments: --backbone.depth=7"),
         (["cost", "--config", "{backbone: {fusion: x}, draw: x.jpg}"], "required: backbone.lat"),
