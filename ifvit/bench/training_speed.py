@@ -155,7 +155,13 @@ class EngineSteps:
         self.engine = Engine(config, initial_weights(config.backbone, config.seed))
         self.backbone = self.engine.backbone
         self.state = TrainState()
-        self._objective = _objective(config, self.engine.device)
+        self._objective = Objective(
+            config.objective,
+            scaling_factor=SCALING_FACTOR,
+            seed=config.seed,
+            device=self.engine.device,
+            sample_normal=choose_normal_sampler(config.engine),
+        )
         self._batch = _random_batch(config, self.engine.device)
 
     def __call__(self, num_steps: int, hooks: Sequence[Hook] = ()) -> None:
@@ -170,13 +176,6 @@ class EngineSteps:
             StopRequest(self.engine.world),
             log_every=num_steps,
         )
-
-    def loss(self) -> Tensor:
-        """Compute the loss of one step, with its graph."""
-        batch = self._batch
-        return self._objective(
-            self.engine.predict, batch.moments, batch.condition, 0, batch.positions
-        ).total
 
 
 class _SameBatch:
@@ -249,16 +248,6 @@ def _random_batch(config: TrainConfig, device: torch.device) -> Batch:
         moments=torch.randn(moments, device=device).half(),
         condition=random_condition(shape, size, device),
         positions=torch.arange(size, device=device),
-    )
-
-
-def _objective(config: TrainConfig, device: torch.device) -> Objective:
-    return Objective(
-        config.objective,
-        scaling_factor=SCALING_FACTOR,
-        seed=config.seed,
-        device=device,
-        sample_normal=choose_normal_sampler(config.engine),
     )
 
 
