@@ -19,6 +19,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "EvaluateConfig": {"shards": "x"},
     "SubmitEvaluateConfig": {"shards": "x"},
     "AttentionConfig": {"shards": "x"},
+    "ObjectiveConfig": {"timesteps": "logit_normal"},
     **{
         type(preset).__name__: vars(preset) for preset in (*CLASS_PRESETS.values(), PRESETS["tiny"])
     },
@@ -109,6 +110,7 @@ MAY_BE_NEGATIVE = {
     "CreateConfig": "seed",
     "DateConfig": "clip_weight image_reward_weight",
     "EvaluateConfig": "guidance_scales",
+    "ObjectiveConfig": "logit_mean",
     "SamplingConfig": "guidance_scale seed",
     "TrainConfig": "seed",
 }
@@ -124,6 +126,7 @@ MAY_BE_ZERO = {
     "ImportConfig": "ema_decay step",
     "LogsConfig": "lines task",
     "ObjectCountConfig": "threshold",
+    "ObjectiveConfig": "logit_mean",
     "OptimConfig": "betas cooldown_steps learning_rate warmup_steps weight_decay",
     "RegulationConfig": "blocks share_of_steps",
     "SampleGridConfig": "every guidance_scale",
