@@ -6,7 +6,7 @@ Shapes: B batch, M text tokens, D context width, H, W image.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -218,7 +218,7 @@ def write_overview(
             real=real.get(prompt.position),
             clip_score=clip_scores[prompt.position] if clip_scores else None,
             held_out_loss=held_out_losses[prompt.position] if held_out_losses else None,
-            scores=asdict(scene_scores[prompt.position]) if scene_scores else None,
+            scores=scene_scores[prompt.position].aspects if scene_scores else None,
         )
         for prompt in prompts
     )

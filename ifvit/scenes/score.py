@@ -56,6 +56,12 @@ class SceneScore:
     relation: bool | None
     empty: bool = False
 
+    @property
+    def aspects(self) -> dict[str, bool | None]:
+        """What is right about the image, by name; whether it is empty is no such aspect."""
+        names = ("count", "colour", "kind", "relation")
+        return {name: getattr(self, name) for name in names}
+
 
 def score_image(image: NDArray[np.uint8], scene: Scene) -> SceneScore:
     """Compare an image (H, W, 3) uint8, rendered or generated, with the scene it should show."""
