@@ -76,9 +76,9 @@ _FLOW_SOLVERS: dict[SolverName, Callable[..., Any]] = {
         use_flow_sigmas=True,
         final_sigmas_type="zero",
     ),
-    "euler": partial(FlowMatchEulerDiscreteScheduler),
+    "euler": FlowMatchEulerDiscreteScheduler,
     # Karras et al. 2022, algorithm 1 with its correction: two evaluations per step but the last.
-    "heun": partial(FlowMatchHeunDiscreteScheduler),
+    "heun": FlowMatchHeunDiscreteScheduler,
 }
 
 
