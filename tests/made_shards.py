@@ -15,6 +15,7 @@ from ifvit.shards.format import (
     LatentSample,
     Manifest,
     SampleMetadata,
+    TextEncoderIdentity,
     TextEncoding,
     write_manifest,
 )
@@ -97,7 +98,7 @@ def _write_null_context(folder: Path, sample: LatentSample) -> TextEncoding | No
     data = npy_bytes(np.ones(shape, np.float16))
     (folder / "null_context.npy").write_bytes(data)
     return TextEncoding(
-        encoder=EncoderIdentity(name="made-up", sha256="1" * 64),
+        encoder=TextEncoderIdentity(name="made-up", sha256="1" * 64),
         context_shape=shape,
         null_context_sha256=hashlib.sha256(data).hexdigest(),
     )

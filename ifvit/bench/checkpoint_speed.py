@@ -10,7 +10,7 @@ from ifvit.bench.training_speed import EngineSteps, build_recipe
 from ifvit.errors import UserError
 from ifvit.models.presets import PRESETS
 from ifvit.models.weights import WeightsInfo
-from ifvit.shards.format import MANIFEST, EncoderIdentity
+from ifvit.shards.format import MANIFEST, EncoderIdentity, TextEncoderIdentity
 from ifvit.storage import file_size, join, list_names, write_bytes, write_json
 from ifvit.training.checkpoint import step_url
 from ifvit.training.config import TrainConfig
@@ -75,7 +75,7 @@ def _build_hook(recipe: TrainConfig, engine: Engine, lease: Lease) -> SaveCheckp
         ema_decay=None,
         scaling_factor=1.0,
         vae=encoder,
-        text_encoder=encoder,
+        text_encoder=TextEncoderIdentity(name="none", sha256="0" * 64),
         recipe_sha256="0" * 64,
     )
     metrics, stop = MetricsLog(recipe, engine), StopRequest(engine.world)

@@ -22,7 +22,7 @@ from ifvit.models.pretrained import (
     resolve_pretrained,
 )
 from ifvit.records import NonNegativeInt, PlainName, PositiveFloat, parse_value, record
-from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity, TextSettings
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -98,7 +98,9 @@ class ImagePreprocessor:
 class TextEncoder:
     """Captions => the last hidden state of CLIP's text tower, padding included, no mask."""
 
-    def __init__(self, model: Any, tokenizer: "CLIPTokenizer", identity: EncoderIdentity) -> None:
+    def __init__(
+        self, model: Any, tokenizer: "CLIPTokenizer", identity: TextEncoderIdentity
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.identity = identity
@@ -187,7 +189,10 @@ def load_text_encoder(
     """Load CLIP's text tower `name`: a hub name, a local folder, or scenes/clip."""
     folder = resolve_pretrained(name, "--text_encoder")
     model = load_text_tower(folder, dtype).to(device)
-    return TextEncoder(model, load_tokenizer(folder), identify(name, folder))
+    found = identify(name, folder)
+    settings = TextSettings(max_length=model.config.max_position_embeddings)
+    identity = TextEncoderIdentity(name=found.name, sha256=found.sha256, settings=settings)
+    return TextEncoder(model, load_tokenizer(folder), identity)
 
 
 def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScorer:

@@ -30,7 +30,7 @@ from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.pretrained import read_shapes, reading, require_shapes
 from ifvit.records import Fraction, NonNegativeInt, PositiveFloat, Sha256, parse_json, record
 from ifvit.shards.cache import local_copy
-from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
 from ifvit.storage import (
     exists,
     join,
@@ -62,7 +62,7 @@ class WeightsInfo:
     """Factor by which the autoencoder's latents were multiplied in training."""
     vae: EncoderIdentity
     """The autoencoder whose latents the backbone was trained on."""
-    text_encoder: EncoderIdentity | None
+    text_encoder: TextEncoderIdentity | None
     """The text encoder whose context the backbone was trained on; None for classes."""
     null_context: NullContext = "empty_caption"
     """What stands for no caption in training: the context of "", or zeros."""

@@ -24,7 +24,7 @@ from ifvit.models.clip import TextEncoder, encode_captions, load_text_encoder
 from ifvit.models.pretrained import place_of
 from ifvit.models.weights import WeightsInfo, find_weights, load_backbone, read_stored_weights
 from ifvit.sampling.config import EncoderPlaces
-from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
 from ifvit.shards.reader import ShardReader
 
 
@@ -116,7 +116,7 @@ def load_trained_text_encoder(info: WeightsInfo, device: str) -> TextEncoder:
     return encoder
 
 
-def require_text_encoder(info: WeightsInfo) -> EncoderIdentity:
+def require_text_encoder(info: WeightsInfo) -> TextEncoderIdentity:
     """Return the text encoder of the training. Raises UserError for class-conditional weights."""
     if info.text_encoder is None:
         raise UserError(

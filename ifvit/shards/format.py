@@ -13,6 +13,7 @@ from ifvit.arrays import Array
 from ifvit.errors import UserError
 from ifvit.image_rules import ImageRules
 from ifvit.records import (
+    NonNegativeInt,
     PositiveInt,
     Rule,
     Sha256,
@@ -61,6 +62,36 @@ class EncoderIdentity:
 
     name: str
     sha256: Sha256
+
+
+State = Literal["last", "penultimate", "mean"] | NonNegativeInt
+"""Hidden state of a text encoder: of its last or last but one layer, the mean over all layers, or
+that of a layer by number, where 0 are the embeddings."""
+
+
+@record
+class TextSettings:
+    """How a text encoder makes context tokens of a caption; the defaults are those of the paper."""
+
+    state: State = "last"
+    final_norm: bool = True
+    """Whether the encoder's final norm was applied to the state."""
+    max_length: PositiveInt = 77
+    """Largest number of tokens of a context, special tokens included."""
+    template: str = "{}"
+    """Text around the caption, which stands for {}; the empty caption has none."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which the encoder computed."""
+    keeps_padding: bool = True
+    """Whether contexts have `max_length` tokens, padding included, which are all attended to, as
+    for CLIP; otherwise padding was masked and is not stored."""
+
+
+@record
+class TextEncoderIdentity(EncoderIdentity):
+    """Frozen text encoder that made contexts, and how it made them."""
+
+    settings: TextSettings = field(default_factory=TextSettings)
 
 
 @record
@@ -113,7 +144,7 @@ class ShardEntry:
 class TextEncoding:
     """How captions were embedded: encoder, shape (M, D) of a context, hash of the null context."""
 
-    encoder: EncoderIdentity
+    encoder: TextEncoderIdentity
     context_shape: tuple[PositiveInt, PositiveInt]
     null_context_sha256: Sha256
 

@@ -21,10 +21,10 @@ from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
 from ifvit.sampling.config import SamplingConfig
-from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
 from ifvit.shards.reader import ShardReader
 
-MADE_UP = EncoderIdentity(name="made-up", sha256="1" * 64)
+MADE_UP = TextEncoderIdentity(name="made-up", sha256="1" * 64)
 
 
 EARLY, INTERMEDIATE = "3*concat", "image cross_attention image"
@@ -33,7 +33,7 @@ EARLY, INTERMEDIATE = "3*concat", "image cross_attention image"
 def save_run(
     folder: Path,
     fusion: str = EARLY,
-    text_encoder: EncoderIdentity = MADE_UP,
+    text_encoder: TextEncoderIdentity = MADE_UP,
     context_shape: tuple[int, int] = (5, 12),
 ) -> str:
     """Write a run with untrained weights at step 3 for latents of 8 x 8 in patches of 2."""
@@ -49,7 +49,7 @@ def save_run(
     return save(folder, shape, text_encoder)
 
 
-def save(folder: Path, shape: BackboneConfig, text_encoder: EncoderIdentity | None) -> str:
+def save(folder: Path, shape: BackboneConfig, text_encoder: TextEncoderIdentity | None) -> str:
     info = WeightsInfo(
         step=3,
         ema_decay=0.9,
@@ -247,7 +247,7 @@ def test_a_mistake_is_one_line(
 def test_runs_that_do_not_fit_the_prompts_are_refused(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = EncoderIdentity(name="other", sha256="2" * 64)
+    other = TextEncoderIdentity(name="other", sha256="2" * 64)
     runs = {
         save_run(tmp_path / "other", EARLY, other): "text encoder made-up has sha256 111111111111",
         save_run(tmp_path / "adaln", "image 2*adaln"): "its image tokens attend to no text",

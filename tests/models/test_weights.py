@@ -10,7 +10,7 @@ from ifvit.models import weights
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
 from ifvit.records import dump_sealed
-from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
 from ifvit.storage import sha256_of
 
 INFO = WeightsInfo(
@@ -18,7 +18,7 @@ INFO = WeightsInfo(
     ema_decay=0.999,
     scaling_factor=0.2301,
     vae=EncoderIdentity(name="scenes/vae", sha256="a" * 64),
-    text_encoder=EncoderIdentity(name="scenes/clip", sha256="b" * 64),
+    text_encoder=TextEncoderIdentity(name="scenes/clip", sha256="b" * 64),
     recipe_sha256="c" * 64,
 )
 

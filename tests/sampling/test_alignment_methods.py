@@ -38,7 +38,7 @@ from ifvit.sampling.config import DateConfig, GenerateConfig, RegulationConfig, 
 from ifvit.sampling.regulation import BlockBias, Regulation, TargetTokens
 from ifvit.scenes.captions import write_captions
 from ifvit.scenes.drawings import render_sampled_scene
-from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
 
 CONFIG = SamplingConfig(num_steps=6, guidance_scale=3.0, seed=7)
 CONTEXTS = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(1))
@@ -287,7 +287,12 @@ def test_every_pixel_has_a_gradient_even_outside_the_range_of_images(
 PROMPTS = ["two red circles", "a blue square"]
 CLIP = EncoderIdentity(name="scenes/clip", sha256="0" * 64)
 INFO = WeightsInfo(
-    step=0, ema_decay=None, scaling_factor=0.5, vae=CLIP, text_encoder=CLIP, recipe_sha256="0" * 64
+    step=0,
+    ema_decay=None,
+    scaling_factor=0.5,
+    vae=CLIP,
+    text_encoder=TextEncoderIdentity(name="scenes/clip", sha256="0" * 64),
+    recipe_sha256="0" * 64,
 )
 
 

@@ -19,7 +19,7 @@ from ifvit.models.weights import StoredWeights, WeightsInfo
 from ifvit.records import dump_rows, dump_sealed
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.samples import SampleRow, write_samples
-from ifvit.shards.format import EncoderIdentity
+from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
 
 PROMPTS = ["two red circles", "a blue square", "<script>alert(1)</script>"]
 
@@ -92,7 +92,9 @@ def write_training(
         ema_decay=0.999,
         scaling_factor=1.0,
         vae=encoder,
-        text_encoder=encoder if shape.context_shape else None,
+        text_encoder=TextEncoderIdentity(name="made-up", sha256="0" * 64)
+        if shape.context_shape
+        else None,
         prediction=prediction,
         classes=tuple(map(str, range(shape.num_classes or 0))),
         recipe_sha256="0" * 64,
