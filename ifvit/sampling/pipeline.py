@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,6 +22,7 @@ from ifvit.diffusion.guidance import AlignmentMethod, GuidedPredictor
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.diffusion.solvers import initial_latents, network_input, set_steps
 from ifvit.errors import UserError
+from ifvit.models.autoencoders import spatial_factor
 from ifvit.models.backbone import Backbone
 from ifvit.models.clip import encode_captions
 from ifvit.models.config import NullContext
@@ -56,7 +57,7 @@ class FusionPipeline(DiffusionPipeline):
     def __init__(
         self,
         backbone: Backbone,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderDC,
         text_encoder: nn.Module | None,
         tokenizer: Any,
         scheduler: Any,
@@ -198,8 +199,7 @@ class FusionPipeline(DiffusionPipeline):
                 f"method is {method!r}; give an object such as ifvit.sampling.alignment.Date, or "
                 "use `ifvit generate --method`"
             )
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        side = factor * self.backbone.config.latent_size
+        side = spatial_factor(self.vae) * self.backbone.config.latent_size
         if not {height, width} <= {None, side}:
             raise ValueError(f"height and width are {height} and {width}; leave them out or {side}")
 

@@ -168,7 +168,7 @@ def test_a_broken_pickle_is_one_line(data: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-OWN_CLASSES = {"AutoencoderKL", "scheduler", "super()"}
+OWN_CLASSES = {"AutoencoderKL", "autoencoder_class", "scheduler", "super()"}
 """Receivers that cannot run a folder's code: models and schedulers of diffusers take no such
 option, and `super()` is the pipeline, whose options are collected in one variable."""
 
