@@ -331,6 +331,7 @@ def _write_null_context(config: EncodeConfig, encoders: Encoders) -> TextEncodin
     return TextEncoding(
         encoder=encoders.text.identity,
         context_shape=encoders.text.context_shape,
+        dtype=config.dtype,
         null_context_sha256=hashlib.sha256(data).hexdigest(),
     )
 

@@ -40,6 +40,7 @@ from ifvit.errors import UserError
 from ifvit.records import MAX_BYTES
 from ifvit.shards.format import (
     FEATURE_DTYPE,
+    IMAGE_ARRAYS,
     LatentSample,
     SampleMetadata,
     ShardEntry,
@@ -144,6 +145,7 @@ class _Samples:
         contexts = None
         if batch.contexts is not None:
             contexts = to_stored(batch.contexts, self._dtype, self._name)
+            lengths = np.full(len(contexts), contexts.shape[1], np.int32)
         self.latent_sums += sum_latents(arrays["moments"])
         end = 0
         for row, (image, decoded) in enumerate(batch.readable):
@@ -155,7 +157,8 @@ class _Samples:
             ]
             yield LatentSample(
                 key=image.key,
-                context=None if contexts is None else contexts[start:end],
+                context=None if contexts is None else np.concatenate(contexts[start:end]),
+                context_lengths=None if contexts is None else lengths[start:end],
                 label=image.label,
                 metadata=SampleMetadata(
                     image_id=image.image_id,
@@ -218,12 +221,15 @@ def write_shard(folder: str, name: str, samples: Iterable[LatentSample]) -> Shar
 
 def pack_sample(sample: LatentSample) -> dict[str, str | bytes]:
     """Convert a sample to webdataset's form: member suffix => bytes."""
+    metadata = asdict(sample.metadata)
+    if not sample.metadata.sources:
+        del metadata["sources"]
     members: dict[str, str | bytes] = {
         "__key__": sample.key,
         "moments.npy": npy_bytes(sample.moments),
-        "json": json.dumps(asdict(sample.metadata), ensure_ascii=False).encode(),
+        "json": json.dumps(metadata, ensure_ascii=False).encode(),
     }
-    for field in ("flipped", "context", "features", "flipped_features"):
+    for field in (*IMAGE_ARRAYS[1:], "context", "context_lengths", "context_scale"):
         array = getattr(sample, field)
         if array is not None:
             members[f"{field}.npy"] = npy_bytes(array)

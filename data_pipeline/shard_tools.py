@@ -42,7 +42,16 @@ from ifvit.shards.index import ShardIndex, index_bytes, index_tar
 
 GRID_COLUMNS = 8
 CAPTION_WIDTH = 60
-SHARED = ("classes", "image_size", "resize", "image_rules", "flipped", "dtype", "moments_shape")
+SHARED = (
+    "classes",
+    "caption_sources",
+    "image_size",
+    "resize",
+    "image_rules",
+    "flipped",
+    "dtype",
+    "moments_shape",
+)
 
 Rows = list[tuple[str, str]]
 """Names and values of a printed table."""
@@ -218,10 +227,10 @@ def _sample_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
     shapes = {
         "moments": manifest.moments_shape,
         "flipped": manifest.moments_shape if manifest.flipped else None,
-        "context": (num_captions, *manifest.text.context_shape) if manifest.text else None,
         "features": features,
         "flipped_features": features if manifest.flipped else None,
     }
+    yield from _context_problems(sample, manifest)
     for field, shape in shapes.items():
         dtype = FEATURE_DTYPE if "features" in field else manifest.dtype
         array: Array | None = getattr(sample, field)
@@ -237,8 +246,35 @@ def _sample_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
     labels = range(len(manifest.classes)) if manifest.classes else [None]
     if sample.label not in labels:
         yield f"cls is {sample.label}, but there are {len(manifest.classes)} classes"
-    if (manifest.text is None) != (num_captions == 0):
+    if bool(manifest.classes) != (num_captions == 0):
         yield f"json has {num_captions} captions, contrary to the manifest"
+
+
+def _context_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
+    text = manifest.text
+    wanted = {
+        "context": text and text.dtype,
+        "context_lengths": text and "int32",
+        "context_scale": text and ("float32" if text.dtype == "int8" else None),
+    }
+    for field, dtype in wanted.items():
+        array: Array | None = getattr(sample, field)
+        if (array is None) != (dtype is None):
+            state = "missing" if array is None else "present"
+            yield f"{field}.npy is {state}, contrary to the manifest"
+            return
+        if array is not None and array.dtype != dtype:
+            yield f"{field}.npy is {array.dtype}, not {dtype}"
+        if array is not None and not np.isfinite(array).all():
+            yield f"{field}.npy has values that are not finite"
+    if text is None:
+        return
+    assert sample.context is not None
+    assert sample.context_lengths is not None
+    if sample.context.shape[1] != text.context_shape[1]:
+        yield f"context.npy has tokens of width {sample.context.shape[1]}"
+    if not all(map(text.allows, sample.context_lengths.tolist())):
+        yield f"context_lengths.npy is not what contexts of shape {text.context_shape} have"
 
 
 def merge(config: MergeConfig) -> None:
@@ -286,7 +322,7 @@ def _check_alike(urls: list[str], manifests: list[Manifest]) -> None:
         text, features = manifest.text, manifest.features
         return {key: getattr(manifest, key) for key in SHARED} | {
             "vae": manifest.vae.sha256,
-            "text_encoder": text and text.encoder.sha256,
+            "text_encoder": text and (text.encoder.sha256, text.encoder.settings, text.dtype),
             "null_context": text and text.null_context_sha256,  # also shows another precision
             "image_encoder": features and (features.encoder.sha256, features.shape),
         }

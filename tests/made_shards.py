@@ -34,7 +34,7 @@ def make_samples(
     seed: int = 0,
 ) -> list[LatentSample]:
     """Random samples with one to three captions each, or with labels; (G * G, F) of features."""
-    generator = np.random.default_rng(seed)
+    generator, (length, width) = np.random.default_rng(seed), context_shape
 
     def sample_values(*shape: int) -> np.ndarray:
         return generator.normal(size=shape).astype(np.float16)
@@ -44,7 +44,8 @@ def make_samples(
         return LatentSample(
             key=f"{number:012d}",
             moments=sample_values(*moments_shape),
-            context=None if labelled else sample_values(len(captions), *context_shape),
+            context=None if labelled else sample_values(len(captions) * length, width),
+            context_lengths=None if labelled else np.full(len(captions), length, np.int32),
             label=number % len(CLASSES) if labelled else None,
             flipped=sample_values(*moments_shape) if flipped else None,
             features=sample_values(*feature_shape) if feature_shape else None,
@@ -94,11 +95,12 @@ def _feature_encoding(sample: LatentSample) -> FeatureEncoding | None:
 def _write_null_context(folder: Path, sample: LatentSample) -> TextEncoding | None:
     if sample.context is None:
         return None
-    shape = sample.context.shape[1:]
+    shape = sample.contexts[0].shape
     data = npy_bytes(np.ones(shape, np.float16))
     (folder / "null_context.npy").write_bytes(data)
     return TextEncoding(
         encoder=TextEncoderIdentity(name="made-up", sha256="1" * 64),
         context_shape=shape,
+        dtype="float16",
         null_context_sha256=hashlib.sha256(data).hexdigest(),
     )

@@ -114,6 +114,7 @@ def write_shards(folder: Path, num_samples: int) -> None:
         text=TextEncoding(
             encoder=TextEncoderIdentity(name="made-up", sha256="0" * 64),
             context_shape=CONTEXT_SHAPE,
+            dtype="float16",
             null_context_sha256=hashlib.sha256(null_context).hexdigest(),
         ),
         image_size=256,
@@ -133,13 +134,14 @@ def _sample(number: int) -> LatentSample:
     generator = np.random.default_rng(number)
     moments, contexts = (
         generator.integers(0, 0x3C00, shape, np.uint16).view(np.float16)
-        for shape in (MOMENTS_SHAPE, (NUM_CAPTIONS, *CONTEXT_SHAPE))
+        for shape in (MOMENTS_SHAPE, (NUM_CAPTIONS * CONTEXT_SHAPE[0], CONTEXT_SHAPE[1]))
     )
     captions = tuple(f"caption {k} of image {number}" for k in range(NUM_CAPTIONS))
     return LatentSample(
         key=f"{number:012d}",
         moments=moments,
         context=contexts,
+        context_lengths=np.full(NUM_CAPTIONS, CONTEXT_SHAPE[0], np.int32),
         metadata=SampleMetadata(image_id=number, captions=captions, width=640, height=480),
     )
 
@@ -170,7 +172,7 @@ def read_webdataset(folder: Path, config: BenchLoaderConfig) -> Stream:
         .repeat()
         .shuffle(SHUFFLE_BUFFER)
         .decode()
-        .to_tuple("moments.npy", "context.npy")
+        .to_tuple("moments.npy", "context.npy", "context_lengths.npy")
         .map(_choose_caption)
         .batched(config.batch_size)
     )
@@ -178,8 +180,9 @@ def read_webdataset(folder: Path, config: BenchLoaderConfig) -> Stream:
         yield len(moments)
 
 
-def _choose_caption(sample: tuple[Array, Array]) -> tuple[Array, Array]:
-    moments, contexts = sample
+def _choose_caption(sample: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    moments, tokens, lengths = sample
+    contexts = np.split(tokens, np.cumsum(lengths)[:-1])
     return moments, contexts[random.randrange(len(contexts))]
 
 

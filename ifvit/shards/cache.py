@@ -227,9 +227,9 @@ def read_index(folder: Path | str, manifest: Manifest, entry: ShardEntry) -> Sha
 
 
 def read_null_context(url: str, manifest: Manifest) -> Array | None:
-    """(M, D) embedding of the empty caption; None in a dataset with class labels.
+    """(M, D) context of the empty caption; None in a dataset without contexts.
 
-    Raises ShardError unless hash and shape match.
+    Raises ShardError unless hash, shape and dtype match.
     """
     if manifest.text is None:
         return None
@@ -238,7 +238,9 @@ def read_null_context(url: str, manifest: Manifest) -> Array | None:
     if hashlib.sha256(data).hexdigest() != manifest.text.null_context_sha256:
         raise ShardError(f"{where}: missing or damaged null context; run the encode again")
     context = parse_npy(data, where, error=ShardError)
-    if context.shape != manifest.text.context_shape or context.dtype != manifest.dtype:
+    num_tokens, width = context.shape if context.ndim == 2 else (0, 0)
+    is_right = manifest.text.allows(num_tokens) and width == manifest.text.context_shape[1]
+    if not is_right or context.dtype != manifest.dtype:
         found = f"{context.dtype} {context.shape}"
         raise ShardError(f"{where}: null context has dtype and shape {found}; encode again")
     return context

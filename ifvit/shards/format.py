@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Annotated, Literal
 
+import numpy as np
+
 from ifvit import storage
 from ifvit.arrays import Array
 from ifvit.errors import UserError
@@ -24,7 +26,7 @@ from ifvit.records import (
     shorten,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 NULL_CONTEXT = "null_context.npy"
 IMAGE_ARRAYS = ("moments", "flipped", "features", "flipped_features")
@@ -98,13 +100,19 @@ class TextEncoderIdentity(EncoderIdentity):
 class SampleMetadata:
     """Content of `KEY.json`; `captions` is empty in a dataset with class labels.
 
-    `width` and `height` are the size of the upright original image in pixels.
+    `sources` has the number of each caption's source in `Manifest.caption_sources`; without these
+    it is empty. `width` and `height` are the size of the upright original image in pixels.
     """
 
     image_id: int | str
     captions: tuple[str, ...]
+    sources: tuple[NonNegativeInt, ...] = ()
     width: PositiveInt
     height: PositiveInt
+
+    def __post_init__(self) -> None:
+        if self.sources and len(self.sources) != len(self.captions):
+            raise UserError(f"{len(self.captions)} captions, but {len(self.sources)} sources")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,19 +121,31 @@ class LatentSample:
 
     `moments` (2C, H, W) are the unscaled mean and logvar of the VAE posterior, stacked along the
     channel axis, and `flipped` those of the horizontally flipped image. `features` (T, F) float16
-    are those of an image encoder's patches, and `flipped_features` those of the flipped image. A
-    sample has either `context` (captions, M, D) or `label`. `key` contains no dot and no slash,
-    because WebDataset ends a key there.
+    are those of an image encoder's patches, and `flipped_features` those of the flipped image.
+    `key` contains no dot and no slash, because WebDataset ends a key there.
+
+    A sample has captions or a `label`. `context` (T, D) are the context tokens of all its captions
+    in order, and `context_lengths` (captions,) int32 their numbers of tokens; their sum is T.
+    Where `context` is int8, its rows times `context_scale` (T,) float32 are the tokens.
     """
 
     key: str
     moments: Array
     context: Array | None = None
+    context_lengths: Array | None = None
+    context_scale: Array | None = None
     label: int | None = None
     flipped: Array | None = None
     features: Array | None = None
     flipped_features: Array | None = None
     metadata: SampleMetadata
+
+    @property
+    def contexts(self) -> list[Array]:
+        """Stored context tokens (M, D) of each caption; M differs between captions."""
+        assert self.context is not None
+        assert self.context_lengths is not None
+        return np.split(self.context, np.cumsum(self.context_lengths)[:-1])
 
 
 @record
@@ -142,15 +162,28 @@ class ShardEntry:
 
 @record
 class TextEncoding:
-    """How captions were embedded: encoder, shape (M, D) of a context, hash of the null context."""
+    """How captions were embedded, and how their contexts are stored.
+
+    A context has at most M tokens of width D, by `context_shape` (M, D), and exactly M if the
+    encoder keeps padding. `dtype` is that of the stored tokens; the null context, of the empty
+    caption, has the dtype of the dataset.
+    """
 
     encoder: TextEncoderIdentity
     context_shape: tuple[PositiveInt, PositiveInt]
+    dtype: Literal["float16", "float32", "int8"]
     null_context_sha256: Sha256
 
     def __post_init__(self) -> None:
         if prod(self.context_shape) > MAX_VALUES:
             raise UserError(f"context_shape {self.context_shape} has more than {MAX_VALUES} values")
+
+    def allows(self, num_tokens: int) -> bool:
+        """Whether a context may have this number of tokens."""
+        most = self.context_shape[0]
+        return num_tokens == most or (
+            1 <= num_tokens < most and not self.encoder.settings.keeps_padding
+        )
 
 
 @record
@@ -175,7 +208,9 @@ class FeatureEncoding:
 class Manifest:
     """Content of `manifest.json`: the shards of a dataset and how they were made.
 
-    `text` is None in a dataset with class labels, `classes` is empty in one with captions.
+    `classes` is empty in a dataset with captions. `text` is None in a dataset without contexts: one
+    with class labels, or one of captions whose contexts are computed while training.
+    `caption_sources` names where captions come from if there are several places.
     `features` is None in a dataset without features of images. `latent_mean` and `latent_std` are
     statistics of z = mean + std * eps over all elements of all latents.
     """
@@ -184,6 +219,7 @@ class Manifest:
     vae: EncoderIdentity
     text: TextEncoding | None
     classes: tuple[str, ...] = ()
+    caption_sources: tuple[str, ...] = ()
     image_size: PositiveInt
     resize: str = RESIZE
     image_rules: ImageRules = field(default_factory=ImageRules)
@@ -204,8 +240,10 @@ class Manifest:
                 raise UserError(f"{key} is not the sum over its shards, {total}")
         if len({entry.name for entry in self.shards}) < len(self.shards):
             raise UserError("two shards have the same name")
-        if (self.text is None) != bool(self.classes):
-            raise UserError("a dataset has either text or classes")
+        if self.classes and (self.text or self.caption_sources):
+            raise UserError("text or caption_sources beside classes; give only one of them")
+        if self.text and self.text.dtype not in (self.dtype, "int8"):
+            raise UserError(f"contexts are {self.text.dtype}, but the dataset is {self.dtype}")
         if self.moments_shape[0] % 2 or prod(self.moments_shape) > MAX_VALUES:
             raise UserError(
                 f"moments_shape is {self.moments_shape}; it must be (2C, H, W) with at most "

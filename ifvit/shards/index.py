@@ -17,7 +17,14 @@ import xxhash
 from ifvit import storage
 from ifvit.arrays import Array, parse_npy, parse_npz
 from ifvit.records import MAX_BYTES, is_plain_name, shorten
-from ifvit.shards.format import IMAGE_ARRAYS, Manifest, ShardEntry, ShardError, remedy_for
+from ifvit.shards.format import (
+    IMAGE_ARRAYS,
+    Manifest,
+    ShardEntry,
+    ShardError,
+    parse_metadata,
+    remedy_for,
+)
 
 ABSENT = -1
 
@@ -28,10 +35,12 @@ class ShardIndex:
 
     `keys` (N,) bytes. All other arrays are int64 and hold ABSENT where there is no such member:
     `moments` and `flipped` (N, 2) offset of the values in the tar and checksum, `metadata` (N, 3)
-    offset, length and checksum, `label` (N,), `context` (T, 2) offset and checksum of each
-    caption's embedding. Sample n has the captions first_caption[n] to first_caption[n + 1] - 1;
-    `first_caption` is (N + 1,). `features` and `flipped_features` are like `moments`; in a shard
-    without features they are (0, 2), and the file does not have them.
+    offset, length and checksum, `label` (N,). Sample n has the captions first_caption[n] to
+    first_caption[n + 1] - 1; `first_caption` is (N + 1,). Of each caption, `context` (T, 3) has
+    offset, number of tokens and checksum of its context, and `source` (T,) the number of its
+    source. `features` and `flipped_features` are like `moments`, and `context_scale` (T, 2) holds
+    offset and checksum of the scales of 8-bit contexts; in a shard without them these are (0, 2),
+    and the file does not have them.
     """
 
     keys: Array
@@ -39,8 +48,10 @@ class ShardIndex:
     flipped: Array
     metadata: Array
     label: Array
-    context: Array
     first_caption: Array
+    context: Array
+    source: Array
+    context_scale: Array = field(default_factory=lambda: _table([], 2))
     features: Array = field(default_factory=lambda: _table([], 2))
     flipped_features: Array = field(default_factory=lambda: _table([], 2))
 
@@ -65,14 +76,12 @@ class Member:
     data: bytes
 
 
-_FEATURES = ("features", "flipped_features")
-_SUFFIXES = (
-    *("moments.npy", "flipped.npy", "context.npy", "json", "cls"),
-    *(f"{name}.npy" for name in _FEATURES),
-)
+_OPTIONAL = ("features", "flipped_features", "context_scale")
+"""Arrays of an index that a file lacks where the shard has no such members."""
+_CONTEXTS = ("context", "context_lengths", "context_scale")
+_SUFFIXES = (*(f"{name}.npy" for name in (*IMAGE_ARRAYS, *_CONTEXTS)), "json", "cls")
 _PAX_PATH = re.compile(rb"\d{1,5} path=([^\n\0]{1,1000})\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_MAX_CAPTIONS = 10_000
 
 
 def read_tar(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -145,44 +154,86 @@ def _read_members(path: Path) -> Iterator[tuple[str, Member]]:
 def index_tar(path: Path) -> ShardIndex:
     """Build the index of a tar by reading it once. Raises as `read_tar` does."""
     keys: list[bytes] = []
-    entries: dict[str, list[list[tuple[int, ...]]]] = {suffix: [] for suffix in _SUFFIXES}
+    images: dict[str, list[tuple[int, int]]] = {name: [] for name in IMAGE_ARRAYS}
+    metadata, labels, counts = [], [], [0]
+    contexts: list[tuple[int, int, int]] = []
+    scales: list[tuple[int, int]] = []
+    sources: list[int] = []
     for key, members in read_tar(path):
+        where = f"{path}: {key}"
         keys.append(key.encode())
-        for suffix in _SUFFIXES:
-            where = f"{path}: {key}.{suffix}"
-            member = members.get(suffix)
-            entries[suffix].append(_index_entries(suffix, member, where) if member else [])
-    absent = [(ABSENT, 0)]
-    contexts = entries["context.npy"]
-    features = {name: entries[f"{name}.npy"] for name in _FEATURES}
+        for name, entries in images.items():
+            entries.append(_index_image(members.get(f"{name}.npy"), f"{where}.{name}.npy"))
+        json = members["json"]
+        metadata.append((json.offset, len(json.data), checksum(json.data)))
+        found = parse_metadata(json.data, f"{where}.json")
+        label = members.get("cls")
+        labels.append(parse_label(label.data, f"{where}.cls") if label else ABSENT)
+        counts.append(len(found.captions))
+        sources += found.sources or [0] * len(found.captions)
+        added, scaled = _index_contexts(members, len(found.captions), where)
+        contexts += added
+        scales += scaled
+    for name in _OPTIONAL:
+        if name in images and all(entry == (ABSENT, 0) for entry in images[name]):
+            images[name] = []
     return ShardIndex(
         keys=np.array(keys, dtype=np.bytes_),
-        moments=_table([found[0] for found in entries["moments.npy"]], 2),
-        flipped=_table([(found or absent)[0] for found in entries["flipped.npy"]], 2),
-        metadata=_table([found[0] for found in entries["json"]], 3),
-        label=np.array([(found or absent)[0][0] for found in entries["cls"]], dtype=np.int64),
-        context=_table([entry for found in contexts for entry in found], 2),
-        first_caption=np.cumsum([0, *map(len, contexts)], dtype=np.int64),
-        **{
-            name: _table([(one or absent)[0] for one in found] if any(found) else [], 2)
-            for name, found in features.items()
-        },
+        metadata=_table(metadata, 3),
+        label=np.array(labels, dtype=np.int64),
+        first_caption=np.cumsum(counts, dtype=np.int64),
+        context=_table(contexts, 3),
+        source=np.array(sources, dtype=np.int64),
+        context_scale=_table(scales, 2),
+        **{name: _table(entries, 2) for name, entries in images.items()},
     )
 
 
-def _index_entries(suffix: str, member: Member, where: str) -> list[tuple[int, ...]]:
-    """Index entries of one tar member; for `cls` its label."""
-    data = member.data
-    if suffix == "cls":
-        return [(parse_label(data, where),)]
-    if suffix == "json":
-        return [(member.offset, len(data), checksum(data))]
-    array = parse_npy(data, where, error=ShardError)
-    rows = array if suffix == "context.npy" and array.shape else array[None]
-    if not array.flags.c_contiguous or array.size == 0 or len(rows) > _MAX_CAPTIONS:
+def _index_image(member: Member | None, where: str) -> tuple[int, int]:
+    """Offset and checksum of the values of an image's array."""
+    if member is None:
+        return ABSENT, 0
+    array, offset = _parse_array(member, where)
+    return offset, checksum(array.tobytes())
+
+
+def _index_contexts(
+    members: dict[str, Member], num_captions: int, where: str
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
+    """Rows of `context` and `context_scale` for the captions of one sample."""
+    present = [members.get(f"{name}.npy") for name in _CONTEXTS]
+    if present == [None, None, None]:
+        return [(ABSENT, 0, 0)] * num_captions, []
+    if present[0] is None or present[1] is None:
+        raise ShardError(f"{where} has only one of context and context_lengths; encode again")
+    tokens, offset = _parse_array(present[0], f"{where}.context.npy")
+    lengths, _ = _parse_array(present[1], f"{where}.context_lengths.npy")
+    right = lengths.ndim == 1 and lengths.dtype == np.int32 and len(lengths) == num_captions
+    if not right or tokens.ndim != 2 or (lengths < 1).any() or lengths.sum() != len(tokens):
+        raise ShardError(
+            f"{where}: context {tokens.shape} and its {lengths.shape} lengths do not belong to "
+            f"{num_captions} captions; encode again"
+        )
+    ends = lengths.cumsum(dtype=np.int64).tolist()
+    parts = list(zip([0, *ends], ends, strict=False))
+    row = tokens[0].nbytes
+    contexts = [(offset + a * row, b - a, checksum(tokens[a:b].tobytes())) for a, b in parts]
+    if present[2] is None:
+        return contexts, []
+    scale, offset = _parse_array(present[2], f"{where}.context_scale.npy")
+    if scale.dtype != np.float32 or scale.shape != tokens.shape[:1]:
+        raise ShardError(f"{where}: context_scale is {scale.dtype} {scale.shape}; encode again")
+    return contexts, [
+        (offset + a * scale.itemsize, checksum(scale[a:b].tobytes())) for a, b in parts
+    ]
+
+
+def _parse_array(member: Member, where: str) -> tuple[Array, int]:
+    """Return a member's array, and the offset of its first value in the tar."""
+    array = parse_npy(member.data, where, error=ShardError)
+    if not array.flags.c_contiguous or array.size == 0:
         raise ShardError(f"{where} has the shape {array.shape} or order of columns; encode again")
-    start, size = member.offset + len(data) - array.nbytes, array.nbytes // len(rows)
-    return [(start + n * size, checksum(row.tobytes())) for n, row in enumerate(rows)]
+    return array, member.offset + len(member.data) - array.nbytes
 
 
 def parse_label(data: bytes, where: str) -> int:
@@ -200,7 +251,7 @@ def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Array:
 def index_bytes(index: ShardIndex) -> bytes:
     """Encode an index as `NAME.index.npz`; equal indexes give equal bytes."""
     buffer = io.BytesIO()
-    stored = {k: array for k, array in vars(index).items() if k not in _FEATURES or len(array)}
+    stored = {k: array for k, array in vars(index).items() if k not in _OPTIONAL or len(array)}
     np.savez(buffer, allow_pickle=False, **stored)
     return buffer.getvalue()
 
@@ -209,7 +260,7 @@ def parse_index(data: bytes, where: str, manifest: Manifest, entry: ShardEntry) 
     """Decode `NAME.index.npz`. Raises ShardError unless it fits the manifest and the tar's size."""
     arrays = parse_npz(data, where, error=ShardError)
     names = set(ShardIndex.__annotations__)
-    if not names.difference(_FEATURES) <= set(arrays) <= names:
+    if not names.difference(_OPTIONAL) <= set(arrays) <= names:
         raise ShardError(f"{where}: not an index of this format; encode again")
     index = ShardIndex(**arrays)
     for problem in _index_problems(index, manifest, entry):
@@ -219,14 +270,17 @@ def parse_index(data: bytes, where: str, manifest: Manifest, entry: ShardEntry) 
 
 def _index_problems(index: ShardIndex, manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
     num_samples, num_captions = entry.num_samples, entry.num_captions
+    text = manifest.text
     shapes = {
         "keys": (num_samples,),
         "moments": (num_samples, 2),
         "flipped": (num_samples, 2),
         "metadata": (num_samples, 3),
         "label": (num_samples,),
-        "context": (num_captions, 2),
         "first_caption": (num_samples + 1,),
+        "context": (num_captions, 3),
+        "source": (num_captions,),
+        "context_scale": (num_captions if text and text.dtype == "int8" else 0, 2),
         "features": (num_samples if manifest.features else 0, 2),
         "flipped_features": (num_samples if manifest.features and manifest.flipped else 0, 2),
     }
@@ -236,15 +290,21 @@ def _index_problems(index: ShardIndex, manifest: Manifest, entry: ShardEntry) ->
         if not is_right or array.shape != shape:
             yield f"{name} is {array.dtype} {array.shape}, the manifest says {shape}"
             return  # the checks below need the shapes
-    tables = [getattr(index, name) for name in (*IMAGE_ARRAYS, "context", "metadata")]
+    names = (*IMAGE_ARRAYS, "context", "context_scale", "metadata")
+    tables = [getattr(index, name) for name in names]
     offsets, length = np.concatenate([table[:, 0] for table in tables]), index.metadata[:, 1]
     # Offsets below 0 stand for absent arrays.
     if (np.append(offsets, length) > entry.num_bytes).any() or (length < 0).any():
         yield "an array lies outside the tar"
     first = index.first_caption
     is_inside = first[0] == 0 and first[-1] == num_captions and (first <= num_captions).all()
-    if not is_inside or (np.diff(first) < (1 if manifest.text else 0)).any():
+    if not is_inside or (np.diff(first) < (0 if manifest.classes else 1)).any():
         yield "first_caption does not rise from 0 to the number of captions"
+    if text and not all(map(text.allows, np.unique(index.context[:, 1]).tolist())):
+        yield f"a context has another number of tokens than {text.context_shape} allows"
+    num_sources = max(1, len(manifest.caption_sources))
+    if ((index.source < 0) | (index.source >= num_sources)).any():
+        yield f"a caption's source is none of {num_sources}"
     labels = range(len(manifest.classes)) if manifest.classes else range(ABSENT, 0)
     if ((index.label < labels.start) | (index.label >= labels.stop)).any():
         yield f"label is not one of {len(manifest.classes)} classes"

@@ -69,9 +69,11 @@ class ShardReader:
 
     @property
     def text(self) -> TextEncoding:
-        """How the captions were embedded. Raises ShardError for a dataset with class labels."""
-        if self.manifest.text is None:
+        """How the captions were embedded. Raises ShardError for a dataset without contexts."""
+        if self.manifest.classes:
             raise ShardError(f"{self.url}: holds class labels, not captions; use another dataset")
+        if self.manifest.text is None:
+            raise ShardError(f"{self.url}: holds captions without contexts; set context: computed")
         return self.manifest.text
 
     @property
@@ -83,9 +85,9 @@ class ShardReader:
 
     @property
     def null_context(self) -> Array:
-        """(M, D) embedding of the empty caption."""
-        if self._null_context is None:
-            raise ShardError(f"{self.url}: holds class labels, no captions")
+        """(M, D) context of the empty caption. Raises ShardError for a dataset without contexts."""
+        assert self.text
+        assert self._null_context is not None
         return self._null_context
 
     def fetch(self, shard: int) -> None:
@@ -97,6 +99,10 @@ class ShardReader:
         """(B,) sample numbers => (B,) number of captions of each."""
         captions = [index.captions(row) for _, row, index in self._locate(samples)]
         return np.array([len(numbers) for numbers in captions], dtype=np.int64)
+
+    def caption_sources(self, samples: Array) -> list[Array]:
+        """Number of the source of each caption, an array for each of the samples."""
+        return [index.source[index.captions(row)] for _, row, index in self._locate(samples)]
 
     def read_moments(self, samples: Array, out: Array, hflip: Array | None = None) -> None:
         """Fill `out` (B, 2C, H, W) with the unscaled mean and logvar of the VAE posteriors.
@@ -127,16 +133,37 @@ class ShardReader:
             field = fields[bool(hflip[n])]
             self._read(shard, row, field, getattr(index, field)[row], memory[n])
 
-    def read_contexts(self, samples: Array, captions: Array, out: Array) -> None:
-        """Fill `out` (B, M, D) with the embedding of one caption of each sample.
+    def context_lengths(self, samples: Array, captions: Array) -> Array:
+        """(B,) numbers of tokens of one caption of each sample; number -1 is the null context."""
+        lengths = np.full(len(samples), len(self.null_context), np.int64)
+        rows = np.flatnonzero(captions >= 0)
+        for n, (_, row, index) in zip(rows, self._locate(samples[rows]), strict=True):
+            lengths[n] = index.context[index.captions(row)[captions[n]], 1]
+        return lengths
 
-        Caption number -1 gives the null context. Raises ShardError for damaged bytes.
+    def read_contexts(self, samples: Array, captions: Array, out: Array) -> None:
+        """Fill `out` (B, M, D) with the context of one caption of each sample, then zeros.
+
+        Caption number -1 gives the null context. M is at least the largest of `context_lengths`.
+        Raises ShardError for damaged bytes.
         """
-        out[captions < 0] = self.null_context
-        memory, rows = _bytes_of(out), np.flatnonzero(captions >= 0)
-        for n, (shard, row, index) in zip(rows, self._locate(samples[rows]), strict=True):
-            place = index.context[index.captions(row)[captions[n]]]
-            self._read(shard, row, "context", place, memory[n])
+        null, stored = self.null_context, np.dtype(self.text.dtype)
+        for n, (shard, row, index) in enumerate(self._locate(samples)):
+            if captions[n] < 0:
+                out[n, : len(null)], out[n, len(null) :] = null, 0
+                continue
+            caption = index.captions(row)[captions[n]]
+            offset, length, expected = index.context[caption].tolist()
+            tokens, out[n, length:] = out[n, :length], 0
+            if stored == out.dtype:
+                self._read(shard, row, "context", (offset, expected), _bytes_of(tokens[None])[0])
+                continue
+            values = np.empty(tokens.shape, stored)
+            self._read(shard, row, "context", (offset, expected), _bytes_of(values[None])[0])
+            scale = np.empty((length, 1), np.float32)
+            place = index.context_scale[caption]
+            self._read(shard, row, "context_scale", place, _bytes_of(scale[None])[0])
+            np.multiply(values, scale, out=tokens, casting="same_kind")
 
     def read_labels(self, samples: Array, dropped: Array, out: Array) -> None:
         """Fill `out` (B,) with class numbers, and with the number of classes where `dropped`."""
@@ -154,12 +181,14 @@ class ShardReader:
         return out.squeeze(0)
 
     def context(self, sample: int, caption: int) -> Array:
-        """(M, D) embedding of one caption. Raises IndexError when there is no such caption."""
-        shape, count = self.text.context_shape, self.num_captions(sample)
+        """(M, D) context of one caption. Raises IndexError when there is no such caption."""
+        width, count = self.text.context_shape[1], self.num_captions(sample)
         if not 0 <= caption < count:
             raise IndexError(f"sample {sample} has {count} captions, asked for number {caption}")
-        out = np.empty((1, *shape), self.dtype)
-        self.read_contexts(np.array([sample]), np.array([caption]), out)
+        samples, captions = np.array([sample]), np.array([caption])
+        length = self.context_lengths(samples, captions)[0]
+        out = np.empty((1, length, width), self.dtype)
+        self.read_contexts(samples, captions, out)
         return out.squeeze(0)
 
     def label(self, sample: int) -> int:

@@ -121,8 +121,9 @@ def test_webdataset_reads_the_shards_without_this_library(config: EncodeConfig) 
     assert [sample["json"]["image_id"] for sample in found] == [7 * n + 3 for n in range(10)]
     for number, sample in enumerate(found):
         np.testing.assert_array_equal(sample["moments.npy"], reader.moments(number))
-        assert sample["context.npy"].shape == (len(sample["json"]["captions"]), 16, 64)
-        np.testing.assert_array_equal(sample["context.npy"][0], reader.context(number, 0))
+        assert sample["context.npy"].shape == (len(sample["json"]["captions"]) * 16, 64)
+        assert sample["context_lengths.npy"].tolist() == [16] * len(sample["json"]["captions"])
+        np.testing.assert_array_equal(sample["context.npy"][:16], reader.context(number, 0))
 
 
 def test_a_value_that_the_dtype_cannot_hold_is_an_error(

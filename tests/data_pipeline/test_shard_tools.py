@@ -82,7 +82,8 @@ def test_wrong_content_with_a_right_hash_is_found(dataset: Path, capsys: Capture
         moments=np.full((8, 4, 4), np.nan, np.float32),
         flipped=np.zeros((8, 4, 4), np.float16),
         label=3,
-        context=np.zeros((1, 12, 15), np.float16),
+        context=np.zeros((4, 15), np.float16),
+        context_lengths=np.array([1, 3], np.int32),
         metadata=SampleMetadata(image_id=1, captions=("one", "two"), width=8, height=8),
     )
     entry = write_shard(str(dataset), "shard-00002", [sample])
@@ -95,7 +96,8 @@ def test_wrong_content_with_a_right_hash_is_found(dataset: Path, capsys: Capture
         "moments.npy is float32 (8, 4, 4), not float16 (8, 4, 4)",
         "flipped.npy is present",
         "cls is 3",
-        "context.npy is float16 (1, 12, 15)",
+        "context.npy has tokens of width 15",
+        "context_lengths.npy is not what contexts of shape",
         "shard-00002.index.npz: keys is |S12 (1,), the manifest says (2,)",
         "holds (samples, captions) (1, 2), the manifest says (2, 3)",
     ):

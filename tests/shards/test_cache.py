@@ -86,7 +86,7 @@ def open_reader(remote: str, tmp_path: Path) -> Callable[..., ShardReader]:
 def assert_reads(reader: ShardReader, samples: list[LatentSample]) -> None:
     for number, sample in enumerate(samples):
         np.testing.assert_array_equal(reader.moments(number), sample.moments)
-        np.testing.assert_array_equal(reader.context(number, 0), sample.context[0])  # type: ignore[index]
+        np.testing.assert_array_equal(reader.context(number, 0), sample.contexts[0])
         assert reader.metadata(number) == sample.metadata
 
 

@@ -55,11 +55,11 @@ def test_reader_returns_what_was_written(dataset: Path, samples: list[LatentSamp
     np.testing.assert_array_equal(reader.null_context, np.ones(CONTEXT_SHAPE))
     for number, sample in enumerate(samples):
         assert reader.metadata(number) == sample.metadata
-        assert reader.num_captions(number) == len(sample.context)
+        assert reader.num_captions(number) == len(sample.contexts)
         assert reader.moments(number).dtype == np.float16
         np.testing.assert_array_equal(reader.moments(number), sample.moments)
         np.testing.assert_array_equal(reader.moments(number, hflip=True), sample.flipped)
-        for caption, context in enumerate(sample.context):
+        for caption, context in enumerate(sample.contexts):
             np.testing.assert_array_equal(reader.context(number, caption), context)
 
 
@@ -87,7 +87,7 @@ def test_a_batch_is_read_into_its_rows(dataset: Path, samples: list[LatentSample
         sample = samples[number]
         expected = sample.moments if row % 2 else sample.flipped
         np.testing.assert_array_equal(moments[row], expected)
-        expected = np.ones(CONTEXT_SHAPE) if caption < 0 else sample.context[caption]
+        expected = np.ones(CONTEXT_SHAPE) if caption < 0 else sample.contexts[caption]
         np.testing.assert_array_equal(contexts[row], expected)
 
 
@@ -121,7 +121,10 @@ def test_shards_without_features_are_the_files_that_they_were(
     dataset: Path, samples: list[LatentSample]
 ) -> None:
     stored = np.load(dataset / "shard-00000.index.npz")
-    names = ("keys", "moments", "flipped", "metadata", "label", "context", "first_caption")
+    names = (
+        *("keys", "moments", "flipped", "metadata", "label"),
+        *("first_caption", "context", "source"),
+    )
     assert tuple(stored) == names
     assert "features" not in json.loads((dataset / "manifest.json").read_text())
     with pytest.raises(ShardError, match="holds no features; encode with --image_encoder"):
@@ -202,7 +205,7 @@ def test_output_with_gaps_is_refused_and_not_filled_as_a_copy(dataset: Path) -> 
 def test_only_the_chosen_captions_bytes_are_read(
     dataset: Path, samples: list[LatentSample]
 ) -> None:
-    chosen = samples[2].context[1]
+    chosen = samples[2].contexts[1]
     path = dataset / "shard-00000.tar"
     data = path.read_bytes()
     start = data.index(chosen.tobytes())

@@ -24,6 +24,7 @@ def test_webdataset_decodes_every_member(tmp_path: Path, labelled: bool, flipped
         assert ("context.npy" in row, row.get("cls")) == (not labelled, sample.label)
         if not labelled:
             np.testing.assert_array_equal(row["context.npy"], sample.context)
+            np.testing.assert_array_equal(row["context_lengths.npy"], sample.context_lengths)
         assert ("flipped.npy" in row) == flipped
         if flipped:
             np.testing.assert_array_equal(row["flipped.npy"], sample.flipped)
