@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -84,39 +85,46 @@ class Remark:
 
 @record
 class LatentSums:
-    """Sums of z and z^2 over `count` elements of the latents z = mean + std * noise."""
+    """Sums of z and z^2 over `count` elements of each channel of the latents z."""
 
     count: NonNegativeInt = 0
-    first: float = 0.0
-    second: NonNegativeFloat = 0.0
+    first: tuple[float, ...] = ()
+    second: tuple[NonNegativeFloat, ...] = ()
 
     def __add__(self, other: "LatentSums") -> "LatentSums":
-        """Add the sums over two sets of elements."""
-        return LatentSums(
-            count=self.count + other.count,
-            first=self.first + other.first,
-            second=self.second + other.second,
+        """Add the sums over two sets of latents; a set without latents has no channels."""
+        pairs = (
+            zip_longest(getattr(self, name), getattr(other, name), fillvalue=0.0)
+            for name in ("first", "second")
         )
+        first, second = (tuple(map(sum, channels)) for channels in pairs)
+        return LatentSums(count=self.count + other.count, first=first, second=second)
 
-    @property
-    def mean(self) -> float:
-        """E[z] = E[mean]."""
-        return self.first / self.count
+    def statistics(self) -> dict[str, Any]:
+        """Return the manifest's E[z] and sqrt(E[z^2] - E[z]^2), of all channels and of each."""
+        first, second = np.array(self.first) / self.count, np.array(self.second) / self.count
+        # Rounding may make the variance of equal numbers negative.
+        channel_std = np.sqrt((second - first**2).clip(0.0))
+        return {
+            "latent_mean": float(first.mean()),
+            "latent_std": float(np.sqrt(second.mean() - first.mean() ** 2)),
+            "channel_mean": tuple(first.tolist()),
+            "channel_std": tuple(channel_std.tolist()),
+        }
 
-    @property
-    def std(self) -> float:
-        """sqrt(E[mean^2] + E[var] - E[mean]^2)."""
-        return float(np.sqrt(self.second / self.count - self.mean**2))
 
+def sum_latents(moments: Array, *, deterministic: bool) -> LatentSums:
+    """Sum z and the expectation of z^2 over stored moments, in float64.
 
-def sum_latents(moments: Array) -> LatentSums:
-    """Sum z and the expectation of z^2 over stored moments (B, 2C, H, W), in float64.
-
+    These are moments (B, 2C, H, W) of z = mean + std * noise, or deterministic z (B, C, H, W).
     The log-variance is clamped to [-30, 20], as diffusers and U-ViT do before they sample.
     """
-    mean, logvar = np.split(moments.astype(np.float64), 2, axis=1)
-    second = float((mean**2 + np.exp(logvar.clip(-30.0, 20.0))).sum())
-    return LatentSums(count=mean.size, first=float(mean.sum()), second=second)
+    z, variance = moments.astype(np.float64), np.zeros(())
+    if not deterministic:
+        z, logvar = np.split(z, 2, axis=1)
+        variance = np.exp(logvar.clip(-30.0, 20.0))
+    first, second = (values.sum(axis=(0, 2, 3)).tolist() for values in (z, z**2 + variance))
+    return LatentSums(count=z[:, 0].size, first=tuple(first), second=tuple(second))
 
 
 @record

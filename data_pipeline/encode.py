@@ -106,7 +106,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
     with _open_progress(todo, partition) as progress:
         decoded = _reuse_images(decode_batches(todo, config, states), config.output, earlier)
         batches = _encode_batches(decoded, encoders, progress)
-        written = write_shards(batches, config, job)
+        written = write_shards(batches, config, job, deterministic=encoders.vae.deterministic)
     markers |= {marker.shard.name: marker for marker in written}
     others = [unit.name for unit in units if unit.name not in markers]
     markers |= read_markers(config.output, others, job)
@@ -271,7 +271,6 @@ def finish(
     """
     _check_failures(config, markers)
     is_new = not storage.exists(storage.join(config.output, MANIFEST))
-    channels, height, width = encoders.vae.latent_shape(config.image_size)
     sums = sum((marker.latent_sums for marker in markers), LatentSums())
     manifest = Manifest(
         vae=encoders.vae.identity,
@@ -281,13 +280,13 @@ def finish(
         image_rules=config.image_rules,
         flipped=config.flip,
         dtype=config.dtype,
-        moments_shape=(2 * channels, height, width),
+        latent_shape=encoders.vae.latent_shape(config.image_size),
+        deterministic=encoders.vae.deterministic,
         features=encoders.image.encoding if encoders.image else None,
         num_samples=sum(marker.shard.num_samples for marker in markers),
         num_captions=sum(marker.shard.num_captions for marker in markers),
-        latent_mean=sums.mean,
-        latent_std=sums.std,
         shards=tuple(marker.shard for marker in markers),
+        **sums.statistics(),
     )
     write_manifest(config.output, manifest)
     sys.stdout.write(

@@ -37,10 +37,11 @@ class Batch:
     """Some images of one shard on their way through the job, whose stages fill the fields.
 
     `results` has the pixels of each image, or the reason why it is unreadable. `encoded` holds the
-    moments (B, 2C, h, w) and, if asked, `flipped`, `features` (B, G * G, F) and `flipped_features`
-    of the B readable images, by field of LatentSample. `contexts` (T, M, D) belong to their T
-    captions, image after image; `cut` are the captions of too many tokens. Tensors stay on the
-    device, so the encoders need not wait for the copy to the CPU.
+    moments (B, 2C, h, w), or latents (B, C, h, w) of a deterministic autoencoder, and, if asked,
+    `flipped`, `features` (B, G * G, F) and `flipped_features` of the B readable images, by field of
+    LatentSample. `contexts` (T, M, D) belong to their T captions, image after image; `cut` are the
+    captions of too many tokens. Tensors stay on the device, so the encoders need not wait for the
+    copy to the CPU.
     """
 
     unit: OpenUnit
@@ -183,8 +184,8 @@ def load_encoders(config: EncodeConfig, *, has_classes: bool) -> Encoders:
 
 
 def decode_mean(vae: Autoencoder, sample: LatentSample) -> Pixels:
-    """Decode the mean of a sample's posterior to a picture (H, W, 3)."""
-    mean = np.split(sample.moments.astype(np.float32), 2)[0]
+    """Decode the mean of a sample's posterior, or its latent, to a picture (H, W, 3)."""
+    mean = sample.moments[: vae.vae.config.latent_channels].astype(np.float32)
     with torch.no_grad():
         picture: Pixels = to_pixels(vae.decode(torch.from_numpy(mean)[None]))[0]
     return picture

@@ -60,10 +60,11 @@ _Batches = queue.Queue[Batch | None]
 
 
 def write_shards(
-    batches: Iterable[Batch], config: EncodeConfig, job: Job
+    batches: Iterable[Batch], config: EncodeConfig, job: Job, *, deterministic: bool = False
 ) -> list[CompletionMarker]:
     """Write the batches of all units in order, and return the markers once all are written.
 
+    `deterministic` batches hold latents in place of moments.
     An error that ends the writing of a shard is raised at the next batch.
     """
     shards: list[Future[CompletionMarker]] = []
@@ -73,8 +74,8 @@ def write_shards(
             for batch in batches:
                 if current is None:
                     current = queue.Queue(BATCHES_QUEUED)
-                    name = batch.shard
-                    shards.append(pool.submit(_write_shard, name, current, config, job))
+                    samples = _Samples(batch.shard, current, config.dtype, deterministic)
+                    shards.append(pool.submit(_write_shard, samples, config, job))
                 _put(current, batch, shards)
                 if batch.is_last:
                     current = None
@@ -96,10 +97,9 @@ def _put(batches: _Batches, batch: Batch, shards: list[Future[CompletionMarker]]
             return
 
 
-def _write_shard(name: str, batches: _Batches, config: EncodeConfig, job: Job) -> CompletionMarker:
+def _write_shard(samples: "_Samples", config: EncodeConfig, job: Job) -> CompletionMarker:
     """Write one shard and then its marker; runs in a thread."""
-    samples = _Samples(name, batches, config.dtype)
-    entry = write_shard(config.output, name, samples)
+    entry = write_shard(config.output, samples.name, samples)
     marker = CompletionMarker(
         job=job,
         unit=samples.unit.identity(),
@@ -121,18 +121,19 @@ class _Samples:
 
     unit: OpenUnit
 
-    def __init__(self, name: str, batches: _Batches, dtype: str) -> None:
+    def __init__(self, name: str, batches: _Batches, dtype: str, deterministic: bool) -> None:
         self.failures: list[Failure] = []
         self.remarks: list[Remark] = []
         self.latent_sums = LatentSums()
-        self._name, self._batches, self._dtype = name, batches, dtype
+        self.name, self._batches, self._dtype = name, batches, dtype
+        self._deterministic = deterministic
 
     def __iter__(self) -> Iterator[LatentSample]:
         is_last = False
         while not is_last:
             batch = self._batches.get()
             if batch is None:
-                raise InterruptedError(f"{self._name}: the encoders stopped before its last image")
+                raise InterruptedError(f"{self.name}: the encoders stopped before its last image")
             self.unit = batch.unit
             self.failures += batch.failures
             yield from self._convert(batch)
@@ -144,9 +145,9 @@ class _Samples:
         arrays = {name: self._store(batch, name, values) for name, values in batch.encoded.items()}
         contexts = None
         if batch.contexts is not None:
-            contexts = to_stored(batch.contexts, self._dtype, self._name)
+            contexts = to_stored(batch.contexts, self._dtype, self.name)
             lengths = np.full(len(contexts), contexts.shape[1], np.int32)
-        self.latent_sums += sum_latents(arrays["moments"])
+        self.latent_sums += sum_latents(arrays["moments"], deterministic=self._deterministic)
         end = 0
         for row, (image, decoded) in enumerate(batch.readable):
             start, end = end, end + len(image.captions)
@@ -172,15 +173,15 @@ class _Samples:
     def _store(self, batch: Batch, field: str, values: Tensor) -> Array:
         """Convert to the stored dtype. Raises UserError that names the image of a bad feature."""
         if "features" not in field:
-            return to_stored(values, self._dtype, self._name)
+            return to_stored(values, self._dtype, self.name)
         bad = ~values.half().isfinite().flatten(1).all(dim=1)
         if bad.any():
             image, _ = batch.readable[int(bad.int().argmax())]
             raise UserError(
-                f"{self._name}: the image encoder gave features of {image.name} that "
+                f"{self.name}: the image encoder gave features of {image.name} that "
                 f"{FEATURE_DTYPE} cannot hold; look at this image, or choose another image_encoder"
             )
-        return to_stored(values, FEATURE_DTYPE, self._name)
+        return to_stored(values, FEATURE_DTYPE, self.name)
 
 
 def to_stored(values: Tensor, dtype: str, name: str) -> Array:

@@ -43,14 +43,8 @@ from ifvit.shards.index import ShardIndex, index_bytes, index_tar
 GRID_COLUMNS = 8
 CAPTION_WIDTH = 60
 SHARED = (
-    "classes",
-    "caption_sources",
-    "image_size",
-    "resize",
-    "image_rules",
-    "flipped",
-    "dtype",
-    "moments_shape",
+    *("classes", "caption_sources", "image_size", "resize", "image_rules", "flipped", "dtype"),
+    *("latent_shape", "deterministic"),
 )
 
 Rows = list[tuple[str, str]]
@@ -72,7 +66,7 @@ def inspect_shards(config: InspectConfig) -> None:
     sys.stdout.write(f"{'image':>12} {'size':>11} {'mean':>7} {'std':>6}  shows\n")
     for sample in samples:
         metadata = sample.metadata
-        mean = np.split(sample.moments.astype(np.float64), 2)[0]
+        mean = sample.moments[: manifest.latent_shape[0]].astype(np.float64)
         size = f"{metadata.width}x{metadata.height}"
         if sample.label is None:
             caption = metadata.captions[0].strip()
@@ -126,6 +120,8 @@ def stats(config: ShardsConfig) -> None:
             ("latent mean", f"{manifest.latent_mean:.5f}"),
             ("latent std", f"{manifest.latent_std:.5f}"),
             ("scaling factor", f"{manifest.scaling_factor:.5f}"),
+            ("channel means", " ".join(f"{mean:.5f}" for mean in manifest.channel_mean)),
+            ("channel stds", " ".join(f"{std:.5f}" for std in manifest.channel_std)),
             ("bytes", f"{sum(entry.num_bytes for entry in manifest.shards):,}"),
         ]
     )
@@ -141,7 +137,8 @@ def _print_rows(rows: Rows) -> None:
 
 def _recipe_rows(manifest: Manifest) -> Rows:
     rows = [("autoencoder", f"{manifest.vae.name} ({manifest.vae.sha256[:12]})")]
-    stored = f"moments {'x'.join(map(str, manifest.moments_shape))}"
+    stored = "latents" if manifest.deterministic else "moments"
+    stored += f" {'x'.join(map(str, manifest.moments_shape))}"
     if text := manifest.text:
         rows.append(("text encoder", f"{text.encoder.name} ({text.encoder.sha256[:12]})"))
         stored += f", context {'x'.join(map(str, text.context_shape))}"
@@ -355,13 +352,14 @@ def _combine(manifests: list[Manifest], shards: list[ShardEntry]) -> Manifest:
     """Build the manifest of all shards, with the statistics of all their latents."""
     sums = LatentSums()
     for manifest in manifests:
-        count, mean, std = manifest.num_samples, manifest.latent_mean, manifest.latent_std
-        sums += LatentSums(count=count, first=count * mean, second=count * (std**2 + mean**2))
+        count, mean = manifest.num_samples, np.array(manifest.channel_mean)
+        squares = np.array(manifest.channel_std) ** 2 + mean**2
+        first, second = (tuple((count * values).tolist()) for values in (mean, squares))
+        sums += LatentSums(count=count, first=first, second=second)
     return replace(
         manifests[0],
         num_samples=sum(manifest.num_samples for manifest in manifests),
         num_captions=sum(manifest.num_captions for manifest in manifests),
-        latent_mean=sums.mean,
-        latent_std=sums.std,
         shards=tuple(shards),
+        **sums.statistics(),
     )

@@ -58,13 +58,21 @@ def make_samples(
     return [sample(number) for number in range(count)]
 
 
-def write_shards(folder: Path, samples: Sequence[LatentSample], sizes: Sequence[int]) -> Manifest:
+def write_shards(
+    folder: Path,
+    samples: Sequence[LatentSample],
+    sizes: Sequence[int],
+    *,
+    deterministic: bool = False,
+) -> Manifest:
     """Write the samples as shards of these sizes; the null context is all ones."""
     starts = np.cumsum([0, *sizes])
     shards = tuple(
         write_shard(str(folder), f"shard-{k:05d}", samples[starts[k] : starts[k + 1]])
         for k in range(len(sizes))
     )
+    channels, *size = samples[0].moments.shape
+    channels = channels if deterministic else channels // 2
     manifest = Manifest(
         vae=EncoderIdentity(name="made-up", sha256="0" * 64),
         text=_write_null_context(folder, samples[0]),
@@ -72,12 +80,15 @@ def write_shards(folder: Path, samples: Sequence[LatentSample], sizes: Sequence[
         image_size=64,
         flipped=samples[0].flipped is not None,
         dtype="float16",
-        moments_shape=samples[0].moments.shape,
+        latent_shape=(channels, *size),
+        deterministic=deterministic,
         features=_feature_encoding(samples[0]),
         num_samples=len(samples),
         num_captions=sum(entry.num_captions for entry in shards),
         latent_mean=0.0,
         latent_std=1.5,
+        channel_mean=(0.0,) * channels,
+        channel_std=(1.5,) * channels,
         shards=shards,
     )
     write_manifest(str(folder), manifest)

@@ -81,10 +81,10 @@ def encode_scenes(folder: str) -> str:
 def recipe(run: str, shards: str, steps: int, every: int) -> TrainConfig:
     """Recipe of a tiny model for these shards."""
     reader = ShardReader(shards)
-    channels, side, _ = reader.manifest.moments_shape
+    channels, side, _ = reader.manifest.latent_shape
     length, width = reader.text.context_shape
     shape = FusionTransformerConfig(
-        latent_channels=channels // 2,
+        latent_channels=channels,
         latent_size=side,
         patch_size=2,
         width=32,

@@ -40,6 +40,7 @@ from ifvit.shards.format import (
 from ifvit.shards.reader import ShardReader
 from ifvit.training.data import Batch, Batches, BatchOrder
 
+LATENT_SHAPE = (4, 32, 32)
 MOMENTS_SHAPE = (8, 32, 32)
 CONTEXT_SHAPE = (77, 768)
 NUM_CAPTIONS = 5
@@ -119,11 +120,13 @@ def write_shards(folder: Path, num_samples: int) -> None:
         ),
         image_size=256,
         dtype="float16",
-        moments_shape=MOMENTS_SHAPE,
+        latent_shape=LATENT_SHAPE,
         num_samples=num_samples,
         num_captions=NUM_CAPTIONS * num_samples,
         latent_mean=0.0,
         latent_std=1.0,
+        channel_mean=(0.0,) * LATENT_SHAPE[0],
+        channel_std=(1.0,) * LATENT_SHAPE[0],
         shards=shards,
     )
     write_manifest(str(folder), manifest)

@@ -141,9 +141,9 @@ def _check_fit(model: Model, reader: ShardReader) -> None:
         text_encoder = require_text_encoder(info)
         check_identity(f"{reader.url}: text encoder", reader.text.encoder, text_encoder)
     size, channels = backbone.config.latent_size, backbone.config.latent_channels
-    if manifest.moments_shape != (2 * channels, size, size):
+    if manifest.latent_shape != (channels, size, size):
         raise UserError(
-            f"{reader.url}: moments {manifest.moments_shape} do not fit a backbone of "
+            f"{reader.url}: latents {manifest.latent_shape} do not fit a backbone of "
             f"{channels} x {size} x {size} latents; encode at its image size"
         )
 

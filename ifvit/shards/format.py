@@ -15,6 +15,7 @@ from ifvit.arrays import Array
 from ifvit.errors import UserError
 from ifvit.image_rules import ImageRules
 from ifvit.records import (
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     Rule,
@@ -120,9 +121,10 @@ class LatentSample:
     """One image as the encode job writes it.
 
     `moments` (2C, H, W) are the unscaled mean and logvar of the VAE posterior, stacked along the
-    channel axis, and `flipped` those of the horizontally flipped image. `features` (T, F) float16
-    are those of an image encoder's patches, and `flipped_features` those of the flipped image.
-    `key` contains no dot and no slash, because WebDataset ends a key there.
+    channel axis, or the latent (C, H, W) of a deterministic autoencoder, and `flipped` those of the
+    horizontally flipped image. `features` (T, F) float16 are those of an image encoder's patches,
+    and `flipped_features` those of the flipped image. `key` contains no dot and no slash, because
+    WebDataset ends a key there.
 
     A sample has captions or a `label`. `context` (T, D) are the context tokens of all its captions
     in order, and `context_lengths` (captions,) int32 their numbers of tokens; their sum is T.
@@ -211,8 +213,10 @@ class Manifest:
     `classes` is empty in a dataset with captions. `text` is None in a dataset without contexts: one
     with class labels, or one of captions whose contexts are computed while training.
     `caption_sources` names where captions come from if there are several places.
-    `features` is None in a dataset without features of images. `latent_mean` and `latent_std` are
-    statistics of z = mean + std * eps over all elements of all latents.
+    `features` is None in a dataset without features of images. A latent of a deterministic
+    autoencoder is stored in place of moments. `latent_mean` and `latent_std` are statistics of
+    unscaled latents z = mean + std * eps over all elements, `channel_mean` and `channel_std` over
+    those of each channel.
     """
 
     format_version: int = FORMAT_VERSION
@@ -225,12 +229,15 @@ class Manifest:
     image_rules: ImageRules = field(default_factory=ImageRules)
     flipped: bool = False
     dtype: Literal["float16", "float32"]
-    moments_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    deterministic: bool = False
     features: FeatureEncoding | None = None
     num_samples: PositiveInt
     num_captions: Count
     latent_mean: float
     latent_std: LatentStd
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[NonNegativeFloat, ...]
     shards: tuple[ShardEntry, ...]
 
     def __post_init__(self) -> None:
@@ -244,10 +251,14 @@ class Manifest:
             raise UserError("text or caption_sources beside classes; give only one of them")
         if self.text and self.text.dtype not in (self.dtype, "int8"):
             raise UserError(f"contexts are {self.text.dtype}, but the dataset is {self.dtype}")
-        if self.moments_shape[0] % 2 or prod(self.moments_shape) > MAX_VALUES:
+        if prod(self.moments_shape) > MAX_VALUES:
             raise UserError(
-                f"moments_shape is {self.moments_shape}; it must be (2C, H, W) with at most "
-                f"{MAX_VALUES} values"
+                f"latent_shape is {self.latent_shape}; moments of {MAX_VALUES} values are the most"
+            )
+        if {len(self.channel_mean), len(self.channel_std)} != {self.latent_shape[0]}:
+            raise UserError(
+                f"channel_mean and channel_std must have latent_shape[0], {self.latent_shape[0]}, "
+                "numbers"
             )
 
     @property
@@ -257,6 +268,12 @@ class Manifest:
         if self.classes:
             what = f"{len(self.classes):,} classes"
         return f"{self.num_samples:,} images, {what}"
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """(2C, H, W) of a sample's moments; (C, H, W) of a deterministic latent."""
+        channels, height, width = self.latent_shape
+        return (channels if self.deterministic else 2 * channels, height, width)
 
     @property
     def scaling_factor(self) -> float:

@@ -43,11 +43,10 @@ _OF_CHECKPOINTS = {"optim.optimizer", "objective.prediction", "scaling_factor"}
 def check_dataset(reader: ShardReader, config: TrainConfig) -> None:
     """Raise UserError when the shards do not fit the backbone or the encoders of the recipe."""
     url, manifest, backbone = reader.url, reader.manifest, config.backbone
-    channels, height, width = manifest.moments_shape
     size = backbone.latent_size
     _require_shape(
         f"{url}: latents",
-        (channels // 2, height, width),
+        manifest.latent_shape,
         (backbone.latent_channels, size, size),
         "backbone.latent_channels and backbone.latent_size",
     )

@@ -54,6 +54,8 @@ def test_latent_statistics_agree_with_posterior_samples(config: EncodeConfig) ->
     latents = mean + np.exp(0.5 * logvar) * noise
     assert manifest.latent_mean == pytest.approx(mean.mean())
     assert manifest.latent_std == pytest.approx(latents.std(), rel=5e-3)
+    assert manifest.channel_mean == pytest.approx(mean.mean(axis=(0, 2, 3)))
+    assert manifest.channel_std == pytest.approx(latents.std(axis=(0, 1, 3, 4)), rel=2e-2)
 
 
 def test_equal_captions_of_a_shard_are_encoded_once(

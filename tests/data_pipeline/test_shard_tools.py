@@ -179,6 +179,8 @@ def test_a_merged_dataset_equals_one_that_is_encoded_at_once(
     assert manifest.num_captions == whole.num_captions
     assert manifest.latent_mean == pytest.approx(whole.latent_mean)
     assert manifest.latent_std == pytest.approx(whole.latent_std)
+    assert manifest.channel_mean == pytest.approx(whole.channel_mean)
+    assert manifest.channel_std == pytest.approx(whole.channel_std)
     assert [entry.name for entry in manifest.shards] == [f"shard-0000{n}" for n in range(3)]
     left, right = ShardReader(merged), ShardReader(config.output)
     for sample in range(10):

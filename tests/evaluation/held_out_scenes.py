@@ -27,11 +27,11 @@ def save_run(
 ) -> str:
     """A run folder whose weights of `step` are random, for the latents of `manifest`."""
     torch.manual_seed(0)
-    channels, size, _ = manifest.moments_shape
+    channels, size, _ = manifest.latent_shape
     length, width = manifest.text.context_shape
     shape = small_shape(
         latent_size=size,
-        latent_channels=channels // 2,
+        latent_channels=channels,
         context_length=length,
         context_width=width,
         init_std=0.2,

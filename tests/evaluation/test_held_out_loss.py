@@ -46,7 +46,7 @@ def training_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_training_and_evaluation_measure_the_same_number(
     config: EvaluateConfig, held_out: HeldOut, training_shards: str, tmp_path: Path
 ) -> None:
-    channels, size, _ = held_out.manifest.moments_shape
+    channels, size, _ = held_out.manifest.latent_shape
     text = held_out.manifest.text
     assert text is not None
     recipe = TrainConfig(
@@ -54,7 +54,7 @@ def test_training_and_evaluation_measure_the_same_number(
         shards=training_shards,
         backbone=small_shape(
             latent_size=size,
-            latent_channels=channels // 2,
+            latent_channels=channels,
             context_length=text.context_shape[0],
             context_width=text.context_shape[1],
         ),

@@ -79,7 +79,7 @@ def make_marker(folder: Path) -> list[Format]:
         dtype="float16", precision="fp32", samples_per_shard=2, flip=False,
         image_rules=ImageRules(),
     )  # fmt: skip
-    sums = LatentSums(count=256, first=3.0, second=300.0)
+    sums = LatentSums(count=64, first=(3.0, 0.0, 0.0, 1.0), second=(300.0, 1.0, 2.0, 3.0))
     unit = UnitIdentity(files_sha256="3" * 64, images_sha256="4" * 64, texts_sha256="5" * 64)
     marker = CompletionMarker(
         job=job, unit=unit, shard=entry, failures=(), latent_sums=sums,
