@@ -35,9 +35,24 @@ def map_tensors(function: Callable[[Tensor], Tensor], condition: Condition) -> C
     return PaddedContext(tokens=function(condition.tokens), lengths=function(condition.lengths))
 
 
+def move(condition: Condition, device: torch.device | str) -> Condition:
+    """Copy a condition to a device."""
+    return map_tensors(lambda tensor: tensor.to(device), condition)
+
+
+def select_rows(condition: Condition, rows: Tensor | slice) -> Condition:
+    """Rows of a condition by their numbers; the padding of contexts stays."""
+    return map_tensors(lambda tensor: tensor[rows], condition)
+
+
 def tokens_of(condition: Condition) -> Tensor:
     """Class numbers (B,), or the tokens (B, M, D) of contexts with their padding."""
     return condition if isinstance(condition, Tensor) else condition.tokens
+
+
+def padded_lengths(condition: Condition) -> Tensor | None:
+    """(B,) int64 number of tokens of each context with padding; None for other conditions."""
+    return condition.lengths if isinstance(condition, PaddedContext) else None
 
 
 def with_tokens(condition: Condition, tokens: Tensor) -> Condition:

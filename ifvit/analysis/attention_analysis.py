@@ -31,6 +31,7 @@ from ifvit.analysis.attention_maps import (
     write_attention,
 )
 from ifvit.analysis.config import AttentionConfig
+from ifvit.conditions import Condition, concatenate, move, select_rows
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents, sampling_precision
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import choose_device
@@ -63,11 +64,11 @@ _SMALLEST = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """N captions, their contexts (N, M, D), and the null context (M, D)."""
+    """N captions, their N contexts, and the null context, one row."""
 
     texts: list[str]
-    contexts: torch.Tensor
-    null_context: torch.Tensor
+    contexts: Condition
+    null_context: Condition
 
 
 def analyze_attention(config: AttentionConfig) -> dict[str, AttentionSummary]:
@@ -144,9 +145,10 @@ def record_layers(
         sampling_precision(backbone, config.sampling.precision),
         tqdm(total=len(positions), unit="prompt", desc="attention", leave=False) as progress,
     ):
-        null_text = backbone.encode_condition(prompts.null_context[None].to(backbone.device))
+        null_text = backbone.encode_condition(move(prompts.null_context, backbone.device))
         for batch in torch.split(positions, config.sampling.batch_size):
-            conditions = ConditionBatch(positions=batch, condition=prompts.contexts[batch])
+            contexts = select_rows(prompts.contexts, batch)
+            conditions = ConditionBatch(positions=batch, condition=contexts)
             rows = PromptRows(shape, len(batch), inside)
             with watch_attention(backbone, rows):
                 sample_latents(backbone, schedule, conditions, null_text, config.sampling)
@@ -179,7 +181,7 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
         conditions, size = load_conditions(info, device), config.sampling.batch_size
         return Prompts(
             texts=texts,
-            contexts=torch.cat([conditions.encode([*batch]) for batch in batched(texts, size)]),
+            contexts=concatenate([conditions.encode([*batch]) for batch in batched(texts, size)]),
             null_context=conditions.null,
         )
     reader = ShardReader(config.shards)

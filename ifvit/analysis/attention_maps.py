@@ -33,9 +33,9 @@ Floats = NDArray[np.float64]
 
 NUM_SINGULAR_VALUES = 10
 
-Watch = Callable[[int, bool, Tensor, Tensor], None]
-"""Called with the number of the block, whether the keys are text alone, queries (B, Q, H, E) and
-keys (B, K, H, E)."""
+Watch = Callable[[int, bool, Tensor, Tensor, Tensor | None], None]
+"""Called with the number of the block, whether the keys are text alone, queries (B, Q, H, E), keys
+(B, K, H, E), and which keys are visible (B, K), or None for all."""
 
 
 @record
@@ -213,14 +213,15 @@ def watch_attention(backbone: FusionTransformer, watch: Watch) -> Iterator[None]
 
 
 def _watch_and_attend(
-    watch: Callable[[Tensor, Tensor], None],
+    watch: Callable[[Tensor, Tensor, Tensor | None], None],
     attend: Attend,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    visible: Tensor | None,
 ) -> Tensor:
-    watch(query, key)
-    return attend(query, key, value)
+    watch(query, key, visible)
+    return attend(query, key, value, visible)
 
 
 def inner_tokens(side: int, trim: int) -> Tensor:
@@ -244,33 +245,44 @@ class PromptRows:
         self._num_prompts = num_prompts
         self._queries = config.first_image_token + inside
         self._num_tokens = config.num_tokens
+        self._num_text_tokens = config.num_text_tokens
         self._sums: dict[int, Tensor] = {}
         self._num_evaluations = 0
 
-    def __call__(self, number: int, is_text_alone: bool, query: Tensor, key: Tensor) -> None:
+    def __call__(
+        self, number: int, is_text_alone: bool, query: Tensor, key: Tensor, visible: Tensor | None
+    ) -> None:
         """Add one attention; under guidance its first rows are the conditional ones."""
         query = query[: self._num_prompts, self._queries.to(query.device)]
-        rows = attention_rows(query, key[: self._num_prompts])
+        visible = None if visible is None else visible[: self._num_prompts]
+        rows = attention_rows(query, key[: self._num_prompts], visible)
         if number not in self._sums:
             self._sums[number] = rows.new_zeros(*rows.shape[:2], self._num_tokens)
-        first = self._num_tokens - rows.shape[2] if is_text_alone else 0
+        first = self._num_tokens - self._num_text_tokens if is_text_alone else 0
         self._sums[number][:, :, first : first + rows.shape[2]] += rows
         self._num_evaluations += number == 0 and not is_text_alone
 
     def means(self) -> Iterator[Floats]:
         """Yield the means over NFE and heads (B, P, time + registers + L + M), block by block.
 
-        Rows sum to 1; in blocks of separate_cross_attention the columns of text do so, too.
+        Rows sum to 1; in blocks of separate_cross_attention the columns of text do so, too. Columns
+        of padding are zero.
         """
         for rows in self._sums.values():
             yield rows.cpu().double().numpy() / self._num_evaluations
 
 
-def attention_rows(query: Tensor, key: Tensor, max_logits: int = 2**23) -> Tensor:
+def attention_rows(
+    query: Tensor, key: Tensor, visible: Tensor | None = None, max_logits: int = 2**23
+) -> Tensor:
     """Return the mean attention over heads (B, Q, K) in float32; chunks of B bound the memory."""
     at_once = max(1, max_logits // (query.shape[1] * query.shape[2] * key.shape[1]))
-    chunks = zip(torch.split(query, at_once), torch.split(key, at_once), strict=True)
-    return torch.cat([logits_of(q, k).softmax(dim=-1).mean(dim=1) for q, k in chunks])
+    chunks = [slice(first, first + at_once) for first in range(0, len(query), at_once)]
+    means = []
+    for rows in chunks:
+        hidden = None if visible is None else visible[rows]
+        means.append(logits_of(query[rows], key[rows], hidden).softmax(dim=-1).mean(dim=1))
+    return torch.cat(means)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ The sampler and the diffusers pipeline call `GuidedPredictor` once per function 
 Both halves of a guided evaluation run in one batch.
 
 Shapes: B batch, M text tokens, D context width, C latent channels, S latent size. A condition is
-what the backbone's `encode_condition` takes: contexts (B, M, D) of captions or class numbers (B,).
+what the backbone's `encode_condition` takes: contexts of captions or class numbers
+(`ifvit.conditions`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,17 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from ifvit.conditions import Condition, tokens_of, with_tokens
 from ifvit.diffusion.config import Guidance
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.errors import UserError
 
-Bias = Callable[[Tensor, Tensor], Tensor | None]
-"""Queries (B, Q, H, E) and keys (B, J, H, E) => addend (B, H, Q, J) to the attention logits."""
+Bias = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
+"""Queries (B, Q, H, E), keys (B, J, H, E), visible => addend (B, H, Q, J) to the attention logits.
+
+Visible (B, J) is false for padding among the keys, which attention hides in any case, and None
+without padding.
+"""
 
 
 class EncodedCondition(Protocol):
@@ -48,8 +54,8 @@ class ConditionalBackbone(Protocol):
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights."""
 
-    def encode_condition(self, condition: Tensor) -> Any:
-        """Encode conditions (B, ...) as an `EncodedCondition`."""
+    def encode_condition(self, condition: Condition) -> Any:
+        """Encode the conditions of B rows as an `EncodedCondition`."""
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Any, *biases: Any) -> Any:
         """Predict noise, v or velocity from x_t (B, C, S, S) at timesteps (B,), 0 to 1000.
@@ -70,12 +76,13 @@ class FunctionEvaluation:
     timesteps: Tensor
     """(B,) from 0 to 1000."""
     context: Tensor
-    """Text context (B, M, D) after the last change."""
+    """Text context (B, M, D) after the last change, with padding behind the tokens of a row."""
     predict_clean: Callable[[Tensor], Tensor]
     """Context (B, M, D) => the x_0 (B, C, S, S) that the guided prediction implies, scaled latents.
 
-    Differentiable with respect to the context under `torch.enable_grad`. Raises UserError for such
-    a context if the backbone has 16 bits, which round the direction of the gradient away.
+    Differentiable with respect to the context under `torch.enable_grad`; padding has no gradient.
+    Raises UserError for such a context if the backbone has 16 bits, which round the direction of
+    the gradient away.
     """
 
 
@@ -107,12 +114,12 @@ class GuidedPredictor:
         self,
         backbone: ConditionalBackbone,
         schedule: NoiseSchedule,
-        condition: Tensor,
+        condition: Condition,
         null_condition: EncodedCondition,
         guidance: Guidance,
         methods: Sequence[AlignmentMethod] = (),
     ) -> None:
-        """Take conditions (B, ...) and an encoded null condition, "no prompt", of 1 or B rows.
+        """Take B conditions and an encoded null condition, "no prompt", of 1 or B rows.
 
         Methods do not see each other's changes: DATE looks ahead without biases.
         """
@@ -142,8 +149,8 @@ class GuidedPredictor:
         predicted = predicted.float()
         return self._guide(*predicted.chunk(2)) if is_guided else predicted
 
-    def set_condition(self, condition: Tensor) -> None:
-        """Replace the condition (B, ...) of the following evaluations."""
+    def set_condition(self, condition: Condition) -> None:
+        """Replace the B conditions of the following evaluations."""
         self.condition = condition
         self._encoded = self._backbone.encode_condition(condition)
         self._both_conditions = self._encoded.append(self._null)
@@ -154,14 +161,14 @@ class GuidedPredictor:
             index=self._num_evaluations,
             x_t=x_t,
             timesteps=timesteps,
-            context=self.condition,
+            context=tokens_of(self.condition),
             predict_clean=partial(self._predict_clean, x_t, timesteps),
         )
         self._num_evaluations += 1
         biases: dict[int, Bias] = {}
         for change in [method.before(evaluation) for method in self._methods]:
             if change.context is not None:
-                self.set_condition(change.context)
+                self.set_condition(with_tokens(self.condition, change.context))
             biases |= change.biases
         return biases
 
@@ -171,7 +178,7 @@ class GuidedPredictor:
                 f"the backbone is {self._backbone.dtype}, which rounds away the direction of a "
                 "method's gradient; use float32"
             )
-        encoded = self._backbone.encode_condition(context)
+        encoded = self._backbone.encode_condition(with_tokens(self.condition, context))
         predicted = self._predict(x_t, timesteps, encoded)
         if self._guidance.applies_at(timesteps[0]):
             with torch.no_grad():
@@ -187,6 +194,9 @@ class GuidedPredictor:
         return unconditional + self._guidance.scale * (conditional - unconditional)
 
 
-def _bias_conditional(num_rows: int, bias: Bias, query: Tensor, key: Tensor) -> Tensor | None:
+def _bias_conditional(
+    num_rows: int, bias: Bias, query: Tensor, key: Tensor, visible: Tensor | None
+) -> Tensor | None:
     """Evaluate `bias` on the first `num_rows` rows, which are the conditional half."""
-    return bias(query[:num_rows], key[:num_rows])
+    visible = None if visible is None else visible[:num_rows]
+    return bias(query[:num_rows], key[:num_rows], visible)

@@ -1,8 +1,7 @@
 """The training objective: add noise to latents, predict, and weight the squared error.
 
 Shapes: B batch, C latent channels, H, W latent, L image tokens, G x G patches of an image encoder,
-F its channels. A condition is what the network takes: contexts (B, M, D) of captions or class
-numbers (B,).
+F its channels. A condition is what the network takes: contexts of captions or class numbers.
 """
 
 import math
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ifvit.conditions import Condition
 from ifvit.diffusion.config import ObjectiveConfig, RepresentationConfig
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.rng import Stream, normal, uniform
 
-ConditionalPredictor = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t (B, C, H, W), timesteps (B,), condition (B, ...)) => prediction (B, C, H, W)."""
+ConditionalPredictor = Callable[[Tensor, Tensor, Condition], Tensor]
+"""(x_t (B, C, H, W), timesteps (B,), B conditions) => prediction (B, C, H, W)."""
 TrainedPredictor = Callable[..., Any]
 """A ConditionalPredictor that, with `with_features=True`, returns a pair: its prediction and the
 projected image tokens (B, L, F)."""
@@ -70,12 +70,12 @@ class Objective:
         self,
         predict: TrainedPredictor,
         moments: Tensor,
-        condition: Tensor,
+        condition: Condition,
         step: int,
         positions: Tensor,
         features: Tensor | None = None,
     ) -> Losses:
-        """Moments (B, 2C, H, W), condition (B, ...), positions (B,) int64 => losses.
+        """Moments (B, 2C, H, W), B conditions, positions (B,) int64 => losses.
 
         Steps that align representations also take the images' features (B, G * G, F).
         """

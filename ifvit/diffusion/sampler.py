@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ifvit.conditions import Condition, move
 from ifvit.diffusion.config import Precision, SolverConfig
 from ifvit.diffusion.guidance import (
     AlignmentMethod,
@@ -34,8 +35,8 @@ class ConditionBatch:
 
     positions: Tensor
     """(B,) int64: each position selects the initial noise of its image."""
-    condition: Tensor
-    """Contexts (B, M, D) of captions or class numbers (B,)."""
+    condition: Condition
+    """B contexts of captions or class numbers."""
     prompts: Sequence[str] = ()
     """B captions or class names, which alignment methods read."""
 
@@ -52,8 +53,8 @@ class Sampler:
 
     Differentiable, so that DATE can follow the gradient of a score of the images.
     """
-    null_condition: Tensor
-    """The condition of no prompt, without batch dimension: (M, D) or ()."""
+    null_condition: Condition
+    """The condition of no prompt, one row."""
 
 
 BuildMethods = Callable[[Sequence[str]], Sequence[AlignmentMethod]]
@@ -117,7 +118,7 @@ def generate_images(
         ThreadPoolExecutor(1) as thread,
     ):
         with sampling_precision(backbone, config.precision):
-            null = backbone.encode_condition(sampler.null_condition[None].to(backbone.device))
+            null = backbone.encode_condition(move(sampler.null_condition, backbone.device))
         pending: Future[Pixels] | None = None
         for batch in batches:
             methods = build_methods(batch.prompts) if build_methods else ()
@@ -146,7 +147,7 @@ def sample_latents(
     size = backbone.config.latent_size
     shape = (backbone.config.latent_channels, size, size)
     noise = normal(config.seed, 0, batch.positions, Stream.SAMPLING, shape).to(backbone.device)
-    condition = batch.condition.to(backbone.device)
+    condition = move(batch.condition, backbone.device)
     predictor = GuidedPredictor(
         backbone, schedule, condition, null_condition, config.guidance, methods
     )

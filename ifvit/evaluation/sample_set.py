@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ifvit import storage
+from ifvit.conditions import Condition
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
@@ -92,10 +92,10 @@ def read_prompts(reader: ShardReader, protocol: ProtocolConfig) -> list[Prompt]:
 class PromptConditions:
     """Conditions of prompts, as a backbone takes them."""
 
-    read: Callable[[Sequence[Prompt]], Tensor]
-    """B prompts => contexts (B, M, D) of captions, or class numbers (B,)."""
-    null: Tensor
-    """Condition of no prompt, (M, D) or ()."""
+    read: Callable[[Sequence[Prompt]], Condition]
+    """B prompts => contexts of captions, or class numbers (B,)."""
+    null: Condition
+    """Condition of no prompt, one row."""
 
 
 def open_shard_conditions(reader: ShardReader, model: Model) -> PromptConditions:
@@ -107,10 +107,10 @@ def open_shard_conditions(reader: ShardReader, model: Model) -> PromptConditions
     if classes := reader.manifest.classes:
         return PromptConditions(
             read=lambda prompts: torch.tensor([prompt.caption for prompt in prompts]),
-            null=torch.tensor(len(classes)),
+            null=torch.tensor([len(classes)]),
         )
 
-    def read(prompts: Sequence[Prompt]) -> Tensor:
+    def read(prompts: Sequence[Prompt]) -> Condition:
         contexts = [reader.context(prompt.position, prompt.caption) for prompt in prompts]
         return torch.from_numpy(np.stack(contexts))
 

@@ -1,6 +1,7 @@
 """Attention backends: one function signature, chosen once by name (`engine.attention`).
 
-Shapes: B batch, Q query tokens, K key tokens, H heads, E channels per head.
+Shapes: B batch, Q query tokens, K key tokens, H heads, E channels per head. `visible` is (B, K)
+bool: false for keys that are padding, true for at least one key of a row; None if all are visible.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ifvit.errors import UserError
 
 Backend = Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(B, Q, H, E) queries, (B, K, H, E) keys and values -> (B, Q, H, E), scale 1/sqrt(E), no mask."""
-Bias = Callable[[Tensor, Tensor], Tensor | None]
-"""(B, Q, H, E) queries, (B, K, H, E) keys -> addend of the logits before the softmax, or None.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(B, Q, H, E) queries, (B, K, H, E) keys and values, visible -> (B, Q, H, E), scale 1/sqrt(E)."""
+Bias = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
+"""(B, Q, H, E) queries, (B, K, H, E) keys, visible -> addend of the logits before the softmax, or
+None.
 
 The addend (b, H, Q, K) is for the first b <= B rows; the other rows have no bias.
 """
@@ -37,35 +39,57 @@ def load_attention(backend: Backend) -> Attend:
     return _LOADERS[backend]()
 
 
-def logits_of(query: Tensor, key: Tensor) -> Tensor:
-    """Logits q k / sqrt(E) of attention in float32 (B, H, Q, K), before the softmax."""
+def logits_of(query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Logits q k / sqrt(E) of attention in float32 (B, H, Q, K), before the softmax.
+
+    Keys that are not visible have -inf.
+    """
     scale = query.shape[-1] ** -0.5
-    return torch.einsum("bqhe,bkhe->bhqk", query.float() * scale, key.float())
+    logits = torch.einsum("bqhe,bkhe->bhqk", query.float() * scale, key.float())
+    return _hide(logits, visible)
 
 
 def attend_biased(
-    attend: Attend, bias: Bias | None, query: Tensor, key: Tensor, value: Tensor
+    attend: Attend,
+    bias: Bias | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
 ) -> Tensor:
     """Compute `attend` for rows without bias, and SDPA with the addend of `bias` for the others."""
-    addend = bias(query, key) if bias else None
+    addend = bias(query, key, visible) if bias else None
     if addend is None:
-        return attend(query, key, value)
+        return attend(query, key, value, visible)
     count = len(addend)
-    biased = _sdpa(query[:count], key[:count], value[:count], addend)
+    addend = _hide(addend, None if visible is None else visible[:count])
+    biased = _masked_sdpa(query[:count], key[:count], value[:count], addend)
     if count == len(query):
         return biased
-    return torch.cat([biased, attend(query[count:], key[count:], value[count:])])
+    visible = None if visible is None else visible[count:]
+    return torch.cat([biased, attend(query[count:], key[count:], value[count:], visible)])
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, addend: Tensor | None = None) -> Tensor:
+def _hide(logits: Tensor, visible: Tensor | None) -> Tensor:
+    """Set logits (B, H, Q, K) to -inf where the key is not visible."""
+    return logits if visible is None else logits.masked_fill(~visible[:, None, None], -torch.inf)
+
+
+def _masked_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """SDPA with torch's mask, which broadcasts to (B, H, Q, K): bool, or an addend of logits."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=addend)
+    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return attended.transpose(1, 2)
 
 
-def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    mask = None if visible is None else visible[:, None, None]
+    return _masked_sdpa(query, key, value, mask)
+
+
+def _math(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
     logits = torch.einsum("bqhe,bkhe->bhqk", query * query.shape[-1] ** -0.5, key)
-    return torch.einsum("bhqk,bkhe->bqhe", logits.softmax(dim=-1), value)
+    return torch.einsum("bhqk,bkhe->bqhe", _hide(logits, visible).softmax(dim=-1), value)
 
 
 def _load_kernel(name: str, backend: SDPBackend) -> Attend:
@@ -73,14 +97,14 @@ def _load_kernel(name: str, backend: SDPBackend) -> Attend:
     if backend is not SDPBackend.FLASH_ATTENTION:
         _require_cuda(name)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         try:
             with sdpa_kernel(backend):
-                return _sdpa(query, key, value)
+                return _sdpa(query, key, value, visible)
         except RuntimeError as error:
             if not str(error).startswith(_NO_KERNEL):
                 raise
-            raise _unsupported(name, query) from None
+            raise _unsupported(name, query, visible) from None
 
     return attend
 
@@ -94,14 +118,26 @@ def _load_xformers() -> Attend:
             f"xformers is not installed; pip install 'ifvit[gpu]' or {_REMEDY}"
         ) from None
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        bias = None if visible is None else _xformers_bias(query, visible)
         try:
-            attended: Tensor = memory_efficient_attention(query, key, value)
+            attended: Tensor = memory_efficient_attention(query, key, value, attn_bias=bias)
         except NotImplementedError:
-            raise _unsupported("xformers", query) from None
+            raise _unsupported("xformers", query, visible) from None
         return attended
 
     return attend
+
+
+def _xformers_bias(query: Tensor, visible: Tensor) -> Tensor:
+    """Addend (B, H, Q, K) of the logits as xformers takes it: expanded, in the type of the query,
+    and with rows that begin at multiples of 16 bytes (its fmha/cutlass.py).
+    """
+    batch, num_queries, num_heads, _ = query.shape
+    num_keys = visible.shape[1]
+    aligned = query.new_zeros(batch, 1, 1, -(-num_keys // 8) * 8)
+    aligned[..., :num_keys].masked_fill_(~visible[:, None, None], -torch.inf)
+    return aligned[..., :num_keys].expand(-1, num_heads, num_queries, -1)
 
 
 def _require_cuda(name: str) -> None:
@@ -109,8 +145,10 @@ def _require_cuda(name: str) -> None:
         raise UserError(f"{name} attention needs a CUDA device and none is visible; {_REMEDY}")
 
 
-def _unsupported(name: str, query: Tensor) -> UserError:
+def _unsupported(name: str, query: Tensor, visible: Tensor | None) -> UserError:
     inputs = f"{query.dtype} on {query.device}, {query.shape[-1]} channels per head"
+    if visible is not None:
+        inputs += ", with a mask for captions of different lengths"
     return UserError(f"{name} has no attention operator for {inputs}; {_REMEDY}")
 
 
@@ -120,7 +158,7 @@ def _load_fastest() -> Attend:
         attend = _load_xformers()
         # A wheel built for another PyTorch or CUDA can be imported but lacks its operators.
         probe = torch.zeros(1, 1, 1, 32, dtype=torch.float16, device="cuda")
-        attend(probe, probe, probe)
+        attend(probe, probe, probe, None)
     except UserError:
         return _sdpa
     return attend

@@ -11,6 +11,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from ifvit.conditions import Condition, PaddedContext, is_visible, pad_tokens, tokens_of
 from ifvit.errors import UserError
 from ifvit.models.attention import Backend
 from ifvit.models.config import BackboneConfig, restore_config
@@ -28,19 +29,51 @@ class EncodedCondition:
     theirs, because the text has changed before them."""
     pooled: Tensor | None = None
     """(B, D): pooled condition for the conditioning vector; None without modulation."""
+    lengths: Tensor | None = None
+    """(B,) number of tokens in front of the padding; None if there is no padding."""
+
+    def visible_keys(self, num_others: int) -> Tensor | None:
+        """(B, num_others + M) bool for keys of `num_others` visible tokens in front of the text.
+
+        False for padding; None if there is no padding.
+        """
+        if self.lengths is None:
+            return None
+        return is_visible(num_others + self.lengths, num_others + self.tokens.shape[1])
 
     def expand(self, num_rows: int) -> "EncodedCondition":
         """Repeat a single row `num_rows` times, without a copy; `num_rows` rows stay unchanged."""
         return _map_tensors(lambda x: x.expand(num_rows, *x.shape[1:]), self)
 
     def append(self, other: "EncodedCondition") -> "EncodedCondition":
-        """Return these rows followed by those of `other`."""
-        return _map_tensors(lambda *pair: torch.cat(pair), self, other)
+        """Return these rows followed by those of `other`; the shorter text is padded."""
+        longest = max(self.tokens.shape[1], other.tokens.shape[1])
+        has_padding = self.lengths is not None or other.lengths is not None
+        pair = [one._pad(longest) if has_padding else one for one in (self, other)]
+        return _map_tensors(lambda *rows: torch.cat(rows), *pair)
+
+    def _pad(self, length: int) -> "EncodedCondition":
+        """Return this condition with `length` tokens, and with lengths."""
+        lengths = self.lengths
+        if lengths is None:
+            num_rows, num_tokens = self.tokens.shape[:2]
+            lengths = torch.full((num_rows,), num_tokens, device=self.tokens.device)
+        return EncodedCondition(
+            tokens=pad_tokens(self.tokens, length),
+            keys_values={
+                block: (pad_tokens(key, length), pad_tokens(value, length))
+                for block, (key, value) in self.keys_values.items()
+            },
+            pooled=self.pooled,
+            lengths=lengths,
+        )
 
 
 def _map_tensors(function: Callable[..., Tensor], *encoded: EncodedCondition) -> EncodedCondition:
     """Apply `function` to the tensors of the same field and block."""
-    first, pooled = encoded[0], [one.pooled for one in encoded if one.pooled is not None]
+    first = encoded[0]
+    pooled = [one.pooled for one in encoded if one.pooled is not None]
+    lengths = [one.lengths for one in encoded if one.lengths is not None]
     return EncodedCondition(
         tokens=function(*(one.tokens for one in encoded)),
         keys_values={
@@ -51,6 +84,7 @@ def _map_tensors(function: Callable[..., Tensor], *encoded: EncodedCondition) ->
             for block in first.keys_values
         },
         pooled=function(*pooled) if pooled else None,
+        lengths=function(*lengths) if lengths else None,
     )
 
 
@@ -72,15 +106,15 @@ class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their con
         return restore_config(self._internal_dict)  # type: ignore[has-type]
 
     @abstractmethod
-    def encode_condition(self, condition: Tensor) -> EncodedCondition:
+    def encode_condition(self, condition: Condition) -> EncodedCondition:
         """Encode the contexts (B, M, context_width) of captions, or the numbers (B,) of classes.
 
-        Raises UserError for contexts of another shape.
+        Padding has no effect. Raises UserError for contexts of another shape.
         """
 
     @abstractmethod
     def forward(
-        self, latents: Tensor, timesteps: Tensor, condition: Tensor | EncodedCondition
+        self, latents: Tensor, timesteps: Tensor, condition: Condition | EncodedCondition
     ) -> Tensor:
         """Predict noise, v or velocity from latents (B, C, S, S) at timesteps (B,), 0 to 1000.
 
@@ -107,7 +141,7 @@ class Backbone(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # their con
             and not name.endswith(("modulation.linear", "time_emb_proj"))
         }
 
-    def _encode(self, latents: Tensor, condition: Tensor | EncodedCondition) -> EncodedCondition:
+    def _encode(self, latents: Tensor, condition: Condition | EncodedCondition) -> EncodedCondition:
         """Check the latents, and encode the condition unless it is encoded already."""
         size = self.config.latent_size
         check_shape("latents", latents, (self.config.latent_channels, size, size))
@@ -128,3 +162,14 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
             f"{name} of shape {tuple(tensor.shape[1:])} do not fit this backbone, "
             f"which was built for {expected}"
         )
+
+
+def check_context(condition: Condition, expected: tuple[int, int]) -> None:
+    """Raise UserError unless contexts have the shape (M, D) that the backbone expects.
+
+    Contexts with padding may have fewer tokens.
+    """
+    tokens, (length, width) = tokens_of(condition), expected
+    if isinstance(condition, PaddedContext):
+        length = min(length, tokens.shape[1])
+    check_shape("context", tokens, (length, width))

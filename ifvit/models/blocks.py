@@ -39,6 +39,9 @@ class BlockInputs:
     """(B, L, D): image tokens after the mirror block."""
     text_skip: Tensor | None = None
     """(k * B, M, D): text tokens after the mirror block, if both blocks update text."""
+    visible: Tensor | None = None
+    """(k * B, keys) bool: false for the padding among the keys of the attention that has keys of
+    text; None if there is no padding."""
     vector: Tensor | None = None
     """Conditioning vector of a modulated block, (B, D), or (B, 6 D) after a shared projection."""
     rotation: Tensor | None = None
@@ -114,7 +117,9 @@ class Block(Stream):
         """Tokens (B, L, D) to the image tokens (B or k * B, L, D) and text after the block."""
         tokens = self.join_skip(tokens, inputs.skip)
         tokens, normalised, modulation = self.normalise(tokens, inputs.vector)
-        attended = self.attn(normalised, inputs.keys_values, inputs.bias, inputs.rotation)
+        attended = self.attn(
+            normalised, inputs.keys_values, inputs.visible, inputs.bias, inputs.rotation
+        )
         tokens = self.add_attention(tokens, attended, modulation)
         return self.add_mlp(tokens, modulation), inputs.text
 
@@ -158,7 +163,7 @@ class SeparateBlock(Block):
         tokens, normalised, modulation = self.normalise(tokens, inputs.vector)
         attended = self.attn(normalised, rotation=inputs.rotation)
         tokens = self.add_attention(tokens, attended, modulation)
-        attended = self.cross_attn(tokens, inputs.keys_values, inputs.bias)
+        attended = self.cross_attn(tokens, inputs.keys_values, inputs.visible, inputs.bias)
         tokens = repeat_rows(tokens, len(attended)) + attended
         return self.add_mlp(tokens, modulation), inputs.text
 
@@ -179,7 +184,7 @@ class ConcatBlock(Block):
             text = self.join_skip(text, inputs.text_skip)
         sequence = torch.cat([repeat_rows(tokens, len(text)), text], dim=1)
         sequence, normalised, modulation = self.normalise(sequence, inputs.vector)
-        attended = self.attn(normalised, None, inputs.bias, inputs.rotation)
+        attended = self.attn(normalised, None, inputs.visible, inputs.bias, inputs.rotation)
         sequence = self.add_mlp(self.add_attention(sequence, attended, modulation), modulation)
         return sequence[:, :num_tokens], sequence[:, num_tokens:]
 
@@ -226,7 +231,9 @@ class DualStreamBlock(nn.Module):
         query = torch.cat([query, *text_query], dim=1)
         key = torch.cat([key, text_key], dim=1)
         value = torch.cat([value, text_value], dim=1)
-        heads = attend_biased(image.attn.attend, inputs.bias, query, key, value).flatten(2)
+        heads = attend_biased(
+            image.attn.attend, inputs.bias, query, key, value, inputs.visible
+        ).flatten(2)
         attended = image.attn.proj(heads[:, :num_tokens])
         tokens = image.add_mlp(image.add_attention(tokens, attended, modulation), modulation)
         if isinstance(self.text, Block):

@@ -7,6 +7,7 @@ Shapes: B batch, k * B conditions, C latent channels, S latent size, L image tok
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,10 +15,11 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipelines look for it here
 from torch import Tensor, nn
 
+from ifvit.conditions import Condition, padded_lengths, tokens_of
 from ifvit.models.attention import Backend, Bias, load_attention
-from ifvit.models.backbone import Backbone, EncodedCondition, check_shape
+from ifvit.models.backbone import Backbone, EncodedCondition, check_context
 from ifvit.models.blocks import Block, BlockInputs, build_block
-from ifvit.models.config import READS_TEXT, UPDATES_TEXT, Fusion, FusionTransformerConfig
+from ifvit.models.config import READS_TEXT, TEXT_KEYS, UPDATES_TEXT, Fusion, FusionTransformerConfig
 from ifvit.models.layers import (
     Attention,
     CrossAttention,
@@ -25,6 +27,7 @@ from ifvit.models.layers import (
     PatchEmbed,
     build_modulation,
     build_norm,
+    mean_of_visible,
     modulate,
     repeat_rows,
     rotation_table,
@@ -130,40 +133,45 @@ class FusionTransformer(Backbone):
         std, width = self.config.init_std, self.config.width
         return max(0.02, min(0.02 * 512 / width, width**-0.5)) if std == "auto" else float(std)
 
-    def encode_condition(self, condition: Tensor) -> EncodedCondition:
+    def encode_condition(self, condition: Condition) -> EncodedCondition:
         """Run the text branch on contexts (B, M, context_width), or embed classes (B,).
 
         Keys and values of the text are computed here for the blocks before the first that updates
-        text. A map without text gives tokens (B, 0, D).
+        text. The pooled condition is a mean over the tokens in front of the padding. A map without
+        text gives tokens (B, 0, D).
         """
         config = self.config
         if config.context_shape is not None:
-            check_shape("context", condition, config.context_shape)
+            check_context(condition, config.context_shape)
         if not config.text_blocks:
             return EncodedCondition(
                 tokens=self.pos_embed.new_zeros(len(condition), 0, config.width)
             )
         if config.context_shape is None:
-            tokens = self.label_emb(condition)[:, None]
+            tokens = self.label_emb(tokens_of(condition))[:, None]
         else:
-            tokens = self.context_embed(condition.to(self.pos_embed.dtype))
-        tokens = tokens + self.pos_embed[:, 1 : 1 + config.num_text_tokens]
+            tokens = self.context_embed(tokens_of(condition).to(self.pos_embed.dtype))
+        tokens = tokens + self.pos_embed[:, 1 : 1 + tokens.shape[1]]
+        encoded = EncodedCondition(tokens=tokens, lengths=padded_lengths(condition))
+        visible = encoded.visible_keys(0)
         for block in self.text_blocks:
-            tokens, _ = block(tokens, BlockInputs())
+            tokens, _ = block(tokens, BlockInputs(visible=visible))
         keys_values: dict[int, KeysValues] = {}
         for number, entry in enumerate(config.blocks):
             if entry in UPDATES_TEXT:
                 break
             if entry in READS_TEXT:
                 keys_values[number] = cast(Block, self.blocks[number]).text_keys_values(tokens)
-        pooled = None if self.pooled_embed is None else self.pooled_embed(tokens.mean(dim=1))
-        return EncodedCondition(tokens=tokens, keys_values=keys_values, pooled=pooled)
+        pooled = None
+        if self.pooled_embed is not None:
+            pooled = self.pooled_embed(mean_of_visible(tokens, visible))
+        return replace(encoded, tokens=tokens, keys_values=keys_values, pooled=pooled)
 
     def forward(
         self,
         latents: Tensor,
         timesteps: Tensor,
-        condition: Tensor | EncodedCondition,
+        condition: Condition | EncodedCondition,
         biases: Mapping[int, Bias] | None = None,
         *,
         with_features: bool = False,
@@ -184,6 +192,7 @@ class FusionTransformer(Backbone):
         tokens, text = self._embed_tokens(latents, sinusoids), encoded.tokens
         vectors = self._conditioning_vectors(sinusoids, encoded.pooled)
         mirrors, rotation = config.mirrors, self._rotation(latents.device)
+        visible = _visible_keys(encoded, tokens.shape[1])
         outputs: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         features: Tensor | None = None
         for number, (entry, block) in enumerate(zip(config.blocks, self.blocks, strict=True)):
@@ -196,6 +205,7 @@ class FusionTransformer(Backbone):
                 keys_values=keys_values,
                 skip=skip,
                 text_skip=text_skip if config.has_text_skip(number) else None,
+                visible=visible.get(entry),
                 vector=self._vector_for(entry, vectors, len(tokens)),
                 rotation=rotation,
                 bias=(biases or {}).get(number),
@@ -267,3 +277,12 @@ class FusionTransformer(Backbone):
         pixels = pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         predicted: Tensor = self.final_layer(pixels)
         return predicted
+
+
+def _visible_keys(encoded: EncodedCondition, num_others: int) -> dict[Fusion, Tensor | None]:
+    """Which keys are visible in each kind of block that has keys of text, (k * B, keys) or None.
+
+    The text is behind `num_others` time, register and image tokens, or alone.
+    """
+    joint, alone = encoded.visible_keys(num_others), encoded.visible_keys(0)
+    return {entry: alone if entry == "separate_cross_attention" else joint for entry in TEXT_KEYS}

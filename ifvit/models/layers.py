@@ -22,6 +22,14 @@ def repeat_rows(x: Tensor, count: int) -> Tensor:
     return x if copies == 1 else x.repeat(copies, *(1,) * (x.ndim - 1))
 
 
+def mean_of_visible(tokens: Tensor, visible: Tensor | None) -> Tensor:
+    """Mean (B, D) of the tokens (B, M, D) that are visible (B, M); of all tokens for None."""
+    if visible is None:
+        return tokens.mean(dim=1)
+    hidden = tokens.masked_fill(~visible[..., None], 0)
+    return hidden.sum(dim=1) / visible.sum(dim=1, keepdim=True)
+
+
 class PatchEmbed(nn.Module):
     """Latents (B, C, S, S) to one token per patch (B, L, D), row by row."""
 
@@ -103,19 +111,21 @@ class Attention(nn.Module):
         self,
         tokens: Tensor,
         text: KeysValues | None = None,
+        visible: Tensor | None = None,
         bias: Bias | None = None,
         rotation: Tensor | None = None,
     ) -> Tensor:
         """Tokens (B, L, D) to (B, L, D), by one softmax over all keys, with the text's keys last.
 
         Text of k * B rows gives k * B rows: queries, keys and values of the tokens are repeated.
+        `visible` (rows of the result, keys) is false for padding.
         """
         query, key, value = self.project(tokens, rotation)
         if text is not None:
             query, key, value = (repeat_rows(x, len(text[0])) for x in (query, key, value))
             key = torch.cat([key, text[0]], dim=1)
             value = torch.cat([value, text[1]], dim=1)
-        heads = attend_biased(self.attend, bias, query, key, value)
+        heads = attend_biased(self.attend, bias, query, key, value, visible)
         attended: Tensor = self.proj(heads.flatten(2))
         return attended
 
@@ -160,11 +170,14 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
         self.attend = load_attention("sdpa")
 
-    def forward(self, tokens: Tensor, text: KeysValues, bias: Bias | None = None) -> Tensor:
-        """Tokens (B, L, D) and text of k * B rows to (k * B, L, D)."""
+    def forward(
+        self, tokens: Tensor, text: KeysValues, visible: Tensor | None, bias: Bias | None
+    ) -> Tensor:
+        """Tokens (B, L, D) and text of k * B rows to (k * B, L, D); `visible` is (k * B, M)."""
         query = self.norm_q(self.q(tokens).unflatten(-1, (self.num_heads, -1)))
         query = repeat_rows(query, len(text[0]))
-        attended: Tensor = self.proj(attend_biased(self.attend, bias, query, *text).flatten(2))
+        heads = attend_biased(self.attend, bias, query, *text, visible)
+        attended: Tensor = self.proj(heads.flatten(2))
         return attended
 
 

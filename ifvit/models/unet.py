@@ -12,8 +12,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # pipelines look for it here
 from torch import Tensor, nn
 
+from ifvit.conditions import Condition, padded_lengths, tokens_of
 from ifvit.models.attention import Attend, Backend, load_attention
-from ifvit.models.backbone import Backbone, EncodedCondition, check_shape
+from ifvit.models.backbone import Backbone, EncodedCondition, check_context
 from ifvit.models.config import UNetConfig
 from ifvit.models.layers import repeat_rows
 
@@ -52,23 +53,28 @@ class UNet(Backbone):
         """Return the resolutions on the way down, the middle, and those on the way up."""
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
-    def encode_condition(self, condition: Tensor) -> EncodedCondition:
+    def encode_condition(self, condition: Condition) -> EncodedCondition:
         """Embed the numbers (B,) of classes as tokens (B, 1, D); pass contexts (B, M, D) on."""
+        tokens, lengths = tokens_of(condition), padded_lengths(condition)
         if self.config.context_shape is None:
-            return EncodedCondition(tokens=self.class_embed(condition)[:, None])
-        check_shape("context", condition, self.config.context_shape)
-        return EncodedCondition(tokens=condition.to(self.dtype))
+            return EncodedCondition(tokens=self.class_embed(tokens)[:, None])
+        check_context(condition, self.config.context_shape)
+        return EncodedCondition(tokens=tokens.to(self.dtype), lengths=lengths)
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, condition: Tensor | EncodedCondition
+        self, latents: Tensor, timesteps: Tensor, condition: Condition | EncodedCondition
     ) -> Tensor:
         """Predict noise, v or velocity from latents (B, C, S, S) at timesteps (B,), 0 to 1000.
 
         Raises UserError for latents or contexts of another shape than the configured one.
         """
-        tokens = self._encode(latents, condition).tokens
+        encoded = self._encode(latents, condition)
+        tokens, visible = encoded.tokens, encoded.visible_keys(0)
         latents, timesteps = (repeat_rows(x, len(tokens)) for x in (latents, timesteps))
-        predicted: Tensor = self.unet(latents.to(tokens.dtype), timesteps, tokens).sample
+        options = None if visible is None else {"visible": visible}
+        predicted: Tensor = self.unet(
+            latents.to(tokens.dtype), timesteps, tokens, cross_attention_kwargs=options
+        ).sample
         return predicted
 
 
@@ -84,10 +90,17 @@ class _Processor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D), with keys and values of the condition if it is given."""
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        """Tokens (B, L, D) to (B, L, D), with keys and values of the condition if it is given.
+
+        `visible` (B, M) is false for the padding of the condition.
+        """
+        if encoder_hidden_states is None:
+            source, visible = hidden_states, None
+        else:
+            source = encoder_hidden_states
         projected = (layer.to_q(hidden_states), layer.to_k(source), layer.to_v(source))
         query, key, value = (x.unflatten(-1, (layer.heads, -1)) for x in projected)
-        attended: Tensor = layer.to_out[0](self._attend(query, key, value).flatten(2))
+        attended: Tensor = layer.to_out[0](self._attend(query, key, value, visible).flatten(2))
         return attended

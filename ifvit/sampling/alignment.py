@@ -182,7 +182,7 @@ def _regulation_builder(
         targets = find_targets(prompts, settings.targets, token_spans, sampler.backbone.device)
         if not targets.present.any():
             return Regulation({}, 0)
-        biases = {block: BlockBias(backbone, targets) for block in blocks}
+        biases = {block: BlockBias(backbone, block, targets) for block in blocks}
         return Regulation(biases, num_evaluations)
 
     return regulate

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ifvit.conditions import Condition
 from ifvit.diffusion.config import SolverConfig
 from ifvit.diffusion.sampler import Sampler
 from ifvit.diffusion.schedules import NoiseSchedule
@@ -71,8 +72,8 @@ def compile_backbone(backbone: Backbone) -> None:
     backbone.compile(mode="reduce-overhead" if backbone.device.type == "cuda" else None)
 
 
-def load_sampler(model: Model, null_condition: Tensor, config: SolverConfig) -> Sampler:
-    """Add the decoder to a model. `null_condition`, (M, D) or (), stands for no prompt.
+def load_sampler(model: Model, null_condition: Condition, config: SolverConfig) -> Sampler:
+    """Add the decoder to a model. `null_condition`, one row, stands for no prompt.
 
     Raises UserError for a solver that does not take the prediction of the model.
     """
@@ -130,31 +131,31 @@ def require_text_encoder(info: WeightsInfo) -> TextEncoderIdentity:
 class Conditions:
     """Converts prompts to the conditions that a backbone takes."""
 
-    encode: Callable[[list[str]], Tensor]
-    """B captions => contexts (B, M, D), or B class names or numbers => class numbers (B,). The
-    empty caption gives the null context of the training."""
-    null: Tensor
-    """Condition of no prompt, (M, D) or ()."""
+    encode: Callable[[list[str]], Condition]
+    """B captions => contexts, or B class names or numbers => class numbers (B,). The empty caption
+    gives the null context of the training."""
+    null: Condition
+    """Condition of no prompt, one row."""
 
 
 def load_conditions(info: WeightsInfo, device: str) -> Conditions:
     """Load the text encoder, or number the classes, whichever the backbone was trained on."""
     if info.text_encoder is None:
         # The number after the last class stands for no class.
-        null = torch.tensor(len(info.classes))
+        null = torch.tensor([len(info.classes)])
         return Conditions(encode=partial(number_classes, info.classes), null=null)
     encoder = load_trained_text_encoder(info, device)
     encode = partial(
         encode_captions, encoder.model, encoder.tokenizer, null_context=info.null_context
     )
-    return Conditions(encode=encode, null=encode([""])[0])
+    return Conditions(encode=encode, null=encode([""]))
 
 
-def read_null_condition(info: WeightsInfo, reader: ShardReader) -> Tensor:
-    """Condition of no prompt, (M, D) or (), as in the training of the weights, from shards."""
+def read_null_condition(info: WeightsInfo, reader: ShardReader) -> Condition:
+    """Condition of no prompt, one row, as in the training of the weights, from shards."""
     if info.text_encoder is None:
-        return torch.tensor(len(info.classes))
-    context = torch.from_numpy(np.array(reader.null_context))
+        return torch.tensor([len(info.classes)])
+    context = torch.from_numpy(np.array(reader.null_context))[None]
     return torch.zeros_like(context) if info.null_context == "zeros" else context
 
 

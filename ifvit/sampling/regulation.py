@@ -134,29 +134,34 @@ def _mentions(phrase: str, caption: str) -> list[Span]:
 class BlockBias:
     """Bias of one block for B captions, called once per function evaluation; a `Bias`."""
 
-    def __init__(self, config: FusionTransformerConfig, targets: TargetTokens) -> None:
-        """`config` is that of the backbone: it says where image and text tokens are."""
+    def __init__(self, config: FusionTransformerConfig, number: int, targets: TargetTokens) -> None:
+        """`config` is that of the backbone: it says where image and text tokens of block `number`
+        are.
+        """
         self._targets = targets
         basis = gaussian_basis(config.latent_size // config.patch_size)
         self._basis = basis.to(targets.present.device)
         self._first_image_token = config.first_image_token
-        self._num_text_tokens = config.num_text_tokens
+        is_alone = config.blocks[number] == "separate_cross_attention"
+        self._first_text_key = 0 if is_alone else config.num_tokens - config.num_text_tokens
         self._previous: Tensor | None = None
         self._num_calls = 0
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # each call has new state
-    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, visible: Tensor | None) -> Tensor:
         """Queries (B, Q, H, E), keys (B, J, H, E) => addend (B, H, Q, J) to the logits.
 
         Image tokens are the queries from `first_image_token` on. The last M keys are text, in
-        blocks with one softmax and in those whose cross-attention has no other keys.
+        blocks with one softmax and in those whose cross-attention has no other keys. Text that is
+        not `visible` takes no part.
         The bias at evaluation s is S' = 0.99^s (0.25 S*_{s-1} + 0.75 S*_s), where S*_s is the
         optimum at s and S*_{-1} = 0. All text columns are lowered by
         logsumexp(A + S') - logsumexp(A), so that each image query keeps its attention to text.
         """
         image = slice(self._first_image_token, self._first_image_token + len(self._basis))
-        text = slice(key.shape[1] - self._num_text_tokens, None)
-        logits = logits_of(query[:, image], key[:, text])
+        text = slice(self._first_text_key, None)
+        visible = None if visible is None else visible[:, text]
+        logits = logits_of(query[:, image], key[:, text], visible)
         relative = relative_logits(logits, self._targets)
         optimum, _ = optimise_bias(relative, self._targets.present, self._basis)
         previous = torch.zeros_like(optimum) if self._previous is None else self._previous

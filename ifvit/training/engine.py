@@ -18,6 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ifvit.conditions import Condition
 from ifvit.diffusion.objectives import NormalSampler
 from ifvit.distributed import ProcessGroup, World
 from ifvit.errors import UserError
@@ -180,7 +181,7 @@ class Engine:
         self._frozen_steps = torch.zeros((), device=self.device)
         self._skipped, self._update_applied = 0, True
 
-    def predict(self, x_t: Tensor, timesteps: Tensor, condition: Tensor, **options: bool) -> Any:
+    def predict(self, x_t: Tensor, timesteps: Tensor, condition: Condition, **options: bool) -> Any:
         """Run the backbone in the recipe's precision, as a TrainedPredictor of the objective."""
         return self._model(x_t, timesteps, condition, **options)
 

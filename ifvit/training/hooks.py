@@ -5,9 +5,9 @@ from collections import deque
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ifvit import storage
+from ifvit.conditions import Condition, select_rows
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.evaluation.held_out_loss import HeldOutLoss
 from ifvit.images import encode_png, make_grid
@@ -91,7 +91,8 @@ class SampleGrid(EmaHook):
         )
         chunks = map(torch.tensor, batched(range(len(conditions)), self._sampling.batch_size))
         self._batches = [
-            ConditionBatch(positions=chunk, condition=conditions[chunk]) for chunk in chunks
+            ConditionBatch(positions=chunk, condition=select_rows(conditions, chunk))
+            for chunk in chunks
         ]
 
     def use(self, backbone: Backbone, step: int) -> None:
@@ -109,8 +110,8 @@ class SampleGrid(EmaHook):
 
 def _grid_conditions(
     config: SampleGridConfig, reader: ShardReader, info: WeightsInfo
-) -> tuple[Tensor, Tensor]:
-    """Conditions (N, ...) of the grid, and the null condition.
+) -> tuple[Condition, Condition]:
+    """N conditions of the grid, and the null condition.
 
     They come from the prompts of the recipe, or else from the first captions or classes, which
     fill two rows.

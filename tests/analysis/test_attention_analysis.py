@@ -191,7 +191,7 @@ def test_images_are_guided_by_the_null_context_of_the_weights(
     zeros = replace(info, null_context="zeros")
     save_weights(str(tmp_path / "zeros"), backbone, zeros)
     found = analyze_run(config, str(tmp_path / "zeros"), f"{tmp_path}/analysis").layers
-    prompts = Prompts(texts=["one", "two"], contexts=contexts, null_context=torch.zeros(*shape))
+    prompts = Prompts(texts=["one", "two"], contexts=contexts, null_context=torch.zeros(1, *shape))
     expected = record_layers(backbone, NoiseSchedule(), prompts, config)
     assert found == tuple(layer.numbers for layer in expected)
     assert all(one.image_share != other.image_share for one, other in zip(found, own, strict=True))
@@ -215,7 +215,7 @@ def test_attention_of_a_flow_is_that_of_its_own_sampling(
     assert found.protocol.sampling["solver"] == solver
     reader = ShardReader(shards)
     contexts = torch.tensor(np.stack([reader.context(n, 0) for n in range(2)]))
-    null = torch.from_numpy(np.array(reader.null_context))
+    null = torch.from_numpy(np.array(reader.null_context))[None]
     prompts = Prompts(texts=["one", "two"], contexts=contexts, null_context=null)
     expected = record_layers(backbone, NoiseSchedule("cpu", "flow", 3.0), prompts, config)
     assert found.layers == tuple(layer.numbers for layer in expected)

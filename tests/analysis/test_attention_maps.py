@@ -38,7 +38,7 @@ from ifvit.storage import read_sealed, sha256_of, write_sealed
 
 NUM_PROMPTS, NUM_TEXT, SIDE = 5, 6, 4
 CONTEXTS = torch.randn(NUM_PROMPTS, NUM_TEXT, 16, generator=torch.Generator().manual_seed(1))
-NULL = torch.randn(NUM_TEXT, 16, generator=torch.Generator().manual_seed(2))
+NULL = torch.randn(1, NUM_TEXT, 16, generator=torch.Generator().manual_seed(2))
 SCHEDULE = NoiseSchedule()
 SAMPLING = SamplingConfig(num_steps=3, guidance_scale=3.0, seed=7, batch_size=NUM_PROMPTS)
 PROMPTS = Prompts(
@@ -81,7 +81,7 @@ def build_config(batch_size: int = NUM_PROMPTS, trim: int = 1) -> AttentionConfi
 
 
 def sample(backbone: FusionTransformer) -> Tensor:
-    null_text = backbone.encode_condition(NULL[None])
+    null_text = backbone.encode_condition(NULL)
     batch = ConditionBatch(positions=torch.arange(NUM_PROMPTS), condition=CONTEXTS)
     return sample_latents(backbone, SCHEDULE, batch, null_text, SAMPLING)
 
@@ -93,7 +93,7 @@ def record_all_at_once(backbone: FusionTransformer) -> list[np.ndarray]:
     """
     calls: list[list[np.ndarray]] = [[] for _ in backbone.blocks]
 
-    def keep(number: int, is_text_alone: bool, query: Tensor, key: Tensor) -> None:
+    def keep(number: int, is_text_alone: bool, query: Tensor, key: Tensor, visible: None) -> None:
         q = query[:NUM_PROMPTS, :FIRST_TEXT].double().numpy()
         k = key[:NUM_PROMPTS].double().numpy()
         weights = np.exp(np.einsum("bqhe,bkhe->bhqk", q, k) / math.sqrt(q.shape[-1]))
@@ -177,7 +177,7 @@ def test_recording_does_not_change_the_images(fusion: str) -> None:
 def test_only_the_conditional_half_is_recorded(fusion: str) -> None:
     backbone = build_backbone(fusion)
     x_t = torch.randn(NUM_PROMPTS, 2, 8, 8, generator=torch.Generator().manual_seed(2))
-    null_text = backbone.encode_condition(NULL[None])
+    null_text = backbone.encode_condition(NULL)
 
     def record(scale: float) -> list[np.ndarray]:
         rows = PromptRows(backbone.config, NUM_PROMPTS, inner_tokens(SIDE, 0))
@@ -194,7 +194,7 @@ def test_only_separate_cross_attention_has_keys_of_text_alone() -> None:
     backbone = build_backbone("image separate_cross_attention concat cross_attention dual_stream")
     calls: list[tuple[int, bool, int]] = []
 
-    def watch(number: int, is_text_alone: bool, query: Tensor, key: Tensor) -> None:
+    def watch(number: int, is_text_alone: bool, query: Tensor, key: Tensor, visible: None) -> None:
         calls.append((number, is_text_alone, key.shape[1]))
 
     with watch_attention(backbone, watch):

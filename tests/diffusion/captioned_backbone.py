@@ -10,7 +10,7 @@ from ifvit.models.config import TEXT_KEYS, Fusion, FusionTransformerConfig
 from ifvit.models.fusion_transformer import FusionTransformer
 
 CONTEXTS = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(1))
-NULL = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
+NULL = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(2))
 ENTRIES = get_args(Fusion)
 MAPS = tuple(f"image 3*{entry} image" for entry in ENTRIES if entry != "image")
 """A map of every way in which text takes part."""

@@ -44,7 +44,7 @@ def build_predictor(
     high: float = 999,
     schedule: NoiseSchedule = SCHEDULE,
 ) -> GuidedPredictor:
-    null = backbone.encode_condition(NULL[None])
+    null = backbone.encode_condition(NULL)
     methods = [method] if method else []
     return GuidedPredictor(backbone, schedule, CONTEXTS, null, Guidance(scale, high=high), methods)
 
@@ -126,7 +126,7 @@ def test_the_unconditional_half_runs_only_where_guidance_applies() -> None:
     backbone = build_backbone()
     rows: list[int] = []
     backbone.decoder_pred.register_forward_hook(lambda *call: rows.append(len(call[2])))
-    null = backbone.encode_condition(NULL[None])
+    null = backbone.encode_condition(NULL)
     predictor = GuidedPredictor(
         backbone, SCHEDULE, CONTEXTS, null, Guidance(2.0, low=100, high=800)
     )
@@ -281,7 +281,7 @@ def test_a_changed_context_stays_until_the_next_change() -> None:
     assert torch.equal(method.seen[1].context, CONTEXTS.flip(0))
 
 
-def hide(num_hidden: int, query: Tensor, key: Tensor) -> Tensor:
+def hide(num_hidden: int, query: Tensor, key: Tensor, visible: None = None) -> Tensor:
     """Remove all attention of image and time tokens to the last text tokens."""
     addend = torch.zeros(len(query), 2, query.shape[1], key.shape[1])
     addend[:, :, :5, -num_hidden:] = -torch.inf
@@ -293,7 +293,7 @@ def test_biases_change_the_conditional_half_only(fusion: str) -> None:
     backbone = build_backbone(fusion)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def bias(query: Tensor, key: Tensor) -> Tensor:
+    def bias(query: Tensor, key: Tensor, visible: None) -> Tensor:
         seen.append((query, key))
         return hide(5, query, key)  # all text tokens but the first
 

@@ -62,7 +62,7 @@ def test_text_is_encoded_once_per_caption_for_any_number_of_steps(sampler: Sampl
 
 def test_latents_depend_on_the_position_and_not_on_the_batch() -> None:
     backbone = build_backbone()
-    null = backbone.encode_condition(NULL[None])
+    null = backbone.encode_condition(NULL)
     together, alone = (
         sample_latents(backbone, NoiseSchedule(), next(make_batches(positions, 5)), null, CONFIG)
         for positions in ([0, 1, 2, 3, 4], [3])
@@ -85,7 +85,7 @@ def test_images_are_the_same_for_any_batch_size(sampler: Sampler) -> None:
 
 def test_images_are_the_decoded_latents(sampler: Sampler) -> None:
     (batch,) = make_batches(range(5), 5)
-    null = sampler.backbone.encode_condition(NULL[None])
+    null = sampler.backbone.encode_condition(NULL)
     latents = sample_latents(sampler.backbone, sampler.schedule, batch, null, CONFIG)
     with torch.no_grad():
         expected = to_pixels(sampler.decode(latents))

@@ -265,7 +265,7 @@ def test_an_evaluation_guides_by_the_null_context_of_the_weights(
         model = load_model(url, "cpu")
         for conditions in (open_shard_conditions(reader, model), open_encoded_conditions(model)):
             expected = 0 * reader.null_context if is_zero else reader.null_context
-            np.testing.assert_allclose(conditions.null, expected, atol=1e-3)
+            np.testing.assert_allclose(conditions.null[0], expected, atol=1e-3)
 
     few = with_protocol(config, num_samples=2, scenes=False)
     images = []
@@ -275,7 +275,7 @@ def test_an_evaluation_guides_by_the_null_context_of_the_weights(
         images.append(read_images([f"{folder}/00000.png", f"{folder}/00001.png"]))
     assert (images[0] != images[1]).any()
     model = load_model(zeros, "cpu")
-    sampler = load_sampler(model, torch.zeros(reader.text.context_shape), few.protocol.sampling)
+    sampler = load_sampler(model, torch.zeros(1, *reader.text.context_shape), few.protocol.sampling)
     contexts = torch.from_numpy(np.stack([reader.context(n, 0) for n in range(2)]))
     batch = ConditionBatch(positions=torch.arange(2), condition=contexts)
     (expected,) = generate_images(sampler, [batch], few.protocol.sampling)

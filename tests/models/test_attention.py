@@ -33,7 +33,7 @@ def test_backends_agree_with_attention_in_float64(backend, shape, monkeypatch):
     logits = torch.einsum("bqhe,bkhe->bhqk", query.double(), key.double()) / shape[-1] ** 0.5
     expected = torch.einsum("bhqk,bkhe->bqhe", logits.softmax(-1), value.double())
 
-    attended = load_attention(backend)(query, key, value)
+    attended = load_attention(backend)(query, key, value, None)
 
     torch.testing.assert_close(attended.double(), expected, atol=1e-5, rtol=0)
 
@@ -51,7 +51,7 @@ def hollow_xformers(monkeypatch):
 
     class Operators:
         @staticmethod
-        def memory_efficient_attention(query, key, value):
+        def memory_efficient_attention(query, key, value, attn_bias):
             raise NotImplementedError("No operator found\nfor these\ninputs")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -63,7 +63,7 @@ def hollow_xformers(monkeypatch):
 def test_an_operator_that_xformers_lacks_is_one_clear_error():
     attend = load_attention("xformers")
     with pytest.raises(UserError, match=r"no attention operator for torch\.float32 on cpu, 32 ch"):
-        attend(*random_heads(17, 17, 5, 32))
+        attend(*random_heads(17, 17, 5, 32), None)
 
 
 @pytest.mark.usefixtures("hollow_xformers")
@@ -75,7 +75,7 @@ def test_auto_falls_back_from_an_xformers_that_lacks_its_operators(monkeypatch):
 def test_inputs_that_a_kernel_cannot_take_are_one_clear_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=r"cudnn has no attention operator for torch\.float32 on c"):
-        load_attention("cudnn")(*random_heads(17, 17, 5, 32))
+        load_attention("cudnn")(*random_heads(17, 17, 5, 32), None)
 
 
 def test_an_unknown_backend_is_one_clear_error():

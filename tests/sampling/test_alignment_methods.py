@@ -43,7 +43,6 @@ from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
 CONFIG = SamplingConfig(num_steps=6, guidance_scale=3.0, seed=7)
 CONTEXTS = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(1))
 GOAL = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(2))
-SHAPE = small_shape(num_registers=2)  # places of tokens in the fixture `backbone`
 TARGETS = TargetTokens(
     positions=torch.tensor([[1, 3], [2, 0], [0, 0]]),
     present=torch.tensor([[True, True], [True, False], [False, False]]),
@@ -109,8 +108,8 @@ def date(config: SamplingConfig = CONFIG, **settings: object) -> Date:
     return Date(config.date, date_updates(config), brightness, lambda latents: 0.5 * latents, [])
 
 
-def regulation(num_evaluations: int = 3) -> Regulation:
-    biases = {block: BlockBias(SHAPE, TARGETS) for block in (1, 3)}
+def regulation(backbone: FusionTransformer, num_evaluations: int = 3) -> Regulation:
+    biases = {block: BlockBias(backbone.config, block, TARGETS) for block in (1, 3)}
     return Regulation(biases, num_evaluations)
 
 
@@ -238,16 +237,16 @@ def test_an_image_with_date_does_not_depend_on_its_batch(
 def test_regulation_changes_captions_with_targets_only_and_then_ends(
     backbone: FusionTransformer, prediction: Prediction
 ) -> None:
-    recorder = Recorder(regulation(num_evaluations=3))
+    recorder = Recorder(regulation(backbone, num_evaluations=3))
     plain = sample(backbone, prediction=prediction)
     regulated = sample(backbone, recorder, prediction=prediction)
     changed = (regulated - plain).flatten(1).abs().amax(dim=1)
     assert (changed[:2] > 1e-3).all()
     assert changed[2] < 1e-4
     assert [len(change.biases) for _, change in recorder.seen] == [2, 2, 2, 0, 0, 0]
-    ended = sample(backbone, regulation(num_evaluations=0), prediction=prediction)
+    ended = sample(backbone, regulation(backbone, num_evaluations=0), prediction=prediction)
     assert torch.equal(ended, plain)
-    both = sample(backbone, date(every=2), regulation(), prediction=prediction)
+    both = sample(backbone, date(every=2), regulation(backbone), prediction=prediction)
     assert not both.requires_grad
 
 
@@ -305,7 +304,7 @@ def sampler(backbone: FusionTransformer) -> Sampler:
         backbone=backbone,
         schedule=NoiseSchedule(),
         decode=lambda latents: autoencoder.decode(latents / 0.5),
-        null_condition=torch.zeros(6, 16),
+        null_condition=torch.zeros(1, 6, 16),
     )
 
 
@@ -372,7 +371,7 @@ def test_regulation_uses_the_places_of_the_tokens_in_the_backbone(sampler: Sampl
     shape = small_shape(latent_channels=2, patch_size=4)  # a map of 2 x 2 behind the time token
     coarse = dataclasses.replace(sampler, backbone=FusionTransformer(shape))
     query, key = torch.randn(2, 2, 11, 2, 16, generator=torch.Generator().manual_seed(0))
-    addend = build(coarse, method="regulate").before(evaluation(0)).biases[1](query, key)
+    addend = build(coarse, method="regulate").before(evaluation(0)).biases[1](query, key, None)
     assert addend is not None
     assert (addend[:, :, 1:5, 5:] != 0).any()
     addend[:, :, 1:5, 5:] = 0

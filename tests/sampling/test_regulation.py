@@ -226,7 +226,7 @@ def attention(query: Tensor, key: Tensor, addend: Tensor | float = 0.0) -> Tenso
 @FUSIONS
 def test_only_the_logits_of_image_queries_and_text_keys_change(entry: str) -> None:
     query, key = queries_and_keys(entry)
-    addend = BlockBias(shape_of(entry), TARGETS)(query, key)
+    addend = BlockBias(shape_of(entry), 0, TARGETS)(query, key, None)
     assert addend.shape == (3, 2, query.shape[1], key.shape[1])
     assert (addend[:2, :, IMAGE, -10:] != 0).any()
     assert (addend[2] == 0).all()  # a caption without targets
@@ -238,7 +238,7 @@ def test_only_the_logits_of_image_queries_and_text_keys_change(entry: str) -> No
 def test_preserved_mass_is_redistributed_among_the_text_tokens(entry: str) -> None:
     query, key = queries_and_keys(entry)
     plain = attention(query, key)
-    regulated = attention(query, key, BlockBias(shape_of(entry), TARGETS)(query, key))
+    regulated = attention(query, key, BlockBias(shape_of(entry), 0, TARGETS)(query, key, None))
     torch.testing.assert_close(regulated[..., :-10], plain[..., :-10])
     torch.testing.assert_close(regulated[..., -10:].sum(-1), plain[..., -10:].sum(-1))
     targets = regulated[0, :, IMAGE, -10:][..., [2, 5]].mean(1)
@@ -251,11 +251,12 @@ def test_the_bias_averages_two_evaluations_and_decays(entry: str) -> None:
     # The logits come from the same function, because the optimum is sensitive to their last bits.
     relative = relative_logits(logits_of(query[:, IMAGE], key[:, -10:]), TARGETS)
     optimum, _ = optimise_bias(relative, TARGETS.present, gaussian_basis(4))
-    block_bias = BlockBias(shape_of(entry), TARGETS)
+    block_bias = BlockBias(shape_of(entry), 0, TARGETS)
     for factor in (0.75, 0.99 * (0.25 + 0.75), 0.99**2):
         bias = factor * optimum
         columns = (
-            block_bias(query, key)[0, :, IMAGE, -10:] + added_mass(relative, bias)[0, ..., None]
+            block_bias(query, key, None)[0, :, IMAGE, -10:]
+            + added_mass(relative, bias)[0, ..., None]
         )
         torch.testing.assert_close(
             columns[..., [2, 5]].transpose(1, 2), bias[0], rtol=1e-4, atol=1e-4
@@ -267,8 +268,8 @@ def test_the_bias_of_a_caption_does_not_depend_on_the_batch(entry: str) -> None:
     query, key = queries_and_keys(entry)
     alone = TargetTokens(positions=TARGETS.positions[1:2], present=TARGETS.present[1:2])
     torch.testing.assert_close(
-        BlockBias(shape_of(entry), alone)(query[1:2], key[1:2]),
-        BlockBias(shape_of(entry), TARGETS)(query, key)[1:2],
+        BlockBias(shape_of(entry), 0, alone)(query[1:2], key[1:2], None),
+        BlockBias(shape_of(entry), 0, TARGETS)(query, key, None)[1:2],
         rtol=1e-3,
         atol=1e-3,
     )
@@ -276,6 +277,6 @@ def test_the_bias_of_a_caption_does_not_depend_on_the_batch(entry: str) -> None:
 
 def test_the_addend_has_the_type_of_the_queries_and_no_graph() -> None:
     query, key = (x.bfloat16() for x in queries_and_keys("concat"))
-    addend = BlockBias(shape_of("concat"), TARGETS)(query, key)
+    addend = BlockBias(shape_of("concat"), 0, TARGETS)(query, key, None)
     assert addend.dtype == torch.bfloat16
     assert not addend.requires_grad

@@ -552,7 +552,7 @@ def test_the_grid_shows_what_the_ema_weights_generate(
     train(config)
     reader = ShardReader(config.shards)
     contexts = torch.from_numpy(np.stack([reader.context(i, 0) for i in range(16)]))
-    null = torch.from_numpy(np.array(reader.null_context))
+    null = torch.from_numpy(np.array(reader.null_context))[None]
     if null_context == "zeros":
         null.zero_()
     solver = SolverConfig(num_steps=3, guidance_scale=2.5, precision=precision)
