@@ -6,11 +6,10 @@ number of processes may work on the job and be killed at any time. `encode` read
 markers, the threads of `shard_io` write them.
 """
 
-import hashlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import zip_longest
@@ -158,20 +157,19 @@ def sum_remarks(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
     return tuple(replace(first[text], num_images=count) for text, count in counts.items())
 
 
-def remove_leftovers(url: str, name: str) -> None:
-    """Delete unfinished local files of `name` or `name.*` that a killed process left in `url`.
+def remove_leftovers(url: str, names: Collection[str]) -> None:
+    """Delete unfinished local files that a killed process left in folder `url`, by file name.
 
     The random ending of 8 digits that `storage` gives them tells them from files of the user.
     """
     if not connections.is_remote(url):
-        for path in Path(url).glob(f".{name}.*"):
-            if re.fullmatch(r"\.[0-9a-f]{8}", path.suffix):
+        for path in Path(url).glob(".*"):
+            if re.fullmatch(r"\.[0-9a-f]{8}", path.suffix) and path.stem[1:] in names:
                 path.unlink()
 
 
 def write_marker(output: str, marker: CompletionMarker) -> None:
     """Write `output/completed/NAME.json`, which declares the shard finished."""
-    remove_leftovers(storage.join(output, COMPLETED), marker.shard.name)
     storage.write_sealed(marker_url(output, marker.shard.name), marker)
 
 
@@ -201,7 +199,7 @@ def read_markers(output: str, names: Iterable[str], job: Job) -> dict[str, Compl
         except UserError:  # another task deleted the marker after it was listed
             return None
         _check_same_job(output, marker.job, job)
-        return marker
+        return replace(marker, job=job)  # one object for all, as there may be 100,000 markers
 
     present = list_marked(output)
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -221,6 +219,8 @@ def list_marked(output: str) -> set[str]:
 
 
 def _check_same_job(output: str, existing: Job, job: Job) -> None:
+    if existing == job:
+        return
     before, now = (asdict(each) | asdict(each.image_rules) for each in (existing, job))
     differences = [
         f"{name} is {str(before[name])[:12]} there, {str(now[name])[:12]} now"
@@ -234,11 +234,7 @@ def _check_same_job(output: str, existing: Job, job: Job) -> None:
         )
 
 
-def is_intact(output: str, entry: ShardEntry) -> bool:
-    """Whether the size of the tar and the hash of the index are those of the manifest entry."""
-    index = storage.join(output, f"{entry.name}.index.npz")
-    return (
-        storage.file_size(storage.join(output, f"{entry.name}.tar")) == entry.num_bytes
-        and storage.exists(index)
-        and hashlib.sha256(storage.read_bytes(index)).hexdigest() == entry.index_sha256
-    )
+def is_complete(files: Mapping[str, storage.FileState | None], entry: ShardEntry) -> bool:
+    """Whether `files` of the output have the tar, with the size of its entry, and the index."""
+    tar = files.get(f"{entry.name}.tar")
+    return bool(tar and tar.num_bytes == entry.num_bytes and files.get(f"{entry.name}.index.npz"))

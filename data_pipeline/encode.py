@@ -25,7 +25,7 @@ from data_pipeline.completion import (
     Job,
     LatentSums,
     UnitIdentity,
-    is_intact,
+    is_complete,
     list_marked,
     marker_url,
     read_markers,
@@ -102,24 +102,24 @@ def encode(config: EncodeConfig) -> Manifest | None:
     states = FileStates()
     markers, earlier = find_finished(config, own, job, states)
     todo = [unit for unit in own if unit.name not in markers]
-    _unmark(config.output, todo)
-    with _open_progress(todo, partition) as progress:
+    _clean(config.output, todo, partition)
+    with _open_progress(len(todo), partition) as progress:
         decoded = _reuse_images(decode_batches(todo, config, states), config.output, earlier)
         batches = _encode_batches(decoded, encoders, progress)
         written = write_shards(batches, config, job, deterministic=encoders.vae.deterministic)
     markers |= {marker.shard.name: marker for marker in written}
-    others = [unit.name for unit in units if unit.name not in markers]
-    markers |= read_markers(config.output, others, job)
-    if len(markers) < len(units):
+    names = {unit.name for unit in units}
+    missing = names - list_marked(config.output)
+    if not missing:  # only then, because reading the markers of others takes a request for each
+        markers |= read_markers(config.output, names - markers.keys(), job)
+        missing = names - markers.keys()
+    if missing:
         sys.stdout.write(
             f"partition {partition.number} of {partition.size} is finished; "
-            f"{len(units) - len(markers):,} of {len(units):,} shards are missing, "
+            f"{len(missing):,} of {len(units):,} shards are missing, "
             "the process that finishes the last one writes the manifest\n"
         )
         return None
-    if partition.size == 1:  # otherwise another process may be writing these files
-        for name in (NULL_CONTEXT, MANIFEST):
-            remove_leftovers(config.output, name)
     return finish(config, source, [markers[unit.name] for unit in units], encoders)
 
 
@@ -166,13 +166,13 @@ def find_finished(
     image that was left out can be read now. If only captions have changed, the moments of its shard
     are used again. Raises UserError when a marker belongs to another job.
     """
-    output = config.output
+    output, files = config.output, storage.list_states(config.output)
     by_name = {unit.name: unit for unit in units}
     markers = read_markers(output, by_name, job)
 
     def update(marker: CompletionMarker) -> UnitIdentity | None:
         is_stricter = config.size_limits.leave_out_more_than(marker.size_limits)
-        if is_stricter or not is_intact(output, marker.shard):
+        if is_stricter or not is_complete(files, marker.shard):
             return None
         return identify(by_name[marker.shard.name], marker, config, states)
 
@@ -207,8 +207,14 @@ def _check_output(output: str, units: Sequence[Unit]) -> None:
             raise UserError(f"{file}: a shard would replace this input; choose another output")
 
 
-def _unmark(output: str, todo: list[Unit]) -> None:
-    """Delete the manifest and the completion markers of the shards to encode."""
+def _clean(output: str, todo: list[Unit], partition: Partition) -> None:
+    """Delete the manifest, completion markers of the shards to encode, and unfinished files."""
+    suffixes = (".tar", ".index.npz", ".json")
+    names = {f"{unit.name}{suffix}" for unit in todo for suffix in suffixes}
+    if partition.size == 1:  # otherwise another process may be writing these files
+        names |= {NULL_CONTEXT, MANIFEST}
+    for folder in (output, storage.join(output, COMPLETED)):
+        remove_leftovers(folder, names)
     if not todo:
         return
     # First, because without markers it would not count as ours if the job were killed here.
@@ -218,14 +224,14 @@ def _unmark(output: str, todo: list[Unit]) -> None:
     storage.remove(storage.join(output, MANIFEST))  # another process may have written it since
 
 
-def _open_progress(todo: list[Unit], partition: Partition) -> "tqdm[Any]":
-    """A progress bar over the images to encode, if the source knows their number."""
-    counts = [unit.num_images for unit in todo]
+def _open_progress(num_shards: int, partition: Partition) -> "tqdm[Any]":
+    """A progress bar over the shards to encode; the images of an unopened tar are not counted."""
     return tqdm(
-        total=None if None in counts else sum(count or 0 for count in counts),
+        total=num_shards,
         desc=f"encode {partition.number}/{partition.size}" if partition.size > 1 else "encode",
-        unit="img",
+        bar_format="{l_bar}{bar}| {n:.1f}/{total} shards [{elapsed}<{remaining}{postfix}]",
         mininterval=0.1 if sys.stderr.isatty() else 30.0,  # few lines in a log file
+        miniters=0,
     )
 
 
@@ -254,11 +260,15 @@ def _reuse_images(
 def _encode_batches(
     batches: Iterable[Batch], encoders: Encoders, progress: "tqdm[Any]"
 ) -> Iterator[Batch]:
+    num_images = 0
     for batch in batches:
         for failure in batch.failures:
             progress.write(printable(f"{failure.file}: {failure.reason}"), file=sys.stderr)
         yield encoders.encode(batch)
-        progress.update(len(batch.images))
+        num_images += len(batch.images)
+        rate = num_images / progress.format_dict["elapsed"]
+        progress.set_postfix_str(f"{num_images:,} images, {rate:.1f} img/s", refresh=False)
+        progress.update(len(batch.images) / len(batch.unit.images) if batch.images else 1)
 
 
 def finish(

@@ -26,7 +26,6 @@ from data_pipeline.completion import (
     Job,
     LatentSums,
     Remark,
-    remove_leftovers,
     sum_latents,
     sum_remarks,
     write_marker,
@@ -199,7 +198,6 @@ def write_shard(folder: str, name: str, samples: Iterable[LatentSample]) -> Shar
     Each sample is written before the next one is taken, so a shard need not fit into memory. Equal
     samples give equal bytes, because owner and time of the members are constants.
     """
-    remove_leftovers(folder, name)
     with storage.write_file(storage.join(folder, f"{name}.tar")) as path:
         with (
             path.open("wb", BUFFER_BYTES) as file,

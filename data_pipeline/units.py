@@ -135,7 +135,7 @@ class FileStates:
     """
 
     def __init__(self) -> None:
-        self._listed: dict[str, dict[str, str]] = {}
+        self._listed: dict[str, dict[str, storage.FileState | None]] = {}
         self._lock = threading.Lock()
 
     def find(self, url: str) -> str:
@@ -150,7 +150,8 @@ class FileStates:
         with self._lock:
             if folder not in self._listed:
                 self._listed[folder] = storage.list_states(folder)
-        return self._listed[folder].get(name, "")
+        state = self._listed[folder].get(name)
+        return f"{state.num_bytes} {state.version}" if state else ""
 
     def sha256(self, urls: Iterable[str]) -> str:
         """Hash of the states of some files, which does not depend on their names."""
@@ -215,14 +216,13 @@ def open_with_identity(unit: Unit, config: EncodeConfig, states: FileStates) -> 
 def _describe(unit: Unit, error: Exception) -> Failure:
     file = unit.files[0] if len(unit.files) == 1 else unit.name
     reason = shorten(str(error).removeprefix(f"{file}: ") or type(error).__name__, 200)
-    count = (
-        f"all its {unit.num_images:,} images are missing" if unit.num_images else "counts as one"
-    )
+    num_images = unit.count_images()
+    count = f"all its {num_images:,} images are missing" if num_images else "counts as one"
     return Failure(
         image_id=unit.name,
         file=file.rpartition("/")[2],
         reason=f"{reason}; {count}",
-        num_images=unit.num_images or 1,
+        num_images=num_images or 1,
     )
 
 

@@ -16,6 +16,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,16 +99,42 @@ def list_names(url: str) -> list[str]:
     )
 
 
-def list_states(url: str) -> dict[str, str]:
-    """Size and ETag, or other version, of the files directly in a folder of a store, by name."""
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """Size of a file, and a text that changes with its content: its ETag or modification time."""
+
+    num_bytes: int
+    version: str
+
+
+def list_states(url: str) -> dict[str, FileState | None]:
+    """State of each file directly in folder `url`, by name; None for a folder or special file.
+
+    Costs one request for a thousand files of a store. {} for an absent folder.
+    """
+    if not is_remote(url):
+        return _ask(url, lambda _: _scan(url), {})
     versions = ("blob_id", "LastModified", "last_modified", "mtime")
     return {
-        Path(entry["name"]).name: " ".join(
-            [str(entry["size"]), _etag(entry) or str([entry.get(key) for key in versions])]
+        Path(entry["name"]).name: FileState(
+            int(entry["size"]), _etag(entry) or str([entry.get(key) for key in versions])
         )
-        for entry in _ask(url, lambda files: files.ls(url, detail=True), [])
         if entry["type"] == "file"
+        else None
+        for entry in _ask(url, lambda files: files.ls(url, detail=True), [])
     }
+
+
+def _scan(folder: str) -> dict[str, FileState | None]:
+    states: dict[str, FileState | None] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            states[entry.name] = None
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a broken link
+                if entry.is_file():
+                    found = entry.stat()
+                    states[entry.name] = FileState(found.st_size, str(found.st_mtime_ns))
+    return states
 
 
 def _ask(url: str, question: Callable[[FileSystem], Result], absent: Absent) -> Result | Absent:
@@ -139,15 +166,16 @@ def walk_files(url: str) -> list[str]:
     return sorted(names)
 
 
-def open_ranges(url: str) -> io.IOBase:
+def open_ranges(url: str, num_bytes: int | None) -> io.IOBase:
     """Open a file of which parts are read; each read of a remote file is one request.
 
-    Raises UserError when it is absent or no regular file.
+    `num_bytes` is its size by a listing. Raises UserError when it is absent or no regular file.
     """
     if not is_remote(url):
         return open_file(url)
-    with _one_line(url):
-        return RemoteFile(url, retry(url, lambda files: _size_of_file(files, url)))
+    if num_bytes is None:
+        raise UserError(f"{url}: not a regular file")
+    return RemoteFile(url, num_bytes)
 
 
 def read_bytes(url: str, max_bytes: int = MAX_BYTES) -> bytes:

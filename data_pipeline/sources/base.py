@@ -59,17 +59,17 @@ class CaptionedImage:
 class Unit:
     """The images of one output shard, which `open` returns in order.
 
-    `num_images` is None if it is unknown before `open`. `is_listed` says that `open` costs nothing;
-    then every start of the job checks whether images that failed before can be read now, and
-    whether captions have changed. `files` are the paths or URLs of the input files of the unit: a
-    rerun makes the shard again when their content has changed.
+    `is_listed` says that `open` costs nothing; then every start of the job checks whether images
+    that failed before can be read now, and whether captions have changed. `files` are the paths or
+    URLs of the input files of the unit: a rerun makes the shard again when their content has
+    changed. `count_images` tells how many images are missing when `open` fails, None if unknown.
     """
 
     name: str
     open: Callable[[], Sequence[CaptionedImage]]
-    num_images: int | None
     is_listed: bool
     files: Sequence[str] = ()
+    count_images: Callable[[], int | None] = lambda: None
 
 
 class Source(ABC):
@@ -128,7 +128,6 @@ class ListedSource(Source):
             Unit(
                 name=shard_name(number),
                 open=partial(list, images),
-                num_images=len(images),
                 is_listed=True,
                 files=[image.file for image in images if image.file],
             )
@@ -179,31 +178,32 @@ def captions_of(values: Iterable[object], where: str) -> list[str]:
     return texts or [""]
 
 
-def find_files(images: str, suffix: str) -> list[str]:
-    """Sorted URLs of the files that end in `suffix`, from a folder, a pattern or a name.
+def find_files(images: str, suffix: str) -> dict[str, int | None]:
+    """Sizes of the files that end in `suffix`, by URL, from a folder, a pattern or a name.
 
-    Raises UserError when a folder or pattern has no such file.
+    Sorted by URL; the size is None for what is no regular file. Each folder is listed once. Raises
+    UserError when a folder or pattern has no such file.
     """
     try:
         patterns = list(braceexpand(images))
     except ValueError as error:
         raise UserError(f"{images}: {error}") from None
-    list_names = lru_cache(storage.list_names)
-    urls: list[str] = []
+    list_states = lru_cache(storage.list_states)
+    sizes: dict[str, int | None] = {}
     for pattern in patterns:
         folder, _, name = pattern.rpartition("/")
         if not name.endswith(suffix):
             folder, name = pattern.rstrip("/"), f"*{suffix}"
-        found = [
-            file
-            for file in list_names(folder or ".")
+        found = {
+            f"{folder}/{file}" if folder else file: state and state.num_bytes
+            for file, state in list_states(folder or ".").items()
             if not file.startswith(".")
             and fnmatch.fnmatchcase(file[: -len(suffix)] + file[-len(suffix) :].lower(), name)
-        ]
+        }
         if not found:
             raise UserError(f"{pattern}: no such {suffix} file; name a folder or a pattern of them")
-        urls += [f"{folder}/{file}" if folder else file for file in found]
-    return sorted(urls)
+        sizes |= found
+    return dict(sorted(sizes.items()))
 
 
 def describe(head: str, warnings: dict[str, list[str]]) -> str:

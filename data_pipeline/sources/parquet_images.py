@@ -39,18 +39,13 @@ _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetPart:
-    """One Parquet file: its footer and column of images, or why the footer cannot be read."""
+    """One Parquet file: its images and their column, or why its footer cannot be read."""
 
     url: str
-    num_bytes: int = 0
-    metadata: Any = None
+    num_bytes: int | None
+    num_rows: int | None = None
     image: str = ""
     problem: str = ""
-
-    @property
-    def num_rows(self) -> int | None:
-        """Number of images, if the footer could be read."""
-        return self.metadata.num_rows if self.metadata else None
 
 
 class ParquetImages(Source):
@@ -67,8 +62,8 @@ class ParquetImages(Source):
 
     def __init__(self, config: EncodeConfig) -> None:
         self._config, images = config, config.images
-        urls = find_files(images, ".parquet")
-        splits = {found[1] for found in map(_SPLIT.fullmatch, map(_name, urls)) if found}
+        sizes = find_files(images, ".parquet")
+        splits = {found[1] for found in map(_SPLIT.fullmatch, map(_name, sizes)) if found}
         if len(splits) > 1 and not images.endswith(".parquet"):
             found = ", ".join(sorted(splits))
             raise UserError(
@@ -76,7 +71,8 @@ class ParquetImages(Source):
                 f"{storage.join(images, min(splits))}-*.parquet"
             )
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            self._parts = list(pool.map(partial(_describe, columns=config.caption_columns), urls))
+            describe = partial(_describe, columns=config.caption_columns)
+            self._parts = list(pool.map(describe, *zip(*sizes.items(), strict=True)))
         if all(part.problem for part in self._parts):
             raise UserError(self._parts[0].problem)
 
@@ -90,7 +86,7 @@ class ParquetImages(Source):
         """Describe the numbers of files and images, the columns, and files that are broken."""
         good = [part for part in self._parts if not part.problem]
         num_rows = sum(part.num_rows or 0 for part in good)
-        gigabytes = sum(part.num_bytes for part in good) / 1e9
+        gigabytes = sum(part.num_bytes or 0 for part in good) / 1e9
         columns = sorted({part.image for part in good}.union(self._config.caption_columns))
         lines = [
             f"{self._config.images}: {len(good):,} Parquet files, {gigabytes:,.2f} GB, "
@@ -109,9 +105,9 @@ class ParquetImages(Source):
             Unit(
                 name=f"{shard_name(number)}-{start // samples_per_shard:05d}",
                 open=partial(_open_rows, part, start, samples_per_shard, self._config),
-                num_images=part.num_rows and min(samples_per_shard, part.num_rows - start),
                 is_listed=False,
                 files=(part.url,),
+                count_images=partial(_count_rows, part, start, samples_per_shard),
             )
             for number, part in enumerate(self._parts)
             for start in range(0, part.num_rows or 1, samples_per_shard)
@@ -122,22 +118,26 @@ def _name(url: str) -> str:
     return PurePosixPath(url).name
 
 
-def _describe(url: str, columns: Sequence[str]) -> ParquetPart:
+def _count_rows(part: ParquetPart, start: int, samples_per_shard: int) -> int | None:
+    return part.num_rows and min(samples_per_shard, part.num_rows - start)
+
+
+def _describe(url: str, size: int | None, columns: Sequence[str]) -> ParquetPart:
     """Read the footer. Raises UserError for a file without the columns."""
     try:
-        with reading_parquet(url) as pyarrow, storage.open_ranges(url) as file:
+        with reading_parquet(url) as pyarrow, storage.open_ranges(url, size) as file:
             num_bytes = file.seek(0, os.SEEK_END)
             found = pyarrow.parquet.ParquetFile(file)
-            metadata, schema = found.metadata, found.schema_arrow
-            if not 0 <= metadata.num_rows <= num_bytes:  # bounds the number of units
-                raise ValueError(f"{metadata.num_rows} rows in {num_bytes} bytes")
+            num_rows, schema = found.metadata.num_rows, found.schema_arrow
+            if not 0 <= num_rows <= num_bytes:  # bounds the number of units
+                raise ValueError(f"{num_rows} rows in {num_bytes} bytes")
     except connections.StoreError:
         raise
     except UserError as error:
-        return ParquetPart(url=url, problem=str(error))
+        return ParquetPart(url=url, num_bytes=size, problem=str(error))
     check_columns(schema.names, columns, url)
     image = _find_image_column(url, schema)
-    return ParquetPart(url=url, num_bytes=num_bytes, metadata=metadata, image=image)
+    return ParquetPart(url=url, num_bytes=num_bytes, num_rows=num_rows, image=image)
 
 
 def _find_image_column(url: str, schema: Any) -> str:
@@ -174,7 +174,7 @@ def _open_rows(
         raise UserError(part.problem)
     copies = tempfile.TemporaryFile(prefix="ifvit-")  # noqa: SIM115
     columns, images, size = config.caption_columns, [], 0
-    num_rows = min(num_rows, part.metadata.num_rows - start)
+    num_rows = _count_rows(part, start, num_rows) or 0
     for number, row in enumerate(islice(_read_rows(part, columns, start), num_rows), start):
         value = row[part.image]
         data = value.get("bytes") if isinstance(value, dict) else value
@@ -204,12 +204,15 @@ def _open_rows(
 
 def _read_rows(part: ParquetPart, captions: Sequence[str], start: int) -> Iterator[dict[str, Any]]:
     """Rows from `start` on, read page by page; earlier row groups are skipped."""
-    with reading_parquet(part.url) as pyarrow, storage.open_ranges(part.url) as file:
+    with (
+        reading_parquet(part.url) as pyarrow,
+        storage.open_ranges(part.url, part.num_bytes) as file,
+    ):
         options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}  # reads page by page
-        table = pyarrow.parquet.ParquetFile(file, metadata=part.metadata, **options)
+        table = pyarrow.parquet.ParquetFile(file, **options)
         first = 0
         for group in range(table.num_row_groups):
-            end = first + part.metadata.row_group(group).num_rows
+            end = first + table.metadata.row_group(group).num_rows
             if end > start:
                 # Batches of one row, because a row may be as large as an image.
                 batches = table.iter_batches(

@@ -6,8 +6,6 @@ import json
 import os
 import tarfile
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import (
     MAX_CAPTION,
-    REQUESTS_AT_ONCE,
     CaptionedImage,
     Source,
     Unit,
@@ -47,19 +44,6 @@ class TarStatistics:
     successes: NonNegativeInt | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tar:
-    """One input tar; `num_samples` comes from NNNNN_stats.json and is None without that file.
-
-    `problem` says why that file could not be read.
-    """
-
-    url: str
-    num_bytes: int
-    num_samples: int | None
-    problem: str = ""
-
-
 class WebDatasetTars(Source):
     """Captioned images in tars. Every tar becomes one shard; `samples_per_shard` has no effect.
 
@@ -72,59 +56,49 @@ class WebDatasetTars(Source):
     classes = ()
 
     def __init__(self, config: EncodeConfig) -> None:
-        self._config = config
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            self._tars = list(pool.map(_describe_tar, find_files(config.images, ".tar")))
+        self._config, self._sizes = config, find_files(config.images, ".tar")
+        for url, num_bytes in self._sizes.items():
+            if num_bytes is None:
+                raise UserError(f"{url}: not a regular file; expected a tar")
 
     @property
     def sha256(self) -> str:
         """Hash of the names of the tars."""
         digest = hashlib.sha256(self._config.tar_keys.removeprefix("first_dot").encode())
         digest.update("".join(f"{name}," for name in self._config.caption_names).encode())
-        for tar in self._tars:
-            digest.update(json.dumps(Path(tar.url).name).encode())
+        for url in self._sizes:
+            digest.update(json.dumps(url.rpartition("/")[2]).encode())
         return digest.hexdigest()
 
     def report(self) -> str:
-        """Describe the numbers of tars and bytes, and of samples if there are statistics."""
-        gigabytes = sum(tar.num_bytes for tar in self._tars) / 1e9
-        counts = [tar.num_samples for tar in self._tars if tar.num_samples is not None]
-        text = f"{self._config.images}: {len(self._tars):,} tars, {gigabytes:,.2f} GB"
-        if counts:
-            text += f"; {sum(counts):,} samples in the {len(counts):,} tars with statistics"
-        problems = [tar.problem for tar in self._tars if tar.problem]
-        if problems:
-            text += f"\nwarning: {len(problems):,} statistics could not be read: {problems[0]}"
-        return text
+        """Describe the numbers of tars and bytes."""
+        gigabytes = sum(size or 0 for size in self._sizes.values()) / 1e9
+        return f"{self._config.images}: {len(self._sizes):,} tars, {gigabytes:,.2f} GB"
 
     def units(self, samples_per_shard: int) -> list[Unit]:
         """Return one unit per tar, sorted by name; opening a unit downloads a remote tar."""
         return [
             Unit(
                 name=shard_name(number),
-                open=partial(open_tar, tar.url, self._config),
-                num_images=tar.num_samples,
+                open=partial(open_tar, url, self._config),
                 is_listed=False,
-                files=(tar.url,),
+                files=(url,),
+                count_images=partial(_read_count, url),
             )
-            for number, tar in enumerate(self._tars)
+            for number, url in enumerate(self._sizes)
         ]
 
 
-def _describe_tar(url: str) -> Tar:
-    num_bytes, statistics = storage.file_size(url), url.removesuffix(".tar") + "_stats.json"
-    if num_bytes is None or not (connections.is_remote(url) or Path(url).is_file()):
-        raise UserError(f"{url}: not a regular file; expected a tar")
-    content, problem = TarStatistics(), ""
-    if storage.exists(statistics):
-        try:
-            data = storage.read_bytes(statistics)
-            content = parse_json(TarStatistics, data, statistics, ignore_unknown=True)
-        except StoreError:
-            raise
-        except UserError as error:
-            problem = str(error)
-    return Tar(url=url, num_bytes=num_bytes, num_samples=content.successes, problem=problem)
+def _read_count(url: str) -> int | None:
+    """Number of images in a tar by its NNNNN_stats.json, None without a readable one."""
+    statistics = url.removesuffix(".tar") + "_stats.json"
+    try:
+        data = storage.read_bytes(statistics)
+        return parse_json(TarStatistics, data, statistics, ignore_unknown=True).successes
+    except StoreError:
+        raise
+    except UserError:
+        return None
 
 
 class _TarFile(io.BufferedReader):

@@ -22,7 +22,7 @@ from ifvit.shards.reader import ShardReader
 
 
 def prepare(config: EncodeConfig, *images: CaptionedImage) -> list[CaptionedImage]:
-    unit = Unit(name="x", open=partial(list, images), num_images=None, is_listed=True)
+    unit = Unit(name="x", open=partial(list, images), is_listed=True)
     return open_unit(unit, config)
 
 
