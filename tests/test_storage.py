@@ -78,6 +78,11 @@ def test_round_trip(root: str, tmp_path: Path, store: type[FaultyFileSystem]) ->
     source.write_bytes(b"content")
     storage.upload(source, storage.join(base, "a", "c"))
     assert storage.list_names(storage.join(base, "a")) == ["b.json", "c"]
+    storage.write_bytes(storage.join(base, "a", "folder", "d"), b"")
+    states = storage.list_states(storage.join(base, "a"))
+    sizes = {name: state and state.num_bytes for name, state in states.items()}
+    assert sizes == {"b.json": storage.file_size(url), "c": 7, "folder": None}
+    storage.remove(storage.join(base, "a", "folder"))
     storage.write_bytes(storage.join(base, "a", ".half"), b"")
     assert [Path(name).name for name in storage.walk_files(base)] == [".half", "b.json", "c"]
     storage.download(storage.join(base, "a", "c"), target, hashlib.sha256(b"content").hexdigest())
@@ -85,6 +90,7 @@ def test_round_trip(root: str, tmp_path: Path, store: type[FaultyFileSystem]) ->
     storage.remove(storage.join(base, "a"))
     storage.remove(storage.join(base, "a"))
     assert storage.list_names(storage.join(base, "a")) == []
+    assert storage.list_states(storage.join(base, "a")) == {}
     assert storage.walk_files(base) == []
     assert sorted(path.name for path in tmp_path.rglob(".*")) == []
 

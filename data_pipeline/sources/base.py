@@ -195,7 +195,7 @@ def find_files(images: str, suffix: str) -> dict[str, int | None]:
         if not name.endswith(suffix):
             folder, name = pattern.rstrip("/"), f"*{suffix}"
         found = {
-            f"{folder}/{file}" if folder else file: state and state.num_bytes
+            f"{folder}/{file}" if folder else file: state.num_bytes if state else None
             for file, state in list_states(folder or ".").items()
             if not file.startswith(".")
             and fnmatch.fnmatchcase(file[: -len(suffix)] + file[-len(suffix) :].lower(), name)

@@ -4,9 +4,10 @@ The encode job (data_pipeline) writes these files and `ShardReader` reads them. 
 `manifest.json`, the null context, and `NAME.tar` and `NAME.index.npz` for each shard.
 """
 
+import contextlib
 from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -48,6 +49,7 @@ ShardName = Annotated[
         lambda name: is_plain_name(name) and len(name.encode()) <= 200,
     ),
 ]
+FormatVersion = Annotated[int, Rule(f"{FORMAT_VERSION}", lambda value: value == FORMAT_VERSION)]
 LatentStd = Annotated[float, Rule("from 1e-6 to 1e6", lambda value: 1e-6 <= value <= 1e6)]
 
 
@@ -219,7 +221,7 @@ class Manifest:
     those of each channel.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: FormatVersion = FORMAT_VERSION
     vae: EncoderIdentity
     text: TextEncoding | None
     classes: tuple[str, ...] = ()
@@ -298,11 +300,14 @@ def read_manifest(url: str) -> Manifest:
         )
     data = storage.read_bytes(where)
     try:
-        version = parse_json(dict[str, object], data, where).get("format_version")
-        if version == FORMAT_VERSION:
-            return parse_sealed(Manifest, data, where)
+        return parse_sealed(Manifest, data, where)
     except UserError as error:
-        raise ShardError(f"{error}; download it or run the encode again") from None
+        problem = error
+    version: object = FORMAT_VERSION
+    with contextlib.suppress(UserError):  # another version has other fields
+        version = parse_json(dict[str, Any], data, where).get("format_version")
+    if version == FORMAT_VERSION:
+        raise ShardError(f"{problem}; download it or run the encode again")
     raise ShardError(
         f"{where}: format_version is {shorten(version)}, expected {FORMAT_VERSION}; encode the "
         "images again or install the version of ifvit that wrote it"

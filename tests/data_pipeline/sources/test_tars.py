@@ -5,12 +5,16 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
 from encoded_files import finish, image_files, record_shards
+from fsspec.implementations.memory import MemoryFileSystem
 
 from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
@@ -81,6 +85,32 @@ def test_tars_are_found_by_folder_and_by_pattern(tars: EncodeConfig, pattern: st
     units = open_source(replace(tars, images=tars.images + pattern)).units(1)
     assert [unit.open()[0].name[:9] for unit in units] == ["00000.tar", "00001.tar"]
     assert [unit.count_images() for unit in units] == [3, None]
+
+
+class CountingFileSystem(MemoryFileSystem):  # type: ignore[misc]
+    """Object store in memory that counts its requests."""
+
+    protocol = "faulty"
+    requests: ClassVar[Counter[str]] = Counter()
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        self.requests["ls"] += 1
+        return list(super().ls(path, detail, **kwargs))
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        self.requests["info"] += 1
+        return dict(super().info(path, **kwargs))
+
+
+def test_a_folder_of_a_store_is_listed_by_one_request(tars: EncodeConfig) -> None:
+    fsspec.register_implementation("faulty", CountingFileSystem, clobber=True)
+    for path in Path(tars.images).iterdir():
+        storage.upload(path, f"faulty://tars/{path.name}")
+    CountingFileSystem.requests.clear()
+    source = open_source(replace(tars, images="faulty://tars/{00000..00001}.tar"))
+    assert source.report().endswith("2 tars, 0.00 GB")
+    assert len(source.units(1)) == 2
+    assert CountingFileSystem.requests == {"ls": 1}
 
 
 def test_suffixes_of_tars_may_be_in_capitals(tars: EncodeConfig) -> None:
