@@ -145,6 +145,9 @@ def _expand(hint: Any, value: Any, where: str, folder: Path, *, is_flag: bool) -
     item = _item_of(hint)
     if item and isinstance(value, list):
         return [_expand(item, each, where, folder, is_flag=is_flag) for each in value]
+    if item and isinstance(value, dict):
+        named = value.items()
+        return {key: _expand(item, each, where, folder, is_flag=is_flag) for key, each in named}
     known = _fields_of(hint)
     if known and isinstance(value, str):
         return _load(hint, value, folder, is_flag=is_flag)
@@ -189,9 +192,10 @@ def _dataclasses_of(hint: Any) -> list[Any]:
 
 
 def _item_of(hint: Any) -> Any:
-    """Annotation of the items of a list or tuple of dataclasses; None for other annotations."""
-    args = get_args(hint)
-    return args[0] if get_origin(hint) in (list, tuple) and _dataclasses_of(args[0]) else None
+    """Annotation of the items of a list, tuple or mapping of dataclasses; None for others."""
+    origin, args = get_origin(hint), get_args(hint)
+    place = {list: 0, tuple: 0, dict: 1}.get(origin)
+    return None if place is None or not _dataclasses_of(args[place]) else args[place]
 
 
 def _check_rules(hint: Any, values: Any, name: str) -> None:
@@ -204,6 +208,9 @@ def _check_rules(hint: Any, values: Any, name: str) -> None:
     elif isinstance(values, list) and _item_of(hint):
         for number, item in enumerate(values):
             _check_rules(_item_of(hint), item, f"{name}[{number}]")
+    elif isinstance(values, dict) and _item_of(hint):
+        for key, item in values.items():
+            _check_rules(_item_of(hint), item, f"{name}.{key}")
     else:
         check_value(name, values, hint)
 

@@ -117,6 +117,7 @@ MAY_BE_NEGATIVE = {
 """Class => fields that accept -1."""
 MAY_BE_ZERO = {
     "AttentionConfig": "trim",
+    "CaptionConfig": "dropout weight",
     "ClusterConfig": "exit_wait_s gpus_per_node signal_delay_s",
     "CreateConfig": "repeat_share seed",
     "DateConfig": "evaluations image_reward_weight radius",

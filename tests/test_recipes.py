@@ -275,6 +275,8 @@ class Whole:
     """The part."""
     parts: list[Part] = dataclasses.field(default_factory=list)
     """More parts."""
+    named: dict[str, Part] = dataclasses.field(default_factory=dict)
+    """Parts with names."""
     scales: list[float] | None = None
     """Scales."""
     code: str | None = dataclasses.field(default=None, metadata=FLAG_ONLY)
@@ -290,6 +292,9 @@ class Whole:
         (["--part.rate", "9" * 400], "part.rate is 999"),
         (["--part.size", "1e30"], r"part.size is 1e\+30; expected int"),
         (["--parts", "[{size: 1}, {size: 0}]"], r"parts\[1\].size is 0"),
+        (["--named", "{a: {size: 1}, b: {size: 0}}"], r"named\.b\.size is 0"),
+        (["--named", "{a: {sizes: 1}}"], "unknown key sizes; known keys are rate, size"),
+        (["--named", "{a: 1}"], "1 in place of the keys rate, size"),
         (["--scales", "1.5,2"], r"scales is 1.5,2; expected .*, such as '\[1.5,2\]'"),
         (["--kind", "c"], "kind is c; expected 'a' or 'b'"),
         (["--part", "{sizes: 1}"], "unknown key sizes; known keys are rate, size"),

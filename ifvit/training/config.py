@@ -124,6 +124,16 @@ class ValidationConfig:
 
 
 @record
+class CaptionConfig:
+    """How often captions of one source are read, such as short or long ones."""
+
+    weight: NonNegativeFloat = 1.0
+    """Chance of this source, relative to those of the other sources that an image has."""
+    dropout: Fraction | None = None
+    """Fraction of these captions that is dropped; unset: caption_dropout."""
+
+
+@record
 class TrainConfig:
     """Train a backbone on pre-encoded shards; run the same command again to resume."""
 
@@ -157,6 +167,10 @@ class TrainConfig:
     """Samples per forward pass and process; smaller values accumulate gradients."""
     caption_dropout: Fraction = 0.1
     """Fraction of samples trained without their caption or class, for guidance."""
+    captions: dict[str, CaptionConfig] = field(default_factory=dict)
+    """Weights of caption sources, such as {short: {weight: 1}, long: {weight: 3, dropout: 0.2}}. An
+    image's source is drawn by weight, then one of its captions from there; sources without a weight
+    are not read. Unset: all captions of an image are equally likely."""
     null_context: NullContext = "empty_caption"
     """Context of samples without a caption: that of "" (empty_caption), or zeros."""
     scaling_factor: Factor | None = None
@@ -214,6 +228,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.backbone.num_classes is not None and self.null_context == "zeros":
             raise UserError("null_context: the backbone knows classes, not captions; remove it")
+        if self.captions and not any(source.weight for source in self.captions.values()):
+            raise UserError("captions: all weights are 0; give one of the sources a weight")
         if self.active_representation is None and self.representation != RepresentationConfig():
             raise UserError("representation: has no effect; set backbone.representation_block")
         if len(set(self.ema_decays)) != len(self.ema_decays) or not self.ema_decays:

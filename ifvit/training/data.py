@@ -5,7 +5,7 @@ D context width.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +22,11 @@ from ifvit.diffusion.config import RepresentationConfig
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.models.config import NullContext
+from ifvit.records import shorten
 from ifvit.rng import Stream, permutation, uniform_array
 from ifvit.shards.format import FEATURE_DTYPE
 from ifvit.shards.reader import ShardReader
+from ifvit.training.config import CaptionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,59 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class CaptionWeights:
+    """Chances of the sources of captions, by the number of the source."""
+
+    names: tuple[str, ...]
+    weights: Array
+    """(sources,) float64."""
+    dropout: Array
+    """(sources,) fraction of the captions of each source that is dropped."""
+
+    def choose(self, chosen: Array, sources: Sequence[Array]) -> Array:
+        """Uniform numbers (B,) and each image's sources of captions => (B,) caption numbers.
+
+        Caption c of n_s captions of source s has the chance w_s / n_s, over the sum of the weights
+        of the image's sources. Raises UserError for an image whose sources all have no weight.
+        """
+        captions = np.empty(len(chosen), np.int64)
+        for n, numbers in enumerate(sources):
+            counts = np.bincount(numbers, minlength=len(self.weights))
+            chances = np.cumsum(self.weights[numbers] / counts[numbers])
+            if not chances[-1]:
+                names = ", ".join(self.names[number] for number in np.flatnonzero(counts))
+                raise UserError(
+                    f"captions: an image has captions of {names} only, which have no weight; give "
+                    "one of these sources a weight, which may be small"
+                )
+            captions[n] = np.searchsorted(chances, chosen[n] * chances[-1], side="right")
+        return captions
+
+
+def weigh_captions(
+    captions: Mapping[str, CaptionConfig], reader: ShardReader, caption_dropout: float
+) -> CaptionWeights | None:
+    """Look up the sources of a recipe in a dataset; None for a recipe without them.
+
+    Raises UserError for a source that the dataset does not have.
+    """
+    names = reader.manifest.caption_sources
+    for name in captions:
+        if name not in names:
+            known = f"it has {', '.join(names)}" if names else "remove captions"
+            raise UserError(f"captions.{shorten(name)}: {reader.url} has no such source; {known}")
+    if not captions:
+        return None
+    chosen = [captions.get(name, CaptionConfig(weight=0.0)) for name in names]
+    dropouts = [caption_dropout if one.dropout is None else one.dropout for one in chosen]
+    return CaptionWeights(
+        names=names,
+        weights=np.array([one.weight for one in chosen]),
+        dropout=np.array(dropouts),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BatchOrder:
     """Sample, caption, dropout and flip at each position of each global batch.
 
@@ -61,6 +116,8 @@ class BatchOrder:
     global_batch_size: int
     seed: int
     caption_dropout: float
+    caption_weights: CaptionWeights | None = None
+    """None: all captions of an image are equally likely."""
     shuffle_window: int | None = None
     random_flip: bool = False
     representation: RepresentationConfig | None = None
@@ -101,12 +158,23 @@ class BatchOrder:
             shards += _epoch(self, epoch).shards[index * self._window :][: self._window]
         return shards
 
-    def caption_indices(self, step: int, positions: Array, num_captions: Array) -> Array:
-        """(B,) caption numbers, uniform over the captions of each image; -1 where dropped."""
+    def caption_indices(
+        self, step: int, positions: Array, num_captions: Array, sources: Sequence[Array] = ()
+    ) -> Array:
+        """(B,) caption numbers; -1 where dropped.
+
+        All captions of an image are equally likely unless sources have weights; `sources` are then
+        the source numbers of each image's captions.
+        """
         chosen = uniform_array(self.seed, step, positions, Stream.CAPTION)
-        captions: Array = (chosen * num_captions).astype(np.int64)
-        dropped = uniform_array(self.seed, step, positions, Stream.DROPOUT) < self.caption_dropout
-        captions[dropped] = -1
+        dropout: Array | float = self.caption_dropout
+        if self.caption_weights is None:
+            captions: Array = (chosen * num_captions).astype(np.int64)
+        else:
+            captions = self.caption_weights.choose(chosen, sources)
+            drawn = [numbers[c] for numbers, c in zip(sources, captions, strict=True)]
+            dropout = self.caption_weights.dropout[drawn]
+        captions[uniform_array(self.seed, step, positions, Stream.DROPOUT) < dropout] = -1
         return captions
 
     def hflip(self, step: int, positions: Array) -> Array | None:
@@ -222,7 +290,9 @@ class Batches:
         first = (micro_step * self._world.size + self._world.rank) * size
         positions = np.arange(first, first + size)
         samples = order.sample_indices(samples_seen, positions)
-        captions = order.caption_indices(step, positions, reader.caption_counts(samples))
+        sources = reader.caption_sources(samples) if order.caption_weights else ()
+        counts = reader.caption_counts(samples)
+        captions = order.caption_indices(step, positions, counts, sources)
         pinned = copier is not None  # only page-locked memory is copied beside the computation
         moments = _empty((size, *reader.manifest.moments_shape), reader.dtype, pinned)
         hflip = order.hflip(step, positions)

@@ -28,7 +28,7 @@ from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
 from ifvit.training.checkpoint import committed_steps, resume
 from ifvit.training.config import TrainConfig
-from ifvit.training.data import Batches, BatchOrder
+from ifvit.training.data import Batches, BatchOrder, weigh_captions
 from ifvit.training.engine import Engine, choose_normal_sampler
 from ifvit.training.guards import (
     NonfiniteGradient,
@@ -160,6 +160,7 @@ def _build_batches(config: TrainConfig, reader: ShardReader) -> Batches:
         global_batch_size=config.global_batch_size,
         seed=config.seed,
         caption_dropout=config.caption_dropout,
+        caption_weights=weigh_captions(config.captions, reader, config.caption_dropout),
         shuffle_window=config.shuffle_window,
         random_flip=config.random_flip,
         representation=config.active_representation,

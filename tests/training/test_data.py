@@ -5,6 +5,7 @@ import queue
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +20,19 @@ from ifvit import storage
 from ifvit.distributed import World
 from ifvit.errors import UserError
 from ifvit.models.config import NullContext
+from ifvit.rng import Stream, uniform
 from ifvit.shards import CacheConfig
 from ifvit.shards.format import LatentSample, ShardError
 from ifvit.shards.reader import ShardReader
-from ifvit.training.data import Batch, Batches, BatchOrder, prefetch_shards
+from ifvit.training.config import CaptionConfig
+from ifvit.training.data import (
+    Batch,
+    Batches,
+    BatchOrder,
+    CaptionWeights,
+    prefetch_shards,
+    weigh_captions,
+)
 
 SIZES = {"some empty": [5, 1, 0, 8, 3, 4], "one": [9], "equal": [4, 4, 4, 4]}
 SEEDS = [0, 2**40 + 7]
@@ -143,6 +153,66 @@ def test_captions_are_chosen_uniformly_and_dropped_at_the_given_rate() -> None:
         assert (chosen == again)[kept].mean() == pytest.approx(1 / 5, abs=0.01)
 
 
+WEIGHTS = CaptionWeights(
+    names=("original", "short", "long", "unused"),
+    weights=np.array([1.0, 3.0, 0.5, 0.0]),
+    dropout=np.array([0.3, 0.0, 0.6, 0.3]),
+)
+SOURCES = [np.array(numbers) for numbers in ([0, 1, 1, 2], [2, 0, 3], [1], [3, 2, 2, 2])]
+
+
+def test_weighted_captions_are_those_of_a_plain_reference() -> None:
+    num = 10_000
+    order, sources = make_order(caption_weights=WEIGHTS), SOURCES * (num // 4)
+    parts = np.array_split(np.arange(num), 7)
+    counts = np.array([len(numbers) for numbers in sources])
+    found = np.concatenate(
+        [order.caption_indices(5, part, counts[part], [sources[n] for n in part]) for part in parts]
+    )
+    drawn, dropped = (
+        uniform(3, 5, torch.arange(num), stream, 1)[:, 0].tolist()
+        for stream in (Stream.CAPTION, Stream.DROPOUT)
+    )
+    for n, numbers in enumerate(source.tolist() for source in sources):
+        chances = [Fraction(WEIGHTS.weights[one]) / numbers.count(one) for one in numbers]
+        rest, caption = Fraction(drawn[n]) * sum(chances), 0
+        while rest >= chances[caption]:
+            rest, caption = rest - chances[caption], caption + 1
+        is_dropped = dropped[n] < WEIGHTS.dropout[numbers[caption]]
+        assert found[n] == (-1 if is_dropped else caption)
+
+
+def test_sources_are_drawn_by_weight_and_dropped_at_their_own_rates() -> None:
+    positions, numbers = np.arange(60_000), SOURCES[0]
+    order, sources = make_order(caption_weights=WEIGHTS), [numbers] * len(positions)
+    chosen = order.caption_indices(7, positions, np.full(len(positions), 4), sources)
+    rates = np.bincount(chosen + 1, minlength=5) / len(positions)
+    # Weights 1, 3 and 0.5 of 4.5; two short captions; 30 % of original and 60 % of long dropped.
+    assert rates[1:] == pytest.approx([0.7 / 4.5, 1.5 / 4.5, 1.5 / 4.5, 0.2 / 4.5], abs=0.01)
+    assert rates[0] == pytest.approx((0.3 + 0.3) / 4.5, abs=0.01)
+
+
+def test_an_image_without_a_weighted_source_is_an_error() -> None:
+    order = make_order(caption_weights=WEIGHTS)
+    with pytest.raises(UserError, match=r"captions of unused only.* give one of these sources a"):
+        order.caption_indices(0, np.arange(1), np.array([2]), [np.array([3, 3])])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("original", "long"), r"captions\.short: .* has no such source; it has original, long"),
+        ((), r"captions\.short: .* has no such source; remove captions"),
+    ],
+)
+def test_a_source_that_the_shards_do_not_have_is_an_error(
+    names: tuple[str, ...], message: str
+) -> None:
+    reader = SimpleNamespace(url="shards", manifest=SimpleNamespace(caption_sources=names))
+    with pytest.raises(UserError, match=message):
+        weigh_captions({"short": CaptionConfig()}, cast(ShardReader, reader), 0.1)
+
+
 def test_half_of_all_visits_are_flipped_whatever_the_partition() -> None:
     order, positions = make_order(random_flip=True), np.arange(30_000)
     flips = order.hflip(7, positions)
@@ -260,7 +330,7 @@ def test_a_batch_holds_what_the_order_names(
             flips = order.hflip(step, positions).tolist()  # type: ignore[union-attr]
             for row, (i, caption, flip) in enumerate(zip(chosen, captions, flips, strict=True)):
                 moments = samples[i].flipped if flip else samples[i].moments
-                context = samples[i].context[caption] if caption >= 0 else null  # type: ignore[index]
+                context = samples[i].contexts[caption] if caption >= 0 else null
                 np.testing.assert_array_equal(batch.moments[row], moments)
                 np.testing.assert_array_equal(batch.condition[row], context)
                 kinds.add((flip, caption))
