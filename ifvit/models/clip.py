@@ -1,19 +1,19 @@
-"""Frozen CLIP (Radford et al. 2021): captions => context tokens; images and captions => features.
+"""Frozen CLIP (Radford et al. 2021): its towers, and images and captions => features.
 
-Shapes: B batch, M context tokens, D context width, E feature width, H, W image.
+Shapes: B batch, E feature width, H, W image.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from ifvit.errors import UserError
-from ifvit.models.config import NullContext, NumBlocks, NumClasses, Size
+from ifvit.models.config import NumBlocks, NumClasses, Size
 from ifvit.models.pretrained import (
     identify,
     load_frozen,
@@ -22,7 +22,7 @@ from ifvit.models.pretrained import (
     resolve_pretrained,
 )
 from ifvit.records import NonNegativeInt, PlainName, PositiveFloat, parse_value, record
-from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity, TextSettings
+from ifvit.shards.format import EncoderIdentity
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -95,44 +95,6 @@ class ImagePreprocessor:
         return normalised
 
 
-class TextEncoder:
-    """Captions => the last hidden state of CLIP's text tower, padding included, no mask."""
-
-    def __init__(
-        self, model: Any, tokenizer: "CLIPTokenizer", identity: TextEncoderIdentity
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.identity = identity
-
-    @property
-    def context_shape(self) -> tuple[int, int]:
-        """(M, D): 77 tokens of width 768 for CLIP ViT-L/14."""
-        config = self.model.config
-        return (config.max_position_embeddings, config.hidden_size)
-
-    def encode(self, captions: list[str]) -> Tensor:
-        """B captions => context (B, M, D), after CLIP's final layer norm."""
-        return encode_captions(self.model, self.tokenizer, captions)
-
-    def find_cut(self, captions: Iterable[str]) -> frozenset[str]:
-        """Captions of more tokens than the tower reads, whose last tokens have no effect."""
-        length = self.context_shape[0]
-        # Each token stands for one byte or more; two tokens mark start and end.
-        long = [caption for caption in captions if len(caption.encode()) + 2 > length]
-        if not long:
-            return frozenset()
-        texts = [caption[:MAX_CHARACTERS] for caption in long]
-        tokens = self.tokenizer(texts, verbose=False).input_ids
-        return frozenset(
-            caption for caption, ids in zip(long, tokens, strict=True) if len(ids) > length
-        )
-
-    def null_context(self) -> Tensor:
-        """(M, D) context of the empty caption, which stands for "no text" under guidance."""
-        return self.encode([""])[0]
-
-
 class ClipScorer:
     """Image and text features on the unit sphere; their dot product is the raw CLIP cosine."""
 
@@ -164,37 +126,6 @@ class ClipScorer:
         return functional.normalize(self._model.text_projection(text).float(), dim=1)
 
 
-@torch.no_grad()
-def encode_captions(
-    model: Any,
-    tokenizer: "CLIPTokenizer",
-    captions: list[str],
-    null_context: NullContext = "empty_caption",
-) -> Tensor:
-    """B captions => the last hidden state (B, M, D) of CLIP's text tower `model`, float32.
-
-    If `null_context` is zeros, the context of the empty caption is zeros.
-    """
-    tokens = tokenize(tokenizer, captions, model.config.max_position_embeddings).input_ids
-    hidden: Tensor = model(input_ids=tokens.to(model.device)).last_hidden_state
-    if null_context == "zeros":
-        is_empty = torch.tensor([not caption for caption in captions], device=hidden.device)
-        hidden = hidden.masked_fill(is_empty[:, None, None], 0.0)
-    return hidden.float()
-
-
-def load_text_encoder(
-    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> TextEncoder:
-    """Load CLIP's text tower `name`: a hub name, a local folder, or scenes/clip."""
-    folder = resolve_pretrained(name, "--text_encoder")
-    model = load_text_tower(folder, dtype).to(device)
-    found = identify(name, folder)
-    settings = TextSettings(max_length=model.config.max_position_embeddings)
-    identity = TextEncoderIdentity(name=found.name, sha256=found.sha256, settings=settings)
-    return TextEncoder(model, load_tokenizer(folder), identity)
-
-
 def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScorer:
     """Load a whole CLIP model with its tokenizer and image normalisation for scoring."""
     from transformers import CLIPConfig, CLIPModel
@@ -212,20 +143,6 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     # Read by hand, because transformers' image processor needs torchvision.
     processor = read_model_config(ImageProcessorConfig, folder, name="preprocessor_config.json")
     return ClipScorer(model, load_tokenizer(folder), processor, identify(name, folder))
-
-
-def load_token_spans(name: str, length: int) -> Callable[[str], list[tuple[int, int]]]:
-    """Return a function: caption => (first character, last + 1) of each of its `length` tokens.
-
-    Start, end and padding tokens span no characters.
-    """
-    tokenizer = load_tokenizer(resolve_pretrained(name, "--text_encoder"))
-
-    def token_spans(caption: str) -> list[tuple[int, int]]:
-        batch = tokenize(tokenizer, [caption], length, return_offsets_mapping=True)
-        return [(start, end) for start, end in batch.offset_mapping[0].tolist()]
-
-    return token_spans
 
 
 def load_text_tower(folder: Path, dtype: torch.dtype) -> Any:
@@ -278,9 +195,12 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
     return tokenizer
 
 
-def load_transformers(cls: Any, config: Any, folder: Path, dtype: torch.dtype) -> Any:
+def load_transformers(
+    cls: Any, config: Any, folder: Path, dtype: torch.dtype, **options: Any
+) -> Any:
     """Load the frozen model of a class of transformers; see `load_frozen`."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it counts tensors and takes a second
+    set_verbosity_error()  # type: ignore[no-untyped-call]  # it lists tensors of other parts
     return load_frozen(
         f"a {cls.__name__}",
         folder,
@@ -293,6 +213,7 @@ def load_transformers(cls: Any, config: Any, folder: Path, dtype: torch.dtype) -
             local_files_only=True,
             output_loading_info=True,
             trust_remote_code=False,
+            **options,
         ),
     )
 

@@ -22,6 +22,7 @@ from ifvit.records import (
     record,
     shorten,
 )
+from ifvit.shards.format import State
 
 Fusion = Literal[
     "image", "concat", "cross_attention", "separate_cross_attention", "dual_stream", "adaln"
@@ -36,6 +37,11 @@ TEXT_KEYS = READS_TEXT | UPDATES_TEXT
 
 NullContext = Literal["empty_caption", "zeros"]
 """Context of samples without a caption: that of the caption "", or zeros."""
+
+Precision = Literal["fp32", "bf16"]
+"""Number format in which a frozen encoder computes."""
+Template = Annotated[str, Rule("a text with {} once", lambda text: text.count("{}") == 1)]
+NumTokens = Annotated[int, Rule("from 1 to 4096", lambda value: 1 <= value <= 4096)]
 
 # The bounds of sizes let a network be described, without memory, in a second at most. Whether its
 # parameters are those of a file is then checked before any is allocated.
@@ -333,6 +339,24 @@ def restore_config(stored: Mapping[str, Any], where: str = "backbone") -> Backbo
         raise UserError(f"{where}: architecture is {shorten(name)}; expected one of {known}")
     own = {key: value for key, value in stored.items() if not key.startswith("_")}
     return parse_value(_BY_ARCHITECTURE[name], own, where)
+
+
+@record
+class TextOptions:
+    """How a text encoder makes contexts; what is unset takes the default of the encoder's class."""
+
+    state: State | None = None
+    """Hidden state: last, penultimate, the mean over all layers, or the number of a layer, where 0
+    are the embeddings. Default: last."""
+    final_norm: bool | None = None
+    """Apply the encoder's final norm to the state. Default: true."""
+    max_length: NumTokens | None = None
+    """Largest number of tokens. Default: 77 for CLIP, 256 for other encoders."""
+    template: Template | None = None
+    """Text around every caption, which stands for {}; the empty caption has none."""
+    precision: Precision | None = None
+    """Number format in which the text encoder computes. Default: that of the images for CLIP, bf16
+    for other encoders, whose values exceed those of fp16."""
 
 
 @record
