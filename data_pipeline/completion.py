@@ -27,7 +27,7 @@ from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.image_rules import ImageRules
 from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Sha256, record
-from ifvit.shards.format import COMPLETED, ShardEntry, ShardError
+from ifvit.shards.format import COMPLETED, Precision, ShardEntry, ShardError, TextSettings
 
 
 @record
@@ -41,10 +41,11 @@ class Job:
     source_sha256: Sha256
     vae_sha256: Sha256
     text_encoder_sha256: Sha256 | None
+    text: TextSettings | None
     image_encoder_sha256: Sha256 | None = None
     image_size: PositiveInt
     dtype: Literal["float16", "float32"]
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     samples_per_shard: PositiveInt
     flip: bool
     image_rules: ImageRules
@@ -221,17 +222,23 @@ def list_marked(output: str) -> set[str]:
 def _check_same_job(output: str, existing: Job, job: Job) -> None:
     if existing == job:
         return
-    before, now = (asdict(each) | asdict(each.image_rules) for each in (existing, job))
+    before, now = _flat(existing), _flat(job)
     differences = [
-        f"{name} is {str(before[name])[:12]} there, {str(now[name])[:12]} now"
-        for name in now
-        if before[name] != now[name] and name != "image_rules"
+        f"{name} is {str(before.get(name))[:12]} there, {str(now.get(name))[:12]} now"
+        for name in before | now
+        if before.get(name) != now.get(name)
     ]
     if differences:
         raise UserError(
             f"{output}: holds shards of another encode job ({'; '.join(differences)}); "
             "choose another output folder"
         )
+
+
+def _flat(job: Job) -> dict[str, object]:
+    values = asdict(job)
+    rules, text = values.pop("image_rules"), values.pop("text") or {}
+    return values | rules | {f"text.{name}": value for name, value in text.items()}
 
 
 def is_complete(files: Mapping[str, storage.FileState | None], entry: ShardEntry) -> bool:

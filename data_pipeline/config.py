@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from ifvit.config import FLAG_ONLY
 from ifvit.image_rules import ImageRules
+from ifvit.models.config import TextOptions
 from ifvit.records import NonNegativeInt, PositiveFloat, PositiveInt, Rule, record
+from ifvit.shards.format import Precision
 
 Side = Annotated[int, Rule("from 1 to 8192", lambda value: 1 <= value <= 8192)]
 SIZE_FLAGS = ("--min_side", "--max_aspect_ratio")
@@ -68,7 +70,10 @@ class EncodeConfig:
     vae: str
     """Autoencoder: hub name, local folder, or scenes/vae."""
     text_encoder: str | None = None
-    """CLIP text encoder: hub name, local folder, or scenes/clip. Class labels need none."""
+    """Text encoder, such as CLIP, T5, Gemma or Qwen: hub name, local folder, or scenes/clip. Class
+    labels need none."""
+    text: TextOptions = field(default_factory=TextOptions)
+    """How the text encoder makes contexts."""
     image_encoder: str | None = None
     """DINOv2 or CLIP whose features of image patches are stored, for representation alignment in
     training (REPA): hub name, local folder, or scenes/clip. Unset: no features."""
@@ -81,8 +86,8 @@ class EncodeConfig:
     batch size only changes how results are rounded."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format in the shards."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format in which the encoders compute."""
+    precision: Precision = "fp32"
+    """Number format in which the encoders compute; see text.precision for text."""
     flip: bool = False
     """Also store the moments, and the features, of every image's horizontal flip."""
     tolerate: NonNegativeInt = 0

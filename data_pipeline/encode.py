@@ -88,6 +88,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
         source_sha256=source.sha256,
         vae_sha256=encoders.vae.identity.sha256,
         text_encoder_sha256=encoders.text.identity.sha256 if encoders.text else None,
+        text=encoders.text.identity.settings if encoders.text else None,
         image_encoder_sha256=encoders.image.encoding.encoder.sha256 if encoders.image else None,
         image_size=config.image_size,
         dtype=config.dtype,

@@ -17,16 +17,16 @@ from data_pipeline.completion import Failure
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import CaptionedImage, Unit
 from data_pipeline.units import FileStates, OpenUnit, open_with_identity, read_or_fail
+from ifvit.conditions import rows_of
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels, to_model_range, to_pixels
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
-from ifvit.models.clip import TextEncoder, load_text_encoder
 from ifvit.models.image_encoders import ImageEncoder, load_image_encoder
+from ifvit.models.text_encoders import DTYPES, TextEncoder, load_text_encoder
 from ifvit.shards.format import LatentSample
 
 BATCHES_AHEAD = 4
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -149,7 +149,7 @@ class Encoders:
         captions = [caption for image, _ in batch.readable for caption in image.captions]
         if captions and self.text:
             new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
-            added = self.text.encode(new) if new else ()
+            added = rows_of(self.text.encode(new)) if new else []
             contexts = self._kept | dict(zip(new, added, strict=True))
             for caption in batch.unit.repeated.intersection(new):
                 self._kept[caption] = contexts[caption].clone()  # a view would keep the whole batch
@@ -168,13 +168,13 @@ def load_encoders(config: EncodeConfig, *, has_classes: bool) -> Encoders:
     or when the recipe names a GPU and there is none.
     """
     device = choose_device(config.device)
-    dtype = PRECISIONS[config.precision]
+    dtype = DTYPES[config.precision]
     torch.backends.cudnn.deterministic = True  # all GPUs of one model make equal shards
     text = None
     if not has_classes:
         if config.text_encoder is None:
             raise UserError("text_encoder: not set; name one for the captions, hub name or folder")
-        text = load_text_encoder(config.text_encoder, device, dtype)
+        text = load_text_encoder(config.text_encoder, device, config.text, config.precision)
     vae = load_autoencoder(config.vae, device, dtype)
     vae.latent_shape(config.image_size)  # raises UserError if the size does not fit
     image = None

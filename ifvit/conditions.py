@@ -78,6 +78,14 @@ def concatenate(conditions: Sequence[Condition]) -> Condition:
     )
 
 
+def rows_of(condition: Condition) -> list[Tensor]:
+    """(M, D) tokens of each context, without padding."""
+    if isinstance(condition, Tensor):
+        return list(condition)
+    pairs = zip(condition.tokens, condition.lengths.tolist(), strict=True)
+    return [tokens[:length] for tokens, length in pairs]
+
+
 def lengths_of(condition: Condition) -> Tensor:
     """(B,) int64 number of tokens of each context; M for contexts whose tokens all count."""
     if isinstance(condition, PaddedContext):

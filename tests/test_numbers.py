@@ -134,6 +134,7 @@ MAY_BE_ZERO = {
     "SamplingConfig": "guidance_high guidance_low guidance_scale seed",
     "ScenesConfig": "seed",
     "ServeConfig": "port",
+    "TextOptions": "state",
     "TrainConfig": "caption_dropout ema_decays keep_every seed tolerate_nonfinite",
 }
 """Class => fields that accept 0."""

@@ -53,6 +53,7 @@ ROOMS = {
         "ifvit/models/clip.py",
         "ifvit/models/image_encoders.py",
         "ifvit/models/image_reward.py",
+        "ifvit/models/text_encoders.py",
     ],
     "uvicorn": ["ifvit/rating/limits.py", "ifvit/rating/server.py"],
     "webdataset": ["ifvit/bench/loading_speed.py", "data_pipeline/shard_io.py"],

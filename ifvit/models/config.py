@@ -22,7 +22,7 @@ from ifvit.records import (
     record,
     shorten,
 )
-from ifvit.shards.format import State
+from ifvit.shards.format import NumTokens, Precision, State, Template
 
 Fusion = Literal[
     "image", "concat", "cross_attention", "separate_cross_attention", "dual_stream", "adaln"
@@ -37,11 +37,6 @@ TEXT_KEYS = READS_TEXT | UPDATES_TEXT
 
 NullContext = Literal["empty_caption", "zeros"]
 """Context of samples without a caption: that of the caption "", or zeros."""
-
-Precision = Literal["fp32", "bf16"]
-"""Number format in which a frozen encoder computes."""
-Template = Annotated[str, Rule("a text with {} once", lambda text: text.count("{}") == 1)]
-NumTokens = Annotated[int, Rule("from 1 to 4096", lambda value: 1 <= value <= 4096)]
 
 # The bounds of sizes let a network be described, without memory, in a second at most. Whether its
 # parameters are those of a file is then checked before any is allocated.

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ifvit import connections, storage
 from ifvit.errors import UserError
-from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import (
     Fusion,
     FusionTransformerConfig,
@@ -29,6 +28,7 @@ from ifvit.models.config import (
 )
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.pretrained import identify, read_pickled_tensors, reading, resolve_pretrained
+from ifvit.models.text_encoders import load_text_encoder
 from ifvit.models.weights import (
     WeightsInfo,
     describe_backbone,

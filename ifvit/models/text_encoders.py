@@ -27,10 +27,10 @@ from ifvit.conditions import Condition, PaddedContext, is_visible, tokens_of, wi
 from ifvit.errors import UserError
 from ifvit.models.clip import MAX_CHARACTERS, load_text_tower, load_transformers, tokenize
 from ifvit.models.clip import load_tokenizer as load_clip_tokenizer
-from ifvit.models.config import MAX_BLOCKS, NullContext, Precision, TextOptions
+from ifvit.models.config import MAX_BLOCKS, NullContext, TextOptions
 from ifvit.models.pretrained import identify, read_model_config, reading, resolve_pretrained
 from ifvit.records import PlainName, parse_json, record, shorten
-from ifvit.shards.format import TextEncoderIdentity, TextSettings
+from ifvit.shards.format import Precision, TextEncoderIdentity, TextSettings
 from ifvit.storage import read_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -69,9 +69,10 @@ class TextEncoder:
         """(M, D): largest number of tokens and their width; 77 and 768 for CLIP ViT-L/14."""
         return self.identity.settings.max_length, _sizes(self.model).hidden_size
 
-    def encode(self, captions: list[str]) -> Condition:
-        """B captions => contexts (B, M, D), float32; with lengths unless padding is kept."""
-        return encode_captions(self.model, self.tokenizer, captions, self.identity.settings)
+    def encode(self, captions: list[str], null_context: NullContext = "empty_caption") -> Condition:
+        """B captions => contexts (B, M, D); see `encode_captions`."""
+        settings = self.identity.settings
+        return encode_captions(self.model, self.tokenizer, captions, settings, null_context)
 
     def null_context(self) -> Tensor:
         """(M, D) context of the empty caption, which stands for "no text" under guidance."""
@@ -268,6 +269,12 @@ def default_settings(model: Any) -> TextSettings:
     if _is_clip(model.config):
         return TextSettings(max_length=length)
     return TextSettings(max_length=min(length, _MAX_LENGTH), precision="bf16", keeps_padding=False)
+
+
+def cast_parameters(model: Any, settings: TextSettings) -> None:
+    """Convert the parameters; rotary frequencies stay float32, as when transformers loads them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[settings.precision])
 
 
 def _check_settings(settings: TextSettings, model: Any) -> None:

@@ -17,9 +17,10 @@ from torch.nn import functional
 from ifvit.diffusion.guidance import AlignmentMethod, Change, FunctionEvaluation
 from ifvit.diffusion.sampler import BuildMethods, Sampler
 from ifvit.errors import UserError
-from ifvit.models.clip import ClipScorer, load_clip, load_token_spans
+from ifvit.models.clip import ClipScorer, load_clip
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.image_reward import load_image_reward
+from ifvit.models.text_encoders import load_token_spans
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.config import DateConfig, SamplingConfig
 from ifvit.sampling.load import require_text_encoder
@@ -175,7 +176,7 @@ def _regulation_builder(
             f"regulation.blocks {list(blocks)}: in fusion {backbone.fusion!r}, image tokens attend "
             f"to text in the blocks {', '.join(map(str, backbone.text_key_blocks))}"
         )
-    token_spans = load_token_spans(require_text_encoder(info).name, backbone.num_text_tokens)
+    token_spans = load_token_spans(require_text_encoder(info))
     num_evaluations = _next_start(math.ceil(settings.share_of_steps * config.num_steps), config)
 
     def regulate(prompts: Sequence[str]) -> Regulation:

@@ -70,6 +70,7 @@ def export(config: ExportConfig) -> None:
         classes=info.classes,
         null_context=info.null_context,
         prediction=info.prediction,
+        text_settings=asdict(info.text_encoder.settings) if info.text_encoder else None,
     )
     with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
         folder = Path(temporary)
@@ -99,6 +100,7 @@ def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneCon
         task, subject, prompt = "text-to-image", "Text-to-image", "two red circles above a square"
         condition = {
             "text encoder": f"{info.text_encoder.name}, {info.text_encoder.sha256}",
+            **{f"text.{key}": value for key, value in vars(info.text_encoder.settings).items()},
             "null context": info.null_context,
         }
     else:

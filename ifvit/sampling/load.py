@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ifvit.conditions import Condition
+from ifvit.conditions import Condition, PaddedContext
 from ifvit.diffusion.config import SolverConfig
 from ifvit.diffusion.sampler import Sampler
 from ifvit.diffusion.schedules import NoiseSchedule
@@ -21,8 +21,8 @@ from ifvit.diffusion.solvers import build_scheduler
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.backbone import Backbone
-from ifvit.models.clip import TextEncoder, encode_captions, load_text_encoder
 from ifvit.models.pretrained import place_of
+from ifvit.models.text_encoders import TextEncoder, load_text_encoder
 from ifvit.models.weights import WeightsInfo, find_weights, load_backbone, read_stored_weights
 from ifvit.sampling.config import EncoderPlaces
 from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
@@ -112,7 +112,7 @@ def load_trained_text_encoder(info: WeightsInfo, device: str) -> TextEncoder:
     Raises UserError if its weights have changed and if the backbone was trained on classes.
     """
     trained_with = require_text_encoder(info)
-    encoder = load_text_encoder(trained_with.name, device)
+    encoder = load_text_encoder(trained_with.name, device, trained_with.settings)
     check_identity("text encoder", encoder.identity, trained_with)
     return encoder
 
@@ -145,9 +145,7 @@ def load_conditions(info: WeightsInfo, device: str) -> Conditions:
         null = torch.tensor([len(info.classes)])
         return Conditions(encode=partial(number_classes, info.classes), null=null)
     encoder = load_trained_text_encoder(info, device)
-    encode = partial(
-        encode_captions, encoder.model, encoder.tokenizer, null_context=info.null_context
-    )
+    encode = partial(encoder.encode, null_context=info.null_context)
     return Conditions(encode=encode, null=encode([""]))
 
 
@@ -156,7 +154,11 @@ def read_null_condition(info: WeightsInfo, reader: ShardReader) -> Condition:
     if info.text_encoder is None:
         return torch.tensor([len(info.classes)])
     context = torch.from_numpy(np.array(reader.null_context))[None]
-    return torch.zeros_like(context) if info.null_context == "zeros" else context
+    if info.null_context == "zeros":
+        context = torch.zeros_like(context)
+    if info.text_encoder.settings.keeps_padding:
+        return context
+    return PaddedContext(tokens=context, lengths=torch.tensor([context.shape[1]]))
 
 
 def number_classes(classes: tuple[str, ...], names: list[str]) -> Tensor:

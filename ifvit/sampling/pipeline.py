@@ -5,7 +5,7 @@ Shapes: B images, M text tokens, D context width, C latent channels, S latent si
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from ifvit.diffusion.solvers import initial_latents, network_input, set_steps
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import spatial_factor
 from ifvit.models.backbone import Backbone
-from ifvit.models.clip import encode_captions
 from ifvit.models.config import NullContext
+from ifvit.models.text_encoders import cast_parameters, default_settings, encode_captions
+from ifvit.records import parse_value
 from ifvit.sampling.load import number_classes
 from ifvit.sampling.pipeline_files import CLASS_NAME, HUB_OPTIONS, PREDICTION_TYPES, load_components
+from ifvit.shards.format import TextSettings
 
 Generators = torch.Generator | list[torch.Generator]
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
@@ -54,7 +56,7 @@ class FusionPipeline(DiffusionPipeline):
     tokenizer: Any
     scheduler: Any
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the components and what decides their use
         self,
         backbone: Backbone,
         vae: AutoencoderKL | AutoencoderDC,
@@ -64,16 +66,21 @@ class FusionPipeline(DiffusionPipeline):
         classes: Sequence[str] = (),
         null_context: NullContext = "empty_caption",
         prediction: Prediction = "epsilon",
+        text_settings: Mapping[str, Any] | None = None,
     ) -> None:
         """`classes` are the class names of a class-conditional backbone without text encoder.
 
-        `null_context` stood for the empty prompt in the training, and `prediction` is what the
-        backbone predicts. Raises ValueError for a scheduler that expects another prediction.
+        `null_context` stood for the empty prompt in the training, `prediction` is what the backbone
+        predicts, and `text_settings` are the fields of TextSettings; unset: those of the class of
+        the text encoder. Raises ValueError for a scheduler that expects another prediction.
         """
         super().__init__()
         _check_prediction(scheduler, prediction)
         self.register_to_config(  # type: ignore[no-untyped-call]
-            classes=list(classes), null_context=null_context, prediction=prediction
+            classes=list(classes),
+            null_context=null_context,
+            prediction=prediction,
+            text_settings=dict(text_settings) if text_settings else None,
         )
         self.register_modules(  # type: ignore[no-untyped-call]
             backbone=backbone,
@@ -248,9 +255,16 @@ class FusionPipeline(DiffusionPipeline):
             # The empty name is the null class.
             numbers = number_classes((*self.config["classes"], ""), prompts)
             return numbers.to(self._execution_device)
-        return encode_captions(
-            self.text_encoder, self.tokenizer, prompts, self.config["null_context"]
-        )
+        settings, null_context = self._text_settings(), self.config["null_context"]
+        cast_parameters(self.text_encoder, settings)  # plain diffusers chooses its own precision
+        return encode_captions(self.text_encoder, self.tokenizer, prompts, settings, null_context)
+
+    def _text_settings(self) -> TextSettings:
+        """How the text encoder makes contexts of prompts."""
+        stored = self.config["text_settings"]
+        if stored is None:
+            return default_settings(self.text_encoder)
+        return parse_value(TextSettings, dict(stored), "text_settings")
 
     def _initial_noise(
         self, count: int, generator: Generators | None, latents: Tensor | None

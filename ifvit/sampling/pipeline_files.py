@@ -5,6 +5,7 @@ No file names code to run, except a scheduler of diffusers by its class.
 
 import tempfile
 from collections.abc import Container, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,11 +19,12 @@ from ifvit.diffusion.config import Prediction, Shift
 from ifvit.diffusion.schedules import BETA_END, BETA_START
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import load_vae
-from ifvit.models.clip import load_text_tower, load_tokenizer
 from ifvit.models.config import NullContext
 from ifvit.models.pretrained import download_pretrained, read_model_config, reading, weight_files
+from ifvit.models.text_encoders import DTYPES, load_text_model, load_tokenizer
 from ifvit.models.weights import check_shapes, read_backbone_config, restore_backbone
 from ifvit.records import Rule, parse_json, parse_value, path_inside, record
+from ifvit.shards.format import TextSettings
 
 INDEX_FILE = "model_index.json"
 CLASS_NAME = ["pipeline", "FusionPipeline"]
@@ -51,6 +53,8 @@ class PipelineIndex:
     classes: tuple[str, ...] = ()
     null_context: NullContext = "empty_caption"
     prediction: Prediction = "epsilon"
+    text_settings: TextSettings | None = None
+    """How the text encoder makes contexts; None for the settings of its class."""
 
     @property
     def components(self) -> list[str]:
@@ -108,7 +112,8 @@ def load_components(
                 inside = path_inside(folder, name)
                 loaded[name] = _load_component(name, index, inside, dtype)
     settings = ("classes", "null_context", "prediction")
-    return loaded | {name: getattr(index, name) for name in settings}
+    loaded |= {name: getattr(index, name) for name in settings}
+    return loaded | {"text_settings": asdict(index.text_settings) if index.text_settings else None}
 
 
 def _download(url: str, folder: Path) -> None:
@@ -157,4 +162,7 @@ def _load_component(name: str, index: PipelineIndex, folder: Path, dtype: torch.
             return scheduler.from_pretrained(folder)
     if name == "tokenizer":
         return load_tokenizer(folder)
-    return (load_vae if name == "vae" else load_text_tower)(folder, torch.float32)
+    if name == "text_encoder":
+        settings = index.text_settings or TextSettings()
+        return load_text_model(folder, DTYPES[settings.precision])
+    return load_vae(folder, torch.float32)

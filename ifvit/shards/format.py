@@ -69,7 +69,12 @@ class EncoderIdentity:
     sha256: Sha256
 
 
-State = Literal["last", "penultimate", "mean"] | NonNegativeInt
+Precision = Literal["fp32", "bf16"]
+"""Number format in which a frozen encoder computes."""
+Template = Annotated[str, Rule("a text with {} once", lambda text: text.count("{}") == 1)]
+NumTokens = Annotated[int, Rule("from 1 to 4096", lambda value: 1 <= value <= 4096)]
+Layer = Annotated[int, Rule("from 0 to 256", lambda value: 0 <= value <= 256)]
+State = Layer | Literal["last", "penultimate", "mean"]
 """Hidden state of a text encoder: of its last or last but one layer, the mean over all layers, or
 that of a layer by number, where 0 are the embeddings."""
 
@@ -81,11 +86,11 @@ class TextSettings:
     state: State = "last"
     final_norm: bool = True
     """Whether the encoder's final norm was applied to the state."""
-    max_length: PositiveInt = 77
+    max_length: NumTokens = 77
     """Largest number of tokens of a context, special tokens included."""
-    template: str = "{}"
+    template: Template = "{}"
     """Text around the caption, which stands for {}; the empty caption has none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Number format in which the encoder computed."""
     keeps_padding: bool = True
     """Whether contexts have `max_length` tokens, padding included, which are all attended to, as

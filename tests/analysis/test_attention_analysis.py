@@ -17,8 +17,8 @@ from ifvit.analysis.config import AttentionConfig
 from ifvit.cli import main
 from ifvit.diffusion.config import Precision, SolverName
 from ifvit.diffusion.schedules import NoiseSchedule
-from ifvit.models.clip import load_text_encoder
 from ifvit.models.config import BackboneConfig
+from ifvit.models.text_encoders import load_text_encoder
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
 from ifvit.sampling.config import SamplingConfig
 from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity

@@ -16,7 +16,7 @@ from ifvit.errors import UserError
 from ifvit.image_rules import ImageRules
 from ifvit.images import read_square, to_model_range
 from ifvit.models.autoencoders import load_autoencoder
-from ifvit.models.clip import TextEncoder, load_text_encoder
+from ifvit.models.text_encoders import TextEncoder, load_text_encoder
 from ifvit.shards.reader import ShardReader
 
 

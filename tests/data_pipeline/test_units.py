@@ -17,7 +17,7 @@ from data_pipeline.shard_tools import verify
 from data_pipeline.sources.base import MAX_CAPTION, CaptionedImage, Unit
 from data_pipeline.units import open_unit
 from ifvit.errors import UserError
-from ifvit.models.clip import load_text_encoder
+from ifvit.models.text_encoders import load_text_encoder
 from ifvit.shards.reader import ShardReader
 
 

@@ -12,8 +12,9 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ifvit.images import to_model_range
 from ifvit.models.autoencoders import load_autoencoder
-from ifvit.models.clip import load_clip, load_text_encoder
+from ifvit.models.clip import load_clip
 from ifvit.models.pretrained import resolve_pretrained
+from ifvit.models.text_encoders import load_text_encoder
 
 
 def test_larger_images_are_resized_bicubic_and_normalised_as_clip_was_trained() -> None:

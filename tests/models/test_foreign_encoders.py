@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import load_autoencoder
-from ifvit.models.clip import load_clip, load_text_encoder
+from ifvit.models.clip import load_clip
 from ifvit.models.pretrained import read_pickled_tensors, resolve_pretrained
+from ifvit.models.text_encoders import load_text_encoder
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = {"vae": "diffusion_pytorch_model.safetensors", "clip": "model.safetensors"}

@@ -12,7 +12,7 @@ from made_shards import make_samples, write_shards
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.images import Pixels
-from ifvit.models.clip import TextEncoder, load_text_encoder
+from ifvit.models.text_encoders import TextEncoder, load_text_encoder
 from ifvit.models.weights import load_weights, save_weights
 from ifvit.rng import Stream, normal
 from ifvit.sampling.config import ExportConfig, GenerateConfig, SamplingConfig

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ifvit import storage
+from ifvit.conditions import tokens_of
 from ifvit.diffusion.config import Prediction, SolverConfig
 from ifvit.diffusion.guidance import Change, FunctionEvaluation
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents
@@ -25,8 +26,8 @@ from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.diffusion.solvers import build_scheduler
 from ifvit.errors import UserError
 from ifvit.models import pretrained
-from ifvit.models.clip import encode_captions
 from ifvit.models.fusion_transformer import FusionTransformer
+from ifvit.models.text_encoders import default_settings, encode_captions
 from ifvit.rng import Stream, normal
 from ifvit.sampling.config import ExportConfig, GenerateConfig, SamplingConfig
 from ifvit.sampling.export import export
@@ -94,7 +95,8 @@ def test_a_fresh_process_with_diffusers_samples_the_latents_of_our_sampler(
 ) -> None:
     batch = ConditionBatch(positions=torch.arange(2), condition=torch.randn(2, 16, 64))
     backbone, config = components["backbone"], SolverConfig(num_steps=5, guidance_scale=3.0)
-    null = encode_captions(components["text_encoder"], components["tokenizer"], [""])
+    encoder, tokenizer = components["text_encoder"], components["tokenizer"]
+    null = encode_captions(encoder, tokenizer, [""], default_settings(encoder))
     noise = normal(0, 0, batch.positions, Stream.SAMPLING, (4, 8, 8))
     torch.save({"prompt_embeds": batch.condition, "latents": noise}, tmp_path / "given.pt")
     expected = []
@@ -160,7 +162,9 @@ def test_each_image_has_its_generator_and_images_are_ordered_by_prompt(
 
 
 def embed(pipeline: FusionPipeline, text: str) -> Tensor:
-    return encode_captions(pipeline.text_encoder, pipeline.tokenizer, [text])
+    encoder = pipeline.text_encoder
+    context = encode_captions(encoder, pipeline.tokenizer, [text], default_settings(encoder))
+    return tokens_of(context)
 
 
 def test_embeddings_replace_prompts(pipeline: FusionPipeline) -> None:

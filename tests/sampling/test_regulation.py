@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ifvit.errors import UserError
 from ifvit.models.attention import logits_of
-from ifvit.models.clip import load_token_spans
 from ifvit.models.config import UPDATES_TEXT, FusionTransformerConfig
+from ifvit.models.text_encoders import load_text_encoder, load_token_spans
 from ifvit.sampling.regulation import (
     BlockBias,
     Span,
@@ -81,7 +81,7 @@ def test_captions_with_fewer_targets_are_padded() -> None:
 
 
 def test_words_are_found_among_clips_tokens_even_if_they_have_several() -> None:
-    token_spans = load_token_spans("scenes/clip", 16)
+    token_spans = load_token_spans(load_text_encoder("scenes/clip").identity)
     found = find_targets(["two  Red circles", "two pineapples"], "two", token_spans)
     assert found.positions.tolist() == [[1], [1]]
     parts = find_targets(["one pineapple"], "pineapple", token_spans).positions[0].tolist()

@@ -7,9 +7,9 @@ import torch
 
 from ifvit.diffusion.config import Prediction
 from ifvit.models.autoencoders import load_autoencoder
-from ifvit.models.clip import load_text_encoder
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.presets import PRESETS
+from ifvit.models.text_encoders import load_text_encoder
 from ifvit.models.weights import WeightsInfo, save_weights
 
 

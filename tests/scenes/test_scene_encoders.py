@@ -13,7 +13,8 @@ from transformers import CLIPModel, CLIPTokenizer
 
 import ifvit.scenes
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
-from ifvit.models.clip import load_clip, load_text_encoder
+from ifvit.models.clip import load_clip
+from ifvit.models.text_encoders import load_text_encoder
 from ifvit.scenes.captions import write_captions
 from ifvit.scenes.drawings import render_sampled_scene
 from ifvit.scenes.score import score_image
