@@ -238,7 +238,8 @@ def _check_same_job(output: str, existing: Job, job: Job) -> None:
 def _flat(job: Job) -> dict[str, object]:
     values = asdict(job)
     rules, text = values.pop("image_rules"), values.pop("text") or {}
-    return values | rules | {f"text.{name}": value for name, value in text.items()}
+    values |= rules | {f"text.{name}": value for name, value in text.items()}
+    return values
 
 
 def is_complete(files: Mapping[str, storage.FileState | None], entry: ShardEntry) -> bool:

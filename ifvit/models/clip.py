@@ -186,13 +186,18 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
     """Load CLIP's tokenizer. Raises UserError if its files are missing or broken."""
     from transformers import CLIPTokenizer
 
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json; restore them")
+    require_vocabulary(folder)
     with reading(f"{folder}: the tokenizer does not load"):
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     return tokenizer
+
+
+def require_vocabulary(folder: Path) -> None:
+    """Raise UserError for a folder without a tokenizer, for which transformers makes one up."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json; restore them")
 
 
 def load_transformers(

@@ -25,7 +25,13 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from ifvit.conditions import Condition, PaddedContext, is_visible, tokens_of, with_tokens
 from ifvit.errors import UserError
-from ifvit.models.clip import MAX_CHARACTERS, load_text_tower, load_transformers, tokenize
+from ifvit.models.clip import (
+    MAX_CHARACTERS,
+    load_text_tower,
+    load_transformers,
+    require_vocabulary,
+    tokenize,
+)
 from ifvit.models.clip import load_tokenizer as load_clip_tokenizer
 from ifvit.models.config import MAX_BLOCKS, NullContext, TextOptions
 from ifvit.models.pretrained import identify, read_model_config, reading, resolve_pretrained
@@ -184,8 +190,8 @@ def _hidden_state(model: Any, settings: TextSettings, **inputs: Tensor) -> Tenso
     if settings.state == "mean":
         state = torch.stack([one.float() for one in states[1:]]).mean(dim=0).to(states[0].dtype)
     else:
-        named = {"last": len(states) - 1, "penultimate": len(states) - 2}
-        state = states[named.get(settings.state, settings.state)]
+        number = {"last": -1, "penultimate": -2}.get(str(settings.state), settings.state)
+        state = states[int(number)]
     found: Tensor = norm(state) if settings.final_norm else state
     return found
 
@@ -379,6 +385,7 @@ def load_tokenizer(folder: Path) -> Any:
         if model_type in _CLIP:
             return load_clip_tokenizer(folder)
         config = _read_config(folder, model_type)
+    require_vocabulary(folder)
     with reading(f"{folder}: the tokenizer does not load"):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False

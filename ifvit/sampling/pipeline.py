@@ -6,6 +6,7 @@ Shapes: B images, M text tokens, D context width, C latent channels, S latent si
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ifvit import storage
+from ifvit.conditions import (
+    Condition,
+    PaddedContext,
+    is_visible,
+    map_tensors,
+    move,
+    tokens_of,
+    with_tokens,
+)
 from ifvit.diffusion.config import Guidance, Prediction
 from ifvit.diffusion.guidance import AlignmentMethod, GuidedPredictor
 from ifvit.diffusion.schedules import NoiseSchedule
@@ -136,8 +146,10 @@ class FusionPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
         latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Condition | None = None,
+        negative_prompt_embeds: Condition | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         method: AlignmentMethod | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -147,7 +159,8 @@ class FusionPipeline(DiffusionPipeline):
         """Generate `num_images_per_prompt` images of each prompt, ordered by prompt.
 
         A prompt is a caption, or a class name or number. `prompt_embeds` (prompts, M, D) replaces
-        the prompts, `negative_prompt` the null context or class. `guidance_scale` is w in
+        the prompts; `prompt_attention_mask` (prompts, M) is 1 at tokens and 0 at the padding behind
+        them. `negative_prompt` replaces the null context or class. `guidance_scale` is w in
         uncond + w (cond - uncond), at the timesteps of `guidance_interval`.
         `height` and `width` may only be those of the training. `latents` (B, C, S, S) replaces the
         noise. `output_type` is pil, np, pt or latent. The callback(pipeline, step, timestep,
@@ -155,8 +168,10 @@ class FusionPipeline(DiffusionPipeline):
         contradictory arguments.
         """
         self._check(height, width, method)
-        conditions = self._embed(prompt, prompt_embeds, "prompt")
-        negative = self._embed(negative_prompt, negative_prompt_embeds, "negative_prompt", "")
+        given = _with_mask(prompt_embeds, prompt_attention_mask)
+        conditions = self._embed(prompt, given, "prompt")
+        given = _with_mask(negative_prompt_embeds, negative_prompt_attention_mask)
+        negative = self._embed(negative_prompt, given, "negative_prompt", "")
         conditions, negative = _repeat_each(conditions, negative, num_images_per_prompt)
         null = self.backbone.encode_condition(negative)
         guidance = Guidance(guidance_scale, *guidance_interval)
@@ -189,13 +204,14 @@ class FusionPipeline(DiffusionPipeline):
             predicted = predictor(network_input(self.scheduler, latents, t), t.expand(len(latents)))
             latents = self.scheduler.step(predicted, t, latents, **options).prev_sample
             if on_step_end is not None:
-                tensors = {"latents": latents, "prompt_embeds": predictor.condition}
+                tensors = {"latents": latents, "prompt_embeds": tokens_of(predictor.condition)}
                 changed = on_step_end(self, step, t, {name: tensors[name] for name in shown})
                 latents = changed.get("latents", latents)
                 if "prompt_embeds" in changed:
                     if len(changed["prompt_embeds"]) != len(noise):
                         raise ValueError(f"prompt_embeds: expected {len(noise)} rows")
-                    predictor.set_condition(changed["prompt_embeds"])
+                    tokens = changed["prompt_embeds"]
+                    predictor.set_condition(with_tokens(predictor.condition, tokens))
         return latents
 
     def _check(self, height: int | None, width: int | None, method: object) -> None:
@@ -237,17 +253,17 @@ class FusionPipeline(DiffusionPipeline):
     def _embed(
         self,
         prompt: str | list[str] | None,
-        embeds: Tensor | None,
+        embeds: Condition | None,
         name: str,
         default: str | None = None,
-    ) -> Tensor:
+    ) -> Condition:
         """Return the conditions of prompts: contexts (prompts, M, D) or classes (prompts,)."""
         if prompt is None and embeds is None:
             prompt = default
         if (prompt is None) == (embeds is None):
             raise ValueError(f"give either {name} or {name}_embeds")
         if embeds is not None:
-            return embeds.to(self._execution_device)
+            return move(embeds, self._execution_device)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not prompts:
             raise ValueError(f"{name} is empty; give at least one")
@@ -307,12 +323,28 @@ def _check_prediction(scheduler: Any, prediction: Prediction) -> None:
         )
 
 
-def _repeat_each(conditions: Tensor, negative: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _with_mask(embeds: Condition | None, mask: Tensor | None) -> Condition | None:
+    """Contexts (B, M, D) with a mask (B, M) of their tokens. Raises ValueError for a mask in which
+    padding is not behind the tokens.
+    """
+    if mask is None or embeds is None:
+        return embeds
+    lengths = mask.sum(dim=1)
+    expected = is_visible(lengths.clamp(min=1), tokens_of(embeds).shape[1])
+    if not torch.equal(mask.bool(), expected):
+        raise ValueError("prompt_attention_mask: expected (B, M), 1 at first and 0 at the padding")
+    return PaddedContext(tokens=tokens_of(embeds), lengths=lengths)
+
+
+def _repeat_each(
+    conditions: Condition, negative: Condition, count: int
+) -> tuple[Condition, Condition]:
     """Repeat every condition `count` times; a single negative condition stays single."""
     if count * len(conditions) < 1:
         raise ValueError(f"{count} images for each of {len(conditions)} prompts; give at least 1")
     if len(negative) not in (1, len(conditions)):
         raise ValueError("give one negative prompt, or one for each prompt")
-    if len(negative) > 1:
-        negative = negative.repeat_interleave(count, dim=0)
-    return conditions.repeat_interleave(count, dim=0), negative
+    repeat = partial(torch.repeat_interleave, repeats=count, dim=0)
+    return map_tensors(repeat, conditions), (
+        map_tensors(repeat, negative) if len(negative) > 1 else negative
+    )

@@ -13,6 +13,7 @@ from encoded_files import finish, hashes, image_files, truncate, undisturbed_has
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encode import encode
 from ifvit.errors import UserError
+from ifvit.models.config import TextOptions
 
 
 def test_a_rerun_encodes_nothing_and_changes_no_byte(
@@ -161,7 +162,9 @@ def test_an_output_of_another_job_is_an_error_that_names_the_difference(
         "vae_sha256 is .*": {"vae": other_encoders.vae},
         "text_encoder_sha256 is .*": {"text_encoder": other_encoders.text_encoder},
         "dtype is float16 there, float32 now": {"dtype": "float32"},
-        "precision is fp32 there, bf16 now": {"precision": "bf16"},
+        "precision is fp32 there, bf16 now; text.precision is .*": {"precision": "bf16"},
+        "text.state is last there, penultimate now": {"text": TextOptions(state="penultimate")},
+        "text.template is {} there, a {} now": {"text": TextOptions(template="a {}")},
         "image_size is 32 there, 40 now": {"image_size": 40},
         "samples_per_shard is 4 there, 5 now": {"samples_per_shard": 5},
         "flip is False there, True now": {"flip": True},
