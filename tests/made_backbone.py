@@ -1,11 +1,13 @@
 """Configurations of small backbones, backbones whose every path matters, and inputs for them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ifvit.conditions import PaddedContext, is_visible, pad_tokens
 from ifvit.models.backbone import Backbone
 from ifvit.models.config import BackboneConfig, FusionTransformerConfig, UNetConfig
 from ifvit.models.weights import build_backbone
@@ -66,3 +68,25 @@ def backbone_inputs(
     else:
         condition = torch.randn(count, *config.context_shape, generator=generator)
     return latents, torch.arange(batch) * 400, condition
+
+
+def made_captions(
+    config: BackboneConfig, lengths: Sequence[int], padded_to: int | None = None, filling: float = 0
+) -> PaddedContext:
+    """Contexts of captions with these lengths; `filling` is the scale of what padding holds."""
+    assert config.context_shape is not None
+    longest, width = padded_to or max(lengths), config.context_shape[1]
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randn(len(lengths), max(lengths), width, generator=generator)
+    tokens = pad_tokens(tokens, longest)
+    visible = is_visible(torch.tensor(lengths), longest)[..., None]
+    padding = filling * torch.randn(tokens.shape)
+    return PaddedContext(
+        tokens=torch.where(visible, tokens, padding), lengths=torch.tensor(lengths)
+    )
+
+
+def without_padding(captions: PaddedContext, number: int) -> PaddedContext:
+    """One of the captions, without padding."""
+    length = captions.lengths[number : number + 1]
+    return PaddedContext(tokens=captions.tokens[number : number + 1, :length], lengths=length)

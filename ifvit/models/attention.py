@@ -98,6 +98,8 @@ def _load_kernel(name: str, backend: SDPBackend) -> Attend:
         _require_cuda(name)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        if visible is not None and backend is SDPBackend.FLASH_ATTENTION:
+            raise _unsupported(name, query, visible)  # on a GPU it takes no mask
         try:
             with sdpa_kernel(backend):
                 return _sdpa(query, key, value, visible)

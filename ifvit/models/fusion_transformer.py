@@ -27,6 +27,7 @@ from ifvit.models.layers import (
     PatchEmbed,
     build_modulation,
     build_norm,
+    mark_length,
     mean_of_visible,
     modulate,
     repeat_rows,
@@ -155,6 +156,8 @@ class FusionTransformer(Backbone):
         encoded = EncodedCondition(tokens=tokens, lengths=padded_lengths(condition))
         visible = encoded.visible_keys(0)
         for block in self.text_blocks:
+            if visible is not None:
+                mark_length(tokens, visible)
             tokens, _ = block(tokens, BlockInputs(visible=visible))
         keys_values: dict[int, KeysValues] = {}
         for number, entry in enumerate(config.blocks):
@@ -200,6 +203,8 @@ class FusionTransformer(Backbone):
             if keys_values is None and entry in READS_TEXT:
                 keys_values = cast(Block, block).text_keys_values(text)
             skip, text_skip = outputs.pop(mirrors.get(number), (None, None))
+            if encoded.lengths is not None:
+                mark_length(text, text_skip, visible.get(entry), *(keys_values or ()))
             inputs = BlockInputs(
                 text=text,
                 keys_values=keys_values,
@@ -211,6 +216,9 @@ class FusionTransformer(Backbone):
                 bias=(biases or {}).get(number),
             )
             tokens, text = block(tokens, inputs)
+            if encoded.lengths is not None:
+                # After concat, both are views whose strides depend on the number of text tokens.
+                tokens, text = tokens.contiguous(), text.contiguous()
             if number in mirrors.values():
                 outputs[number] = tokens, text
             if with_features and number == config.representation_block:

@@ -30,6 +30,17 @@ def mean_of_visible(tokens: Tensor, visible: Tensor | None) -> Tensor:
     return hidden.sum(dim=1) / visible.sum(dim=1, keepdim=True)
 
 
+def mark_length(*tensors: Tensor | None) -> None:
+    """Let torch.compile make one variant for all sizes of the second dimension, from 2 on.
+
+    The number of text tokens is that of the longest caption and differs from batch to batch.
+    """
+    if not torch.compiler.is_compiling():  # whoever compiles the whole network has dynamic sizes
+        for tensor in tensors:
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+
+
 class PatchEmbed(nn.Module):
     """Latents (B, C, S, S) to one token per patch (B, L, D), row by row."""
 

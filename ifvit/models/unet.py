@@ -16,7 +16,7 @@ from ifvit.conditions import Condition, padded_lengths, tokens_of
 from ifvit.models.attention import Attend, Backend, load_attention
 from ifvit.models.backbone import Backbone, EncodedCondition, check_context
 from ifvit.models.config import UNetConfig
-from ifvit.models.layers import repeat_rows
+from ifvit.models.layers import mark_length, repeat_rows
 
 
 class UNet(Backbone):
@@ -71,7 +71,10 @@ class UNet(Backbone):
         encoded = self._encode(latents, condition)
         tokens, visible = encoded.tokens, encoded.visible_keys(0)
         latents, timesteps = (repeat_rows(x, len(tokens)) for x in (latents, timesteps))
-        options = None if visible is None else {"visible": visible}
+        options = None
+        if visible is not None:
+            mark_length(tokens, visible)
+            options = {"visible": visible}
         predicted: Tensor = self.unet(
             latents.to(tokens.dtype), timesteps, tokens, cross_attention_kwargs=options
         ).sample

@@ -31,6 +31,7 @@ _QUANTILE, _HIGH = 0.9, 0.9
 _MASS_PER_TARGET = 0.2
 _MASS_WEIGHT, _SIZE_WEIGHT = 80.0, 0.09
 _SMOOTHING, _DECAY = 0.25, 0.99
+_NEGLIGIBLE = 1000.0
 
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 _PARTICIPLE = re.compile(r".{3,}(?:ing|ed)$")
@@ -225,11 +226,14 @@ def relative_logits(logits: Tensor, targets: TargetTokens) -> Tensor:
     """Text logits A (B, H, N, M) => A_target - logsumexp(A_other), (B, H, T, N).
 
     While only the logits of targets change, the softmax over the text depends on these values
-    alone. Absent targets get -inf.
+    alone. Absent targets get -inf. Where all visible tokens are targets, the others count as one
+    token with a negligible share.
     """
-    is_target = torch.zeros_like(logits[:, 0, 0], dtype=torch.bool)
-    is_target = is_target.scatter(1, targets.positions, targets.present)
+    # Added up, because absent targets stand at position 0, which may also be a target.
+    is_target = torch.zeros_like(logits[:, 0, 0], dtype=torch.int64)
+    is_target = is_target.scatter_add(1, targets.positions, targets.present.long()) > 0
     others = logits.masked_fill(is_target[:, None, None], -torch.inf).logsumexp(dim=3)
+    others = torch.where(others.isneginf(), logits.amax(dim=3) - _NEGLIGIBLE, others)
     chosen = targets.positions[:, None, None].expand(*logits.shape[:3], -1)
     relative = logits.gather(3, chosen) - others[..., None]
     return relative.masked_fill(~targets.present[:, None, None], -torch.inf).transpose(2, 3)
