@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -175,10 +176,20 @@ def number_classes(classes: tuple[str, ...], names: list[str]) -> Tensor:
 
 
 def check_identity(role: str, found: EncoderIdentity, trained_with: EncoderIdentity) -> None:
-    """Raise UserError unless `found` has the weights that the backbone was trained with."""
+    """Raise UserError unless `found` has the weights that the backbone was trained with.
+
+    A text encoder must also make contexts by the same settings.
+    """
     if found.sha256 != trained_with.sha256:
         name = "" if found.name == trained_with.name else f"{trained_with.name}, "
         raise UserError(
             f"{role} {found.name} has sha256 {found.sha256[:12]}…, but the weights were trained "
             f"with {name}sha256 {trained_with.sha256[:12]}…; use that encoder"
+        )
+    if not isinstance(found, TextEncoderIdentity):
+        return
+    if difference := found.settings.difference(cast(TextEncoderIdentity, trained_with).settings):
+        raise UserError(
+            f"{role} {found.name}: {difference}, which the weights were trained with; encode by "
+            "the settings of the training"
         )

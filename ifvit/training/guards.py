@@ -93,6 +93,10 @@ def check_held_out(reader: ShardReader, training: ShardReader, config: TrainConf
         raise UserError(f"{url}: another vae, {found.vae.name}; {same}")
     if found.text and wanted.text and found.text.encoder.sha256 != wanted.text.encoder.sha256:
         raise UserError(f"{url}: another text encoder, {found.text.encoder.name}; {same}")
+    if found.text and wanted.text:
+        settings = found.text.encoder.settings
+        if difference := settings.difference(wanted.text.encoder.settings):
+            raise UserError(f"{url}: {difference}, as in the training shards; {same}")
     if found.classes != wanted.classes:
         raise UserError(f"{url}: other classes; {same}")
     shared = {entry.sha256 for entry in found.shards} & {entry.sha256 for entry in wanted.shards}
