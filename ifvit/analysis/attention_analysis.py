@@ -31,7 +31,7 @@ from ifvit.analysis.attention_maps import (
     write_attention,
 )
 from ifvit.analysis.config import AttentionConfig
-from ifvit.conditions import Condition, concatenate, lengths_of, move, select_rows
+from ifvit.conditions import Condition, concatenate, move, select_rows
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents, sampling_precision
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import choose_device
@@ -45,10 +45,9 @@ from ifvit.records import dump_csv
 from ifvit.sampling.config import EncoderPlaces
 from ifvit.sampling.generate import read_prompt_file
 from ifvit.sampling.load import (
-    check_identity,
     load_conditions,
     load_model,
-    read_null_condition,
+    open_dataset_conditions,
     require_text_encoder,
     schedule_of,
 )
@@ -153,7 +152,7 @@ def record_layers(
             with watch_attention(backbone, rows):
                 sample_latents(backbone, schedule, conditions, null_text, config.sampling)
             for layer, mean in zip(layers, rows.means(), strict=True):
-                layer.add(mean, lengths_of(contexts).numpy())
+                layer.add(mean)
             progress.update(len(batch))
     return [layer.finish() for layer in layers]
 
@@ -168,7 +167,7 @@ def _read_if_complete(url: str) -> AttentionSummary | None:
 
 def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Prompts:
     """Read the prompts file, or the first captions of the first images in the shards."""
-    trained_with = require_text_encoder(info)
+    require_text_encoder(info)
     if config.shards is None:
         assert config.prompts is not None
         texts = read_prompt_file(config.prompts)[: config.num_prompts]
@@ -178,14 +177,14 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
                 f"{config.prompts}: {len(texts)} prompts, but {wanted} are needed; write more "
                 "prompts, one per line"
             )
-        conditions, size = load_conditions(info, device), config.sampling.batch_size
+        trained, size = load_conditions(info, device), config.sampling.batch_size
         return Prompts(
             texts=texts,
-            contexts=concatenate([conditions.encode([*batch]) for batch in batched(texts, size)]),
-            null_context=conditions.null,
+            contexts=concatenate([trained.encode([*batch]) for batch in batched(texts, size)]),
+            null_context=trained.null,
         )
     reader = ShardReader(config.shards)
-    check_identity(f"{reader.url}: text encoder", reader.text.encoder, trained_with)
+    conditions = open_dataset_conditions(info, reader, device)
     count = config.num_prompts or _NUM_OF_SHARDS
     if count > len(reader):
         raise UserError(
@@ -193,8 +192,8 @@ def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Pr
         )
     return Prompts(
         texts=[reader.metadata(position).captions[0] for position in range(count)],
-        contexts=torch.from_numpy(np.stack([reader.context(p, 0) for p in range(count)])),
-        null_context=read_null_condition(info, reader),
+        contexts=conditions.read(range(count), [0] * count),
+        null_context=conditions.null,
     )
 
 

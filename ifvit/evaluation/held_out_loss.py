@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from ifvit.arrays import Array
+from ifvit.conditions import Condition, move
 from ifvit.diffusion.objectives import ConditionalPredictor, scaled_latents
 from ifvit.distributed import ProcessGroup, show_progress
 from ifvit.errors import UserError
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.weights import WeightsInfo
 from ifvit.rng import Stream, normal
 from ifvit.sampling.load import schedule_of
 from ifvit.sampling.samples import batched
-from ifvit.shards.reader import ShardReader
 
 NUM_TIMES = 8
 """Timesteps at which each sample is predicted: (k + 1/2) / 8 of all timesteps for k = 0 … 7."""
@@ -36,19 +37,20 @@ class HeldOutLoss:
 
     def __init__(
         self,
-        reader: ShardReader,
+        conditions: DatasetConditions,
         num_samples: int,
         info: WeightsInfo,
         device: torch.device | str,
         seed: int = 0,
     ) -> None:
-        """Raise UserError when the shards hold fewer samples."""
+        """Raise UserError when the shards of the conditions hold fewer samples."""
+        reader = conditions.reader
         if num_samples > len(reader):
             raise UserError(
                 f"{reader.url}: has {len(reader)} samples, but num_samples is {num_samples}; "
                 "lower it"
             )
-        self._reader, self._device, self._seed = reader, device, seed
+        self._conditions, self._device, self._seed = conditions, device, seed
         self._chunks = [np.array(chunk) for chunk in batched(range(num_samples), _CHUNK_SIZE)]
         self._schedule = schedule_of(info, device)
         self._scaling_factor = info.scaling_factor
@@ -84,16 +86,14 @@ class HeldOutLoss:
             losses.append(errors.cpu().double().numpy())
         return np.stack(losses, axis=1)
 
-    def _read(self, samples: Array) -> tuple[Tensor, Tensor]:
-        """Moments (B, 2C, H, W) and conditions (B, ...) of these samples, on the device."""
-        reader, first = self._reader, np.zeros_like(samples)
+    def _read(self, samples: Array) -> tuple[Tensor, Condition]:
+        """Moments (B, 2C, H, W) and conditions of these samples, on the device.
+
+        Contexts have their largest length. Rounding depends on it, and a sample's loss would depend
+        on the other samples of its chunk.
+        """
+        reader = self._conditions.reader
         moments = np.empty((len(samples), *reader.manifest.moments_shape), reader.dtype)
         reader.read_moments(samples, moments)
-        if reader.manifest.classes:
-            condition = np.empty(len(samples), np.int64)
-            reader.read_labels(samples, first > 0, condition)
-        else:
-            condition = np.empty((len(samples), *reader.text.context_shape), reader.dtype)
-            reader.read_contexts(samples, first, condition)
-        arrays = torch.from_numpy(moments), torch.from_numpy(condition)
-        return arrays[0].to(self._device), arrays[1].to(self._device)
+        condition = self._conditions.read(samples, np.zeros_like(samples), full_length=True)
+        return torch.from_numpy(moments).to(self._device), move(condition, self._device)

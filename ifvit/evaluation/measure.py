@@ -32,6 +32,7 @@ from ifvit.evaluation.held_out_loss import HeldOutLoss
 from ifvit.evaluation.metrics import Estimate, Floats, estimate_mean, estimate_share
 from ifvit.evaluation.references import RealImages, Reference, list_images, read_reference
 from ifvit.evaluation.rows import MetricsRow
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.sampling.load import Model
 from ifvit.sampling.samples import batched, hash_json, image_name
 from ifvit.scenes.captions import parse_caption
@@ -69,6 +70,7 @@ class CaptionMetrics:
             else None
         )
         self.prompts = sample_set.read_prompts(self._reader, config.protocol)
+        self._conditions: dict[str, DatasetConditions] = {}
         self._held_out_losses: dict[tuple[str, int], Floats] = {}
         self.sources = {
             "shards_sha256": hash_json([entry.sha256 for entry in manifest.shards]),
@@ -77,7 +79,14 @@ class CaptionMetrics:
 
     def open_conditions(self, model: Model) -> sample_set.PromptConditions:
         """Open the conditions of the prompts. Raises UserError for shards of other encoders."""
-        return sample_set.open_shard_conditions(self._reader, model)
+        return sample_set.of_prompts(self._open_dataset(model))
+
+    def _open_dataset(self, model: Model) -> DatasetConditions:
+        """Conditions of the shards for a model; rows of one model share them."""
+        if model.sha256 not in self._conditions:
+            conditions = sample_set.open_shard_conditions(self._reader, model)
+            self._conditions = {model.sha256: conditions}
+        return self._conditions[model.sha256]
 
     def find_row(self, url: str, model: Model, protocol: ProtocolConfig) -> MetricsRow | None:
         """Read the row at `url`; None if it is missing, or of other weights or another protocol.
@@ -136,8 +145,8 @@ class CaptionMetrics:
         """Losses (N,) of the samples; rows of one model share them, whatever their guidance."""
         key = model.sha256, seed
         if key not in self._held_out_losses:
-            device = model.backbone.device
-            loss = HeldOutLoss(self._reader, len(self.prompts), model.info, device, seed)
+            device, conditions = model.backbone.device, self._open_dataset(model)
+            loss = HeldOutLoss(conditions, len(self.prompts), model.info, device, seed)
             losses = loss.measure(model.backbone, self._group).mean(axis=1)
             self._held_out_losses[key] = losses
         return self._held_out_losses[key]

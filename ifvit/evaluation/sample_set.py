@@ -18,8 +18,8 @@ from ifvit.errors import UserError
 from ifvit.evaluation.config import ProtocolConfig
 from ifvit.evaluation.references import RealImages
 from ifvit.images import Pixels, encode_png, make_grid
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.weights import WeightsInfo
-from ifvit.records import shorten
 from ifvit.rng import Stream, uniform_array
 from ifvit.sampling.alignment import build_methods
 from ifvit.sampling.config import SamplingConfig
@@ -27,8 +27,7 @@ from ifvit.sampling.load import (
     Model,
     check_identity,
     load_conditions,
-    read_null_condition,
-    require_text_encoder,
+    open_dataset_conditions,
 )
 from ifvit.sampling.samples import (
     SampleRow,
@@ -98,23 +97,23 @@ class PromptConditions:
     """Condition of no prompt, one row."""
 
 
-def open_shard_conditions(reader: ShardReader, model: Model) -> PromptConditions:
-    """Conditions that the shards store.
+def open_shard_conditions(reader: ShardReader, model: Model) -> DatasetConditions:
+    """Conditions of the images of held-out shards; see `open_dataset_conditions`.
 
     Raises UserError unless the shards hold what the model was trained on, in its shape.
     """
     _check_fit(model, reader)
-    if classes := reader.manifest.classes:
-        return PromptConditions(
-            read=lambda prompts: torch.tensor([prompt.caption for prompt in prompts]),
-            null=torch.tensor([len(classes)]),
-        )
+    return open_dataset_conditions(model.info, reader, str(model.backbone.device))
+
+
+def of_prompts(conditions: DatasetConditions) -> PromptConditions:
+    """Conditions of prompts that `read_prompts` has read from the same shards."""
 
     def read(prompts: Sequence[Prompt]) -> Condition:
-        contexts = [reader.context(prompt.position, prompt.caption) for prompt in prompts]
-        return torch.from_numpy(np.stack(contexts))
+        positions = [prompt.position for prompt in prompts]
+        return conditions.read(positions, [prompt.caption for prompt in prompts])
 
-    return PromptConditions(read=read, null=read_null_condition(model.info, reader))
+    return PromptConditions(read=read, null=conditions.null)
 
 
 def open_encoded_conditions(model: Model) -> PromptConditions:
@@ -132,24 +131,12 @@ def open_encoded_conditions(model: Model) -> PromptConditions:
 def _check_fit(model: Model, reader: ShardReader) -> None:
     manifest, info, backbone = reader.manifest, model.info, model.backbone
     check_identity(f"{reader.url}: vae", manifest.vae, info.vae)
-    if manifest.classes != info.classes:
-        raise UserError(
-            f"{reader.url}: holds {_describe_classes(manifest.classes)}, but the weights were "
-            f"trained on {_describe_classes(info.classes)}; name held-out shards of those"
-        )
-    if not manifest.classes:
-        text_encoder = require_text_encoder(info)
-        check_identity(f"{reader.url}: text encoder", reader.text.encoder, text_encoder)
     size, channels = backbone.config.latent_size, backbone.config.latent_channels
     if manifest.latent_shape != (channels, size, size):
         raise UserError(
             f"{reader.url}: latents {manifest.latent_shape} do not fit a backbone of "
             f"{channels} x {size} x {size} latents; encode at its image size"
         )
-
-
-def _describe_classes(classes: tuple[str, ...]) -> str:
-    return f"{len(classes)} classes, such as {shorten(classes[0])}" if classes else "captions"
 
 
 def generate_missing(

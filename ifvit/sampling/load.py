@@ -8,13 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ifvit.conditions import Condition, PaddedContext
+from ifvit.conditions import Condition
 from ifvit.diffusion.config import SolverConfig
 from ifvit.diffusion.sampler import Sampler
 from ifvit.diffusion.schedules import NoiseSchedule
@@ -22,9 +20,11 @@ from ifvit.diffusion.solvers import build_scheduler
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.backbone import Backbone
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.pretrained import place_of
 from ifvit.models.text_encoders import TextEncoder, load_text_encoder
 from ifvit.models.weights import WeightsInfo, find_weights, load_backbone, read_stored_weights
+from ifvit.records import shorten
 from ifvit.sampling.config import EncoderPlaces
 from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
 from ifvit.shards.reader import ShardReader
@@ -150,16 +150,31 @@ def load_conditions(info: WeightsInfo, device: str) -> Conditions:
     return Conditions(encode=encode, null=encode([""]))
 
 
-def read_null_condition(info: WeightsInfo, reader: ShardReader) -> Condition:
-    """Condition of no prompt, one row, as in the training of the weights, from shards."""
-    if info.text_encoder is None:
-        return torch.tensor([len(info.classes)])
-    context = torch.from_numpy(np.array(reader.null_context))[None]
-    if info.null_context == "zeros":
-        context = torch.zeros_like(context)
-    if info.text_encoder.settings.keeps_padding:
-        return context
-    return PaddedContext(tokens=context, lengths=torch.tensor([context.shape[1]]))
+def open_dataset_conditions(
+    info: WeightsInfo, reader: ShardReader, device: str
+) -> DatasetConditions:
+    """Conditions of a dataset for a trained backbone.
+
+    Contexts that the shards store are read; without any, the text encoder of the training computes
+    them. Raises UserError for shards of other classes, or of another text encoder or other settings
+    of it.
+    """
+    manifest, encoder = reader.manifest, None
+    if manifest.classes != info.classes:
+        raise UserError(
+            f"{reader.url}: holds {_describe_classes(manifest.classes)}, but the weights were "
+            f"trained on {_describe_classes(info.classes)}; name held-out shards of those"
+        )
+    if manifest.text:
+        trained_with = require_text_encoder(info)
+        check_text_encoder(f"{reader.url}: text encoder", manifest.text.encoder, trained_with)
+    elif not manifest.classes:
+        encoder = load_trained_text_encoder(info, device)
+    return DatasetConditions(reader, info.null_context, encoder)
+
+
+def _describe_classes(classes: tuple[str, ...]) -> str:
+    return f"{len(classes)} classes, such as {shorten(classes[0])}" if classes else "captions"
 
 
 def number_classes(classes: tuple[str, ...], names: list[str]) -> Tensor:
@@ -176,20 +191,27 @@ def number_classes(classes: tuple[str, ...], names: list[str]) -> Tensor:
 
 
 def check_identity(role: str, found: EncoderIdentity, trained_with: EncoderIdentity) -> None:
-    """Raise UserError unless `found` has the weights that the backbone was trained with.
-
-    A text encoder must also make contexts by the same settings.
-    """
+    """Raise UserError unless `found` has the weights that the backbone was trained with."""
     if found.sha256 != trained_with.sha256:
         name = "" if found.name == trained_with.name else f"{trained_with.name}, "
         raise UserError(
             f"{role} {found.name} has sha256 {found.sha256[:12]}…, but the weights were trained "
             f"with {name}sha256 {trained_with.sha256[:12]}…; use that encoder"
         )
-    if not isinstance(found, TextEncoderIdentity):
-        return
-    if difference := found.settings.difference(cast(TextEncoderIdentity, trained_with).settings):
-        raise UserError(
-            f"{role} {found.name}: {difference}, which the weights were trained with; encode by "
-            "the settings of the training"
-        )
+
+
+def check_text_encoder(
+    role: str, found: TextEncoderIdentity, trained_with: TextEncoderIdentity
+) -> None:
+    """Raise UserError unless `found` makes the contexts that the backbone was trained with.
+
+    The number format of its computation may differ.
+    """
+    check_identity(role, found, trained_with)
+    for name, value in vars(found.settings).items():
+        wanted = getattr(trained_with.settings, name)
+        if name != "precision" and value != wanted:
+            raise UserError(
+                f"{role} {found.name} has text.{name} {value}, but the weights were trained with "
+                f"{wanted}; use that value"
+            )

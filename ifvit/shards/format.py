@@ -96,16 +96,6 @@ class TextSettings:
     """Whether contexts have `max_length` tokens, padding included, which are all attended to, as
     for CLIP; otherwise padding was masked and is not stored."""
 
-    def difference(self, other: "TextSettings") -> str:
-        """Name the first setting that gives another context: "text.state last instead of mean".
-
-        Empty if there is none; the precision only changes how results are rounded.
-        """
-        for name, value in vars(self).items():
-            if name != "precision" and value != getattr(other, name):
-                return f"text.{name} {shorten(value)} instead of {shorten(getattr(other, name))}"
-        return ""
-
 
 @record
 class TextEncoderIdentity(EncoderIdentity):

@@ -35,8 +35,10 @@ from ifvit.distributed import ALONE, ProcessGroup
 from ifvit.errors import UserError
 from ifvit.models.config import restore_config
 from ifvit.models.pretrained import reading
-from ifvit.models.weights import step_name
+from ifvit.models.weights import WeightsInfo, step_name
 from ifvit.records import NonNegativeInt, Rule, Sha256, parse_value, path_inside, record, shorten
+from ifvit.sampling.load import check_text_encoder
+from ifvit.shards.format import TextEncoderIdentity
 from ifvit.storage import join, list_names
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine, EngineScalars
@@ -82,6 +84,8 @@ class Checkpoint:
     """Fields of the backbone's configuration."""
     target: str | None = None
     """What the backbone predicts, as `WeightsInfo.target`; None in earlier checkpoints."""
+    text_encoder: TextEncoderIdentity | None = None
+    """What made the contexts; None for classes and in earlier checkpoints."""
     recipe_sha256: Sha256
     """Hash of the recipe, as in `weights.json`."""
     shards_sha256: Sha256
@@ -239,22 +243,25 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
         yield read
 
 
-def resume(config: TrainConfig, engine: Engine, token: str, target: str) -> TrainState:
+def resume(config: TrainConfig, engine: Engine, token: str, info: WeightsInfo) -> TrainState:
     """Load the checkpoint from which the run continues, and return its position.
 
     All processes call this together. Remote parts are downloaded once per node, into a folder
     named by `token` under TMPDIR. Raises UserError when `config.resume` cannot be followed, or
-    when the checkpoint has other shards, another backbone or another target than the recipe.
+    when the checkpoint has other shards, another backbone, target or text encoder than the recipe.
     """
     with _node_cache(engine, token) as cache:
         checkpoint = _choose_checkpoint(config, cache, engine.group)
         if checkpoint is None:
             return TrainState()
-        if checkpoint.target not in (None, target):
+        if checkpoint.target not in (None, info.target):
             raise UserError(
                 f"{checkpoint.url}: trained to predict {checkpoint.target}, but the recipe says "
-                f"{target}; set objective.prediction and scaling_factor to match"
+                f"{info.target}; set objective.prediction and scaling_factor to match"
             )
+        if checkpoint.text_encoder and info.text_encoder:
+            trained_with, now = checkpoint.text_encoder, info.text_encoder
+            check_text_encoder(f"{checkpoint.url}: text encoder", now, trained_with)
         with open_tensors(checkpoint, cache) as read:
             engine.load_state(read)
         engine.load_scalars(checkpoint.scalars)

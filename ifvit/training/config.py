@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from ifvit.diffusion.config import ObjectiveConfig, Precision, RepresentationConfig
 from ifvit.errors import UserError
-from ifvit.models.config import BackboneConfig, FusionTransformerConfig, NullContext
+from ifvit.models.config import BackboneConfig, FusionTransformerConfig, NullContext, TextOptions
 from ifvit.records import (
     Fraction,
     NonNegativeFloat,
@@ -144,7 +144,13 @@ class TrainConfig:
     vae: str | None = None
     """The VAE that the shards must come from; unset: any."""
     text_encoder: str | None = None
-    """The text encoder that the shards must come from; unset: any."""
+    """The text encoder that the shards must come from, or that computes contexts; unset: that of
+    the shards."""
+    context: Literal["stored", "computed"] = "stored"
+    """stored: read contexts from the shards. computed: compute them from the captions while
+    training, with the same losses up to rounding."""
+    text: TextOptions = field(default_factory=TextOptions)
+    """How text_encoder computes contexts."""
     backbone: BackboneConfig
     """The network: a preset (`--backbone small`), a YAML file, or single fields."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -226,10 +232,7 @@ class TrainConfig:
         return None if backbone.representation_block is None else self.representation
 
     def __post_init__(self) -> None:
-        if self.backbone.num_classes is not None and self.null_context == "zeros":
-            raise UserError("null_context: the backbone knows classes, not captions; remove it")
-        if self.captions and not any(source.weight for source in self.captions.values()):
-            raise UserError("captions: all weights are 0; give one of the sources a weight")
+        self._check_captions()
         if self.active_representation is None and self.representation != RepresentationConfig():
             raise UserError("representation: has no effect; set backbone.representation_block")
         if len(set(self.ema_decays)) != len(self.ema_decays) or not self.ema_decays:
@@ -260,6 +263,18 @@ class TrainConfig:
                 "optim.optimizer: muon needs engine.backend: plain without offload_optimizer; "
                 "ZeRO shards matrices, which Muon needs whole"
             )
+
+    def _check_captions(self) -> None:
+        if self.backbone.num_classes is not None and self.null_context == "zeros":
+            raise UserError("null_context: the backbone knows classes, not captions; remove it")
+        if self.backbone.num_classes is not None and self.context == "computed":
+            raise UserError("context: the backbone knows classes, not captions; remove it")
+        if self.text != TextOptions() and (self.context == "stored" or self.text_encoder is None):
+            raise UserError(
+                "text: has an effect only beside context: computed and text_encoder; set both"
+            )
+        if self.captions and not any(source.weight for source in self.captions.values()):
+            raise UserError("captions: all weights are 0; give one of the sources a weight")
 
 
 @record

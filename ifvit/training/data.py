@@ -4,6 +4,7 @@ Shapes: B samples of a micro-batch, S shards, C latent channels, H, W latent siz
 D context width.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,17 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ifvit.arrays import Array
+from ifvit.conditions import Condition, PaddedContext, padded_lengths, tokens_of
 from ifvit.diffusion.config import RepresentationConfig
 from ifvit.distributed import World
 from ifvit.errors import UserError
-from ifvit.models.config import NullContext
+from ifvit.models.conditioning import DatasetConditions, empty
 from ifvit.records import shorten
 from ifvit.rng import Stream, permutation, uniform_array
 from ifvit.shards.format import FEATURE_DTYPE
@@ -33,20 +35,37 @@ from ifvit.training.config import CaptionConfig
 class Batch:
     """One micro-batch of one process.
 
-    `moments` (B, 2C, H, W) in the dtype of the shards; `condition` is contexts (B, M, D) in that
-    dtype or class numbers (B,) int64; `positions` (B,) int64 in the global batch; `features`
-    (B, G * G, F) float16 of the images' patches, if the step needs them.
+    `moments` (B, 2C, H, W) in the dtype of the shards; `condition` is contexts of at most M tokens
+    in that dtype or class numbers (B,) int64; `positions` (B,) int64 in the global batch;
+    `features` (B, G * G, F) float16 of the images' patches, if the step needs them.
     """
 
     moments: Tensor
-    condition: Tensor
+    condition: Condition
     positions: Tensor
     features: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, without features that were not read."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        """The tensors by name: also the lengths of contexts, but no features that were not read."""
+        tensors = vars(self) | {
+            "condition": tokens_of(self.condition),
+            _LENGTHS: padded_lengths(self.condition),
+        }
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The batch of these tensors by name, as `tensors` gives them."""
+        fields: dict[str, Any] = dict(tensors)
+        if (lengths := fields.pop(_LENGTHS, None)) is not None:
+            fields["condition"] = PaddedContext(tokens=fields["condition"], lengths=lengths)
+        return cls(**fields)
+
+
+_LENGTHS = "context_lengths"
+BATCH_TENSORS = (*Batch.__dataclass_fields__, _LENGTHS)
+"""Names of the tensors that a batch may have."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -239,7 +258,7 @@ class Batches:
         micro_batch_size: int,
         world: World,
         num_threads: int,
-        null_context: NullContext = "empty_caption",
+        conditions: DatasetConditions | None = None,
     ) -> None:
         per_pass = micro_batch_size * world.size
         if order.global_batch_size % per_pass:
@@ -250,7 +269,7 @@ class Batches:
         _check_dataset(reader, order)
         self._reader, self._order, self._num_threads = reader, order, num_threads
         self._micro_batch_size, self._world = micro_batch_size, world
-        self._null_context = null_context
+        self._conditions = conditions or DatasetConditions(reader)
         self.global_batch_size = order.global_batch_size
         self.num_micro_batches = order.global_batch_size // per_pass
 
@@ -259,9 +278,11 @@ class Batches:
 
         The first one belongs to `step`, whose global batch begins at sample `samples_seen`.
 
-        For a GPU, the reading threads also copy each batch, on a separate CUDA stream.
+        For a GPU, the reading threads also copy each batch, on CUDA streams of their own.
         """
-        copier = _GpuCopier(device) if device.type == "cuda" else None
+        read: Callable[..., Batch] = self._read
+        if device.type == "cuda":
+            read = _GpuReader(self._read, device, torch.cuda.current_stream(device)).read
         pending: deque[tuple[int, Future[Batch]]] = deque()
         with (
             ThreadPoolExecutor(self._num_threads) as pool,
@@ -271,12 +292,12 @@ class Batches:
             for micro_batch in count():
                 ahead, micro_step = divmod(micro_batch, self.num_micro_batches)
                 seen = samples_seen + ahead * self.global_batch_size
-                read = pool.submit(self._read, step + ahead, seen, micro_step, copier)
-                pending.append((seen, read))
+                batch = pool.submit(read, step + ahead, seen, micro_step)
+                pending.append((seen, batch))
                 if len(pending) > 2 * self._num_threads:
-                    seen, read = pending.popleft()
+                    seen, batch = pending.popleft()
                     move_to(seen)
-                    yield read.result()
+                    yield batch.result()
 
     def image_ids(self, samples_seen: int, positions: Tensor) -> list[int | str]:
         """Image ids at these positions of the global batch that starts at `samples_seen`."""
@@ -284,7 +305,7 @@ class Batches:
         return [self._reader.metadata(sample).image_id for sample in samples]
 
     def _read(
-        self, step: int, samples_seen: int, micro_step: int, copier: "_GpuCopier | None"
+        self, step: int, samples_seen: int, micro_step: int, *, pinned: bool = False
     ) -> Batch:
         reader, order, size = self._reader, self._order, self._micro_batch_size
         first = (micro_step * self._world.size + self._world.rank) * size
@@ -293,53 +314,48 @@ class Batches:
         sources = reader.caption_sources(samples) if order.caption_weights else ()
         counts = reader.caption_counts(samples)
         captions = order.caption_indices(step, positions, counts, sources)
-        pinned = copier is not None  # only page-locked memory is copied beside the computation
-        moments = _empty((size, *reader.manifest.moments_shape), reader.dtype, pinned)
+        moments = empty((size, *reader.manifest.moments_shape), reader.dtype, pinned=pinned)
         hflip = order.hflip(step, positions)
         reader.read_moments(samples, moments.numpy(), hflip)
-        if reader.manifest.classes:
-            condition = _empty((size,), np.dtype(np.int64), pinned)
-            reader.read_labels(samples, captions < 0, condition.numpy())
-        else:
-            condition = _empty((size, *reader.text.context_shape), reader.dtype, pinned)
-            reader.read_contexts(samples, captions, condition.numpy())
-            if self._null_context == "zeros":
-                condition[torch.from_numpy(captions < 0)] = 0
+        condition = self._conditions.read(samples, captions, pinned=pinned)
         features = None
         if order.representation and order.representation.is_on(step):
-            features = _empty((size, *reader.features.shape), np.dtype(FEATURE_DTYPE), pinned)
+            shape, dtype = (size, *reader.features.shape), np.dtype(FEATURE_DTYPE)
+            features = empty(shape, dtype, pinned=pinned)
             reader.read_features(samples, features.numpy(), hflip)
-        batch = Batch(
+        return Batch(
             moments=moments,
             condition=condition,
             positions=torch.from_numpy(positions),
             features=features,
         )
-        return batch if copier is None else copier.copy(batch)
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], pinned: bool) -> Tensor:
-    return torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=pinned)
+class _GpuReader(threading.local):
+    """Reads batches and copies them to a GPU, beside the computation.
 
+    Each reading thread has a CUDA stream, which a text encoder uses, too; one thread that encodes
+    does not delay the copies of the others.
+    """
 
-class _GpuCopier:
-    """Copies batches to a GPU on a CUDA stream of its own, beside the computation."""
+    def __init__(
+        self, read: Callable[..., Batch], device: torch.device, compute: torch.cuda.Stream
+    ) -> None:
+        self._read, self._device, self._compute = read, device, compute
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __init__(self, device: torch.device) -> None:
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._compute = torch.cuda.current_stream(device)
-
-    def copy(self, batch: Batch) -> Batch:
-        """Copy a batch from pinned memory; only the calling thread waits for the copy."""
-        with torch.cuda.stream(self._copies):
+    def read(self, *place: int) -> Batch:
+        """Read a batch and copy it from pinned memory; only the calling thread waits for this."""
+        with torch.cuda.stream(self._stream):
+            batch = self._read(*place, pinned=True)
             tensors = {
-                name: tensor.to(self._copies.device, non_blocking=True)
+                name: tensor.to(self._device, non_blocking=True)
                 for name, tensor in batch.tensors.items()
             }
-        self._copies.synchronize()
+        self._stream.synchronize()
         for tensor in tensors.values():
             tensor.record_stream(self._compute)  # its memory is reused only after the computation
-        return Batch(**tensors)
+        return Batch.of(tensors)
 
 
 @contextmanager

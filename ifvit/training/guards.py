@@ -18,10 +18,12 @@ from ifvit.config import dump_config
 from ifvit.connections import is_remote
 from ifvit.distributed import World
 from ifvit.errors import EXIT_PREEMPTED, UserError
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.config import UNetConfig
 from ifvit.models.pretrained import identify, place_of, resolve_pretrained
 from ifvit.models.weights import describe_backbone
 from ifvit.records import parse_value, parse_yaml, shorten
+from ifvit.sampling.load import check_text_encoder
 from ifvit.shards.format import EncoderIdentity
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import exists, join, read_bytes, write_bytes
@@ -32,17 +34,19 @@ MAY_CHANGE = {
     *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
     *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
     *("keep_every", "keep_best", "export_every", "keep_exports", "resume", "tolerate_nonfinite"),
-    *("trackers", "profile", "validation"),
+    *("trackers", "profile", "validation", "context", "text"),
 }
 """Fields that a resumed run may change; a change of any other field would make another run. Of
-validation, only `every` may change once there are held-out shards."""
+validation, only `every` may change once there are held-out shards. `resume` checks that `text` and
+`text_encoder` make the same contexts."""
 _OF_CHECKPOINTS = {"optim.optimizer", "objective.prediction", "scaling_factor"}
 """Fields that a checkpoint must share with the run that continues it, besides the backbone."""
 
 
-def check_dataset(reader: ShardReader, config: TrainConfig) -> None:
+def check_dataset(conditions: DatasetConditions, config: TrainConfig) -> None:
     """Raise UserError when the shards do not fit the backbone or the encoders of the recipe."""
-    url, manifest, backbone = reader.url, reader.manifest, config.backbone
+    reader, backbone = conditions.reader, config.backbone
+    url, manifest = reader.url, reader.manifest
     size = backbone.latent_size
     _require_shape(
         f"{url}: latents",
@@ -52,8 +56,8 @@ def check_dataset(reader: ShardReader, config: TrainConfig) -> None:
     )
     if backbone.context_shape is not None:
         _require_shape(
-            f"{url}: context",
-            tuple(reader.text.context_shape),
+            f"{url}: contexts",
+            conditions.context_shape,
             backbone.context_shape,
             "backbone.context_length and backbone.context_width",
         )
@@ -68,7 +72,7 @@ def check_dataset(reader: ShardReader, config: TrainConfig) -> None:
             f"{backbone.num_classes}; set backbone.num_classes to match"
         )
     _require_encoder("vae", config.vae, manifest.vae, url)
-    if config.text_encoder is not None:
+    if config.text_encoder is not None and config.context == "stored":
         _require_encoder("text_encoder", config.text_encoder, reader.text.encoder, url)
 
 
@@ -84,19 +88,17 @@ def check_features(reader: ShardReader, config: TrainConfig) -> None:
         )
 
 
-def check_held_out(reader: ShardReader, training: ShardReader, config: TrainConfig) -> None:
+def check_held_out(
+    conditions: DatasetConditions, training: ShardReader, config: TrainConfig
+) -> None:
     """Raise UserError when held-out shards are not encoded as the training shards, or are these."""
-    check_dataset(reader, config)
-    url, found, wanted = reader.url, reader.manifest, training.manifest
+    check_dataset(conditions, config)
+    url, found, wanted = conditions.reader.url, conditions.reader.manifest, training.manifest
     same = f"give validation.shards that were encoded as {training.url}"
     if found.vae.sha256 != wanted.vae.sha256:
         raise UserError(f"{url}: another vae, {found.vae.name}; {same}")
-    if found.text and wanted.text and found.text.encoder.sha256 != wanted.text.encoder.sha256:
-        raise UserError(f"{url}: another text encoder, {found.text.encoder.name}; {same}")
-    if found.text and wanted.text:
-        settings = found.text.encoder.settings
-        if difference := settings.difference(wanted.text.encoder.settings):
-            raise UserError(f"{url}: {difference}, as in the training shards; {same}")
+    if config.context == "stored" and found.text and wanted.text:
+        check_text_encoder(f"{url}: text encoder", found.text.encoder, wanted.text.encoder)
     if found.classes != wanted.classes:
         raise UserError(f"{url}: other classes; {same}")
     shared = {entry.sha256 for entry in found.shards} & {entry.sha256 for entry in wanted.shards}

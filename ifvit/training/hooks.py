@@ -7,17 +7,17 @@ import numpy as np
 import torch
 
 from ifvit import storage
-from ifvit.conditions import Condition, select_rows
+from ifvit.conditions import Condition, move, select_rows
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.evaluation.held_out_loss import HeldOutLoss
 from ifvit.images import encode_png, make_grid
 from ifvit.models.backbone import Backbone
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.weights import WeightsInfo, exported_backbone, step_name
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.load import load_conditions, load_decoder, read_null_condition, schedule_of
+from ifvit.sampling.load import load_conditions, load_decoder, schedule_of
 from ifvit.sampling.samples import batched
-from ifvit.shards.reader import ShardReader
-from ifvit.training.config import SampleGridConfig, TrainConfig
+from ifvit.training.config import SampleGridConfig, TrainConfig, ValidationConfig
 from ifvit.training.engine import Engine
 from ifvit.training.loop import StepReport, TrainState
 from ifvit.training.metrics_log import MetricsLog
@@ -60,12 +60,15 @@ class Validation(EmaHook):
     name = "validation"
 
     def __init__(
-        self, config: TrainConfig, engine: Engine, info: WeightsInfo, metrics: MetricsLog
+        self,
+        config: ValidationConfig,
+        conditions: DatasetConditions,
+        engine: Engine,
+        info: WeightsInfo,
+        metrics: MetricsLog,
     ) -> None:
-        super().__init__(config.validation.every, engine)
-        assert config.validation.shards is not None
-        reader = ShardReader(config.validation.shards, config.cache)
-        self._loss = HeldOutLoss(reader, config.validation.num_samples, info, engine.device)
+        super().__init__(config.every, engine)
+        self._loss = HeldOutLoss(conditions, config.num_samples, info, engine.device)
         self._metrics = metrics
 
     def use(self, backbone: Backbone, step: int) -> None:
@@ -78,21 +81,21 @@ class SampleGrid(EmaHook):
 
     name = "samples"
 
-    def __init__(self, config: TrainConfig, engine: Engine, info: WeightsInfo) -> None:
+    def __init__(
+        self, config: TrainConfig, conditions: DatasetConditions, engine: Engine, info: WeightsInfo
+    ) -> None:
         grid = config.sample_grid
         super().__init__(grid.every, engine)
         self._folder = storage.join(config.run, "samples")
         self._schedule = schedule_of(info, engine.device)
-        reader = ShardReader(config.shards, config.cache)
-        conditions, self._null_condition = _grid_conditions(grid, reader, info)
+        shown, self._null_condition = _grid_conditions(grid, conditions, info)
         self._decode = load_decoder(info, str(engine.device))
         self._sampling = SamplingConfig(
             num_steps=grid.num_steps, guidance_scale=grid.guidance_scale, precision=grid.precision
         )
-        chunks = map(torch.tensor, batched(range(len(conditions)), self._sampling.batch_size))
+        chunks = map(torch.tensor, batched(range(len(shown)), self._sampling.batch_size))
         self._batches = [
-            ConditionBatch(positions=chunk, condition=select_rows(conditions, chunk))
-            for chunk in chunks
+            ConditionBatch(positions=chunk, condition=select_rows(shown, chunk)) for chunk in chunks
         ]
 
     def use(self, backbone: Backbone, step: int) -> None:
@@ -109,17 +112,17 @@ class SampleGrid(EmaHook):
 
 
 def _grid_conditions(
-    config: SampleGridConfig, reader: ShardReader, info: WeightsInfo
+    config: SampleGridConfig, conditions: DatasetConditions, info: WeightsInfo
 ) -> tuple[Condition, Condition]:
-    """N conditions of the grid, and the null condition.
+    """N conditions of the grid, and the null condition, on the CPU.
 
     They come from the prompts of the recipe, or else from the first captions or classes, which
     fill two rows.
     """
     if config.prompts or info.text_encoder is None:
-        conditions = load_conditions(info, "cpu")
+        trained = load_conditions(info, "cpu")
         prompts = config.prompts or info.classes[: 2 * _GRID_COLUMNS]
-        return conditions.encode(list(prompts)), conditions.null
-    count = min(2 * _GRID_COLUMNS, len(reader))
-    contexts = torch.from_numpy(np.stack([reader.context(i, 0) for i in range(count)]))
-    return contexts, read_null_condition(info, reader)
+        return trained.encode(list(prompts)), trained.null
+    count = min(2 * _GRID_COLUMNS, len(conditions.reader))
+    shown = conditions.read(range(count), [0] * count)
+    return move(shown, "cpu"), move(conditions.null, "cpu")

@@ -37,7 +37,7 @@ from ifvit.records import (
 )
 from ifvit.storage import join, write_file
 from ifvit.training.config import EngineConfig, ReplayConfig, TrainConfig
-from ifvit.training.data import Batch, Batches
+from ifvit.training.data import BATCH_TENSORS, Batch, Batches
 from ifvit.training.engine import Engine, prepare_forward
 from ifvit.training.guards import NonfiniteGradient
 
@@ -100,7 +100,7 @@ class Replay:
     def nonfinite_positions(self, batch: Batch) -> Tensor:
         """Positions of the samples that alone are not finite, or of all samples if none is."""
         rows = zip(*(torch.split(tensor, 1) for tensor in batch.tensors.values()), strict=True)
-        samples = [Batch(**dict(zip(batch.tensors, row, strict=True))) for row in rows]
+        samples = [Batch.of(dict(zip(batch.tensors, row, strict=True))) for row in rows]
         nonfinite = [sample for sample in samples if not self.differentiate(sample).is_finite]
         return torch.cat([sample.positions for sample in nonfinite or samples]).cpu()
 
@@ -168,8 +168,8 @@ def _differentiate(
 ) -> Outcome:
     """Compute the step again from the tensors of its batch and of its backbone."""
     device = torch.device(choose_device("auto"))
-    names = Batch.__dataclass_fields__.keys() & tensors.keys()
-    batch = Batch(**{name: tensors.pop(name).to(device) for name in names})
+    names = [name for name in BATCH_TENSORS if name in tensors]
+    batch = Batch.of({name: tensors.pop(name).to(device) for name in names})
     if batch.positions.dtype != torch.int64:
         raise TypeError("positions are not integers")
     backbone = nn.Module.to(restore_backbone(shape, tensors, copy=False), device)

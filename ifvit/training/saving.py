@@ -130,6 +130,7 @@ class SaveCheckpoint:
             scalars=self._engine.scalars(),
             backbone=asdict(self._config.backbone),
             target=self._info.target,
+            text_encoder=self._info.text_encoder,
             recipe_sha256=self._info.recipe_sha256,
             shards_sha256=self._shards_sha256,
             parts=(),

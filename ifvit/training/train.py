@@ -13,10 +13,12 @@ from torch import Tensor
 from ifvit import storage
 from ifvit.config import dump_config
 from ifvit.diffusion.objectives import Objective
-from ifvit.distributed import World, one_line_for_lost_processes
+from ifvit.distributed import World, choose_device, one_line_for_lost_processes
 from ifvit.errors import UserError
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.config import without_representation
 from ifvit.models.pretrained import place_of
+from ifvit.models.text_encoders import TextEncoder, load_text_encoder
 from ifvit.models.weights import (
     WeightsInfo,
     find_weights,
@@ -24,6 +26,7 @@ from ifvit.models.weights import (
     read_stored_weights,
     verify_weights,
 )
+from ifvit.sampling.load import check_text_encoder
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
 from ifvit.training.checkpoint import committed_steps, resume
@@ -60,26 +63,36 @@ def train(config: TrainConfig) -> TrainState:
 
 
 def _train_on(reader: ShardReader, config: TrainConfig) -> TrainState:
-    check_dataset(reader, config)
+    encoder = load_encoder(config, reader)
+    conditions = DatasetConditions(reader, config.null_context, encoder)
+    check_dataset(conditions, config)
     check_features(reader, config)
+    held_out = None
     if config.validation.shards is not None:
-        check_held_out(ShardReader(config.validation.shards, config.cache), reader, config)
+        held_out_reader = ShardReader(config.validation.shards, config.cache)
+        held_out = DatasetConditions(held_out_reader, config.null_context, encoder)
+        check_held_out(held_out, reader, config)
     initial = initial_tensors(config, reader)
-    batches = _build_batches(config, reader)
+    batches = _build_batches(config, conditions)
     engine = choose_engine(config)(config, initial, batches.num_micro_batches)
     engine.group.on_main(lambda: storage.require_no_links_out(config.run))
     lease = engine.group.on_main(lambda: Lease.acquire(config.run))
     with lease.held() if engine.world.is_main else nullcontext():
-        return _train(config, reader, batches, engine, lease)
+        return _train(config, conditions, held_out, batches, engine, lease)
 
 
 def _train(
-    config: TrainConfig, reader: ShardReader, batches: Batches, engine: Engine, lease: Lease
+    config: TrainConfig,
+    conditions: DatasetConditions,
+    held_out: DatasetConditions | None,
+    batches: Batches,
+    engine: Engine,
+    lease: Lease,
 ) -> TrainState:
     """Train while this job holds the lease of the run directory."""
     engine.group.on_main(lambda: check_recipe(config))
-    info = _weights_info(config, reader)
-    state = resume(config, engine, lease.token, info.target)
+    info = _weights_info(config, conditions)
+    state = resume(config, engine, lease.token, info)
     objective = Objective(
         config.objective,
         scaling_factor=info.scaling_factor,
@@ -92,10 +105,10 @@ def _train(
     metrics = MetricsLog(config, engine)
     checkpoints = SaveCheckpoint(config, engine, info, lease, metrics, stop)
     hooks: list[Hook] = [metrics, checkpoints]
-    if config.validation.shards is not None:  # before the log, whose row takes its numbers
-        hooks.insert(0, Validation(config, engine, info, metrics))
+    if held_out is not None:  # before the log, whose row takes its numbers
+        hooks.insert(0, Validation(config.validation, held_out, engine, info, metrics))
     if config.sample_grid.every:
-        hooks.append(SampleGrid(config, engine, info))
+        hooks.append(SampleGrid(config, conditions, engine, info))
     engine.group.on_main(lambda: write_recipe(config))
     trace = join(config.run, "profile", f"rank_{engine.world.rank}.json")
     try:
@@ -121,6 +134,26 @@ def _train(
         if engine.world.is_main:
             sys.stderr.write(f"{preempted.message}\n")
         raise
+
+
+def load_encoder(config: TrainConfig, reader: ShardReader) -> TextEncoder | None:
+    """Load the text encoder that computes contexts on this process's device; None: stored ones.
+
+    Raises UserError for a recipe that names none, if the shards do not either.
+    """
+    if config.context == "stored":
+        return None
+    device, stored = choose_device("auto"), reader.manifest.text
+    if config.text_encoder is not None:
+        return load_text_encoder(config.text_encoder, device, config.text)
+    if stored is None:
+        raise UserError(
+            f"text_encoder: not set, and {reader.url} holds captions without contexts; name the "
+            "text encoder that computes them"
+        )
+    encoder = load_text_encoder(stored.encoder.name, device, stored.encoder.settings)
+    check_text_encoder("text encoder", encoder.identity, stored.encoder)
+    return encoder
 
 
 def initial_tensors(config: TrainConfig, reader: ShardReader) -> Callable[[str], Tensor]:
@@ -154,7 +187,8 @@ def initial_tensors(config: TrainConfig, reader: ShardReader) -> Callable[[str],
     return initial  # exported weights lack the projector for representation alignment
 
 
-def _build_batches(config: TrainConfig, reader: ShardReader) -> Batches:
+def _build_batches(config: TrainConfig, conditions: DatasetConditions) -> Batches:
+    reader = conditions.reader
     order = BatchOrder(
         shard_sizes=reader.shard_sizes,
         global_batch_size=config.global_batch_size,
@@ -166,15 +200,16 @@ def _build_batches(config: TrainConfig, reader: ShardReader) -> Batches:
         representation=config.active_representation,
     )
     world = World.from_environment()
-    return Batches(
-        reader, order, config.micro_batch_size, world, config.num_workers, config.null_context
-    )
+    return Batches(reader, order, config.micro_batch_size, world, config.num_workers, conditions)
 
 
-def _weights_info(config: TrainConfig, reader: ShardReader) -> WeightsInfo:
+def _weights_info(config: TrainConfig, conditions: DatasetConditions) -> WeightsInfo:
     """What weights.json states; encoders are where the recipe names them, or the shards do."""
-    vae, text = reader.manifest.vae, reader.manifest.text
-    encoder = text.encoder if text else None
+    reader, vae, encoder = (
+        conditions.reader,
+        conditions.reader.manifest.vae,
+        conditions.text_encoder,
+    )
     if config.vae:
         vae = replace(vae, name=place_of(config.vae))
     if config.text_encoder and encoder:

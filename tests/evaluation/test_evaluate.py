@@ -23,12 +23,14 @@ from ifvit.evaluation.references import list_images
 from ifvit.evaluation.rows import MetricsRow, differences
 from ifvit.evaluation.runs import read_run
 from ifvit.evaluation.sample_set import (
+    of_prompts,
     open_encoded_conditions,
     open_shard_conditions,
     read_prompts,
 )
 from ifvit.images import decode_png
 from ifvit.models.clip import load_clip
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.presets import CLASS_PRESETS
 from ifvit.models.pretrained import resolve_pretrained
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
@@ -86,7 +88,9 @@ def test_the_held_out_loss_needs_no_images_and_is_a_mean_over_the_samples(
     assert isinstance(first, MetricsRow)
     assert isinstance(other, MetricsRow)
     backbone, info = load_weights(run)
-    losses = HeldOutLoss(ShardReader(held_out.shards), 20, info, "cpu", seed=3).measure(backbone)
+    losses = HeldOutLoss(
+        DatasetConditions(ShardReader(held_out.shards)), 20, info, "cpu", seed=3
+    ).measure(backbone)
     found = first.held_out_loss
     assert found is not None
     assert found == other.held_out_loss, "it depends on no guidance"
@@ -241,7 +245,7 @@ def test_a_random_caption_is_the_prompt_and_the_first_one_is_scored(
     assert read_prompts(reader, protocol) == prompts
     other = dataclasses.replace(protocol, score_caption="same")
     assert all(prompt.score_text == prompt.text for prompt in read_prompts(reader, other))
-    conditions = open_shard_conditions(reader, load_model(run, "cpu")).read(prompts)
+    conditions = of_prompts(open_shard_conditions(reader, load_model(run, "cpu"))).read(prompts)
     contexts = [reader.context(prompt.position, prompt.caption) for prompt in prompts]
     np.testing.assert_array_equal(conditions, np.stack(contexts))
 

@@ -16,6 +16,7 @@ from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.held_out_loss import HeldOutLoss
 from ifvit.evaluation.rows import MetricsRow, read_training_rows
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.weights import load_weights
 from ifvit.sampling.config import SamplingConfig
 from ifvit.scenes.image_sets import render_scene_set
@@ -92,7 +93,7 @@ def test_processes_share_the_work_and_find_the_losses_of_one(
 ) -> None:
     monkeypatch.setattr("ifvit.evaluation.held_out_loss._CHUNK_SIZE", 4)
     backbone, info = load_weights(run)
-    loss = HeldOutLoss(ShardReader(held_out.shards), 18, info, "cpu")
+    loss = HeldOutLoss(DatasetConditions(ShardReader(held_out.shards)), 18, info, "cpu")
     values: list[Any] = [None, []]
     with pytest.raises((IndexError, ValueError)):  # the second rank has not measured yet
         loss.measure(backbone, Rank(0, values))

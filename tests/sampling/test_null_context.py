@@ -12,13 +12,14 @@ from made_shards import make_samples, write_shards
 from ifvit.diffusion.sampler import ConditionBatch, Sampler, generate_images
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.images import Pixels
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.text_encoders import TextEncoder, load_text_encoder
 from ifvit.models.weights import load_weights, save_weights
 from ifvit.rng import Stream, normal
 from ifvit.sampling.config import ExportConfig, GenerateConfig, SamplingConfig
 from ifvit.sampling.export import export
 from ifvit.sampling.generate import generate
-from ifvit.sampling.load import load_conditions, load_decoder, read_null_condition
+from ifvit.sampling.load import load_conditions, load_decoder
 from ifvit.sampling.pipeline import FusionPipeline
 from ifvit.sampling.samples import read_images, read_settings
 from ifvit.shards.reader import ShardReader
@@ -68,7 +69,10 @@ def test_shards_give_the_null_context_of_the_weights(
 ) -> None:
     write_shards(tmp_path, make_samples(2), [2])
     reader = ShardReader(str(tmp_path))
-    own, other = (read_null_condition(load_weights(url)[1], reader) for url in (weights, zeros))
+    own, other = (
+        DatasetConditions(reader, load_weights(url)[1].null_context).null
+        for url in (weights, zeros)
+    )
     np.testing.assert_array_equal(own, reader.null_context[None])
     assert own.shape == other.shape
     assert own.any()

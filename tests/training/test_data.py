@@ -19,6 +19,7 @@ from made_shards import CLASSES, make_samples, write_shards
 from ifvit import storage
 from ifvit.distributed import World
 from ifvit.errors import UserError
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.config import NullContext
 from ifvit.rng import Stream, uniform
 from ifvit.shards import CacheConfig
@@ -272,8 +273,9 @@ def make_batches(
     **fields: object,
 ) -> Batches:
     reader, world = open_reader(url, cache), World(rank=rank, size=size, local_rank=rank)
+    conditions = DatasetConditions(reader, null_context)
     order = make_order(shard_sizes=reader.shard_sizes, global_batch_size=GLOBAL_BATCH, **fields)  # type: ignore[arg-type]
-    return Batches(reader, order, micro, world, 2, null_context)
+    return Batches(reader, order, micro, world, 2, conditions)
 
 
 def read_step(

@@ -155,7 +155,7 @@ def test_an_impossible_number_in_a_part_of_a_recipe_is_named(
         (
             "shards",
             {"backbone": replace(SMALL, context_width=768)},
-            "context are 5x12, but the backbone takes 5x768",
+            "contexts are 5x12, but the backbone takes 5x768",
         ),
         (
             "shards",
