@@ -26,8 +26,22 @@ from ifvit.arrays import Array
 from ifvit.connections import StoreError
 from ifvit.errors import UserError
 from ifvit.image_rules import ImageRules
-from ifvit.records import NonNegativeFloat, NonNegativeInt, PositiveInt, Sha256, record
-from ifvit.shards.format import COMPLETED, Precision, ShardEntry, ShardError, TextSettings
+from ifvit.records import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Sha256,
+    parse_value,
+    record,
+)
+from ifvit.shards.format import (
+    COMPLETED,
+    FORMAT_VERSION,
+    Precision,
+    ShardEntry,
+    ShardError,
+    TextSettings,
+)
 
 
 @record
@@ -42,6 +56,8 @@ class Job:
     vae_sha256: Sha256
     text_encoder_sha256: Sha256 | None
     text: TextSettings | None
+    int8_context: bool
+    caption_sources: tuple[str, ...]
     image_encoder_sha256: Sha256 | None = None
     image_size: PositiveInt
     dtype: Literal["float16", "float32"]
@@ -119,7 +135,8 @@ def sum_latents(moments: Array, *, deterministic: bool) -> LatentSums:
     These are moments (B, 2C, H, W) of z = mean + std * noise, or deterministic z (B, C, H, W).
     The log-variance is clamped to [-30, 20], as diffusers and U-ViT do before they sample.
     """
-    z, variance = moments.astype(np.float64), np.zeros(())
+    # The order of the values in memory decides how their sum is rounded.
+    z, variance = moments.astype(np.float64, order="C"), np.zeros(())
     if not deterministic:
         z, logvar = np.split(z, 2, axis=1)
         variance = np.exp(logvar.clip(-30.0, 20.0))
@@ -134,6 +151,7 @@ class CompletionMarker:
     `remarks` concern the images that it holds; these are within `size_limits`.
     """
 
+    format_version: int = FORMAT_VERSION
     job: Job
     unit: UnitIdentity
     shard: ShardEntry
@@ -174,10 +192,23 @@ def write_marker(output: str, marker: CompletionMarker) -> None:
     storage.write_sealed(marker_url(output, marker.shard.name), marker)
 
 
+class OtherFormatError(UserError):
+    """A completion marker was written by another version of this program."""
+
+
 def read_marker(output: str, name: str) -> CompletionMarker:
-    """Read a shard's marker. Raises UserError when it is missing, ShardError when it is damaged."""
+    """Read a shard's marker.
+
+    Raises UserError when it is missing, ShardError when it is damaged, and OtherFormatError.
+    """
     where = marker_url(output, name)
-    marker = storage.read_sealed(CompletionMarker, where, error=ShardError)
+    content = storage.read_sealed(dict[str, Any], where, error=ShardError)
+    if content.get("format_version") != FORMAT_VERSION:
+        raise OtherFormatError(
+            f"{where}: its shard has another format than {FORMAT_VERSION}, which this version of "
+            f"ifvit writes; choose another output folder, or delete {output} to encode again"
+        )
+    marker = parse_value(CompletionMarker, content, where, error=ShardError)
     if marker.shard.name != name:
         raise ShardError(f"{where}: marker of {marker.shard.name}; delete it and encode again")
     return marker
@@ -186,13 +217,14 @@ def read_marker(output: str, name: str) -> CompletionMarker:
 def read_markers(output: str, names: Iterable[str], job: Job) -> dict[str, CompletionMarker]:
     """Read the markers of these shards by name; missing and damaged markers are left out.
 
-    A damaged marker causes a warning. Raises UserError when a marker belongs to another job.
+    A damaged marker causes a warning. Raises UserError when a marker belongs to another job or
+    format.
     """
 
     def read(name: str) -> CompletionMarker | None:
         try:
             marker = read_marker(output, name)
-        except StoreError:
+        except (StoreError, OtherFormatError):
             raise
         except ShardError as error:
             tqdm.write(f"warning: {error}; {name} counts as not encoded", file=sys.stderr)

@@ -21,7 +21,12 @@ def _split(names: str) -> tuple[str, ...]:
     return tuple(name.strip().lstrip(".") for name in names.split(","))
 
 
-Names = Annotated[str, Rule("names separated by commas", lambda value: all(_split(value)))]
+def _are_names(value: str) -> bool:
+    names = _split(value)
+    return all(names) and len(set(names)) == len(names)
+
+
+Names = Annotated[str, Rule("different names separated by commas", _are_names)]
 
 
 @record
@@ -64,7 +69,8 @@ class EncodeConfig:
     """Captions: the captions_*.json of COCO, or the CSV, JSONL or Parquet file of a table."""
     caption_key: Names | None = None
     """Where the captions are if not in the usual place: columns of a table or of Parquet files,
-    suffixes or JSON keys in tars, suffixes of text files. Separate several by commas."""
+    suffixes or JSON keys in tars, suffixes of text files. Separate several by commas; the shards
+    then hold which one each caption comes from."""
     output: str
     """Folder or s3:// prefix of the shards; the manifest is written last."""
     vae: str
@@ -84,8 +90,13 @@ class EncodeConfig:
     batch_size: PositiveInt = 32
     """Images that the encoders process at once. A rerun may use another batch size, because the
     batch size only changes how results are rounded."""
+    context: Literal["stored", "computed"] = "stored"
+    """Whether contexts of captions are stored, or computed while training; then the shards hold
+    the captions only, and no text_encoder is needed here."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format in the shards."""
+    int8_context: bool = False
+    """Store context tokens as 8-bit integers and a scale for each token: half of float16."""
     precision: Precision = "fp32"
     """Number format in which the encoders compute; see text.precision for text."""
     flip: bool = False
@@ -120,6 +131,11 @@ class EncodeConfig:
     def caption_names(self) -> tuple[str, ...]:
         """Columns, suffixes or keys of captions; () for the usual ones."""
         return _split(self.caption_key) if self.caption_key is not None else ()
+
+    @property
+    def caption_sources(self) -> tuple[str, ...]:
+        """Names of the sources that captions come from; () for a single one."""
+        return self.caption_names if len(self.caption_names) > 1 else ()
 
     @property
     def caption_columns(self) -> tuple[str, ...]:

@@ -89,6 +89,8 @@ def encode(config: EncodeConfig) -> Manifest | None:
         vae_sha256=encoders.vae.identity.sha256,
         text_encoder_sha256=encoders.text.identity.sha256 if encoders.text else None,
         text=encoders.text.identity.settings if encoders.text else None,
+        int8_context=config.int8_context,
+        caption_sources=source.caption_sources,
         image_encoder_sha256=encoders.image.encoding.encoder.sha256 if encoders.image else None,
         image_size=config.image_size,
         dtype=config.dtype,
@@ -287,6 +289,7 @@ def finish(
         vae=encoders.vae.identity,
         text=_write_null_context(config, encoders),
         classes=source.classes,
+        caption_sources=source.caption_sources,
         image_size=config.image_size,
         image_rules=config.image_rules,
         flipped=config.flip,
@@ -341,7 +344,7 @@ def _write_null_context(config: EncodeConfig, encoders: Encoders) -> TextEncodin
     return TextEncoding(
         encoder=encoders.text.identity,
         context_shape=encoders.text.context_shape,
-        dtype=config.dtype,
+        dtype="int8" if config.int8_context else config.dtype,
         null_context_sha256=hashlib.sha256(data).hexdigest(),
     )
 

@@ -39,9 +39,9 @@ class Batch:
     `results` has the pixels of each image, or the reason why it is unreadable. `encoded` holds the
     moments (B, 2C, h, w), or latents (B, C, h, w) of a deterministic autoencoder, and, if asked,
     `flipped`, `features` (B, G * G, F) and `flipped_features` of the B readable images, by field of
-    LatentSample. `contexts` (T, M, D) belong to their T captions, image after image; `cut` are the
-    captions of too many tokens. Tensors stay on the device, so the encoders need not wait for the
-    copy to the CPU.
+    LatentSample. `context` (T, D) are the context tokens of all captions, image after image, and
+    `context_lengths` the number of tokens of each caption; `cut` are the captions of too many
+    tokens. Tensors stay on the device, so the encoders need not wait for the copy to the CPU.
     """
 
     unit: OpenUnit
@@ -49,7 +49,8 @@ class Batch:
     images: Sequence[CaptionedImage]
     results: Sequence[DecodedImage | Failure] = ()
     encoded: Mapping[str, Tensor] = field(default_factory=dict)
-    contexts: Tensor | None = None
+    context: Tensor | None = None
+    context_lengths: Sequence[int] = ()
     cut: frozenset[str] = frozenset()
 
     @property
@@ -62,6 +63,11 @@ class Batch:
         """The images that could be read, with their pixels."""
         pairs = zip(self.images, self.results, strict=True)
         return [(image, found) for image, found in pairs if isinstance(found, DecodedImage)]
+
+    @property
+    def captions(self) -> list[tuple[CaptionedImage, str]]:
+        """The captions of the readable images in order, each with its image."""
+        return [(image, caption) for image, _ in self.readable for caption in image.captions]
 
     @property
     def failures(self) -> list[Failure]:
@@ -146,34 +152,46 @@ class Encoders:
                 if self.image:
                     encoded["flipped_features"] = self.image.encode(flips)
             batch = replace(batch, encoded=encoded)
-        captions = [caption for image, _ in batch.readable for caption in image.captions]
-        if captions and self.text:
-            new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
-            added = rows_of(self.text.encode(new)) if new else []
-            contexts = self._kept | dict(zip(new, added, strict=True))
-            for caption in batch.unit.repeated.intersection(new):
-                self._kept[caption] = contexts[caption].clone()  # a view would keep the whole batch
-            stacked_contexts = torch.stack([contexts[caption] for caption in captions])
-            cut = self.text.find_cut(set(captions))
-            batch = replace(batch, contexts=stacked_contexts, cut=cut)
+        if batch.captions and self.text:
+            batch = self._encode_captions(batch, self.text)
         if batch.is_last:
             self._kept = {}
         return batch
+
+    def _encode_captions(self, batch: Batch, encoder: TextEncoder) -> Batch:
+        captions = [caption for _, caption in batch.captions]
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        added = rows_of(encoder.encode(new)) if new else []
+        contexts = self._kept | dict(zip(new, added, strict=True))
+        for caption in batch.unit.repeated.intersection(new):
+            self._kept[caption] = contexts[caption].clone()  # a view would keep the whole batch
+        tokens = [contexts[caption] for caption in captions]
+        return replace(
+            batch,
+            context=torch.cat(tokens),
+            context_lengths=[len(each) for each in tokens],
+            cut=encoder.find_cut(set(captions)),
+        )
 
 
 def load_encoders(config: EncodeConfig, *, has_classes: bool) -> Encoders:
     """Load the encoders onto this process's device.
 
-    Raises UserError when captions have no text encoder, when the image size does not fit the VAE,
-    or when the recipe names a GPU and there is none.
+    Raises UserError when the recipe lacks the text encoder of stored contexts or has one without
+    use, when the image size does not fit the VAE, or when it names a GPU and there is none.
     """
     device = choose_device(config.device)
     dtype = DTYPES[config.precision]
     torch.backends.cudnn.deterministic = True  # all GPUs of one model make equal shards
     text = None
-    if not has_classes:
-        if config.text_encoder is None:
-            raise UserError("text_encoder: not set; name one for the captions, hub name or folder")
+    if has_classes or config.context == "computed":
+        _refuse_text_settings(config)
+    elif config.text_encoder is None:
+        raise UserError(
+            "text_encoder: not set; name one for the captions, hub name or folder, or set "
+            "context: computed to encode them while training"
+        )
+    else:
         text = load_text_encoder(config.text_encoder, device, config.text, config.precision)
     vae = load_autoencoder(config.vae, device, dtype)
     vae.latent_shape(config.image_size)  # raises UserError if the size does not fit
@@ -181,6 +199,17 @@ def load_encoders(config: EncodeConfig, *, has_classes: bool) -> Encoders:
     if config.image_encoder is not None:
         image = load_image_encoder(config.image_encoder, device, dtype)
     return Encoders(vae, text, image, device, config.flip)
+
+
+def _refuse_text_settings(config: EncodeConfig) -> None:
+    """Raise UserError for settings of contexts where none are stored."""
+    if config.context == "computed" and config.text_encoder is not None:
+        raise UserError(
+            f"text_encoder: {config.text_encoder} is set, but context: computed stores captions "
+            "only; name the text encoder in the recipe of the training"
+        )
+    if config.int8_context:
+        raise UserError("int8_context: true, but no contexts are stored; leave it unset")
 
 
 def decode_mean(vae: Autoencoder, sample: LatentSample) -> Pixels:

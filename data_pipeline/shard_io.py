@@ -32,11 +32,13 @@ from data_pipeline.completion import (
 )
 from data_pipeline.config import EncodeConfig
 from data_pipeline.encoders import Batch
+from data_pipeline.sources.base import CaptionedImage
 from data_pipeline.units import OpenUnit
 from ifvit import connections, storage
 from ifvit.arrays import Array, npy_bytes, parse_npy
 from ifvit.errors import UserError
-from ifvit.records import MAX_BYTES
+from ifvit.images import DecodedImage
+from ifvit.records import MAX_BYTES, shorten
 from ifvit.shards.format import (
     FEATURE_DTYPE,
     IMAGE_ARRAYS,
@@ -73,8 +75,8 @@ def write_shards(
             for batch in batches:
                 if current is None:
                     current = queue.Queue(BATCHES_QUEUED)
-                    samples = _Samples(batch.shard, current, config.dtype, deterministic)
-                    shards.append(pool.submit(_write_shard, samples, config, job))
+                    samples = _Samples(batch.shard, current, config, job, deterministic)
+                    shards.append(pool.submit(_write_shard, samples))
                 _put(current, batch, shards)
                 if batch.is_last:
                     current = None
@@ -96,11 +98,12 @@ def _put(batches: _Batches, batch: Batch, shards: list[Future[CompletionMarker]]
             return
 
 
-def _write_shard(samples: "_Samples", config: EncodeConfig, job: Job) -> CompletionMarker:
+def _write_shard(samples: "_Samples") -> CompletionMarker:
     """Write one shard and then its marker; runs in a thread."""
+    config = samples.config
     entry = write_shard(config.output, samples.name, samples)
     marker = CompletionMarker(
-        job=job,
+        job=samples.job,
         unit=samples.unit.identity(),
         shard=entry,
         failures=tuple(samples.failures),
@@ -120,12 +123,14 @@ class _Samples:
 
     unit: OpenUnit
 
-    def __init__(self, name: str, batches: _Batches, dtype: str, deterministic: bool) -> None:
+    def __init__(
+        self, name: str, batches: _Batches, config: EncodeConfig, job: Job, deterministic: bool
+    ) -> None:
         self.failures: list[Failure] = []
         self.remarks: list[Remark] = []
         self.latent_sums = LatentSums()
-        self.name, self._batches, self._dtype = name, batches, dtype
-        self._deterministic = deterministic
+        self.name, self.config, self.job = name, config, job
+        self._batches, self._deterministic = batches, deterministic
 
     def __iter__(self) -> Iterator[LatentSample]:
         is_last = False
@@ -142,14 +147,9 @@ class _Samples:
         if not batch.encoded:
             return
         arrays = {name: self._store(batch, name, values) for name, values in batch.encoded.items()}
-        contexts = None
-        if batch.contexts is not None:
-            contexts = to_stored(batch.contexts, self._dtype, self.name)
-            lengths = np.full(len(contexts), contexts.shape[1], np.int32)
+        contexts = self._contexts(batch)
         self.latent_sums += sum_latents(arrays["moments"], deterministic=self._deterministic)
-        end = 0
         for row, (image, decoded) in enumerate(batch.readable):
-            start, end = end, end + len(image.captions)
             too_long = [TOO_LONG] if batch.cut.intersection(image.captions) else []
             self.remarks += [
                 Remark(text=text, num_images=1, first=image.name)
@@ -157,22 +157,61 @@ class _Samples:
             ]
             yield LatentSample(
                 key=image.key,
-                context=None if contexts is None else np.concatenate(contexts[start:end]),
-                context_lengths=None if contexts is None else lengths[start:end],
                 label=image.label,
-                metadata=SampleMetadata(
-                    image_id=image.image_id,
-                    captions=image.captions,
-                    width=decoded.width,
-                    height=decoded.height,
-                ),
+                metadata=self._describe(image, decoded),
+                **contexts[row],
                 **{name: values[row] for name, values in arrays.items()},
             )
+
+    def _describe(self, image: CaptionedImage, decoded: DecodedImage) -> SampleMetadata:
+        """Content of the sample's json. Raises UserError for sources that have no names."""
+        names = self.job.caption_sources
+        if bool(names) != bool(image.sources) or any(n >= len(names) for n in image.sources):
+            raise UserError(
+                f"{image.name}: sources {shorten(image.sources)} are not numbers of the source's "
+                f"caption_sources {shorten(names)}; correct the class of the source"
+            )
+        return SampleMetadata(
+            image_id=image.image_id,
+            captions=image.captions,
+            sources=image.sources,
+            width=decoded.width,
+            height=decoded.height,
+        )
+
+    def _contexts(self, batch: Batch) -> list[dict[str, Array]]:
+        """The arrays of the context tokens of each readable image, by field of LatentSample.
+
+        Raises UserError that names the caption and image of a token that cannot be stored.
+        """
+        images = [image for image, _ in batch.readable]
+        if batch.context is None:
+            return [{} for _ in images]
+        tokens, counts = batch.context.cpu().numpy(), np.array(batch.context_lengths, np.int32)
+        with np.errstate(over="ignore"):
+            stored = {"context": tokens.astype(self.config.dtype)}
+        is_bad = ~np.isfinite(stored["context"]).all(axis=1)
+        if is_bad.any():
+            number = np.searchsorted(counts.cumsum(), is_bad.argmax(), side="right")
+            image, caption = batch.captions[number]
+            raise UserError(
+                f"{self.name}: the text encoder gave {image.name} a context of the caption "
+                f"{shorten(caption)} that {self.config.dtype} cannot hold; use --dtype float32"
+            )
+        if self.config.int8_context:
+            stored = dict(zip(("context", "context_scale"), to_int8(tokens), strict=True))
+        lengths = np.split(counts, np.cumsum([len(image.captions) for image in images])[:-1])
+        ends = np.cumsum([each.sum() for each in lengths])
+        rows = {name: np.split(values, ends[:-1]) for name, values in stored.items()}
+        return [
+            {"context_lengths": length, **{name: parts[n] for name, parts in rows.items()}}
+            for n, length in enumerate(lengths)
+        ]
 
     def _store(self, batch: Batch, field: str, values: Tensor) -> Array:
         """Convert to the stored dtype. Raises UserError that names the image of a bad feature."""
         if "features" not in field:
-            return to_stored(values, self._dtype, self.name)
+            return to_stored(values, self.config.dtype, self.name)
         bad = ~values.half().isfinite().flatten(1).all(dim=1)
         if bad.any():
             image, _ = batch.readable[int(bad.int().argmax())]
@@ -190,6 +229,16 @@ def to_stored(values: Tensor, dtype: str, name: str) -> Array:
     if not np.isfinite(stored).all():
         raise UserError(f"{name}: an encoder gave values that {dtype} cannot hold; use float32")
     return stored
+
+
+def to_int8(tokens: Array) -> tuple[Array, Array]:
+    """Tokens (T, D) => int8 (T, D) and float32 scales (T,), whose product is nearest to them.
+
+    The scale of a token is max |x| / 127, so |x - product| is at most half of it.
+    """
+    scale = (np.abs(tokens).max(axis=1) / 127).astype(np.float32)
+    steps = np.divide(tokens, scale[:, None], out=np.zeros_like(tokens), where=scale[:, None] > 0)
+    return np.rint(steps).clip(-127, 127).astype(np.int8), scale
 
 
 def write_shard(folder: str, name: str, samples: Iterable[LatentSample]) -> ShardEntry:

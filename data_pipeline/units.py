@@ -98,10 +98,10 @@ def safe_key(wish: str) -> str:
 def _prepare(image: CaptionedImage, key: str, config: EncodeConfig) -> CaptionedImage:
     valid = [_valid(caption) for caption in image.captions]
     captions = [caption[:MAX_CAPTION] for caption in valid]
-    kept = [caption for caption in captions if caption.strip()]
+    kept = [number for number, caption in enumerate(captions) if caption.strip()]
     problem = image.problem
     if captions and not kept:
-        kept = captions[:1]
+        kept = [0]
         if not config.allow_blank_captions:
             problem = problem or "all its captions are blank; --allow_blank_captions allows this"
     if len(kept) > MAX_CAPTIONS:
@@ -116,7 +116,8 @@ def _prepare(image: CaptionedImage, key: str, config: EncodeConfig) -> Captioned
         key=key,
         image_id=image.image_id if isinstance(image.image_id, int) else _valid(image.image_id),
         name=_valid(image.name),
-        captions=tuple(kept),
+        captions=tuple(captions[number] for number in kept),
+        sources=tuple(image.sources[number] for number in kept) if image.sources else (),
         problem=problem,
         remarks=(*image.remarks, *(remark for remark, applies in remarks.items() if applies)),
     )
@@ -180,7 +181,7 @@ class OpenUnit:
     @cached_property
     def texts_sha256(self) -> str:
         """Hash of everything that is known of the images before they are read."""
-        rows = [[i.key, i.image_id, i.captions, i.label, i.problem] for i in self.images]
+        rows = [[i.key, i.image_id, i.captions, i.sources, i.label, i.problem] for i in self.images]
         return _hash([rows, self.problem.reason if self.problem else None])
 
     def identity(self) -> UnitIdentity:

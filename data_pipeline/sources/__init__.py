@@ -38,7 +38,9 @@ def open_source(config: EncodeConfig) -> Source:
     if config.source in SOURCES:
         _refuse_unused(config, "captions")
         _refuse_unused(config, "caption_key")
-        return SOURCES[config.source](config)
+        source = SOURCES[config.source](config)
+        source.caption_sources = config.caption_sources
+        return source
     if ":" not in config.source:
         known = f"{', '.join(SOURCES)}, or package.module:Class"
         raise UserError(f"source: {config.source}; expected one of {known}")

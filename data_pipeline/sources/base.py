@@ -25,10 +25,15 @@ REQUESTS_AT_ONCE = 16
 MAX_CAPTION = 10_000
 """Longest caption in characters; the rest is cut before tokenising, and is not stored."""
 
+Captions = list[tuple[str, int]]
+"""Captions, each with the number of the column, key or suffix that it comes from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedImage:
     """One image with all its captions, or with the number of its class.
+
+    `sources` are the numbers of the captions' sources in `Source.caption_sources`, if it has names.
 
     `key` is the wish for the key in the shard; the encode job makes it safe and unique. Messages
     show `name`. `read` returns the content of the image file. It is called from several threads,
@@ -44,6 +49,7 @@ class CaptionedImage:
     name: str
     read: Callable[[], bytes] = bytes
     captions: tuple[str, ...] = ()
+    sources: tuple[int, ...] = ()
     label: int | None = None
     problem: str = ""
     num_images: int = 1
@@ -53,6 +59,9 @@ class CaptionedImage:
     def __post_init__(self) -> None:
         if not self.captions and self.label is None and not self.problem:
             raise UserError(f"{self.name}: no caption and no label; give every image one of them")
+        if self.sources and len(self.sources) != len(self.captions):
+            counts = f"{len(self.captions)} captions and {len(self.sources)} sources of captions"
+            raise UserError(f"{self.name}: {counts}; give each caption one source, or none any")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +90,8 @@ class Source(ABC):
 
     classes: tuple[str, ...]
     """Class names in the order of the labels; empty if images have captions."""
+    caption_sources: tuple[str, ...] = ()
+    """Names of the sources of captions, as the columns of a table; empty if there is only one."""
 
     @property
     @abstractmethod
@@ -163,19 +174,29 @@ def check_link(config: EncodeConfig, path: str) -> None:
         raise UserError("a link leads out of the folder of the images; --allow_links allows it")
 
 
-def captions_of(values: Iterable[object], where: str) -> list[str]:
-    """Captions from cells of a table, each a text or a list of texts; null is a blank caption.
+def captions_of(cells: Iterable[object], where: str) -> Captions:
+    """Captions from cells of a table, each a text, a list of texts, or null for no caption.
 
-    Raises UserError naming `where` for anything else.
+    Cells without any text are a blank caption. Raises UserError naming `where` for other cells.
     """
-    texts = []
-    for value in values:
-        for text in value if isinstance(value, list | tuple) else [value]:
+    captions = []
+    for number, cell in enumerate(cells):
+        texts = cell if isinstance(cell, list | tuple) else [] if cell is None else [cell]
+        for text in texts:
             if not isinstance(text, str | None):
                 kind = type(text).__name__
                 raise UserError(f"{where}: the caption is no text and no list of texts ({kind})")
-            texts.append(text or "")
-    return texts or [""]
+            captions.append((text or "", number))
+    return captions or [("", 0)]
+
+
+def caption_fields(captions: Captions, config: EncodeConfig) -> dict[str, Any]:
+    """The fields `captions` and `sources` of CaptionedImage."""
+    sources = tuple(number for _, number in captions)
+    return {
+        "captions": tuple(text for text, _ in captions),
+        "sources": sources if config.caption_sources else (),
+    }
 
 
 def find_files(images: str, suffix: str) -> dict[str, int | None]:

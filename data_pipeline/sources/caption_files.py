@@ -11,7 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipeline.config import EncodeConfig
-from data_pipeline.sources.base import ListedSource, captions_of, describe, image_in
+from data_pipeline.sources.base import (
+    Captions,
+    ListedSource,
+    caption_fields,
+    captions_of,
+    describe,
+    image_in,
+)
 from ifvit import connections, storage
 from ifvit.errors import UserError
 from ifvit.records import (
@@ -146,7 +153,7 @@ class CaptionTable(ListedSource):
                 f"captions: {captions}; a table source needs a file of type {', '.join(READERS)}"
             )
         self._file = captions
-        texts: dict[str, list[str]] = {}
+        texts: dict[str, Captions] = {}
         size = 0
         columns = (PATH, *config.caption_columns)
         for where, row in reader(storage.read_bytes(captions, MAX_BYTES), captions, columns):
@@ -154,7 +161,7 @@ class CaptionTable(ListedSource):
             if not (isinstance(path, str) and path.strip("/")):
                 raise UserError(f"{where}: no text in column {PATH!r}")
             found = captions_of([row[column] for column in columns[1:]], where)
-            size += len(path) + sum(len(caption) + 16 for caption in found)
+            size += len(path) + sum(len(caption) + 16 for caption, _ in found)
             if size > MAX_BYTES:
                 raise UserError(f"{captions}: more than {MAX_BYTES:,} characters; divide the table")
             texts.setdefault(_relative_path(images, path, where), []).extend(found)
@@ -162,7 +169,7 @@ class CaptionTable(ListedSource):
             raise UserError(f"{captions}: no rows")
         super().__init__(
             [
-                image_in(config, path, key=f"{number:012d}", captions=tuple(texts[path]))
+                image_in(config, path, key=f"{number:012d}", **caption_fields(texts[path], config))
                 for number, path in enumerate(sorted(texts))
             ]
         )

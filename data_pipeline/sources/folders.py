@@ -6,7 +6,9 @@ from pathlib import Path, PurePosixPath
 from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import (
     REQUESTS_AT_ONCE,
+    Captions,
     ListedSource,
+    caption_fields,
     check_link,
     describe,
     image_in,
@@ -117,19 +119,26 @@ class CaptionedFolder(ListedSource):
         if not paths:
             raise UserError(f"{self._folder}: no images in this folder; expected NAME.jpg")
         stems = [str(PurePosixPath(path).with_suffix("")) for path in paths]
-        wanted = [[f"{stem}.{n}" for n in names if f"{stem}.{n}" in texts] for stem in stems]
+        wanted = [{f"{stem}.{name}": n for n, name in enumerate(names)} for stem in stems]
         unused = set(texts).difference(*wanted)
         self._unused = [texts[key] for key in sorted(unused) if not is_readme(key)]
         self._others = [path for path in others if not is_readme(path)]
 
-        def read(keys: list[str]) -> tuple[tuple[str, ...], str]:
-            return _read_captions(config, [texts[key] for key in keys])
+        def read(keys: dict[str, int]) -> tuple[Captions, str]:
+            numbers = {texts[key]: number for key, number in keys.items() if key in texts}
+            return _read_captions(config, numbers)
 
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             found = list(pool.map(read, wanted))
         super().__init__(
             [
-                image_in(config, path, key=f"{n:012d}", captions=captions or ("",), problem=problem)
+                image_in(
+                    config,
+                    path,
+                    key=f"{n:012d}",
+                    problem=problem,
+                    **caption_fields(captions or [("", 0)], config),
+                )
                 for n, (path, (captions, problem)) in enumerate(zip(paths, found, strict=True))
             ]
         )
@@ -146,16 +155,17 @@ class CaptionedFolder(ListedSource):
         )
 
 
-def _read_captions(config: EncodeConfig, paths: list[str]) -> tuple[tuple[str, ...], str]:
-    """Captions, one a line, and the reason why they cannot be read."""
-    if not paths:
-        return (), NO_TEXT
-    lines: list[str] = []
+def _read_captions(config: EncodeConfig, numbers: dict[str, int]) -> tuple[Captions, str]:
+    """Captions, one a line, of texts with their numbers, and the reason why they are unreadable."""
+    if not numbers:
+        return [], NO_TEXT
+    captions: Captions = []
     try:
-        for path in paths:
-            lines += decode_lines(read_file(config, path, MAX_TEXT_BYTES), path)
+        for path, number in numbers.items():
+            lines = decode_lines(read_file(config, path, MAX_TEXT_BYTES), path)
+            captions += [(line, number) for line in lines if line.strip()]
     except StoreError:
         raise
     except UserError as error:
-        return (), f"its text: {str(error).rpartition(': ')[2]}"
-    return tuple(line for line in lines if line.strip()), ""
+        return [], f"its text: {str(error).rpartition(': ')[2]}"
+    return captions, ""

@@ -22,6 +22,7 @@ from data_pipeline.sources.base import (
     CaptionedImage,
     Source,
     Unit,
+    caption_fields,
     captions_of,
     find_files,
     shard_name,
@@ -180,7 +181,7 @@ def _open_rows(
         data = value.get("bytes") if isinstance(value, dict) else value
         where = f"{_name(part.url)}:{number}"
         captions = captions_of([row[name] for name in columns], where)
-        size += sum(len(caption) + 16 for caption in captions)
+        size += sum(len(caption) + 16 for caption, _ in captions)
         if size > MAX_BYTES:
             raise UserError(f"{part.url}: more than {MAX_BYTES:,} characters in one shard")
         offset = copies.tell()
@@ -192,8 +193,8 @@ def _open_rows(
                 image_id=where,
                 name=where,
                 read=partial(_read_copy, copies, offset, len(data or b""), config.max_image_bytes),
-                captions=tuple(captions),
                 problem="" if data else "the row holds no bytes of an image",
+                **caption_fields(captions, config),
             )
         )
     copies.flush()

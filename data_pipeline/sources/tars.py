@@ -14,8 +14,10 @@ from data_pipeline.config import EncodeConfig
 from data_pipeline.sources.base import (
     MAX_CAPTION,
     CaptionedImage,
+    Captions,
     Source,
     Unit,
+    caption_fields,
     captions_of,
     find_files,
     is_readme,
@@ -174,7 +176,7 @@ def _open_local(url: str) -> _TarFile:
 def _build_image(
     key: str, members: Members, problem: str, file: _TarFile, url: str, config: EncodeConfig
 ) -> CaptionedImage:
-    captions: tuple[str, ...] = ()
+    captions: Captions = []
     suffix, others = _choose_image(members)
     try:
         if problem:
@@ -189,10 +191,10 @@ def _build_image(
         image_id=key,
         name=f"{Path(url).name}/{key}",
         read=partial(_read_member, file, members.get(suffix or ""), config.max_image_bytes),
-        captions=captions,
         problem=problem,
         num_images=1 if suffix else max(1, len(others)),
         remarks=("images beside that of the same key were left out",) if others else (),
+        **caption_fields(captions, config),
     )
 
 
@@ -212,7 +214,7 @@ def _describe_missing(images: list[str]) -> str:
     return shorten(text + "--tar_keys last_dot changes this", 200)
 
 
-def _read_captions(members: Members, file: _TarFile, names: tuple[str, ...]) -> tuple[str, ...]:
+def _read_captions(members: Members, file: _TarFile, names: tuple[str, ...]) -> Captions:
     """Captions under all `names`; without names KEY.txt, or else "caption" in KEY.json."""
     if not names:
         names = ("txt",) if "txt" in members else ("caption",)
@@ -223,14 +225,12 @@ def _read_captions(members: Members, file: _TarFile, names: tuple[str, ...]) -> 
         data = replace_lone_surrogates(data)
         metadata = parse_json(dict[str, Any], data, "malformed json of the key")
     for name in names:
-        if name.lower() in members:
-            found.append(_read_text(members[name.lower()], file))
-        elif name in metadata:
-            found.append(metadata[name])
-    if not found:
+        member = members.get(name.lower())
+        found.append(_read_text(member, file) if member else metadata.get(name))
+    if not any(name.lower() in members or name in metadata for name in names):
         searched = ", ".join(names) if names != ("caption",) else "txt, or in json"
         raise UserError(f"the tar contains no caption ({shorten(searched)}) for this key")
-    return tuple(captions_of(found, "json of the key"))
+    return captions_of(found, "json of the key")
 
 
 def _read_text(member: tarfile.TarInfo, file: _TarFile) -> str:

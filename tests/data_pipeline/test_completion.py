@@ -3,13 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from encoded_files import finish
 
-from data_pipeline.completion import read_marker
+from data_pipeline.completion import marker_url, read_marker
 from data_pipeline.config import EncodeConfig
+from data_pipeline.encode import encode
+from ifvit import storage
+from ifvit.errors import UserError
 from ifvit.shards.format import ShardError, read_manifest
 
 NUM_CORRUPTIONS = 250
@@ -58,3 +62,15 @@ def test_a_marker_with_another_shards_name_is_an_error(config: EncodeConfig) -> 
     (markers / "shard-00000.json").write_bytes((markers / "shard-00001.json").read_bytes())
     with pytest.raises(ShardError, match=r"shard-00000\.json: marker of shard-00001"):
         read_marker(config.output, "shard-00000")
+
+
+def test_markers_of_another_format_end_the_job_with_one_line(config: EncodeConfig) -> None:
+    finish(config)
+    where = marker_url(config.output, "shard-00001")
+    content = storage.read_sealed(dict[str, Any], where)
+    del content["format_version"]  # as in markers of version 0.1
+    storage.write_sealed(where, content)
+    remedy = "choose another output folder, or delete .* to encode again"
+    with pytest.raises(UserError, match=rf"shard-00001\.json: .* another format.*{remedy}"):
+        encode(config)
+    assert Path(config.output, "manifest.json").exists()

@@ -128,15 +128,18 @@ def test_webdataset_reads_the_shards_without_this_library(config: EncodeConfig) 
         np.testing.assert_array_equal(sample["context.npy"][:16], reader.context(number, 0))
 
 
-def test_a_value_that_the_dtype_cannot_hold_is_an_error(
-    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("int8_context", [False, True])
+def test_a_context_that_the_dtype_cannot_hold_names_caption_and_image(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch, int8_context: bool
 ) -> None:
     def overflow(_: TextEncoder, captions: list[str]) -> torch.Tensor:
-        return torch.full((len(captions), 16, 64), 1e6)
+        large = torch.tensor([1e6 if caption == "cat number 2" else 1.0 for caption in captions])
+        return large[:, None, None].expand(-1, 16, 64)
 
     monkeypatch.setattr(TextEncoder, "encode", overflow)
-    with pytest.raises(UserError, match=r"shard-00000: .*use float32"):
-        encode(config)
+    name = image_files(config)[2].name
+    with pytest.raises(UserError, match=f"{name} .* caption cat number 2 .*use --dtype float32"):
+        encode(replace(config, int8_context=int8_context))
     assert not Path(config.output, "shard-00000.tar").exists()
 
 

@@ -76,8 +76,8 @@ def make_marker(folder: Path) -> list[Format]:
     samples = make_samples(2, moments_shape=MOMENTS, context_shape=CONTEXT)
     (entry,) = write_shards(folder, samples, (2,)).shards
     job = Job(
-        source_sha256="0" * 64, vae_sha256="1" * 64, text_encoder_sha256="2" * 64,
-        text=TextSettings(), image_size=32,
+        source_sha256="0" * 64, vae_sha256="1" * 64, text_encoder_sha256="2" * 64, image_size=32,
+        text=TextSettings(), int8_context=False, caption_sources=(),
         dtype="float16", precision="fp32", samples_per_shard=2, flip=False,
         image_rules=ImageRules(),
     )  # fmt: skip

@@ -186,7 +186,8 @@ def test_captions_come_from_several_columns_and_lists(images: str, suffix: str) 
         parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     source = open_table(images, str(table), "long, short")
     assert source.images[0].captions == ("a red fox", "a fox\u2028runs", "a fox")
-    assert source.images[1].captions == ("", "", "")
+    assert source.images[0].sources == (0, 0, 1)
+    assert (source.images[1].captions, source.images[1].sources) == (("", ""), (1, 0))
     with pytest.raises(UserError, match=r"no column 'caption'.* short, long"):
         open_table(images, str(table))
 

@@ -398,7 +398,8 @@ def test_captions_have_the_suffixes_or_keys_that_the_recipe_names(
     assert [image.captions for image in found] == [("a text", "one", "two"), ("only text",), ()]
     assert found[2].problem == "the tar contains no caption (cap, alt) for this key"
     assert open_source(recipe).sha256 != open_source(tars).sha256
-    with pytest.raises(UserError, match="caption_key is a,; it must be names separated by commas"):
-        open_source(replace(tars, caption_key="a,"))
+    for key in ("a,", "cap, .cap"):
+        with pytest.raises(UserError, match=f"caption_key is {key}; it must be different names"):
+            open_source(replace(tars, caption_key=key))
     with pytest.raises(UserError, match=r"caption_key: alt .*coco has no use for it"):
         open_source(replace(tars, source="coco", captions="x.json", caption_key="alt"))
