@@ -97,6 +97,23 @@ def test_xformers_gets_the_mask_in_the_layout_that_it_demands(num_keys, dtype, m
     torch.testing.assert_close(attended, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "efficient", "xformers"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_of_this_gpu_take_the_mask(backend, shape):
+    if backend == "xformers":
+        pytest.importorskip("xformers")
+    heads = [x.cuda().bfloat16().requires_grad_() for x in random_heads(*shape)]
+    visible = is_visible(torch.tensor([1, shape[1] - 5], device="cuda"), shape[1])
+    attended = load_attention(backend)(*heads, visible)
+    expected = masked_attention(*heads, torch.zeros(2, 1, 1, 1, device="cuda"), visible)
+    torch.testing.assert_close(attended.double(), expected, atol=0.03, rtol=0)
+    attended.float().sum().backward()
+    assert all(x.grad.isfinite().all() for x in heads)
+    assert (heads[2].grad[~visible] == 0).all()
+
+
 @pytest.mark.parametrize("backend", ["cudnn", "efficient", "xformers"])
 def test_a_kernel_without_its_cuda_device_is_one_clear_error(backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
