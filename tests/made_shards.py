@@ -76,7 +76,7 @@ def write_shards(
     manifest = Manifest(
         vae=EncoderIdentity(name="made-up", sha256="0" * 64),
         text=_write_null_context(folder, samples[0]),
-        classes=CLASSES if samples[0].context is None else (),
+        classes=() if samples[0].label is None else CLASSES,
         image_size=64,
         flipped=samples[0].flipped is not None,
         dtype="float16",

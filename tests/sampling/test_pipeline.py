@@ -48,8 +48,7 @@ def folder(weights: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def components(folder: str) -> dict[str, Any]:
-    pipeline = FusionPipeline.from_pretrained(folder)
-    return pipeline.components | {"scaling_factor": pipeline.config["scaling_factor"]}
+    return FusionPipeline.from_pretrained(folder).components
 
 
 @pytest.fixture
@@ -410,8 +409,7 @@ def test_the_documented_custom_backbone_works(pipeline: FusionPipeline) -> None:
     (code,) = (code for code in blocks if "class UNetBackbone" in code)
     names: dict[str, Any] = {"__name__": "docs"}
     exec(code, names)
-    own = {"backbone": names["UNetBackbone"](), "scaling_factor": 0.5}
-    custom = FusionPipeline(**pipeline.components | own)
+    custom = FusionPipeline(**pipeline.components | {"backbone": names["UNetBackbone"]()})
     custom.set_progress_bar_config(disable=True)
     images = generate_arrays(custom, PROMPTS)
     assert images.shape == (2, 64, 64, 3)
@@ -439,10 +437,6 @@ def change_json(path: Path, **changes: object) -> None:
         ({"_class_name": ["code", "Pipeline"]}, "not the index"),
         ({"_class_name": "StableDiffusionPipeline"}, "not the index"),
         ({"classes": [3]}, "classes"),
-        ({"scaling_factor": 0}, "scaling_factor"),
-        ({"scaling_factor": float("nan")}, "scaling_factor"),
-        ({"scaling_factor": None}, "scaling_factor"),
-        ({"shift_factor": "0.1"}, "shift_factor"),
         ({"vae": [None, None], "scheduler": 3}, "scheduler"),
     ],
 )
