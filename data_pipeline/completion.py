@@ -37,6 +37,7 @@ from ifvit.records import (
 from ifvit.shards.format import (
     COMPLETED,
     FORMAT_VERSION,
+    FormatVersion,
     Precision,
     ShardEntry,
     ShardError,
@@ -151,7 +152,7 @@ class CompletionMarker:
     `remarks` concern the images that it holds; these are within `size_limits`.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: FormatVersion = FORMAT_VERSION
     job: Job
     unit: UnitIdentity
     shard: ShardEntry

@@ -23,7 +23,12 @@ from ifvit.errors import UserError
 from ifvit.images import DecodedImage, Pixels, to_model_range, to_pixels
 from ifvit.models.autoencoders import Autoencoder, load_autoencoder
 from ifvit.models.image_encoders import ImageEncoder, load_image_encoder
-from ifvit.models.text_encoders import DTYPES, TextEncoder, load_text_encoder
+from ifvit.models.text_encoders import (
+    DTYPES,
+    NotFiniteError,
+    TextEncoder,
+    load_text_encoder,
+)
 from ifvit.shards.format import LatentSample
 
 BATCHES_AHEAD = 4
@@ -161,7 +166,11 @@ class Encoders:
     def _encode_captions(self, batch: Batch, encoder: TextEncoder) -> Batch:
         captions = [caption for _, caption in batch.captions]
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
-        added = rows_of(encoder.encode(new)) if new else []
+        try:
+            added = rows_of(encoder.encode(new)) if new else []
+        except NotFiniteError as error:
+            named = next(image.name for image, text in batch.captions if text == error.caption)
+            raise UserError(f"{batch.shard}: {named}: {error}") from None
         contexts = self._kept | dict(zip(new, added, strict=True))
         for caption in batch.unit.repeated.intersection(new):
             self._kept[caption] = contexts[caption].clone()  # a view would keep the whole batch

@@ -103,19 +103,26 @@ def stats(config: ShardsConfig) -> None:
     Reads only the manifest and the indexes. Raises ShardError for a damaged index.
     """
     manifest = read_manifest(config.url)
+    counts, tokens, sources = Counter[int](), Counter[int](), Counter[int]()
     with ThreadPoolExecutor(config.num_workers) as pool:
-        indexes = list(pool.map(partial(read_index, config.url, manifest), manifest.shards))
+        for index in pool.map(partial(read_index, config.url, manifest), manifest.shards):
+            counts += _count(index.label if manifest.classes else np.diff(index.first_caption))
+            tokens += _count(index.context[:, 1])
+            sources += _count(index.source)
     if manifest.classes:
-        labels = np.concatenate([index.label for index in indexes])
-        per_class = np.bincount(labels, minlength=len(manifest.classes))
-        shows = ("classes", f"{len(per_class):,}; {_range(per_class)} images per class")
+        per_class = Counter(counts[label] for label in range(len(manifest.classes)))
+        shows = [("classes", f"{len(manifest.classes):,}; {_range(per_class)} images per class")]
     else:
-        per_image = np.concatenate([np.diff(index.first_caption) for index in indexes])
-        shows = ("captions", f"{manifest.num_captions:,}; {_range(per_image)} per image")
+        shows = [("captions", f"{manifest.num_captions:,}; {_range(counts)} per image")]
+    for number, name in enumerate(manifest.caption_sources):
+        shows.append(("", f"{sources[number]:,} of source {shorten(name)}"))
+    if text := manifest.text:
+        num_bytes = text.bytes_per_token * _mean(tokens)
+        shows.append(("contexts", f"{_range(tokens)} tokens, {num_bytes:,.0f} bytes per caption"))
     _print_rows(
         [
             ("images", f"{manifest.num_samples:,} in {len(manifest.shards):,} shards"),
-            shows,
+            *shows,
             *_recipe_rows(manifest),
             ("latent mean", f"{manifest.latent_mean:.5f}"),
             ("latent std", f"{manifest.latent_std:.5f}"),
@@ -127,8 +134,17 @@ def stats(config: ShardsConfig) -> None:
     )
 
 
-def _range(values: Array) -> str:
-    return f"{values.min()} to {values.max()}, mean {values.mean():.2f}"
+def _count(values: Array) -> Counter[int]:
+    found, counts = np.unique(values, return_counts=True)
+    return Counter(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+
+
+def _range(counts: Counter[int]) -> str:
+    return f"{min(counts)} to {max(counts)}, mean {_mean(counts):.2f}"
+
+
+def _mean(counts: Counter[int]) -> float:
+    return sum(value * count for value, count in counts.items()) / counts.total()
 
 
 def _print_rows(rows: Rows) -> None:
@@ -141,7 +157,11 @@ def _recipe_rows(manifest: Manifest) -> Rows:
     stored += f" {'x'.join(map(str, manifest.moments_shape))}"
     if text := manifest.text:
         rows.append(("text encoder", f"{text.encoder.name} ({text.encoder.sha256[:12]})"))
-        stored += f", context {'x'.join(map(str, text.context_shape))}"
+        settings = text.encoder.settings
+        rows.append(("", ", ".join(f"{key} {value}" for key, value in vars(settings).items())))
+        most = "" if settings.keeps_padding else "up to "
+        stored += f", context {most}{'x'.join(map(str, text.context_shape))}"
+        stored += " int8" if text.dtype == "int8" else ""
     if features := manifest.features:
         rows.append(("image encoder", f"{features.encoder.name} ({features.encoder.sha256[:12]})"))
         stored += f", features {'x'.join(map(str, features.shape))}"
@@ -202,7 +222,8 @@ def _tar_problems(
     if storage.sha256_of(path) != entry.sha256:
         yield f"{path}: content does not match the manifest's sha256; {remedy_for(entry)}"
         return  # further problems of a damaged tar would only be consequences
-    if index is not None and index_bytes(index) != index_bytes(index_tar(path)):
+    rebuilt = index_tar(path)  # raises ShardError for arrays that do not belong together
+    if index is not None and index_bytes(index) != index_bytes(rebuilt):
         yield f"{path}: index does not point to the members; {remedy_for(entry)}"
     # The hash is right, so the program that wrote the tar is to blame for the problems below.
     num_samples = num_captions = 0
@@ -245,6 +266,8 @@ def _sample_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
         yield f"cls is {sample.label}, but there are {len(manifest.classes)} classes"
     if bool(manifest.classes) != (num_captions == 0):
         yield f"json has {num_captions} captions, contrary to the manifest"
+    if not manifest.classes and bool(sample.metadata.sources) != bool(manifest.caption_sources):
+        yield "json has or lacks sources of captions, contrary to the manifest"
 
 
 def _context_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
@@ -272,6 +295,12 @@ def _context_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]
         yield f"context.npy has tokens of width {sample.context.shape[1]}"
     if not all(map(text.allows, sample.context_lengths.tolist())):
         yield f"context_lengths.npy is not what contexts of shape {text.context_shape} have"
+    if sample.context_scale is not None:
+        scale = sample.context_scale[:, None]
+        with np.errstate(over="ignore"):
+            tokens = np.multiply(sample.context, scale, dtype=np.float32).astype(manifest.dtype)
+        if (scale < 0).any() or not np.isfinite(tokens).all():
+            yield f"context_scale.npy has values below 0 or too large for {manifest.dtype}"
 
 
 def merge(config: MergeConfig) -> None:

@@ -62,6 +62,18 @@ class ModelType:
     model_type: PlainName = _CLIP[0]
 
 
+class NotFiniteError(UserError):
+    """The context of `caption` is not finite."""
+
+    def __init__(self, caption: str, precision: Precision) -> None:
+        other = "bf16" if precision == "fp32" else "fp32"
+        super().__init__(
+            f"text encoder: the context of caption {shorten(caption)} is not finite in {precision};"
+            f" use --text.precision {other}"
+        )
+        self.caption = caption
+
+
 class TextEncoder:
     """Captions => hidden states of a frozen model."""
 
@@ -108,19 +120,15 @@ def encode_captions(
 ) -> Condition:
     """B captions => contexts (B, M, D), float32.
 
-    If `null_context` is zeros, the context of the empty caption is zeros. Raises UserError for a
-    caption whose context is not finite.
+    If `null_context` is zeros, the context of the empty caption is zeros. Raises NotFiniteError for
+    a caption whose context is not finite.
     """
     encode = _encode_with_padding if settings.keeps_padding else _encode_without_padding
     context = encode(model, tokenizer, captions, settings)
     tokens = tokens_of(context)
     is_finite = tokens.isfinite().flatten(1).all(dim=1)
     if not is_finite.all():
-        caption, precision = captions[int(is_finite.int().argmin())], settings.precision
-        raise UserError(
-            f"text encoder: the context of caption {shorten(caption)} is not finite in {precision};"
-            f" use --text.precision {'bf16' if precision == 'fp32' else 'fp32'}"
-        )
+        raise NotFiniteError(captions[int(is_finite.int().argmin())], settings.precision)
     if null_context == "zeros":
         is_empty = torch.tensor([not caption for caption in captions], device=tokens.device)
         context = with_tokens(context, tokens.masked_fill(is_empty[:, None, None], 0.0))

@@ -187,6 +187,12 @@ class TextEncoding:
         if prod(self.context_shape) > MAX_VALUES:
             raise UserError(f"context_shape {self.context_shape} has more than {MAX_VALUES} values")
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a stored token, and of the scale of an 8-bit one."""
+        token = np.dtype(self.dtype).itemsize * self.context_shape[1]
+        return token + (4 if self.dtype == "int8" else 0)
+
     def allows(self, num_tokens: int) -> bool:
         """Whether a context may have this number of tokens."""
         most = self.context_shape[0]
@@ -254,6 +260,8 @@ class Manifest:
                 raise UserError(f"{key} is not the sum over its shards, {total}")
         if len({entry.name for entry in self.shards}) < len(self.shards):
             raise UserError("two shards have the same name")
+        if len(set(self.caption_sources)) < len(self.caption_sources):
+            raise UserError("caption_sources: two have the same name")
         if self.classes and (self.text or self.caption_sources):
             raise UserError("text or caption_sources beside classes; give only one of them")
         if self.text and self.text.dtype not in (self.dtype, "int8"):
