@@ -10,7 +10,6 @@ import pytest
 import torch
 import webdataset
 from encoded_files import finish, hashes, image_files, undisturbed_hashes, without_markers
-from made_autoencoders import KINDS, save_autoencoder
 from made_text_encoders import make_text_encoder
 
 from data_pipeline.completion import list_marked
@@ -21,7 +20,7 @@ from data_pipeline.shard_io import read_samples, to_int8, write_shard
 from data_pipeline.shard_tools import inspect_shards, merge, stats, verify
 from ifvit.conditions import rows_of
 from ifvit.errors import UserError
-from ifvit.models.autoencoders import Autoencoder, load_autoencoder
+from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.config import TextOptions
 from ifvit.models.text_encoders import load_text_encoder
 from ifvit.shards.format import LatentSample, read_manifest, write_manifest
@@ -306,30 +305,3 @@ def test_verify_finds_scales_and_sources_that_do_not_fit(
         )
     ):
         assert f"{keys[number]}.{named}" in text
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_latents_of_every_autoencoder_are_encoded_and_verified(
-    kind: str, config: EncodeConfig, tmp_path: Path
-) -> None:
-    vae = save_autoencoder(kind, tmp_path / kind)
-    recipe = replace(config, vae=vae, dtype="float32", flip=True, batch_size=1)
-    manifest = finish(recipe)
-    verify(ShardsConfig(url=recipe.output))
-    loaded = load_autoencoder(vae)
-    assert manifest.deterministic == (kind == "dc")
-    assert manifest.latent_shape == loaded.latent_shape(32)
-    reader, pixels = ShardReader(recipe.output), []
-    original = Autoencoder.encode
-
-    def record(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
-        pixels.append(images)
-        return original(autoencoder, images)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Autoencoder, "encode", record)
-        finish(replace(recipe, output=recipe.output + "_again"))
-    for number in range(len(reader)):
-        for hflip in (False, True):
-            expected = original(loaded, pixels[2 * number + hflip])[0]
-            np.testing.assert_allclose(reader.moments(number, hflip=hflip), expected, atol=1e-5)
