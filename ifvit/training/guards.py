@@ -145,8 +145,8 @@ def check_recipe(config: TrainConfig) -> None:
 def differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
     """Names of the fields that differ, such as `optim.learning_rate`, with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in now:
-            yield from differences(f"{name}.{key}", before.get(key), now[key])
+        for key in now | before:
+            yield from differences(f"{name}.{key}", before.get(key), now.get(key))
     elif before != now:
         yield name, before, now
 

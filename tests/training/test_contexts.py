@@ -270,6 +270,25 @@ def test_a_run_may_change_where_contexts_come_from_but_not_what_they_are(
 
 
 @pytest.mark.parametrize(
+    ("captions", "name"),
+    [
+        ({}, "captions.short"),
+        ({**EVERY_SOURCE, "long": CaptionConfig(weight=3.0)}, "captions.long.weight"),
+    ],
+)
+def test_a_run_keeps_the_weights_of_its_captions(
+    datasets: Callable[..., str],
+    tmp_path: Path,
+    captions: dict[str, CaptionConfig],
+    name: str,
+) -> None:
+    config = build(tmp_path / "run", datasets("t5"), captions=EVERY_SOURCE, max_steps=1)
+    train(config)
+    with pytest.raises(UserError, match=f"started with {name}"):
+        train(replace(config, captions=captions, max_steps=2))
+
+
+@pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
         (None, {}, "holds captions without contexts; set context: computed"),
