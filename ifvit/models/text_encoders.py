@@ -357,7 +357,10 @@ def load_text_model(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder}/config.json: {model_type} is neither a text encoder nor a causal language "
             "model; use for example CLIP, T5, Gemma, T5Gemma or Qwen"
         )
-    return load_transformers(cls, config, folder, dtype, key_mapping=prefix)
+    model = load_transformers(cls, config, folder, dtype, key_mapping=prefix)
+    if prefix:
+        model._weight_conversions = None  # otherwise the model is saved with the prefix again
+    return model
 
 
 def _read_config(folder: Path, model_type: str) -> Any:

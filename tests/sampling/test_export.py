@@ -3,21 +3,30 @@
 import ast
 import dataclasses
 import json
+import os
 import re
 import resource
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub.errors import HFValidationError
+from made_text_encoders import KINDS, make_text_encoder
 from untrained import save_untrained
 
 from ifvit import storage
 from ifvit.cli import main
+from ifvit.conditions import PaddedContext, is_visible, tokens_of
+from ifvit.diffusion.config import SolverConfig
+from ifvit.diffusion.sampler import ConditionBatch, sample_latents
 from ifvit.errors import UserError
 from ifvit.models import pretrained
 from ifvit.models.autoencoders import load_autoencoder
+from ifvit.models.config import TextOptions
 from ifvit.models.presets import CLASS_PRESETS
 from ifvit.models.weights import (
     WeightsInfo,
@@ -26,8 +35,10 @@ from ifvit.models.weights import (
     read_stored_weights,
     save_weights,
 )
+from ifvit.rng import Stream, normal
 from ifvit.sampling.config import ExportConfig
 from ifvit.sampling.export import export
+from ifvit.sampling.load import load_conditions, load_model, schedule_of
 from ifvit.sampling.pipeline import FusionPipeline
 
 
@@ -188,3 +199,51 @@ def test_the_hub_gets_the_whole_folder_or_its_refusal_is_a_user_error(
     assert uploaded == {"team/model": sorted(path.name for path in tmp_path.iterdir())}
     with pytest.raises(UserError, match=r"model: the upload .* failed \(.*no such name\)"):
         pretrained.upload_pretrained(tmp_path, "model")
+
+
+def test_a_fresh_process_with_diffusers_encodes_prompts_as_ifvit_does(tmp_path: Path) -> None:
+    solver, expected = SolverConfig(num_steps=2, guidance_scale=3.0), {}
+    for kind in KINDS:
+        folder = make_text_encoder(kind, tmp_path / "encoders" / kind)
+        options = TextOptions(state="penultimate", template="a photo: {}!", max_length=40)
+        weights = save_untrained(tmp_path / "weights" / kind, clip=folder, text=options)
+        export(ExportConfig(weights=weights, output=str(tmp_path / kind)))
+        model = load_model(weights, "cpu")
+        conditions = load_conditions(model.info, "cpu")
+        batch = ConditionBatch(
+            positions=torch.arange(2), condition=conditions.encode(["two red circles", "a dog"])
+        )
+        null = model.backbone.encode_condition(conditions.null)
+        latents = sample_latents(model.backbone, schedule_of(model.info), batch, null, solver)
+        given = {"prompt_embeds": tokens_of(batch.condition)}
+        if isinstance(batch.condition, PaddedContext):
+            mask = is_visible(batch.condition.lengths, len(given["prompt_embeds"][0]))
+            given["prompt_attention_mask"] = mask.long()
+        torch.save(given, tmp_path / kind / "given.pt")
+        expected[kind] = latents
+    noise = normal(0, 0, torch.arange(2), Stream.SAMPLING, (4, 8, 8))
+    torch.save({"latents": noise, "output_type": "latent"}, tmp_path / "noise.pt")
+    program = (
+        "import sys, torch\n"
+        "from diffusers import DiffusionPipeline\n"
+        "options = torch.load('noise.pt') | {'guidance_scale': 3.0, 'num_inference_steps': 2}\n"
+        "for name in sys.argv[1:]:\n"
+        "    pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)\n"
+        "    prompts = pipe(['two red circles', 'a dog'], **options).images\n"
+        "    given = pipe(**torch.load(f'{name}/given.pt'), **options).images\n"
+        "    torch.save((prompts, given), f'{name}/latents.pt')\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, *KINDS],
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    for kind, latents in expected.items():
+        for found in torch.load(tmp_path / kind / "latents.pt"):
+            torch.testing.assert_close(found, latents, rtol=0, atol=1e-5)
+        own = FusionPipeline.from_pretrained(tmp_path / kind)
+        settings = {"guidance_scale": 3.0, "num_inference_steps": 2, "output_type": "latent"}
+        found = own(["two red circles", "a dog"], latents=noise, **settings).images
+        torch.testing.assert_close(found, latents, rtol=0, atol=1e-5)

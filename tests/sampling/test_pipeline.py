@@ -202,6 +202,14 @@ def test_each_prompt_may_have_its_own_negative_prompt(pipeline: FusionPipeline) 
         ({"generator": generators(1, 2), "latents": torch.zeros(1, 4, 8, 8)}, "2 generators"),
         ({"prompt": None, "prompt_embeds": torch.zeros(16, 64)}, "context of shape"),
         ({"prompt": None, "prompt_embeds": torch.zeros(0, 16, 64)}, "each of 0 prompts"),
+        (
+            {
+                "prompt": None,
+                "prompt_embeds": torch.zeros(1, 2, 64),
+                "prompt_attention_mask": torch.tensor([[0, 1]]),
+            },
+            "prompt_attention_mask",
+        ),
         ({"negative_prompt_embeds": torch.zeros(2, 16, 64)}, "one negative prompt"),
         ({"height": 512}, "height and width are 512 and None; leave them out or 64"),
         ({"height": 64, "width": 63}, "height and width"),
@@ -437,6 +445,8 @@ def change_json(path: Path, **changes: object) -> None:
         ({"_class_name": ["code", "Pipeline"]}, "not the index"),
         ({"_class_name": "StableDiffusionPipeline"}, "not the index"),
         ({"classes": [3]}, "classes"),
+        ({"text_settings": {"template": "no braces"}}, "template"),
+        ({"text_settings": {"max_length": 10**9}}, "max_length"),
         ({"vae": [None, None], "scheduler": 3}, "scheduler"),
     ],
 )

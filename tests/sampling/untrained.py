@@ -7,6 +7,7 @@ import torch
 
 from ifvit.diffusion.config import Prediction
 from ifvit.models.autoencoders import load_autoencoder
+from ifvit.models.config import TextOptions
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.presets import PRESETS
 from ifvit.models.text_encoders import load_text_encoder
@@ -19,9 +20,10 @@ def save_untrained(
     clip: str = "scenes/clip",
     prediction: Prediction = "epsilon",
     shift: float = 1.0,
+    text: TextOptions | None = None,
 ) -> str:
     """Weights for 64 x 64 pixels of the named encoders."""
-    encoder, autoencoder = load_text_encoder(clip), load_autoencoder(vae)
+    encoder, autoencoder = load_text_encoder(clip, options=text), load_autoencoder(vae)
     channels, size, _ = autoencoder.latent_shape(64)
     length, width = encoder.context_shape
     shape = dataclasses.replace(
