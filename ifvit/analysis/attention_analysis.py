@@ -31,7 +31,7 @@ from ifvit.analysis.attention_maps import (
     write_attention,
 )
 from ifvit.analysis.config import AttentionConfig
-from ifvit.conditions import Condition, concatenate, move, select_rows
+from ifvit.conditions import Condition, concatenate, lengths_of, move, select_rows
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents, sampling_precision
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import choose_device
@@ -152,7 +152,7 @@ def record_layers(
             with watch_attention(backbone, rows):
                 sample_latents(backbone, schedule, conditions, null_text, config.sampling)
             for layer, mean in zip(layers, rows.means(), strict=True):
-                layer.add(mean)
+                layer.add(mean, lengths_of(contexts).numpy())
             progress.update(len(batch))
     return [layer.finish() for layer in layers]
 

@@ -126,9 +126,9 @@ class AttentionSummary(AttentionNumbers):
     image_maps: Floats
     """(N, P, P) for N blocks: mean attention of image token (row) to image token (column)."""
     text_maps: Mapping[int, Floats]
-    """Number of the block => (M, P): attention of image token p to text token m. In
-    separate_cross_attention it is that of the cross-attention. Means are over prompts, NFE and
-    heads."""
+    """Number of the block => (M, P): attention of image token p to text token m, for the tokens of
+    the longest prompt. In separate_cross_attention it is that of the cross-attention. Means are
+    over the prompts that have a token m, NFE and heads."""
 
 
 def layer_names(fusion: str) -> list[str]:
@@ -293,7 +293,7 @@ class LayerMeans:
     image_map: Floats
     """(P, P)"""
     text_map: Floats
-    """(M, P)"""
+    """(M, P) for the M tokens of the longest prompt."""
 
 
 class LayerSums:
@@ -307,11 +307,18 @@ class LayerSums:
         self._edges = [first, first + config.num_image_tokens]
         self._inside = inside.numpy()
         self._rows: Floats = np.zeros(1)
+        self._num_prompts_with = np.zeros(config.num_text_tokens, np.int64)
         self._numbers: list[Floats] = []
 
-    def add(self, rows: Floats) -> None:
-        """Add the rows (B, P, K) of further prompts; K are time, registers, image and text."""
+    def add(self, rows: Floats, lengths: NDArray[np.int64]) -> None:
+        """Add the rows (B, P, K) of further prompts with these numbers (B,) of text tokens.
+
+        K are time, registers, image and text.
+        """
         self._rows = self._rows + rows.sum(axis=0)
+        self._num_prompts_with += (np.arange(len(self._num_prompts_with)) < lengths[:, None]).sum(
+            axis=0
+        )
         parts = np.split(rows, self._edges, axis=2)
         numbers = [part.sum(axis=2).mean(axis=1)[:, None] for part in parts]
         if self._entry in TEXT_KEYS:
@@ -325,7 +332,8 @@ class LayerSums:
         numbers = np.concatenate(self._numbers)
         count = len(numbers)
         errors = numbers.std(axis=0, ddof=1) / math.sqrt(count)
-        _, image_rows, text_rows = np.split(self._rows / count, self._edges, axis=1)
+        _, image_rows, text_rows = np.split(self._rows, self._edges, axis=1)
+        longest = np.count_nonzero(self._num_prompts_with)
         time, image, text, *spectrum = (
             PromptMean(value=float(value), standard_error=float(error))
             for value, error in zip(numbers.mean(axis=0), errors, strict=True)
@@ -340,5 +348,7 @@ class LayerSums:
             else None,
         )
         return LayerMeans(
-            numbers=layer, image_map=image_rows[:, self._inside], text_map=text_rows.T
+            numbers=layer,
+            image_map=image_rows[:, self._inside] / count,
+            text_map=(text_rows[:, :longest] / self._num_prompts_with[:longest]).T,
         )

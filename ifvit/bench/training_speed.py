@@ -24,6 +24,7 @@ from ifvit.bench.measurement import (
     seconds_on,
     spread,
 )
+from ifvit.diffusion.config import LatentScaling
 from ifvit.diffusion.objectives import Objective
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.distributed import choose_device
@@ -157,7 +158,7 @@ class EngineSteps:
         self.state = TrainState()
         self._objective = Objective(
             config.objective,
-            scaling_factor=SCALING_FACTOR,
+            scaling=LatentScaling(scale=SCALING_FACTOR),
             seed=config.seed,
             device=self.engine.device,
             sample_normal=choose_normal_sampler(config.engine),

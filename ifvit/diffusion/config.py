@@ -1,5 +1,6 @@
-"""Settings of the objective, and of what turns noise into latents. Imports no torch."""
+"""Settings of the objective, of latents, and of what turns noise into them. Imports no torch."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Literal, SupportsFloat
 
@@ -12,8 +13,43 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """Number format of a backbone's matrix products."""
 SolverName = Literal["dpm_solver_pp", "dpm_solver_pp_fast", "ddim", "unipc", "euler", "heun"]
 Shift = Annotated[float, Rule("from 0.01 to 100", lambda value: 0.01 <= value <= 100)]
+Factor = Annotated[float, Rule("from 1e-6 to 1e6", lambda value: 1e-6 <= value <= 1e6)]
+ScalingFactor = Factor | tuple[Factor, ...]
+"""Factor on the latents: one number for all channels, or one for each."""
+ShiftFactor = float | tuple[float, ...]
+"""What is subtracted from the latents before: one number for all channels, or one for each."""
 LogitMean = Annotated[float, Rule("from -10 to 10", lambda value: -10 <= value <= 10)]
 LogitStd = Annotated[float, Rule("above 0 and at most 10", lambda value: 0 < value <= 10)]
+
+
+@record
+class LatentScaling:
+    """Scaling of an autoencoder's latents z: x_0 = (z - shift) * scale."""
+
+    scale: ScalingFactor
+    shift: ShiftFactor = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise UserError unless both are numbers, or both have a number for each channel."""
+        scale, shift = (
+            len(one) if isinstance(one, tuple) else 0 for one in (self.scale, self.shift)
+        )
+        if scale != shift or () in (self.scale, self.shift):
+            raise UserError(
+                "scaling_factor and shift_factor must both be numbers, or both lists with a number "
+                "for each channel"
+            )
+
+    @property
+    def num_channels(self) -> int | None:
+        """Number of channels with a scaling of their own; None: one scaling for all."""
+        return len(self.scale) if isinstance(self.scale, tuple) else None
+
+    def __str__(self) -> str:
+        if self.num_channels:
+            digest = hashlib.sha256(repr((self.scale, self.shift)).encode()).hexdigest()
+            return f"per channel, {digest[:12]}"
+        return f"{self.scale:.5g}" + (f", shift_factor {self.shift:.5g}" if self.shift else "")
 
 
 @record

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ifvit.conditions import Condition
-from ifvit.diffusion.config import ObjectiveConfig, RepresentationConfig
+from ifvit.diffusion.config import LatentScaling, ObjectiveConfig, RepresentationConfig
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.rng import Stream, normal, uniform
 
@@ -41,9 +41,28 @@ class Losses:
     """Loss of representations without its weight, a detached scalar; None in steps without it."""
 
 
+class LatentScaler:
+    """Converts latents z of an autoencoder to x_0 = (z - shift) * scale and back, on one device."""
+
+    def __init__(self, scaling: LatentScaling, device: torch.device | str = "cpu") -> None:
+        self._shift, self._scale = (
+            torch.tensor(one, device=device)[:, None, None] if isinstance(one, tuple) else one
+            for one in (scaling.shift, scaling.scale)
+        )
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Unscaled latents z (B, C, H, W) => x_0."""
+        return (z - self._shift) * self._scale
+
+    def unscale(self, x_0: Tensor) -> Tensor:
+        """x_0 (B, C, H, W) => unscaled latents z, which the autoencoder decodes."""
+        return x_0 / self._scale + self._shift
+
+
 class Objective:
     """The mean of (target - predicted)², and the random numbers behind it.
 
+    With `deterministic`, stored latents take the place of moments, and no posterior is sampled.
     With `representation`, the network also gives projected image tokens, whose loss is added.
 
     All random numbers are functions of (seed, step, position in the global batch), so the loss of a
@@ -55,13 +74,16 @@ class Objective:
         self,
         config: ObjectiveConfig,
         *,
-        scaling_factor: float,
+        scaling: LatentScaling,
+        deterministic: bool = False,
         seed: int,
         device: torch.device | str = "cpu",
         sample_normal: NormalSampler = normal,
         representation: RepresentationConfig | None = None,
     ) -> None:
-        self.config, self.scaling_factor, self.seed = config, scaling_factor, seed
+        self.config, self.scaling, self.seed = config, scaling, seed
+        self.deterministic = deterministic
+        self._scaler = LatentScaler(scaling, device)
         self.schedule = NoiseSchedule(device, config.prediction, config.shift)
         self._sample_normal = sample_normal
         self.representation = representation
@@ -119,9 +141,11 @@ class Objective:
 
     def sample_posterior(self, moments: Tensor, step: int, positions: Tensor) -> Tensor:
         """Sample scaled latents x_0 (B, C, H, W) from the VAE posterior (B, 2C, H, W)."""
+        if self.deterministic:
+            return self._scaler.scale(moments.float())
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         noise = self._sample_normal(self.seed, step, positions, Stream.POSTERIOR, shape)
-        return scaled_latents(moments, noise, self.scaling_factor)
+        return self._scaler.scale(sample_latents(moments, noise))
 
 
 def representation_loss(tokens: Tensor, features: Tensor) -> Tensor:
@@ -139,8 +163,8 @@ def representation_loss(tokens: Tensor, features: Tensor) -> Tensor:
     return 1 - functional.cosine_similarity(tokens.float(), features, dim=2).mean()
 
 
-def scaled_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
-    """x_0 (B, C, H, W) of VAE posteriors (B, 2C, H, W) and standard normal noise (B, C, H, W)."""
+def sample_latents(moments: Tensor, noise: Tensor) -> Tensor:
+    """Latents z (B, C, H, W) of posteriors (B, 2C, H, W) and standard normal noise (B, C, H, W)."""
     mean, logvar = moments.float().chunk(2, dim=1)
     std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-    return (mean + std * noise) * scaling_factor
+    return mean + std * noise

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ifvit.arrays import Array
 from ifvit.conditions import Condition, move
-from ifvit.diffusion.objectives import ConditionalPredictor, scaled_latents
+from ifvit.diffusion.objectives import ConditionalPredictor, LatentScaler, sample_latents
 from ifvit.distributed import ProcessGroup, show_progress
 from ifvit.errors import UserError
 from ifvit.models.conditioning import DatasetConditions
@@ -53,7 +53,7 @@ class HeldOutLoss:
         self._conditions, self._device, self._seed = conditions, device, seed
         self._chunks = [np.array(chunk) for chunk in batched(range(num_samples), _CHUNK_SIZE)]
         self._schedule = schedule_of(info, device)
-        self._scaling_factor = info.scaling_factor
+        self._scaler = LatentScaler(info.scaling, device)
 
     @torch.no_grad()
     def measure(self, predict: ConditionalPredictor, group: ProcessGroup | None = None) -> Array:
@@ -70,14 +70,17 @@ class HeldOutLoss:
         """Losses (B, 8) of these samples."""
         moments, condition = self._read(samples)
         positions = torch.from_numpy(samples).to(self._device)
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        manifest = self._conditions.reader.manifest
         losses = []
         for k in range(NUM_TIMES):
-            draw, noise = (
-                normal(self._seed, k, positions, stream, shape)
-                for stream in (Stream.HELD_OUT_POSTERIOR, Stream.HELD_OUT_NOISE)
-            )
-            x_0 = scaled_latents(moments, draw, self._scaling_factor)
+            z = moments.float()
+            if not manifest.deterministic:
+                draw = normal(
+                    self._seed, k, positions, Stream.HELD_OUT_POSTERIOR, manifest.latent_shape
+                )
+                z = sample_latents(moments, draw)
+            x_0 = self._scaler.scale(z)
+            noise = normal(self._seed, k, positions, Stream.HELD_OUT_NOISE, manifest.latent_shape)
             u = torch.full(positions.shape, (k + 0.5) / NUM_TIMES, device=self._device)
             timesteps = self._schedule.timesteps(u)
             x_t = self._schedule.add_noise(x_0, noise, timesteps)

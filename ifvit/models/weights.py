@@ -16,7 +16,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ifvit.diffusion.config import Prediction, Shift
+from ifvit.diffusion.config import (
+    LatentScaling,
+    Prediction,
+    ScalingFactor,
+    Shift,
+    ShiftFactor,
+)
 from ifvit.errors import UserError
 from ifvit.models.backbone import Backbone
 from ifvit.models.config import (
@@ -28,7 +34,7 @@ from ifvit.models.config import (
 )
 from ifvit.models.fusion_transformer import FusionTransformer
 from ifvit.models.pretrained import read_shapes, reading, require_shapes
-from ifvit.records import Fraction, NonNegativeInt, PositiveFloat, Sha256, parse_json, record
+from ifvit.records import Fraction, NonNegativeInt, Sha256, parse_json, record
 from ifvit.shards.cache import local_copy
 from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
 from ifvit.storage import (
@@ -58,8 +64,10 @@ class WeightsInfo:
     """Optimizer steps that the weights were trained for."""
     ema_decay: Fraction | None
     """Decay of the EMA weights; None for raw weights."""
-    scaling_factor: PositiveFloat
+    scaling_factor: ScalingFactor
     """Factor by which the autoencoder's latents were multiplied in training."""
+    shift_factor: ShiftFactor = 0.0
+    """What was subtracted from the latents before."""
     vae: EncoderIdentity
     """The autoencoder whose latents the backbone was trained on."""
     text_encoder: TextEncoderIdentity | None
@@ -78,7 +86,12 @@ class WeightsInfo:
     @property
     def target(self) -> str:
         """What the backbone predicts, and of which latents."""
-        return f"{self.prediction} of vae {self.vae.sha256[:12]} x {self.scaling_factor:.5g}"
+        return f"{self.prediction} of vae {self.vae.sha256[:12]} x {self.scaling}"
+
+    @property
+    def scaling(self) -> LatentScaling:
+        """The two factors as one record."""
+        return LatentScaling(scale=self.scaling_factor, shift=self.shift_factor)
 
     def __post_init__(self) -> None:
         """Raise UserError for weights of neither captions nor classes, or of both."""
@@ -211,7 +224,7 @@ def verify_weights(folder: str, stored: StoredWeights) -> tuple[BackboneConfig, 
     hash than weights.json states, and if config.json describes other tensors than the file holds.
     """
     config = read_backbone_config(folder, stored.config_sha256)
-    _check_classes(folder, config, stored.info)
+    _check_numbers(folder, config, stored.info)
     path = local_copy(join(folder, _TENSORS), stored.tensors_sha256)
     check_sha256(path, stored.tensors_sha256)
     check_shapes(config, path)
@@ -254,8 +267,13 @@ def _sha256_of(path: Path, _size: int, _time: int) -> str:
     return sha256_of(path)
 
 
-def _check_classes(folder: str, config: BackboneConfig, info: WeightsInfo) -> None:
-    """Raise UserError if a backbone has another number of classes than weights.json names."""
+def _check_numbers(folder: str, config: BackboneConfig, info: WeightsInfo) -> None:
+    """Raise UserError if weights.json has another number of classes or channels than a backbone."""
+    if info.scaling.num_channels not in (None, config.latent_channels):
+        raise UserError(
+            f"{folder}: {_INFO} has a scaling_factor of {info.scaling.num_channels} channels, but "
+            f"{_CONFIG} describes {config.latent_channels}; use files of the same training"
+        )
     if (config.num_classes or 0) != len(info.classes):
         raise UserError(
             f"{folder}: {_INFO} names {len(info.classes)} classes, but {_CONFIG} describes "

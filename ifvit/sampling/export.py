@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ifvit import storage
+from ifvit.diffusion.config import LatentScaling
 from ifvit.diffusion.solvers import build_scheduler
 from ifvit.models.config import BackboneConfig
 from ifvit.models.pretrained import reading, upload_pretrained
@@ -60,7 +61,7 @@ def export(config: ExportConfig) -> None:
     info = model.info
     text_encoder = load_trained_text_encoder(info, "cpu") if info.text_encoder else None
     vae = load_trained_autoencoder(info, "cpu").vae
-    vae.register_to_config(scaling_factor=info.scaling_factor)  # that of the training, not SD's
+    _state_scaling(vae, info.scaling)
     pipeline = FusionPipeline(
         backbone=model.backbone,
         vae=vae,
@@ -71,6 +72,8 @@ def export(config: ExportConfig) -> None:
         null_context=info.null_context,
         prediction=info.prediction,
         text_settings=asdict(info.text_encoder.settings) if info.text_encoder else None,
+        scaling_factor=info.scaling_factor,
+        shift_factor=info.shift_factor,
     )
     with tempfile.TemporaryDirectory(prefix="ifvit-") as temporary:
         folder = Path(temporary)
@@ -88,6 +91,24 @@ def export(config: ExportConfig) -> None:
         if config.hub:
             upload_pretrained(folder, config.hub)
     sys.stdout.write(f"{config.output}\n")
+
+
+def _state_scaling(vae: Any, scaling: LatentScaling) -> None:
+    """State the scaling of the training in the autoencoder's config, where other programs read it.
+
+    A scaling that the class has no keys for is in model_index.json only, which ifvit reads.
+    """
+    facts: dict[str, object]
+    if isinstance(scaling.scale, tuple):
+        stds = tuple(1.0 / scale for scale in scaling.scale)
+        facts = {"latents_mean": scaling.shift, "latents_std": stds, "scaling_factor": 1.0}
+        facts["shift_factor"] = None
+    else:
+        facts = {"scaling_factor": scaling.scale, "shift_factor": scaling.shift}
+        facts |= {"latents_mean": None, "latents_std": None}
+    facts = {key: value for key, value in facts.items() if value or key in vae.config}
+    if facts.keys() <= vae.config.keys():
+        vae.register_to_config(**facts)
 
 
 def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneConfig) -> str:
@@ -115,7 +136,7 @@ def format_card(folder: str, info: WeightsInfo, sha256: str, config: BackboneCon
         "optimizer steps": info.step,
         **condition,
         "VAE": f"{info.vae.name}, {info.vae.sha256}",
-        "scaling factor of the latents": info.scaling_factor,
+        "scaling factor of the latents": info.scaling,
         "sha256 of the backbone": sha256,
         "sha256 of the recipe": info.recipe_sha256,
     } | asdict(config)

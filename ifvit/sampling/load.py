@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ifvit.conditions import Condition
 from ifvit.diffusion.config import SolverConfig
+from ifvit.diffusion.objectives import LatentScaler
 from ifvit.diffusion.sampler import Sampler
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.diffusion.solvers import build_scheduler
@@ -96,8 +97,8 @@ def schedule_of(info: WeightsInfo, device: torch.device | str = "cpu") -> NoiseS
 
 def load_decoder(info: WeightsInfo, device: str) -> Callable[[Tensor], Tensor]:
     """Load the decoder of scaled latents, `Sampler.decode`."""
-    autoencoder = load_trained_autoencoder(info, device)
-    return lambda latents: autoencoder.decode(latents / info.scaling_factor)
+    autoencoder, scaler = load_trained_autoencoder(info, device), LatentScaler(info.scaling, device)
+    return lambda latents: autoencoder.decode(scaler.unscale(latents))
 
 
 def load_trained_autoencoder(info: WeightsInfo, device: str) -> Autoencoder:

@@ -27,8 +27,9 @@ from ifvit.conditions import (
     tokens_of,
     with_tokens,
 )
-from ifvit.diffusion.config import Guidance, Prediction
+from ifvit.diffusion.config import Guidance, LatentScaling, Prediction
 from ifvit.diffusion.guidance import AlignmentMethod, GuidedPredictor
+from ifvit.diffusion.objectives import LatentScaler
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.diffusion.solvers import initial_latents, network_input, set_steps
 from ifvit.errors import UserError
@@ -52,8 +53,7 @@ from ifvit.sampling.pipeline import FusionPipeline
 class FusionPipeline(DiffusionPipeline):
     """Captions or classes => images, with any diffusers scheduler for the backbone's prediction.
 
-    For epsilon and v, it must use Stable Diffusion's noise schedule. `vae.config.scaling_factor` is
-    that of the training, not Stable Diffusion's.
+    For epsilon and v, it must use Stable Diffusion's noise schedule.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds")
@@ -77,20 +77,32 @@ class FusionPipeline(DiffusionPipeline):
         null_context: NullContext = "empty_caption",
         prediction: Prediction = "epsilon",
         text_settings: Mapping[str, Any] | None = None,
+        scaling_factor: float | Sequence[float] | None = None,
+        shift_factor: float | Sequence[float] = 0.0,
     ) -> None:
         """`classes` are the class names of a class-conditional backbone without text encoder.
 
         `null_context` stood for the empty prompt in the training, `prediction` is what the backbone
         predicts, and `text_settings` are the fields of TextSettings; unset: those of the class of
-        the text encoder. Raises ValueError for a scheduler that expects another prediction.
+        the text encoder. `scaling_factor` and `shift_factor` of the latents are those of the
+        training, whatever the autoencoder's own config says. Raises ValueError for a scheduler that
+        expects another prediction, and without a scaling_factor.
         """
         super().__init__()
         _check_prediction(scheduler, prediction)
+        if scaling_factor is None:
+            raise UserError(
+                "scaling_factor: not stated; give that of the training, or export again"
+            )
+        factors = {"scale": scaling_factor, "shift": shift_factor}
+        self._scaling = parse_value(LatentScaling, factors, "scaling_factor and shift_factor")
         self.register_to_config(  # type: ignore[no-untyped-call]
             classes=list(classes),
             null_context=null_context,
             prediction=prediction,
             text_settings=dict(text_settings) if text_settings else None,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
         )
         self.register_modules(  # type: ignore[no-untyped-call]
             backbone=backbone,
@@ -303,8 +315,8 @@ class FusionPipeline(DiffusionPipeline):
             return latents
         if self.vae.dtype == torch.float16:  # plain diffusers casts all components
             self.vae.to(torch.float32)
-        unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        decoded = self.vae.decode(unscaled).sample
+        unscaled = LatentScaler(self._scaling, latents.device).unscale(latents)
+        decoded = self.vae.decode(unscaled.to(self.vae.dtype)).sample
         return self.image_processor.postprocess(decoded, output_type=output_type)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ifvit import connections, storage
-from ifvit.diffusion.config import Prediction, Shift
+from ifvit.diffusion.config import Prediction, ScalingFactor, Shift, ShiftFactor
 from ifvit.diffusion.schedules import BETA_END, BETA_START
 from ifvit.errors import UserError
 from ifvit.models.autoencoders import load_vae
@@ -55,6 +55,8 @@ class PipelineIndex:
     prediction: Prediction = "epsilon"
     text_settings: TextSettings | None = None
     """How the text encoder makes contexts; None for the settings of its class."""
+    scaling_factor: ScalingFactor
+    shift_factor: ShiftFactor = 0.0
 
     @property
     def components(self) -> list[str]:
@@ -111,7 +113,7 @@ def load_components(
             if name not in own:
                 inside = path_inside(folder, name)
                 loaded[name] = _load_component(name, index, inside, dtype)
-    settings = ("classes", "null_context", "prediction")
+    settings = ("classes", "null_context", "prediction", "scaling_factor", "shift_factor")
     loaded |= {name: getattr(index, name) for name in settings}
     return loaded | {"text_settings": asdict(index.text_settings) if index.text_settings else None}
 

@@ -257,7 +257,7 @@ def resume(config: TrainConfig, engine: Engine, token: str, info: WeightsInfo) -
         if checkpoint.target not in (None, info.target):
             raise UserError(
                 f"{checkpoint.url}: trained to predict {checkpoint.target}, but the recipe says "
-                f"{info.target}; set objective.prediction and scaling_factor to match"
+                f"{info.target}; set objective.prediction, scaling_factor and shift_factor to match"
             )
         if checkpoint.text_encoder and info.text_encoder:
             trained_with, now = checkpoint.text_encoder, info.text_encoder

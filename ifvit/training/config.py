@@ -4,7 +4,14 @@ from dataclasses import field
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from ifvit.diffusion.config import ObjectiveConfig, Precision, RepresentationConfig
+from ifvit.diffusion.config import (
+    LatentScaling,
+    ObjectiveConfig,
+    Precision,
+    RepresentationConfig,
+    ScalingFactor,
+    ShiftFactor,
+)
 from ifvit.errors import UserError
 from ifvit.models.config import BackboneConfig, FusionTransformerConfig, NullContext, TextOptions
 from ifvit.records import (
@@ -25,7 +32,6 @@ Location = Annotated[
     ),
 ]
 NumSamples = Annotated[int, Rule("from 1 to 16777216", lambda value: 1 <= value <= 2**24)]
-Factor = Annotated[float, Rule("from 1e-6 to 1e6", lambda value: 1e-6 <= value <= 1e6)]
 Decay = Annotated[float, Rule("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Minutes = Annotated[float, Rule("above 0 and at most 10080", lambda value: 0 < value <= 10080)]
 NumThreads = Annotated[int, Rule("from 1 to 256", lambda value: 1 <= value <= 256)]
@@ -179,8 +185,12 @@ class TrainConfig:
     are not read. Unset: all captions of an image are equally likely."""
     null_context: NullContext = "empty_caption"
     """Context of samples without a caption: that of "" (empty_caption), or zeros."""
-    scaling_factor: Factor | None = None
-    """Factor on the latents; unset: 1 / their standard deviation, from the manifest."""
+    scaling_factor: ScalingFactor | Literal["per_channel"] | None = None
+    """Factor on the latents, for all channels or a list for each; per_channel: subtract mean and
+    divide by standard deviation of each channel of the shards; unset: divide by the standard
+    deviation of all."""
+    shift_factor: ShiftFactor = 0.0
+    """Subtract this from the latents before they are multiplied by a given scaling_factor."""
     ema_decays: tuple[Decay, ...] = (0.9999,)
     """Decays per step, one for each set of EMA weights; the first one is the default."""
     random_flip: bool = False
@@ -224,6 +234,13 @@ class TrainConfig:
     """Threads that read batches ahead."""
 
     @property
+    def given_scaling(self) -> LatentScaling | None:
+        """Scaling of the latents; None if it depends on the statistics of the shards."""
+        if self.scaling_factor is None or self.scaling_factor == "per_channel":
+            return None
+        return LatentScaling(scale=self.scaling_factor, shift=self.shift_factor)
+
+    @property
     def active_representation(self) -> RepresentationConfig | None:
         """Representation alignment of this backbone; None if it has no projector."""
         backbone = self.backbone
@@ -231,8 +248,21 @@ class TrainConfig:
             return None
         return None if backbone.representation_block is None else self.representation
 
+    def _check_scaling(self) -> None:
+        scaling = self.given_scaling
+        if scaling is None and self.shift_factor != 0.0:
+            raise UserError(
+                "shift_factor: belongs to a scaling_factor that is a number; set it, too"
+            )
+        if scaling and scaling.num_channels not in (None, self.backbone.latent_channels):
+            raise UserError(
+                f"scaling_factor: has {scaling.num_channels} numbers for the "
+                f"{self.backbone.latent_channels} backbone.latent_channels; give one for each"
+            )
+
     def __post_init__(self) -> None:
         self._check_captions()
+        self._check_scaling()
         if self.active_representation is None and self.representation != RepresentationConfig():
             raise UserError("representation: has no effect; set backbone.representation_block")
         if len(set(self.ema_decays)) != len(self.ema_decays) or not self.ema_decays:

@@ -39,7 +39,7 @@ MAY_CHANGE = {
 """Fields that a resumed run may change; a change of any other field would make another run. Of
 validation, only `every` may change once there are held-out shards. `resume` checks that `text` and
 `text_encoder` make the same contexts."""
-_OF_CHECKPOINTS = {"optim.optimizer", "objective.prediction", "scaling_factor"}
+_OF_CHECKPOINTS = {"optim.optimizer", "objective.prediction", "scaling_factor", "shift_factor"}
 """Fields that a checkpoint must share with the run that continues it, besides the backbone."""
 
 

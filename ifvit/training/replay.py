@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ifvit.diffusion.config import ObjectiveConfig, RepresentationConfig
+from ifvit.diffusion.config import LatentScaling, ObjectiveConfig, RepresentationConfig
 from ifvit.diffusion.objectives import Objective
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
@@ -28,7 +28,6 @@ from ifvit.models.config import BackboneConfig, restore_config
 from ifvit.models.weights import restore_backbone, step_name
 from ifvit.records import (
     NonNegativeInt,
-    PositiveFloat,
     Sha256,
     dump_sealed,
     parse_sealed,
@@ -67,7 +66,8 @@ class FailedStep:
     """Loss and gradient norm, as text because JSON has no NaN."""
     precision: Literal["fp32", "bf16", "fp16"]
     backbone: dict[str, Any]
-    scaling_factor: PositiveFloat
+    scaling: LatentScaling
+    deterministic: bool = False
     seed: int
     objective: ObjectiveConfig
     representation: RepresentationConfig | None = None
@@ -176,7 +176,8 @@ def _differentiate(
     prepare_forward(backbone, EngineConfig(precision=failed.precision), device)
     objective = Objective(
         failed.objective,
-        scaling_factor=failed.scaling_factor,
+        scaling=failed.scaling,
+        deterministic=failed.deterministic,
         seed=failed.seed,
         device=device,
         representation=failed.representation,
@@ -222,7 +223,8 @@ def _write_failure(
         outcome=str(outcome),
         precision=config.engine.precision,
         backbone=asdict(config.backbone),
-        scaling_factor=replayed.objective.scaling_factor,
+        scaling=replayed.objective.scaling,
+        deterministic=replayed.objective.deterministic,
         seed=replayed.objective.seed,
         objective=replayed.objective.config,
         representation=replayed.objective.representation,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ifvit import storage
 from ifvit.config import dump_config
+from ifvit.diffusion.config import LatentScaling
 from ifvit.diffusion.objectives import Objective
 from ifvit.distributed import World, choose_device, one_line_for_lost_processes
 from ifvit.errors import UserError
@@ -27,6 +28,7 @@ from ifvit.models.weights import (
     verify_weights,
 )
 from ifvit.sampling.load import check_text_encoder
+from ifvit.shards.format import Manifest
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
 from ifvit.training.checkpoint import committed_steps, resume
@@ -95,7 +97,8 @@ def _train(
     state = resume(config, engine, lease.token, info)
     objective = Objective(
         config.objective,
-        scaling_factor=info.scaling_factor,
+        scaling=info.scaling,
+        deterministic=conditions.reader.manifest.deterministic,
         seed=config.seed,
         device=engine.device,
         sample_normal=choose_normal_sampler(config.engine),
@@ -169,7 +172,7 @@ def initial_tensors(config: TrainConfig, reader: ShardReader) -> Callable[[str],
     backbone, path = verify_weights(folder, stored)
     for key, found, wanted in (
         ("backbone", asdict(backbone), asdict(without_representation(config.backbone))),
-        ("scaling_factor", stored.info.scaling_factor, _scaling_factor(config, reader)),
+        ("scaling_factor", str(stored.info.scaling), str(find_scaling(config, reader.manifest))),
         ("null_context", stored.info.null_context, config.null_context),
         ("objective.prediction", stored.info.prediction, config.objective.prediction),
     ):
@@ -205,11 +208,8 @@ def _build_batches(config: TrainConfig, conditions: DatasetConditions) -> Batche
 
 def _weights_info(config: TrainConfig, conditions: DatasetConditions) -> WeightsInfo:
     """What weights.json states; encoders are where the recipe names them, or the shards do."""
-    reader, vae, encoder = (
-        conditions.reader,
-        conditions.reader.manifest.vae,
-        conditions.text_encoder,
-    )
+    manifest, encoder = conditions.reader.manifest, conditions.text_encoder
+    vae, scaling = manifest.vae, find_scaling(config, manifest)
     if config.vae:
         vae = replace(vae, name=place_of(config.vae))
     if config.text_encoder and encoder:
@@ -217,20 +217,34 @@ def _weights_info(config: TrainConfig, conditions: DatasetConditions) -> Weights
     return WeightsInfo(
         step=0,
         ema_decay=None,
-        scaling_factor=_scaling_factor(config, reader),
+        scaling_factor=scaling.scale,
+        shift_factor=scaling.shift,
         vae=vae,
         text_encoder=encoder,
         null_context=config.null_context,
         prediction=config.objective.prediction,
         shift=config.objective.shift,
-        classes=reader.manifest.classes,
+        classes=manifest.classes,
         recipe_sha256=hashlib.sha256(dump_config(config).encode()).hexdigest(),
     )
 
 
-def _scaling_factor(config: TrainConfig, reader: ShardReader) -> float:
-    given = config.scaling_factor
-    return reader.manifest.scaling_factor if given is None else given
+def find_scaling(config: TrainConfig, manifest: Manifest) -> LatentScaling:
+    """Return the scaling of the recipe, or one from the shards' statistics.
+
+    Raises UserError for a channel without deviation, which no factor brings to 1.
+    """
+    if config.given_scaling:
+        return config.given_scaling
+    if config.scaling_factor is None:
+        return LatentScaling(scale=manifest.scaling_factor)
+    if min(manifest.channel_std) < 1e-6:
+        raise UserError(
+            f"{config.shards}: channel {manifest.channel_std.index(min(manifest.channel_std))} of "
+            "the latents is constant; set scaling_factor to a number or leave it unset"
+        )
+    scale = tuple(1.0 / std for std in manifest.channel_std)
+    return LatentScaling(scale=scale, shift=manifest.channel_mean)
 
 
 def choose_engine(config: TrainConfig) -> type[Engine]:

@@ -21,7 +21,7 @@ from ifvit.models.config import BackboneConfig
 from ifvit.models.text_encoders import load_text_encoder
 from ifvit.models.weights import WeightsInfo, build_backbone, load_weights, save_weights
 from ifvit.sampling.config import SamplingConfig
-from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
+from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity, TextSettings
 from ifvit.shards.reader import ShardReader
 
 MADE_UP = TextEncoderIdentity(name="made-up", sha256="1" * 64)
@@ -248,8 +248,10 @@ def test_runs_that_do_not_fit_the_prompts_are_refused(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = TextEncoderIdentity(name="other", sha256="2" * 64)
+    longer = replace(MADE_UP, settings=TextSettings(max_length=78))
     runs = {
         save_run(tmp_path / "other", EARLY, other): "text encoder made-up has sha256 111111111111",
+        save_run(tmp_path / "longer", EARLY, longer): "text.max_length",
         save_run(tmp_path / "adaln", "image 2*adaln"): "its image tokens attend to no text",
         save(tmp_path / "classes", SMALL_CLASSES, None): "the weights generate 2 classes",
         save(tmp_path / "unet", SMALL_UNET, None): "its image tokens attend to no text",

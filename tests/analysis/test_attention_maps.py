@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_backbone import small_shape
+from made_backbone import made_captions, small_shape, without_padding
 from torch import Tensor
 
 from ifvit.analysis.attention_analysis import Prompts, attention_figure, record_layers
@@ -242,9 +242,9 @@ def test_singular_values_are_means_over_the_prompts_own_maps() -> None:
     weak = np.outer([1, -1, 1, -1], [0.5, 0.5, -0.5, -0.5]) / 2
     rows = np.zeros((2, 4, 1 + 16 + 4))
     rows[0, :, 17:], rows[1, :, 17:] = 0.6 * strong.T, (0.3 * strong + 0.1 * weak).T
-    sums = LayerSums(ONE_BLOCK, 0, inner_tokens(SIDE, 1))
-    sums.add(rows[:1])
-    sums.add(rows[1:])
+    sums = LayerSums(replace(ONE_BLOCK, context_length=4), 0, inner_tokens(SIDE, 1))
+    sums.add(rows[:1], np.array([4]))
+    sums.add(rows[1:], np.array([4]))
     text = text_spectrum(sums)
     values = [mean.value for mean in text.singular_values]
     np.testing.assert_allclose(values, [0.45, 0.05, 0, 0], atol=1e-12)
@@ -254,10 +254,56 @@ def test_singular_values_are_means_over_the_prompts_own_maps() -> None:
     np.testing.assert_allclose(sums.finish().text_map, mean, atol=1e-12)
 
 
+@FUSIONS
+@pytest.mark.parametrize("batch_size", [2, NUM_PROMPTS])
+def test_padding_takes_no_part_in_means_over_prompts_of_different_lengths(
+    fusion: str, batch_size: int
+) -> None:
+    backbone = build_backbone(fusion)
+    inside, lengths = inner_tokens(SIDE, 0), (3, 5, 1, 4, 2)
+    captions = made_captions(backbone.config, lengths, NUM_TEXT, filling=10)
+    prompts = replace(PROMPTS, contexts=captions, null_context=without_padding(captions, 2))
+    layers = record_layers(backbone, SCHEDULE, prompts, build_config(batch_size, trim=0))
+    alone = []
+    null = backbone.encode_condition(prompts.null_context)
+    for n in range(NUM_PROMPTS):
+        batch = ConditionBatch(positions=torch.tensor([n]), condition=without_padding(captions, n))
+        rows = PromptRows(backbone.config, 1, inside)
+        with watch_attention(backbone, rows):
+            sample_latents(backbone, SCHEDULE, batch, null, SAMPLING)
+        alone.append([mean[0].copy() for mean in rows.means()])
+    for layer, of_prompts in zip(layers, zip(*alone, strict=True), strict=True):
+        time = [rows[:, :FIRST].sum(axis=1).mean() for rows in of_prompts]
+        assert layer.numbers.time_share.value == pytest.approx(np.mean(time), rel=1e-3)
+        assert all(
+            (rows[:, FIRST_TEXT + m :] == 0).all()
+            for rows, m in zip(of_prompts, lengths, strict=True)
+        )
+        if layer.numbers.text is None:
+            continue
+        share = np.mean([rows[:, FIRST_TEXT:].sum(axis=1).mean() for rows in of_prompts])
+        if layer.numbers.text_share:
+            assert layer.numbers.text_share.value == pytest.approx(share, rel=1e-3)
+        assert layer.text_map.shape == (5, 16)
+        for token in range(5):
+            having = [
+                rows[:, FIRST_TEXT + token]
+                for rows, length in zip(of_prompts, lengths, strict=True)
+                if token < length
+            ]
+            expected = np.mean(having, axis=0)
+            np.testing.assert_allclose(layer.text_map[token], expected, rtol=1e-3, atol=1e-5)
+        ranks = [
+            effective_rank(np.linalg.svd(rows[:, FIRST_TEXT : FIRST_TEXT + m], compute_uv=False))
+            for rows, m in zip(of_prompts, lengths, strict=True)
+        ]
+        assert layer.numbers.text.effective_rank.value == pytest.approx(np.mean(ranks), rel=1e-2)
+
+
 def test_the_ten_largest_singular_values_are_kept() -> None:
     rows = np.random.default_rng(0).random((3, 16, 1 + 16 + 12))
-    sums = LayerSums(ONE_BLOCK, 0, inner_tokens(SIDE, 0))
-    sums.add(rows)
+    sums = LayerSums(replace(ONE_BLOCK, context_length=12), 0, inner_tokens(SIDE, 0))
+    sums.add(rows, np.full(3, 12))
     text = text_spectrum(sums)
     largest = np.linalg.svd(rows[:, :, 17:], compute_uv=False)[:, :10]
     of_prompts = [one.value for one in text.singular_values]
@@ -280,10 +326,11 @@ def test_a_trim_that_leaves_nothing_is_refused() -> None:
 def test_memory_does_not_grow_with_the_number_of_prompts() -> None:
     def peak(num_batches: int) -> int:
         rng = np.random.default_rng(0)
-        sums = LayerSums(replace(ONE_BLOCK, latent_size=32), 0, inner_tokens(16, 1))
+        config = replace(ONE_BLOCK, latent_size=32, context_length=77)
+        sums = LayerSums(config, 0, inner_tokens(16, 1))
         tracemalloc.start()
         for _ in range(num_batches):
-            sums.add(rng.random((2, 196, 1 + 256 + 77)))
+            sums.add(rng.random((2, 196, 1 + 256 + 77)), np.full(2, 77))
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from ifvit.diffusion.config import ObjectiveConfig, Prediction
+from ifvit.diffusion.config import LatentScaling, ObjectiveConfig, Prediction
 from ifvit.diffusion.objectives import Objective
 from ifvit.diffusion.schedules import alphas_cumprod
 from ifvit.errors import UserError
@@ -22,7 +22,7 @@ MEAN = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def objective(scaling_factor: float = 1.0, **settings: object) -> Objective:
     config = parse_value(ObjectiveConfig, settings, "objective")
-    return Objective(config, scaling_factor=scaling_factor, seed=11)
+    return Objective(config, scaling=LatentScaling(scale=scaling_factor), seed=11)
 
 
 def alpha_sigma(timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ifvit.diffusion.config import ObjectiveConfig, RepresentationConfig
+from ifvit.diffusion.config import LatentScaling, ObjectiveConfig, RepresentationConfig
 from ifvit.diffusion.objectives import Losses, Objective, representation_loss
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ def predict(x_t: Tensor, timesteps: Tensor, condition: Tensor, with_features: bo
 
 def losses(representation: RepresentationConfig | None, step: int = 0) -> Losses:
     objective = Objective(
-        ObjectiveConfig(), scaling_factor=1.0, seed=0, representation=representation
+        ObjectiveConfig(), scaling=LatentScaling(scale=1.0), seed=0, representation=representation
     )
     is_on = representation is not None and representation.is_on(step)
     return objective(

@@ -3,8 +3,9 @@ import sys
 import pytest
 import torch
 
+from ifvit.conditions import is_visible
 from ifvit.errors import UserError
-from ifvit.models.attention import load_attention
+from ifvit.models.attention import attend_biased, load_attention, logits_of
 
 # (queries, keys, heads, channels per head): image, text, concat and cross-attention blocks of the
 # paper's size, the widest heads (U-ViT-H), and the demo's size.
@@ -36,6 +37,81 @@ def test_backends_agree_with_attention_in_float64(backend, shape, monkeypatch):
     attended = load_attention(backend)(query, key, value, None)
 
     torch.testing.assert_close(attended.double(), expected, atol=1e-5, rtol=0)
+
+
+def masked_attention(query, key, value, addend, visible):
+    """Attention in float64, with the keys that are not visible cut off."""
+    rows = []
+    for n, length in enumerate(visible.sum(dim=1).tolist()):
+        k, v = (x[n, :length].double() for x in (key, value))
+        logits = torch.einsum("qhe,khe->hqk", query[n].double(), k) / query.shape[-1] ** 0.5
+        logits = logits + addend[n, ..., :length]
+        rows.append(torch.einsum("hqk,khe->qhe", logits.softmax(-1), v))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_keys_that_are_not_visible_have_no_effect(backend, shape, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    heads = random_heads(*shape)
+    visible = is_visible(torch.tensor([1, shape[1] - 5]), shape[1])
+    attended = load_attention(backend)(*heads, visible)
+    expected = masked_attention(*heads, torch.zeros(2, 1, 1, 1), visible)
+    torch.testing.assert_close(attended.double(), expected, atol=1e-5, rtol=0)
+    addend = torch.randn(2, shape[2], shape[0], shape[1])
+    addend[1] = 0  # attend_biased has a bias for the first row only
+    biased = attend_biased(load_attention(backend), lambda *inputs: addend[:1], *heads, visible)
+    expected = masked_attention(*heads, addend, visible)
+    torch.testing.assert_close(biased.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_flash_attention_says_that_it_takes_no_mask():
+    heads, visible = random_heads(17, 37, 5, 32), is_visible(torch.tensor([3, 37]), 37)
+    with pytest.raises(UserError, match=r"flash has no .* with a mask .* choose .* backend sdpa"):
+        load_attention("flash")(*heads, visible)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_keys", [1, 8, 37])
+def test_xformers_gets_the_mask_in_the_layout_that_it_demands(num_keys, dtype, monkeypatch):
+    class Operators:
+        @staticmethod
+        def memory_efficient_attention(query, key, value, attn_bias):
+            # As its fmha/common.py and fmha/cutlass.py check it.
+            assert attn_bias.dtype == query.dtype
+            assert attn_bias.shape == (*query.transpose(1, 2).shape[:3], key.shape[1])
+            alignment = 128 // torch.finfo(query.dtype).bits
+            assert all(stride % alignment == 0 for stride in attn_bias.stride()[:-1])
+            assert attn_bias.stride(-1) <= 1
+            weights = (logits_of(query, key) + attn_bias).softmax(-1)
+            return torch.einsum("bhqk,bkhe->bqhe", weights, value.float())
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "xformers", Operators())
+    monkeypatch.setitem(sys.modules, "xformers.ops", Operators())
+    heads = [x.to(dtype) for x in random_heads(17, num_keys, 5, 32)]
+    visible = is_visible(torch.tensor([1, num_keys]), num_keys)
+    attended = load_attention("xformers")(*heads, visible)
+    expected = load_attention("math")(*(x.float() for x in heads), visible)
+    torch.testing.assert_close(attended, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "efficient", "xformers"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_of_this_gpu_take_the_mask(backend, shape):
+    if backend == "xformers":
+        pytest.importorskip("xformers")
+    heads = [x.cuda().bfloat16().requires_grad_() for x in random_heads(*shape)]
+    visible = is_visible(torch.tensor([1, shape[1] - 5], device="cuda"), shape[1])
+    attended = load_attention(backend)(*heads, visible)
+    expected = masked_attention(*heads, torch.zeros(2, 1, 1, 1, device="cuda"), visible)
+    torch.testing.assert_close(attended.double(), expected, atol=0.03, rtol=0)
+    attended.float().sum().backward()
+    assert all(x.grad.isfinite().all() for x in heads)
+    assert (heads[2].grad[~visible] == 0).all()
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "efficient", "xformers"])

@@ -48,7 +48,8 @@ def folder(weights: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def components(folder: str) -> dict[str, Any]:
-    return FusionPipeline.from_pretrained(folder).components
+    pipeline = FusionPipeline.from_pretrained(folder)
+    return pipeline.components | {"scaling_factor": pipeline.config["scaling_factor"]}
 
 
 @pytest.fixture
@@ -417,7 +418,8 @@ def test_the_documented_custom_backbone_works(pipeline: FusionPipeline) -> None:
     (code,) = (code for code in blocks if "class UNetBackbone" in code)
     names: dict[str, Any] = {"__name__": "docs"}
     exec(code, names)
-    custom = FusionPipeline(**pipeline.components | {"backbone": names["UNetBackbone"]()})
+    own = {"backbone": names["UNetBackbone"](), "scaling_factor": 0.5}
+    custom = FusionPipeline(**pipeline.components | own)
     custom.set_progress_bar_config(disable=True)
     images = generate_arrays(custom, PROMPTS)
     assert images.shape == (2, 64, 64, 3)
@@ -447,6 +449,10 @@ def change_json(path: Path, **changes: object) -> None:
         ({"classes": [3]}, "classes"),
         ({"text_settings": {"template": "no braces"}}, "template"),
         ({"text_settings": {"max_length": 10**9}}, "max_length"),
+        ({"scaling_factor": 0}, "scaling_factor"),
+        ({"scaling_factor": float("nan")}, "scaling_factor"),
+        ({"scaling_factor": None}, "scaling_factor"),
+        ({"shift_factor": "0.1"}, "shift_factor"),
         ({"vae": [None, None], "scheduler": 3}, "scheduler"),
     ],
 )

@@ -12,7 +12,7 @@ from made_backbone import backbone_inputs, small_shape
 from run_files import FLOW_AND_MUON, losses, rows, small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ifvit.diffusion.config import ObjectiveConfig
+from ifvit.diffusion.config import LatentScaling, ObjectiveConfig
 from ifvit.diffusion.objectives import Objective
 from ifvit.errors import UserError
 from ifvit.models.presets import PRESETS
@@ -134,7 +134,7 @@ def take_steps(options: dict[str, Any], engine_fields: dict[str, Any]) -> list[f
     shape = replace(small_recipe("run", "shards").backbone, fusion=EVERY_ENTRY, **options)
     config = small_recipe("run", "x", backbone=shape, engine=replace(PLAIN, **engine_fields))
     built = Engine(config, initial_weights(shape, config.seed))
-    objective = Objective(ObjectiveConfig(), scaling_factor=0.2, seed=1)
+    objective = Objective(ObjectiveConfig(), scaling=LatentScaling(scale=0.2), seed=1)
     generator = torch.Generator().manual_seed(0)
     moments = torch.randn(2, 8, 8, 8, generator=generator)
     contexts = torch.randn(2, *shape.context_shape, generator=generator)  # type: ignore[misc]
@@ -266,7 +266,7 @@ def test_the_host_waits_for_the_device_only_when_it_must_look_at_the_gradient(
         tolerate_nonfinite=tolerate_nonfinite,
     )
     plain = Engine(config, initial_weights(config.backbone, config.seed))
-    objective = Objective(ObjectiveConfig(), scaling_factor=0.2, seed=1)
+    objective = Objective(ObjectiveConfig(), scaling=LatentScaling(scale=0.2), seed=1)
     moments, contexts = torch.randn(2, 8, 8, 8), torch.randn(2, 16, 64)
 
     def step() -> None:

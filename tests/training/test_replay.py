@@ -116,7 +116,7 @@ def test_flipped_bytes_of_a_failure_are_found(failure: Path, tmp_path: Path) -> 
     "change",
     [
         lambda facts, tensors: facts.update(step=-1),
-        lambda facts, tensors: facts.update(scaling_factor=0.0),
+        lambda facts, tensors: facts.update(scaling={"scale": 0.0}),
         lambda facts, tensors: facts.update(precision="fp8"),
         lambda facts, tensors: tensors.pop("moments"),
         lambda facts, tensors: tensors.pop("head_norm.bias"),

@@ -16,6 +16,7 @@ from ifvit.errors import UserError
 from ifvit.evaluation.held_out_loss import HeldOutLoss
 from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.weights import load_weights
+from ifvit.shards.format import TextSettings, write_manifest
 from ifvit.shards.reader import ShardReader
 from ifvit.training.checkpoint import committed_steps
 from ifvit.training.config import EngineConfig, TrainConfig, ValidationConfig
@@ -191,6 +192,12 @@ def test_held_out_shards_must_be_encoded_alike_and_not_be_trained_on(
     other.mkdir()
     write_shards(other, make_samples(21, context_shape=(4, 12)), (21,))
     assert f"{other}: contexts are 4x12" in refused(str(other))
+    manifest = write_shards(tmp_path, make_samples(21), (21,))
+    assert manifest.text
+    settings = TextSettings(state="penultimate", precision="bf16")
+    encoder = replace(manifest.text.encoder, settings=settings)
+    write_manifest(str(tmp_path), replace(manifest, text=replace(manifest.text, encoder=encoder)))
+    assert "text.state" in refused(str(tmp_path))
     assert CONTEXT_SHAPE == (5, 12)
 
 
