@@ -155,7 +155,10 @@ def _unsupported(name: str, query: Tensor, visible: Tensor | None) -> UserError:
 
 
 def _load_fastest() -> Attend:
-    """Use xformers where it works, torch's own kernels elsewhere."""
+    """Use xformers where it works without a mask, torch's own kernels elsewhere.
+
+    With a mask, xformers calls a kernel of torch, and on fewer kinds of GPU than torch does.
+    """
     try:
         attend = _load_xformers()
         # A wheel built for another PyTorch or CUDA can be imported but lacks its operators.
@@ -163,7 +166,12 @@ def _load_fastest() -> Attend:
         attend(probe, probe, probe, None)
     except UserError:
         return _sdpa
-    return attend
+
+    def choose(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        chosen = attend if visible is None else _sdpa
+        return chosen(query, key, value, visible)
+
+    return choose
 
 
 _LOADERS: dict[str, Callable[[], Attend]] = {

@@ -31,8 +31,7 @@ from ifvit.shards.format import TextEncoderIdentity
 from ifvit.shards.reader import ShardReader
 
 LENGTH_STEP = 16
-"""Contexts of a batch are padded to a multiple of this length, for which kernels are fast. A
-network is compiled for each of these lengths, which are few."""
+"""Contexts of a batch are padded to a multiple of this length, for which kernels are fast."""
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any], *, pinned: bool = False) -> Tensor:
