@@ -14,12 +14,17 @@ import torch
 from diffusers import DiffusionPipeline
 from made_autoencoders import KINDS, save_autoencoder
 from PIL import Image
+from torch import Tensor
 
 from data_pipeline.config import EncodeConfig, InspectConfig, ShardsConfig, StatsConfig
 from data_pipeline.encode import encode
 from data_pipeline.shard_tools import inspect_shards, stats, verify
+from ifvit.conditions import Condition
 from ifvit.diffusion.objectives import LatentScaler, Objective
+from ifvit.diffusion.schedules import alphas_cumprod
 from ifvit.errors import UserError
+from ifvit.evaluation.held_out_loss import HeldOutLoss
+from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.weights import load_weights
 from ifvit.rng import Stream, normal
@@ -179,6 +184,22 @@ def test_training_logs_a_held_out_loss_and_draws_a_grid(trained: Trained) -> Non
     assert all(np.isfinite(row["loss"]) for row in rows)
     assert np.isfinite(rows[-1]["validation_loss"])
     assert list((run / "samples").rglob("*.png"))
+
+
+@pytest.mark.parametrize("trained", ["dc"], indirect=True)
+def test_the_held_out_loss_of_deterministic_latents_has_no_posterior_noise(
+    trained: Trained,
+) -> None:
+    info, reader = load_weights(trained.config.run)[1], trained.reader()
+    scaling = np.array([info.scaling_factor, info.shift_factor], np.float32)[:, None, :, None, None]
+    x_0 = torch.from_numpy((trained.moments() - scaling[1]) * scaling[0])
+
+    def oracle(x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        abar = alphas_cumprod()[timesteps].float().view(-1, 1, 1, 1)
+        return (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
+
+    losses = HeldOutLoss(DatasetConditions(reader), len(reader), info, "cpu").measure(oracle)
+    assert losses.max() < 1e-6
 
 
 @pytest.mark.parametrize("method", ["plain", "date"])

@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from ifvit.diffusion.config import LatentScaling, ObjectiveConfig, Prediction
-from ifvit.diffusion.objectives import Objective
+from ifvit.diffusion.objectives import LatentScaler, Objective
 from ifvit.diffusion.schedules import alphas_cumprod
 from ifvit.errors import UserError
 from ifvit.records import parse_value
@@ -50,6 +50,28 @@ def test_a_predictor_that_knows_the_latents_has_no_loss() -> None:
 
     losses = objective(scaling_factor=0.5)(oracle, certain, CONTEXT, 0, POSITIONS)
     assert losses.total.item() < 1e-6
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_deterministic_latents_are_scaled_alone(per_channel: bool) -> None:
+    scale, shift = [0.5, 2.0, 1.0, 0.1], [0.3, -1.0, 0.0, 5.0]
+    scaling = LatentScaling(scale=0.5, shift=0.3)
+    expected = (MEAN - 0.3) * 0.5
+    if per_channel:
+        scaling = LatentScaling(scale=tuple(scale), shift=tuple(shift))
+        expected = torch.stack(
+            [(MEAN[:, c] - shift[c]) * scale[c] for c in range(len(scale))], dim=1
+        )
+    tried = Objective(ObjectiveConfig(), scaling=scaling, deterministic=True, seed=11)
+    for step in range(2):
+        torch.testing.assert_close(tried.sample_posterior(MEAN, step, POSITIONS), expected)
+    torch.testing.assert_close(LatentScaler(scaling).unscale(expected), MEAN)
+
+
+def test_a_scaling_of_unequal_kinds_is_one_line() -> None:
+    for scale, shift in (((1.0, 2.0), 0.0), ((1.0,), (1.0, 2.0)), (1.0, (0.0,)), ((), ())):
+        with pytest.raises(UserError, match="scaling_factor and shift_factor must both be"):
+            LatentScaling(scale=scale, shift=shift)
 
 
 @pytest.mark.parametrize("prediction", ["v", "flow"])

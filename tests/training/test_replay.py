@@ -6,9 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from made_shards import make_samples
+from made_shards import make_samples, write_shards
 from run_files import CONTEXT_SHAPE, FLOW, FLOW_AND_MUON, losses, rows, small_recipe
 from safetensors.torch import save_file
 
@@ -54,6 +55,21 @@ def test_the_first_nonfinite_step_is_named_and_can_be_computed_again(
     capsys.readouterr()
     replay(ReplayConfig(file=file))
     then, now = capsys.readouterr().out.splitlines()
+    assert then.split()[1:] == now.split()[1:] == ["loss", "nan", "gradient", "norm", "nan"]
+
+
+def test_a_step_on_deterministic_latents_of_their_own_scaling_can_be_computed_again(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = make_samples(21, moments_shape=(4, 8, 8), context_shape=CONTEXT_SHAPE)
+    samples[7].moments[0, 0, 0] = np.nan
+    write_shards(tmp_path, samples, (12, 9), deterministic=True)
+    config = recipe(shards=str(tmp_path), scaling_factor="per_channel")
+    with pytest.raises(UserError, match=r"images \[7\]"):
+        train(config)
+    (file,) = Path(config.run, "failures").iterdir()
+    replay(ReplayConfig(file=str(file)))
+    then, now = capsys.readouterr().out.splitlines()[-2:]
     assert then.split()[1:] == now.split()[1:] == ["loss", "nan", "gradient", "norm", "nan"]
 
 
