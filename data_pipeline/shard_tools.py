@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from ifvit.errors import UserError
 from ifvit.images import encode_png, make_grid
 from ifvit.models.autoencoders import load_autoencoder
 from ifvit.records import printable, shorten
-from ifvit.shards.cache import check_shard_files, read_index, read_null_context
+from ifvit.shards.cache import check_files, read_index, read_null_context
 from ifvit.shards.format import (
     COMPLETED,
     FEATURE_DTYPE,
@@ -39,6 +39,7 @@ from ifvit.shards.format import (
     write_manifest,
 )
 from ifvit.shards.index import ShardIndex, index_bytes, index_tar
+from ifvit.storage import FileState
 
 GRID_COLUMNS = 8
 CAPTION_WIDTH = 60
@@ -91,9 +92,10 @@ def inspect_shards(config: InspectConfig) -> None:
 
 
 def _read_all(url: str, manifest: Manifest) -> Iterator[LatentSample]:
+    files = storage.list_states(url)
     for entry in manifest.shards:
+        check_files(url, files, entry)
         with open_shard(url, entry) as folder:
-            check_shard_files(folder, entry)
             yield from read_samples(folder / f"{entry.name}.tar")
 
 
@@ -186,7 +188,7 @@ def verify(config: ShardsConfig) -> None:
         raise
     except UserError as error:
         problems.append(str(error))
-    check = partial(_verify_shard, config.url, manifest)
+    check = partial(_verify_shard, config.url, manifest, storage.list_states(config.url))
     with ThreadPoolExecutor(config.num_workers) as pool:
         found = pool.map(check, manifest.shards)
         for of_shard in tqdm(found, desc="verify", total=len(manifest.shards), unit="shard"):
@@ -200,15 +202,20 @@ def verify(config: ShardsConfig) -> None:
     )
 
 
-def _verify_shard(url: str, manifest: Manifest, entry: ShardEntry) -> list[str]:
+def _verify_shard(
+    url: str, manifest: Manifest, files: Mapping[str, FileState | None], entry: ShardEntry
+) -> list[str]:
     index, problems = None, []
+    try:
+        check_files(url, files, entry)
+    except ShardError as error:
+        return [str(error)]
     with open_shard(url, entry) as folder:
         try:
             index = read_index(folder, manifest, entry)
-        except UserError as error:
+        except ShardError as error:
             problems.append(str(error))
         try:
-            check_shard_files(folder, entry)
             path = folder / f"{entry.name}.tar"
             problems += _tar_problems(path, entry, manifest, index)
         except ShardError as error:

@@ -1,7 +1,7 @@
 """Files of a dataset: in a local folder, or fetched from an object store into a disk cache.
 
 `ShardReader` opens shards through `ShardFiles`; the verbs `shards verify` and `shards stats` call
-`check_shard_files` and `read_index`.
+`check_files` and `read_index`.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import resource
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock
@@ -25,6 +25,7 @@ from ifvit.records import is_sha256
 from ifvit.shards import CacheConfig
 from ifvit.shards.format import NULL_CONTEXT, Manifest, ShardEntry, ShardError, remedy_for
 from ifvit.shards.index import ShardIndex, parse_index
+from ifvit.storage import FileState
 
 MAX_OPEN = 256
 """Tars that a reader keeps open, or a quarter of the process's descriptors if these are fewer."""
@@ -149,7 +150,7 @@ class OpenFile:
 class ShardFiles:
     """Opens the tars of a dataset, in a local folder or as copies in the cache of a store.
 
-    Opening a local dataset checks the size of every tar, and that of a store all names. Raises
+    Opening a dataset lists its files once and checks all names and the sizes of the tars. Raises
     ShardError for a file that is missing or contradicts the manifest.
     """
 
@@ -158,15 +159,11 @@ class ShardFiles:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # 256 on macOS; -1 is no limit
         self.max_open = min(MAX_OPEN, soft // 4) if soft > 0 else MAX_OPEN
         self._cache = FileCache(config) if connections.is_remote(url) else None
-        if self._cache is None:
-            for entry in manifest.shards:
-                check_shard_files(Path(url), entry)
-            return
-        names = set(storage.list_names(url))
+        files = storage.list_states(url)
         for entry in manifest.shards:
-            for name in (f"{entry.name}.tar", f"{entry.name}.index.npz"):
-                if name not in names:
-                    raise ShardError(f"{url}/{name}: no such file; {remedy_for(entry)}")
+            check_files(url, files, entry)
+        if self._cache is None:
+            return
         sizes = [entry.num_bytes for entry in manifest.shards]
         self._cache.check_space(sum(sizes))
         # An open file still takes disk space after its eviction, so the cache bounds open files.
@@ -199,14 +196,19 @@ class ShardFiles:
         )
 
 
-def check_shard_files(folder: Path, entry: ShardEntry) -> None:
-    """Raise ShardError unless the shard's tar is there with the size that the manifest states."""
-    path = folder / f"{entry.name}.tar"
-    if not path.is_file():
-        raise ShardError(f"{path}: no such shard; {remedy_for(entry)}")
-    if path.stat().st_size != entry.num_bytes:
+def check_files(url: str, files: Mapping[str, FileState | None], entry: ShardEntry) -> None:
+    """Raise ShardError unless `files` of a dataset have a shard's index, and its tar in full size.
+
+    `files` are those of `list_states`.
+    """
+    tar, index = f"{entry.name}.tar", f"{entry.name}.index.npz"
+    for name in (tar, index):
+        if files.get(name) is None:
+            raise ShardError(f"{url}/{name}: no such file; {remedy_for(entry)}")
+    state = files[tar]
+    if state and state.num_bytes != entry.num_bytes:
         raise ShardError(
-            f"{path}: {path.stat().st_size} bytes, the manifest says {entry.num_bytes}; "
+            f"{url}/{tar}: {state.num_bytes} bytes, the manifest says {entry.num_bytes}; "
             f"{remedy_for(entry)}"
         )
 
@@ -217,10 +219,13 @@ def read_index(folder: Path | str, manifest: Manifest, entry: ShardEntry) -> Sha
     A transfer may damage bytes, so a wrong hash is tried again.
     """
     url = storage.join(str(folder), f"{entry.name}.index.npz")
-    if not storage.exists(url):
-        raise ShardError(f"{url}: no such index; {remedy_for(entry)}")
     for _ in range(_NUM_TRIES):
-        data = storage.read_bytes(url)
+        try:
+            data = storage.read_bytes(url)
+        except StoreError:
+            raise
+        except UserError as error:
+            raise ShardError(f"{error}; {remedy_for(entry)}") from None
         if hashlib.sha256(data).hexdigest() == entry.index_sha256:
             return parse_index(data, url, manifest, entry)
     raise ShardError(f"{url}: index does not match the manifest's hash; {remedy_for(entry)}")

@@ -58,6 +58,11 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def num_rows(self) -> int:
+        """Number of samples and captions."""
+        return len(self.keys) + len(self.context)
+
     def captions(self, row: int) -> range:
         """Rows of `context` with the captions of sample number `row`."""
         return range(int(self.first_caption[row]), int(self.first_caption[row + 1]))

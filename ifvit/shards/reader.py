@@ -1,10 +1,14 @@
 """Random access to a dataset of shards: whole batches for training, single samples for the rest.
 
 A read looks up offset and checksum of each sample in the index of its shard, reads the bytes by one
-`preadv` into the memory of the batch, and compares their XXH3 checksum.
+`preadv` into the memory of the batch, and compares their XXH3 checksum. Memory does not grow with
+the dataset: the reader keeps the indexes of the shards that were used last, and of each shard its
+entry in the manifest.
 """
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -25,12 +29,15 @@ from ifvit.shards.format import (
 )
 from ifvit.shards.index import ABSENT, ShardIndex, checksum
 
+MAX_INDEX_ROWS = 1 << 23
+"""Samples and captions of all indexes that a reader keeps in memory, about 60 bytes each."""
+
 
 class ShardReader:
     """Random access to a dataset by global sample number; a read touches only what it returns.
 
-    Opening a local dataset checks the size of every tar and the hash of every index. Opening one
-    in an object store checks the names; the rest is checked when a shard arrives in the cache.
+    Opening a dataset lists its files and checks their names and the sizes of the tars. The first
+    read of a shard checks its index, and, in an object store, the tar as it arrives in the cache.
     Each read checks the bytes that it returns. Raises ShardError, which names shard, key and
     remedy. Threads may share a reader.
     """
@@ -43,10 +50,9 @@ class ShardReader:
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
         self._cache = cache or CacheConfig()
         self._files = ShardFiles(url, self.manifest, self._cache)
-        self._indexes: dict[int, ShardIndex] = {}
-        if not self.is_remote:
-            for shard in range(len(self.manifest.shards)):
-                self._index(shard)
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()  # the last one was used last
+        self._num_rows = 0  # of the indexes above
+        self._lock = threading.Lock()
         # Caching a method of `self` would make a reference cycle and keep the files open.
         self._open = lru_cache(self._files.max_open)(self._files.open_tar)
         self._null_context = read_null_context(url, self.manifest)
@@ -221,11 +227,19 @@ class ShardReader:
             yield shard, row, self._index(shard)
 
     def _index(self, shard: int) -> ShardIndex:
-        """Index of a shard; two threads that read it at once store equal objects."""
-        if shard not in self._indexes:
-            entry = self.manifest.shards[shard]
-            self._indexes[shard] = read_index(self.url, self.manifest, entry)
-        return self._indexes[shard]
+        """Index of a shard, read at its first use and after it was evicted."""
+        with self._lock:
+            if shard in self._indexes:
+                self._indexes.move_to_end(shard)
+                return self._indexes[shard]
+        index = read_index(self.url, self.manifest, self.manifest.shards[shard])
+        with self._lock:
+            if shard not in self._indexes:  # otherwise another thread has read it, too
+                self._indexes[shard] = index
+                self._num_rows += index.num_rows
+            while self._num_rows > MAX_INDEX_ROWS and len(self._indexes) > 1:
+                self._num_rows -= self._indexes.popitem(last=False)[1].num_rows
+        return index
 
     def _read(
         self, shard: int, row: int, field: str, place: Sequence[int] | Array, out: Array

@@ -78,7 +78,7 @@ def test_verify_names_damaged_objects_by_their_url(
         verify(ShardsConfig(url=s3_bucket))
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{s3_bucket}/shard-00001.tar: content does not match")
-    assert second.startswith(f"{s3_bucket}/shard-00002.index.npz: no such index")
+    assert second.startswith(f"{s3_bucket}/shard-00002.index.npz: no such file")
 
 
 def test_faults_during_uploads_change_nothing(

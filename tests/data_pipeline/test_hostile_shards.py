@@ -385,8 +385,8 @@ def test_a_file_that_is_larger_than_the_manifest_says_is_not_downloaded(
     url = f"memory://{uuid.uuid4().hex}"
     for path in dataset.iterdir():
         storage.upload(path, storage.join(url, path.name))
-    storage.write_bytes(f"{url}/shard-00000.tar", bytes(10_000_000))
     reader = ShardReader(url, CacheConfig(folder=str(tmp_path / "cache")))
+    storage.write_bytes(f"{url}/shard-00000.tar", bytes(10_000_000))
     with pytest.raises(ShardError, match=r"shard-00000\.tar: larger than the allowed .* encode"):
         reader.moments(0)
     with pytest.raises(UserError, match="1 problem"):

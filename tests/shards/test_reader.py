@@ -235,8 +235,8 @@ def test_a_number_out_of_range_is_an_index_error(
 
 CHANGED_FILES: list[tuple[str, Callable[[bytes], bytes] | None, str]] = [
     ("shard-00001.tar", lambda data: data[:-1], "20479 bytes, the manifest says 20480"),
-    ("shard-00001.tar", None, "no such shard"),
-    ("shard-00001.index.npz", None, "no such index"),
+    ("shard-00001.tar", None, "no such file"),
+    ("shard-00001.index.npz", None, "no such file"),
     ("shard-00001.index.npz", lambda data: data[:-1] + b"?", "index does not match"),
     ("null_context.npy", lambda data: data[:-1] + b"?", "damaged null context"),
     ("manifest.json", lambda data: data.replace(b'std": 1.5', b'std": 5.0'), "damaged"),
@@ -246,7 +246,7 @@ CHANGED_FILES: list[tuple[str, Callable[[bytes], bytes] | None, str]] = [
 
 
 @pytest.mark.parametrize(("name", "change", "named"), CHANGED_FILES)
-def test_a_changed_file_is_named_when_the_dataset_is_opened(
+def test_a_changed_file_is_named_when_the_dataset_is_opened_or_its_shard_is_first_read(
     name: str, change: Callable[[bytes], bytes] | None, named: str, dataset: Path
 ) -> None:
     if change is None:
@@ -254,8 +254,12 @@ def test_a_changed_file_is_named_when_the_dataset_is_opened(
     else:
         (dataset / name).write_bytes(change((dataset / name).read_bytes()))
     with pytest.raises(ShardError, match=rf"{name}: .*{named}") as caught:
-        ShardReader(str(dataset))
+        open_and_count_captions(dataset)
     assert "\n" not in str(caught.value)
+
+
+def open_and_count_captions(folder: Path) -> None:
+    ShardReader(str(folder)).caption_counts(np.arange(NUM_SAMPLES))
 
 
 def exchange_indexes(folder: Path) -> None:
@@ -294,12 +298,12 @@ def reshape_null_context(folder: Path) -> None:
         (reshape_null_context, "null_context.npy: null context has dtype and shape"),
     ],
 )
-def test_files_that_contradict_each_other_are_named_when_the_dataset_is_opened(
+def test_files_that_contradict_each_other_are_named(
     contradict: Callable[[Path], None], named: str, dataset: Path
 ) -> None:
     contradict(dataset)
     with pytest.raises(ShardError, match=named):
-        ShardReader(str(dataset))
+        open_and_count_captions(dataset)
 
 
 def test_a_manifest_round_trips_and_any_changed_character_shows(dataset: Path) -> None:
