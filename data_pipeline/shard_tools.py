@@ -105,12 +105,17 @@ def stats(config: ShardsConfig) -> None:
     Reads only the manifest and the indexes. Raises ShardError for a damaged index.
     """
     manifest = read_manifest(config.url)
-    counts, tokens, sources = Counter[int](), Counter[int](), Counter[int]()
+    counts, tokens, sources = totals = Counter[int](), Counter[int](), Counter[int]()
+
+    def count(entry: ShardEntry) -> list[Counter[int]]:
+        index = read_index(config.url, manifest, entry)
+        of_images = index.label if manifest.classes else np.diff(index.first_caption)
+        return list(map(_count, (of_images, index.context[:, 1], index.source)))
+
     with ThreadPoolExecutor(config.num_workers) as pool:
-        for index in pool.map(partial(read_index, config.url, manifest), manifest.shards):
-            counts += _count(index.label if manifest.classes else np.diff(index.first_caption))
-            tokens += _count(index.context[:, 1])
-            sources += _count(index.source)
+        for found in pool.map(count, manifest.shards):
+            for total, added in zip(totals, found, strict=True):
+                total.update(added)
     if manifest.classes:
         per_class = Counter(counts[label] for label in range(len(manifest.classes)))
         shows = [("classes", f"{len(manifest.classes):,}; {_range(per_class)} images per class")]

@@ -83,8 +83,9 @@ def permutation(
 
     The items stand at positions `start` to `start + count - 1` of the epoch.
     """
-    positions = torch.arange(start, start + count)
-    return torch.argsort(_words(seed, epoch, positions, stream, 1)[:, 0], stable=True)
+    parts = torch.arange(start, start + count).chunk(1 + (count >> 16))  # saves memory
+    words = torch.cat([_words(seed, epoch, part, stream, 1)[:, 0].clone() for part in parts])
+    return torch.argsort(words, stable=True)
 
 
 def _ten_rounds(words: Sequence[Words], seed: int) -> tuple[Words, ...]:

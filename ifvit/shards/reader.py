@@ -47,6 +47,8 @@ class ShardReader:
         self.manifest = read_manifest(url)
         self.dtype = np.dtype(self.manifest.dtype)
         self.shard_sizes: Array = np.array([entry.num_samples for entry in self.manifest.shards])
+        captions = np.array([entry.num_captions for entry in self.manifest.shards])
+        self.index_rows: Array = self.shard_sizes + captions
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
         self._cache = cache or CacheConfig()
         self._files = ShardFiles(url, self.manifest, self._cache)

@@ -27,7 +27,7 @@ from ifvit.models.conditioning import DatasetConditions, empty
 from ifvit.records import shorten
 from ifvit.rng import Stream, permutation, uniform_array
 from ifvit.shards.format import FEATURE_DTYPE
-from ifvit.shards.reader import ShardReader
+from ifvit.shards.reader import MAX_INDEX_ROWS, ShardReader
 from ifvit.training.config import CaptionConfig
 
 
@@ -270,6 +270,7 @@ class Batches:
         self._reader, self._order, self._num_threads = reader, order, num_threads
         self._micro_batch_size, self._world = micro_batch_size, world
         self._conditions = conditions or DatasetConditions(reader)
+        self._ordering = threading.Lock()
         self.global_batch_size = order.global_batch_size
         self.num_micro_batches = order.global_batch_size // per_pass
 
@@ -310,7 +311,8 @@ class Batches:
         reader, order, size = self._reader, self._order, self._micro_batch_size
         first = (micro_step * self._world.size + self._world.rank) * size
         positions = np.arange(first, first + size)
-        samples = order.sample_indices(samples_seen, positions)
+        with self._ordering:  # otherwise each thread would order the samples of a new block
+            samples = order.sample_indices(samples_seen, positions)
         sources = reader.caption_sources(samples) if order.caption_weights else ()
         counts = reader.caption_counts(samples)
         captions = order.caption_indices(step, positions, counts, sources)
@@ -389,6 +391,7 @@ def _check_dataset(reader: ShardReader, order: BatchOrder) -> None:
             f"random_flip: {reader.url} holds no flipped images; encode with flip: true, "
             "or set random_flip: false"
         )
+    _check_block(reader, order)
     if not reader.is_remote:
         return
     if order.shuffle_window is None:
@@ -401,4 +404,17 @@ def _check_dataset(reader: ShardReader, order: BatchOrder) -> None:
         raise UserError(
             f"{reader.url}: {reader.max_open} shards may be open, by cache.gigabytes and a quarter "
             f"of ulimit -n, but two windows take {num_shards}; raise these or lower shuffle_window"
+        )
+
+
+def _check_block(reader: ShardReader, order: BatchOrder) -> None:
+    """Raise UserError if the indexes of one block may exceed the memory that the reader keeps."""
+    rows = np.cumsum(np.sort(reader.index_rows)[::-1])  # the largest shards may come together
+    num_shards = min(order.shuffle_window or len(rows), len(rows))
+    if num_shards > 1 and rows[num_shards - 1] > MAX_INDEX_ROWS:
+        most = max(1, int(np.searchsorted(rows, MAX_INDEX_ROWS, side="right")))
+        raise UserError(
+            f"shuffle_window: {reader.url} would shuffle {rows[num_shards - 1]:,} images and "
+            f"captions together, and memory holds {MAX_INDEX_ROWS:,}; set it to at most {most} "
+            "shards"
         )

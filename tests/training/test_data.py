@@ -407,6 +407,21 @@ def test_a_recipe_that_does_not_fit_the_dataset_is_an_error(
         make_batches(shards, **fields)
 
 
+@pytest.mark.parametrize(
+    ("window", "limit", "most"), [(None, 62, 1), (2, 62, 1), (3, 87, 2), (3, 88, 0)]
+)
+def test_a_block_that_is_too_large_for_the_memory_is_an_error(
+    flipped_shards: str, window: int | None, limit: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ifvit.training.data.MAX_INDEX_ROWS", limit)
+    if not most:
+        make_batches(flipped_shards, window=window)
+        return
+    with pytest.raises(UserError, match=rf"^shuffle_window: .* set it to at most {most} shards"):
+        make_batches(flipped_shards, window=window)
+    make_batches(flipped_shards, window=most)
+
+
 def test_a_batch_keeps_its_content_while_others_are_read(shards: str) -> None:
     with closing(make_batches(shards).stream(0, 0, CPU)) as stream:
         kept = [(batch.moments, batch.condition[3:4]) for batch in islice(stream, 5)]
