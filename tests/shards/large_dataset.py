@@ -29,7 +29,7 @@ def main(folder: Path, num_shards: int, shard_size: int) -> None:
         repeat_shard(folder, write_shards(folder, samples, [shard_size]), num_shards)
         return
     reader = report("open", lambda: ShardReader(str(folder)))
-    print(f"{len(reader):,} samples, {reader.manifest.num_captions:,} captions")
+    sys.stdout.write(f"{reader.manifest.contents}\n")
     order = BatchOrder(
         shard_sizes=reader.shard_sizes,
         global_batch_size=BATCH_SIZE,
@@ -55,7 +55,8 @@ def report(what, action):
     """Run and print seconds and the growth of the peak memory."""
     before, start = peak(), time.perf_counter()
     result = action()
-    print(f"{what}: {time.perf_counter() - start:.1f} s, peak {before:.0f} -> {peak():.0f} MiB")
+    seconds = time.perf_counter() - start
+    sys.stdout.write(f"{what}: {seconds:.1f} s, peak {before:.0f} -> {peak():.0f} MiB\n")
     return result
 
 
