@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from made_contexts import make_captioned, write_contexts
 from made_shards import make_samples, write_shards
+from made_text_encoders import make_text_encoder
 from mutations import Format
 from PIL import Image
 
@@ -29,6 +31,7 @@ from ifvit.evaluation.object_count import (
 )
 from ifvit.image_rules import ImageRules
 from ifvit.images import read_square
+from ifvit.models.text_encoders import load_text_encoder
 from ifvit.sampling.generate import read_prompt_file
 from ifvit.shards.format import TextSettings
 from ifvit.shards.reader import ShardReader
@@ -41,15 +44,23 @@ def make_shards(folder: Path) -> list[Format]:
     folder.mkdir(parents=True)
     samples = make_samples(4, moments_shape=MOMENTS, context_shape=CONTEXT)
     write_shards(folder, samples, (2, 2))
-    read = (read_shards, verify_shards, show_shards)
-    tar, index, null = "shard-00000.tar", "shard-00000.index.npz", "null_context.npy"
-    files = {"manifest": ("manifest.json", ()), "index": (index, ("manifest.json",))}
-    files |= {"tar": (tar, ("manifest.json",)), "null context": (null, ("manifest.json",))}
-    return [
-        Format(name=f"shards {name}", folder=folder, file=file, readers=read, sealed=True,
-               hashed_in=holders)
-        for name, (file, holders) in files.items()
-    ]  # fmt: skip
+    return [_shards("shards", folder, file) for file in ("manifest.json", "null_context.npy")]
+
+
+def make_8_bit_shards(folder: Path) -> list[Format]:
+    """Contexts of different lengths in 8 bits, and named sources of captions."""
+    encoder = load_text_encoder(make_text_encoder("t5", folder.with_name("t5")))
+    write_contexts(folder, make_captioned(4), (2, 2), encoder, "int8")
+    files = ("manifest.json", "shard-00000.index.npz", "shard-00000.tar")
+    return [_shards("8-bit shards", folder, file) for file in files]
+
+
+def _shards(kind: str, folder: Path, file: str) -> Format:
+    return Format(
+        name=f"{kind} {file}", folder=folder, file=file, sealed=True,
+        readers=(read_shards, verify_shards, show_shards),
+        hashed_in=() if file == "manifest.json" else ("manifest.json",),
+    )  # fmt: skip
 
 
 def read_shards(box: Path) -> object:
@@ -252,6 +263,7 @@ def make_images(folder: Path) -> list[Format]:
 
 DATA = (
     make_shards,
+    make_8_bit_shards,
     make_marker,
     make_captions,
     make_tables,
