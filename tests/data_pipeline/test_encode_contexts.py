@@ -1,9 +1,11 @@
 """Contexts in the shards: without padding, in 8 bits, or not at all."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,18 +75,22 @@ def test_shards_hold_the_tokens_of_each_caption_without_padding(ragged: EncodeCo
     assert len(reader.null_context) == 1  # the end token alone
 
 
-def test_plain_webdataset_and_numpy_read_the_context_of_each_caption(recipe: EncodeConfig) -> None:
-    finish(recipe)
+def test_the_lines_of_the_documentation_read_the_context_of_each_caption(
+    recipe: EncodeConfig,
+) -> None:
+    finish(replace(recipe, samples_per_shard=3))
+    page = Path(__file__).parents[2].joinpath("docs/data.md").read_text()
+    (lines,) = re.findall(r"```python\n(for sample in webdataset.*?)```", page, re.DOTALL)
+    found: dict[str, Any] = {
+        "webdataset": webdataset,
+        "numpy": np,
+        "url": f"{recipe.output}/shard-00000.tar",
+    }
+    exec(lines, found)  # the loop ends with sample number 2
     reader = ShardReader(recipe.output)
-    url = f"{recipe.output}/shard-00000.tar"
-    for number, sample in enumerate(webdataset.WebDataset(url, shardshuffle=False).decode()):
-        # These lines are in docs/data.md.
-        tokens = sample["context.npy"] * sample.get("context_scale.npy", np.ones(1))[:, None]
-        ends = sample["context_lengths.npy"].cumsum()
-        contexts = dict(zip(sample["json"]["captions"], np.split(tokens, ends[:-1]), strict=False))
-        for caption, text in enumerate(reader.metadata(number).captions):
-            expected = reader.context(number, caption)
-            np.testing.assert_allclose(contexts[text], expected, rtol=1e-3, atol=1e-6)
+    assert found["sample"]["json"]["captions"] == ["a dog", "cat number 2", "a dog"]
+    for caption, context in enumerate(found["contexts"]):
+        np.testing.assert_allclose(context, reader.context(2, caption), rtol=1e-3, atol=1e-6)
 
 
 def test_an_8_bit_token_differs_by_at_most_half_its_scale() -> None:
