@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ifvit.conditions import Condition, PaddedContext, is_visible, pad_tokens, tokens_of
+from ifvit.conditions import Condition, PaddedContext, is_visible, lengths_of, pad_tokens, tokens_of
 from ifvit.errors import UserError
 from ifvit.models.attention import Backend
 from ifvit.models.config import BackboneConfig, restore_config
@@ -48,25 +48,19 @@ class EncodedCondition:
     def append(self, other: "EncodedCondition") -> "EncodedCondition":
         """Return these rows followed by those of `other`; the shorter text is padded."""
         longest = max(self.tokens.shape[1], other.tokens.shape[1])
-        has_padding = self.lengths is not None or other.lengths is not None
-        pair = [one._pad(longest) if has_padding else one for one in (self, other)]
-        return _map_tensors(lambda *rows: torch.cat(rows), *pair)
+        pair = [self, other]
+        if self.lengths is not None or other.lengths is not None:
+            pair = [replace(one, lengths=one._num_tokens()) for one in pair]
 
-    def _pad(self, length: int) -> "EncodedCondition":
-        """Return this condition with `length` tokens, and with lengths."""
-        lengths = self.lengths
-        if lengths is None:
-            num_rows, num_tokens = self.tokens.shape[:2]
-            lengths = torch.full((num_rows,), num_tokens, device=self.tokens.device)
-        return EncodedCondition(
-            tokens=pad_tokens(self.tokens, length),
-            keys_values={
-                block: (pad_tokens(key, length), pad_tokens(value, length))
-                for block, (key, value) in self.keys_values.items()
-            },
-            pooled=self.pooled,
-            lengths=lengths,
-        )
+        def join(*rows: Tensor) -> Tensor:
+            # Tokens, keys and values have a dimension of tokens; pooled conditions and lengths not.
+            return torch.cat([pad_tokens(x, longest) if x.ndim > 2 else x for x in rows])
+
+        return _map_tensors(join, *pair)
+
+    def _num_tokens(self) -> Tensor:
+        """(B,) number of tokens in front of the padding."""
+        return lengths_of(self.tokens) if self.lengths is None else self.lengths
 
 
 def _map_tensors(function: Callable[..., Tensor], *encoded: EncodedCondition) -> EncodedCondition:
