@@ -96,6 +96,11 @@ class FusionPipeline(DiffusionPipeline):
             )
         factors = {"scale": scaling_factor, "shift": shift_factor}
         self._scaling = parse_value(LatentScaling, factors, "scaling_factor and shift_factor")
+        if self._scaling.num_channels not in (None, backbone.config.latent_channels):
+            raise UserError(
+                f"scaling_factor: has {self._scaling.num_channels} numbers for "
+                f"{backbone.config.latent_channels} channels of the backbone; give one for each"
+            )
         self.register_to_config(  # type: ignore[no-untyped-call]
             classes=list(classes),
             null_context=null_context,

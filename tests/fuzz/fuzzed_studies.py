@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from made_autoencoders import save_autoencoder
 from made_backbone import SMALL_CLASSES
 from mutations import Format
 
 from ifvit.images import encode_png
+from ifvit.models.autoencoders import load_autoencoder
 from ifvit.rating.answers import Answer, Store
 from ifvit.rating.config import CreateConfig
 from ifvit.rating.create import create
@@ -102,6 +104,7 @@ def make_pipeline(folder: Path) -> list[Format]:
     pipeline = FusionPipeline(
         backbone=build_backbone(shape), vae=vae, text_encoder=None, tokenizer=None,
         scheduler=build_scheduler("dpm_solver_pp", NoiseSchedule()), classes=("cat", "dog"),
+        scaling_factor=[0.5] * 4, shift_factor=[0.1] * 4,
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     files = ("model_index.json", "backbone/config.json", "scheduler/scheduler_config.json")
@@ -118,4 +121,17 @@ def open_pipeline(box: Path) -> object:
     return pipeline.backbone.state_dict(), pipeline.vae.state_dict(), dict(pipeline.config)
 
 
-STUDIES = (make_study, make_generated, make_pipeline)
+def make_dc(folder: Path) -> list[Format]:
+    save_autoencoder("dc", folder)
+    return [
+        Format(name="AutoencoderDC config", folder=folder, file="config.json", readers=(open_vae,),
+               sealed=False)
+    ]  # fmt: skip
+
+
+def open_vae(box: Path) -> object:
+    vae = load_autoencoder(str(box)).vae
+    return vae.state_dict(), dict(vae.config)
+
+
+STUDIES = (make_study, make_generated, make_pipeline, make_dc)

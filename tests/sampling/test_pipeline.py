@@ -426,6 +426,21 @@ def test_the_documented_custom_backbone_works(pipeline: FusionPipeline) -> None:
     assert np.isfinite(images).all()
 
 
+@pytest.mark.parametrize(
+    ("factors", "named"),
+    [
+        ({"scaling_factor": None}, "scaling_factor: not stated"),
+        ({"scaling_factor": (1.0, 2.0), "shift_factor": (0.0, 0.0)}, "2 numbers for 4 channels"),
+        ({"scaling_factor": (1.0, 2.0)}, "both be numbers"),
+    ],
+)
+def test_a_scaling_that_does_not_fit_is_refused(
+    components: dict[str, Any], factors: dict[str, object], named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        FusionPipeline(**components | factors)
+
+
 @pytest.fixture
 def copy(folder: str, tmp_path: Path) -> Path:
     """A copy of the exported pipeline whose files may be changed."""
