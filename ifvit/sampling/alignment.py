@@ -150,7 +150,13 @@ def _load_objective(config: DateConfig, info: WeightsInfo, device: str) -> Objec
     """Load the scores h_i that have a weight w_i; the objective is sum_i w_i h_i."""
     terms: list[tuple[float, Objective]] = []
     if config.clip_weight:
-        scorer = load_clip(config.clip or require_text_encoder(info).name, device)
+        encoder = require_text_encoder(info)
+        if config.clip is None and not encoder.settings.keeps_padding:
+            raise UserError(
+                f"date.clip: the text encoder of the weights, {encoder.name}, is no CLIP; name the "
+                "CLIP whose score DATE raises, or set date.clip_weight to 0"
+            )
+        scorer = load_clip(config.clip or encoder.name, device)
         terms.append((config.clip_weight, clip_score_of(scorer)))
     if config.image_reward_weight:
         reward = load_image_reward(config.image_reward, device).score

@@ -20,7 +20,8 @@ class DateConfig:
     """
 
     clip: str | None = None
-    """CLIP model whose score DATE raises. Unset: the model whose text tower encodes the prompts."""
+    """CLIP model whose score DATE raises. Unset: the model whose text tower encodes
+    the prompts, if it is a CLIP."""
     clip_weight: float = 1.0
     """Weight of the CLIP score in the objective; 0 removes it."""
     image_reward: str = "zai-org/ImageReward"

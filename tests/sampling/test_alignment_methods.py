@@ -38,7 +38,7 @@ from ifvit.sampling.config import DateConfig, GenerateConfig, RegulationConfig, 
 from ifvit.sampling.regulation import BlockBias, Regulation, TargetTokens
 from ifvit.scenes.captions import write_captions
 from ifvit.scenes.drawings import render_sampled_scene
-from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
+from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity, TextSettings
 
 CONFIG = SamplingConfig(num_steps=6, guidance_scale=3.0, seed=7)
 CONTEXTS = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(1))
@@ -325,6 +325,16 @@ def evaluation(index: int) -> FunctionEvaluation:
         context=torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(index)),
         predict_clean=lambda context: context[:, :4, :].reshape(2, 1, 8, 8).expand(2, 2, 8, 8),
     )
+
+
+@pytest.mark.parametrize("backbone", ["concat"], indirect=True)
+def test_date_asks_for_a_clip_where_another_encoder_makes_the_contexts(sampler: Sampler) -> None:
+    settings = TextSettings(keeps_padding=False)
+    encoder = TextEncoderIdentity(name="t5-large", sha256="0" * 64, settings=settings)
+    info = dataclasses.replace(INFO, text_encoder=encoder)
+    config = dataclasses.replace(CONFIG, method="date")
+    with pytest.raises(UserError, match=r"date\.clip: .* t5-large, is no CLIP; name the CLIP"):
+        build_methods(config, sampler, info)
 
 
 def test_plain_sampling_has_no_method(sampler: Sampler) -> None:
