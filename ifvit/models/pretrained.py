@@ -114,7 +114,10 @@ def load_frozen(
     libraries replace missing tensors by random numbers.
     """
     with reading(f"{folder}/config.json: not {what}"), torch.device("meta"):
-        claimed = sum(parameter.numel() for parameter in build().parameters())
+        network = build()
+        # Buffers, such as tables of positions, are not stored, but no model has more of them.
+        counts = (sum(map(Tensor.numel, each())) for each in (network.parameters, network.buffers))
+        claimed = max(counts)
     shapes = [read_shapes(path).values() for path in weight_files(str(folder), folder)]
     stored = sum(torch.Size(shape).numel() for file in shapes for shape in file)
     if claimed > stored:

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from made_text_encoders import KINDS, make_text_encoder
+from made_text_encoders import KINDS, make_text_encoder, qwen_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModel,
     AutoTokenizer,
     CLIPTextModel,
+    GPTJConfig,
+    GPTJModel,
     T5EncoderModel,
     T5GemmaEncoderModel,
     UMT5EncoderModel,
@@ -276,6 +278,17 @@ def test_a_configuration_of_an_impossible_model_is_one_line(
     assert folder in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
+
+
+def test_a_huge_table_of_positions_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 64}
+    tokenizer = qwen_tokenizer()
+    GPTJModel(GPTJConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert rows_of(load_text_encoder(str(tmp_path)).encode(["a dog"]))[0].isfinite().all()
+    change(str(tmp_path), n_positions=10**9)
+    with pytest.raises(UserError, match=r"config\.json describes 8000000000 parameters"):
+        load_text_encoder(str(tmp_path))
 
 
 @pytest.mark.parametrize("model_type", ["bart", "vit", "../x", "no such model", "", 3])
