@@ -287,7 +287,7 @@ def test_a_huge_table_of_positions_is_refused_before_it_is_made(tmp_path: Path) 
     tokenizer.save_pretrained(tmp_path)
     assert rows_of(load_text_encoder(str(tmp_path)).encode(["a dog"]))[0].isfinite().all()
     change(str(tmp_path), n_positions=10**9)
-    with pytest.raises(UserError, match=r"config\.json describes 8000000000 parameters"):
+    with pytest.raises(UserError, match=r"config\.json describes 16000000000 parameters"):
         load_text_encoder(str(tmp_path))
 
 
