@@ -19,16 +19,20 @@ class BenchConfig:
 
 @record
 class BenchLoaderConfig(BenchConfig):
-    """Compare the training loader with webdataset.
+    """Compare the training loader with webdataset, and the layouts of contexts.
 
-    The samples are random numbers in the shapes of the paper. They are written to a temporary
-    folder ($TMPDIR). The JSON object holds samples_per_s and vs_webdataset, or with `store`
-    vs_download.
+    The samples are random numbers, latents as in the paper. They are written to a temporary folder
+    ($TMPDIR). The JSON object holds samples_per_s and its ratios vs_webdataset, vs_int8 and
+    vs_padded to other readers and layouts, and the bytes per caption of the layouts; with `store`
+    samples_per_s and vs_download.
     """
 
+    context: Literal["clip", "gemma", "t5"] = "clip"
+    """Size of the contexts: CLIP-L 77 x 768 with padding; Gemma-2-2B and T5-XXL, 2304 and 4096
+    wide, stored without padding for captions of 8 to 25 tokens, mean 13."""
     num_samples: PositiveInt | None = None
-    """Images with five captions each; an image takes 0.6 MB of disk. Default: 4000, or 800 with
-    `store`."""
+    """Images with five captions each; all layouts of one take 1, 6 or 11 MB of disk. Default: 4000
+    for clip, 800 with `store`, else 512."""
     batch_size: PositiveInt = 256
     """Samples per batch."""
     num_workers: PositiveInt = 2
@@ -41,7 +45,8 @@ class BenchLoaderConfig(BenchConfig):
     @property
     def num_images(self) -> int:
         """`num_samples` or its default."""
-        return self.num_samples or (4000 if self.store is None else 800)
+        default = 4000 if self.context == "clip" else 512
+        return self.num_samples or (default if self.store is None else 800)
 
     def __post_init__(self) -> None:
         if self.num_images < 2 * self.batch_size:

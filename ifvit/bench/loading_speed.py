@@ -1,7 +1,8 @@
 """The verb `bench loader`: samples per second of the training loader and of webdataset's pipeline.
 
-Both read the same random samples. With `--store` the loader reads an epoch from an object store and
-is compared with downloading the shards.
+Both read the same random samples, and the loader also reads them in other layouts of the contexts.
+With `--store` the loader reads an epoch from an object store and is compared with downloading the
+shards.
 """
 
 import hashlib
@@ -12,15 +13,19 @@ import time
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from webdataset import WebDataset, WebLoader
 
-from data_pipeline.shard_io import write_shard
+from data_pipeline.shard_io import to_int8, write_shard
 from ifvit import storage
 from ifvit.arrays import Array, npy_bytes
 from ifvit.bench.config import BenchLoaderConfig
@@ -35,6 +40,7 @@ from ifvit.shards.format import (
     SampleMetadata,
     TextEncoderIdentity,
     TextEncoding,
+    TextSettings,
     write_manifest,
 )
 from ifvit.shards.reader import ShardReader
@@ -42,7 +48,6 @@ from ifvit.training.data import Batch, Batches, BatchOrder
 
 LATENT_SHAPE = (4, 32, 32)
 MOMENTS_SHAPE = (8, 32, 32)
-CONTEXT_SHAPE = (77, 768)
 NUM_CAPTIONS = 5
 NUM_SHARDS = 16
 SHUFFLE_BUFFER = 1000
@@ -53,6 +58,23 @@ WARM_UP_BATCHES = 2
 SECONDS = 3.0
 """Length of one measurement."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class ContextLayout:
+    """Size of the contexts of a text encoder, and how they are stored."""
+
+    max_length: int
+    width: int
+    keeps_padding: bool = False
+    dtype: Literal["float16", "int8"] = "float16"
+
+
+CONTEXTS = {
+    "clip": ContextLayout(max_length=77, width=768, keeps_padding=True),
+    "gemma": ContextLayout(max_length=256, width=2304),
+    "t5": ContextLayout(max_length=256, width=4096),
+}
+
 Stream = Generator[int]
 """Reads batches without end and yields the number of samples in each batch."""
 
@@ -60,36 +82,50 @@ Stream = Generator[int]
 def bench_loader(config: BenchLoaderConfig) -> None:
     """Write random samples to a temporary folder, measure all readers, print the ratios."""
     with tempfile.TemporaryDirectory(prefix="ifvit-bench-") as folder:
-        shards = Path(folder, "shards")
-        write_shards(shards, config.num_images)
-        compare = compare_with_webdataset if config.store is None else compare_with_download
-        print_result(compare(shards, config), config.json)
+        compare = compare_layouts if config.store is None else compare_with_download
+        print_result(compare(Path(folder), config), config.json)
 
 
-def compare_with_webdataset(shards: Path, config: BenchLoaderConfig) -> dict[str, float]:
-    """Measure the samples per second of the loader, absolute and relative to webdataset."""
-    streams = {"loader": read_shards, "webdataset": read_webdataset}
-    measures = {
-        name: partial(samples_per_second, partial(stream, shards, config))
-        for name, stream in streams.items()
-    }
-    rates = measure_rounds(measures, config.rounds)
+def compare_layouts(folder: Path, config: BenchLoaderConfig) -> dict[str, float]:
+    """Measure the samples per second of the loader, and its ratio to other layouts and webdataset.
+
+    The same samples are stored in float16 as the encode job does it, in int8, and, if the encoder
+    masks padding, in float16 with padding.
+    """
+    float16 = CONTEXTS[config.context]
+    layouts = {"float16": float16, "int8": replace(float16, dtype="int8")}
+    if not float16.keeps_padding:
+        layouts["padded"] = replace(float16, keeps_padding=True)
+    num_bytes, measures = {}, {}
+    for name, layout in layouts.items():
+        num_bytes[name] = write_shards(folder / name, config.num_images, layout)
+        stream = partial(read_shards, folder / name, config)
+        measures[name] = partial(samples_per_second, stream)
+    stream = partial(read_webdataset, folder / "float16", config)
+    rates = measure_rounds(
+        measures | {"webdataset": partial(samples_per_second, stream)}, config.rounds
+    )
+    ours = rates.pop("float16")
     return {
-        "samples_per_s": statistics.median(rates["loader"]),
-        "vs_webdataset": median_ratio(rates["loader"], rates["webdataset"]),
+        "samples_per_s": statistics.median(ours),
+        **{f"vs_{name}": median_ratio(ours, others) for name, others in rates.items()},
+        "bytes_per_caption": num_bytes.pop("float16"),
+        **{f"bytes_per_caption_{name}": size for name, size in num_bytes.items()},
     }
 
 
-def compare_with_download(shards: Path, config: BenchLoaderConfig) -> dict[str, float]:
+def compare_with_download(folder: Path, config: BenchLoaderConfig) -> dict[str, float]:
     """Measure the samples per second of an epoch with an empty cache, and relative to downloads."""
     assert config.store is not None
+    shards = folder / "shards"
+    write_shards(shards, config.num_images, CONTEXTS[config.context])
     url = storage.join(config.store, f"bench-{uuid.uuid4().hex}")
     try:
         for path in sorted(shards.iterdir()):
             storage.upload(path, storage.join(url, path.name))
         contenders = {
-            "epoch": partial(seconds_of_epoch, url, shards.parent, config),
-            "download": partial(seconds_of_downloads, url, shards.parent),
+            "epoch": partial(seconds_of_epoch, url, folder, config),
+            "download": partial(seconds_of_downloads, url, folder),
         }
         seconds = measure_rounds(contenders, config.rounds)
     finally:
@@ -100,24 +136,25 @@ def compare_with_download(shards: Path, config: BenchLoaderConfig) -> dict[str, 
     }
 
 
-def write_shards(folder: Path, num_samples: int) -> None:
-    """Write a dataset of 16 shards with the writer of the encode job."""
+def write_shards(folder: Path, num_samples: int, layout: ContextLayout) -> float:
+    """Write a dataset of 16 shards with the writer of the encode job => bytes per caption."""
     parts = np.array_split(np.arange(num_samples), NUM_SHARDS)
     shards = tuple(
-        write_shard(str(folder), f"shard-{k:05d}", map(_sample, part.tolist()))
+        write_shard(str(folder), f"shard-{k:05d}", (_sample(n, layout) for n in part.tolist()))
         for k, part in enumerate(parts)
     )
-    null_context = npy_bytes(np.zeros(CONTEXT_SHAPE, np.float16))
+    null_context = npy_bytes(np.zeros((layout.max_length, layout.width), np.float16))
     (folder / NULL_CONTEXT).write_bytes(null_context)
-    encoder = EncoderIdentity(name="made-up", sha256="0" * 64)
+    settings = TextSettings(max_length=layout.max_length, keeps_padding=layout.keeps_padding)
+    text = TextEncoding(
+        encoder=TextEncoderIdentity(name="made-up", sha256="0" * 64, settings=settings),
+        context_shape=(layout.max_length, layout.width),
+        dtype=layout.dtype,
+        null_context_sha256=hashlib.sha256(null_context).hexdigest(),
+    )
     manifest = Manifest(
-        vae=encoder,
-        text=TextEncoding(
-            encoder=TextEncoderIdentity(name="made-up", sha256="0" * 64),
-            context_shape=CONTEXT_SHAPE,
-            dtype="float16",
-            null_context_sha256=hashlib.sha256(null_context).hexdigest(),
-        ),
+        vae=EncoderIdentity(name="made-up", sha256="0" * 64),
+        text=text,
         image_size=256,
         dtype="float16",
         latent_shape=LATENT_SHAPE,
@@ -130,21 +167,34 @@ def write_shards(folder: Path, num_samples: int) -> None:
         shards=shards,
     )
     write_manifest(str(folder), manifest)
+    num_tokens = sum(int(_lengths(n, layout).sum()) for n in range(num_samples))
+    return text.bytes_per_token * num_tokens / manifest.num_captions
 
 
-def _sample(number: int) -> LatentSample:
+def _lengths(number: int, layout: ContextLayout) -> Array:
+    """Tokens of the captions of a sample: 8 + Binomial(17, 0.3), about as for COCO."""
+    if layout.keeps_padding:
+        return np.full(NUM_CAPTIONS, layout.max_length, np.int32)
+    return 8 + np.random.default_rng(number).binomial(17, 0.3, NUM_CAPTIONS).astype(np.int32)
+
+
+def _sample(number: int, layout: ContextLayout) -> LatentSample:
     """Sample random values in [0, 1); integers below the bit pattern of 1.0 are fast to sample."""
-    generator = np.random.default_rng(number)
-    moments, contexts = (
+    generator, lengths = np.random.default_rng(number), _lengths(number, layout)
+    moments, tokens = (
         generator.integers(0, 0x3C00, shape, np.uint16).view(np.float16)
-        for shape in (MOMENTS_SHAPE, (NUM_CAPTIONS * CONTEXT_SHAPE[0], CONTEXT_SHAPE[1]))
+        for shape in (MOMENTS_SHAPE, (lengths.sum(), layout.width))
     )
+    scale = None
+    if layout.dtype == "int8":
+        tokens, scale = to_int8(tokens)
     captions = tuple(f"caption {k} of image {number}" for k in range(NUM_CAPTIONS))
     return LatentSample(
         key=f"{number:012d}",
         moments=moments,
-        context=contexts,
-        context_lengths=np.full(NUM_CAPTIONS, CONTEXT_SHAPE[0], np.int32),
+        context=tokens,
+        context_lengths=lengths,
+        context_scale=scale,
         metadata=SampleMetadata(image_id=number, captions=captions, width=640, height=480),
     )
 
@@ -177,7 +227,7 @@ def read_webdataset(folder: Path, config: BenchLoaderConfig) -> Stream:
         .decode()
         .to_tuple("moments.npy", "context.npy", "context_lengths.npy")
         .map(_choose_caption)
-        .batched(config.batch_size)
+        .batched(config.batch_size, collation_fn=_collate)
     )
     for moments, _ in WebLoader(samples, batch_size=None, num_workers=config.num_workers):
         yield len(moments)
@@ -187,6 +237,13 @@ def _choose_caption(sample: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     moments, tokens, lengths = sample
     contexts = np.split(tokens, np.cumsum(lengths)[:-1])
     return moments, contexts[random.randrange(len(contexts))]
+
+
+def _collate(samples: list[tuple[Array, Array]]) -> tuple[Tensor, Tensor]:
+    """Stack moments, and contexts padded to the longest one of the batch."""
+    moments, contexts = zip(*samples, strict=True)
+    padded = pad_sequence([torch.from_numpy(tokens) for tokens in contexts], batch_first=True)
+    return torch.from_numpy(np.stack(moments)), padded
 
 
 def seconds_of_epoch(url: str, parent: Path, config: BenchLoaderConfig) -> float:
