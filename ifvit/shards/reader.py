@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from ifvit import connections
 from ifvit.arrays import Array
@@ -171,7 +172,8 @@ class ShardReader:
             scale = np.empty((length, 1), np.float32)
             place = index.context_scale[caption]
             self._read(shard, row, "context_scale", place, _bytes_of(scale[None])[0])
-            np.multiply(values, scale, out=tokens, casting="same_kind")
+            # torch converts to float16 ten times faster than numpy.
+            torch.from_numpy(tokens).copy_(torch.from_numpy(values) * torch.from_numpy(scale))
 
     def read_labels(self, samples: Array, dropped: Array, out: Array) -> None:
         """Fill `out` (B,) with class numbers, and with the number of classes where `dropped`."""
