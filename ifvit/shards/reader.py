@@ -156,24 +156,32 @@ class ShardReader:
         Caption number -1 gives the null context. M is at least the largest of `context_lengths`.
         Raises ShardError for damaged bytes.
         """
-        null, stored = self.null_context, np.dtype(self.text.dtype)
+        null, is_int8 = self.null_context, self.text.dtype == "int8"
+        memory, bytes_per_token = _bytes_of(out), out[0, 0].nbytes
         for n, (shard, row, index) in enumerate(self._locate(samples)):
             if captions[n] < 0:
-                out[n, : len(null)], out[n, len(null) :] = null, 0
-                continue
-            caption = index.captions(row)[captions[n]]
-            offset, length, expected = index.context[caption].tolist()
-            tokens, out[n, length:] = out[n, :length], 0
-            if stored == out.dtype:
-                self._read(shard, row, "context", (offset, expected), _bytes_of(tokens[None])[0])
-                continue
-            values = np.empty(tokens.shape, stored)
-            self._read(shard, row, "context", (offset, expected), _bytes_of(values[None])[0])
-            scale = np.empty((length, 1), np.float32)
-            place = index.context_scale[caption]
-            self._read(shard, row, "context_scale", place, _bytes_of(scale[None])[0])
-            # torch converts to float16 ten times faster than numpy.
-            torch.from_numpy(tokens).copy_(torch.from_numpy(values) * torch.from_numpy(scale))
+                length, out[n, : len(null)] = len(null), null
+            else:
+                caption = index.captions(row)[captions[n]]
+                offset, length, expected = index.context[caption].tolist()
+                place = offset, expected
+                if is_int8:
+                    scale = index.context_scale[caption]
+                    self._read_int8(shard, row, place, scale, out[n, :length])
+                else:
+                    self._read(shard, row, "context", place, memory[n, : length * bytes_per_token])
+            if length < out.shape[1]:
+                out[n, length:] = 0
+
+    def _read_int8(
+        self, shard: int, row: int, place: tuple[int, int], scale: Array, out: Array
+    ) -> None:
+        """Fill `out` (M, D) with a context of 8 bits; `place` and `scale` are index entries."""
+        values, factors = np.empty(out.shape, np.int8), np.empty((len(out), 1), np.float32)
+        self._read(shard, row, "context", place, _bytes_of(values[None])[0])
+        self._read(shard, row, "context_scale", scale, _bytes_of(factors[None])[0])
+        # torch converts to float16 ten times faster than numpy.
+        torch.from_numpy(out).copy_(torch.from_numpy(values) * torch.from_numpy(factors))
 
     def read_labels(self, samples: Array, dropped: Array, out: Array) -> None:
         """Fill `out` (B,) with class numbers, and with the number of classes where `dropped`."""
