@@ -84,21 +84,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
     if partition.number == 0:
         sys.stdout.write(source.report() + "\n")
     encoders = load_encoders(config, has_classes=bool(source.classes))
-    job = Job(
-        source_sha256=source.sha256,
-        vae_sha256=encoders.vae.identity.sha256,
-        text_encoder_sha256=encoders.text.identity.sha256 if encoders.text else None,
-        text=encoders.text.identity.settings if encoders.text else None,
-        int8_context=config.int8_context,
-        caption_sources=source.caption_sources,
-        image_encoder_sha256=encoders.image.encoding.encoder.sha256 if encoders.image else None,
-        image_size=config.image_size,
-        dtype=config.dtype,
-        precision=config.precision,
-        samples_per_shard=config.samples_per_shard,
-        flip=config.flip,
-        image_rules=config.image_rules,
-    )
+    job = _describe_job(config, source, encoders)
     units = source.units(config.samples_per_shard)
     _check_output(config.output, units)
     own = partition.of(units)
@@ -124,6 +110,26 @@ def encode(config: EncodeConfig) -> Manifest | None:
         )
         return None
     return finish(config, source, [markers[unit.name] for unit in units], encoders)
+
+
+def _describe_job(config: EncodeConfig, source: Source, encoders: Encoders) -> Job:
+    """All that decides the content of the shards, except the images and captions themselves."""
+    text, image = encoders.text, encoders.image
+    return Job(
+        source_sha256=source.sha256,
+        vae_sha256=encoders.vae.identity.sha256,
+        text_encoder_sha256=text.identity.sha256 if text else None,
+        text=text.identity.settings if text else None,
+        int8_context=config.int8_context,
+        caption_sources=source.caption_sources,
+        image_encoder_sha256=image.encoding.encoder.sha256 if image else None,
+        image_size=config.image_size,
+        dtype=config.dtype,
+        precision=config.precision,
+        samples_per_shard=config.samples_per_shard,
+        flip=config.flip,
+        image_rules=config.image_rules,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,6 @@ from ifvit.shards.format import (
     write_manifest,
 )
 from ifvit.shards.index import ShardIndex, index_bytes, index_tar
-from ifvit.storage import FileState
 
 GRID_COLUMNS = 8
 CAPTION_WIDTH = 60
@@ -208,7 +207,7 @@ def verify(config: ShardsConfig) -> None:
 
 
 def _verify_shard(
-    url: str, manifest: Manifest, files: Mapping[str, FileState | None], entry: ShardEntry
+    url: str, manifest: Manifest, files: Mapping[str, storage.FileState | None], entry: ShardEntry
 ) -> list[str]:
     index, problems = None, []
     try:

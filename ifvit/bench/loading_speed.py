@@ -44,7 +44,8 @@ from ifvit.shards.format import (
     write_manifest,
 )
 from ifvit.shards.reader import ShardReader
-from ifvit.training.data import Batch, Batches, BatchOrder
+from ifvit.training.data import Batch, Batches
+from ifvit.training.order import BatchOrder
 
 LATENT_SHAPE = (4, 32, 32)
 MOMENTS_SHAPE = (8, 32, 32)

@@ -350,8 +350,7 @@ class TextOptions:
     template: Template | None = None
     """Text around every caption, which stands for {}; the empty caption has none."""
     precision: Precision | None = None
-    """Number format in which the text encoder computes. Default: that of the images for CLIP, bf16
-    for other encoders, whose values exceed those of fp16."""
+    """Number format of the computation. Default: that of the images for CLIP, otherwise bf16."""
 
 
 @record

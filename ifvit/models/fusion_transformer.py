@@ -199,9 +199,7 @@ class FusionTransformer(Backbone):
         outputs: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         features: Tensor | None = None
         for number, (entry, block) in enumerate(zip(config.blocks, self.blocks, strict=True)):
-            keys_values = encoded.keys_values.get(number)
-            if keys_values is None and entry in READS_TEXT:
-                keys_values = cast(Block, block).text_keys_values(text)
+            keys_values = self._keys_values(number, encoded, text)
             skip, text_skip = outputs.pop(mirrors.get(number), (None, None))
             if encoded.lengths is not None:
                 mark_length(text, text_skip, visible.get(entry), *(keys_values or ()))
@@ -223,9 +221,7 @@ class FusionTransformer(Backbone):
                 outputs[number] = tokens, text
             if with_features and number == config.representation_block:
                 features = self.representation_projector(tokens[:, config.first_image_token :])
-        vector = self._vector_for(config.blocks[-1], vectors, len(tokens))
-        predicted = self._predict(tokens[:, config.first_image_token :], vector)
-        predicted = repeat_rows(predicted, len(encoded.tokens))
+        predicted = repeat_rows(self._predict(tokens, vectors), len(encoded.tokens))
         return (predicted, features) if with_features else predicted
 
     def _embed_tokens(self, latents: Tensor, sinusoids: Tensor) -> Tensor:
@@ -274,10 +270,19 @@ class FusionTransformer(Backbone):
             device,
         )
 
-    def _predict(self, image_tokens: Tensor, vector: Tensor | None) -> Tensor:
-        """Image tokens (B, L, D), conditioning vector (B, D) => prediction (B, C, S, S)."""
-        normalised = self.head_norm(image_tokens)
+    def _keys_values(
+        self, number: int, encoded: EncodedCondition, text: Tensor
+    ) -> KeysValues | None:
+        """Keys and values of the text for a block that reads it, encoded before or now."""
+        if number not in encoded.keys_values and self.config.blocks[number] in READS_TEXT:
+            return cast(Block, self.blocks[number]).text_keys_values(text)
+        return encoded.keys_values.get(number)
+
+    def _predict(self, tokens: Tensor, vectors: dict[bool, Tensor]) -> Tensor:
+        """Tokens (B, 1 + R + L, D) after the last block => prediction (B, C, S, S)."""
+        normalised = self.head_norm(tokens[:, self.config.first_image_token :])
         if self.head_modulation is not None:
+            vector = self._vector_for(self.config.blocks[-1], vectors, len(tokens))
             normalised = modulate(normalised, *self.head_modulation(vector))
         patch, side = self.config.patch_size, self.config.num_patches_per_side
         pixels = self.decoder_pred(normalised)

@@ -280,7 +280,7 @@ def load_text_encoder(
 def default_settings(model: Any) -> TextSettings:
     """Settings of a loaded model for which a recipe states none, with fp32 for CLIP."""
     length = getattr(_sizes(model), "max_position_embeddings", _MAX_LENGTH)
-    if _is_clip(model.config):
+    if model.config.model_type in _CLIP:
         return TextSettings(max_length=length)
     return TextSettings(max_length=min(length, _MAX_LENGTH), precision="bf16", keeps_padding=False)
 
@@ -324,10 +324,6 @@ def _final_norm(model: Any) -> nn.Module:
 def _sizes(model: Any) -> Any:
     """The part of the model's configuration that describes its text encoder."""
     return getattr(model.config, "encoder", model.config)
-
-
-def _is_clip(config: Any) -> bool:
-    return config.model_type in _CLIP
 
 
 def _check_ids(model: Any, largest: int) -> None:

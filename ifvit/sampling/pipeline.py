@@ -90,17 +90,8 @@ class FusionPipeline(DiffusionPipeline):
         """
         super().__init__()
         _check_prediction(scheduler, prediction)
-        if scaling_factor is None:
-            raise UserError(
-                "scaling_factor: not stated; give that of the training, or export again"
-            )
-        factors = {"scale": scaling_factor, "shift": shift_factor}
-        self._scaling = parse_value(LatentScaling, factors, "scaling_factor and shift_factor")
-        if self._scaling.num_channels not in (None, backbone.config.latent_channels):
-            raise UserError(
-                f"scaling_factor: has {self._scaling.num_channels} numbers for "
-                f"{backbone.config.latent_channels} channels of the backbone; give one for each"
-            )
+        channels = backbone.config.latent_channels
+        self._scaling = _parse_scaling(scaling_factor, shift_factor, channels)
         self.register_to_config(  # type: ignore[no-untyped-call]
             classes=list(classes),
             null_context=null_context,
@@ -129,8 +120,9 @@ class FusionPipeline(DiffusionPipeline):
     ) -> Any:
         """Load from a folder, an `s3://` prefix or a hub name.
 
-        `torch_dtype` is the backbone's; autoencoder and text encoder stay in float32, because
-        Stable Diffusion's autoencoder overflows in float16. `options` are components of your own,
+        `torch_dtype` is the backbone's. The autoencoder stays in float32, because Stable
+        Diffusion's overflows in float16, and the text encoder in the precision of the shards.
+        `options` are components of your own,
         in place of those of the folder, and diffusers' options of the hub (revision, token,
         cache_dir and so on).
         Raises UserError for a hub name that cannot be fetched, and for a folder that is not a
@@ -185,16 +177,15 @@ class FusionPipeline(DiffusionPipeline):
         contradictory arguments.
         """
         self._check(height, width, method)
-        given = _with_mask(prompt_embeds, prompt_attention_mask)
-        conditions = self._embed(prompt, given, "prompt")
-        given = _with_mask(negative_prompt_embeds, negative_prompt_attention_mask)
-        negative = self._embed(negative_prompt, given, "negative_prompt", "")
+        conditions = self._embed("prompt", prompt, prompt_embeds, prompt_attention_mask)
+        given = negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
+        negative = self._embed("negative_prompt", *given, "")
         conditions, negative = _repeat_each(conditions, negative, num_images_per_prompt)
         null = self.backbone.encode_condition(negative)
         guidance = Guidance(guidance_scale, *guidance_interval)
         schedule = NoiseSchedule(self._execution_device, self.config["prediction"])
-        methods = [method] if method else []
-        predictor = GuidedPredictor(self.backbone, schedule, conditions, null, guidance, methods)
+        of_prompts = conditions, null, guidance, [method] if method else []
+        predictor = GuidedPredictor(self.backbone, schedule, *of_prompts)
         self._set_timesteps(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         noise = self._initial_noise(len(conditions), generator, latents)
         options = self._step_options(eta, generator)
@@ -269,18 +260,19 @@ class FusionPipeline(DiffusionPipeline):
 
     def _embed(
         self,
+        name: str,
         prompt: str | list[str] | None,
         embeds: Condition | None,
-        name: str,
+        mask: Tensor | None,
         default: str | None = None,
     ) -> Condition:
-        """Return the conditions of prompts: contexts (prompts, M, D) or classes (prompts,)."""
+        """Return the conditions of prompts, or `embeds` with the mask of their tokens."""
         if prompt is None and embeds is None:
             prompt = default
         if (prompt is None) == (embeds is None):
             raise ValueError(f"give either {name} or {name}_embeds")
         if embeds is not None:
-            return move(embeds, self._execution_device)
+            return move(_with_mask(embeds, mask), self._execution_device)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not prompts:
             raise ValueError(f"{name} is empty; give at least one")
@@ -340,11 +332,25 @@ def _check_prediction(scheduler: Any, prediction: Prediction) -> None:
         )
 
 
-def _with_mask(embeds: Condition | None, mask: Tensor | None) -> Condition | None:
+def _parse_scaling(scaling_factor: Any, shift_factor: Any, channels: int) -> LatentScaling:
+    """Scaling of the latents. Raises UserError, a ValueError, unless it fits the backbone."""
+    if scaling_factor is None:
+        raise UserError("scaling_factor: not stated; give that of the training, or export again")
+    factors = {"scale": scaling_factor, "shift": shift_factor}
+    scaling = parse_value(LatentScaling, factors, "scaling_factor and shift_factor")
+    if scaling.num_channels not in (None, channels):
+        raise UserError(
+            f"scaling_factor: has {scaling.num_channels} numbers for {channels} channels of the "
+            "backbone; give one for each"
+        )
+    return scaling
+
+
+def _with_mask(embeds: Condition, mask: Tensor | None) -> Condition:
     """Contexts (B, M, D) with a mask (B, M) of their tokens. Raises ValueError for a mask in which
     padding is not behind the tokens.
     """
-    if mask is None or embeds is None:
+    if mask is None:
         return embeds
     lengths = mask.sum(dim=1)
     expected = is_visible(lengths.clamp(min=1), tokens_of(embeds).shape[1])

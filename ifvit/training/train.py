@@ -33,7 +33,7 @@ from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
 from ifvit.training.checkpoint import committed_steps, resume
 from ifvit.training.config import TrainConfig
-from ifvit.training.data import Batches, BatchOrder, weigh_captions
+from ifvit.training.data import Batches
 from ifvit.training.engine import Engine, choose_normal_sampler
 from ifvit.training.guards import (
     NonfiniteGradient,
@@ -50,6 +50,7 @@ from ifvit.training.hooks import SampleGrid, Validation
 from ifvit.training.lease import Lease
 from ifvit.training.loop import Hook, TrainState, fit
 from ifvit.training.metrics_log import MetricsLog
+from ifvit.training.order import BatchOrder, weigh_captions
 from ifvit.training.replay import report_nonfinite
 from ifvit.training.saving import SaveCheckpoint
 
@@ -83,6 +84,20 @@ def _train_on(reader: ShardReader, config: TrainConfig) -> TrainState:
         return _train(config, conditions, held_out, batches, engine, lease)
 
 
+def _build_objective(
+    config: TrainConfig, scaling: LatentScaling, manifest: Manifest, engine: Engine
+) -> Objective:
+    return Objective(
+        config.objective,
+        scaling=scaling,
+        deterministic=manifest.deterministic,
+        seed=config.seed,
+        device=engine.device,
+        sample_normal=choose_normal_sampler(config.engine),
+        representation=config.active_representation,
+    )
+
+
 def _train(
     config: TrainConfig,
     conditions: DatasetConditions,
@@ -95,15 +110,7 @@ def _train(
     engine.group.on_main(lambda: check_recipe(config))
     info = _weights_info(config, conditions)
     state = resume(config, engine, lease.token, info)
-    objective = Objective(
-        config.objective,
-        scaling=info.scaling,
-        deterministic=conditions.reader.manifest.deterministic,
-        seed=config.seed,
-        device=engine.device,
-        sample_normal=choose_normal_sampler(config.engine),
-        representation=config.active_representation,
-    )
+    objective = _build_objective(config, info.scaling, conditions.reader.manifest, engine)
     stop = StopRequest(engine.world, config.engine.timeout)
     metrics = MetricsLog(config, engine)
     checkpoints = SaveCheckpoint(config, engine, info, lease, metrics, stop)

@@ -16,7 +16,8 @@ from made_shards import make_samples, repeat_shard, write_shards
 
 from ifvit.distributed import World
 from ifvit.shards.reader import ShardReader
-from ifvit.training.data import Batches, BatchOrder
+from ifvit.training.data import Batches
+from ifvit.training.order import BatchOrder
 
 NUM_BATCHES = 5000
 BATCH_SIZE = 256

@@ -11,7 +11,7 @@ from made_shards import make_samples, repeat_shard, write_shards
 from ifvit.arrays import Array
 from ifvit.shards.index import ShardIndex
 from ifvit.shards.reader import MAX_INDEX_ROWS, ShardReader
-from ifvit.training.data import BatchOrder
+from ifvit.training.order import BatchOrder
 
 NUM_SHARDS = 200
 SHARD_SIZE = 8

@@ -36,7 +36,8 @@ from ifvit.training.config import (
     TrainConfig,
     ValidationConfig,
 )
-from ifvit.training.data import Batch, Batches, BatchOrder, weigh_captions
+from ifvit.training.data import Batch, Batches
+from ifvit.training.order import BatchOrder, weigh_captions
 from ifvit.training.replay import replay
 from ifvit.training.train import train
 

@@ -26,14 +26,8 @@ from ifvit.shards import CacheConfig
 from ifvit.shards.format import LatentSample, ShardError
 from ifvit.shards.reader import ShardReader
 from ifvit.training.config import CaptionConfig
-from ifvit.training.data import (
-    Batch,
-    Batches,
-    BatchOrder,
-    CaptionWeights,
-    prefetch_shards,
-    weigh_captions,
-)
+from ifvit.training.data import Batch, Batches, prefetch_shards
+from ifvit.training.order import BatchOrder, CaptionWeights, weigh_captions
 
 SIZES = {"some empty": [5, 1, 0, 8, 3, 4], "one": [9], "equal": [4, 4, 4, 4]}
 SEEDS = [0, 2**40 + 7]

@@ -20,7 +20,8 @@ from ifvit.errors import UserError
 from ifvit.models.weights import load_weights
 from ifvit.shards.reader import ShardReader
 from ifvit.training.config import EngineConfig, ReplayConfig, TrainConfig
-from ifvit.training.data import Batches, BatchOrder
+from ifvit.training.data import Batches
+from ifvit.training.order import BatchOrder
 from ifvit.training.replay import replay
 from ifvit.training.train import train
 
