@@ -1,6 +1,7 @@
 """Memory does not grow with the dataset, and a dataset of many shards opens by one listing."""
 
 import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from made_shards import make_samples, repeat_shard, write_shards
 
 from ifvit.arrays import Array
+from ifvit.shards.cache import read_index
+from ifvit.shards.format import Manifest, ShardEntry
 from ifvit.shards.index import ShardIndex
 from ifvit.shards.reader import MAX_INDEX_ROWS, ShardReader
 from ifvit.training.order import BatchOrder
@@ -26,17 +29,24 @@ def many_shards(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def num_rows_in_memory() -> int:
-    return sum(index.num_rows for index in gc.get_objects() if isinstance(index, ShardIndex))
-
-
 def test_only_the_indexes_that_were_used_last_stay_in_memory(
     many_shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gc.collect()
+    indexes: list[weakref.ref[ShardIndex]] = []
+
+    def read(url: str, manifest: Manifest, entry: ShardEntry) -> ShardIndex:
+        index = read_index(url, manifest, entry)
+        indexes.append(weakref.ref(index))
+        return index
+
+    def num_rows_in_memory() -> int:
+        gc.collect()
+        return sum(index.num_rows for ref in indexes if (index := ref()) is not None)
+
     monkeypatch.setattr("ifvit.shards.reader.MAX_INDEX_ROWS", 5 * ROWS_OF_A_SHARD + 3)
+    monkeypatch.setattr("ifvit.shards.reader.read_index", read)
     reader = ShardReader(many_shards)
-    assert num_rows_in_memory() == 0  # opening reads no index
+    assert not indexes  # opening reads no index
     expected = np.array([reader.num_captions(row) for row in range(SHARD_SIZE)])
     assert num_rows_in_memory() == ROWS_OF_A_SHARD
     generator = np.random.default_rng(0)
@@ -47,6 +57,7 @@ def test_only_the_indexes_that_were_used_last_stay_in_memory(
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(check, batches))
+    assert len(indexes) > NUM_SHARDS
     assert num_rows_in_memory() == 5 * ROWS_OF_A_SHARD
 
 
