@@ -73,14 +73,8 @@ class PlanConfig:
 
 
 @record
-class AttentionConfig:
-    """Average the attention of image tokens while sampling, by layer (arXiv 2403.16530, Figure 8).
-
-    Records the conditional half of guidance. Writes maps, singular values, a figure and a table.
-    """
-
-    runs: list[str]
-    """Run or weights folders, for example of early and of intermediate fusion."""
+class AttentionSettings:
+    """Which captions are sampled, and how, while attention is recorded."""
 
     prompts: str | None = None
     """Text file with one prompt per line."""
@@ -91,9 +85,6 @@ class AttentionConfig:
     num_prompts: Annotated[int, Rule("at least 2", lambda value: value >= 2)] | None = None
     """Number of prompts; a standard error needs at least 2. Unset: all prompts of the file, 64
     prompts of the shards."""
-
-    output: str | None = None
-    """Folder for all files. Unset: analysis/attention in each run's folder."""
 
     text_encoder: str | None = None
     """Text encoder of the runs: hub name or folder. Unset: where the training found it."""
@@ -115,3 +106,17 @@ class AttentionConfig:
                 f"sampling.method {self.sampling.method}: only the plain method is analysed; "
                 "leave the option out"
             )
+
+
+@record
+class AttentionConfig(AttentionSettings):
+    """Average the attention of image tokens while sampling, by layer (arXiv 2403.16530, Figure 8).
+
+    Records the conditional half of guidance. Writes maps, singular values, a figure and a table.
+    """
+
+    runs: list[str]
+    """Run or weights folders, for example of early and of intermediate fusion."""
+
+    output: str | None = None
+    """Folder for all files. Unset: analysis/attention in each run's folder."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ifvit.bench.config import BenchQualityConfig
 from ifvit.bench.measurement import measure_rounds, print_result
-from ifvit.bench.scene_runs import SceneSets, with_length, worker_processes
+from ifvit.bench.scene_runs import SceneSets, worker_processes
 from ifvit.bench.training_speed import EngineSteps
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
@@ -30,6 +30,7 @@ from ifvit.models.cost import count_cost
 from ifvit.records import PositiveFloat, PositiveInt, Sha256, record
 from ifvit.sampling.samples import hash_json
 from ifvit.storage import exists, join, read_sealed, write_sealed
+from ifvit.studies.study import with_length
 from ifvit.training.config import TrainConfig
 from ifvit.training.guards import MAY_CHANGE
 from ifvit.training.train import train

@@ -14,6 +14,7 @@ from data_pipeline.config import EncodeConfig
 from ifvit.config import read_config
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.storage import join
+from ifvit.studies.study import with_length
 from ifvit.training.config import TrainConfig
 
 TRAIN, HELD_OUT = "train2014", "val2014"
@@ -72,26 +73,6 @@ class SceneSets:
             image_size=64,
             batch_size=50,
         )
-
-
-def with_length(recipe: TrainConfig, max_steps: int) -> TrainConfig:
-    """Return the recipe for a run of `max_steps`; all numbers of steps keep their shares of it."""
-
-    def scale(steps: int) -> int:
-        return steps and max(1, steps * max_steps // recipe.max_steps)
-
-    optim, grid = recipe.optim, recipe.sample_grid
-    return replace(
-        recipe,
-        max_steps=max_steps,
-        optim=replace(
-            optim,
-            warmup_steps=scale(optim.warmup_steps),
-            cooldown_steps=scale(optim.cooldown_steps),
-        ),
-        sample_grid=replace(grid, every=scale(grid.every)),
-        checkpoint_every=scale(recipe.checkpoint_every),
-    )
 
 
 def worker_processes(number: int, threads: int, log: str | None = None) -> ProcessPoolExecutor:

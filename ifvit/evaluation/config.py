@@ -71,11 +71,8 @@ class ProtocolConfig:
 
 
 @record
-class EvaluateConfig(EncoderPlaces):
-    """Generate images for held-out captions and measure them; run it again to continue."""
-
-    weights: str
-    """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
+class EvaluationSettings(EncoderPlaces):
+    """What is measured on weights: held-out captions or object counts, under a protocol."""
 
     shards: str | None = None
     """Folder of held-out shards, whose captions are the prompts; needed unless objects are
@@ -100,15 +97,6 @@ class EvaluateConfig(EncoderPlaces):
     """Alignment methods, as in --methods plain date; a row for each, and a comparison with the
     first of them on the same prompts and noise. Unset: the method of the protocol."""
 
-    output: str | None = None
-    """Folder for rows and samples; unset: `evaluation` in the run folder of the weights."""
-
-    num_tasks: PositiveInt = 1
-    """Number of jobs that generate the images; with more than one, a last run with 1 measures."""
-
-    task: NonNegativeInt = 0
-    """Number of this job, from 0."""
-
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes the GPU when there is one."""
 
@@ -118,6 +106,27 @@ class EvaluateConfig(EncoderPlaces):
             raise UserError("give images or reference, not both")
         if not (self.shards or self.protocol.object_count.prompts):
             raise UserError("shards is not set; give the folder of held-out shards")
+
+
+@record
+class EvaluateConfig(EvaluationSettings):
+    """Generate images for held-out captions and measure them; run it again to continue."""
+
+    weights: str
+    """Run folder (its newest EMA weights), weights/step_… folder, or a folder with config.json."""
+
+    output: str | None = None
+    """Folder for rows and samples; unset: `evaluation` in the run folder of the weights."""
+
+    num_tasks: PositiveInt = 1
+    """Number of jobs that generate the images; with more than one, a last run with 1 measures."""
+
+    task: NonNegativeInt = 0
+    """Number of this job, from 0."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for settings that contradict each other."""
+        super().__post_init__()
         if self.task >= self.num_tasks:
             raise UserError(f"task {self.task} is not one of num_tasks {self.num_tasks}")
 

@@ -20,9 +20,10 @@ from ifvit.bench.quality import (
     summarise,
     without_ingredients,
 )
-from ifvit.bench.scene_runs import SceneSets, with_length
+from ifvit.bench.scene_runs import SceneSets
 from ifvit.config import read_config
 from ifvit.evaluation.config import EvaluateConfig
+from ifvit.studies.study import with_length
 from ifvit.training.config import TrainConfig
 
 
