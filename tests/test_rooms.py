@@ -35,6 +35,7 @@ ROOMS = {
     "jsonargparse": ["ifvit/config.py"],
     "krippendorff": ["ifvit/rating/agreement.py"],
     "matplotlib": [
+        "ifvit/analysis/atlas.py",
         "ifvit/analysis/attention_analysis.py",
         "ifvit/figures.py",
         "ifvit/models/fusion_drawing.py",
