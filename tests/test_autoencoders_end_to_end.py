@@ -252,13 +252,13 @@ def test_weights_of_another_scaling_are_refused(trained: Trained, tmp_path: Path
     first = recipe(tmp_path, trained.shards, initial_weights=run, **other)
     with pytest.raises(UserError, match=r"has scaling_factor: .*, but the recipe says 0\.5, shift"):
         train(first)
-    resumed = recipe(tmp_path, trained.shards, resume=run, **other)
+    branched = recipe(tmp_path, trained.shards, "branched", branch=f"{run}@latest", **other)
     with pytest.raises(UserError, match="scaling_factor and shift_factor to match"):
-        train(resumed)
+        train(replace(branched, max_steps=3))
     info = load_weights(run)[1]  # numbers that can be copied from weights.json
     same = {"scaling_factor": info.scaling_factor, "shift_factor": info.shift_factor}
     train(recipe(tmp_path, trained.shards, "started", initial_weights=run, **same))
-    train(recipe(tmp_path, trained.shards, "resumed", resume=run, **same))
+    train(replace(branched, max_steps=3, **same))
 
 
 def test_a_channel_without_deviation_cannot_be_scaled_by_it(

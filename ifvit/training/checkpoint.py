@@ -6,17 +6,14 @@ last, in one request, which commits the checkpoint. A checkpoint is complete if 
 all parts match their hashes; readers skip all others. The name of a part holds the token of the
 attempt that wrote it, so no object is written twice. A part holds the tensors that one process
 happened to write; readers do not care which. So a run may be continued on another number of
-processes, with another engine or ZeRO stage. `SaveCheckpoint` in `hooks` writes checkpoints,
-`train` resumes from them.
+processes, with another engine or ZeRO stage. `SaveCheckpoint` in `saving` writes checkpoints,
+`resume` continues from them.
 """
 
 import hashlib
 import logging
-import os
 import re
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -33,15 +30,12 @@ from ifvit import storage
 from ifvit.connections import StoreError, is_remote
 from ifvit.distributed import ALONE, ProcessGroup
 from ifvit.errors import UserError
-from ifvit.models.config import restore_config
 from ifvit.models.pretrained import reading
-from ifvit.models.weights import WeightsInfo, step_name
+from ifvit.models.weights import step_name
 from ifvit.records import NonNegativeInt, Rule, Sha256, parse_value, path_inside, record, shorten
-from ifvit.sampling.load import check_text_encoder
 from ifvit.shards.format import TextEncoderIdentity
 from ifvit.storage import join, list_names
-from ifvit.training.config import TrainConfig
-from ifvit.training.engine import Engine, EngineScalars
+from ifvit.training.engine import EngineScalars
 from ifvit.training.loop import TrainState
 
 log = logging.getLogger(__name__)
@@ -241,74 +235,3 @@ def open_tensors(checkpoint: Checkpoint, cache: Path) -> Iterator[Callable[[str]
             return tensor
 
         yield read
-
-
-def resume(config: TrainConfig, engine: Engine, token: str, info: WeightsInfo) -> TrainState:
-    """Load the checkpoint from which the run continues, and return its position.
-
-    All processes call this together. Remote parts are downloaded once per node, into a folder
-    named by `token` under TMPDIR. Raises UserError when `config.resume` cannot be followed, or
-    when the checkpoint has other shards, another backbone, target or text encoder than the recipe.
-    """
-    with _node_cache(engine, token) as cache:
-        checkpoint = _choose_checkpoint(config, cache, engine.group)
-        if checkpoint is None:
-            return TrainState()
-        if checkpoint.target not in (None, info.target):
-            raise UserError(
-                f"{checkpoint.url}: trained to predict {checkpoint.target}, but the recipe says "
-                f"{info.target}; set objective.prediction, scaling_factor and shift_factor to match"
-            )
-        if checkpoint.text_encoder and info.text_encoder:
-            trained_with, now = checkpoint.text_encoder, info.text_encoder
-            check_text_encoder(f"{checkpoint.url}: text encoder", now, trained_with)
-        with open_tensors(checkpoint, cache) as read:
-            engine.load_state(read)
-        engine.load_scalars(checkpoint.scalars)
-        return checkpoint.state
-
-
-def _choose_checkpoint(config: TrainConfig, cache: Path, group: ProcessGroup) -> Checkpoint | None:
-    """Apply `resume: auto | never | URL` to the run, and check that the checkpoint fits."""
-    run, url = config.run, config.resume
-    if url == "never":
-        if group.on_main(lambda: bool(committed_steps(run))):
-            raise UserError(
-                f"{run}: holds checkpoints, but resume is never; choose another run directory "
-                "or set resume: auto"
-            )
-        return None
-    checkpoint = fetch_newest(run, cache, group)
-    if checkpoint is None and url != "auto":
-        is_folder = group.on_main(lambda: storage.exists(join(url, MANIFEST)))
-        checkpoint = (fetch if is_folder else fetch_newest)(url, cache, group)
-        if checkpoint is None:
-            raise UserError(
-                f"{url}: holds no checkpoint; set resume to a run or to its "
-                "checkpoints/step_XXXXXXXX"
-            )
-    if checkpoint is None:
-        return None
-    if checkpoint.shards_sha256 != group.on_main(lambda: manifest_sha256(config.shards)):
-        raise UserError(
-            f"{checkpoint.url}: trained on other shards than {config.shards} holds now; restore "
-            "them or train a new run with initial_weights"
-        )
-    if restore_config(checkpoint.backbone, checkpoint.url) != config.backbone:
-        raise UserError(f"{checkpoint.url}: has another backbone than the recipe; set it to match")
-    return checkpoint
-
-
-@contextmanager
-def _node_cache(engine: Engine, token: str) -> Iterator[Path]:
-    """A folder that the processes of one node share; it is removed when all have left it."""
-    folder = Path(tempfile.gettempdir(), f"ifvit-{token}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder}: belongs to another user; set TMPDIR to a folder of your own")
-    try:
-        yield folder
-        engine.barrier()
-    finally:
-        if engine.world.local_rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Fields of a training recipe; free of torch, so that `--help` is quick."""
 
+import re
 from dataclasses import field
 from datetime import timedelta
 from typing import Annotated, Literal
@@ -29,6 +30,13 @@ Location = Annotated[
     str,
     Rule(
         "a path or URL without control characters", lambda text: text != "" and text.isprintable()
+    ),
+]
+Branch = Annotated[
+    str,
+    Rule(
+        "RUN@STEP, such as runs/base@5000 or runs/base@latest",
+        lambda text: text.isprintable() and re.fullmatch(r".+@(\d{1,18}|latest)", text) is not None,
     ),
 ]
 NumSamples = Annotated[int, Rule("from 1 to 16777216", lambda value: 1 <= value <= 2**24)]
@@ -224,9 +232,9 @@ class TrainConfig:
     The weights of the last step are always exported."""
     keep_exports: PositiveInt = 5
     """Number of newest exported weights to keep."""
-    resume: str = "auto"
-    """auto: continue from the run's newest checkpoint. never: fail if there is one. URL of a run
-    or a checkpoint: start from there, then continue as auto."""
+    branch: Branch | None = None
+    """RUN@STEP: start from this checkpoint of another run and go on from its step with the same
+    data, captions, noise and timesteps; RUN@latest: from its newest one."""
     initial_weights: str | None = None
     """Start step 0 from the weights of this run or of a folder in its weights/; unset: random
     weights."""

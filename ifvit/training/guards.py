@@ -33,7 +33,7 @@ from ifvit.training.optimizers import state_names
 MAY_CHANGE = {
     *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
     *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
-    *("keep_every", "keep_best", "export_every", "keep_exports", "resume", "tolerate_nonfinite"),
+    *("keep_every", "keep_best", "export_every", "keep_exports", "tolerate_nonfinite"),
     *("trackers", "profile", "validation", "context", "text"),
 }
 """Fields that a resumed run may change; a change of any other field would make another run. Of
@@ -120,12 +120,10 @@ def check_recipe(config: TrainConfig) -> None:
             f"optim: warmup_steps and cooldown_steps are {ramps} together, but max_steps is "
             f"{config.max_steps}; the learning rate never reaches {config.optim.learning_rate:g}\n"
         )
-    path = join(config.run, "config.yaml")
-    if not exists(path):
+    recipe = read_recipe(config.run)
+    if recipe is None:
         return
-    # Fields that were added to the configuration after the run began get their defaults.
-    before = asdict(parse_value(TrainConfig, parse_yaml(read_bytes(path), path), path))
-    now = asdict(config)
+    before, now = asdict(recipe), asdict(config)
     fixed = sorted(set(now) - MAY_CHANGE)
     if before["validation"]["shards"] and now["validation"]["shards"]:
         # Losses of two held-out sets would lie on one curve, and `keep_best` would compare them.
@@ -134,12 +132,25 @@ def check_recipe(config: TrainConfig) -> None:
     for key in fixed:
         for name, old, new in differences(key, before[key], now[key]):
             # A checkpoint of another backbone, optimizer or prediction cannot be continued.
-            fits = key != "backbone" and name not in _OF_CHECKPOINTS
-            remedy, source = ("continue", f" --resume {config.run}") if fits else ("train", "")
+            fits = key not in ("backbone", "branch") and name not in _OF_CHECKPOINTS
+            source = f" --branch {config.run}@latest" if fits else ""
+            remedy = "continue" if fits else "train"
             raise UserError(
                 f"{config.run}: started with {name}: {shorten(old)}, the recipe now says "
                 f"{new}; restore that value, or {remedy} in a new run: --run NEW{source}"
             )
+
+
+def read_recipe(run: str) -> TrainConfig | None:
+    """Read config.yaml of a run; None if there is none.
+
+    Fields that were added after the run began get their defaults; removed ones are ignored.
+    """
+    path = join(run, "config.yaml")
+    if not exists(path):
+        return None
+    stored = parse_yaml(read_bytes(path), path)
+    return parse_value(TrainConfig, stored, path, ignore_unknown=True)
 
 
 def differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

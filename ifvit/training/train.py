@@ -31,7 +31,7 @@ from ifvit.sampling.load import check_text_encoder
 from ifvit.shards.format import Manifest
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import join
-from ifvit.training.checkpoint import committed_steps, resume
+from ifvit.training.checkpoint import committed_steps
 from ifvit.training.config import TrainConfig
 from ifvit.training.data import Batches
 from ifvit.training.engine import Engine, choose_normal_sampler
@@ -52,6 +52,7 @@ from ifvit.training.loop import Hook, TrainState, fit
 from ifvit.training.metrics_log import MetricsLog
 from ifvit.training.order import BatchOrder, weigh_captions
 from ifvit.training.replay import report_nonfinite
+from ifvit.training.resume import resume, settle_branch
 from ifvit.training.saving import SaveCheckpoint
 
 
@@ -107,6 +108,7 @@ def _train(
     lease: Lease,
 ) -> TrainState:
     """Train while this job holds the lease of the run directory."""
+    config = engine.group.on_main(lambda: settle_branch(config))
     engine.group.on_main(lambda: check_recipe(config))
     info = _weights_info(config, conditions)
     state = resume(config, engine, lease.token, info)
@@ -169,10 +171,10 @@ def load_encoder(config: TrainConfig, reader: ShardReader) -> TextEncoder | None
 def initial_tensors(config: TrainConfig, reader: ShardReader) -> Callable[[str], Tensor]:
     """Return a function from the name of a parameter to its value at step 0, on the CPU.
 
-    `initial_weights` is not read again when the run is resumed. Raises UserError when these
+    `initial_weights` is not read where a checkpoint replaces it. Raises UserError when these
     weights have another configuration, null context, prediction or scale of the latents.
     """
-    if config.initial_weights is None or committed_steps(config.run):
+    if config.initial_weights is None or config.branch or committed_steps(config.run):
         return initial_weights(config.backbone, config.seed)
     folder = find_weights(config.initial_weights)
     stored = read_stored_weights(folder)

@@ -22,7 +22,7 @@ from ifvit.errors import UserError
 from ifvit.evaluation.runs import read_run
 from ifvit.models.weights import load_weights
 from ifvit.records import is_sha256
-from ifvit.storage import join, list_names, read_bytes, remove, write_bytes, write_sealed
+from ifvit.storage import join, read_bytes, write_bytes, write_sealed
 from ifvit.training.checkpoint import (
     commit,
     fetch,
@@ -248,49 +248,6 @@ def test_the_mean_loss_leaves_out_steps_that_are_not_finite_and_stays_finite() -
     assert math.isnan(LossSums().mean_representation)
     diverged = replace(TrainState(), step=4).observe(list(map(step_losses, values)), 10)
     assert 1e6 < diverged.since_log.mean < 1e12
-
-
-def test_resume_never_is_an_error_for_a_run_that_has_checkpoints(recipe: Recipe) -> None:
-    config = recipe(max_steps=2, resume="never")
-    Path(config.run, "checkpoints", "step_00000001").mkdir(parents=True)  # never completed
-    train(config)
-    with pytest.raises(UserError, match="holds checkpoints, but resume is never; choose another"):
-        train(replace(config, max_steps=3))
-
-
-@pytest.mark.parametrize("names_the_run", [True, False])
-def test_a_run_may_start_from_another_and_then_resumes_its_own_checkpoints(
-    recipe: Recipe, whole: TrainConfig, names_the_run: bool
-) -> None:
-    first = recipe("first", max_steps=4)
-    train(first)
-    url = first.run if names_the_run else step_url(first.run, 4)
-    branch = recipe("branch", max_steps=6, resume=url)
-    assert train(branch).step == 6
-    assert list_names(join(first.run, "checkpoints")) == ["latest", "step_00000004"]
-    remove(first.run)
-    assert train(replace(branch, max_steps=8)).step == 8
-    assert losses(branch, first_step=5) == losses(whole)[4:]
-    for kind, decay in (("raw", None), ("ema", 0.9)):
-        (mine, info), (theirs, _) = (
-            load_weights(run, prefer=kind)  # type: ignore[arg-type]
-            for run in (branch.run, whole.run)
-        )
-        assert all(map(torch.equal, mine.parameters(), theirs.parameters()))
-        assert (info.step, info.ema_decay) == (8, decay)
-
-
-def test_a_checkpoint_that_does_not_fit_the_recipe_is_an_error(
-    recipe: Recipe, whole: TrainConfig, other_shards: str
-) -> None:
-    with pytest.raises(UserError, match="holds no checkpoint; set resume to a run or"):
-        train(recipe("a", resume=recipe("nowhere").run))
-    with pytest.raises(UserError, match="has another backbone than the recipe"):
-        train(recipe("b", resume=whole.run, backbone=replace(whole.backbone, width=16)))
-    with pytest.raises(UserError, match=r"holds no ema0\.5\."):
-        train(recipe("c", resume=whole.run, ema_decays=(0.5,)))
-    with pytest.raises(UserError, match="trained on other shards"):
-        train(recipe("d", resume=whole.run, shards=other_shards))
 
 
 def test_a_run_that_another_job_holds_is_left_alone(recipe: Recipe) -> None:
