@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +15,10 @@ from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.models.config import FusionTransformerConfig, restore_config
-from ifvit.models.presets import CLASS_PRESETS, PRESETS, with_setting
+from ifvit.models.presets import CLASS_PRESETS, PRESETS, SETTINGS, setting_of, with_setting
 from ifvit.records import PositiveFloat, PositiveInt, parse_yaml, record
+from ifvit.studies.config import StudyConfig
+from ifvit.studies.study import arm_recipes, list_runs, with_length
 from ifvit.training.config import OptimConfig, TrainConfig
 from slurm.config import PipelineConfig, SubmitTrainConfig
 
@@ -26,6 +29,7 @@ RECIPES = [
     *((TrainConfig, path) for path in sorted(CONFIGS.glob("train/*.yaml")) if path != SWEEP),
     (SubmitTrainConfig, SWEEP),
     *((PipelineConfig, path) for path in sorted(CONFIGS.glob("pipeline/*.yaml"))),
+    *((StudyConfig, path) for path in sorted(CONFIGS.glob("study/*.yaml"))),
 ]
 
 
@@ -87,6 +91,70 @@ def test_the_papers_recipe_on_scenes_keeps_its_objective_beside_todays() -> None
     assert (modern.optim.optimizer, paper.optim.optimizer) == ("muon", "adamw")
     assert isinstance(modern.backbone, FusionTransformerConfig)
     assert modern.backbone.fusion == paper.backbone.fusion
+
+
+STUDIES = sorted(path.stem for path in CONFIGS.glob("study/*.yaml"))
+
+
+@cache
+def read_study(name: str) -> StudyConfig:
+    path = CONFIGS / "study" / f"{name}.yaml"
+    return read_config(StudyConfig, ["--config", str(path)], prog="ifvit study")
+
+
+@cache
+def recipes_of(name: str) -> dict[str, TrainConfig]:
+    return arm_recipes(read_study(name))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_of_a_shipped_study_has_a_valid_recipe_of_its_own(name: str) -> None:
+    study = read_study(name)
+    runs = list_runs(study, step_seconds=dict.fromkeys(study.arms, 1.0))
+    assert len({run.recipe.run for run in runs}) == len(study.arms) * len(study.seeds)
+    backbones = {dump_config(run.recipe.backbone) for run in runs}
+    assert len(backbones) == len(study.arms)
+
+
+@pytest.mark.parametrize("name", ["paper", "scenes_modern", "scenes_paper"])
+def test_the_papers_study_has_its_four_settings_and_both_halves_of_its_ablation(name: str) -> None:
+    study = read_study(name)
+    for arm, recipe in recipes_of(name).items():
+        assert isinstance(recipe.backbone, FusionTransformerConfig)
+        assert setting_of(recipe.backbone) == arm
+    best = next(claim for claim in study.claims if "best" in claim.text)
+    assert {best.arm, *best.against} == set(SETTINGS[:4])
+
+
+def test_the_papers_study_samples_every_figure_as_the_paper() -> None:
+    study = read_study("paper")
+    assert study.attention
+    samplings = [study.attention.sampling, *(each.protocol.sampling for each in study.evaluate)]
+    assert {(each.solver, each.num_steps) for each in samplings} == {("dpm_solver_pp_fast", 50)}
+    recipe = recipes_of("paper")[study.reference_arm]
+    exported = range(recipe.export_every or 1, recipe.max_steps + 1, recipe.export_every or 1)
+    evaluated = {step for each in study.evaluate for step in each.steps or () if step != "all"}
+    assert evaluated <= set(exported[-recipe.keep_exports :])
+    assert all(one.protocol.get("step", recipe.max_steps) in evaluated for one in study.published)
+
+
+@pytest.mark.parametrize("max_steps", [1, 7, 333, 200_003, 2_000_000])
+def test_a_recipe_of_any_length_validates_when_it_logs_and_exports_its_checkpoints(
+    max_steps: int,
+) -> None:
+    base = recipes_of("paper")["concat_early"]
+    recipe = with_length(base, max_steps)
+    assert recipe.max_steps == max_steps
+    assert recipe.validation.every % recipe.log_every == 0
+    assert (recipe.export_every or 0) % recipe.checkpoint_every == 0
+    assert recipe.optim.warmup_steps == max(1, max_steps * 5000 // 1_000_000)
+
+
+@pytest.mark.parametrize("name", ["coco2014_fid30k", "paper_compat", "object_count"])
+def test_the_papers_protocols_use_the_only_solver_of_its_scripts(name: str) -> None:
+    words = ["--weights", "w", "--shards", "s", "--protocol", name]
+    sampling = read_config(EvaluateConfig, words, prog="test").protocol.sampling
+    assert (sampling.solver, sampling.num_steps) == ("dpm_solver_pp_fast", 50)
 
 
 @pytest.mark.parametrize("name", ["coco2014_fid30k", "paper_compat"])

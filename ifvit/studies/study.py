@@ -102,10 +102,16 @@ def count_operations(recipes: Mapping[str, TrainConfig]) -> dict[str, float]:
 
 
 def with_length(recipe: TrainConfig, max_steps: int) -> TrainConfig:
-    """Return the recipe for a run of `max_steps`; all numbers of steps keep their shares of it."""
+    """Return the recipe for a run of `max_steps`; all numbers of steps keep their shares of it.
+
+    They are rounded down. Validations stay at steps that are logged, exports at checkpoints.
+    """
 
     def scale(steps: int) -> int:
         return steps and max(1, steps * max_steps // recipe.max_steps)
+
+    rows = max(1, scale(recipe.validation.every) // recipe.log_every)
+    checkpoint_every, export_every = scale(recipe.checkpoint_every), recipe.export_every
 
     optim = replace(
         recipe.optim,
@@ -117,7 +123,7 @@ def with_length(recipe: TrainConfig, max_steps: int) -> TrainConfig:
         max_steps=max_steps,
         optim=optim,
         sample_grid=replace(recipe.sample_grid, every=scale(recipe.sample_grid.every)),
-        validation=replace(recipe.validation, every=scale(recipe.validation.every)),
-        checkpoint_every=scale(recipe.checkpoint_every),
-        export_every=recipe.export_every and scale(recipe.export_every),
+        validation=replace(recipe.validation, every=rows * recipe.log_every),
+        checkpoint_every=checkpoint_every,
+        export_every=export_every and export_every // recipe.checkpoint_every * checkpoint_every,
     )
