@@ -116,6 +116,15 @@ def test_every_run_of_a_shipped_study_has_a_valid_recipe_of_its_own(name: str) -
     assert len(backbones) == len(study.arms)
 
 
+def test_the_study_of_the_documentation_is_a_whole_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    page = (CONFIGS.parent / "docs" / "evaluation.md").read_text()
+    (text,) = re.findall(r"```yaml\n(title: .*?)```", page, re.DOTALL)
+    study = read_config(StudyConfig, ["--config", text], prog="ifvit study")
+    lengths = {run.arm: run.recipe.max_steps for run in list_runs(study)}
+    assert (lengths[study.reference_arm], len(lengths)) == (240, 3)
+
+
 @pytest.mark.parametrize("name", ["paper", "scenes_modern", "scenes_paper"])
 def test_the_papers_study_has_its_four_settings_and_both_halves_of_its_ablation(name: str) -> None:
     study = read_study(name)

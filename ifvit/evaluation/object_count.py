@@ -48,7 +48,7 @@ _PAPER_OBJECTS = {
     "person": ("a person", "people"),
     "apple": ("an apple", "apples"),
 }
-"""One object and its plural: the four kinds of plural of the paper's section 4.1."""
+"""One object and its plural: the four kinds of plural of the paper's section 4.2."""
 
 
 @record
