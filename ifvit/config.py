@@ -35,6 +35,8 @@ Flag = tuple[str, Any]
 
 KEY = "architecture"
 """Field that tells the members of a union of dataclasses apart."""
+_NAME = re.compile(r"[\w-]+")
+"""Name of a shipped recipe, which is no path."""
 FLAG_ONLY = {"flag_only": True}
 """`field(metadata=FLAG_ONLY)` is a field that a flag may set, but no YAML file."""
 _CONFIGS = Path(__file__).parent / "configs"
@@ -49,9 +51,10 @@ def read_config(
     """Parse `--config` files and flags into the dataclass `cls`; a later value wins.
 
     `positional` names the fields that take the words before the first flag: one list field, or
-    several string fields (names separated by spaces). `--config` also takes YAML text of several
-    lines. `--help` and `--print_config` print and exit with code 0. Raises UserError, in one line,
-    for an unknown key, a wrong type, a missing value, and for a value that `cls` rejects.
+    several string fields (names separated by spaces), or `config` for a recipe's file or name.
+    `--config` also takes YAML text of several lines. `--help` and `--print_config` print and exit
+    with code 0. Raises UserError, in one line, for an unknown key, a wrong type, a missing value,
+    and for a value that `cls` rejects.
     """
     parser = ArgumentParser(
         prog=prog,
@@ -228,7 +231,7 @@ def _split_flags(cls: type[Any], argv: Sequence[str], positional: str | None) ->
     `--json` of a boolean field becomes `--json true`. `--class a b`, for a field `classes` with
     "each": "class" in its metadata, becomes `--classes+ a --classes+ b`.
     """
-    kinds = {field.name: field.type for field in fields(cls)}
+    kinds = {"config": str, **{field.name: field.type for field in fields(cls)}}
     each = {f"--{f.metadata['each']}": f"--{f.name}+" for f in fields(cls) if "each" in f.metadata}
     open_positionals = positional.split() if positional else []
     flags: list[Flag] = []
@@ -247,7 +250,9 @@ def _split_flags(cls: type[Any], argv: Sequence[str], positional: str | None) ->
         elif list_flag:
             flags.append((list_flag, word))
         elif open_positionals:
-            flags.append((f"--{open_positionals.pop(0)}", word))
+            name = open_positionals.pop(0)
+            is_name = name == "config" and _NAME.fullmatch(word) and not Path(word).exists()
+            flags.append(("--recipe" if is_name else f"--{name}", word))
         elif flags and flags[-1][1] is None:
             flags[-1] = (flags[-1][0], word)
         else:
@@ -261,7 +266,8 @@ def _split_flags(cls: type[Any], argv: Sequence[str], positional: str | None) ->
 def _find_shipped(cls: type[Any], prog: str, flags: list[Flag]) -> list[Flag]:
     """Replace names of shipped recipes by their files in configs/.
 
-    `--recipe NAME` of `ifvit VERB` becomes `--config configs/VERB/NAME.yaml`. `--protocol NAME`,
+    `--recipe NAME` of `ifvit VERB` becomes `--config configs/VERB/NAME.yaml`, where VERB is one of
+    the words of the verb (`study` of `study run`). `--protocol NAME`,
     for a field with a folder of its name, becomes `--protocol configs/protocol/NAME.yaml`; a local
     file called NAME takes precedence.
     """
@@ -270,10 +276,12 @@ def _find_shipped(cls: type[Any], prog: str, flags: list[Flag]) -> list[Flag]:
         for field in fields(cls)
         if any(map(is_dataclass, (field.type, *get_args(field.type))))
     }
+    words = prog.split()[::-1]
+    verb = next((word for word in words if (_CONFIGS / word).is_dir()), words[0])
     found: list[Flag] = []
     for flag, value in flags:
-        folder = _CONFIGS / (prog.split()[-1] if flag == "--recipe" else flag.removeprefix("--"))
-        is_name = flag in nested and folder.is_dir() and re.fullmatch(r"[\w-]+", value or "")
+        folder = _CONFIGS / (verb if flag == "--recipe" else flag.removeprefix("--"))
+        is_name = flag in nested and folder.is_dir() and _NAME.fullmatch(value or "")
         if not value or not (flag == "--recipe" or (is_name and not Path(value).exists())):
             found.append((flag, value))
             continue

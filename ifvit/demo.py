@@ -9,13 +9,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from ifvit.bench.scene_runs import SceneSets, worker_processes
+from ifvit.bench.scene_runs import SceneSets
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.presets import with_setting
 from ifvit.records import PositiveFloat, record
 from ifvit.storage import join, write_json
 from ifvit.studies.config import ReportConfig
+from ifvit.studies.processes import worker_processes
 from ifvit.training.config import TrainConfig
 
 NUM_TRAIN, NUM_HELD_OUT = 6000, 256

@@ -147,15 +147,16 @@ def one_line_for_lost_processes() -> Iterator[None]:
 
 @contextmanager
 def open_process_group() -> Iterator[ProcessGroup]:
-    """Open a CPU process group for a verb without a training engine."""
+    """Open a CPU process group, also where a training engine has connected the processes."""
     world = World.from_environment()
-    if world.size > 1:
+    connects = world.size > 1 and not dist.is_initialized()
+    if connects:
         dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         with one_line_for_lost_processes():
             yield ProcessGroup(world)
     finally:
-        if world.size > 1:
+        if connects:
             dist.destroy_process_group()
 
 

@@ -19,7 +19,8 @@ class Verb:
     config: str
     function: str
     positional: str | None = None
-    """Fields that take the words before the first flag: one list field, or names with spaces."""
+    """Fields that take the words before the first flag: one list field, or names with spaces, or
+    `config` for a recipe."""
 
     @property
     def help(self) -> str:
@@ -85,6 +86,14 @@ VERBS = {
     ),
     "bench train": Verb(
         "ifvit.bench.config:BenchTrainConfig", "ifvit.bench.training_speed:bench_train"
+    ),
+    "study run": Verb(
+        "ifvit.studies.config:StudyRunConfig", "ifvit.studies.run:run_study", "config"
+    ),
+    "study report": Verb(
+        "ifvit.studies.config:StudyReportConfig",
+        "ifvit.studies.study_page:report_study",
+        "config",
     ),
     "report": Verb("ifvit.studies.config:ReportConfig", "ifvit.studies.report:report", "runs"),
     "rate create": Verb("ifvit.rating.config:CreateConfig", "ifvit.rating.create:create", "study"),

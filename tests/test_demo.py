@@ -77,7 +77,7 @@ def test_demo_goes_the_whole_way_and_repeats_nothing(
 def test_a_killed_demo_takes_its_workers_along() -> None:
     program = (
         "import os, signal\n"
-        "from ifvit.bench.scene_runs import worker_processes\n"
+        "from ifvit.studies.processes import worker_processes\n"
         "print(worker_processes(1, 1).submit(os.getpid).result(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

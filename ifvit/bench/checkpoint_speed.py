@@ -6,12 +6,13 @@ from functools import partial
 
 from ifvit.bench.config import BenchCheckpointConfig, BenchTrainConfig
 from ifvit.bench.measurement import print_result, seconds_on
-from ifvit.bench.training_speed import EngineSteps, build_recipe
+from ifvit.bench.training_speed import build_recipe
 from ifvit.errors import UserError
 from ifvit.models.presets import PRESETS
 from ifvit.models.weights import WeightsInfo
 from ifvit.shards.format import MANIFEST, EncoderIdentity, TextEncoderIdentity
 from ifvit.storage import file_size, join, list_names, write_bytes, write_json
+from ifvit.studies.step_time import EngineSteps
 from ifvit.training.checkpoint import step_url
 from ifvit.training.config import TrainConfig
 from ifvit.training.engine import Engine

@@ -29,7 +29,7 @@ from data_pipeline.shard_io import to_int8, write_shard
 from ifvit import storage
 from ifvit.arrays import Array, npy_bytes
 from ifvit.bench.config import BenchLoaderConfig
-from ifvit.bench.measurement import measure_rounds, median_ratio, print_result
+from ifvit.bench.measurement import median_ratio, print_result
 from ifvit.distributed import World
 from ifvit.shards import CacheConfig
 from ifvit.shards.format import (
@@ -44,6 +44,7 @@ from ifvit.shards.format import (
     write_manifest,
 )
 from ifvit.shards.reader import ShardReader
+from ifvit.studies.step_time import measure_rounds
 from ifvit.training.data import Batch, Batches
 from ifvit.training.order import BatchOrder
 

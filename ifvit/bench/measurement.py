@@ -1,4 +1,4 @@
-"""Timing for all benchmarks: interleaved rounds, and ratios within a round."""
+"""Timing for all benchmarks: ratios within interleaved rounds, and how results are printed."""
 
 import json
 import statistics
@@ -7,23 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from ifvit.models.config import BackboneConfig
-
-
-def measure_rounds(
-    contenders: Mapping[str, Callable[[], float]], rounds: int
-) -> dict[str, list[float]]:
-    """Call all contenders in turn, `rounds` times, and return the results of each contender.
-
-    A slow phase of the machine then affects all contenders alike.
-    """
-    results: dict[str, list[float]] = {name: [] for name in contenders}
-    for name in tqdm([*contenders] * rounds, desc="measure", leave=False):
-        results[name].append(contenders[name]())
-    return results
 
 
 def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
@@ -48,13 +31,6 @@ def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
-
-
-def random_condition(config: BackboneConfig, size: int, device: torch.device) -> Tensor:
-    """Sample contexts (B, M, D) in float16, as in shards, or classes (B,)."""
-    if config.context_shape is None:
-        return torch.arange(size, device=device) % (config.num_classes or 1)
-    return torch.randn(size, *config.context_shape, device=device).half()
 
 
 def print_result(result: Mapping[str, object], as_json: bool) -> None:

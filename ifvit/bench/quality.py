@@ -8,28 +8,24 @@ accuracy of colour, kind and count of images for held-out captions, by the proto
 import os
 import statistics
 import sys
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from ifvit.bench.config import BenchQualityConfig
-from ifvit.bench.measurement import measure_rounds, print_result
-from ifvit.bench.scene_runs import SceneSets, worker_processes
-from ifvit.bench.training_speed import EngineSteps
-from ifvit.errors import UserError
+from ifvit.bench.measurement import print_result
+from ifvit.bench.scene_runs import SceneSets
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.models.cost import count_cost
-from ifvit.records import PositiveFloat, PositiveInt, Sha256, record
-from ifvit.sampling.samples import hash_json
-from ifvit.storage import exists, join, read_sealed, write_sealed
+from ifvit.storage import join
+from ifvit.studies.processes import worker_processes
+from ifvit.studies.step_time import find_step_seconds
 from ifvit.studies.study import with_length
 from ifvit.training.config import TrainConfig
 from ifvit.training.guards import MAY_CHANGE
@@ -37,8 +33,7 @@ from ifvit.training.train import train
 
 PAPER, MODERN = "paper", "modern"
 NUM_SAVES = 12
-"""Saved steps of a run, at equal distances; also the steps per measurement of a step's time."""
-COST_ROUNDS = 5
+"""Saved steps of a run, at equal distances."""
 OBJECTIVE_GROUPS = {
     "prediction": ("prediction", "min_snr_gamma"),
     "timesteps": ("timesteps", "logit_mean", "logit_std", "shift"),
@@ -65,14 +60,12 @@ class Point:
         return self.retrieval >= other.retrieval and self.accuracy >= other.accuracy
 
 
-@record
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Time and number of steps of every arm; plan.json in the folder of the benchmark."""
+    """Time and number of steps of every arm."""
 
-    identity: Sha256
-    """Hash of everything that it was made for."""
-    steps: dict[str, PositiveInt]
-    step_seconds: dict[str, PositiveFloat]
+    steps: dict[str, int]
+    step_seconds: dict[str, float]
     """Processor time of a step in one thread, without the loader."""
 
     def seconds(self, arm: str) -> float:
@@ -146,46 +139,18 @@ def without_ingredients(modern: TrainConfig, paper: TrainConfig) -> Arms:
 def make_plan(workers: Executor, arms: Arms, config: BenchQualityConfig) -> Plan:
     """Measure a step of every arm, and choose the number of steps, a multiple of NUM_SAVES.
 
-    Arms beside the paper's get `share` of its processor time. The plan is kept in the folder, so
-    that a benchmark that was killed continues with it.
+    Arms beside the paper's get `share` of its processor time.
     """
-    url = join(config.folder, "plan.json")
-    identity = hash_json([config.share, {arm: asdict(recipe) for arm, recipe in arms.items()}])
-    if exists(url):
-        plan = read_sealed(Plan, url)
-        if plan.identity != identity:
-            raise UserError(f"{url}: made for other recipes, steps or share; give another --folder")
-        return plan
-    seconds = workers.submit(measure_steps, arms).result()
+    seconds = workers.submit(find_step_seconds, config.folder, arms).result()
     budget = config.share * config.steps * seconds[PAPER]
     steps = {arm: whole_length(budget / one) for arm, one in seconds.items()}
     steps[PAPER] = whole_length(config.steps)
-    plan = Plan(identity=identity, steps=steps, step_seconds=seconds)
-    write_sealed(url, plan)
-    return plan
+    return Plan(steps=steps, step_seconds=seconds)
 
 
 def whole_length(steps: float) -> int:
     """The nearest multiple of NUM_SAVES, at least one."""
     return NUM_SAVES * max(1, round(steps / NUM_SAVES))
-
-
-def measure_steps(arms: Arms) -> dict[str, float]:
-    """Processor time in seconds of a training step of every arm, measured in turn.
-
-    Other work on the machine then slows down all arms alike.
-    """
-
-    def measure(steps: EngineSteps) -> float:
-        started = time.process_time()
-        steps(NUM_SAVES)
-        return (time.process_time() - started) / NUM_SAVES
-
-    engines = {arm: EngineSteps(_in_one_batch(recipe)) for arm, recipe in arms.items()}
-    measures = {arm: partial(measure, steps) for arm, steps in engines.items()}
-    measure_rounds(measures, 1)  # the first step also allocates the optimizer state
-    seconds = measure_rounds(measures, COST_ROUNDS)
-    return {arm: statistics.median(found) for arm, found in seconds.items()}
 
 
 def _in_one_batch(recipe: TrainConfig) -> TrainConfig:

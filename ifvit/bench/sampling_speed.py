@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ifvit.bench.config import BenchGenerateConfig
 from ifvit.bench.measurement import (
-    measure_rounds,
     median_ratio,
     print_result,
-    random_condition,
     seconds_on,
 )
 from ifvit.diffusion.config import Guidance
@@ -25,6 +23,7 @@ from ifvit.models.backbone import Backbone
 from ifvit.models.presets import PRESETS
 from ifvit.models.weights import build_backbone
 from ifvit.sampling.load import compile_backbone
+from ifvit.studies.step_time import measure_rounds, random_condition
 from ifvit.training.profiling import device_name
 
 GUIDANCE_SCALE = 2.0

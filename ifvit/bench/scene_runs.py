@@ -1,14 +1,10 @@
-"""Scenes, recipes and worker processes of the demo and of `ifvit bench quality`.
+"""Scenes and recipes of the demo and of `ifvit bench quality`.
 
 Modules that import torch are imported inside functions, because `ifvit demo --help` comes here.
 """
 
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
-from pathlib import Path
-from threading import Thread
 
 from data_pipeline.config import EncodeConfig
 from ifvit.config import read_config
@@ -73,33 +69,3 @@ class SceneSets:
             image_size=64,
             batch_size=50,
         )
-
-
-def worker_processes(number: int, threads: int, log: str | None = None) -> ProcessPoolExecutor:
-    """Open a pool of processes with `threads` threads each; they die with this process.
-
-    Steps of so small a model last milliseconds. Two threads would spend much of that waiting for
-    each other; two processes do not wait. With `log` what the processes print goes to this file.
-    """
-    return ProcessPoolExecutor(
-        number, get_context("spawn"), initializer=_start_worker, initargs=(threads, log)
-    )
-
-
-def _start_worker(threads: int, log: str | None) -> None:
-    if log is not None:
-        with Path(log).open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-    import torch
-
-    torch.set_num_threads(threads)
-    Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Exit when the parent dies; the workers of a killed demo would go on training otherwise."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -5,10 +5,9 @@ The paper's four settings are also compared with U-ViT's recipe.
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,29 +16,21 @@ from torch.nn import functional
 from ifvit.analysis.plan import activation_bytes, state_bytes
 from ifvit.bench.config import BenchTrainConfig
 from ifvit.bench.measurement import (
-    measure_rounds,
     median_ratio,
     print_result,
-    random_condition,
     seconds_on,
     spread,
 )
-from ifvit.diffusion.config import LatentScaling
-from ifvit.diffusion.objectives import Objective
 from ifvit.diffusion.schedules import NUM_TIMESTEPS, NoiseSchedule
 from ifvit.distributed import choose_device
 from ifvit.models.config import FusionTransformerConfig, name_map, without_representation
 from ifvit.models.cost import count_cost
 from ifvit.models.presets import PRESETS, SETTINGS, setting_of, with_maps
-from ifvit.models.weights import build_backbone, initial_weights
+from ifvit.models.weights import build_backbone
+from ifvit.studies.step_time import SCALING_FACTOR, EngineSteps, measure_rounds, random_batch
 from ifvit.training.config import EngineConfig, TrainConfig
-from ifvit.training.data import Batch, Batches
-from ifvit.training.engine import Engine, choose_normal_sampler
-from ifvit.training.guards import StopRequest
-from ifvit.training.loop import Hook, TrainState, fit
 from ifvit.training.profiling import device_name, peak_flops
 
-SCALING_FACTOR = 0.2301
 EARLY, INTERMEDIATE = "concat_early", "cross_attention_intermediate"
 NUM_COMPILATIONS = 256
 """By default, torch compiles one function 8 times at most; several maps need more."""
@@ -121,7 +112,7 @@ def _describe(
     }
 
 
-def _peak_bytes(steps: "EngineSteps") -> int | None:
+def _peak_bytes(steps: EngineSteps) -> int | None:
     """Return the bytes of the state, and those that a step adds at its peak; None on a CPU."""
     engine = steps.engine
     if engine.device.type != "cuda":
@@ -149,50 +140,6 @@ def build_recipe(shape: FusionTransformerConfig, config: BenchTrainConfig) -> Tr
     )
 
 
-class EngineSteps:
-    """The loop of `ifvit train` on one batch in memory."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.engine = Engine(config, initial_weights(config.backbone, config.seed))
-        self.backbone = self.engine.backbone
-        self.state = TrainState()
-        self._objective = Objective(
-            config.objective,
-            scaling=LatentScaling(scale=SCALING_FACTOR),
-            seed=config.seed,
-            device=self.engine.device,
-            sample_normal=choose_normal_sampler(config.engine),
-        )
-        self._batch = _random_batch(config, self.engine.device)
-
-    def __call__(self, num_steps: int, hooks: Sequence[Hook] = ()) -> None:
-        """Train for `num_steps` steps."""
-        self.state = fit(
-            self.state,
-            self.state.step + num_steps,
-            cast(Batches, _SameBatch(self._batch)),
-            self._objective,
-            self.engine,
-            hooks,
-            StopRequest(self.engine.world),
-            log_every=num_steps,
-        )
-
-
-class _SameBatch:
-    """Stands in for `Batches` in the loop and yields one batch without end."""
-
-    num_micro_batches = 1
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-        self.global_batch_size = len(batch.positions)
-
-    def stream(self, step: int, samples_seen: int, device: torch.device) -> Iterator[Batch]:
-        while True:
-            yield self._batch
-
-
 class UViTRecipeSteps:
     """The training step of U-ViT's code (Bao et al. 2023), written from its description.
 
@@ -214,7 +161,7 @@ class UViTRecipeSteps:
         )
         self._uses_fp16 = device.type == "cuda"
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._uses_fp16)
-        self._schedule, self._batch = NoiseSchedule(device), _random_batch(config, device)
+        self._schedule, self._batch = NoiseSchedule(device), random_batch(config, device)
         self._decay = config.ema_decays[0]
 
     def __call__(self, num_steps: int) -> None:
@@ -239,17 +186,6 @@ class UViTRecipeSteps:
         with torch.autocast(x_0.device.type, torch.float16, enabled=self._uses_fp16):
             predicted = self.backbone(x_t, timesteps, self._batch.condition)
         return functional.mse_loss(predicted.float(), noise)
-
-
-def _random_batch(config: TrainConfig, device: torch.device) -> Batch:
-    """Sample moments and conditions in the shapes of the recipe, in float16 as in shards."""
-    shape, size = config.backbone, config.micro_batch_size
-    moments = (size, 2 * shape.latent_channels, shape.latent_size, shape.latent_size)
-    return Batch(
-        moments=torch.randn(moments, device=device).half(),
-        condition=random_condition(shape, size, device),
-        positions=torch.arange(size, device=device),
-    )
 
 
 def _print_table(rows: list[Row]) -> None:

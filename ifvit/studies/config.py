@@ -133,7 +133,8 @@ class StudyRunConfig(StudyConfig):
     processes: PositiveInt | None = None
     """Runs at the same time; unset: one per GPU, or without a GPU one per core."""
     only: str | None = None
-    """ARM/seedSEED: do only this run, in this process."""
+    """ARM/seedSEED: do only this run, in this process; `plan`: only measure the steps of a study
+    that matches seconds. The data must be there."""
 
 
 @record

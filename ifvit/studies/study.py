@@ -20,6 +20,8 @@ class StudyRun:
     arm: str
     seed: int
     recipe: TrainConfig
+    after: str | None = None
+    """Name of the run of the study that this one branches from."""
 
     @property
     def name(self) -> str:
