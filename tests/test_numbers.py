@@ -17,8 +17,11 @@ from ifvit.verbs import VERBS, load
 REQUIRED: dict[str, dict[str, Any]] = {
     "GenerateConfig": {"prompt": "a cat"},
     "EvaluateConfig": {"shards": "x"},
+    "EvaluationSettings": {"shards": "x"},
     "SubmitEvaluateConfig": {"shards": "x"},
+    "AttentionSettings": {"shards": "x"},
     "AttentionConfig": {"shards": "x"},
+    **dict.fromkeys(("StudyReportConfig", "StudyRunConfig"), {"arms": {"x": {}}}),
     "ObjectiveConfig": {"timesteps": "logit_normal"},
     **{
         type(preset).__name__: vars(preset) for preset in (*CLASS_PRESETS.values(), PRESETS["tiny"])
@@ -71,6 +74,8 @@ def example(hint: Any) -> Any:
     """A valid value of an annotation."""
     if get_origin(hint) in (list, tuple):
         return get_origin(hint)([example(get_args(hint)[0])])
+    if get_origin(hint) is dict:
+        return {"x": example(get_args(hint)[1])}
     first = next(members(hint))
     if dataclasses.is_dataclass(first):
         return next((p for p in PRESETS.values() if isinstance(p, first)), None) or build(first)
@@ -84,6 +89,8 @@ def wrap(hint: Any, value: object) -> object:
     for arm in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
         if get_origin(arm) is Annotated:
             return wrap(get_args(arm)[0], value)
+        if get_origin(arm) is dict:
+            return {"x": wrap(get_args(arm)[1], value)}
         if get_origin(arm) in (list, tuple):
             args = get_args(arm)
             size = len(args) if get_origin(arm) is tuple and args[-1] is not Ellipsis else 1
@@ -109,31 +116,38 @@ CASES = [
 MAY_BE_NEGATIVE = {
     "CreateConfig": "seed",
     "DateConfig": "clip_weight image_reward_weight",
-    "EvaluateConfig": "guidance_scales",
+    "EvaluationSettings": "guidance_scales",
     "ObjectiveConfig": "logit_mean",
+    "Published": "values",
     "SamplingConfig": "guidance_scale seed",
+    "StudyReportConfig": "seeds",
+    "StudyRunConfig": "seeds",
     "TrainConfig": "seed",
 }
 """Class => fields that accept -1."""
 MAY_BE_ZERO = {
-    "AttentionConfig": "trim",
+    "AttentionSettings": "trim",
     "CaptionConfig": "dropout weight",
     "ClusterConfig": "exit_wait_s gpus_per_node signal_delay_s",
     "CreateConfig": "repeat_share seed",
     "DateConfig": "evaluations image_reward_weight radius",
     "EncodeConfig": "task tolerate",
-    "EvaluateConfig": "guidance_scales steps task",
+    "EvaluateConfig": "task",
+    "EvaluationSettings": "guidance_scales steps",
     "FusionTransformerConfig": "num_registers num_text_blocks timestep_offset",
     "ImportConfig": "ema_decay step",
     "LogsConfig": "lines task",
     "ObjectCountConfig": "threshold",
     "ObjectiveConfig": "logit_mean",
     "OptimConfig": "betas cooldown_steps learning_rate warmup_steps weight_decay",
+    "Published": "values",
     "RegulationConfig": "blocks share_of_steps",
     "SampleGridConfig": "every guidance_scale",
     "SamplingConfig": "guidance_high guidance_low guidance_scale seed",
     "ScenesConfig": "seed",
     "ServeConfig": "port",
+    "StudyReportConfig": "seeds",
+    "StudyRunConfig": "seeds",
     "TextOptions": "state",
     "TrainConfig": "caption_dropout ema_decays keep_every seed tolerate_nonfinite",
 }

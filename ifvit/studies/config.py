@@ -78,7 +78,8 @@ class StudyConfig:
     Unset: max_steps of the recipe."""
     arms: dict[PlainName, dict[str, Any]]
     """Name of an arm => fields of the recipe that it changes, such as {backbone.fusion: 7*concat}.
-    `{seed}` in the field `branch` stands for the seed of the run."""
+    `{seed}` in the field `branch` stands for the seed of the run: `{branch: base/seed{seed}@500}`
+    starts each run of an arm from that of the arm base."""
     baseline: PlainName | None = None
     """Arm that all others are compared with; unset: the first one."""
     seeds: tuple[int, ...] = (1, 2, 3)

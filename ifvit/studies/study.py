@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from graphlib import CycleError, TopologicalSorter
 
 from ifvit.config import dump_config, read_config
 from ifvit.errors import UserError
@@ -38,15 +39,28 @@ def list_runs(
     seconds needs. Raises UserError for an arm whose fields the recipe does not have.
     """
     recipes = match_lengths(config, arm_recipes(config), step_seconds)
-    return [
-        StudyRun(arm=arm, seed=seed, recipe=_for_seed(config, arm, recipe, seed))
+    runs = [
+        _build_run(config, arm, recipe, seed)
         for seed in config.seeds
         for arm, recipe in recipes.items()
     ]
+    try:
+        TopologicalSorter({run.name: [run.after] for run in runs if run.after}).prepare()
+    except CycleError as error:
+        raise UserError(f"arms: {error.args[1][0]} branches from itself") from None
+    return runs
 
 
-def _for_seed(config: StudyConfig, arm: str, recipe: TrainConfig, seed: int) -> TrainConfig:
-    return replace(recipe, run=join(config.folder, arm, f"seed{seed}"), seed=seed)
+def _build_run(config: StudyConfig, arm: str, recipe: TrainConfig, seed: int) -> StudyRun:
+    """Return one run; `branch` may name a run of the study by its folder or as ARM/seedSEED."""
+    recipe, after = replace(recipe, run=join(config.folder, arm, f"seed{seed}"), seed=seed), None
+    if recipe.branch is not None:
+        parent, _, step = recipe.branch.replace("{seed}", str(seed)).rpartition("@")
+        name = parent.removeprefix(join(config.folder, ""))
+        if name in {f"{other}/seed{seed}" for other in config.arms for seed in config.seeds}:
+            parent, after = join(config.folder, name), name
+        recipe = replace(recipe, branch=f"{parent}@{step}")
+    return StudyRun(arm=arm, seed=seed, recipe=recipe, after=after)
 
 
 def arm_recipes(config: StudyConfig) -> dict[str, TrainConfig]:

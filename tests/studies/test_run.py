@@ -220,6 +220,21 @@ def test_steps_of_new_arms_are_measured_beside_the_baseline(
     assert lengths == {"early": 4, "pooled": max(1, round(4 * first["early"] / 0.5))}
 
 
+def test_an_arm_may_branch_from_the_runs_of_another(tmp_path: Path) -> None:
+    description = describe_study(tmp_path, tmp_path / "study") | {"seeds": [1, 2]}
+    arms = {"early": {}, "late": {"branch": "early/seed{seed}@2"}, "far": {"branch": "/x/y@9"}}
+    runs = {run.name: run for run in list_runs(read_study(description, arms=arms))}
+    assert runs["late/seed2"].recipe.branch == f"{tmp_path}/study/early/seed2@2"
+    assert {name: run.after for name, run in runs.items() if run.after} == {
+        "late/seed1": "early/seed1",
+        "late/seed2": "early/seed2",
+    }
+    assert runs["far/seed1"].recipe.branch == "/x/y@9"
+    arms["early"] = {"branch": f"{tmp_path}/study/late/seed{{seed}}@2"}
+    with pytest.raises(UserError, match="branches from itself"):
+        list_runs(read_study(description, arms=arms))
+
+
 def test_a_name_of_a_run_that_the_study_lacks_is_one_clear_line(tmp_path: Path) -> None:
     config = read_study(describe_study(tmp_path, tmp_path / "study"), only="late/seed1")
     with pytest.raises(UserError, match=r"only: no run late/seed1; runs are early/seed1, pooled"):
