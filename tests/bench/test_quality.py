@@ -93,7 +93,6 @@ def test_equal_quality_is_equal_in_both_respects() -> None:
 
 def test_ratios_are_of_the_processor_time_of_steps() -> None:
     plan = Plan(
-        identity="0" * 64,
         steps={"paper": 100, "modern": 50},
         step_seconds={"paper": 0.1, "modern": 0.2},
     )
