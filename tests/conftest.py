@@ -62,6 +62,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
+def num_kills() -> int:
+    """SIGKILLs in each test that kills at random moments; IFVIT_TEST_KILLS=100 asks for more."""
+    return int(os.environ.get("IFVIT_TEST_KILLS", "6"))
+
+
+@pytest.fixture
 def s3_bucket() -> Iterator[str]:
     """`s3://bucket/prefix` for one test, emptied afterwards; for tests marked `s3`."""
     with s3_prefix() as url:

@@ -109,7 +109,7 @@ def test_unfinished_files_of_another_process_are_kept(config: EncodeConfig) -> N
 
 
 def test_jobs_killed_at_random_moments_end_with_the_undisturbed_dataset(
-    config: EncodeConfig,
+    config: EncodeConfig, num_kills: int
 ) -> None:
     config = replace(config, samples_per_shard=1, batch_size=1)
     expected = undisturbed_hashes(config)
@@ -120,7 +120,7 @@ def test_jobs_killed_at_random_moments_end_with_the_undisturbed_dataset(
     def find_markers() -> list[Path]:
         return sorted(Path(config.output).glob("completed/*.json"))
 
-    for _ in range(6):
+    for _ in range(num_kills):
         process = context.Process(target=encode, args=(config,))
         process.start()
         num_markers = chance.randrange(10)
