@@ -15,6 +15,7 @@ from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.models.config import FusionTransformerConfig, restore_config
+from ifvit.models.cost import count_cost
 from ifvit.models.presets import CLASS_PRESETS, PRESETS, SETTINGS, setting_of, with_setting
 from ifvit.records import PositiveFloat, PositiveInt, parse_yaml, record
 from ifvit.studies.config import StudyConfig
@@ -145,6 +146,15 @@ def test_the_papers_study_samples_every_figure_as_the_paper() -> None:
     evaluated = {step for each in study.evaluate for step in each.steps or () if step != "all"}
     assert evaluated <= set(exported[-recipe.keep_exports :])
     assert all(one.protocol.get("step", recipe.max_steps) in evaluated for one in study.published)
+
+
+def test_the_published_costs_are_those_of_the_papers_arms() -> None:
+    (costs,) = (each.values for each in read_study("paper").published if not each.protocol)
+    for arm, published in costs.items():
+        cost = count_cost(recipes_of("paper")[arm].backbone)
+        assert round(cost.params / 1e6) == published["mparams"]
+        # The paper also counts norms and activations, 0.064 to 0.071 GFLOPs by arm.
+        assert published["gflops"] - cost.layer_flops / 1e9 == pytest.approx(0.067, abs=0.005)
 
 
 @pytest.mark.parametrize("max_steps", [1, 7, 333, 200_003, 2_000_000])
