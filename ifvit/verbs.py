@@ -70,6 +70,11 @@ VERBS = {
         "ifvit.analysis.attention_analysis:analyze_attention",
         "runs",
     ),
+    "analyze knockout": Verb(
+        "ifvit.analysis.config:KnockoutConfig",
+        "ifvit.analysis.knockout_analysis:analyze_knockout",
+        "runs",
+    ),
     "cost": Verb("ifvit.models.config:CostConfig", "ifvit.models.cost:cost"),
     "cost --plan": Verb("ifvit.analysis.config:PlanConfig", "ifvit.analysis.plan:plan"),
     "bench checkpoint": Verb(

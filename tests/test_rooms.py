@@ -37,6 +37,7 @@ ROOMS = {
     "matplotlib": [
         "ifvit/analysis/atlas.py",
         "ifvit/analysis/attention_analysis.py",
+        "ifvit/analysis/knockout_analysis.py",
         "ifvit/figures.py",
         "ifvit/models/fusion_drawing.py",
         "ifvit/studies/page.py",

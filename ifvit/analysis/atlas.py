@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
 from ifvit.figures import INK, RUN_COLOURS, house_style, literal
@@ -214,11 +214,15 @@ class WindowMaps:
         self,
         cell: Axes,
         values: Mapping[Window, float],
-        texts: Mapping[Window, str] | None = None,
+        texts: Mapping[Window, str],
+        *,
+        label: str = "with text",
+        mark_best: bool = True,
     ) -> None:
         """Plot a value per window; windows without a value stay blank, the best has a frame.
 
-        Each text has a first line and smaller ones below it.
+        Each text has a first line and a smaller one below it. `label` says in words what the
+        blocks of a window have.
         """
         grid = np.full((self.num_blocks, self.num_blocks), np.nan)
         for (first, last), value in values.items():
@@ -226,15 +230,16 @@ class WindowMaps:
         edges = np.arange(self.num_blocks + 1) - 0.5
         mesh: dict[str, Any] = {"cmap": self.colour_map, "norm": self.scale, "edgecolors": "white"}
         cell.pcolormesh(edges, edges, np.ma.masked_invalid(grid), linewidth=1, **mesh)
-        first, last = self.find_best(values, key=lambda window: values[window])
-        frame: dict[str, Any] = {"fill": False, "edgecolor": _MARK, "linewidth": 2.5}
-        cell.add_patch(Rectangle((first - 0.5, last - 0.5), 1, 1, **frame))
-        for window, text in (texts or {}).items():
+        if mark_best:
+            first, last = self.find_best(values, key=lambda window: values[window])
+            frame: dict[str, Any] = {"fill": False, "edgecolor": _MARK, "linewidth": 2.5}
+            cell.add_patch(Rectangle((first - 0.5, last - 0.5), 1, 1, **frame))
+        for window, text in texts.items():
             if self.num_blocks <= _MAX_TEXTS:
                 self._write(cell, window, values[window], text)
         ticks = range(0, self.num_blocks, 1 + self.num_blocks // 16)
         cell.set(xticks=ticks, yticks=ticks, aspect="equal")
-        cell.set(xlabel="first block with text", ylabel="last block with text")
+        cell.set(xlabel=f"first block {label}", ylabel=f"last block {label}")
         cell.tick_params(length=0)
 
     def _write(self, cell: Axes, window: Window, value: float, text: str) -> None:
@@ -248,7 +253,7 @@ class WindowMaps:
         cell.text(window[0], window[1] + up, mean, fontsize=size, **middle)
         cell.text(window[0], window[1] - 0.24, small, fontsize=0.7 * size, **middle)
 
-    def add_colour_bar(self, figure: Figure, axes: Iterable[Axes], label: str) -> None:
+    def add_colour_bar(self, figure: Figure | SubFigure, axes: Iterable[Axes], label: str) -> None:
         """Add the colour bar of all maps to the right of these axes."""
         mappable = ScalarMappable(norm=self.scale, cmap=self.colour_map)
         bar = figure.colorbar(mappable, ax=list(axes), pad=0.02, aspect=25, label=label)

@@ -1,12 +1,13 @@
-"""Configurations of the verbs `analyze attention` and `cost --plan`; imports no torch."""
+"""Configurations of the verbs `analyze` and `cost --plan`; imports no torch."""
 
 from dataclasses import field
 from typing import Annotated, Literal
 
 from ifvit.errors import UserError
+from ifvit.evaluation.config import ProtocolConfig
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.records import NonNegativeInt, PositiveFloat, PositiveInt, Rule, record
-from ifvit.sampling.config import SamplingConfig
+from ifvit.sampling.config import EncoderPlaces, SamplingConfig
 
 Numbers = Annotated[tuple[PositiveInt, ...], Rule("one number or more", bool)]
 
@@ -120,3 +121,56 @@ class AttentionConfig(AttentionSettings):
 
     output: str | None = None
     """Folder for all files. Unset: analysis/attention in each run's folder."""
+
+
+@record
+class KnockoutSettings(EncoderPlaces):
+    """In which blocks text is switched off, and how the effect is measured."""
+
+    shards: str
+    """Folder of held-out shards."""
+
+    windows: Literal["all", "blocks"] = "all"
+    """Windows of blocks, from the first block with text to the last: all of them, or single blocks
+    only, for deep networks."""
+
+    num_samples: Annotated[int, Rule("at least 2", lambda value: value >= 2)] = 256
+    """Samples of the held-out loss, the first of the shards."""
+
+    num_images: Annotated[int, Rule("0, or at least 2", lambda n: n == 0 or n >= 2)] = 64
+    """Images for the alignment, generated without text in each single block; 0: none."""
+
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    """How images are sampled and measured: a file or, by its name, one of configs/protocol. Read
+    are sampling (its seed is that of the held-out loss, too), the captions, clip and scenes."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto uses the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a protocol that does not measure the alignment with captions."""
+        if self.protocol.sampling.method != "plain":
+            raise UserError(
+                f"protocol.sampling.method {self.protocol.sampling.method}: the knock-out "
+                "changes what a network sees of its text; use plain"
+            )
+        if self.protocol.object_count.prompts:
+            raise UserError(
+                "protocol.object_count counts objects, but the knock-out measures the alignment "
+                "with captions; use another protocol, such as matched"
+            )
+
+
+@record
+class KnockoutConfig(KnockoutSettings):
+    """Switch text off in blocks of trained networks, without training: where do they use text?
+
+    Writes the changes of held-out loss and alignment for blocks and windows of blocks, a figure and
+    a table.
+    """
+
+    runs: list[str]
+    """Run or weights folders."""
+
+    output: str | None = None
+    """Folder for all files. Unset: analysis/knockout in each run's folder."""

@@ -34,7 +34,7 @@ from ifvit.evaluation.references import RealImages, Reference, list_images, read
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.models.conditioning import DatasetConditions
 from ifvit.sampling.load import Model
-from ifvit.sampling.samples import batched, hash_json, image_name
+from ifvit.sampling.samples import SampleRow, batched, hash_json, image_name, read_samples
 from ifvit.scenes.captions import parse_caption
 from ifvit.scenes.score import SceneScore, score_image
 from ifvit.shards.reader import ShardReader
@@ -93,7 +93,7 @@ class CaptionMetrics:
 
         Raises UserError for a network or a reference that does not load, before any image is made.
         """
-        wanted = self._describe(protocol)
+        wanted = self.describe(protocol)
         row = _read_row(self._group, MetricsRow, url, model)
         if row is None or row.held_out_loss is None:
             return None
@@ -106,21 +106,12 @@ class CaptionMetrics:
     ) -> MetricsRow:
         """Measure the samples of the row at `url` and write it; each took `seconds` to generate."""
         folder = rows.samples_url(url)
-        sampled, real, description = self._embed(folder), self._real, self._describe(protocol)
+        sampled, real, description = self._embed(folder), self._real, self.describe(protocol)
         losses = self._measure_held_out_losses(model, protocol.sampling.seed)
         is_finite = bool(np.isfinite(losses).all())
 
         def write() -> MetricsRow:
-            cosines = metrics.cosines(sampled[CLIP].part, self._texts[""])
-            scores = self._score_scenes(folder) if protocol.scenes else []
-            sample_set.write_overview(
-                folder,
-                self.prompts,
-                cosines.tolist(),
-                losses.tolist() if is_finite else (),
-                scores,
-                self._real_images,
-            )
+            scores = self._write_overview(folder, sampled, losses.tolist() if is_finite else ())
             found = scene_accuracies(scores) if scores else {}
             found |= self._compute_metrics(sampled, real)
             earlier = storage.read_sealed(MetricsRow, url) if storage.exists(url) else None
@@ -140,6 +131,21 @@ class CaptionMetrics:
             return row
 
         return self._group.on_main(write)
+
+    def score(self, folder: str) -> list[SampleRow]:
+        """Score the samples in `folder` one by one, write samples.jsonl, and return its rows."""
+        sampled = self._embed(folder)
+        self._group.on_main(lambda: self._write_overview(folder, sampled))
+        return read_samples(folder)
+
+    def _write_overview(
+        self, folder: str, sampled: Mapping[str, FeatureSet], losses: Sequence[float] = ()
+    ) -> list[SceneScore]:
+        """Write the list and the grid of the samples; return the scores of scenes, if any."""
+        cosines = metrics.cosines(sampled[CLIP].part, self._texts[""]).tolist()
+        scores = self._score_scenes(folder) if self._config.protocol.scenes else []
+        sample_set.write_overview(folder, self.prompts, cosines, losses, scores, self._real_images)
+        return scores
 
     def _measure_held_out_losses(self, model: Model, seed: int) -> Floats:
         """Losses (N,) of the samples; rows of one model share them, whatever their guidance."""
@@ -182,7 +188,8 @@ class CaptionMetrics:
         """CLIP features (N, E) of the captions to score against, by the prefix before them."""
         return {prefix: self._embed_texts(prefix) for prefix in ("", self._paper_prefix)}
 
-    def _describe(self, protocol: ProtocolConfig) -> rows.Protocol:
+    def describe(self, protocol: ProtocolConfig) -> rows.Protocol:
+        """Return what is sampled and how it is measured, as rows state it."""
         networks, reference = self._networks.features, self._reference
         clip = networks[CLIP].identity
         inception = networks[INCEPTION].identity if INCEPTION in networks else None

@@ -26,6 +26,15 @@ from ifvit.analysis.attention_maps import (
     read_attention,
     write_attention,
 )
+from ifvit.analysis.knockout import FOLDER as KNOCKOUT_FOLDER
+from ifvit.analysis.knockout import (
+    KnockoutAnalysis,
+    KnockoutProtocol,
+    KnockoutRow,
+    list_windows,
+    read_knockout,
+)
+from ifvit.analysis.knockout_analysis import knockout_figure, table_rows
 from ifvit.errors import UserError
 from ifvit.evaluation.features import CLIP, FeatureNetwork
 from ifvit.evaluation.metrics import Estimate
@@ -278,6 +287,38 @@ def read_maps(box: Path) -> object:
     return read_attention(str(box / "attention.json"))
 
 
+def make_knockout(folder: Path) -> list[Format]:
+    change = Estimate(value=-0.5, standard_error=0.1, num_samples=4, low=-0.7, high=-0.3)
+    rows = tuple(
+        KnockoutRow(
+            kind=kind, first=first, last=last, held_out_loss=change, by_timestep=(change,) * 8,
+            clip_score=change,
+        )
+        for kind in ("off", "only")
+        for first, last in list_windows("2*concat")
+    )  # fmt: skip
+    protocol = KnockoutProtocol(
+        windows="all", num_samples=4, seed=0, shards_sha256="a" * 64,
+        null_context="zeros", alignment=None,
+    )  # fmt: skip
+    analysis = KnockoutAnalysis(
+        weights="run", weights_sha256="b" * 64, step=2, fusion="2*concat", num_text_blocks=0,
+        target="noise", protocol=protocol, held_out_loss=change, clip_score=change,
+        scene_accuracy=None, rows=rows,
+    )  # fmt: skip
+    file = f"{KNOCKOUT_FOLDER}/step_00000002.json"
+    (folder / KNOCKOUT_FOLDER).mkdir(parents=True)
+    write_sealed(str(folder / file), analysis)
+    return [
+        Format(name="knock-out", folder=folder, file=file, readers=(plot_knockout,), sealed=True)
+    ]
+
+
+def plot_knockout(box: Path) -> object:
+    found = read_knockout(str(box))
+    return found and (knockout_figure({"run": found}), table_rows({"run": found}))[1]
+
+
 def make_reference(folder: Path) -> list[Format]:
     folder.mkdir(parents=True)
     values = np.random.default_rng(0).normal(size=(9, 4))
@@ -331,4 +372,4 @@ def list_starts(box: Path) -> object:
     return read_starts(box, "7")
 
 
-RUNS = (make_run, make_evaluation, make_attention, make_reference, make_slurm)
+RUNS = (make_run, make_evaluation, make_attention, make_knockout, make_reference, make_slurm)
