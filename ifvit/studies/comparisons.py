@@ -1,250 +1,327 @@
-"""Metrics, their means over seeds, and comparisons of two means as sentences.
+"""Comparisons of arms and claims about them, by the rule of `studies.statistics`.
 
-`report` compares runs, `report paper` compares variants of one or more seeds. For both,
-`noise_between` decides which differences are called a difference.
+An arm is {seed: Evaluation}. `compare` answers questions about arms; all questions of one call are
+one family, because they are shown together. `evaluate_claims` and `find_best` are built on it, and
+`compare_runs` compares two runs of `report`, as arms of one seed.
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
 
-from ifvit.evaluation.metrics import LOWER_IS_BETTER, Estimate
+from ifvit.evaluation import object_count
+from ifvit.evaluation.metrics import Estimate
+from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.evaluation.rows import MetricsRow, differences
 from ifvit.evaluation.runs import Run
-
-Outcome = Literal["better", "worse", "same"]
-Key = TypeVar("Key", bound=Hashable)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """A quantity, how it is shown, and the field of MetricsRow or CountScore that holds it."""
-
-    field: str
-    title: str
-    digits: int | None = None
-    """Decimal places; None: the value is a share and is shown in percent."""
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether smaller values are better."""
-        return self.field in LOWER_IS_BETTER | {"mparams", "gflops"}
-
-    @property
-    def heading(self) -> str:
-        """The title with an arrow that points to better values."""
-        return f"{self.title} {'↓' if self.lower_is_better else '↑'}"
-
-    def of(self, row: MetricsRow | None) -> Estimate | None:
-        """Return the estimate in the row; None if it was not measured."""
-        estimate: Estimate | None = getattr(row, self.field) if row else None
-        return estimate
-
-    def show(self, value: float) -> str:
-        """Return the value in percent, or with `digits` decimal places."""
-        return f"{100 * value:.1f} %" if self.digits is None else f"{value:.{self.digits}f}"
-
-
-FID = Metric(field="fid", title="FID", digits=2)
-FRECHET = Metric(field="frechet_distance", title="Fréchet distance on CLIP features", digits=4)
-CLIP_SCORE = Metric(field="clip_score", title="CLIP Score (raw cosine)", digits=4)
-PAPER_CLIP_SCORE = Metric(field="clip_score_paper", title="CLIP Score (paper's scale)", digits=4)
-RETRIEVAL = Metric(field="retrieval_at_16", title="Retrieval among 16 captions")
-HELD_OUT_LOSS = Metric(field="held_out_loss", title="Held-out loss", digits=4)
-COUNT = Metric(field="count_accuracy", title="Count right")
-RELATION = Metric(field="relation_accuracy", title="Relation right")
-
-METRICS = (
-    FID,
-    Metric(field="kid", title="KID", digits=4),
-    RETRIEVAL,
-    CLIP_SCORE,
-    PAPER_CLIP_SCORE,
-    FRECHET,
-    Metric(field="cmmd", title="CMMD", digits=3),
+from ifvit.sampling.samples import SampleRow
+from ifvit.studies.config import Claim
+from ifvit.studies.quantities import (
+    COUNT_ERROR,
     HELD_OUT_LOSS,
-    COUNT,
-    Metric(field="colour_accuracy", title="Colour right"),
-    Metric(field="kind_accuracy", title="Kind right"),
-    RELATION,
-    Metric(field="scene_accuracy", title="Everything right"),
-    Metric(field="empty_share", title="Empty pictures"),
+    MATCH_RATIO,
+    METRIC_OF,
+    METRICS,
+    Metric,
+)
+from ifvit.studies.statistics import (
+    MAX_MORE_SEEDS,
+    Outcome,
+    PairedDifference,
+    decide,
+    error_over_captions,
+    holm,
+    more_seeds,
+    pair_by_seed,
 )
 
-
-@dataclass(frozen=True, kw_only=True)
-class SeedMean:
-    """The mean of a metric over k runs that differ only in their seed, with its 95 % interval.
-
-    `seed_error` is the standard error s / sqrt(k) over the runs, None for one run. `sample_error`
-    is the mean over the runs of the standard error over samples. All runs generate images for the
-    same captions, so `seed_error` contains the noise of training but not that of other captions.
-    """
-
-    values: tuple[float, ...]
-    seed_error: float | None
-    sample_error: float
-    low: float
-    high: float
-
-    @property
-    def value(self) -> float:
-        """The mean."""
-        return sum(self.values) / len(self.values)
-
-    @property
-    def error(self) -> float:
-        """The standard error over seeds if there are several, else over samples."""
-        return self.sample_error if self.seed_error is None else self.seed_error
-
-
-def mean_over_seeds(estimates: Sequence[Estimate]) -> SeedMean:
-    """Return the mean of one or more estimates, one per run.
-
-    Its interval is that of the only estimate, or Student's interval over the runs.
-    """
-    values, k = [estimate.value for estimate in estimates], len(estimates)
-    seed_error = float(np.std(values, ddof=1)) / math.sqrt(k) if k > 1 else None
-    low, high = estimates[0].low, estimates[0].high
-    if seed_error is not None:
-        mean, half = sum(values) / k, _quantile(k - 1) * seed_error
-        low, high = mean - half, mean + half
-    return SeedMean(
-        values=tuple(values),
-        seed_error=seed_error,
-        sample_error=sum(estimate.standard_error for estimate in estimates) / k,
-        low=low,
-        high=high,
-    )
-
-
-def noise_between(first: SeedMean, second: SeedMean) -> float:
-    """Return half the 95 % interval of the difference of two means.
-
-    A difference of at most this size is called noise. The interval is Welch's interval over seeds,
-    with the degrees of freedom rounded down. If either mean has one run, or if the runs of both
-    means agree exactly, it is the normal interval over samples, which leaves out the noise of
-    other training seeds.
-    """
-    errors = first.seed_error, second.seed_error
-    if None in errors or not any(errors):
-        return _quantile(0) * math.hypot(first.sample_error, second.sample_error)
-    variances = [(error or 0.0) ** 2 for error in errors]
-    freedoms = [len(mean.values) - 1 for mean in (first, second)]
-    parts = sum(v**2 / freedom for v, freedom in zip(variances, freedoms, strict=True))
-    freedom = math.floor(sum(variances) ** 2 / parts + 1e-9)
-    return _quantile(freedom) * math.sqrt(sum(variances))
-
-
-def _quantile(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t; of the normal distribution if freedom is 0."""
-    return float(stats.t.ppf(0.975, freedom) if freedom else stats.norm.ppf(0.975))
-
-
-class Comparison(NamedTuple):
-    """One metric of two means; `outcome` is `same` when the difference is within the noise."""
-
-    metric: str
-    outcome: Outcome
-    sentence: str
+Verdict = Literal["confirmed", "refuted", "open", "not measured"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
-    """Comparisons under one title, and sentences about numbers that have no noise."""
+class Evaluation:
+    """What was measured on one run: its row, the samples behind the row, and object counts."""
 
-    title: str
-    comparisons: list[Comparison] = field(default_factory=list)
-    facts: list[str] = field(default_factory=list)
+    row: MetricsRow | None
+    samples: Sequence[SampleRow] = ()
+    counts: ObjectCountRow | None = None
 
-    @property
-    def summary(self) -> str:
-        """Sentences that name the metrics that are better, worse, or within the noise."""
-        count = len(self.comparisons)
-        if count > 2 and all(c.outcome == "same" for c in self.comparisons):
-            return f"No difference beyond the noise in any of the {count} metrics."
-        phrases = {
-            "better": "Clearly better in",
-            "worse": "Clearly worse in",
-            "same": "No difference beyond the noise in",
-        }
-        named = {
-            outcome: ", ".join(c.metric for c in self.comparisons if c.outcome == outcome)
-            for outcome in phrases
-        }
-        return " ".join(f"{phrases[key]} {names}." for key, names in named.items() if names)
+    def estimate(self, metric: Metric) -> Estimate | None:
+        """The metric of the row or of all counted images; None if it was not measured."""
+        if metric not in (COUNT_ERROR, MATCH_RATIO):
+            return metric.of(self.row)
+        estimate: Estimate | None = getattr(self.counts and self.counts.score(), metric.field, None)
+        return estimate
 
+    def by_caption(self, metric: Metric) -> dict[str, float]:
+        """File of a sample => its value; empty if the values of single samples are not known."""
+        if metric in (COUNT_ERROR, MATCH_RATIO):
+            images = self.counts.images if self.counts else ()
+            errors = {image.file: abs(image.counted - image.asked) for image in images}
+            is_error = metric is COUNT_ERROR
+            return {file: float(error if is_error else not error) for file, error in errors.items()}
+        values = {sample.file: _value_of(sample, metric.field) for sample in self.samples}
+        return {file: value for file, value in values.items() if value is not None}
 
-def compare(
-    metric: Metric, first: SeedMean, second: SeedMean, *, noise: float | None = None
-) -> Comparison:
-    """Compare the second mean with the first; without `noise`, it is that between the means."""
-    difference = second.value - first.value
-    noise = noise_between(first, second) if noise is None else noise
-    values = f"{metric.show(second.value)} against {metric.show(first.value)}"
-    size = metric.show(abs(difference)).replace(" %", " points")
-    margin = metric.show(noise).replace(" %", " points")
-    outcome: Outcome = "better" if (difference < 0) == metric.lower_is_better else "worse"
-    found = f"{outcome} by {size}, the noise is {margin}."
-    if abs(difference) <= noise:
-        outcome = "same"
-        found = f"the difference of {size} is smaller than the noise of {margin}."
-    return Comparison(metric.title, outcome, f"{values}: {found}")
-
-
-def find_best(metric: Metric, means: Mapping[Key, SeedMean]) -> Key | None:
-    """Return the key whose mean is better than every other by more than the noise, else None."""
-    if len(means) < 2:
-        return None
-    choose = min if metric.lower_is_better else max
-    best = choose(means, key=lambda key: means[key].value)
-    first = means[best]
-    is_clear = all(
-        abs(first.value - mean.value) > noise_between(first, mean)
-        for key, mean in means.items()
-        if key != best
-    )
-    return best if is_clear else None
-
-
-def compare_runs(baseline: Run, other: Run) -> Findings | None:
-    """Compare the last evaluations of two runs, metric by metric.
-
-    The held-out loss is compared sample by sample, because both runs saw the same noisy latents.
-    Returns None if the protocols differ or if no metric was measured for both runs.
-    """
-    if mismatches([baseline, other]):
-        return None
-    comparisons = [
-        compare(
-            metric,
-            mean_over_seeds([first]),
-            mean_over_seeds([second]),
-            noise=_paired_noise(baseline, other) if metric is HELD_OUT_LOSS else None,
+    def agrees(self, other: "Evaluation", metric: Metric) -> bool:
+        """Whether the metric was measured in both evaluations, and means the same in both."""
+        if not (self.estimate(metric) and other.estimate(metric)):
+            return False
+        if metric in (COUNT_ERROR, MATCH_RATIO):
+            return bool(
+                self.counts
+                and other.counts
+                and self.counts.group_sizes == other.counts.group_sizes
+                and not object_count.differences(self.counts.protocol, other.counts.protocol)
+            )
+        return bool(
+            self.row
+            and other.row
+            and compares(metric, self.row, other.row)
+            and not differences(self.row.protocol, other.row.protocol)
         )
-        for metric in METRICS
-        if compares(metric, baseline.last, other.last)
-        and (first := metric.of(baseline.last))
-        and (second := metric.of(other.last))
-    ]
-    title = f"{other.name} against {baseline.name}"
-    return Findings(title=title, comparisons=comparisons) if comparisons else None
 
 
-def _paired_noise(first: Run, second: Run) -> float | None:
-    """Half the 95 % interval of the mean difference in held-out loss over the samples of two runs.
+def _value_of(sample: SampleRow, field: str) -> float | None:
+    """The value of which the metric is the mean; None if it is no mean over samples."""
+    if field in ("clip_score", "held_out_loss"):
+        value: float | None = getattr(sample, field)
+        return value
+    scores = sample.scores or {}
+    if field == "scene_accuracy" and scores:  # a scene of one group has no relation
+        return float(all(is_right is not False for is_right in scores.values()))
+    is_right = scores.get(field.removesuffix("_accuracy"))
+    return None if is_right is None else float(is_right)
 
-    None if the losses of single samples are not known.
+
+Arms = Mapping[str, Mapping[int, Evaluation]]
+"""Name of an arm => seed => evaluation."""
+
+
+class Question(NamedTuple):
+    """Is `arm` better or worse than `against` in a metric?"""
+
+    metric: Metric
+    arm: str
+    against: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The answer to a question; the difference is that of `arm` minus `against`."""
+
+    question: Question
+    difference: PairedDifference
+    captions_are_paired: bool
+    """Whether `difference.caption_error` is that of paired captions; else samples are taken as
+    independent, which makes the error too large rather than too small."""
+    adjusted_p: float | None
+    """p-value after Holm over all comparisons that are shown together; None: there is no test."""
+    outcome: Outcome
+    more_seeds: int | None
+    """Seeds that would decide an open comparison; None if it is not known or above 1,000."""
+
+    @property
+    def metric(self) -> Metric:
+        """The metric of the question."""
+        return self.question.metric
+
+    @property
+    def sentence(self) -> str:
+        """The difference, its interval, what it rests on, and the outcome."""
+        found, metric = self.difference, self.question.metric
+        change, count = metric.show_change(found.mean), len(found.values)
+        low, high = (
+            "" if bound is None else metric.show_change(bound).removesuffix(" points")
+            for bound in (found.low, found.high)
+        )
+        if count == 1:
+            over = "captions" if self.captions_are_paired else "samples, not paired"
+            interval = f", 95 % interval {low} to {high} over {over}" if low else ""
+            return f"one run each: {change}{interval}; one seed does not tell recipes apart"
+        if self.adjusted_p is None:
+            return f"{change} for each of {count} paired seeds; without spread there is no test"
+        p = "p < 0.0001" if self.adjusted_p < 1e-4 else f"p = {self.adjusted_p:.2g}"
+        text = f"{change} [{low}, {high}] over {count} paired seeds, {p} after Holm: {self.outcome}"
+        if self.outcome != "open":
+            return text
+        more = "more than" if self.more_seeds is None else "about"
+        return f"{text}; {more} {self.more_seeds or MAX_MORE_SEEDS:,} more seeds would decide it"
+
+
+def compare(arms: Arms, questions: Iterable[Question]) -> list[Comparison]:
+    """Answer the questions as one family; those without a seed that both arms have are left out.
+
+    Evaluations of one question are compared if their protocols agree with that of the first seed.
     """
-    losses = [[sample.held_out_loss for sample in run.samples] for run in (first, second)]
-    if len(losses[0]) != len(losses[1]) or len(losses[0]) < 2 or None in losses[0] + losses[1]:
+    found = {
+        question: (difference, is_paired)
+        for question in dict.fromkeys(questions)
+        for difference, is_paired in [_pair(arms, question)]
+        if difference
+    }
+    adjusted = holm([difference.p_value for difference, _ in found.values()])
+    outcomes = [
+        decide(difference.mean, p, lower_is_better=question.metric.lower_is_better)
+        for (question, (difference, _)), p in zip(found.items(), adjusted, strict=True)
+    ]
+    tested = [outcome for outcome, p in zip(outcomes, adjusted, strict=True) if p is not None]
+    num_open = tested.count("open")
+    return [
+        Comparison(
+            question=question,
+            difference=difference,
+            captions_are_paired=is_paired,
+            adjusted_p=p,
+            outcome=outcome,
+            more_seeds=more_seeds(difference, num_open) if outcome == "open" else None,
+        )
+        for (question, (difference, is_paired)), p, outcome in zip(
+            found.items(), adjusted, outcomes, strict=True
+        )
+    ]
+
+
+def _pair(arms: Arms, question: Question) -> tuple[PairedDifference | None, bool]:
+    """The difference over the seeds that compare, and whether its captions are paired."""
+    metric, arm, against = question
+    shared = sorted(arms[arm].keys() & arms[against].keys())
+    pairs = {seed: (arms[against][seed], arms[arm][seed]) for seed in shared}
+    measured = [e for pair in pairs.values() for e in pair if e.estimate(metric)]
+    kept = {
+        seed: pair
+        for seed, pair in pairs.items()
+        if measured and all(measured[0].agrees(evaluation, metric) for evaluation in pair)
+    }
+    if not kept:
+        return None, False
+    estimates = [
+        {seed: estimate for seed, pair in kept.items() if (estimate := pair[side].estimate(metric))}
+        for side in (0, 1)
+    ]
+    first, second = ({seed: e.value for seed, e in side.items()} for side in estimates)
+    error = _paired_error(metric, list(kept.values()))
+    is_paired = error is not None
+    if error is None:
+        errors = [np.mean([e.standard_error for e in side.values()]) for side in estimates]
+        error = math.hypot(*errors)
+    return pair_by_seed(first, second, error), is_paired
+
+
+def _paired_error(metric: Metric, pairs: Sequence[tuple[Evaluation, Evaluation]]) -> float | None:
+    """Standard error over captions; None unless all runs have values for the same captions."""
+    values = [[evaluation.by_caption(metric) for evaluation in pair] for pair in pairs]
+    files = sorted(values[0][0])
+    if any(found.keys() != values[0][0].keys() for pair in values for found in pair):
         return None
-    gains = np.subtract(*np.array(losses, dtype=np.float64))
-    return _quantile(0) * float(gains.std(ddof=1)) / math.sqrt(len(gains))
+    first, second = (
+        np.array([[pair[side][file] for file in files] for pair in values]) for side in (0, 1)
+    )
+    return error_over_captions(first, second)
+
+
+def questions_about(arms: Arms, baseline: str, metrics: Iterable[Metric]) -> list[Question]:
+    """Return the questions that compare every arm with the baseline in each of the metrics."""
+    others = [arm for arm in arms if arm != baseline]
+    return [Question(metric, arm, baseline) for metric in metrics for arm in others]
+
+
+def find_best(arms: Arms, metrics: Iterable[Metric]) -> dict[str, str]:
+    """Return field of a metric => the arm that is better than every other in it.
+
+    The arm with the best mean is compared with each other one that was measured in the same way as
+    the first arm; all these comparisons are one family. Metrics without such an arm are left out.
+    """
+    questions: dict[str, list[Question]] = {}
+    for metric in metrics:
+        means = _comparable_means(arms, metric)
+        if len(means) > 1:
+            best = (min if metric.lower_is_better else max)(means, key=lambda name: means[name])
+            others = [name for name in means if name != best]
+            questions[metric.field] = [Question(metric, best, other) for other in others]
+    family = [question for asked in questions.values() for question in asked]
+    better = {c.question for c in compare(arms, family) if c.outcome == "better"}
+    return {field: asked[0].arm for field, asked in questions.items() if better.issuperset(asked)}
+
+
+def _comparable_means(arms: Arms, metric: Metric) -> dict[str, float]:
+    """Means of the arms that were measured in the same way as the first one."""
+    measured = {name: [e for e in arm.values() if e.estimate(metric)] for name, arm in arms.items()}
+    first = next((evaluation for found in measured.values() for evaluation in found), None)
+    alike = {
+        name: [e.estimate(metric) for e in found if first and first.agrees(e, metric)]
+        for name, found in measured.items()
+    }
+    return {
+        name: float(np.mean([e.value for e in found if e]))
+        for name, found in alike.items()
+        if found
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimResult:
+    """What a study says about a claim."""
+
+    claim: Claim
+    verdict: Verdict
+    comparisons: list[Comparison]
+    missing: list[Question]
+    """Questions of the claim that no seed answers; with any of them it cannot be confirmed."""
+
+
+def evaluate_claims(arms: Arms, claims: Sequence[Claim]) -> list[ClaimResult]:
+    """Test claims as one family.
+
+    A claim is confirmed if all its comparisons come out as claimed, refuted if one comes out the
+    opposite, not measured if there is none, and open otherwise.
+    """
+    asked = [
+        {
+            Question(METRIC_OF[field], claim.arm, against): expected
+            for against in claim.against
+            for field, expected in claim.metrics.items()
+        }
+        for claim in claims
+    ]
+    family = [question for questions in asked for question in questions]
+    found = {comparison.question: comparison for comparison in compare(arms, family)}
+    return [
+        ClaimResult(
+            claim=claim,
+            verdict=_judge(questions, found),
+            comparisons=[found[question] for question in questions if question in found],
+            missing=[question for question in questions if question not in found],
+        )
+        for claim, questions in zip(claims, asked, strict=True)
+    ]
+
+
+def _judge(
+    questions: Mapping[Question, Literal["better", "worse"]],
+    found: Mapping[Question, Comparison],
+) -> Verdict:
+    outcomes = {
+        question: found[question].outcome if question in found else None for question in questions
+    }
+    if not any(outcomes.values()):
+        return "not measured"
+    if outcomes == questions:
+        return "confirmed"
+    opposite = {"better": "worse", "worse": "better"}
+    is_refuted = any(outcomes[q] == opposite[expected] for q, expected in questions.items())
+    return "refuted" if is_refuted else "open"
+
+
+def compare_runs(baseline: Run, other: Run) -> list[Comparison]:
+    """Compare the last evaluations of two runs, metric by metric, in all that compares."""
+    arms = {
+        run.name: {0: Evaluation(row=run.last, samples=run.samples)} for run in (baseline, other)
+    }
+    return compare(arms, questions_about(arms, baseline.name, METRICS))
 
 
 def compares(metric: Metric, first: MetricsRow | None, second: MetricsRow | None) -> bool:

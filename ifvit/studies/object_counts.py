@@ -10,11 +10,14 @@ from ifvit.evaluation.object_count import ObjectCountRow, differences, read_obje
 from ifvit.evaluation.rows import FOLDER
 from ifvit.evaluation.runs import Run
 from ifvit.records import shorten
-from ifvit.studies.comparisons import Metric, SeedMean, mean_over_seeds
 from ifvit.studies.page import Panel, Point
-
-ERROR = Metric(field="average_error", title="Average error", digits=3)
-MATCH = Metric(field="match_ratio", title="Match ratio")
+from ifvit.studies.quantities import (
+    COUNT_ERROR,
+    MATCH_RATIO,
+    Metric,
+    SeedMean,
+    mean_over_seeds,
+)
 
 Group = tuple[str | None, int | None]
 """An object and an asked count; None stands for all of them."""
@@ -72,12 +75,12 @@ def count_panels(
     objects, counts = first.objects, first.asked_counts
     overall: list[Group] = [*((name, None) for name in objects), (None, None)]
     shown: list[tuple[str, str, Metric, list[Group], Iterable[str]]] = [
-        (name, "asked count", ERROR, [(name, count) for count in counts], map(str, counts))
+        (name, "asked count", COUNT_ERROR, [(name, count) for count in counts], map(str, counts))
         for name in objects
     ]
     shown += [
         (f"{metric.title}, all counts", "", metric, overall, (*objects, "all"))
-        for metric in (ERROR, MATCH)
+        for metric in (COUNT_ERROR, MATCH_RATIO)
     ]
     return [
         Panel(
@@ -91,7 +94,7 @@ def count_panels(
                     x=place,
                     y=mean.value,
                     low=max(0.0, mean.low),
-                    high=mean.high if metric == ERROR else min(1.0, mean.high),
+                    high=mean.high if metric == COUNT_ERROR else min(1.0, mean.high),
                     values=mean.values,
                 )
                 for name, members in rows.items()

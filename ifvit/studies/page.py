@@ -16,7 +16,7 @@ from ifvit.errors import UserError
 from ifvit.figures import COLOURS, house_style, literal, to_png, to_svg
 from ifvit.images import open_image
 from ifvit.records import dump_csv, shorten
-from ifvit.studies.comparisons import Key, Metric, SeedMean, find_best
+from ifvit.studies.quantities import Metric, SeedMean
 
 MISSING = "—"
 """Text of a cell without a value."""
@@ -92,20 +92,21 @@ def text_cell(value: object, template: str = "{}", note: str = "") -> Cell:
 
 
 def metric_cells(
-    metric: Metric, means: Mapping[Key, SeedMean | None], excluded: Collection[Key] = ()
-) -> dict[Key, Cell]:
-    """Return a cell with a standard error for each mean; the clearly best one is marked.
+    metric: Metric,
+    means: Mapping[str, SeedMean | None],
+    excluded: Collection[str] = (),
+    best: str | None = None,
+) -> dict[str, Cell]:
+    """Return a cell with a standard error for each mean; that of `best` is marked.
 
     Those that are `excluded` are not compared with the others, and their notes say so.
     """
-    compared = {key: mean for key, mean in means.items() if mean and key not in excluded}
-    best = find_best(metric, compared)
     cells = {}
     for key, mean in means.items():
         notes = [f"± {metric.show(mean.error)}"] if mean and mean.error else []
         notes += ["not compared"] if mean and key in excluded else []
         text = metric.show(mean.value) if mean else MISSING
-        cells[key] = Cell(text, ", ".join(notes), is_best=best is not None and key == best)
+        cells[key] = Cell(text, ", ".join(notes), is_best=key == best)
     return cells
 
 

@@ -1,4 +1,4 @@
-"""The verb `report paper`: run folders => tables, figures and claims of arXiv 2403.16530."""
+"""The verb `report paper`: run folders => tables and figures of arXiv 2403.16530."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,30 +9,25 @@ import numpy as np
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate
-from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.evaluation.rows import describe_field, describe_value
 from ifvit.evaluation.runs import Run, read_runs
 from ifvit.models.cost import count_cost
 from ifvit.models.presets import PRESETS, with_setting
 from ifvit.records import dump_csv
 from ifvit.studies import paper_figures
-from ifvit.studies.comparisons import (
+from ifvit.studies.config import PaperConfig
+from ifvit.studies.object_counts import read_counts
+from ifvit.studies.page import Cell, Line, Table, inline_image, metric_cells, render_page, text_cell
+from ifvit.studies.quantities import (
     CLIP_SCORE,
     FID,
     FRECHET,
     METRICS,
     PAPER_CLIP_SCORE,
-    Comparison,
-    Findings,
     Metric,
     SeedMean,
-    compare,
     mean_over_seeds,
-    noise_between,
 )
-from ifvit.studies.config import PaperConfig
-from ifvit.studies.object_counts import ERROR, MATCH, mean_score, read_counts
-from ifvit.studies.page import Cell, Line, Table, inline_image, metric_cells, render_page, text_cell
 from ifvit.studies.report import recipe_differences
 from ifvit.studies.variants import (
     PAPER_VARIANTS,
@@ -135,7 +130,6 @@ def report_paper(config: PaperConfig) -> None:
         protocol=[(describe_field(k), describe_value(k, v)) for k, v in protocol.items()],
         tables=tables,
         unlike=unlike_the_paper(sheet),
-        claims=judge_claims(sheet, counts, preference),
         figures=figures,
         inline_image=inline_image,
         differences=[name for name in changed if name not in _MAY_DIFFER],
@@ -151,90 +145,6 @@ def _read_preference(study: str) -> "PreferenceResults | None":
     except ModuleNotFoundError as error:
         raise UserError(f"--study needs {error.name}: pip install 'ifvit[rate]'") from None
     return read_results(study).preference
-
-
-_CLAIMS = (
-    (
-        "concat_early",
-        "concat_intermediate",
-        "With concatenation, intermediate fusion has lower FID (5.77 against 5.98), higher CLIP "
-        "Score (0.588 against 0.584) and counts better (18 of 20 pairs of object and count).",
-    ),
-    (
-        "cross_attention_early",
-        "cross_attention_intermediate",
-        "With cross-attention, intermediate fusion has lower FID (5.68 against 6.48), higher CLIP "
-        "Score (0.588 against 0.575) and counts better or as well (14 of 20 pairs).",
-    ),
-    (
-        "concat_early",
-        "cross_attention_intermediate",
-        "Intermediate fusion by cross-attention is the best of the four variants; against the "
-        "baseline: FID 5.68 and 5.98, CLIP Score 0.588 and 0.584.",
-    ),
-    (
-        "cross_attention_early",
-        "cross_attention_image_blocks_only",
-        "Fusing in the middle blocks alone is the major source of the lower FID, and lowers the "
-        "CLIP Score (Figure 7).",
-    ),
-    (
-        "cross_attention_early",
-        "cross_attention_text_branch_only",
-        "The text branch alone is the major source of the higher CLIP Score (Figure 7).",
-    ),
-)
-"""Two variants, and what the paper says about the second one beside the first."""
-
-
-def judge_claims(
-    sheet: Sheet,
-    counts: Mapping[str, Sequence[ObjectCountRow]],
-    preference: "PreferenceResults | None",
-) -> list[Findings]:
-    """Return each claim with our metrics, object counts, costs and win rates of both variants.
-
-    Claims about which nothing was measured are left out.
-    """
-    claims = []
-    for first, second, text in _CLAIMS:
-        comparisons = [
-            compare(metric, means[first], means[second])
-            for metric in (*sheet.metrics, *_COSTS)
-            if {first, second} <= (means := measure(sheet, metric)).keys()
-        ]
-        facts = []
-        if first in counts and second in counts:
-            found, fact = _compare_counts(counts[first], counts[second])
-            comparisons, facts = comparisons + found, [fact]
-        facts += [
-            f"{rate.first} is ranked above {rate.second} in {rate.share.value:.0%} of "
-            f"{rate.share.num_samples} rankings; the 95 % interval is {rate.share.low:.0%} to "
-            f"{rate.share.high:.0%}."
-            for rate in (preference.win_rates if preference else ())
-            if {rate.first, rate.second} == {first, second}
-        ]
-        claims.append(Findings(title=text, comparisons=comparisons, facts=facts))
-    return [claim for claim in claims if claim.comparisons or claim.facts]
-
-
-def _compare_counts(
-    first: Sequence[ObjectCountRow], second: Sequence[ObjectCountRow]
-) -> tuple[list[Comparison], str]:
-    """Compare error and match ratio over all images, then count pairs of object and asked count."""
-
-    def means(metric: Metric, name: str | None, asked: int | None) -> list[SeedMean]:
-        found = [mean_score(rows, metric, name, asked) for rows in (first, second)]
-        return [mean for mean in found if mean]
-
-    pairs = [means(ERROR, name, asked) for name, asked in first[0].group_sizes]
-    gains = [before.value - after.value for before, after in pairs]
-    clear = sum(gain > noise_between(*pair) for gain, pair in zip(gains, pairs, strict=True))
-    fact = (
-        f"Its average error is lower for {sum(gain > 0 for gain in gains)} of {len(pairs)} pairs "
-        f"of object and count and equal for {gains.count(0.0)}; lower beyond the noise for {clear}."
-    )
-    return [compare(metric, *means(metric, None, None)) for metric in (ERROR, MATCH)], fact
 
 
 def table_1(sheet: Sheet) -> Table:

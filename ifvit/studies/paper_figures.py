@@ -22,9 +22,9 @@ from ifvit.figures import RUN_COLOURS, house_style, literal, to_png
 from ifvit.images import Pixels
 from ifvit.records import dump_csv, shorten
 from ifvit.sampling.samples import read_images, read_samples
-from ifvit.studies.comparisons import PAPER_CLIP_SCORE, SeedMean, mean_over_seeds
 from ifvit.studies.object_counts import count_panels
 from ifvit.studies.page import Panel, Point, panels_to_csv, panels_to_png
+from ifvit.studies.quantities import PAPER_CLIP_SCORE, SeedMean, mean_over_seeds
 from ifvit.studies.variants import PAPER_VARIANTS, VARIANT_COLOURS, Sheet, title_of
 
 if TYPE_CHECKING:  # a sheet without a rating study does not need the extra `rate`

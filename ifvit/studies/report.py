@@ -20,7 +20,7 @@ from ifvit.figures import RUN_COLOURS
 from ifvit.images import ImageError
 from ifvit.models.presets import setting_of
 from ifvit.records import shorten
-from ifvit.studies.comparisons import METRICS, compare_runs, compares, mean_over_seeds, mismatches
+from ifvit.studies.comparisons import compare_runs, compares, mismatches
 from ifvit.studies.config import ReportConfig
 from ifvit.studies.object_counts import count_panels, read_counts
 from ifvit.studies.page import (
@@ -35,6 +35,7 @@ from ifvit.studies.page import (
     render_page,
     text_cell,
 )
+from ifvit.studies.quantities import METRICS, mean_over_seeds
 
 _NUM_COLOURS = len(RUN_COLOURS)
 _NUM_CAPTIONS = 24
@@ -80,7 +81,7 @@ def report(config: ReportConfig) -> None:
 def metric_lines(
     rows: Mapping[str, MetricsRow | None], excluded: Collection[str] = ()
 ) -> list[Line]:
-    """Return a line per measured metric with a cell for each row; a clearly best one is marked.
+    """Return a line per measured metric with a cell for each row.
 
     A note marks the numbers of the `excluded` rows, which cannot be compared with the first row,
     and held-out losses of another target than the first one.

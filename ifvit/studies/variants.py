@@ -1,7 +1,7 @@
 """Groups runs by the paper's variants and selects the evaluations that can be compared.
 
 A variant is a setting of `models/config.py`, such as `cross_attention_early`. `report paper` builds
-its tables, figures and claims from the `Sheet` that `make_sheet` returns.
+its tables and figures from the `Sheet` that `make_sheet` returns.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from ifvit.evaluation.rows import MetricsRow, differences, main_series
 from ifvit.evaluation.runs import Run
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.presets import SETTINGS, setting_of
-from ifvit.studies.comparisons import (
+from ifvit.studies.comparisons import compares
+from ifvit.studies.quantities import (
     COUNT,
     FID,
     FRECHET,
@@ -22,7 +23,6 @@ from ifvit.studies.comparisons import (
     RETRIEVAL,
     Metric,
     SeedMean,
-    compares,
     mean_over_seeds,
 )
 

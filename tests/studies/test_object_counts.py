@@ -6,8 +6,9 @@ import pytest
 from made_counts import made_row
 
 from ifvit.evaluation.object_count import ObjectCountRow
-from ifvit.studies.object_counts import ERROR, count_panels, mean_score
+from ifvit.studies.object_counts import count_panels, mean_score
 from ifvit.studies.page import Panel, panels_to_csv
+from ifvit.studies.quantities import COUNT_ERROR
 
 COLOURS = {"early": 0, "late": 1}
 ROWS = {"early": [made_row((0, 2))], "late": [made_row((0, 1))]}
@@ -37,7 +38,7 @@ def test_intervals_stay_where_the_numbers_can_be() -> None:
 
 def test_several_runs_are_their_mean_with_the_interval_over_runs() -> None:
     rows = [made_row((2, 2)), made_row((1, 1))]
-    mean = mean_score(rows, ERROR, "bus", 2)
+    mean = mean_score(rows, COUNT_ERROR, "bus", 2)
     assert mean is not None
     assert (mean.value, mean.seed_error) == (1.5, pytest.approx(0.5))
     (point, *_) = count_panels({"early": rows}, COLOURS)[0].points

@@ -18,15 +18,13 @@ from ifvit.evaluation.runs import read_runs
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.presets import PRESETS, with_setting
 from ifvit.rating.agreement import OrderBias
-from ifvit.rating.results import PreferenceResults, Replies, WinRate
+from ifvit.rating.results import PreferenceResults, Replies
 from ifvit.storage import write_sealed
-from ifvit.studies.comparisons import FRECHET
 from ifvit.studies.config import PaperConfig
-from ifvit.studies.object_counts import read_counts
+from ifvit.studies.object_counts import mean_score, read_counts
 from ifvit.studies.paper import (
     GFLOPS,
     SPEED,
-    judge_claims,
     measure,
     report_paper,
     table_1,
@@ -35,6 +33,7 @@ from ifvit.studies.paper import (
     unlike_the_paper,
 )
 from ifvit.studies.paper_figures import figure_3, figure_6, figure_7
+from ifvit.studies.quantities import COUNT_ERROR, FRECHET
 from ifvit.studies.variants import PAPER_VARIANTS, Sheet, make_sheet, title_of
 
 PAPER_PROTOCOL = {
@@ -195,21 +194,6 @@ def test_table_1_has_means_over_seeds_and_no_distance_under_fid(sheet: Sheet) ->
     assert further.heads[2:] == ["Retrieval among 16 captions ↑", "Count right ↑"]
 
 
-def test_the_best_variant_is_marked_only_beyond_the_noise_over_seeds(sheet: Sheet) -> None:
-    marks = [line.cells[2].is_best for line in table_1(sheet).lines]
-    assert marks == [False, False, False, True]
-    rows = {}
-    for name, found in sheet.rows.items():
-        seed = int(name[-1])
-        values = [row.frechet_distance.value + seed for row in found if row.frechet_distance]
-        rows[name] = [
-            dataclasses.replace(row, frechet_distance=estimate(value, 0.001))
-            for row, value in zip(found, values, strict=True)
-        ]
-    noisy = table_1(dataclasses.replace(sheet, rows=rows))
-    assert not any(line.cells[2].is_best for line in noisy.lines)
-
-
 def test_training_speed_ignores_a_pause(sheet: Sheet) -> None:
     paused = [made_training_row(10, samples_per_s=rate) for rate in (400.0, 400.0, 4.0)]
     run = dataclasses.replace(sheet.variants[VARIANTS[0]][0], curve=paused)
@@ -336,48 +320,14 @@ def test_figure_7_shows_each_half_between_none_and_both(sheet: Sheet, runs: list
     assert not figure_7(sheet_of(runs[:8])).panels
 
 
-def test_claims_are_judged_by_the_noise_over_seeds(sheet: Sheet) -> None:
-    concat, *others = judge_claims(sheet, {}, None)
-    assert [claim.comparisons[0].sentence[:21] for claim in (concat, *others)] == [
-        "0.1610 against 0.2010",
-        "0.0810 against 0.1210",
-        "0.0810 against 0.2010",
-        "0.0410 against 0.1210",
-        "0.0010 against 0.1210",
-    ]
-    outcomes = {comparison.metric: comparison.outcome for comparison in concat.comparisons}
-    assert outcomes == {
-        "Fréchet distance on CLIP features": "better",
-        "CLIP Score (paper's scale)": "better",
-        "Retrieval among 16 captions": "better",
-        "Count right": "same",
-        "Parameters, M": "worse",
-        "Training it/s": "same",
-        "GFLOPs": "better",
-    }
-    assert concat.summary == (
-        "Clearly better in Fréchet distance on CLIP features, CLIP Score (paper's scale), "
-        "Retrieval among 16 captions, GFLOPs. Clearly worse in Parameters, M. "
-        "No difference beyond the noise in Count right, Training it/s."
-    )
-    assert "better by 0.0400, the noise is 0.0061" in concat.comparisons[0].sentence
-
-
-def test_claims_about_variants_without_runs_are_left_out(runs: list[str]) -> None:
-    (claim,) = judge_claims(sheet_of(runs[:3]), {}, None)
-    assert claim.comparisons[0].sentence.startswith("0.1600 against 0.2010")
-
-
 def test_counts_are_means_over_seeds_of_rows_with_one_protocol(tmp_path: Path) -> None:
     runs = write_runs(tmp_path, variants=[0, 1])
     for run, errors in zip(runs, ((2, 2), (1, 1), (0, 1), (0, 1)), strict=True):
         write_sealed(f"{run}/{COUNTS}", made_row(errors))
     sheet = sheet_of(runs)
     counts, _ = read_counts(sheet.variants)
-    claim, *_ = judge_claims(sheet, counts, None)
-    found = [one.sentence.split(":")[0] for one in claim.comparisons[-2:]]
-    assert found == ["0.500 against 1.500", "50.0 % against 0.0 %"]
-    assert "lower for 20 of 20 pairs of object and count and equal for 0" in claim.facts[-1]
+    means = [mean_score(rows, COUNT_ERROR, None, None) for rows in counts.values()]
+    assert [mean and mean.value for mean in means] == [1.5, 0.5]
 
     other = dataclasses.replace(made_row((0, 0)).protocol, num_images=7)
     row = dataclasses.replace(made_row((0, 0)), protocol=other)
@@ -385,18 +335,6 @@ def test_counts_are_means_over_seeds_of_rows_with_one_protocol(tmp_path: Path) -
     counts, excluded = read_counts(sheet.variants)
     assert excluded == ["concat_early/seed1 was counted with another num_images."]
     assert [len(rows) for rows in counts.values()] == [1, 2]
-
-
-def test_the_win_rates_of_a_rating_study_are_shown(sheet: Sheet) -> None:
-    share = dataclasses.replace(estimate(0.3, 0.05), num_samples=40)
-    rate = WinRate(first="concat_early", second="concat_intermediate", share=share)
-    found = dataclasses.replace(PREFERENCE, win_rates=[rate])
-    claim, *others = judge_claims(sheet, {}, found)
-    assert claim.facts[-1] == (
-        "concat_early is ranked above concat_intermediate in 30% of 40 rankings; the 95 % interval "
-        "is 20% to 40%."
-    )
-    assert "rankings" not in " ".join(fact for other in others for fact in other.facts)
 
 
 def test_a_model_of_a_rating_study_has_the_colour_of_its_variant() -> None:

@@ -1,6 +1,7 @@
 """`report` of made run folders compares the runs and names missing files."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ifvit.evaluation.rows import MetricsRow
 from ifvit.evaluation.runs import Run, read_runs
 from ifvit.sampling.config import SamplingConfig
 from ifvit.storage import write_sealed
-from ifvit.studies.comparisons import compare_runs
+from ifvit.studies.comparisons import Comparison, compare_runs
 from ifvit.studies.config import ReportConfig
 from ifvit.studies.report import curve_panels, method_tables, metric_lines, report
 
@@ -60,16 +61,23 @@ def test_a_run_that_does_not_exist_is_a_user_error(tmp_path: Path) -> None:
         render([str(tmp_path / "nowhere")], tmp_path / "report.html")
 
 
-def test_runs_are_compared_metric_by_metric(runs: list[str]) -> None:
-    found = compare_runs(*read_runs(runs))
-    assert found is not None
-    assert found.title == "intermediate against early"
-    outcomes = {comparison.metric: comparison.outcome for comparison in found.comparisons}
-    assert outcomes["Retrieval among 16 captions"] == "better"
-    assert outcomes["Count right"] == "same"
-    assert found.summary.startswith(
-        "Clearly better in Retrieval among 16 captions. No difference beyond the noise in "
-    )
+def test_runs_are_compared_metric_by_metric_and_never_called_different(
+    runs: list[str], tmp_path: Path
+) -> None:
+    found = {one.metric.field: one for one in compare_runs(*read_runs(runs))}
+    assert found.keys() == {
+        *("retrieval_at_16", "clip_score", "clip_score_paper", "frechet_distance"),
+        "count_accuracy",
+    }
+    assert found["retrieval_at_16"].question[1:] == ("intermediate", "early")
+    assert {one.outcome for one in found.values()} == {"open"}
+    page = render(runs, tmp_path / "report.html")
+    assert "intermediate against early: " in page
+    assert (
+        "one run each: +22.0 points, 95 % interval +16.5 to +27.5 over samples, not paired; "
+        "one seed does not tell recipes apart"
+    ) in page
+    assert 'class="best"' not in page
 
 
 def test_runs_evaluated_in_different_ways_are_marked_and_not_compared(tmp_path: Path) -> None:
@@ -88,7 +96,6 @@ def test_runs_evaluated_in_different_ways_are_marked_and_not_compared(tmp_path: 
     rows = {run.name: run.last for run in read_runs(urls)}
     cells = metric_lines(rows, {"b"})[0].cells
     assert ["not compared" in cell.note for cell in cells] == [False, True, False]
-    assert [cell.is_best for cell in cells] == [False, False, True]
 
 
 def with_method(row: MetricsRow, method: str, seconds: float) -> MetricsRow:
@@ -107,7 +114,6 @@ def test_alignment_methods_of_one_run_are_shown_side_by_side(tmp_path: Path) -> 
     assert [cell.text for cell in cells["Seconds per image"]] == ["0.500", "0.750"]
     retrieval = cells["Retrieval among 16 captions ↑"]
     assert [cell.text for cell in retrieval] == ["40.0 %", "60.0 %"]
-    assert [cell.is_best for cell in retrieval] == [False, True]
     assert "Alignment methods" in render([run], tmp_path / "report.html")
 
 
@@ -143,12 +149,9 @@ def test_held_out_losses_of_other_targets_are_not_compared(tmp_path: Path) -> No
     losses = cells["Held-out loss ↓"]
     assert [cell.text for cell in losses] == ["0.5000", "0.9000", "0.3000"]
     assert ["not compared" in cell.note for cell in losses] == [False, True, False]
-    assert [cell.is_best for cell in losses] == [False, False, True]
     for other, compared in ((b, False), (c, True)):
-        found = compare_runs(a, other)
-        assert found is not None
-        names = [comparison.metric for comparison in found.comparisons]
-        assert ("Held-out loss" in names) == compared
+        fields = [comparison.metric.field for comparison in compare_runs(a, other)]
+        assert ("held_out_loss" in fields) == compared
     panels = {panel.title: panel for panel in curve_panels(runs, dict.fromkeys("abc", 0))}
     own = {
         title: panel for title, panel in panels.items() if title.startswith("Held-out loss over s")
@@ -178,16 +181,18 @@ def test_held_out_losses_are_compared_sample_by_sample(tmp_path: Path) -> None:
         samples = [dataclasses.replace(sample, held_out_loss=loss) for sample, loss in pairs]
         return dataclasses.replace(run, samples=samples)
 
-    def outcome(first: Run, second: Run) -> str:
-        found = compare_runs(first, second)
-        assert found is not None
-        return {one.metric: one.outcome for one in found.comparisons}["Held-out loss"]
+    def find(second: Run) -> Comparison:
+        found = {one.metric.field: one for one in compare_runs(base, second)}
+        return found["held_out_loss"]
 
     base = made("base", [0.2, 0.5, 0.8])
-    assert outcome(base, made("better", [0.19, 0.48, 0.79])) == "better"
-    assert outcome(base, made("noisy", [0.29, 0.38, 0.79])) == "same"
-    unpaired = dataclasses.replace(base, samples=base.samples[:2])
-    assert outcome(unpaired, made("other", [0.19, 0.48, 0.79])) == "same"
+    other = made("other", [0.19, 0.48, 0.79])
+    paired = find(other)
+    assert paired.captions_are_paired
+    assert paired.difference.caption_error == pytest.approx(0.01 / 3)
+    unpaired = find(dataclasses.replace(other, samples=other.samples[:2]))
+    assert not unpaired.captions_are_paired
+    assert unpaired.difference.caption_error == pytest.approx(0.3 * math.sqrt(2))
 
 
 def test_training_curves_are_means_of_neighbouring_lines(runs: list[str]) -> None:
