@@ -34,6 +34,7 @@ from ifvit.shards.format import (
     Manifest,
     ShardEntry,
     ShardError,
+    TextEncoding,
     read_manifest,
     remedy_for,
     write_manifest,
@@ -251,67 +252,53 @@ def _tar_problems(
 
 
 def _sample_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
-    num_captions = len(sample.metadata.captions)
-    features = manifest.features.shape if manifest.features else None
-    shapes = {
-        "moments": manifest.moments_shape,
-        "flipped": manifest.moments_shape if manifest.flipped else None,
-        "features": features,
-        "flipped_features": features if manifest.flipped else None,
+    text = manifest.text
+    image = (manifest.dtype, manifest.moments_shape)
+    feature = (FEATURE_DTYPE, manifest.features.shape) if manifest.features else None
+    # Number format and shape of each array; () where the captions decide the shape.
+    wanted: dict[str, tuple[str, tuple[int, ...]] | None] = {
+        "moments": image,
+        "flipped": image if manifest.flipped else None,
+        "features": feature,
+        "flipped_features": feature if manifest.flipped else None,
+        "context": (text.dtype, ()) if text else None,
+        "context_lengths": ("int32", ()) if text else None,
+        "context_scale": ("float32", ()) if text and text.dtype == "int8" else None,
     }
-    yield from _context_problems(sample, manifest)
-    for field, shape in shapes.items():
-        dtype = FEATURE_DTYPE if "features" in field else manifest.dtype
+    for field, form in wanted.items():
         array: Array | None = getattr(sample, field)
-        if array is None or shape is None:
-            if (array is None) != (shape is None):
+        if array is None or form is None:
+            if (array is None) != (form is None):
                 state = "missing" if array is None else "present"
                 yield f"{field}.npy is {state}, contrary to the manifest"
             continue
-        if array.shape != shape or array.dtype != dtype:
-            yield f"{field}.npy is {array.dtype} {array.shape}, not {dtype} {shape}"
+        dtype, shape = form
+        if array.dtype != dtype or array.shape != (shape or array.shape):
+            yield f"{field}.npy is {array.dtype} {array.shape}, not {dtype} {shape or ''}".rstrip()
         if not np.isfinite(array).all():
             yield f"{field}.npy has values that are not finite"
-    labels = range(len(manifest.classes)) if manifest.classes else [None]
-    if sample.label not in labels:
-        yield f"cls is {sample.label}, but there are {len(manifest.classes)} classes"
-    if bool(manifest.classes) != (num_captions == 0):
+    if text:
+        yield from _context_problems(sample, text, manifest.dtype)
+    num_captions, labels = len(sample.metadata.captions), range(len(manifest.classes))
+    if sample.label not in (labels or [None]):
+        yield f"cls is {sample.label}, but there are {len(labels)} classes"
+    if bool(labels) != (num_captions == 0):
         yield f"json has {num_captions} captions, contrary to the manifest"
-    if not manifest.classes and bool(sample.metadata.sources) != bool(manifest.caption_sources):
+    if not labels and bool(sample.metadata.sources) != bool(manifest.caption_sources):
         yield "json has or lacks sources of captions, contrary to the manifest"
 
 
-def _context_problems(sample: LatentSample, manifest: Manifest) -> Iterator[str]:
-    text = manifest.text
-    wanted = {
-        "context": text and text.dtype,
-        "context_lengths": text and "int32",
-        "context_scale": text and ("float32" if text.dtype == "int8" else None),
-    }
-    for field, dtype in wanted.items():
-        array: Array | None = getattr(sample, field)
-        if (array is None) != (dtype is None):
-            state = "missing" if array is None else "present"
-            yield f"{field}.npy is {state}, contrary to the manifest"
-            return
-        if array is not None and array.dtype != dtype:
-            yield f"{field}.npy is {array.dtype}, not {dtype}"
-        if array is not None and not np.isfinite(array).all():
-            yield f"{field}.npy has values that are not finite"
-    if text is None:
-        return
-    assert sample.context is not None
-    assert sample.context_lengths is not None
-    if sample.context.shape[1] != text.context_shape[1]:
-        yield f"context.npy has tokens of width {sample.context.shape[1]}"
-    if not all(map(text.allows, sample.context_lengths.tolist())):
+def _context_problems(sample: LatentSample, text: TextEncoding, dtype: str) -> Iterator[str]:
+    context, lengths, scale = sample.context, sample.context_lengths, sample.context_scale
+    if context is not None and context.shape[1] != text.context_shape[1]:
+        yield f"context.npy has tokens of width {context.shape[1]}"
+    if lengths is not None and not all(map(text.allows, lengths.tolist())):
         yield f"context_lengths.npy is not what contexts of shape {text.context_shape} have"
-    if sample.context_scale is not None:
-        scale = sample.context_scale[:, None]
+    if context is not None and scale is not None:
         with np.errstate(over="ignore"):
-            tokens = np.multiply(sample.context, scale, dtype=np.float32).astype(manifest.dtype)
+            tokens = np.multiply(context, scale[:, None], dtype=np.float32).astype(dtype)
         if (scale < 0).any() or not np.isfinite(tokens).all():
-            yield f"context_scale.npy has values below 0 or too large for {manifest.dtype}"
+            yield f"context_scale.npy has values below 0 or too large for {dtype}"
 
 
 def merge(config: MergeConfig) -> None:
