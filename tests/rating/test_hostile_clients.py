@@ -307,7 +307,7 @@ def test_slow_connections_are_closed_in_time() -> None:
 
 
 def test_many_raters_are_served_during_an_attack(study: Study) -> None:
-    tool = Path(__file__).parents[2] / "tools" / "rating_load.py"
+    tool = Path(__file__).with_name("rating_load.py")
     sizes = ["--raters=20", "--floods=5", "--idle=200", "--strangers=2", "--seconds=2"]
     output = subprocess.run(
         [sys.executable, str(tool), str(study.folder), *sizes], check=True, capture_output=True

@@ -1,6 +1,6 @@
 """Load test of `ifvit rate serve`: many raters at once while others flood it and hold it open.
 
-    python tools/rating_load.py STUDY --raters 200 --floods 20 --idle 1100 --strangers 10
+    python tests/rating/rating_load.py STUDY --raters 200 --floods 20 --idle 1100 --strangers 10
 
 STUDY is a folder of `ifvit rate create` with more raters than --raters; the last one sends the same
 answer over and over. Strangers know no code. Prints the seconds that pages and answers took, and
