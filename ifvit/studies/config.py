@@ -1,13 +1,16 @@
 """The study file, and the configurations of `study` and `report`; imports no torch."""
 
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any, Literal
 
 from data_pipeline.config import EncodeConfig
 from ifvit.analysis.config import AttentionSettings
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluationSettings, MakeReferenceConfig
-from ifvit.records import PlainName, PositiveInt, record
+from ifvit.evaluation.metrics import Estimate
+from ifvit.evaluation.object_count import CountScore
+from ifvit.evaluation.rows import MetricsRow
+from ifvit.records import PlainName, PositiveInt, record, shorten
 from ifvit.scenes import ScenesConfig
 from ifvit.training.config import Location, TrainConfig
 
@@ -35,6 +38,21 @@ class Claim:
     """The arms that it is compared with, each of them."""
     metrics: dict[str, Literal["better", "worse"]]
     """Fields of MetricsRow or CountScore, and how the arm compares in them if the claim holds."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a claim that compares nothing, and for an unknown metric."""
+        if not self.against or not self.metrics or self.arm in self.against:
+            raise UserError(f"{self.text}: give against (other arms than {self.arm}) and metrics")
+        known = [
+            each.name
+            for row in (MetricsRow, CountScore)
+            for each in fields(row)
+            if each.type in (Estimate, Estimate | None)
+        ]
+        if unknown := [name for name in self.metrics if name not in known]:
+            raise UserError(
+                f"{self.text}: no metric {shorten(unknown[0])}; metrics are {', '.join(known)}"
+            )
 
 
 @record

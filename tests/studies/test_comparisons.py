@@ -11,6 +11,7 @@ from made_counts import made_row
 from made_runs import build_row, estimate
 from scipy.stats import t as student
 
+from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate
 from ifvit.sampling.samples import SampleRow
 from ifvit.studies.comparisons import (
@@ -244,6 +245,17 @@ def test_claims_are_confirmed_refuted_or_open() -> None:
     )
     assert [one.metric for one in half.comparisons] == [RETRIEVAL]
     assert half.missing == [Question(FID, "middle", "early")]
+
+
+@pytest.mark.parametrize(
+    ("against", "metrics"), [((), {"fid": "better"}), (("new",), {}), (("new",), {"fib": "better"})]
+)
+def test_a_claim_that_cannot_be_tested_is_a_user_error(
+    against: tuple[str, ...], metrics: dict[str, Any]
+) -> None:
+    assert claim("new", "base", **dict.fromkeys(METRIC_OF, "better")).metrics
+    with pytest.raises(UserError, match=r"made up: (give against|no metric fib; .*fid)"):
+        claim("new", *against, **metrics)
 
 
 def test_claims_are_one_family_and_shared_questions_count_once() -> None:
