@@ -41,7 +41,9 @@ class Metric:
 
     def show_change(self, value: float) -> str:
         """Return a difference with its sign; one of shares in percentage points."""
-        return f"{'+' if value >= 0 else ''}{self.show(value)}".replace(" %", " points")
+        return (
+            f"{100 * value:+z.1f} points" if self.digits is None else f"{value:+z.{self.digits}f}"
+        )
 
 
 FID = Metric(field="fid", title="FID", digits=2)

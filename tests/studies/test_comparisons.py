@@ -49,8 +49,10 @@ def made(*values: float) -> list[Estimate]:
 
 
 def arm(retrieval: Sequence[float], **changes: Any) -> dict[int, Evaluation]:
+    row = build_row(0.0, **changes)
     return {
-        seed: Evaluation(row=build_row(value, **changes)) for seed, value in enumerate(retrieval)
+        seed: Evaluation(row=dataclasses.replace(row, retrieval_at_16=estimate(value)))
+        for seed, value in enumerate(retrieval)
     }
 
 
@@ -83,6 +85,12 @@ def test_pairing_finds_a_difference_that_is_smaller_than_the_noise_of_seeds() ->
     assert answer(arms, Question(RETRIEVAL, "base", "new")).outcome == "worse"
     assert found.sentence.startswith("+0.5 points [+0.3, +0.7] over 8 paired seeds, p = 0.0")
     assert found.sentence.endswith(" after Holm: better")
+
+
+def test_changes_have_a_sign_and_shares_change_by_points() -> None:
+    changes = [RETRIEVAL.show_change(value) for value in (0.041, -0.2, -0.0001)]
+    assert changes == ["+4.1 points", "-20.0 points", "+0.0 points"]
+    assert FID.show_change(-0.125) == "-0.12"
 
 
 def test_a_question_is_answered_over_shared_seeds_of_one_protocol() -> None:
