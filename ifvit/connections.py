@@ -1,4 +1,4 @@
-"""Connections to object stores by fsspec: which URLs are allowed, and how failures are retried.
+"""Object stores by fsspec: which URLs are allowed, how files are sent, how failures are retried.
 
 `storage` opens all files through this module. URLs are local paths, `s3://` and `hf://`.
 IFVIT_PROTOCOLS names further protocols of fsspec, such as `gs,az`; a recipe of a stranger cannot
@@ -6,14 +6,16 @@ add one. Failed requests are repeated for IFVIT_STORE_PATIENCE seconds (default 
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -41,6 +43,11 @@ _S3_OPTIONS = {
         "retries": {"max_attempts": 2, "mode": "standard"},
     },
 }
+PART_BYTES = 64 << 20
+"""Part size of multipart uploads; a file of less than two parts is sent in one request."""
+STALL_SECONDS = 60.0
+_MIN_BYTES_PER_SECOND = 1 << 20
+"""An upload has stalled after STALL_SECONDS plus its size divided by this rate."""
 # ValueError includes UserError.
 ABSENT = (FileNotFoundError, NotADirectoryError)
 _PERMANENT_ERRORS = (*ABSENT, FileExistsError, IsADirectoryError, TypeError, ValueError)
@@ -154,6 +161,76 @@ def retry(url: str, action: Callable[[FileSystem], Result]) -> Result:
             log.warning("%s: %s; trying again in %.1f s", url, reason, pause)
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(pause * 2, 15.0)
+
+
+def put_object(path: Path, url: str) -> None:
+    """Copy a finished local file to an object, whole or not at all, and check what arrived."""
+    etag, num_bytes = _expected_etag(path), path.stat().st_size
+
+    def put(files: FileSystem) -> None:
+        parts = {"chunksize": PART_BYTES} if url.startswith("s3://") else {}
+        files.put_file(str(path), url, **parts, **_timeout(url, num_bytes))
+        stored = files.info(url)
+        is_equal = stored["size"] == num_bytes
+        if is_equal and etag_of(stored) != etag:
+            # The ETag of an encrypting store is not an MD5; then the object is read back.
+            with files.open(url, "rb") as copy, path.open("rb") as file:
+                digests = [hashlib.file_digest(each, "sha256").digest() for each in (copy, file)]
+            is_equal = digests[0] == digests[1]
+        if not is_equal:
+            raise OSError("the store holds other bytes than were sent")
+
+    _send(url, put)
+
+
+def create_object(url: str, data: bytes) -> bool:
+    """Write a small object unless it exists => whether this process created it."""
+
+    def put(files: FileSystem) -> bool:
+        try:
+            files.pipe_file(url, data, mode="create", **_timeout(url, len(data)))
+        except OSError as error:
+            # s3fs has several exceptions for the answer 412, which means that the object exists.
+            answer = getattr(error.__cause__, "response", None) or {}
+            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if not isinstance(error, FileExistsError) and status != 412:
+                raise
+            # An earlier try may have created the object, and only its answer was lost.
+            return bool(files.cat_file(url) == data)
+        return True
+
+    return _send(url, put)
+
+
+def _send(url: str, action: Callable[[FileSystem], Result]) -> Result:
+    try:
+        return retry(url, action)
+    except FileNotFoundError:
+        raise StoreError(f"{url}: no such bucket; create it first") from None
+
+
+def _timeout(url: str, num_bytes: int) -> dict[str, float]:
+    """Option for sending by s3fs, whose read timeout starts only when all bytes are sent."""
+    if not url.startswith("s3://"):
+        return {}
+    return {"timeout": STALL_SECONDS + num_bytes / _MIN_BYTES_PER_SECOND}
+
+
+def etag_of(info: Mapping[str, str]) -> str:
+    """ETag of an object that a store describes; "" without one."""
+    return info.get("ETag", "").strip('"')
+
+
+def _expected_etag(path: Path) -> str:
+    """ETag that S3 gives a file: its MD5, or the MD5 of its parts' MD5s and their number."""
+    parts = []
+    with path.open("rb") as file:
+        if path.stat().st_size < 2 * PART_BYTES:
+            return hashlib.file_digest(file, "md5").hexdigest()
+        while data := file.read(PART_BYTES):
+            parts.append(hashlib.md5(data, usedforsecurity=False).digest())
+    joined = hashlib.md5(b"".join(parts), usedforsecurity=False).hexdigest()
+    return f"{joined}-{len(parts)}"
 
 
 def _patience() -> float:

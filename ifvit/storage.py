@@ -21,17 +21,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ifvit import records
-from ifvit.connections import ABSENT, FileSystem, RemoteFile, Result, StoreError, is_remote, retry
+from ifvit.connections import (
+    ABSENT,
+    FileSystem,
+    RemoteFile,
+    Result,
+    create_object,
+    etag_of,
+    is_remote,
+    put_object,
+    retry,
+)
 from ifvit.errors import UserError
 from ifvit.records import MAX_BYTES, shorten
 
 Record = TypeVar("Record")
 Absent = TypeVar("Absent")
-PART_BYTES = 64 << 20
-"""Part size of multipart uploads; a file of less than two parts is sent in one request."""
-STALL_SECONDS = 60.0
-_MIN_BYTES_PER_SECOND = 1 << 20
-"""An upload has stalled after STALL_SECONDS plus its size divided by this rate."""
 _NUM_DOWNLOADS = 3
 """Downloads with a wrong hash before the object itself counts as damaged."""
 # macOS has both ENOTSUP and EOPNOTSUPP.
@@ -117,7 +122,7 @@ def list_states(url: str) -> dict[str, FileState | None]:
     versions = ("blob_id", "LastModified", "last_modified", "mtime")
     return {
         Path(entry["name"]).name: FileState(
-            int(entry["size"]), _etag(entry) or str([entry.get(key) for key in versions])
+            int(entry["size"]), etag_of(entry) or str([entry.get(key) for key in versions])
         )
         if entry["type"] == "file"
         else None
@@ -311,21 +316,7 @@ def upload(path: Path, url: str) -> None:
         with write_file(url) as copy:
             shutil.copyfile(path, copy)
         return
-    etag, num_bytes = _expected_etag(path), path.stat().st_size
-
-    def put(files: FileSystem) -> None:
-        parts = {"chunksize": PART_BYTES} if url.startswith("s3://") else {}
-        files.put_file(str(path), url, **parts, **_timeout(url, num_bytes))
-        stored = files.info(url)
-        is_equal = stored["size"] == num_bytes
-        if is_equal and _etag(stored) != etag:
-            # The ETag of an encrypting store is not an MD5; then the object is read back.
-            with files.open(url, "rb") as file:
-                is_equal = hashlib.file_digest(file, "sha256").hexdigest() == sha256_of(path)
-        if not is_equal:
-            raise OSError("the store holds other bytes than were sent")
-
-    _send(url, put)
+    put_object(path, url)
 
 
 def create(url: str, data: bytes) -> bool:
@@ -335,7 +326,7 @@ def create(url: str, data: bytes) -> bool:
     reader may see the file before its content is complete.
     """
     if is_remote(url):
-        return _create_object(url, data)
+        return create_object(url, data)
     with _temporary_beside(Path(url)) as temporary, contextlib.suppress(FileExistsError):
         temporary.write_bytes(data)
         _sync(temporary)
@@ -350,37 +341,6 @@ def create(url: str, data: bytes) -> bool:
                 os.fsync(file.fileno())
         return True
     return False
-
-
-def _create_object(url: str, data: bytes) -> bool:
-    def put(files: FileSystem) -> bool:
-        try:
-            files.pipe_file(url, data, mode="create", **_timeout(url, len(data)))
-        except OSError as error:
-            # s3fs has several exceptions for the answer 412, which means that the object exists.
-            answer = getattr(error.__cause__, "response", None) or {}
-            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if not isinstance(error, FileExistsError) and status != 412:
-                raise
-            # An earlier try may have created the object, and only its answer was lost.
-            return bool(files.cat_file(url) == data)
-        return True
-
-    return _send(url, put)
-
-
-def _send(url: str, action: Callable[[FileSystem], Result]) -> Result:
-    try:
-        return retry(url, action)
-    except FileNotFoundError:
-        raise StoreError(f"{url}: no such bucket; create it first") from None
-
-
-def _timeout(url: str, num_bytes: int) -> dict[str, float]:
-    """Option for sending by s3fs, whose read timeout starts only when all bytes are sent."""
-    if not url.startswith("s3://"):
-        return {}
-    return {"timeout": STALL_SECONDS + num_bytes / _MIN_BYTES_PER_SECOND}
 
 
 def remove(url: str) -> None:
@@ -408,19 +368,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _etag(info: dict[str, str]) -> str:
-    return info.get("ETag", "").strip('"')
-
-
-def _expected_etag(path: Path) -> str:
-    """ETag that S3 gives a file: its MD5, or the MD5 of its parts' MD5s and their number."""
-    parts = []
-    with path.open("rb") as file:
-        if path.stat().st_size < 2 * PART_BYTES:
-            return hashlib.file_digest(file, "md5").hexdigest()
-        while data := file.read(PART_BYTES):
-            parts.append(hashlib.md5(data, usedforsecurity=False).digest())
-    joined = hashlib.md5(b"".join(parts), usedforsecurity=False).hexdigest()
-    return f"{joined}-{len(parts)}"

@@ -381,13 +381,13 @@ def test_an_absent_file_is_a_user_error(tmp_path: Path, store: type[FaultyFileSy
 def test_the_expected_etag_is_that_of_s3(
     num_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", 64)
+    monkeypatch.setattr(connections, "PART_BYTES", 64)
     data = bytes(range(num_bytes % 256)) or bytes(num_bytes)
     (tmp_path / "x").write_bytes(data)
     parts = [hashlib.md5(data[i : i + 64]).digest() for i in range(0, len(data), 64)]
     joined = f"{hashlib.md5(b''.join(parts)).hexdigest()}-{len(parts)}"
     expected = hashlib.md5(data).hexdigest() if len(data) < 128 else joined
-    assert storage._expected_etag(tmp_path / "x") == expected
+    assert connections._expected_etag(tmp_path / "x") == expected
 
 
 def test_clients_are_shared_by_threads_but_not_by_processes_or_accounts(

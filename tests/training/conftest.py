@@ -11,7 +11,7 @@ import torch
 from made_shards import make_samples, write_shards
 from run_files import CONTEXT_SHAPE, small_recipe, write_dataset
 
-from ifvit import connections, storage
+from ifvit import connections
 from ifvit.training.config import TrainConfig
 from ifvit.training.train import train
 
@@ -99,5 +99,5 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that hang end after two seconds, and the client library does not retry."""
     config = {"connect_timeout": 2, "read_timeout": 2, "retries": {"max_attempts": 1}}
     monkeypatch.setattr(connections, "_S3_OPTIONS", {"config_kwargs": config})
-    monkeypatch.setattr(storage, "STALL_SECONDS", 2.0)
+    monkeypatch.setattr(connections, "STALL_SECONDS", 2.0)
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
