@@ -115,7 +115,7 @@ VERBS = {
     "submit train": Verb("slurm.config:SubmitTrainConfig", "slurm.submit:submit_train"),
     "submit encode": Verb("slurm.config:SubmitEncodeConfig", "slurm.submit:submit_encode"),
     "submit evaluate": Verb("slurm.config:SubmitEvaluateConfig", "slurm.submit:submit_evaluate"),
-    "submit pipeline": Verb("slurm.config:PipelineConfig", "slurm.submit:submit_pipeline"),
+    "submit study": Verb("slurm.config:SubmitStudyConfig", "slurm.submit:submit_study", "config"),
     "submit status": Verb("slurm.config:StatusConfig", "slurm.status:status", "run"),
     "submit logs": Verb("slurm.config:LogsConfig", "slurm.status:logs", "run"),
     "submit cancel": Verb("slurm.config:CancelConfig", "slurm.status:cancel", "run"),

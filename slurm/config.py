@@ -3,14 +3,13 @@
 import re
 import sys
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from data_pipeline.config import EncodeConfig
-from ifvit.analysis.config import AttentionConfig
 from ifvit.errors import UserError
-from ifvit.evaluation.config import EvaluateConfig, MakeReferenceConfig
-from ifvit.records import NonNegativeInt, PlainName, PositiveFloat, PositiveInt, Rule, record
-from ifvit.studies.config import PaperConfig, ReportConfig
+from ifvit.evaluation.config import EvaluateConfig
+from ifvit.records import NonNegativeInt, PositiveFloat, PositiveInt, Rule, record
+from ifvit.studies.config import StudyConfig
 from ifvit.training.config import TrainConfig
 
 _OWN_OPTIONS = "job-name|output|error|open-mode|array|signal|dependency|wrap"
@@ -48,7 +47,7 @@ class ClusterConfig:
     exclude: Setting | None = None
     """Nodes that jobs must avoid, for example gpu[07,12]."""
     nodes: PositiveInt = 1
-    """Number of nodes of a training job; jobs of other verbs have one task."""
+    """Number of nodes of a training job or of a run of a study; other jobs have one task."""
     gpus_per_node: NonNegativeInt = 0
     """GPUs per node; a job has one task per GPU, or without GPUs one task per node."""
     cpus_per_task: PositiveInt = 4
@@ -110,14 +109,7 @@ class SubmitConfig:
 
 @record
 class SubmitTrainConfig(SubmitConfig, TrainConfig):
-    """Submit `ifvit train` with one task per GPU; the job is requeued until its last step is done.
-
-    With `axes`, submit an array of runs RUN/NAME, one for every combination of the axes' values.
-    """
-
-    axes: tuple[dict[PlainName, dict[str, Any]], ...] = ()
-    """Each axis maps the names of its values to the recipe fields that they set, for example
-    {seed1: {seed: 1}, seed2: {seed: 2}}. The name of a run joins the names of its values."""
+    """Submit `ifvit train` with one task per GPU; it is requeued until its last step is done."""
 
 
 @record
@@ -131,35 +123,16 @@ class SubmitEvaluateConfig(SubmitConfig, EvaluateConfig):
 
 
 @record
-class PipelineConfig(SubmitConfig):
-    """Submit all stages from images to reports; each job waits for the jobs that it needs.
+class SubmitStudyConfig(SubmitConfig, StudyConfig):
+    """Submit `ifvit study run`: data, an array with one job per run, and the page.
 
-    In every stage after training, the folder of the sweep stands for all runs of the sweep.
+    All nodes and tasks work together on each run. A run that fails cancels no other job.
     """
-
-    run: str
-    """Folder that records the jobs, usually that of the training run."""
-    encode: list[EncodeConfig] = field(default_factory=list)
-    """Datasets to encode."""
-    train: list[TrainConfig] = field(default_factory=list)
-    """Training runs; each waits for all datasets."""
-    sweep: str | None = None
-    """More training runs: a recipe of `ifvit submit train` with axes, a file or a shipped name."""
-    references: list[MakeReferenceConfig] = field(default_factory=list)
-    """Reference statistics of real images, which evaluations compare with."""
-    evaluate: list[EvaluateConfig] = field(default_factory=list)
-    """Evaluations; each one waits for its run and for all references."""
-    attention: list[AttentionConfig] = field(default_factory=list)
-    """Analyses of attention; they wait until all runs have ended and leave out failed runs."""
-    report: ReportConfig | None = None
-    """Report; it waits until all other jobs have ended, and names missing results."""
-    paper: PaperConfig | None = None
-    """Tables and figures of the paper; they wait until all other jobs have ended."""
 
 
 @record
 class CancelConfig:
-    """Cancel all jobs of a run, sweep or pipeline; submit them again to continue."""
+    """Cancel all jobs of a run or study; submit them again to continue."""
 
     run: str
     """Folder that was given to `ifvit submit`."""
@@ -167,7 +140,7 @@ class CancelConfig:
 
 @record
 class StatusConfig(CancelConfig):
-    """Show the state of the jobs of a run, sweep or pipeline."""
+    """Show the state of the jobs of a run or study."""
 
     follow: bool = False
     """Print the state again every ten seconds until all jobs have ended."""

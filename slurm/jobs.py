@@ -12,8 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -47,8 +45,6 @@ class VerbJob:
     run: Line
     """Run or dataset folder that shows the progress of the job."""
     cluster: ClusterConfig
-    last_weights: Mapping[str, str] = field(default_factory=dict)
-    """Run => folder of its last weights; a run without this folder is left out of `config.runs`."""
 
     @property
     def name(self) -> str:
@@ -64,31 +60,24 @@ class VerbJob:
             # SLURM passes on the variables of the shell, which may hold the ranks of another job.
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         try:
-            self.run_verb()
+            load(VERBS[self.verb].function)(self.config)
         except UserError as error:
             sys.stderr.write(f"error: {printable(str(error))}\n")
             sys.exit(error.exit_code)
 
-    def run_verb(self) -> None:
-        """Run the verb without the runs whose last weights are missing."""
-        config = self.config
-        failed = [run for run, url in self.last_weights.items() if not storage.list_names(url)]
-        if failed:
-            sys.stdout.write(f"left out, because training did not finish: {', '.join(failed)}\n")
-            config = replace(config, runs=[run for run in config.runs if run not in failed])
-            if not config.runs:
-                raise UserError(f"{self.run}: no run finished training; see ifvit submit status")
-        load(VERBS[self.verb].function)(config)
-
     def progress(self) -> str:
         """Return a string that changes whenever the job has saved more work."""
-        if self.verb == "train":
-            return latest_checkpoint(self.run)
         if self.verb == "encode":
             return str(len(storage.list_names(storage.join(self.run, "completed"))))
-        folders = {self.run, *getattr(self.config, "runs", ())}
+        step = latest_checkpoint(self.run)
+        if self.verb == "train":
+            return step
+        folders = [self.run]
+        if self.verb == "study run":  # other files of the run are written at every start
+            folders = [storage.join(self.run, name) for name in ("evaluation", "analysis")]
         names = [url.rpartition("/")[2] for each in folders for url in storage.walk_files(each)]
-        return str(sum(not name.startswith(".") for name in names))  # a hidden file is unfinished
+        num_files = sum(not name.startswith(".") for name in names)  # a hidden file is unfinished
+        return f"{step} {num_files}" if num_files else step
 
 
 def latest_checkpoint(run: str) -> str:

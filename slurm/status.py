@@ -15,6 +15,7 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import read_training_rows
 from ifvit.records import PositiveInt, parse_value, parse_yaml, printable, record, shorten
+from ifvit.studies.config import RECORD
 from slurm.config import CancelConfig, LogsConfig, StatusConfig
 from slurm.jobs import JobRecord, SubmissionRecord, latest_checkpoint, mark_of, read_records
 from slurm.supervise import TASK_START
@@ -187,7 +188,9 @@ def describe_progress(verb: str, run: str) -> str:
     """Describe the progress of a training run or an encoding in one line; "" for other verbs."""
     if verb == "encode":
         return f"{len(storage.list_names(storage.join(run, 'completed')))} shards"
-    if verb != "train":
+    if verb == "study run" and storage.exists(storage.join(run, RECORD)):
+        return "trained and evaluated"
+    if verb not in ("train", "study run"):
         return ""
     rows = read_training_rows(run, newest=1)
     if not rows:

@@ -1,12 +1,9 @@
-"""`ifvit submit train | encode | evaluate | pipeline`: submits recipes as SLURM jobs.
+"""`ifvit submit train | encode | evaluate | study`: submits recipes as SLURM jobs.
 
-A pipeline submits all stages at once as jobs that wait for each other. A failed run cancels only
-its own evaluations. Jobs about several runs wait until all runs have ended, and use the runs that
-finished. A failed encoding cancels all jobs that need its data.
+A study submits all stages at once as jobs that wait for each other. A failed run cancels no other
+job; the page waits until all runs have ended. Failed data cancels all jobs that need it.
 """
 
-import itertools
-import json
 import secrets
 import shlex
 import subprocess
@@ -23,18 +20,19 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from data_pipeline.config import EncodeConfig
-from ifvit import connections, storage
-from ifvit.config import dump_config, read_config
+from ifvit import connections
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
-from ifvit.records import shorten
+from ifvit.studies.config import PLAN, StudyConfig, StudyReportConfig, StudyRunConfig
+from ifvit.studies.study import StudyRun, list_runs
 from ifvit.training.config import TrainConfig
+from ifvit.verbs import VERBS, load
 from slurm.config import (
     ClusterConfig,
-    PipelineConfig,
     SubmitConfig,
     SubmitEncodeConfig,
     SubmitEvaluateConfig,
+    SubmitStudyConfig,
     SubmitTrainConfig,
 )
 from slurm.jobs import (
@@ -55,11 +53,10 @@ Recipe = TypeVar("Recipe")
 
 
 def submit_train(config: SubmitTrainConfig) -> None:
-    """Submit one training run, or an array of runs with `axes`."""
-    recipes = expand_axes(config) if config.axes else [_recipe(TrainConfig, config)]
-    name = "sweep" if config.axes else "train"
-    submission = Submission(config, absolute(config.run), name)
-    submission.add([train_job(recipe, config.cluster) for recipe in recipes])
+    """Submit one training run, on all nodes of the cluster."""
+    recipe, run = _recipe(TrainConfig, config), absolute(config.run)
+    job = VerbJob(verb="train", config=recipe, run=run, cluster=config.cluster)
+    Submission(config, run, "train").add([job])
 
 
 def submit_encode(config: SubmitEncodeConfig) -> None:
@@ -76,37 +73,59 @@ def submit_evaluate(config: SubmitEvaluateConfig) -> None:
     add_evaluate(submission, recipe, config.cluster)
 
 
+def submit_study(config: SubmitStudyConfig) -> None:
+    """Submit the stages of a study; its runs that branch start after those they branch from."""
+    study = _recipe(StudyConfig, config)
+    if config.executor == "local":
+        load(VERBS["study run"].function)(StudyRunConfig(**vars(study)))
+        return
+    cluster, home = config.cluster, absolute(study.folder)
+    one = VerbJob(verb="scenes", config=None, run=home, cluster=cluster.single_task())
+    submission = Submission(config, home, "study")
+    rendered: list[str] = []  # ids of jobs, here and below
+    ready: list[str] = []
+    for scenes in study.scenes:
+        rendered += submission.add([replace(one, config=scenes)])
+    for data in study.encode:
+        ready += submission.add(encode_jobs(data, cluster), rendered)
+    for reference in study.references:
+        job = replace(one, verb="evaluate --make_reference", config=reference)
+        ready += submission.add([job], rendered)
+    if study.match == "seconds":
+        plan = StudyRunConfig(**vars(study), only=PLAN)
+        ready += submission.add([replace(one, verb="study run", config=plan)])
+    ended: list[str] = []
+    for runs in _generations(study):
+        jobs = [
+            VerbJob(
+                verb="study run",
+                config=StudyRunConfig(**vars(study), only=run.name),
+                run=absolute(run.recipe.run),
+                cluster=cluster,
+            )
+            for run in runs
+        ]
+        ended += submission.add(jobs, ready, ended)
+    pages = StudyReportConfig(**vars(study))
+    cpu = replace(one.cluster, gpus_per_node=0)
+    report = replace(one, verb="study report", config=pages, cluster=cpu)
+    submission.add([report], ready, ended)
+
+
+def _generations(study: StudyConfig) -> list[list[StudyRun]]:
+    """Return the runs that branch from no run of the study, then those that branch from these, …"""
+    left = list_runs(study, dict.fromkeys(study.arms, 1.0))  # whatever their lengths are
+    generations = []
+    while left:
+        names = {run.name for run in left}
+        generations.append([run for run in left if run.after not in names])
+        left = [run for run in left if run.after in names]
+    return generations
+
+
 def _recipe(cls: type[Recipe], config: Any) -> Recipe:
     """Return the part of a `submit` configuration that is the recipe of the verb."""
     return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})  # type: ignore[arg-type]
-
-
-def expand_axes(config: SubmitTrainConfig) -> list[TrainConfig]:
-    """Return one recipe per combination of the axes' values.
-
-    Raises UserError for a field that the recipe does not have, or that only a flag may set.
-    """
-    known = {field.name for field in fields(TrainConfig) if not field.metadata.get("flag_only")}
-    for key in {key for axis in config.axes for changes in axis.values() for key in changes}:
-        if key.partition(".")[0] not in known:
-            raise UserError(f"axes: unknown key {shorten(key)}; known are {', '.join(known)}")
-    base = dump_config(_recipe(TrainConfig, config))
-    recipes = []
-    for point in itertools.product(*(axis.items() for axis in config.axes)):
-        name = "-".join(value for value, _ in point)
-        flags = [
-            f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
-            for _, changes in point
-            for key, value in changes.items()
-        ]
-        argv = ["--config", base, *flags, "--run", storage.join(config.run, name)]
-        recipes.append(read_config(TrainConfig, argv, prog=f"ifvit submit train, axes: {name}"))
-    return recipes
-
-
-def train_job(recipe: TrainConfig, cluster: ClusterConfig) -> VerbJob:
-    """Return a training job on all nodes of the cluster."""
-    return VerbJob(verb="train", config=recipe, run=absolute(recipe.run), cluster=cluster)
 
 
 def encode_jobs(recipe: EncodeConfig, cluster: ClusterConfig) -> list[VerbJob]:
@@ -196,7 +215,7 @@ class Submission:
             return [f"<{job.name}_{number}>" for number, job in enumerate(jobs)]
         if self._config.executor == "local":
             for job in jobs:
-                job.run_verb()
+                load(VERBS[job.verb].function)(job.config)
             return []
         try:
             executor = submitit.SlurmExecutor(self._folder, _MAX_TIMEOUTS, python=python)
@@ -289,61 +308,3 @@ def sbatch_parameters(job: VerbJob, folder: Path, code: Path, dependency: str) -
         ],
     }
     return {key: value for key, value in parameters.items() if value is not None}
-
-
-def submit_pipeline(config: PipelineConfig) -> None:
-    """Submit all stages; the folder of the sweep stands for all of its runs."""
-    cluster, home = config.cluster, absolute(config.run)
-    single = cluster.single_task()
-    arrays, swept = _list_runs(config)
-
-    def expand(runs: Sequence[str]) -> list[str]:
-        return [run for folder in runs for run in swept.get(folder, [folder])]
-
-    submission = Submission(config, home, "pipeline")
-    encoded: list[str] = []  # ids of jobs, here and below
-    trained: list[str] = []
-    referenced: list[str] = []
-    evaluated: list[str] = []
-    analysed: list[str] = []
-    for data in config.encode:
-        encoded += submission.add(encode_jobs(data, cluster))
-    for array in arrays:
-        trained += submission.add([train_job(recipe, cluster) for recipe in array], encoded)
-    for reference in config.references:
-        verb = "evaluate --make_reference"
-        job = VerbJob(verb=verb, config=reference, run=home, cluster=single)
-        referenced += submission.add([job])
-    # An evaluation waits for its run, or for all runs if its run is not among them.
-    recipes = [recipe for array in arrays for recipe in array]
-    job_of = dict(zip((r.run for r in recipes), trained, strict=False))  # no ids if run locally
-    for evaluation in config.evaluate:
-        for run in expand([evaluation.weights]):
-            after = [job_of[run]] if run in job_of else trained or encoded
-            one = replace(evaluation, weights=run)
-            evaluated += add_evaluate(submission, one, cluster, [*after, *referenced])
-    last_weights = {
-        recipe.run: storage.join(recipe.run, "weights", f"step_{recipe.max_steps:08d}")
-        for recipe in recipes
-    }
-    for attention in config.attention:
-        analysis = replace(attention, runs=expand(attention.runs))
-        job = VerbJob(verb="analyze attention", config=analysis, run=home, cluster=single)
-        analysed += submission.add([replace(job, last_weights=last_weights)], encoded, trained)
-    for verb, report in (("report", config.report), ("report paper", config.paper)):
-        if report:
-            pages = replace(report, runs=expand(report.runs))
-            cpu = replace(single, gpus_per_node=0)
-            job = VerbJob(verb=verb, config=pages, run=home, cluster=cpu)
-            submission.add([job], encoded, [*trained, *evaluated, *analysed])
-
-
-def _list_runs(config: PipelineConfig) -> tuple[list[list[TrainConfig]], dict[str, list[str]]]:
-    """Return the arrays of training runs, and folder of the sweep => its runs."""
-    arrays = [[recipe] for recipe in config.train]
-    if config.sweep is None:
-        return arrays, {}
-    flag = "--config" if Path(config.sweep).suffix else "--recipe"
-    sweep = read_config(SubmitTrainConfig, [f"{flag}={config.sweep}"], prog="ifvit submit train")
-    runs = expand_axes(sweep)
-    return [*arrays, runs], {sweep.run: [recipe.run for recipe in runs]}

@@ -14,6 +14,11 @@ from ifvit.records import PlainName, PositiveInt, record, shorten
 from ifvit.scenes import ScenesConfig
 from ifvit.training.config import Location, TrainConfig
 
+RECORD = "study.json"
+"""File of a run folder that says that all stages of a study are done for the run."""
+PLAN = "plan"
+"""Value of `only` that measures the steps of a study that matches seconds, and does no run."""
+
 
 @record
 class ReportConfig:

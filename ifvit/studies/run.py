@@ -25,7 +25,7 @@ from ifvit.evaluation.references import make_reference
 from ifvit.evaluation.rows import read_training_rows
 from ifvit.models.cost import count_cost
 from ifvit.scenes.image_sets import render_scenes
-from ifvit.studies.config import StudyConfig, StudyReportConfig, StudyRunConfig
+from ifvit.studies.config import PLAN, StudyConfig, StudyReportConfig, StudyRunConfig
 from ifvit.studies.processes import Event, Job, JobProcesses
 from ifvit.studies.stages import is_finished, run_stages
 from ifvit.studies.step_time import find_step_seconds
@@ -33,8 +33,6 @@ from ifvit.studies.study import StudyRun, arm_recipes, count_operations, list_ru
 from ifvit.studies.study_page import report_study
 from ifvit.training.lease import Lease
 
-PLAN = "plan"
-"""Value of `only` that measures the steps of a study that matches seconds, and does no run."""
 Part = TypeVar("Part", bound=StudyConfig)
 
 

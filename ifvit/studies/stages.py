@@ -17,12 +17,10 @@ from ifvit.models.config import FusionTransformerConfig
 from ifvit.records import Sha256, record
 from ifvit.sampling.samples import hash_json
 from ifvit.storage import exists, join, read_sealed, write_sealed
-from ifvit.studies.config import StudyConfig
+from ifvit.studies.config import RECORD, StudyConfig
 from ifvit.studies.study import StudyRun
 from ifvit.training.train import train
 
-RECORD = "study.json"
-"""File of a run folder that says that all stages are done."""
 _OF_PLACE = {
     *("run", "runs", "weights", "output", "device", "cache", "num_workers", "micro_batch_size"),
     *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "trackers"),

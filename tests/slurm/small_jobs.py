@@ -116,7 +116,9 @@ def find_tasks(job_id: str) -> dict[int, int]:
         except OSError:
             continue  # the process has ended
         variables = dict(pair.partition("=")[::2] for pair in pairs)
-        if variables.get("SLURM_JOB_ID") == job_id and "SLURM_STEP_ID" in variables:
+        ids = (variables.get(f"SLURM_{name}_ID", "") for name in ("ARRAY_JOB", "ARRAY_TASK", "JOB"))
+        array, task, job = ids
+        if job_id in (job, f"{array}_{task}") and "SLURM_STEP_ID" in variables:
             found[int(variables["SLURM_PROCID"])] = int(process.name)
     return found
 

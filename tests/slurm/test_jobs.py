@@ -4,14 +4,12 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ifvit.studies.config import ReportConfig
 from ifvit.verbs import VERBS, Verb
 from slurm.config import ClusterConfig
 from slurm.jobs import PACKAGES, ROOT, VerbJob, write_snapshot
@@ -28,11 +26,6 @@ class Variables:
 def see_variables(config: Variables) -> None:
     """Record the environment; a stand-in for a verb."""
     SEEN.append({name: os.environ.get(name) for name in config.names})
-
-
-def see_runs(config: ReportConfig) -> None:
-    """Record the runs of the recipe; a stand-in for a verb."""
-    SEEN.append(config.runs)
 
 
 def build_job(verb: str, config: Any = None, run: Path = Path(), **fields: Any) -> VerbJob:
@@ -75,37 +68,31 @@ def test_a_task_knows_its_rank_and_sees_all_gpus_of_its_node(
     assert [wanted] == SEEN
 
 
-def test_a_job_about_several_runs_leaves_out_those_that_failed(
-    call: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = [str(tmp_path / name) for name in ("trained", "failed", "elsewhere")]
-    last_weights = {run: f"{run}/weights/step_00000002" for run in runs[:2]}
-    job = build_job("report", ReportConfig(runs=runs), tmp_path, last_weights=last_weights)
-    for step in ("trained/weights/step_00000002", "failed/weights/step_00000001"):
-        (tmp_path / step / "ema").mkdir(parents=True)
-    call(see_runs, job, num_tasks=1)
-    assert [[runs[0], runs[2]]] == SEEN
-    assert runs[1] in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        call(see_runs, replace(job, config=ReportConfig(runs=runs[1:2])), num_tasks=1)
-
-
 @pytest.mark.parametrize(
     ("verb", "made"),
     [
         ("train", "run/checkpoints/latest"),
         ("encode", "run/completed/shard-00001.json"),
         ("evaluate", "run/evaluation/small/w2/step_00000010/00001.png"),
-        ("analyze attention", "other/analysis/attention/step_00000010.json"),
+        ("study run", "run/checkpoints/latest"),
+        ("study run", "run/evaluation/small/w2/step_00000010/00001.png"),
+        ("study run", "run/analysis/attention/step_00000010.json"),
     ],
 )
 def test_all_saved_work_is_progress(verb: str, made: str, tmp_path: Path) -> None:
-    recipe = SimpleNamespace(runs=[str(tmp_path / "other")])
-    job = build_job(verb, recipe, tmp_path / "run")
+    job = build_job(verb, run=tmp_path / "run")
     before = job.progress()
     (tmp_path / made).parent.mkdir(parents=True)
     (tmp_path / made).write_text("step_00000010")
     assert job.progress() != before
+
+
+@pytest.mark.parametrize("made", ["lease/000001.beat", "metrics.jsonl", "tensorboard/events.1"])
+def test_what_every_start_of_a_run_writes_is_no_progress(made: str, tmp_path: Path) -> None:
+    job = build_job("study run", run=tmp_path)
+    (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / made).write_text("1")
+    assert job.progress() == ""
 
 
 def test_a_job_runs_the_snapshot_although_its_working_directory_is_a_checkout(

@@ -11,11 +11,9 @@ from ifvit.cli import main
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
-from ifvit.models.presets import PRESETS, setting_of
-from ifvit.training.config import TrainConfig
-from slurm.config import ClusterConfig, PipelineConfig, SubmitConfig, SubmitTrainConfig
-from slurm.jobs import ROOT, read_records
-from slurm.submit import _evaluation_home, expand_axes, submit_pipeline, submit_train
+from slurm.config import SubmitConfig, SubmitTrainConfig
+from slurm.jobs import ROOT
+from slurm.submit import _evaluation_home, submit_train
 
 CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
 TRAIN = str(ROOT / "configs" / "train" / "coco256_early.yaml")
@@ -85,59 +83,6 @@ def test_shipped_clusters_make_scripts(file: Path, capsys: pytest.CaptureFixture
     assert "srun" in dry_run(["train", "--config", TRAIN, "--cluster", str(file)], capsys)
 
 
-def test_axes_give_one_run_per_combination() -> None:
-    argv = ["--recipe", "coco256_paper", "--run", "runs/paper", "--shards", "data"]
-    recipes = expand_axes(read_config(SubmitTrainConfig, argv, prog="ifvit submit train"))
-    assert len({recipe.run for recipe in recipes}) == len(recipes) == 18
-    early, intermediate = recipes[0], recipes[-1]
-    assert early.run == "runs/paper/concat_early-seed1234"
-    names = {recipe.run.removeprefix("runs/paper/").split("-")[0]: recipe for recipe in recipes}
-    assert len(names) == 6
-    assert {name: setting_of(recipe.backbone) for name, recipe in names.items()} == {
-        name: name for name in names
-    }
-    same = {"run": "runs/any", "seed": 0, "backbone": PRESETS["small"]}
-    assert replace(early, **same) == replace(intermediate, **same)
-
-
-@pytest.mark.parametrize("field", ["backbone.breadth", "sede"])
-def test_an_axis_over_an_unknown_field_is_refused(field: str) -> None:
-    argv = ["--config", TRAIN, "--axes", json.dumps([{"a": {field: 1}}])]
-    config = read_config(SubmitTrainConfig, argv, prog="submit")
-    with pytest.raises(UserError, match=field):
-        expand_axes(config)
-
-
-def test_each_run_of_an_array_records_its_own_job(queue: Path, tmp_path: Path) -> None:
-    home = str(tmp_path / "sweep")
-    recipe = TrainConfig(run=home, shards="s", backbone=PRESETS["tiny"])
-    axes = ({"early": {"seed": 1}, "late": {"seed": 2}},)
-    cluster = ClusterConfig(folder=str(tmp_path / "jobs"))
-    submit_train(SubmitTrainConfig(**vars(recipe), axes=axes, cluster=cluster))
-    [record], [early] = read_records(home), read_records(f"{home}/early")
-    assert [job.job_id for job in record.jobs] == ["1_0", "1_1"]
-    assert [job.job_id for job in early.jobs] == ["1_0"]
-
-
-@pytest.mark.parametrize("reason", ["sbatch: .*no such nodes", "Not a directory"])
-def test_a_pipeline_is_submitted_completely_or_not_at_all(
-    reason: str, queue: Path, tmp_path: Path
-) -> None:
-    if reason.startswith("sbatch"):
-        (queue / "room").write_text("2")
-    else:
-        (tmp_path / "b").write_text("in the place of the second run's folder")
-    recipe = TrainConfig(run=str(tmp_path / "a"), shards="s", backbone=PRESETS["tiny"])
-    config = PipelineConfig(
-        run=str(tmp_path / "run"),
-        train=[replace(recipe, run=str(tmp_path / name)) for name in "abc"],
-        cluster=ClusterConfig(folder=str(tmp_path / "jobs")),
-    )
-    with pytest.raises((UserError, NotADirectoryError), match=reason):
-        submit_pipeline(config)
-    assert (queue / "cancelled").read_text().split() == ["1", "2"]
-
-
 def test_without_slurm_the_remedy_is_named(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,12 +122,6 @@ def test_without_slurm_a_job_can_run_in_this_process(recipe: Path, tmp_path: Pat
 def test_no_value_of_a_cluster_ends_its_line_of_the_script(flag: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"cluster.{flag}"):
         read_config(SubmitConfig, ["--cluster", json.dumps({flag: value})], prog="ifvit submit")
-
-
-def test_the_name_of_a_run_of_a_sweep_is_a_plain_name() -> None:
-    argv = ["--config", TRAIN, "--axes", json.dumps([{"../../x": {"seed": 1}}])]
-    with pytest.raises(UserError, match=r"axes\[0\] is \.\./\.\./x"):
-        read_config(SubmitTrainConfig, argv, prog="submit")
 
 
 def test_a_run_whose_name_has_a_line_end_is_refused_before_jobs_are_submitted(

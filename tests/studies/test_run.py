@@ -18,10 +18,10 @@ from ifvit.evaluation.evaluate import evaluate
 from ifvit.evaluation.rows import read_training_rows
 from ifvit.models.presets import PRESETS
 from ifvit.storage import write_sealed
-from ifvit.studies.config import StudyConfig, StudyRunConfig
+from ifvit.studies.config import RECORD, StudyConfig, StudyRunConfig
 from ifvit.studies.processes import Event, Job
 from ifvit.studies.run import Progress, list_study_runs, run_study
-from ifvit.studies.stages import RECORD, is_finished
+from ifvit.studies.stages import is_finished
 from ifvit.studies.step_time import find_step_seconds
 from ifvit.studies.study import StudyRun, list_runs
 from ifvit.training.train import train
