@@ -119,7 +119,7 @@ def test_print_config_shows_every_field_of_a_recipe(capsys: pytest.CaptureFixtur
     assert "fusion: 13*concat" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["", "train", "submit pipeline"])
+@pytest.mark.parametrize("verb", ["", "train", "submit study"])
 def test_the_reader_of_the_output_may_leave(verb: str) -> None:
     read, write = os.pipe()
     os.close(read)

@@ -21,15 +21,11 @@ from ifvit.records import PositiveFloat, PositiveInt, parse_yaml, record
 from ifvit.studies.config import StudyConfig
 from ifvit.studies.study import arm_recipes, list_runs, with_length
 from ifvit.training.config import OptimConfig, TrainConfig
-from slurm.config import PipelineConfig, SubmitTrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SWEEP = CONFIGS / "train" / "coco256_paper.yaml"
 RECIPES = [
     *((EncodeConfig, path) for path in sorted(CONFIGS.glob("data/*.yaml"))),
-    *((TrainConfig, path) for path in sorted(CONFIGS.glob("train/*.yaml")) if path != SWEEP),
-    (SubmitTrainConfig, SWEEP),
-    *((PipelineConfig, path) for path in sorted(CONFIGS.glob("pipeline/*.yaml"))),
+    *((TrainConfig, path) for path in sorted(CONFIGS.glob("train/*.yaml"))),
     *((StudyConfig, path) for path in sorted(CONFIGS.glob("study/*.yaml"))),
 ]
 
@@ -46,11 +42,7 @@ def test_a_recipe_is_accepted_and_survives_a_round_trip(
 
 @pytest.mark.parametrize(
     ("cls", "name"),
-    [
-        (TrainConfig, "train/coco256_early"),
-        (TrainConfig, "train/coco256_intermediate"),
-        (SubmitTrainConfig, "train/coco256_paper"),
-    ],
+    [(TrainConfig, "train/coco256_early"), (TrainConfig, "train/coco256_intermediate")],
 )
 def test_the_papers_recipes_are_its_table_3(cls: type[TrainConfig], name: str) -> None:
     config = read_config(cls, ["--config", str(CONFIGS / f"{name}.yaml")], prog="test")
