@@ -83,7 +83,7 @@ def write_study(study: dict[str, Any], folder: Path) -> list[str]:
 def test_a_run_that_branches_waits_for_its_parent_and_steps_are_measured_first(
     queue: Path, tmp_path: Path
 ) -> None:
-    study = describe_study(tmp_path / "study", tmp_path, "shards")
+    study = describe_study(tmp_path / "study", tmp_path, str(tmp_path / "shards"))
     study |= {"match": "seconds", "scenes": [{"folder": str(tmp_path)}], "seeds": [1, 2]}
     study["arms"]["branch"] = {"branch": "late/seed{seed}@40"}
     main(["submit", "study", *write_study(study, tmp_path)])
