@@ -136,7 +136,7 @@ MAY_BE_ZERO = {
     "EvaluationSettings": "guidance_scales steps",
     "FusionTransformerConfig": "num_registers num_text_blocks timestep_offset",
     "ImportConfig": "ema_decay step",
-    "KnockoutConfig": "num_images",
+    "KnockoutSettings": "num_images",
     "LogsConfig": "lines task",
     "ObjectCountConfig": "threshold",
     "ObjectiveConfig": "logit_mean",

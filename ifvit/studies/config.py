@@ -4,7 +4,7 @@ from dataclasses import field, fields
 from typing import Any, Literal
 
 from data_pipeline.config import EncodeConfig
-from ifvit.analysis.config import AttentionSettings
+from ifvit.analysis.config import AttentionSettings, KnockoutSettings
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluationSettings, MakeReferenceConfig
 from ifvit.evaluation.metrics import Estimate
@@ -114,6 +114,8 @@ class StudyConfig:
     """Evaluations of each run."""
     attention: AttentionSettings | None = None
     """Attention maps of each arm's first seed."""
+    knockout: KnockoutSettings | None = None
+    """Knock-out of text in each arm's first seed."""
     rating: Location | None = None
     """Folder of human ratings (`ifvit rate`) of the arms' images."""
     claims: tuple[Claim, ...] = ()

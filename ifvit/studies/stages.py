@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from ifvit.analysis.attention_analysis import analyze_attention
-from ifvit.analysis.config import AttentionConfig
+from ifvit.analysis.config import AttentionConfig, KnockoutConfig
+from ifvit.analysis.knockout_analysis import analyze_knockout
 from ifvit.distributed import open_process_group
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
@@ -46,9 +47,12 @@ def list_stages(config: StudyConfig, run: StudyRun) -> list[Stage]:
     stages: list[Stage] = [
         (evaluate, EvaluateConfig(**vars(settings), weights=url)) for settings in config.evaluate
     ]
-    has_text = isinstance(backbone, FusionTransformerConfig) and backbone.text_key_blocks
-    if config.attention and run.seed == config.seeds[0] and has_text:
-        stages.append((analyze_attention, AttentionConfig(**vars(config.attention), runs=[url])))
+    if run.seed == config.seeds[0] and isinstance(backbone, FusionTransformerConfig):
+        if config.attention and backbone.text_key_blocks:
+            attention = AttentionConfig(**vars(config.attention), runs=[url])
+            stages.append((analyze_attention, attention))
+        if config.knockout and backbone.text_blocks:
+            stages.append((analyze_knockout, KnockoutConfig(**vars(config.knockout), runs=[url])))
     return stages
 
 

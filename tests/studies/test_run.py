@@ -32,6 +32,8 @@ PROTOCOL = {
     **{"scenes": True, "sampling": SAMPLING},
 }
 
+NO_ANALYSES = {"attention": None, "knockout": None}
+
 
 def describe_study(data: Path, folder: Path) -> dict[str, Any]:
     """Return a study of two arms and one seed, whose data lies in `data`."""
@@ -58,6 +60,7 @@ def describe_study(data: Path, folder: Path) -> dict[str, Any]:
         "seeds": [1],
         "evaluate": [{"shards": shards, "protocol": PROTOCOL}],
         "attention": {"shards": shards, "num_prompts": 2, "sampling": SAMPLING},
+        "knockout": {"shards": shards, "num_samples": 2, "num_images": 0},
     }
 
 
@@ -98,6 +101,8 @@ def test_a_study_goes_from_images_to_rows_and_repeats_nothing(finished: dict[str
         assert is_finished(config, run)
         assert [row.step for row in read_training_rows(run.recipe.run)] == [1, 2, 3, 4]
     assert len([*folder.glob("*/seed1/evaluation/small/w1.5/step_00000004.json")]) == 2
+    analyses = folder.glob("*/seed1/analysis/knockout/*.json")
+    assert {file.parts[-5] for file in analyses} == {"early", "pooled"}
     # No image token of adaLN attends to text.
     assert [file.parts[-5] for file in folder.glob("*/seed1/analysis/attention/*.json")] == [
         "early"
@@ -117,7 +122,7 @@ def test_only_what_is_added_to_a_study_is_done(
     arms = {**finished["arms"], "broken": {"backbone.context_width": 63}}
     before = times(finished["folder"])
     with pytest.raises(UserError, match=r"1 of 3 runs failed: broken/seed1; .*same command again"):
-        run_study(read_study(finished, evaluate=added, arms=arms, attention=None))
+        run_study(read_study(finished, evaluate=added, arms=arms, **NO_ANALYSES))
     after = times(finished["folder"])
     changed = {file for file, time in before.items() if after[file] != time}
     assert {file.name for file in changed} <= {RECORD, "config.yaml", "metrics.jsonl"}
@@ -132,7 +137,7 @@ def test_only_what_is_added_to_a_study_is_done(
 def test_runs_of_train_and_evaluate_are_taken_over(
     finished: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = read_study({**finished, "folder": str(tmp_path / "study")}, attention=None)
+    config = read_study({**finished, "folder": str(tmp_path / "study")}, **NO_ANALYSES)
     config = replace(config, arms={"early": {}}, only="early/seed1")
     [run] = list_runs(config)
     train(run.recipe)
@@ -191,7 +196,7 @@ def test_sigterm_ends_all_runs_and_keeps_their_work(
 def test_the_time_left_is_that_of_the_remaining_operations(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = read_study(describe_study(tmp_path, tmp_path / "study"), seeds=[1, 2], attention=None)
+    config = read_study(describe_study(tmp_path, tmp_path / "study"), seeds=[1, 2], **NO_ANALYSES)
     runs = list_runs(config)
     with Progress(config, runs, runs[1:]) as progress:
         progress._started -= 60.0  # a minute ago
