@@ -52,7 +52,7 @@ class DemoConfig:
 
 def demo(config: DemoConfig) -> None:
     """Write `report.html` and `summary.json` to the folder; finished stages are not repeated."""
-    from ifvit.studies.report import report
+    from ifvit.studies.study_page import report
 
     started = time.perf_counter()
     sets = SceneSets(folder=config.folder, num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT)

@@ -100,7 +100,7 @@ VERBS = {
         "ifvit.studies.study_page:report_study",
         "config",
     ),
-    "report": Verb("ifvit.studies.config:ReportConfig", "ifvit.studies.report:report", "runs"),
+    "report": Verb("ifvit.studies.config:ReportConfig", "ifvit.studies.study_page:report", "runs"),
     "rate create": Verb("ifvit.rating.config:CreateConfig", "ifvit.rating.create:create", "study"),
     "rate serve": Verb("ifvit.rating.config:ServeConfig", "ifvit.rating.server:serve", "study"),
     "rate report": Verb(
@@ -108,9 +108,6 @@ VERBS = {
     ),
     "rate export": Verb(
         "ifvit.rating.config:RateExportConfig", "ifvit.rating.results:export", "study"
-    ),
-    "report paper": Verb(
-        "ifvit.studies.config:PaperConfig", "ifvit.studies.paper:report_paper", "runs"
     ),
     "submit train": Verb("slurm.config:SubmitTrainConfig", "slurm.submit:submit_train"),
     "submit encode": Verb("slurm.config:SubmitEncodeConfig", "slurm.submit:submit_encode"),

@@ -41,7 +41,7 @@ ROOMS = {
         "ifvit/figures.py",
         "ifvit/models/fusion_drawing.py",
         "ifvit/studies/page.py",
-        "ifvit/studies/paper_figures.py",
+        "ifvit/studies/study_figures.py",
     ],
     "sqlite3": ["ifvit/rating/answers.py"],
     "starlette": ["ifvit/rating/server.py"],

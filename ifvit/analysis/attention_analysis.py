@@ -1,6 +1,6 @@
 """The verb `analyze attention`: runs and prompts => attention maps and singular values by layer.
 
-`report paper` shows the same figure, from the files that this verb wrote.
+The page of a study shows the same figure, from the files that this verb wrote.
 """
 
 import sys

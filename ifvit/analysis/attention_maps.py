@@ -1,6 +1,6 @@
 """Records the attention of image tokens during sampling, averages it by block, and stores it.
 
-`analyze attention` records and writes the maps; `report paper` reads them.
+`analyze attention` records and writes the maps; `report` reads them.
 
 Shape letters: B prompts of a batch, H heads, E channels of a head, Q queries, K keys, L image
 tokens, P image tokens inside the trimmed border, M text tokens.

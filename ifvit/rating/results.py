@@ -1,6 +1,7 @@
 """Results of a study from its answers; the verbs `rate report` and `rate export`.
 
-The report, the admin's page and `report paper` show `StudyResults`. `render` makes all HTML pages.
+The report, the admin's page and the page of a study show `StudyResults`. `render` makes all HTML
+pages of this package.
 """
 
 import json

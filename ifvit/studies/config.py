@@ -161,25 +161,3 @@ class StudyRunConfig(StudyConfig):
     only: str | None = None
     """ARM/seedSEED: do only this run, in this process; `plan`: only measure the steps of a study
     that matches seconds. The data must be there."""
-
-
-@record
-class PaperConfig:
-    """Write the tables and figures of arXiv 2403.16530 from runs, beside the paper's numbers.
-
-    Runs are grouped into the paper's variants by their fusion maps and text branches. For a
-    variant with several seeds the tables show mean and standard error.
-    """
-
-    runs: list[str]
-    """Run folders, any number per variant."""
-
-    output: str = "paper"
-    """Folder for paper.html, which needs no network, and for its figures and tables as PNG and
-    CSV."""
-
-    study: str | None = None
-    """Folder of human ratings (`ifvit rate`) for Figure 6."""
-
-    series: str | None = None
-    """Evaluations to show: NAME/wSCALE, a folder in RUN/evaluation. Unset: those with most rows."""

@@ -1,6 +1,6 @@
 """Reads the object counts of runs (arXiv 2403.16530, Figure 5), averages and plots them.
 
-`report` and `report paper` show them; `ifvit evaluate --protocol object_count` measures them.
+`ifvit evaluate --protocol object_count` measures them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,42 +11,32 @@ from ifvit.evaluation.rows import FOLDER
 from ifvit.evaluation.runs import Run
 from ifvit.records import shorten
 from ifvit.studies.page import Panel, Point
-from ifvit.studies.quantities import (
-    COUNT_ERROR,
-    MATCH_RATIO,
-    Metric,
-    SeedMean,
-    mean_over_seeds,
-)
+from ifvit.studies.quantities import COUNT_ERROR, MATCH_RATIO, Metric, SeedMean, mean_over_seeds
 
 Group = tuple[str | None, int | None]
 """An object and an asked count; None stands for all of them."""
 
 
-def read_counts(
-    groups: Mapping[str, Sequence[Run]],
-) -> tuple[dict[str, list[ObjectCountRow]], list[str]]:
-    """Return the newest row of each run of each group, and sentences about runs that are left out.
+def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[str]]:
+    """Return the newest row of each run, by its name, and sentences about runs that are left out.
 
-    A run is left out if the protocol or step of its row differs from that of the first row, so
-    all returned rows can be plotted together.
+    A run is left out if the protocol of its row differs from that of the first row, so all returned
+    rows can be plotted together.
     """
-    rows: dict[str, list[ObjectCountRow]] = {}
+    rows: dict[str, ObjectCountRow] = {}
     excluded = []
-    first: ObjectCountRow | None = None
-    for group, run in ((group, run) for group, runs in groups.items() for run in runs):
+    for run in runs:
         counted = read_object_counts(storage.join(run.url, FOLDER))
         if not counted:
             continue
         row = counted[-1]
-        first = first or row
+        first = next(iter(rows.values()), row)
         reasons = differences(first.protocol, row.protocol)
-        reasons += ["step"] if row.step != first.step else []
         reasons += ["list of prompts"] if row.group_sizes != first.group_sizes else []
         if reasons:
             excluded.append(f"{run.name} was counted with another {', '.join(reasons)}.")
         else:
-            rows.setdefault(group, []).append(row)
+            rows[run.name] = row
     return rows, excluded
 
 

@@ -1,7 +1,303 @@
-"""The verb `study report`."""
+"""The verbs `report` and `study report`: runs => one page that compares their arms.
 
-from ifvit.studies.config import StudyReportConfig
+`study report` shows the arms of a study, each with its runs by seed; `report` shows any runs, each
+as an arm of its own. Both read files only and compute no metric anew.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import yaml
+
+from ifvit import storage
+from ifvit.errors import UserError
+from ifvit.evaluation.runs import Run, read_runs
+from ifvit.images import ImageError
+from ifvit.models.config import FusionTransformerConfig
+from ifvit.models.presets import setting_of
+from ifvit.records import dump_csv
+from ifvit.studies import study_figures as figures
+from ifvit.studies import study_tables as tables
+from ifvit.studies.arms import (
+    Arm,
+    Captioned,
+    Selection,
+    Series,
+    as_arms,
+    caption_rows,
+    explained_keys,
+    means_of,
+    plan_runs,
+    read_arms,
+    select,
+)
+from ifvit.studies.comparisons import Arms, compare, evaluate_claims, questions_about
+from ifvit.studies.config import Claim, Published, ReportConfig, StudyConfig, StudyReportConfig
+from ifvit.studies.page import PageFigure, Table, inline_image, render_page
+from ifvit.studies.quantities import (
+    COUNT,
+    COUNT_ERROR,
+    FID,
+    FRECHET,
+    HELD_OUT_LOSS,
+    MATCH_RATIO,
+    METRIC_OF,
+    METRICS,
+    PAPER_CLIP_SCORE,
+    RELATION,
+    RETRIEVAL,
+    Metric,
+)
+
+if TYPE_CHECKING:
+    from ifvit.rating.results import PreferenceResults
+
+_NUM_CAPTIONS = 24
+_NUM_PICTURES = 240
+"""Pictures of the caption grid; studies of many arms show fewer captions."""
+_NUM_GRIDS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a page is about."""
+
+    title: str
+    arms: Sequence[Arm]
+    baseline: str
+    num_runs: int
+    absent: Sequence[str] = ()
+    """Sentences about runs that are not shown."""
+    series: Sequence[Series] = ()
+    """Evaluations that come first."""
+    claims: Sequence[Claim] = ()
+    published: Sequence[Published] = ()
+    rating: str | None = None
+    explained: frozenset[str] = frozenset()
+    """Keys of the recipes that differ because the study says so."""
+    is_study: bool = False
+
+
+def report(config: ReportConfig) -> None:
+    """Write the page; it names the files that a run lacks.
+
+    Raises UserError if no run is given, a folder does not exist, or a file is broken.
+    """
+    if not config.runs:
+        raise UserError("report: no runs given; name at least one run folder")
+    arms = as_arms(read_runs(config.runs))
+    title = " and ".join(arm.name for arm in arms) if len(arms) < 3 else f"{len(arms)} runs"
+    subject = Subject(title=title, arms=arms, baseline=arms[0].name, num_runs=len(arms))
+    page, _ = make_page(subject)
+    storage.write_bytes(config.output, page)
+    sys.stdout.write(f"{config.output}\n")
 
 
 def report_study(config: StudyReportConfig) -> None:
-    """Write the page of a study."""
+    """Write FOLDER/report: the page, each table as CSV, each figure as PNG and CSV, results.md.
+
+    Raises UserError for a study file that contradicts itself, and for a broken file of a run.
+    """
+    planned = plan_runs(config)
+    arms, absent = read_arms(config, planned)
+    subject = Subject(
+        title=config.title or config.folder.rstrip("/").rpartition("/")[2],
+        arms=arms,
+        baseline=config.reference_arm,
+        num_runs=len(planned),
+        absent=absent,
+        series=_series_of(config),
+        claims=config.claims,
+        published=config.published,
+        rating=config.rating,
+        explained=explained_keys(planned),
+        is_study=True,
+    )
+    page, files = make_page(subject)
+    folder = storage.join(config.folder, "report")
+    for name, data in files.items():
+        storage.write_bytes(storage.join(folder, name), data)
+    storage.write_bytes(storage.join(folder, "index.html"), page)
+    sys.stdout.write(f"{storage.join(folder, 'index.html')}\n")
+
+
+def _series_of(config: StudyConfig) -> list[Series]:
+    """Return the series of a study's evaluations, those of the protocol's own scale first."""
+    found = []
+    for settings in config.evaluate:
+        own, name = settings.protocol.sampling.guidance_scale, settings.protocol.name
+        scales = settings.guidance_scales or [own]
+        found += [Series(name, own)] if own in scales else []
+        found += [Series(name, scale) for scale in scales if scale != own]
+    return found
+
+
+def make_page(subject: Subject) -> tuple[bytes, dict[str, bytes]]:
+    """Return the page, and the files of its tables and figures by name."""
+    selection = select(subject.arms, subject.series, at_end=subject.is_study)
+    main = selection.series[0] if selection.series else None
+    evaluations = selection.evaluations(main)
+    metrics = _page_metrics(evaluations, subject.claims)
+    of_rows = [metric for metric in metrics if metric in METRICS]
+    comparisons = compare(evaluations, questions_about(evaluations, subject.baseline, metrics))
+    claims = evaluate_claims(evaluations, subject.claims)
+    rows = [row for run in selection.runs if main and (row := selection.last(run, main))]
+    published = tables.PublishedNumbers(subject.published, rows)
+    count = max(
+        _NUM_CAPTIONS // 4, min(_NUM_CAPTIONS, _NUM_PICTURES // max(1, len(selection.arms)))
+    )
+    captions = caption_rows(selection, count)
+    all_tables = {
+        "arms": tables.arms_table("Arms", subject.arms, evaluations, comparisons, published),
+        "claims": tables.claims_table(claims),
+        "differences": tables.differences_table("Differences from the baseline", comparisons),
+        "pairing": tables.pairing_table(comparisons),
+        "methods": tables.methods_table(selection.runs),
+        "evaluations": tables.evaluations_table(selection),
+        "protocol": tables.protocol_table(selection),
+        "recipes": tables.recipes_table(subject.arms),
+    }
+    all_figures = {
+        **figures.atlas_figures(selection, evaluations, metrics),
+        "forest": figures.forest_figure(comparisons, subject.arms),
+        "captions": figures.captions_figure(captions),
+        "steps": figures.steps_figure(selection, of_rows),
+        "guidance": figures.guidance_figure(selection, of_rows),
+        "training": figures.curves_figure(subject.arms),
+        "object_count": figures.counts_figure(selection),
+        "preference": figures.rating_figure(_read_preference(subject.rating), subject.arms),
+        "attention": figures.attention_of(subject.arms),
+        "knockout": figures.knockout_of(subject.arms),
+    }
+    shown_tables = {name: table for name, table in all_tables.items() if table.lines}
+    shown_figures = {name: one for name, one in all_figures.items() if one.plots or one.picture}
+    shown_arms = [arm for arm in subject.arms if captions and arm.name in captions[0].images]
+    page = render_page(
+        "report.html",
+        subject=subject,
+        title=subject.title,
+        selection=selection,
+        colours={arm.name: arm.colour for arm in subject.arms},
+        main=main,
+        tables=shown_tables,
+        figures=shown_figures,
+        atlas=[name for name in shown_figures if name.startswith("atlas")],
+        claims=claims,
+        published=published,
+        captions=[_inline(row) for row in captions],
+        has_real=any(row.real for row in captions),
+        shown_arms=shown_arms,
+        columns=len(shown_arms) + any(row.real for row in captions),
+        num_samples=rows[0].protocol.num_samples if rows else 0,
+        absent_data=_absent_data(selection, shown_figures),
+        grids={run.name: _training_grids(run) for run in selection.runs[:_NUM_CAPTIONS]},
+        setting_of=setting_of,
+        maps=_fusion_maps(subject.arms),
+        unexplained=[
+            line.title
+            for line in all_tables["recipes"].lines
+            if subject.is_study and line.title not in subject.explained
+        ],
+        dump=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
+        inline_image=inline_image,
+    )
+    return page, _files(shown_tables, shown_figures) if subject.is_study else {}
+
+
+def _page_metrics(evaluations: Arms, claims: Sequence[Claim]) -> list[Metric]:
+    """Return the metrics that arms are compared in: the main ones, and those of the claims."""
+    named = {field for claim in claims for field in claim.metrics}
+    has_fid = bool(means_of(evaluations, FID))
+    main = [FID if has_fid else FRECHET, PAPER_CLIP_SCORE, RETRIEVAL, HELD_OUT_LOSS]
+    main += [COUNT, RELATION, COUNT_ERROR, MATCH_RATIO]
+    wanted = [*main, *(metric for metric in METRIC_OF.values() if metric.field in named)]
+    return [metric for metric in dict.fromkeys(wanted) if means_of(evaluations, metric)]
+
+
+def _read_preference(folder: str | None) -> "PreferenceResults | None":
+    if folder is None or not storage.exists(folder):
+        return None
+    try:
+        from ifvit.rating.results import read_results
+    except ModuleNotFoundError as error:
+        raise UserError(f"rating needs {error.name}: pip install 'ifvit[rate]'") from None
+    return read_results(folder).preference
+
+
+def _inline(row: Captioned) -> dict[str, object]:
+    """Return a caption with its images as data URIs."""
+    images = {name: _inline_file(url) for name, url in row.images.items()}
+    return {
+        "caption": row.caption,
+        "real": _inline_file(row.real),
+        "images": images,
+        "marks": row.marks,
+    }
+
+
+def _inline_file(url: str | None) -> str | None:
+    """Return an image as a data URI. Raises UserError for what is not an image."""
+    if url is None:
+        return None
+    try:
+        return inline_image(storage.read_bytes(url))
+    except ImageError as error:
+        raise UserError(f"{url}: {error}") from None
+
+
+def _training_grids(run: Run) -> list[tuple[int, str | None]]:
+    """Return (step, data URI) of the first, the last and some grids between them."""
+    grids = run.training_grids
+    if len(grids) > _NUM_GRIDS:
+        stride = (len(grids) - 1) / (_NUM_GRIDS - 1)
+        grids = [grids[round(stride * number)] for number in range(_NUM_GRIDS)]
+    return [(step, _inline_file(run.locate(url))) for step, url in grids]
+
+
+def _fusion_maps(arms: Sequence[Arm]) -> list[tuple[Arm, FusionTransformerConfig]]:
+    """Return the arms with fusion maps, and the configurations of their backbones."""
+    found = [(arm, run.backbone) for arm in arms for run in [*arm.runs.values()][:1]]
+    return [(arm, config) for arm, config in found if isinstance(config, FusionTransformerConfig)]
+
+
+def _files(shown: Mapping[str, Table], drawn: Mapping[str, PageFigure]) -> dict[str, bytes]:
+    """Return the files of tables and figures, and results.md with all tables."""
+    files = {
+        f"{name}.csv": dump_csv(table.records) for name, table in shown.items() if table.records
+    }
+    files |= {f"{name}.csv": figure.csv for name, figure in drawn.items()}
+    files |= {f"{name}.png": figure.png for name, figure in drawn.items()}
+    text = "\n".join(table.markdown for table in shown.values())
+    return files | {"results.md": text.encode()}
+
+
+_HOW_TO_MAKE = {
+    "steps": "Metrics during training: `ifvit evaluate --weights RUN --steps all`",
+    "guidance": "Quality under guidance: `ifvit evaluate --weights RUN --guidance_scales [1.5,3]`",
+    "object_count": "Object count: `ifvit evaluate --weights RUN --protocol object_count`",
+    "preference": "Human preference: `ifvit rate create STUDY`, and its folder in the study file",
+    "attention": "Attention: `ifvit analyze attention RUN --shards HELD_OUT`",
+    "knockout": "Knock-out: `ifvit analyze knockout RUN --shards HELD_OUT`",
+}
+"""Figure => what is missing without it, and the command that makes it."""
+
+
+def _absent_data(selection: Selection, shown: Mapping[str, PageFigure]) -> list[str]:
+    """Return what the page does not have, each with the file or the command that is missing."""
+    wanted = {
+        "recipe": "config.yaml: no recipe",
+        "curve": "metrics.jsonl: no training curve",
+        "backbone": "weights: no backbone, so no parameters and GFLOPs",
+        "training_grids": "samples: no pictures from training",
+        "last": "evaluation: not evaluated; run `ifvit evaluate --weights RUN`",
+    }
+    found = [
+        f"{run.url}/{text}"
+        for run in selection.runs
+        for name, text in wanted.items()
+        if not getattr(run, name)
+    ]
+    return found + [text for name, text in _HOW_TO_MAKE.items() if name not in shown]

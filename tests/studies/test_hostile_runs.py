@@ -9,27 +9,18 @@ from pathlib import Path
 
 import pytest
 from made_counts import made_row
-from made_runs import (
-    build_row,
-    noise,
-    write_evaluation,
-    write_run,
-    write_training,
-)
+from made_runs import build_row, noise, write_run
 
 from ifvit.errors import UserError
 from ifvit.evaluation.object_count import CountedImage
 from ifvit.evaluation.runs import Run, read_run
 from ifvit.images import encode_png
-from ifvit.models.presets import PRESETS, with_setting
 from ifvit.sampling.samples import read_samples, write_samples
 from ifvit.storage import write_sealed
-from ifvit.studies.config import PaperConfig, ReportConfig
+from ifvit.studies.config import ReportConfig
 from ifvit.studies.object_counts import read_counts
 from ifvit.studies.page import render_page
-from ifvit.studies.paper import report_paper
-from ifvit.studies.report import report
-from ifvit.studies.variants import PAPER_VARIANTS
+from ifvit.studies.study_page import report
 
 ROW = "evaluation/scenes/w2/step_00001200.json"
 SAMPLES = "evaluation/scenes/w2/step_00001200/samples.jsonl"
@@ -94,7 +85,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("name", SEALED)
 def test_a_changed_file_with_a_seal_gives_the_same_run_or_one_line(name: str, run: Path) -> None:
     def facts() -> object:
-        return read_counts({"run": [read(run)]}) if name == COUNTS else read(run)
+        return read_counts([read(run)]) if name == COUNTS else read(run)
 
     before, data = facts(), (run / name).read_bytes()
     rng = random.Random(name)
@@ -155,7 +146,7 @@ def test_what_is_not_a_file_is_one_line(name: str, kind: str, run: Path) -> None
         read(run)
         return
     with pytest.raises(UserError, match=name):
-        read_counts({"run": [read(run)]})
+        read_counts([read(run)])
 
 
 def leave(run: Path, place: str) -> Path:
@@ -182,16 +173,6 @@ def test_a_link_out_of_the_run_is_never_shown(place: str, bare: Path) -> None:
     leave(bare, place)
     with pytest.raises(UserError, match="does not lead inside"):
         show(bare)
-
-
-def test_pairs_of_pictures_are_never_links_out_of_the_run(tmp_path: Path) -> None:
-    runs = [tmp_path / "early", tmp_path / "both"]
-    for folder, variant in zip(runs, PAPER_VARIANTS, strict=False):
-        write_training(folder, with_setting(PRESETS["tiny"], variant))
-        write_evaluation(folder, build_row(0.41))
-    leave(runs[1], SAMPLES.replace("samples.jsonl", "00001.png"))
-    with pytest.raises(UserError, match=r"00001\.png' does not lead inside"):
-        report_paper(PaperConfig(runs=list(map(str, runs)), output=str(tmp_path / "paper")))
 
 
 NAMES: list[Callable[[Path], None]] = [

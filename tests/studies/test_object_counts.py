@@ -7,7 +7,7 @@ from made_counts import made_row
 
 from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.studies.object_counts import count_panels, mean_score
-from ifvit.studies.page import Panel, panels_to_csv
+from ifvit.studies.page import PageFigure
 from ifvit.studies.quantities import COUNT_ERROR
 
 COLOURS = {"early": 0, "late": 1}
@@ -47,8 +47,8 @@ def test_several_runs_are_their_mean_with_the_interval_over_runs() -> None:
 
 
 def test_the_table_has_every_point_with_its_interval() -> None:
-    panels: list[Panel] = count_panels(ROWS, COLOURS)
-    lines = list(csv.DictReader(panels_to_csv(panels).decode().splitlines()))
+    figure = PageFigure(title="", text="", plots=count_panels(ROWS, COLOURS))
+    lines = list(csv.DictReader(figure.csv.decode().splitlines()))
     assert len(lines) == 2 * (4 * 5 + 2 * 5)
     (line,) = [
         one for one in lines if (one["panel"], one["name"], one["place"]) == ("sheep", "late", "3")
