@@ -1,8 +1,7 @@
 """Comparisons of arms and claims about them, by the rule of `studies.statistics`.
 
 An arm is {seed: Evaluation}. `compare` answers questions about arms; all questions of one call are
-one family, because they are shown together. `evaluate_claims` and `find_best` are built on it, and
-`compare_runs` compares two runs of `report`, as arms of one seed.
+one family, because they are shown together. `evaluate_claims` tests statements about arms.
 """
 
 import math
@@ -16,7 +15,6 @@ from ifvit.evaluation import object_count
 from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.evaluation.rows import MetricsRow, differences
-from ifvit.evaluation.runs import Run
 from ifvit.sampling.samples import SampleRow
 from ifvit.studies.config import Claim
 from ifvit.studies.quantities import (
@@ -24,7 +22,6 @@ from ifvit.studies.quantities import (
     HELD_OUT_LOSS,
     MATCH_RATIO,
     METRIC_OF,
-    METRICS,
     Metric,
 )
 from ifvit.studies.statistics import (
@@ -80,7 +77,8 @@ class Evaluation:
         return bool(
             self.row
             and other.row
-            and compares(metric, self.row, other.row)
+            # Losses of different targets are different quantities.
+            and (metric is not HELD_OUT_LOSS or self.row.target == other.row.target)
             and not differences(self.row.protocol, other.row.protocol)
         )
 
@@ -229,39 +227,6 @@ def questions_about(arms: Arms, baseline: str, metrics: Iterable[Metric]) -> lis
     return [Question(metric, arm, baseline) for metric in metrics for arm in others]
 
 
-def find_best(arms: Arms, metrics: Iterable[Metric]) -> dict[str, str]:
-    """Return field of a metric => the arm that is better than every other in it.
-
-    The arm with the best mean is compared with each other one that was measured in the same way as
-    the first arm; all these comparisons are one family. Metrics without such an arm are left out.
-    """
-    questions: dict[str, list[Question]] = {}
-    for metric in metrics:
-        means = _comparable_means(arms, metric)
-        if len(means) > 1:
-            best = (min if metric.lower_is_better else max)(means, key=lambda name: means[name])
-            others = [name for name in means if name != best]
-            questions[metric.field] = [Question(metric, best, other) for other in others]
-    family = [question for asked in questions.values() for question in asked]
-    better = {c.question for c in compare(arms, family) if c.outcome == "better"}
-    return {field: asked[0].arm for field, asked in questions.items() if better.issuperset(asked)}
-
-
-def _comparable_means(arms: Arms, metric: Metric) -> dict[str, float]:
-    """Means of the arms that were measured in the same way as the first one."""
-    measured = {name: [e for e in arm.values() if e.estimate(metric)] for name, arm in arms.items()}
-    first = next((evaluation for found in measured.values() for evaluation in found), None)
-    alike = {
-        name: [e.estimate(metric) for e in found if first and first.agrees(e, metric)]
-        for name, found in measured.items()
-    }
-    return {
-        name: float(np.mean([e.value for e in found if e]))
-        for name, found in alike.items()
-        if found
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClaimResult:
     """What a study says about a claim."""
@@ -314,31 +279,3 @@ def _judge(
     opposite = {"better": "worse", "worse": "better"}
     is_refuted = any(outcomes[q] == opposite[expected] for q, expected in questions.items())
     return "refuted" if is_refuted else "open"
-
-
-def compare_runs(baseline: Run, other: Run) -> list[Comparison]:
-    """Compare the last evaluations of two runs, metric by metric, in all that compares."""
-    arms = {
-        run.name: {0: Evaluation(row=run.last, samples=run.samples)} for run in (baseline, other)
-    }
-    return compare(arms, questions_about(arms, baseline.name, METRICS))
-
-
-def compares(metric: Metric, first: MetricsRow | None, second: MetricsRow | None) -> bool:
-    """Whether the metric means the same in both rows: losses of different targets do not."""
-    targets = {row.target for row in (first, second) if row and metric.of(row)}
-    return metric is not HELD_OUT_LOSS or len(targets) < 2
-
-
-def mismatches(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return run name => how the run's protocol differs from that of the first evaluated run.
-
-    Each difference is in words, the run's own value first. Runs without a difference are left out.
-    """
-    protocols = {run.name: row.protocol for run in runs if (row := run.last)}
-    baseline = next(iter(protocols.values()), None)
-    return {
-        name: found
-        for name, protocol in protocols.items()
-        if baseline and (found := differences(protocol, baseline))
-    }

@@ -48,7 +48,6 @@ class Metric:
 
 FID = Metric(field="fid", title="FID", digits=2)
 FRECHET = Metric(field="frechet_distance", title="Fréchet distance on CLIP features", digits=4)
-CLIP_SCORE = Metric(field="clip_score", title="CLIP Score (raw cosine)", digits=4)
 PAPER_CLIP_SCORE = Metric(field="clip_score_paper", title="CLIP Score (paper's scale)", digits=4)
 RETRIEVAL = Metric(field="retrieval_at_16", title="Retrieval among 16 captions")
 HELD_OUT_LOSS = Metric(field="held_out_loss", title="Held-out loss", digits=4)
@@ -59,7 +58,7 @@ METRICS = (
     FID,
     Metric(field="kid", title="KID", digits=4),
     RETRIEVAL,
-    CLIP_SCORE,
+    Metric(field="clip_score", title="CLIP Score (raw cosine)", digits=4),
     PAPER_CLIP_SCORE,
     FRECHET,
     Metric(field="cmmd", title="CMMD", digits=3),

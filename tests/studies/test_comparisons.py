@@ -21,7 +21,6 @@ from ifvit.studies.comparisons import (
     Question,
     compare,
     evaluate_claims,
-    find_best,
     questions_about,
 )
 from ifvit.studies.config import Claim
@@ -195,28 +194,6 @@ def test_questions_of_one_call_are_one_family() -> None:
     assert both[1].outcome == "open"
     assert both[1].more_seeds is not None
     assert f"about {both[1].more_seeds} more seeds would decide it" in both[1].sentence
-
-
-def test_the_best_arm_is_better_than_every_other() -> None:
-    arms = {"a": arm(shifted(0.0)), "b": arm(shifted(0.02, sign=-1)), "c": arm(shifted(0.01))}
-    arms["c"] = arm([value + 3 * own for value, own in zip(shifted(0.01), OWN, strict=True)])
-    assert find_best(arms, [RETRIEVAL, FRECHET, FID]) == {"retrieval_at_16": "b"}
-    tied = arms | {"c": arm([v + own for v, own in zip(shifted(0.02), OWN[::-1], strict=True)])}
-    assert find_best(tied, [RETRIEVAL]) == {}
-    single = {name: {0: evaluations[0]} for name, evaluations in arms.items()}
-    assert find_best(single, [RETRIEVAL]) == {}
-    assert find_best({"a": arms["a"]}, [RETRIEVAL]) == {}
-    others = {"d": arm(shifted(0.3), guidance_scale=4.0)}
-    assert find_best(arms | others, [RETRIEVAL]) == {"retrieval_at_16": "b"}
-
-
-def test_equal_arms_are_called_the_best_in_at_most_five_percent_of_studies() -> None:
-    draw = np.random.default_rng(1)
-    called = 0
-    for _ in range(150):
-        values = 0.5 + 0.01 * draw.normal(size=4) + 0.005 * draw.normal(size=(3, 4))
-        called += bool(find_best({str(n): arm(v) for n, v in enumerate(values)}, [RETRIEVAL]))
-    assert called / 150 <= 0.05
 
 
 def claim(arm_name: str, *against: str, **metrics: Any) -> Claim:
