@@ -243,13 +243,13 @@ def test_a_run_killed_at_random_moments_ends_as_if_left_alone(
     """All ranks are killed at once, while they start, step, save or upload."""
     chance, newest = random.Random(0), 0
     optim = OptimConfig(learning_rate=1e-3, warmup_steps=10)
-    fields = {"max_steps": 12 * num_kills, "checkpoint_every": 2, "micro_batch_size": 2}
+    fields = {"max_steps": 8 * num_kills, "checkpoint_every": 2, "micro_batch_size": 2}
     calm = recipe("calm", optim=optim, **fields)
     train(calm)
     hunted = replace(calm, run=run)
     for number in range(num_kills):
         processes = start(train, (hunted,), (1, 2, 4)[number % 3])
-        time.sleep(chance.uniform(1.0, 5.0))
+        time.sleep(chance.uniform(1.0, 4.0))
         assert not any(process.exitcode for process in processes)
         for process in chance.sample(processes, len(processes)):
             process.kill()
