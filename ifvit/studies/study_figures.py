@@ -43,7 +43,6 @@ _NAME_WIDTH = 14
 _NUM_CAPTIONS = 10
 _NUM_BINS = 100
 _MIN_WINDOWS = 4
-_PETA = 1e15
 
 
 def forest_figure(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> PageFigure:
@@ -81,9 +80,9 @@ def forest_figure(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> Pag
 
 _CURVES = (  # title, quantity of metrics.jsonl, label of x
     ("Held-out loss", "validation_loss", "step"),
-    ("Held-out loss", "validation_loss", "training operations, 1e15"),
+    ("Held-out loss", "validation_loss", "training operations"),
     ("Loss", "loss", "step"),
-    ("Loss", "loss", "training operations, 1e15"),
+    ("Loss", "loss", "training operations"),
     ("Held-out loss", "validation_loss", "training seconds"),
     ("Gradient norm", "grad_norm", "step"),
     ("Samples per second", "samples_per_s", "step"),
@@ -116,7 +115,7 @@ def _curve(arm: Arm, runs: Sequence[Run], quantity: str, x_label: str) -> Iterat
         cost = operations_per_step(runs[0])
         if cost is None:
             return
-        place = lambda row: row.step * cost / _PETA  # noqa: E731
+        place = lambda row: row.step * cost  # noqa: E731
     elif "seconds" in x_label:
         place = lambda row: row.seconds  # noqa: E731
     by_step: dict[int, list[tuple[float, float]]] = {}
@@ -167,13 +166,13 @@ def steps_figure(selection: Selection, metrics: Sequence[Metric]) -> PageFigure:
     """Plot metrics over the steps that were evaluated, and over the operations until then."""
     plots = []
     for metric in metrics:
-        for x_label in ("step", "training operations, 1e15"):
+        for x_label in ("step", "training operations"):
             points = []
             for arm in selection.arms:
                 found: dict[float, list[Estimate]] = {}
                 for run in arm.runs.values():
                     cost = operations_per_step(run)
-                    scale = 1.0 if x_label == "step" else cost and cost / _PETA
+                    scale = 1.0 if x_label == "step" else cost
                     for row in selection.history(run, selection.series[0]) if scale else ():
                         if estimate := metric.of(row):
                             found.setdefault(row.step * (scale or 1.0), []).append(estimate)

@@ -33,7 +33,7 @@ COSTS = (
     Metric(field="mparams", title="Parameters, M", digits=2),
     Metric(field="gflops", title="GFLOPs", digits=3),
     Metric(field="steps", title="Steps", digits=0),
-    Metric(field="petaflops", title="Training, 1e15 operations", digits=3),
+    Metric(field="petaflops", title="Training, 1e15 operations", digits=4),
     Metric(field="seconds", title="Training, seconds", digits=0),
     Metric(field="iterations_per_s", title="Training it/s", digits=2),
 )
