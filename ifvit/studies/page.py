@@ -26,8 +26,10 @@ MISSING = "—"
 _MAX_WIDTH = 1100
 _SMALL = 128
 _PANEL_SIZE = (4.6, 3.4)
-_ROW_HEIGHT = 0.46
-_NAME_WIDTH = 18
+_ROW_HEIGHT, _LOW_ROW = 0.46, 0.3
+_MANY_ROWS = 12
+"""Forest plots of more differences have low rows."""
+_NAME_WIDTH = 20
 _COLUMNS = 3
 _GROUP_WIDTH = 0.8
 _DOT_SHIFT = 0.08
@@ -338,7 +340,8 @@ class Forest(Plot):
     @property
     def size(self) -> tuple[float, float]:
         """Width and height in inches."""
-        return _PANEL_SIZE[0], 0.85 + _ROW_HEIGHT * len(self.bars)
+        count = len(self.bars)
+        return _PANEL_SIZE[0], 0.85 + count * (_LOW_ROW if count > _MANY_ROWS else _ROW_HEIGHT)
 
     @property
     def records(self) -> list[dict[str, object]]:

@@ -32,7 +32,14 @@ from ifvit.studies.arms import Arm, Captioned, Selection, means_of, operations_p
 from ifvit.studies.comparisons import Arms, Comparison
 from ifvit.studies.object_counts import count_panels
 from ifvit.studies.page import Bar, Forest, PageFigure, Panel, Point
-from ifvit.studies.quantities import FID, PAPER_CLIP_SCORE, Metric, SeedMean, mean_over_seeds
+from ifvit.studies.quantities import (
+    FID,
+    HELD_OUT_LOSS,
+    PAPER_CLIP_SCORE,
+    Metric,
+    SeedMean,
+    mean_over_seeds,
+)
 
 if TYPE_CHECKING:  # a page without human ratings does not need the extra `rate`
     from ifvit.rating.results import PreferenceResults
@@ -379,7 +386,10 @@ def _read_attention(run: Run) -> AttentionSummary | None:
 def atlas_figures(
     selection: Selection, evaluations: Arms, metrics: Sequence[Metric]
 ) -> dict[str, PageFigure]:
-    """Draw the atlas of each metric, by file name; none unless a mechanism has four windows."""
+    """Draw the atlas of each metric, by file name; none unless a mechanism has four windows.
+
+    The held-out loss comes first, because the knock-out predicts it.
+    """
     windows = {arm.name: found for arm in selection.arms if (found := window_of(arm))}
     mechanisms = Counter(mechanism for mechanism, _, _ in set(windows.values()))
     if max(mechanisms.values(), default=0) < _MIN_WINDOWS:
@@ -390,7 +400,7 @@ def atlas_figures(
         if arm.name in windows and (knockout := _predict(arm))
     }
     figures = {}
-    for metric in metrics:
+    for metric in sorted(metrics, key=lambda metric: metric != HELD_OUT_LOSS):
         scale = 100.0 if metric.digits is None else 1.0
         points = [
             AtlasPoint(

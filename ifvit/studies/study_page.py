@@ -34,7 +34,14 @@ from ifvit.studies.arms import (
     read_arms,
     select,
 )
-from ifvit.studies.comparisons import Arms, compare, evaluate_claims, questions_about
+from ifvit.studies.comparisons import (
+    Arms,
+    ClaimResult,
+    Comparison,
+    compare,
+    evaluate_claims,
+    questions_about,
+)
 from ifvit.studies.config import Claim, Published, ReportConfig, StudyConfig, StudyReportConfig
 from ifvit.studies.page import PageFigure, Table, inline_image, render_page
 from ifvit.studies.quantities import (
@@ -135,76 +142,117 @@ def _series_of(config: StudyConfig) -> list[Series]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What a page says about its subject."""
+
+    subject: Subject
+    selection: Selection
+    main: Series | None
+    """The evaluations that are compared; None if no run was evaluated."""
+    evaluations: Arms
+    metrics: Sequence[Metric]
+    comparisons: Sequence[Comparison]
+    claims: Sequence[ClaimResult]
+    published: tables.PublishedNumbers
+    captions: Sequence[Captioned]
+
+
 def make_page(subject: Subject) -> tuple[bytes, dict[str, bytes]]:
     """Return the page, and the files of its tables and figures by name."""
+    findings = _find(subject)
+    shown = {name: table for name, table in _make_tables(findings).items() if table.lines}
+    drawn = {n: one for n, one in _make_figures(findings).items() if one.plots or one.picture}
+    page = _render(findings, shown, drawn)
+    return page, _files(shown, drawn) if subject.is_study else {}
+
+
+def _find(subject: Subject) -> Findings:
     selection = select(subject.arms, subject.series, at_end=subject.is_study)
     main = selection.series[0] if selection.series else None
     evaluations = selection.evaluations(main)
     metrics = _page_metrics(evaluations, subject.claims)
-    of_rows = [metric for metric in metrics if metric in METRICS]
-    comparisons = compare(evaluations, questions_about(evaluations, subject.baseline, metrics))
-    claims = evaluate_claims(evaluations, subject.claims)
     rows = [row for run in selection.runs if main and (row := selection.last(run, main))]
-    published = tables.PublishedNumbers(subject.published, rows)
-    count = max(
-        _NUM_CAPTIONS // 4, min(_NUM_CAPTIONS, _NUM_PICTURES // max(1, len(selection.arms)))
+    count = min(_NUM_CAPTIONS, _NUM_PICTURES // max(1, len(selection.arms)))
+    return Findings(
+        subject=subject,
+        selection=selection,
+        main=main,
+        evaluations=evaluations,
+        metrics=metrics,
+        comparisons=compare(evaluations, questions_about(evaluations, subject.baseline, metrics)),
+        claims=evaluate_claims(evaluations, subject.claims),
+        published=tables.PublishedNumbers(subject.published, rows),
+        captions=caption_rows(selection, max(_NUM_CAPTIONS // 4, count)),
     )
-    captions = caption_rows(selection, count)
-    all_tables = {
-        "arms": tables.arms_table("Arms", subject.arms, evaluations, comparisons, published),
-        "claims": tables.claims_table(claims),
-        "differences": tables.differences_table("Differences from the baseline", comparisons),
-        "pairing": tables.pairing_table(comparisons),
+
+
+def _make_tables(found: Findings) -> dict[str, Table]:
+    """Return all tables by the names of their files."""
+    subject, selection = found.subject, found.selection
+    others = {
+        f"arms_{series.name}_w{series.scale:g}": tables.arms_table(
+            f"Evaluations {series}", subject.arms, selection.evaluations(series)
+        )
+        for series in selection.series[1:]
+    }
+    arms = tables.arms_table(
+        "Arms", subject.arms, found.evaluations, found.comparisons, found.published
+    )
+    return {
+        "arms": arms,
+        "claims": tables.claims_table(found.claims),
+        "differences": tables.differences_table("Differences from the baseline", found.comparisons),
+        "pairing": tables.pairing_table(found.comparisons),
+        **others,
         "methods": tables.methods_table(selection.runs),
         "evaluations": tables.evaluations_table(selection),
         "protocol": tables.protocol_table(selection),
         "recipes": tables.recipes_table(subject.arms),
     }
-    all_figures = {
-        **figures.atlas_figures(selection, evaluations, metrics),
-        "forest": figures.forest_figure(comparisons, subject.arms),
-        "captions": figures.captions_figure(captions),
+
+
+def _make_figures(found: Findings) -> dict[str, PageFigure]:
+    """Return all figures by the names of their files."""
+    arms, selection = found.subject.arms, found.selection
+    of_rows = [metric for metric in found.metrics if metric in METRICS]
+    return {
+        **figures.atlas_figures(selection, found.evaluations, found.metrics),
+        "forest": figures.forest_figure(found.comparisons, arms),
+        "captions": figures.captions_figure(found.captions),
         "steps": figures.steps_figure(selection, of_rows),
         "guidance": figures.guidance_figure(selection, of_rows),
-        "training": figures.curves_figure(subject.arms),
+        "training": figures.curves_figure(arms),
         "object_count": figures.counts_figure(selection),
-        "preference": figures.rating_figure(_read_preference(subject.rating), subject.arms),
-        "attention": figures.attention_of(subject.arms),
-        "knockout": figures.knockout_of(subject.arms),
+        "preference": figures.rating_figure(_read_preference(found.subject.rating), arms),
+        "attention": figures.attention_of(arms),
+        "knockout": figures.knockout_of(arms),
     }
-    shown_tables = {name: table for name, table in all_tables.items() if table.lines}
-    shown_figures = {name: one for name, one in all_figures.items() if one.plots or one.picture}
-    shown_arms = [arm for arm in subject.arms if captions and arm.name in captions[0].images]
-    page = render_page(
+
+
+def _render(found: Findings, shown: Mapping[str, Table], drawn: Mapping[str, PageFigure]) -> bytes:
+    subject, captions = found.subject, found.captions
+    keys = [line.title for line in shown["recipes"].lines] if "recipes" in shown else []
+    rows = found.selection.rows.values()
+    return render_page(
         "report.html",
-        subject=subject,
+        **vars(found),
         title=subject.title,
-        selection=selection,
+        tables=shown,
+        figures=drawn,
+        atlas=[name for name in drawn if name.startswith("atlas_")],
         colours={arm.name: arm.colour for arm in subject.arms},
-        main=main,
-        tables=shown_tables,
-        figures=shown_figures,
-        atlas=[name for name in shown_figures if name.startswith("atlas")],
-        claims=claims,
-        published=published,
-        captions=[_inline(row) for row in captions],
+        pictures=[_inline(row) for row in captions],
         has_real=any(row.real for row in captions),
-        shown_arms=shown_arms,
-        columns=len(shown_arms) + any(row.real for row in captions),
-        num_samples=rows[0].protocol.num_samples if rows else 0,
-        absent_data=_absent_data(selection, shown_figures),
-        grids={run.name: _training_grids(run) for run in selection.runs[:_NUM_CAPTIONS]},
-        setting_of=setting_of,
+        shown_arms=[a for a in subject.arms if captions and a.name in captions[0].images],
+        num_samples=next((row.protocol.num_samples for own in rows for row in own), 0),
+        absent_data=_absent_data(found.selection, drawn),
+        grids={run.name: _training_grids(run) for run in found.selection.runs[:_NUM_CAPTIONS]},
         maps=_fusion_maps(subject.arms),
-        unexplained=[
-            line.title
-            for line in all_tables["recipes"].lines
-            if subject.is_study and line.title not in subject.explained
-        ],
+        setting_of=setting_of,
+        unexplained=[key for key in keys if subject.is_study and key not in subject.explained],
         dump=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
-        inline_image=inline_image,
     )
-    return page, _files(shown_tables, shown_figures) if subject.is_study else {}
 
 
 def _page_metrics(evaluations: Arms, claims: Sequence[Claim]) -> list[Metric]:

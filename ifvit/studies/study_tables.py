@@ -100,17 +100,19 @@ def arms_table(
     title: str,
     arms: Sequence[Arm],
     evaluations: Arms,
-    comparisons: Sequence[Comparison],
-    published: PublishedNumbers,
+    comparisons: Sequence[Comparison] = (),
+    published: PublishedNumbers | None = None,
 ) -> Table:
-    """Return a line per arm: means over seeds with standard errors, and costs.
+    """Return a line per arm: means over seeds with standard errors.
 
-    An arrow marks a difference from the baseline by the rule of `comparisons`. Published numbers
-    stand beneath ours.
+    An arrow marks a difference from the baseline by the rule of `comparisons`. With published
+    numbers, which stand beneath ours, the table also has the costs.
     """
     outcomes = {(c.question.arm, c.metric.field): c.outcome for c in comparisons}
     means = {metric: means_of(evaluations, metric) for metric in METRIC_OF.values()}
-    costs = {arm.name: [costs_of(run) for run in arm.runs.values()] for arm in arms}
+    runs = {arm.name: arm.runs.values() if published else () for arm in arms}
+    costs = {name: [costs_of(run) for run in own] for name, own in runs.items()}
+    published = published or PublishedNumbers([], [])
     shown = [
         *(metric for metric, found in means.items() if found),
         *(
