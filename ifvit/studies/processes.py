@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 
@@ -52,14 +52,15 @@ class JobProcesses:
     """Runs as many jobs at once as the machine carries.
 
     By default that is one per GPU, or without a GPU one per core. A process sees one GPU and
-    shares the cores equally with the others. Processes are forked from one that has imported
-    `modules`, which takes seconds.
+    shares the cores equally with the others. Without a GPU they are forked from a process that has
+    imported `modules`, which takes seconds.
     """
 
     def __init__(self, number: int | None, modules: Sequence[str]) -> None:
-        self._context = get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", *modules])
         self._gpus = _list_gpus()
+        # A process that is forked may not use a GPU that the imported modules have asked for.
+        self._context = get_context("spawn") if self._gpus else get_context("forkserver")
+        self._context.set_forkserver_preload(["torch", *modules])
         num_cores = os.cpu_count() or 1
         self.number = number or len(self._gpus) or num_cores
         self._threads = max(1, num_cores // self.number)
@@ -72,8 +73,8 @@ class JobProcesses:
         When the iterator is closed, all processes get SIGTERM, and those that go on SIGKILL.
         """
         waiting, failed = list(jobs), set[str]()
-        running: dict[ForkServerProcess, Job] = {}
-        places: dict[int, ForkServerProcess | None] = dict.fromkeys(range(self.number))
+        running: dict[BaseProcess, Job] = {}
+        places: dict[int, BaseProcess | None] = dict.fromkeys(range(self.number))
         try:
             while waiting or running:
                 unfinished = {job.name for job in (*waiting, *running.values())}
@@ -101,7 +102,7 @@ class JobProcesses:
         finally:
             _end([*running])
 
-    def _start(self, job: Job, place: int) -> ForkServerProcess:
+    def _start(self, job: Job, place: int) -> BaseProcess:
         gpu = self._gpus[place % len(self._gpus)] if self._gpus else None
         job.log.parent.mkdir(parents=True, exist_ok=True)
         process = self._context.Process(
@@ -131,7 +132,7 @@ def _explain(exit_code: int | None, log: Path) -> str | None:
     return f"exit code {exit_code}, {shorten(last.removeprefix('error: '), 300)}"
 
 
-def _end(processes: Sequence[ForkServerProcess]) -> None:
+def _end(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         process.terminate()
     end = time.monotonic() + _GRACE_SECONDS

@@ -70,7 +70,7 @@ def run_stages(config: StudyConfig, run: StudyRun) -> None:
                 function(settings)
             else:
                 group.on_main(partial(_call, function, settings))
-        url, done = join(run.recipe.run, RECORD), _describe(config, run)
+        url, done = join(run.recipe.run, RECORD), describe_stages(config, run)
         group.on_main(lambda: write_sealed(url, done))
 
 
@@ -81,10 +81,11 @@ def _call(function: Callable[[Any], object], settings: Any) -> None:
 def is_finished(config: StudyConfig, run: StudyRun) -> bool:
     """Whether all stages of the run have been done with the recipe and settings of the study."""
     url = join(run.recipe.run, RECORD)
-    return exists(url) and read_sealed(RunRecord, url) == _describe(config, run)
+    return exists(url) and read_sealed(RunRecord, url) == describe_stages(config, run)
 
 
-def _describe(config: StudyConfig, run: StudyRun) -> RunRecord:
+def describe_stages(config: StudyConfig, run: StudyRun) -> RunRecord:
+    """Return the record of a run whose stages are done."""
     configs = [run.recipe, *(settings for _, settings in list_stages(config, run))]
     kept = [
         {key: value for key, value in asdict(one).items() if key not in _OF_PLACE}

@@ -19,7 +19,10 @@ from ifvit.rating.study import read_study
 from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.pipeline import FusionPipeline
 from ifvit.sampling.samples import SampleRow, claim_folder, write_samples
-from ifvit.storage import read_bytes
+from ifvit.storage import read_bytes, read_sealed, write_sealed
+from ifvit.studies.config import RECORD
+from ifvit.studies.stages import RunRecord
+from ifvit.studies.step_time import StepTimes
 
 
 def _write_samples(folder: Path, colour: int) -> None:
@@ -134,4 +137,23 @@ def open_vae(box: Path) -> object:
     return vae.state_dict(), dict(vae.config)
 
 
-STUDIES = (make_study, make_generated, make_pipeline, make_dc)
+def make_study_runs(folder: Path) -> list[Format]:
+    write_sealed(f"{folder}/base/seed1/{RECORD}", RunRecord(stages_sha256="a" * 64))
+    write_sealed(f"{folder}/plan.json", StepTimes(step_seconds={"b" * 64: 0.5, "c" * 64: 2.0}))
+    return [
+        Format(name="end of a study's run", folder=folder, file=f"base/seed1/{RECORD}",
+               readers=(look_for_end,), sealed=True),
+        Format(name="step times", folder=folder, file="plan.json", readers=(list_times,),
+               sealed=True),
+    ]  # fmt: skip
+
+
+def look_for_end(box: Path) -> object:
+    return read_sealed(RunRecord, f"{box}/base/seed1/{RECORD}")
+
+
+def list_times(box: Path) -> object:
+    return read_sealed(StepTimes, f"{box}/plan.json")
+
+
+STUDIES = (make_study, make_generated, make_pipeline, make_dc, make_study_runs)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from ifvit.errors import UserError
 from ifvit.studies.processes import Event, Job, JobProcesses
@@ -27,6 +28,13 @@ def wait_for(path: Path) -> None:
     """Tell the process id, and wait for a signal."""
     path.write_text(str(os.getpid()))
     time.sleep(600)
+
+
+def tell_gpu(folder: Path) -> None:
+    """Write the visible GPUs, and wait until two processes have written theirs."""
+    (folder / f"gpu{os.environ['CUDA_VISIBLE_DEVICES']}").touch()
+    while len([*folder.glob("gpu*")]) < 2:
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -82,6 +90,19 @@ def test_a_job_starts_after_the_one_that_it_needs_and_not_if_that_failed(
     assert errors["third"] == "not started, because lost failed"
     assert (tmp_path / "moved").exists()
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.slow
+def test_each_process_sees_one_gpu(
+    build: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    processes = JobProcesses(None, [])
+    assert processes.number == 2
+    events = processes.run([build(name, tell_gpu, tmp_path) for name in "ab"])
+    assert [event.error for event in events if event.ended] == [None, None]
+    assert {file.name for file in tmp_path.glob("gpu*")} == {"gpu3", "gpu5"}
 
 
 def test_all_processes_end_when_the_iterator_is_closed(

@@ -21,9 +21,9 @@ from ifvit.storage import write_sealed
 from ifvit.studies.config import RECORD, StudyConfig, StudyRunConfig
 from ifvit.studies.processes import Event, Job
 from ifvit.studies.run import Progress, list_study_runs, run_study
-from ifvit.studies.stages import is_finished
+from ifvit.studies.stages import describe_stages, is_finished
 from ifvit.studies.step_time import find_step_seconds
-from ifvit.studies.study import StudyRun, list_runs
+from ifvit.studies.study import StudyRun, arm_recipes, list_runs
 from ifvit.training.train import train
 
 SAMPLING = {"num_steps": 2, "guidance_scale": 1.5}
@@ -158,9 +158,7 @@ def test_a_run_is_finished_only_with_its_own_recipe_and_evaluations(tmp_path: Pa
     config = read_study(describe_study(tmp_path, tmp_path / "study"))
     run = build_run(config, "early/seed1")
     assert not is_finished(config, run)
-    from ifvit.studies.stages import _describe
-
-    write_sealed(f"{run.recipe.run}/{RECORD}", _describe(config, run))
+    write_sealed(f"{run.recipe.run}/{RECORD}", describe_stages(config, run))
     assert is_finished(config, run)
     moved = replace(run.recipe, run=run.recipe.run, log_every=7, keep_checkpoints=9)
     assert is_finished(config, replace(run, recipe=moved))
@@ -213,8 +211,6 @@ def test_steps_of_new_arms_are_measured_beside_the_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_study(describe_study(tmp_path, tmp_path / "study"), match="seconds")
-    from ifvit.studies.study import arm_recipes
-
     recipes = arm_recipes(config)
     first = find_step_seconds(config.folder, {"early": recipes["early"]}, "early")
     measured = {"early": 2 * first["early"], "pooled": 1.0}  # now the machine is half as fast
