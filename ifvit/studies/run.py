@@ -34,6 +34,8 @@ from ifvit.studies.study_page import report_study
 from ifvit.training.lease import Lease
 
 Part = TypeVar("Part", bound=StudyConfig)
+_MAX_ENCODERS = 8
+"""Processes that encode one dataset, unless it says `num_tasks`; each holds all encoders."""
 
 
 def run_study(config: StudyRunConfig) -> None:
@@ -96,6 +98,7 @@ def _log_folder(config: StudyConfig) -> Path:
 def _preparations(config: StudyConfig, number: int, log: Path) -> Iterator[list[Job]]:
     """Yield the jobs of each stage before the runs; a stage needs the data of the one before."""
     log /= "data.txt"
+    number = min(number, _MAX_ENCODERS)
     yield [
         Job(name=f"scenes {each.folder}/{each.split}", call=partial(render_scenes, each), log=log)
         for each in config.scenes

@@ -3,6 +3,7 @@
 `study run` calls `run_stages` in a process per run; `submit study` in all tasks of a job.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -64,6 +65,7 @@ def run_stages(config: StudyConfig, run: StudyRun) -> None:
     if is_finished(config, run):
         return
     train(run.recipe)
+    gc.collect()  # cycles would keep the engine in the memory that evaluations need
     with open_process_group() as group:
         for function, settings in list_stages(config, run):
             if function is evaluate:  # whose work the processes share
