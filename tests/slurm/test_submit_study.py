@@ -185,7 +185,7 @@ def test_a_disturbed_study_on_two_nodes_ends_as_an_undisturbed_one_on_this_machi
     assert read_bytes(tmp_path / "study") == read_bytes(tmp_path / "here")
     expected = read_numbers(tmp_path / "here")
     assert {name.split()[0] for name in expected} > {"early/seed1", "late/seed1"}
-    # Two processes add losses and CLIP's cosines, which are float32, in another order than one does.
+    # Two processes add losses and cosines, in float32, in another order than one does.
     found = read_numbers(tmp_path / "study")
     assert found.keys() == expected.keys()
     for name, numbers in expected.items():
