@@ -66,11 +66,16 @@ def inline_image(data: bytes) -> str:
 
 
 class Cell(NamedTuple):
-    """A value in a table; `notes` are printed small beneath it, `outcome` as an arrow."""
+    """A value in a table; `notes` are printed small beneath it, `outcome` as an arrow.
+
+    `value` and `error` are the number with all digits and its standard error, for files.
+    """
 
     text: str = MISSING
     notes: tuple[str, ...] = ()
     outcome: Outcome = "open"
+    value: float | None = None
+    error: float | None = None
 
 
 class Line(NamedTuple):
@@ -82,20 +87,31 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table; `heads` has the title of each column, the first one included.
-
-    `records` are its numbers with all their digits, for a CSV file.
-    """
+    """A table; `heads` has the title of each column, the first one included."""
 
     title: str
     heads: Sequence[str]
     lines: Sequence[Line]
-    records: Sequence[Mapping[str, object]]
+
+    @property
+    def csv(self) -> bytes:
+        """The table as CSV, with columns of standard errors and all digits."""
+        columns = list(zip(*(line.cells for line in self.lines), strict=True))
+        records = []
+        for line in self.lines:
+            record: dict[str, object] = {self.heads[0]: line.title}
+            for head, cell, column in zip(self.heads[1:], line.cells, columns, strict=True):
+                text = None if cell.text == MISSING else cell.text
+                record[head] = text if cell.value is None else cell.value
+                if any(other.error is not None for other in column):
+                    record[f"{head} error"] = cell.error
+            records.append(record)
+        return dump_csv(records)
 
     @property
     def markdown(self) -> str:
         """The table with its title as Markdown."""
-        rows = [[line.title, *(_cell_text(cell) for cell in line.cells)] for line in self.lines]
+        rows = [[line.title, *map(_cell_text, line.cells)] for line in self.lines]
         lines = [self.heads, ["---"] * len(self.heads), *rows]
         escaped = (" | ".join(text.replace("|", r"\|") for text in line) for line in lines)
         return "\n".join([f"### {self.title}", "", *(f"| {line} |" for line in escaped), ""])
@@ -104,11 +120,6 @@ class Table(NamedTuple):
 def _cell_text(cell: Cell) -> str:
     arrow = {"better": " ▲", "worse": " ▼", "open": ""}[cell.outcome]
     return "; ".join([cell.text, *cell.notes]).replace("; ±", " ±") + arrow
-
-
-def text_cell(value: object, template: str = "{}", *notes: str) -> Cell:
-    """Return a cell with a value; without the value, a cell that says so."""
-    return Cell(notes=notes) if value is None else Cell(template.format(value), notes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from ifvit.evaluation.runs import Run, read_runs
 from ifvit.images import ImageError
 from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.presets import setting_of
-from ifvit.records import dump_csv
 from ifvit.studies import study_figures as figures
 from ifvit.studies import study_tables as tables
 from ifvit.studies.arms import (
@@ -202,10 +201,9 @@ def _make_tables(found: Findings) -> dict[str, Table]:
     return {
         "arms": arms,
         "claims": tables.claims_table(found.claims),
-        "differences": tables.differences_table("Differences from the baseline", found.comparisons),
+        "differences": tables.differences_table(found.comparisons),
         "pairing": tables.pairing_table(found.comparisons),
         **others,
-        "methods": tables.methods_table(selection.runs),
         "evaluations": tables.evaluations_table(selection),
         "protocol": tables.protocol_table(selection),
         "recipes": tables.recipes_table(subject.arms),
@@ -313,9 +311,7 @@ def _fusion_maps(arms: Sequence[Arm]) -> list[tuple[Arm, FusionTransformerConfig
 
 def _files(shown: Mapping[str, Table], drawn: Mapping[str, PageFigure]) -> dict[str, bytes]:
     """Return the files of tables and figures, and results.md with all tables."""
-    files = {
-        f"{name}.csv": dump_csv(table.records) for name, table in shown.items() if table.records
-    }
+    files = {f"{name}.csv": table.csv for name, table in shown.items()}
     files |= {f"{name}.csv": figure.csv for name, figure in drawn.items()}
     files |= {f"{name}.png": figure.png for name, figure in drawn.items()}
     text = "\n".join(table.markdown for table in shown.values())

@@ -20,7 +20,7 @@ from ifvit.studies.config import ReportConfig
 from ifvit.studies.quantities import HELD_OUT_LOSS, RETRIEVAL
 from ifvit.studies.study_figures import curves_figure, guidance_figure, steps_figure
 from ifvit.studies.study_page import report
-from ifvit.studies.study_tables import PublishedNumbers, arms_table, methods_table
+from ifvit.studies.study_tables import arms_table, evaluations_table
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_the_page_shows_both_runs_and_needs_no_network(page: str) -> None:
     assert page.count("data:image/png;base64") == 3 * 2 + 1 + 2
     for anchor in re.findall(r'<a href="#(\w+)"', page):
         assert f'<h2 id="{anchor}">' in page
-    for section in ("methods", "claims", "atlas", "attention"):
+    for section in ("claims", "atlas", "attention"):
         assert f'<h2 id="{section}">' not in page
     assert "Match ratio, all counts" in page
 
@@ -119,14 +119,15 @@ def test_alignment_methods_of_one_run_are_shown_side_by_side(tmp_path: Path) -> 
     run = write_run(tmp_path / "run", with_method(build_row(0.4), "plain", 0.5))
     write_evaluation(Path(run), with_method(build_row(0.6), "date", 0.75))
     write_evaluation(Path(run), with_method(build_row(0.4, step=600), "regulate", 0.5))
-    table = methods_table(read_runs([run]))
+    table = evaluations_table(selected(run))
     found = [
         dict(zip(table.heads[1:], (cell.text for cell in line.cells), strict=True))
         for line in table.lines
+        if line.cells[1].text == "1,200"
     ]
-    assert [one["Method"] for one in found] == ["plain", "date"]
-    assert [one["Seconds per image"] for one in found] == ["0.500", "0.750"]
-    assert [one["Retrieval among 16 captions ↑"] for one in found] == ["40.0 %", "60.0 %"]
+    assert [one["Method"] for one in found] == ["date", "plain"]
+    assert [one["Seconds per image"] for one in found] == ["0.750", "0.500"]
+    assert [one["Retrieval among 16 captions ↑"] for one in found] == ["60.0 %", "40.0 %"]
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_held_out_losses_of_other_targets_are_not_compared(tmp_path: Path) -> No
     evaluations = selection.evaluations(selection.series[0])
     (found,) = compare(evaluations, questions_about(evaluations, "a", [HELD_OUT_LOSS]))
     assert found.question.arm == "c"
-    table = arms_table("", selection.arms, evaluations, [], PublishedNumbers([], []))
+    table = arms_table("", selection.arms, evaluations)
     column = [*table.heads].index("Held-out loss ↓") - 1
     notes = [line.cells[column].notes[-1] for line in table.lines]
     assert notes == ["of epsilon", "of flow", "of epsilon"]

@@ -102,23 +102,23 @@ def test_the_table_of_arms_has_means_over_seeds_and_marks_differences(
     made: tuple[Path, str],
 ) -> None:
     folder, page = made
-    found = {(one["arm"], one["quantity"]): one for one in records(folder, "arms")}
-    early, middle = (found[arm, "retrieval_at_16"] for arm in ARMS)
-    assert float(early["value"]) == pytest.approx(0.5)
-    assert (early["num_seeds"], early["published"], early["source"]) == ("3", "0.5", "a paper")
-    assert float(middle["seed_error"]) == pytest.approx(0.05 / 3**0.5, rel=0.05)
-    assert found["early", "mparams"]["value"]
+    early, middle = records(folder, "arms")
+    retrieval = "Retrieval among 16 captions ↑"
+    assert (early["Arm"], early["Runs"], middle["Arm"]) == ("early", "3", "middle")
+    assert float(early[retrieval]) == pytest.approx(0.5)
+    assert float(middle[f"{retrieval} error"]) == pytest.approx(0.052 / 3**0.5)
+    assert float(early["Parameters, M"]) > 0
     assert page.count('<td class="better">') == 2, "in the table of arms and of differences"
     assert "published 0.5" in page
 
 
 def test_claims_are_confirmed_or_refuted_by_the_paired_rule(made: tuple[Path, str]) -> None:
     folder, page = made
-    assert [one["verdict"] for one in records(folder, "claims")] == ["confirmed", "refuted"]
+    assert [one["Verdict"] for one in records(folder, "claims")] == ["confirmed", "refuted"]
     assert 'class="chip confirmed">confirmed</b> Text helps in the middle.' in page
-    (one,) = [r for r in records(folder, "differences") if r["metric"] == "retrieval_at_16"]
-    assert float(one["difference"]) == pytest.approx(0.204)
-    assert (one["outcome"], one["num_seeds"], one["seeds"]) == ("better", "3", "1 2 3")
+    (one,) = [r for r in records(folder, "differences") if r["Metric"].startswith("Retrieval")]
+    assert float(one["Difference"]) == pytest.approx(0.204)
+    assert (one["Outcome"], one["Seeds"]) == ("better", "3")
 
 
 def test_results_are_written_as_markdown_too(made: tuple[Path, str]) -> None:
