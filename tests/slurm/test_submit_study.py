@@ -150,7 +150,8 @@ def read_numbers(folder: Path) -> dict[str, list[float]]:
                 if isinstance(value, int | float) and not timings.search(key):
                     found.setdefault(f"{run.relative_to(folder)} {key}", []).append(value)
     for file in folder.glob("report/*.csv"):
-        for line in csv.DictReader(file.read_text().splitlines()):
+        lines = [line for line in file.read_text().splitlines() if not timings.search(line.lower())]
+        for line in csv.DictReader(lines):
             for key, cell in line.items():
                 if re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?", cell) and not timings.search(key):
                     found.setdefault(f"{file.name} {key}", []).append(float(cell))
