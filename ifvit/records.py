@@ -116,6 +116,11 @@ def record(cls: type[_Record], /) -> type[_Record]:
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
+def part_of(cls: type[_Record], config: Any) -> _Record:
+    """Return the configuration `cls`, all of whose fields `config` has among its own."""
+    return cls(**{name: getattr(config, name) for name in field_hints(cast(Hashable, cls))})
+
+
 @lru_cache(maxsize=256)
 def field_hints(cls: type[Any]) -> dict[str, Any]:
     """Fields of a dataclass and their annotations, with rules."""

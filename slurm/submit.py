@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
@@ -23,6 +23,7 @@ from data_pipeline.config import EncodeConfig
 from ifvit import connections
 from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
+from ifvit.records import part_of
 from ifvit.studies.config import PLAN, StudyConfig, StudyReportConfig, StudyRunConfig
 from ifvit.studies.study import StudyRun, list_runs
 from ifvit.training.config import TrainConfig
@@ -49,33 +50,31 @@ from slurm.jobs import (
 _MAX_TIMEOUTS = 1_000_000
 """submitit's own limit of requeues; so large that only slurm.supervise decides."""
 
-Recipe = TypeVar("Recipe")
-
 
 def submit_train(config: SubmitTrainConfig) -> None:
     """Submit one training run, on all nodes of the cluster."""
-    recipe, run = _recipe(TrainConfig, config), absolute(config.run)
+    recipe, run = part_of(TrainConfig, config), absolute(config.run)
     job = VerbJob(verb="train", config=recipe, run=run, cluster=config.cluster)
     Submission(config, run, "train").add([job])
 
 
 def submit_encode(config: SubmitEncodeConfig) -> None:
     """Submit the encoding of a dataset as an array."""
-    recipe = _recipe(EncodeConfig, config)
+    recipe = part_of(EncodeConfig, config)
     submission = Submission(config, absolute(recipe.output), "encode")
     submission.add(encode_jobs(recipe, config.cluster))
 
 
 def submit_evaluate(config: SubmitEvaluateConfig) -> None:
     """Submit jobs that generate samples and a job that measures."""
-    recipe = _recipe(EvaluateConfig, config)
+    recipe = part_of(EvaluateConfig, config)
     submission = Submission(config, _evaluation_home(recipe), "evaluate")
     add_evaluate(submission, recipe, config.cluster)
 
 
 def submit_study(config: SubmitStudyConfig) -> None:
     """Submit the stages of a study; its runs that branch start after those they branch from."""
-    study = _recipe(StudyConfig, config)
+    study = part_of(StudyConfig, config)
     if config.executor == "local":
         load(VERBS["study run"].function)(StudyRunConfig(**vars(study)))
         return
@@ -121,11 +120,6 @@ def _generations(study: StudyConfig) -> list[list[StudyRun]]:
         generations.append([run for run in left if run.after not in names])
         left = [run for run in left if run.after in names]
     return generations
-
-
-def _recipe(cls: type[Recipe], config: Any) -> Recipe:
-    """Return the part of a `submit` configuration that is the recipe of the verb."""
-    return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})  # type: ignore[arg-type]
 
 
 def encode_jobs(recipe: EncodeConfig, cluster: ClusterConfig) -> list[VerbJob]:

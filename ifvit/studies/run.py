@@ -7,13 +7,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from ifvit.evaluation.config import EvaluationSettings
 from ifvit.evaluation.references import make_reference
 from ifvit.evaluation.rows import read_training_rows
 from ifvit.models.cost import count_cost
+from ifvit.records import part_of
 from ifvit.scenes.image_sets import render_scenes
 from ifvit.studies.config import PLAN, StudyConfig, StudyReportConfig, StudyRunConfig
 from ifvit.studies.processes import Event, Job, JobProcesses
@@ -33,7 +34,6 @@ from ifvit.studies.study import StudyRun, arm_recipes, count_operations, list_ru
 from ifvit.studies.study_page import report_study
 from ifvit.training.lease import Lease
 
-Part = TypeVar("Part", bound=StudyConfig)
 _MAX_ENCODERS = 8
 """Processes that encode one dataset, unless it says `num_tasks`; each holds all encoders."""
 
@@ -51,11 +51,11 @@ def run_study(config: StudyRunConfig) -> None:
         log = _log_folder(config)
         if config.match == "seconds":
             call = partial(list_study_runs, part_of(StudyConfig, config))
-            _prepare(processes, [Job(name=PLAN, call=call, log=log / "plan.txt")])
+            _prepare(processes, [Job(name="measure steps", call=call, log=log / "plan.txt")])
         runs = list_study_runs(config)
         missing = [run for run in runs if not is_finished(config, run)]
         if missing:
-            for jobs in _preparations(config, processes.number, log):
+            for jobs in _preparations(config, processes.number, log / "data"):
                 _prepare(processes, jobs)
         failed = _run_missing(config, processes, runs, missing, log)
         report_study(part_of(StudyReportConfig, config))
@@ -64,11 +64,6 @@ def run_study(config: StudyRunConfig) -> None:
             f"{config.folder}: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; "
             "repair that and run the same command again to continue"
         )
-
-
-def part_of(cls: type[Part], config: StudyConfig) -> Part:
-    """Return the configuration of another verb about the same study."""
-    return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 def list_study_runs(config: StudyConfig) -> list[StudyRun]:
@@ -97,25 +92,22 @@ def _log_folder(config: StudyConfig) -> Path:
 
 def _preparations(config: StudyConfig, number: int, log: Path) -> Iterator[list[Job]]:
     """Yield the jobs of each stage before the runs; a stage needs the data of the one before."""
-    log /= "data.txt"
-    number = min(number, _MAX_ENCODERS)
-    yield [
-        Job(name=f"scenes {each.folder}/{each.split}", call=partial(render_scenes, each), log=log)
-        for each in config.scenes
-    ]
+
+    def build(verb: str, function: Callable[[Any], object], configs: Sequence[Any]) -> list[Job]:
+        return [
+            Job(name=f"{verb} {n}", call=partial(function, each), log=log / f"{verb}_{n}.txt")
+            for n, each in enumerate(configs)
+        ]
+
+    yield build("scenes", render_scenes, config.scenes)
     tasks = [
-        replace(each, num_tasks=each.num_tasks or number, task=task)
+        replace(each, num_tasks=num_tasks, task=task)
         for each in config.encode
-        for task in range(each.num_tasks or number)
+        for num_tasks in [each.num_tasks or min(number, _MAX_ENCODERS)]
+        for task in range(num_tasks)
     ]
-    yield [
-        Job(name=f"encode {task.output}, task {task.task}", call=partial(encode, task), log=log)
-        for task in tasks
-    ]
-    yield [
-        Job(name=f"reference {each.output}", call=partial(make_reference, each), log=log)
-        for each in config.references
-    ]
+    yield build("encode", encode, tasks)
+    yield build("reference", make_reference, config.references)
 
 
 def _prepare(processes: JobProcesses, jobs: Sequence[Job]) -> None:
