@@ -75,7 +75,7 @@ def submit_evaluate(config: SubmitEvaluateConfig) -> None:
 def submit_study(config: SubmitStudyConfig) -> None:
     """Submit the stages of a study; its runs that branch start after those they branch from."""
     study = part_of(StudyConfig, config)
-    if config.executor == "local":
+    if config.executor == "local" and not config.dry_run:
         load(VERBS["study run"].function)(StudyRunConfig(**vars(study)))
         return
     cluster, home = config.cluster, absolute(study.folder)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 from small_jobs import (
-    BACKBONE,
-    COUNTING,
     PATIENCE,
-    PROTOCOL,
     BrokenNodeJob,
-    encoding,
     find_tasks,
     read_losses,
     training,
@@ -153,40 +148,6 @@ def test_two_nodes_train_to_the_same_end_after_a_disturbance(
     assert (run.requeues >= 1) == (disturbance != "none")
     assert run.losses == pytest.approx(runs["none"].result().losses, rel=1e-6)
     assert exit_code is None or f"ended with exit code {exit_code}" in run.log
-
-
-def test_a_pipeline_goes_from_images_to_report(images: Path, tmp_path: Path) -> None:
-    """One of two runs fails: its evaluation is cancelled, and the report is made without it."""
-    shards, run, failing = (str(tmp_path / name) for name in ("shards", "run", "failing"))
-    page = tmp_path / "report.html"
-    evaluation = {"shards": shards, "num_tasks": 2, "protocol": PROTOCOL}
-    pipeline = {
-        "run": run,
-        "encode": [{**encoding(images, shards), "num_tasks": 4}],
-        "train": [
-            {**training(run, shards), "max_steps": 5},
-            {**training(failing, shards), "backbone": {**BACKBONE, "context_width": 63}},
-        ],
-        "evaluate": [
-            {**evaluation, "weights": run},
-            {**evaluation, "weights": failing},
-            {"weights": run, "protocol": COUNTING},
-        ],
-        "report": {"runs": [run, failing], "output": str(page)},
-    }
-    submit("pipeline", pipeline, tmp_path)
-    wait_until(lambda: all(job.has_ended for job in read_statuses(run)), "the pipeline")
-    states = Counter((job.verb, job.state, Path(job.run).name) for job in read_statuses(run))
-    assert states == {
-        ("encode", "COMPLETED", "shards"): 4,
-        ("train", "COMPLETED", "run"): 1,
-        ("train", "FAILED", "failing"): 1,
-        ("evaluate", "COMPLETED", "run"): 4,
-        ("evaluate", "CANCELLED", "failing"): 3,
-        ("report", "COMPLETED", "run"): 1,
-    }
-    assert "failing/evaluation: not evaluated" in page.read_text()
-    assert Path(run, "evaluation/counts/w1.5/step_00000005.json").is_file()
 
 
 def test_status_logs_and_cancel_of_a_waiting_job(shards: str, tmp_path: Path) -> None:

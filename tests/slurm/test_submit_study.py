@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 import yaml
-from small_jobs import PROTOCOL, SAMPLING, encoding, find_tasks, training, wait_for_jobs
+from small_jobs import PROTOCOL, SAMPLING, encoding, find_tasks, training, wait_until
 
 from ifvit.cli import main
 from ifvit.config import read_config
+from ifvit.errors import UserError
 from ifvit.evaluation.rows import read_training_rows
 from ifvit.storage import sha256_of
 from ifvit.studies.config import StudyRunConfig
 from ifvit.studies.run import run_study
+from ifvit.verbs import VERBS, Verb
 from slurm.jobs import ROOT, load_job, read_records
 from slurm.status import read_statuses
 
@@ -124,6 +126,26 @@ def test_a_study_is_submitted_completely_or_not_at_all(
     assert (queue / "cancelled").read_text().split()[:2] == ["1_0", "1_1"]
 
 
+SEEN: list[StudyRunConfig] = []
+
+
+def test_without_slurm_a_study_runs_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verb = Verb(config="", function=f"{__name__}:see")
+    monkeypatch.setitem(VERBS, "study run", verb)
+    study = describe_study(tmp_path / "study", tmp_path, str(tmp_path / "shards"))
+    main(["submit", "study", *write_study(study, tmp_path), "--executor", "local"])
+    [config] = SEEN
+    assert (config.folder, config.only) == (study["folder"], None)
+    assert not (tmp_path / "jobs").exists()
+
+
+def see(config: StudyRunConfig) -> None:
+    """Stand in for `ifvit study run`."""
+    SEEN.append(config)
+
+
 def requeue(job_id: str) -> None:
     """Requeue the job, like a job of higher priority does."""
     subprocess.run(["scontrol", "requeue", job_id], check=True)
@@ -162,9 +184,10 @@ def read_numbers(folder: Path) -> dict[str, list[float]]:
 def test_a_disturbed_study_on_two_nodes_ends_as_an_undisturbed_one_on_this_machine(
     images: Path, shards: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """A task of the first run is killed, and the second run is preempted."""
+    """A task of the first run is killed, the second run is preempted, and the third is refused."""
     started = time.monotonic()
     study = describe_study(tmp_path / "study", images, shards)
+    study["arms"]["failing"] = {"backbone.context_width": 63}
     words = write_study(study, tmp_path)
     command = [sys.executable, "-m", "ifvit", "submit", "study", *words, "--cluster", CLUSTER]
     subprocess.run(command, check=True)
@@ -175,13 +198,18 @@ def test_a_disturbed_study_on_two_nodes_ends_as_an_undisturbed_one_on_this_machi
             if arm in disturb and "checkpoint step_" in status.progress:
                 disturb.pop(arm)(status.job_id)
         time.sleep(0.2)
-    statuses = wait_for_jobs(study["folder"])
+    wait_until(lambda: all(s.has_ended for s in read_statuses(study["folder"])), "all jobs")
     record_property("seconds", time.monotonic() - started)
-    verbs = Counter(status.verb for status in statuses)
-    assert verbs == {"encode": 2, "study run": 2, "study report": 1}
-    assert all(status.requeues for status in statuses if status.verb == "study run")
+    statuses = read_statuses(study["folder"])
+    assert Counter((status.verb, status.state, status.requeues > 0) for status in statuses) == {
+        ("encode", "COMPLETED", False): 2,
+        ("study run", "COMPLETED", True): 2,
+        ("study run", "FAILED", False): 1,
+        ("study report", "COMPLETED", False): 1,
+    }
     here = ["--config", words[0], "--folder", str(tmp_path / "here")]
-    run_study(read_config(StudyRunConfig, here, prog="ifvit study run"))
+    with pytest.raises(UserError, match="1 of 3 runs failed: failing/seed1"):
+        run_study(read_config(StudyRunConfig, here, prog="ifvit study run"))
     assert len(read_bytes(tmp_path / "here")) > 2 * PROTOCOL["num_samples"]
     assert read_bytes(tmp_path / "study") == read_bytes(tmp_path / "here")
     expected = read_numbers(tmp_path / "here")
