@@ -35,12 +35,6 @@ PROTOCOL = {
     "scenes": True,
     "sampling": SAMPLING,
 }
-COUNTING = {
-    "name": "counts",
-    "num_samples": 30,
-    "sampling": SAMPLING,
-    "object_count": {"prompts": "scenes", "detector": "scenes"},
-}
 
 
 def encoding(images: Path, output: str) -> dict[str, object]:

@@ -12,6 +12,7 @@ from small_jobs import Command
 
 from ifvit.errors import UserError
 from ifvit.records import dump_rows, dump_sealed
+from ifvit.studies.config import RECORD
 from slurm.config import CancelConfig, LogsConfig, StatusConfig
 from slurm.jobs import TOKEN, JobRecord, SubmissionRecord, mark_of, read_records, write_record
 from slurm.status import cancel, describe_progress, find_log, logs, read_statuses, status, table
@@ -130,6 +131,9 @@ def test_progress_of_a_run_has_step_speed_time_and_checkpoint(tmp_path: Path) ->
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("step_00000150\n")
     assert describe_progress("train", run).endswith("checkpoint step_00000150")
+    assert describe_progress("study run", run) == describe_progress("train", run)
+    (tmp_path / RECORD).touch()
+    assert describe_progress("study run", run) == "trained and evaluated"
 
 
 @pytest.fixture
