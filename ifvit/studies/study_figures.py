@@ -15,13 +15,12 @@ from ifvit.analysis.atlas import AtlasPoint, atlas_figure, atlas_rows
 from ifvit.analysis.attention_analysis import attention_figure
 from ifvit.analysis.attention_analysis import table_rows as attention_rows
 from ifvit.analysis.attention_maps import AttentionSummary, read_attention
-from ifvit.analysis.knockout import KnockoutAnalysis, read_knockout
+from ifvit.analysis.knockout import FOLDER, KnockoutAnalysis, read_knockout
 from ifvit.analysis.knockout_analysis import knockout_figure
 from ifvit.analysis.knockout_analysis import table_rows as knockout_rows
 from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.evaluation.detectors import SCENES
 from ifvit.evaluation.metrics import Estimate
-from ifvit.evaluation.rows import TrainingRow
 from ifvit.evaluation.runs import Run, step_files
 from ifvit.figures import COLOURS, house_style, literal
 from ifvit.images import Pixels
@@ -85,12 +84,13 @@ def forest_figure(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> Pag
     return PageFigure(title="Differences from the baseline", text=text, plots=plots)
 
 
-_CURVES = (  # title, quantity of metrics.jsonl, label of x
+_AXES = {"step": "step", "operations": "training operations", "seconds": "training seconds"}
+_CURVES = (  # title, quantity of metrics.jsonl, key of _AXES
     ("Held-out loss", "validation_loss", "step"),
-    ("Held-out loss", "validation_loss", "training operations"),
+    ("Held-out loss", "validation_loss", "operations"),
     ("Loss", "loss", "step"),
-    ("Loss", "loss", "training operations"),
-    ("Held-out loss", "validation_loss", "training seconds"),
+    ("Loss", "loss", "operations"),
+    ("Held-out loss", "validation_loss", "seconds"),
     ("Gradient norm", "grad_norm", "step"),
     ("Samples per second", "samples_per_s", "step"),
 )
@@ -99,15 +99,15 @@ _CURVES = (  # title, quantity of metrics.jsonl, label of x
 def curves_figure(arms: Sequence[Arm]) -> PageFigure:
     """Plot what training logged, over steps, operations and time."""
     plots = []
-    for title, quantity, x_label in _CURVES:
+    for title, quantity, axis in _CURVES:
         groups: dict[str, list[Point]] = {}
         for arm in arms:
             for group, runs in _comparable_groups(arm, quantity).items():
-                groups.setdefault(group, []).extend(_curve(arm, runs, quantity, x_label))
+                groups.setdefault(group, []).extend(_curve(arm, runs, quantity, axis))
         for group, points in groups.items():
             name = f"{title}: {group}" if len(groups) > 1 else title
             if points:
-                plots.append(Panel(title=name, x_label=x_label, points=points))
+                plots.append(Panel(title=name, x_label=_AXES[axis], points=points))
     text = (
         "Means over the seeds of an arm and over neighbouring lines of the log; bands hold 80 % of "
         "the single values. Losses that do not compare have plots of their own."
@@ -115,21 +115,14 @@ def curves_figure(arms: Sequence[Arm]) -> PageFigure:
     return PageFigure(title="Training", text=text, plots=plots)
 
 
-def _curve(arm: Arm, runs: Sequence[Run], quantity: str, x_label: str) -> Iterator[Point]:
+def _curve(arm: Arm, runs: Sequence[Run], quantity: str, axis: str) -> Iterator[Point]:
     """Yield at most 100 points with values of all runs."""
-    place: Callable[[TrainingRow], float] = lambda row: row.step  # noqa: E731
-    if "operations" in x_label:
-        cost = operations_per_step(runs[0])
-        if cost is None:
-            return
-        place = lambda row: row.step * cost  # noqa: E731
-    elif "seconds" in x_label:
-        place = lambda row: row.seconds  # noqa: E731
     by_step: dict[int, list[tuple[float, float]]] = {}
-    for row in (row for run in runs for row in run.curve):
-        value = getattr(row, quantity)
-        if value is not None:
-            by_step.setdefault(row.step, []).append((place(row), value))
+    for run, row in [(one, row) for one in runs for row in one.curve]:
+        cost, value = operations_per_step(run), getattr(row, quantity)
+        places = {"step": row.step, "operations": cost and cost * row.step, "seconds": row.seconds}
+        if value is not None and places[axis] is not None:
+            by_step.setdefault(row.step, []).append((places[axis] or 0.0, value))
     for steps in _bins(sorted(by_step)):
         xs, ys = np.array([pair for step in steps for pair in by_step[step]]).T
         low, high = np.quantile(ys, [0.1, 0.9])
@@ -350,7 +343,7 @@ def attention_of(arms: Sequence[Arm]) -> PageFigure:
 
 def knockout_of(arms: Sequence[Arm]) -> PageFigure:
     """Show the newest knock-out analysis of the first analysed run of each arm."""
-    found, others = _first_analyses(arms, lambda run: read_knockout(run.url))
+    found, others = _first_analyses(arms, _read_knockout)
     text = (
         "The first analysed run of each arm, without training: what changes when the captions are "
         f"switched off in some blocks.{others}"
@@ -376,6 +369,11 @@ def _first_analyses(
     alike = {name: one for name, one in known.items() if one.protocol in protocols}
     others = ", ".join(name for name in known if name not in alike)
     return alike, f" Analysed under another protocol, and left out: {others}." if others else ""
+
+
+def _read_knockout(run: Run) -> KnockoutAnalysis | None:
+    run.locate(storage.join(run.url, FOLDER))  # raises UserError for a link out of the run
+    return read_knockout(run.url)
 
 
 def _read_attention(run: Run) -> AttentionSummary | None:
@@ -434,7 +432,7 @@ def atlas_figures(
 def _predict(arm: Arm) -> KnockoutAnalysis | None:
     """Return the knock-out of an arm whose text is in all blocks."""
     for run in arm.runs.values():
-        config, found = run.backbone, read_knockout(run.url)
+        config, found = run.backbone, _read_knockout(run)
         is_whole = isinstance(config, FusionTransformerConfig) and "image" not in config.blocks
         if found and is_whole:
             return found

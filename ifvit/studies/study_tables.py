@@ -117,7 +117,7 @@ def arms_table(
             value = mean.value if mean else costs[arm.name].get(metric.field)
             notes = published.notes(arm.name, metric, value) if published else []
             if mean and len(mean.values) != len(arm.runs):
-                notes.insert(0, f"{len(mean.values)} seeds")
+                notes.insert(0, f"{len(mean.values)} of {len(arm.runs)} runs")
             if metric == HELD_OUT_LOSS and arm.name in targets:
                 notes.append(f"of {targets[arm.name]}")
             cell = number_cell(metric, value, mean.error if mean else None)

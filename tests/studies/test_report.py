@@ -195,6 +195,7 @@ def test_metrics_are_plotted_over_steps_and_guidance(tmp_path: Path) -> None:
     cost = selection.runs[0].cost
     assert cost
     assert xs == pytest.approx([3 * cost.flops * 32 * step for step in (600, 1200)])
+    assert steps.svg == steps.svg, "the same numbers give the same page"
     (guidance,) = guidance_figure(selection, [RETRIEVAL]).plots
     assert [(one["label"], one["y"]) for one in guidance.records] == [("w=2", 0.5), ("w=4", 0.4)]
 

@@ -14,11 +14,14 @@ from PIL import Image
 
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.models.presets import PRESETS
+from ifvit.rating.agreement import OrderBias
+from ifvit.rating.results import PreferenceResults, Replies
 from ifvit.storage import write_sealed
-from ifvit.studies.arms import plan_runs, read_arms, select
+from ifvit.studies.arms import Arm, plan_runs, read_arms, select
 from ifvit.studies.config import Claim, Published, StudyReportConfig
+from ifvit.studies.page import Panel
 from ifvit.studies.quantities import RETRIEVAL
-from ifvit.studies.study_figures import atlas_figures
+from ifvit.studies.study_figures import atlas_figures, rating_figure
 from ifvit.studies.study_page import report_study
 from ifvit.studies.study_tables import PublishedNumbers
 from ifvit.training.config import TrainConfig
@@ -222,3 +225,21 @@ def test_four_windows_of_one_mechanism_make_an_atlas(tmp_path: Path) -> None:
     assert rows == pytest.approx({(0, 6): 0.0, (0, 1): 10.0, (2, 4): 20.0, (5, 6): 30.0})
     fewer = dataclasses.replace(selection, arms=selection.arms[1:])
     assert not atlas_figures(fewer, evaluations, [RETRIEVAL])
+
+
+def test_a_model_of_a_rating_study_has_the_colour_of_its_arm() -> None:
+    found = PreferenceResults(
+        num_rankings=40,
+        mean_rank={},
+        score={"mine": estimate(1.0), "text_in_the_middle": estimate(2.0)},
+        win_rates=[],
+        alpha=None,
+        order_bias=OrderBias(mean_ranks=[], chi_square=0.0, p_value=1.0, num_answers=40),
+        replies=Replies(num_shown=40, skips={}, num_repeats=0, consistency=None),
+    )
+    figure = rating_figure(found, [Arm(name="text_in_the_middle", colour=9, runs={})])
+    (panel,) = figure.plots
+    assert isinstance(panel, Panel)
+    assert [point.colour for point in panel.points] == [0, 9]
+    assert panel.places == ("mine", "text in the\nmiddle")
+    assert not rating_figure(None, []).plots
