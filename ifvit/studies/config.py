@@ -115,7 +115,7 @@ class StudyConfig:
     attention: AttentionSettings | None = None
     """Attention maps of each arm's first seed."""
     knockout: KnockoutSettings | None = None
-    """Knock-out of text in each arm's first seed."""
+    """Knock-out of text, in the first seed of each arm whose text enters every block."""
     rating: Location | None = None
     """Folder of human ratings (`ifvit rate`) of the arms' images."""
     claims: tuple[Claim, ...] = ()

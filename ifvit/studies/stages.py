@@ -52,7 +52,7 @@ def list_stages(config: StudyConfig, run: StudyRun) -> list[Stage]:
         if config.attention and backbone.text_key_blocks:
             attention = AttentionConfig(**vars(config.attention), runs=[url])
             stages.append((analyze_attention, attention))
-        if config.knockout and backbone.text_blocks:
+        if config.knockout and len(backbone.text_blocks) == len(backbone.blocks):
             stages.append((analyze_knockout, KnockoutConfig(**vars(config.knockout), runs=[url])))
     return stages
 
