@@ -172,8 +172,9 @@ def read_numbers(folder: Path) -> dict[str, list[float]]:
                 if isinstance(value, int | float) and not timings.search(key):
                     found.setdefault(f"{run.relative_to(folder)} {key}", []).append(value)
     for file in folder.glob("report/*.csv"):
-        lines = [line for line in file.read_text().splitlines() if not timings.search(line.lower())]
-        for line in csv.DictReader(lines):
+        head, *lines = file.read_text().splitlines()
+        kept = [line for line in lines if not timings.search(line.lower())]
+        for line in csv.DictReader([head, *kept]):
             for key, cell in line.items():
                 if re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?", cell) and not timings.search(key):
                     found.setdefault(f"{file.name} {key}", []).append(float(cell))
