@@ -164,7 +164,7 @@ def read_bytes(folder: Path) -> dict[str, str]:
 
 def read_numbers(folder: Path) -> dict[str, list[float]]:
     """Numbers of the rows of training and of the page's tables, without timings."""
-    timings = re.compile(r"second|per_s|data_wait|memory|mfu")
+    timings = re.compile(r"second|per_s|it/s|data_wait|memory|mfu", re.IGNORECASE)
     found: dict[str, list[float]] = {}
     for run in folder.glob("*/seed1"):
         for row in read_training_rows(str(run)):
@@ -173,7 +173,7 @@ def read_numbers(folder: Path) -> dict[str, list[float]]:
                     found.setdefault(f"{run.relative_to(folder)} {key}", []).append(value)
     for file in folder.glob("report/*.csv"):
         head, *lines = file.read_text().splitlines()
-        kept = [line for line in lines if not timings.search(line.lower())]
+        kept = [line for line in lines if not timings.search(line)]
         for line in csv.DictReader([head, *kept]):
             for key, cell in line.items():
                 if re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?", cell) and not timings.search(key):
