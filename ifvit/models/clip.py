@@ -13,15 +13,15 @@ from torch.nn import functional
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from ifvit.errors import UserError
-from ifvit.models.config import NumBlocks, NumClasses, Size
 from ifvit.models.pretrained import (
     identify,
     load_frozen,
     read_model_config,
+    read_safe_config,
     reading,
     resolve_pretrained,
 )
-from ifvit.records import NonNegativeInt, PlainName, PositiveFloat, parse_value, record
+from ifvit.records import PositiveFloat, record
 from ifvit.shards.format import EncoderIdentity
 
 if TYPE_CHECKING:
@@ -29,41 +29,6 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 10_000
 """Longer captions are cut before they are tokenised; only their first tokens count anyway."""
-
-
-@record
-class TowerConfig:
-    """The keys of either tower of a CLIP; None stands for transformers' default."""
-
-    hidden_size: Size | None = None
-    intermediate_size: Size | None = None
-    num_hidden_layers: NumBlocks | None = None
-    num_attention_heads: Size | None = None
-    projection_dim: Size | None = None
-    hidden_act: PlainName | None = None
-    layer_norm_eps: PositiveFloat | None = None
-    vocab_size: NumClasses | None = None
-    max_position_embeddings: Size | None = None
-    pad_token_id: NonNegativeInt | None = None
-    bos_token_id: NonNegativeInt | None = None
-    eos_token_id: NonNegativeInt | None = None
-    num_channels: Size | None = None
-    image_size: Size | None = None
-    patch_size: Size | None = None
-    attn_implementation: None = None
-    """Other values name code, or a package of code on the hub."""
-    quantization_config: None = None
-
-
-@record
-class ModelConfig:
-    """The keys of a CLIP's config.json; a text tower alone has its keys at the top."""
-
-    text_config: dict[str, Any] | None = None
-    vision_config: dict[str, Any] | None = None
-    projection_dim: Size | None = None
-    attn_implementation: None = None
-    quantization_config: None = None
 
 
 @record
@@ -131,14 +96,9 @@ def load_clip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     from transformers import CLIPConfig, CLIPModel
 
     folder = resolve_pretrained(name, "the field clip")
-    stored = read_model_config(ModelConfig, folder)
-    width = stored.projection_dim
+    stored = read_safe_config(folder)
     with reading(f"{folder}/config.json: not a CLIP"):
-        config = CLIPConfig(
-            text_config=_tower_keys(stored.text_config or {}, folder),
-            vision_config=_tower_keys(stored.vision_config or {}, folder),
-            **({} if width is None else {"projection_dim": width}),  # type: ignore[arg-type]
-        )
+        config = CLIPConfig(**stored)
     model = load_transformers(CLIPModel, config, folder, dtype).to(device)
     # Read by hand, because transformers' image processor needs torchvision.
     processor = read_model_config(ImageProcessorConfig, folder, name="preprocessor_config.json")
@@ -161,25 +121,10 @@ def load_vision_tower(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _load_tower(cls: Any, config_cls: Any, part: str, folder: Path, dtype: torch.dtype) -> Any:
-    whole = getattr(read_model_config(ModelConfig, folder), part)
-    if whole is None:
-        keys = given_keys(read_model_config(TowerConfig, folder))
-    else:
-        keys = _tower_keys(whole, folder)
+    stored = read_safe_config(folder)
     with reading(f"{folder}/config.json: not a CLIP with {part}"):
-        config = config_cls(**keys)
+        config = config_cls(**stored.get(part, stored))  # a tower alone has its keys at the top
     return load_transformers(cls, config, folder, dtype)
-
-
-def _tower_keys(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return given_keys(
-        parse_value(TowerConfig, stored, f"{folder}/config.json", ignore_unknown=True)
-    )
-
-
-def given_keys(config: object) -> dict[str, Any]:
-    """The keys that config.json states, of a record whose other fields are None."""
-    return {key: value for key, value in vars(config).items() if value is not None}
 
 
 def load_tokenizer(folder: Path) -> "CLIPTokenizer":

@@ -14,13 +14,17 @@ from ifvit.errors import UserError
 from ifvit.models.clip import (
     ImagePreprocessor,
     ImageProcessorConfig,
-    TowerConfig,
-    given_keys,
     load_transformers,
     load_vision_tower,
 )
-from ifvit.models.config import NumBlocks, Ratio, Size
-from ifvit.models.pretrained import identify, read_model_config, reading, resolve_pretrained
+from ifvit.models.config import Size
+from ifvit.models.pretrained import (
+    identify,
+    read_model_config,
+    read_safe_config,
+    reading,
+    resolve_pretrained,
+)
 from ifvit.records import PositiveFloat, record
 from ifvit.shards.format import EncoderIdentity, FeatureEncoding
 
@@ -49,17 +53,6 @@ class EncoderKind:
     """The key of config.json that names the class of the model."""
 
     model_type: Literal["dinov2", "dinov2_with_registers", "clip", "clip_vision_model"]
-
-
-@record
-class Dinov2Keys(TowerConfig):
-    """The keys of a DINOv2's config.json; None stands for transformers' default."""
-
-    mlp_ratio: Ratio | None = None
-    qkv_bias: bool | None = None
-    use_swiglu_ffn: bool | None = None
-    use_mask_token: bool | None = None
-    num_register_tokens: NumBlocks | None = None
 
 
 class ImageEncoder:
@@ -123,7 +116,7 @@ def _load_dinov2(kind: str, folder: Path, dtype: torch.dtype) -> Any:
         Dinov2WithRegistersModel,
     )
 
-    keys = given_keys(read_model_config(Dinov2Keys, folder))
+    keys = read_safe_config(folder)
     plain = kind == "dinov2"
     with reading(f"{folder}/config.json: not a DINOv2"):
         config = Dinov2Config(**keys) if plain else Dinov2WithRegistersConfig(**keys)

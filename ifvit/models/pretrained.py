@@ -1,6 +1,6 @@
 """Folders and files of frozen pretrained models: local, from the Hugging Face hub, or shipped.
 
-`read_model_config` reads those keys of a config.json that are safe to use, and `load_frozen` the
+`read_safe_config` reads those keys of a config.json that are safe to use, and `load_frozen` the
 model that it describes. `reading` turns what libraries raise for broken files into one line.
 """
 
@@ -13,12 +13,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 
 import ifvit.scenes
 from ifvit.errors import UserError
+from ifvit.models.config import MAX_BLOCKS
 from ifvit.records import PlainName, parse_json, record, shorten
 from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import read_bytes, sha256_of
@@ -26,6 +27,10 @@ from ifvit.storage import read_bytes, sha256_of
 Config = TypeVar("Config")
 _SHIPPED = Path(ifvit.scenes.__file__).parent / "encoders"
 _SHIPPED_PREFIX = "scenes/"
+_NAMES_CODE = ("implementation", "auto_map", "dtype", "_name_or_path")
+"""Ends of keys of config.json that may name code or packages; loading ignores them."""
+_COUNTS = ("layer", "block", "expert", "depth")
+"""Parts of the keys of config.json that count modules, each of which takes time to build."""
 
 
 def resolve_pretrained(name: str, flag: str | None = None) -> Path:
@@ -98,6 +103,39 @@ def read_model_config(cls: type[Config], folder: Path, *, name: str = "config.js
     """
     path = folder / name
     return parse_json(cls, read_bytes(str(path)), str(path), ignore_unknown=True)
+
+
+def read_safe_config(folder: Path) -> dict[str, Any]:
+    """Read the keys of config.json without those that may name code.
+
+    Raises UserError for quantised weights, and for numbers of modules that take long to build.
+    """
+    path = str(folder / "config.json")
+    stored = parse_json(dict[str, Any], read_bytes(path), path)
+    if stored.get("quantization_config") is not None:
+        raise UserError(
+            f"{path}: the weights are quantised (quantization_config); use a folder with plain ones"
+        )
+    return _safe_keys(stored, path)
+
+
+def _safe_keys(stored: dict[str, Any], path: str) -> dict[str, Any]:
+    keys = {}
+    for key, value in stored.items():
+        if any(part in key for part in _COUNTS) and _is_too_many(key, value):
+            raise UserError(
+                f"{path}: {shorten(key)} is {shorten(value)}; at most {MAX_BLOCKS} are loaded"
+            )
+        if not key.endswith(_NAMES_CODE):
+            keys[key] = _safe_keys(value, path) if isinstance(value, dict) else value
+    return keys
+
+
+def _is_too_many(key: str, value: object) -> bool:
+    """Whether a count, a list of counts, or the length of a list exceeds MAX_BLOCKS."""
+    if isinstance(value, list):
+        return len(value) > MAX_BLOCKS or any(_is_too_many(key, entry) for entry in value)
+    return isinstance(value, int) and value > MAX_BLOCKS and "channels" not in key
 
 
 def load_frozen(
@@ -194,14 +232,6 @@ def reading(what: str) -> Iterator[None]:
 def _line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return shorten(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
-
-
-def upload_pretrained(folder: Path, repository: str) -> None:
-    """Upload `folder` to a hub repository. Raises UserError if the hub does not accept it."""
-    with reading(f"{repository}: the upload to the hub failed"):
-        hub = HfApi()
-        hub.create_repo(repository, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder)
 
 
 def download_pretrained(

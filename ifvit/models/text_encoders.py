@@ -33,11 +33,16 @@ from ifvit.models.clip import (
     tokenize,
 )
 from ifvit.models.clip import load_tokenizer as load_clip_tokenizer
-from ifvit.models.config import MAX_BLOCKS, NullContext, TextOptions
-from ifvit.models.pretrained import identify, read_model_config, reading, resolve_pretrained
-from ifvit.records import PlainName, parse_json, record, shorten
+from ifvit.models.config import NullContext, TextOptions
+from ifvit.models.pretrained import (
+    identify,
+    read_model_config,
+    read_safe_config,
+    reading,
+    resolve_pretrained,
+)
+from ifvit.records import PlainName, record, shorten
 from ifvit.shards.format import Precision, TextEncoderIdentity, TextSettings
-from ifvit.storage import read_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MAX_LENGTH = 256
@@ -47,10 +52,6 @@ _CAPTIONS_AT_ONCE = 64
 _CLIP = ("clip", "clip_text_model")
 _FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "final_norm")
 """Names that transformers gives the norm after the last layer."""
-_NAMES_CODE = ("implementation", "quantization_config", "auto_map", "dtype", "_name_or_path")
-"""Ends of keys of config.json that may name code or packages; loading ignores them."""
-_COUNTS = ("layer", "block", "expert", "depth")
-"""Parts of the keys of config.json that count modules, each of which takes time to build."""
 _TEXT_PREFIX = {r"^(model\.)?language_model\.(model\.)?": ""}
 """Where models that also see images have the tensors of their language model."""
 
@@ -360,28 +361,15 @@ def load_text_model(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _read_config(folder: Path, model_type: str) -> Any:
-    """Read config.json without what may name code. Raises UserError for an impossible model."""
-    path = str(folder / "config.json")
-    stored = parse_json(dict[str, Any], read_bytes(path), path)
-    if stored.get("quantization_config") is not None:
-        raise UserError(f"{path}: the weights are quantised; use a folder with plain weights")
+    """Read config.json. Raises UserError for an impossible model."""
+    path = folder / "config.json"
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"{path}: model_type {model_type} is not one of transformers")
+    stored = read_safe_config(folder)
     with reading(f"{path}: not the configuration of a {model_type}"):
-        config = CONFIG_MAPPING[model_type](**_safe_keys(stored, path))
+        config = CONFIG_MAPPING[model_type](**stored)
     config.use_cache = False
     return config
-
-
-def _safe_keys(stored: dict[str, Any], path: str) -> dict[str, Any]:
-    """Leave out keys that may name code; refuse numbers of modules that take long to build."""
-    keys = {}
-    for key, value in stored.items():
-        if isinstance(value, int) and value > MAX_BLOCKS and any(part in key for part in _COUNTS):
-            raise UserError(f"{path}: {shorten(key)} is {value}; at most {MAX_BLOCKS} are loaded")
-        if not key.endswith(_NAMES_CODE):
-            keys[key] = _safe_keys(value, path) if isinstance(value, dict) else value
-    return keys
 
 
 def load_tokenizer(folder: Path) -> Any:
