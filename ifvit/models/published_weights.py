@@ -96,7 +96,6 @@ def from_published_state_dict(
         image, time, text = torch.split(converted["pos_embed"], sizes, dim=1)
         converted["pos_embed"] = torch.cat([time, text, image], dim=1)
         _warn_of_fixed_queries(config)
-        _warn_of_other_heads(config)
     return cast(FusionTransformer, restore_backbone(config, converted))
 
 
@@ -204,16 +203,6 @@ def _warn_of_fixed_queries(config: FusionTransformerConfig) -> None:
             f"the fork's cross-attention code fixes its middle block at {_FORK_QUERIES} queries; "
             f"with {1 + config.num_image_tokens} image tokens it also updates text there, "
             "which this backbone does not",
-            stacklevel=3,
-        )
-
-
-def _warn_of_other_heads(config: FusionTransformerConfig) -> None:
-    if config.width != config.num_heads * _HEAD_WIDTH:
-        warnings.warn(
-            f"heads of {config.width // config.num_heads} channels: tensors do not show num_heads, "
-            f"and all published weights of the fork have heads of {_HEAD_WIDTH}; check num_heads "
-            f"{config.num_heads} against the configuration of the training",
             stacklevel=3,
         )
 

@@ -63,7 +63,7 @@ def test_uvit_weights_predict_what_the_oracle_predicts(depth):
 
 @pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
 @pytest.mark.parametrize(("num_image", "num_text"), FUSIONS)
-@pytest.mark.filterwarnings("ignore:the fork's cross-attention code", "ignore:heads of")
+@pytest.mark.filterwarnings("ignore:the fork's cross-attention code")
 def test_fork_weights_predict_what_the_oracle_predicts(conditioning, num_image, num_text):
     config = assert_predicts_like_the_oracle(fork_layout(conditioning, 6, num_image, num_text))
     assert config.fusion == symmetric_fusion(conditioning, 7, num_image)
@@ -99,11 +99,6 @@ def test_shapes_show_the_width_of_the_mlp():
 def test_a_warning_tells_that_the_forks_number_of_queries_is_fixed():
     with pytest.warns(UserWarning, match="257 queries"):
         from_published_state_dict(published(fork_layout("cross_attention", 4, 1, 1)))
-
-
-def test_a_warning_tells_that_heads_of_the_fork_are_64_wide_elsewhere():
-    with pytest.warns(UserWarning, match=r"heads of 32 channels.*check num_heads 2"):
-        from_published_state_dict(published(fork_layout("concat", 4, 1, 1)), num_heads=2)
 
 
 def test_loading_copies_the_given_tensors():
