@@ -86,7 +86,7 @@ class Task:
 class _Questions:
     """The content of study.json; the item `items[n]` has the number n."""
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     seed: int
     repeat_share: RepeatShare
     models: tuple[Model, ...]
