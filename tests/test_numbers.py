@@ -115,7 +115,6 @@ CASES = [
 ]
 MAY_BE_NEGATIVE = {
     "CreateConfig": "seed",
-    "DateConfig": "clip_weight image_reward_weight",
     "EvaluationSettings": "guidance_scales",
     "ObjectiveConfig": "logit_mean",
     "Published": "values",
@@ -130,7 +129,7 @@ MAY_BE_ZERO = {
     "CaptionConfig": "dropout weight",
     "ClusterConfig": "exit_wait_s gpus_per_node signal_delay_s",
     "CreateConfig": "repeat_share seed",
-    "DateConfig": "evaluations image_reward_weight radius",
+    "DateConfig": "evaluations radius",
     "EncodeConfig": "task tolerate",
     "EvaluateConfig": "task",
     "EvaluationSettings": "guidance_scales steps",
