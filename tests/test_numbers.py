@@ -115,6 +115,7 @@ CASES = [
 ]
 MAY_BE_NEGATIVE = {
     "CreateConfig": "seed",
+    "DateConfig": "clip_weight image_reward_weight",
     "EvaluationSettings": "guidance_scales",
     "ObjectiveConfig": "logit_mean",
     "Published": "values",
@@ -129,7 +130,7 @@ MAY_BE_ZERO = {
     "CaptionConfig": "dropout weight",
     "ClusterConfig": "exit_wait_s gpus_per_node signal_delay_s",
     "CreateConfig": "repeat_share seed",
-    "DateConfig": "evaluations radius",
+    "DateConfig": "evaluations image_reward_weight radius",
     "EncodeConfig": "task tolerate",
     "EvaluateConfig": "task",
     "EvaluationSettings": "guidance_scales steps",

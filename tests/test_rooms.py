@@ -53,6 +53,7 @@ ROOMS = {
         "ifvit/evaluation/detectors.py",
         "ifvit/models/clip.py",
         "ifvit/models/image_encoders.py",
+        "ifvit/models/image_reward.py",
         "ifvit/models/text_encoders.py",
     ],
     "uvicorn": ["ifvit/rating/server.py"],

@@ -42,8 +42,7 @@ _LABELS = {"name", "features", "inception"}
 
 def _are_settings(value: dict[str, Any]) -> bool:
     """Whether readers find their keys. Raises UserError for settings that no solver can have."""
-    # Rows of earlier versions state settings that are gone.
-    parse_value(SamplingConfig, value, "settings", ignore_unknown=True)
+    parse_value(SamplingConfig, value, "settings")
     return {"guidance_scale", "method"} <= value.keys()
 
 

@@ -8,14 +8,14 @@ import contextlib
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import ifvit.scenes
 from ifvit.errors import UserError
@@ -27,7 +27,6 @@ from ifvit.storage import read_bytes, sha256_of
 Config = TypeVar("Config")
 _SHIPPED = Path(ifvit.scenes.__file__).parent / "encoders"
 _SHIPPED_PREFIX = "scenes/"
-_HUB_FILES = ("*.json", "*.safetensors", "*merges.txt")
 _NAMES_CODE = ("implementation", "auto_map", "dtype", "_name_or_path")
 """Ends of keys of config.json that may name code or packages; loading ignores them."""
 _COUNTS = ("layer", "block", "expert", "depth")
@@ -174,6 +173,19 @@ def load_frozen(
     return model.eval().requires_grad_(False)
 
 
+def require_shapes(what: str, wanted: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError unless `found` are the tensors of a module on the meta device."""
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.state_dict().items()}
+    names = expected.keys() | found.keys()
+    differing = [name for name in names if expected.get(name) != found.get(name)]
+    if differing:
+        name = min(differing)
+        raise UserError(
+            f"{what}: {shorten(name)} has shape {found.get(name)}, but the configuration describes "
+            f"{expected.get(name)}; use files of the same model"
+        )
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of a safetensors file, from its header."""
     with (
@@ -225,14 +237,15 @@ def _line(error: Exception) -> str:
 def download_pretrained(
     repository: str,
     folder: str = "",
+    files: tuple[str, ...] = ("*.json", "*.safetensors", "*merges.txt"),
     **options: Any,
 ) -> Path:
-    """Download the files of a model, or of one folder of a repository; return the local folder.
+    """Download `files` of a hub repository, or of one folder in it; return the local folder.
 
     `options` are those of huggingface_hub's snapshot_download: revision, token, cache_dir, ...
     Raises UserError if the download fails.
     """
     name = f"{repository}/{folder}".rstrip("/")
-    patterns = [str(PurePosixPath(folder, pattern)) for pattern in _HUB_FILES]
+    patterns = [str(PurePosixPath(folder, pattern)) for pattern in files]
     with reading(f"{name}: not a local folder, and the download from the hub failed"):
         return Path(snapshot_download(repository, allow_patterns=patterns, **options), folder)

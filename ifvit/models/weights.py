@@ -33,8 +33,8 @@ from ifvit.models.config import (
     without_representation,
 )
 from ifvit.models.fusion_transformer import FusionTransformer
-from ifvit.models.pretrained import read_shapes, reading
-from ifvit.records import Fraction, NonNegativeInt, Sha256, parse_json, record, shorten
+from ifvit.models.pretrained import read_shapes, reading, require_shapes
+from ifvit.records import Fraction, NonNegativeInt, Sha256, parse_json, record
 from ifvit.shards.cache import local_copy
 from ifvit.shards.format import EncoderIdentity, TextEncoderIdentity
 from ifvit.storage import (
@@ -249,16 +249,8 @@ def check_shapes(config: BackboneConfig, *paths: Path) -> None:
     Only the headers of the files are read, and no memory is allocated for parameters.
     """
     found = {name: shape for path in paths for name, shape in read_shapes(path).items()}
-    tensors = describe_backbone(config).state_dict()
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    names = expected.keys() | found.keys()
-    differing = [name for name in names if expected.get(name) != found.get(name)]
-    if differing:
-        name = min(differing)
-        raise UserError(
-            f"{paths[0]}: {shorten(name)} has shape {found.get(name)}, but the configuration "
-            f"describes {expected.get(name)}; use files of the same model"
-        )
+    wanted = describe_backbone(config)
+    require_shapes(str(paths[0]), wanted, found)
 
 
 def check_sha256(path: Path, sha256: str) -> None:

@@ -19,6 +19,7 @@ from ifvit.diffusion.sampler import BuildMethods, Sampler
 from ifvit.errors import UserError
 from ifvit.models.clip import ClipScorer, load_clip
 from ifvit.models.config import FusionTransformerConfig
+from ifvit.models.image_reward import load_image_reward
 from ifvit.models.text_encoders import load_token_spans
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.config import DateConfig, SamplingConfig
@@ -40,7 +41,7 @@ def build_methods(
 ) -> BuildMethods | None:
     """Choose the alignment methods of the settings, for `generate_images`; None for `plain`.
 
-    `objective` replaces the CLIP score that DATE raises. Raises UserError for settings that do not
+    `objective` replaces the scores in DATE's settings. Raises UserError for settings that do not
     fit the backbone or, when the methods of a batch are built, its prompts.
     """
     if config.method == "plain":
@@ -146,14 +147,23 @@ def _next_start(index: int, config: SamplingConfig) -> int:
 
 @lru_cache(maxsize=1)  # evaluate builds the method anew for every guidance scale
 def _load_objective(config: DateConfig, info: WeightsInfo, device: str) -> Objective:
-    """Load the CLIP whose score DATE raises."""
-    encoder = require_text_encoder(info)
-    if config.clip is None and not encoder.settings.keeps_padding:
-        raise UserError(
-            f"date.clip: the text encoder of the weights, {encoder.name}, is no CLIP; name the "
-            "CLIP whose score DATE raises"
-        )
-    return clip_score_of(load_clip(config.clip or encoder.name, device))
+    """Load the scores h_i that have a weight w_i; the objective is sum_i w_i h_i."""
+    terms: list[tuple[float, Objective]] = []
+    if config.clip_weight:
+        encoder = require_text_encoder(info)
+        if config.clip is None and not encoder.settings.keeps_padding:
+            raise UserError(
+                f"date.clip: the text encoder of the weights, {encoder.name}, is no CLIP; name the "
+                "CLIP whose score DATE raises, or set date.clip_weight to 0"
+            )
+        scorer = load_clip(config.clip or encoder.name, device)
+        terms.append((config.clip_weight, clip_score_of(scorer)))
+    if config.image_reward_weight:
+        reward = load_image_reward(config.image_reward, device).score
+        terms.append((config.image_reward_weight, reward))
+    return lambda images, prompts: torch.stack(
+        [weight * objective(images, prompts) for weight, objective in terms]
+    ).sum(dim=0)
 
 
 def _regulation_builder(

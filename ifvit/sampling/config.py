@@ -22,6 +22,12 @@ class DateConfig:
     clip: str | None = None
     """CLIP model whose score DATE raises. Unset: the model whose text tower encodes
     the prompts, if it is a CLIP."""
+    clip_weight: float = 1.0
+    """Weight of the CLIP score in the objective; 0 removes it."""
+    image_reward: str = "zai-org/ImageReward"
+    """Folder or hub repository with ImageReward.pt and med_config.json."""
+    image_reward_weight: float = 0.0
+    """Weight of ImageReward in the objective; 0 removes it."""
     radius: NonNegativeFloat = 0.5
     """Length rho of every update, in the space of the text encoder's output."""
     every: PositiveInt = 10
@@ -32,6 +38,11 @@ class DateConfig:
     start: Literal["latest", "original"] = "latest"
     """Context that each update steps from, along the gradient at the latest context. `original`
     (the authors' --init_org) keeps the context within radius rho of the prompt's own."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an empty objective."""
+        if not (self.clip_weight or self.image_reward_weight):
+            raise UserError("date.clip_weight and date.image_reward_weight are both 0; set one")
 
 
 @record

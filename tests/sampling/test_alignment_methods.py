@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from made_backbone import small_shape
+from made_image_reward import write_image_reward
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,6 +24,7 @@ from ifvit.images import to_model_range
 from ifvit.models.autoencoders import Autoencoder
 from ifvit.models.clip import ClipScorer, load_clip
 from ifvit.models.fusion_transformer import FusionTransformer
+from ifvit.models.image_reward import load_image_reward
 from ifvit.models.weights import WeightsInfo
 from ifvit.sampling.alignment import (
     Date,
@@ -411,6 +414,30 @@ def test_a_custom_objective_scores_the_unclamped_images(sampler: Sampler) -> Non
 
 
 @pytest.mark.parametrize("backbone", ["concat"], indirect=True)
+def test_date_adds_image_reward_to_the_clip_score(sampler: Sampler, tmp_path: Path) -> None:
+    both = DateConfig(image_reward=write_image_reward(tmp_path), image_reward_weight=0.2)
+    alone = dataclasses.replace(both, clip_weight=0.0)
+    five_times = dataclasses.replace(both, clip_weight=5.0, image_reward_weight=1.0)
+    small_step = dataclasses.replace(alone, radius=0.01)
+    contexts = []
+    for settings in (DateConfig(), both, alone, five_times, small_step):
+        context = build(sampler, method="date", date=settings).before(evaluation(0)).context
+        assert context is not None
+        contexts.append(context)
+    clip, summed, reward, scaled, after = contexts
+    assert not torch.allclose(clip, summed)
+    assert not torch.allclose(summed, reward)
+    moved = summed - evaluation(0).context
+    torch.testing.assert_close(scaled - evaluation(0).context, moved, rtol=1e-3, atol=1e-4)
+    score = load_image_reward(both.image_reward).score
+    before, now = (
+        score(sampler.decode(evaluation(0).predict_clean(context)), PROMPTS)
+        for context in (evaluation(0).context, after)
+    )
+    assert (now > before).all()
+
+
+@pytest.mark.parametrize("backbone", ["concat"], indirect=True)
 @pytest.mark.parametrize(
     ("fusion", "settings", "message"),
     [
@@ -460,6 +487,7 @@ def test_flags_choose_the_method_and_its_settings() -> None:
     [
         (DateConfig, {"every": 0}, "every is 0"),
         (DateConfig, {"radius": -1.0}, "radius is -1"),
+        (DateConfig, {"clip_weight": 0.0}, "are both 0"),
         (RegulationConfig, {"share_of_steps": 1.5}, "share_of_steps is 1.5"),
     ],
 )
