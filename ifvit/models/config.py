@@ -389,5 +389,12 @@ class CostConfig:
     maps: list[str] = field(default_factory=list, metadata={"each": "maps"})
     """Count `backbone`, or the preset small, with each of these fusion maps, or of settings such
     as concat_early."""
+    draw: str | None = None
+    """PNG file for a drawing of the maps; without maps and backbone, of six examples."""
     json: bool = False
     """Print a list of JSON objects instead of a table."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a drawing of another format."""
+        if self.draw is not None and not self.draw.endswith(".png"):
+            raise UserError(f"draw: {self.draw}; name a .png file")

@@ -8,8 +8,9 @@ import functools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ifvit.models.config import (
     BackboneConfig,
@@ -63,15 +64,53 @@ def count_cost(config: BackboneConfig) -> Cost:
         if context is None
         else torch.empty(1, *context, device="meta")
     )
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    counter, repeated = FlopCounterMode(display=False), Counter[Any]()
+    if isinstance(config, FusionTransformerConfig):
+        for block in backbone.parts():
+            block.forward = functools.partial(_run_block, block, block.forward, counter, repeated)
+    with counter, torch.no_grad():
         backbone(latents, torch.empty(1, device="meta"), condition)
-    flops = Counter(counter.get_flop_counts()["Global"])
+    flops = _counts(counter) + repeated
     attention_flops = flops.pop(torch.ops.aten.bmm, 0)
     return Cost(
         params=sum(parameter.numel() for parameter in backbone.parameters()),
         layer_flops=flops.total(),
         attention_flops=attention_flops,
     )
+
+
+_BLOCKS: dict[object, tuple[Any, Counter[Any]]] = {}
+"""Outputs on the meta device and operations of blocks that have run, by kind and input shapes."""
+
+
+def _run_block(
+    block: Any,
+    forward: Callable[..., Any],
+    counter: Any,
+    repeated: Counter[Any],
+    tokens: Any,
+    inputs: Any,
+) -> Any:
+    """Run a block under `counter`, or add to `repeated` what an equal block has counted before."""
+    from torch.utils._pytree import tree_leaves
+
+    leaves = tree_leaves([tokens, *vars(inputs).values()])
+    shapes = tuple(leaf.shape for leaf in leaves if leaf is not None)
+    weights = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+    key = type(block), weights, shapes
+    if key in _BLOCKS:
+        outputs, counts = _BLOCKS[key]
+        repeated.update(counts)
+        return outputs
+    before = _counts(counter)
+    outputs = forward(tokens, inputs)
+    _BLOCKS[key] = outputs, _counts(counter) - before
+    return outputs
+
+
+def _counts(counter: Any) -> Counter[Any]:
+    """Return the operations that a FlopCounterMode has counted, by kind."""
+    return Counter(counter.get_flop_counts().get("Global", {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +134,27 @@ class CostRow:
 
 
 def cost(config: CostConfig) -> None:
-    """Write the table, or with `config.json` a list of objects."""
+    """Write the table, or with `config.json` a list of objects; with `config.draw` a drawing."""
     rows = list(cost_rows(config))
+    if config.draw is not None:
+        from ifvit.models.fusion_drawing import draw_maps
+
+        draw_maps(config.draw, _chosen_maps(config))
     text = json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
     sys.stdout.write((text if config.json else _format_table(rows)) + "\n")
 
 
 def _chosen_maps(config: CostConfig) -> dict[str, FusionTransformerConfig]:
-    """Backbones that the command line names, by title."""
+    """Backbones that the command line names, by title; six examples if it asks for a drawing."""
     if config.maps:
         return with_maps(config.backbone or PRESETS["small"], config.maps)
-    return {config.backbone.fusion: config.backbone} if config.backbone else {}
+    if config.backbone:
+        return {config.backbone.fusion: config.backbone}
+    if config.draw is None:
+        return {}
+    from ifvit.models.fusion_drawing import EXAMPLES
+
+    return EXAMPLES
 
 
 def cost_rows(config: CostConfig) -> Iterator[CostRow]:

@@ -1,16 +1,21 @@
-"""`ifvit cost`: counts equal formulas, the paper's table and a plain run; the rows."""
+"""`ifvit cost`: counts equal formulas, the paper's table and a plain run; rows and drawing."""
 
 import dataclasses
 import json
+import random
+from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ifvit.config import read_config
 from ifvit.errors import UserError
 from ifvit.models import cost as cost_module
 from ifvit.models.config import CostConfig, FusionTransformerConfig
-from ifvit.models.cost import CostRow, cost, cost_rows, count_cost
+from ifvit.models.cost import Cost, CostRow, cost, cost_rows, count_cost
 from ifvit.models.presets import CLASS_PRESETS, PRESETS
+from ifvit.models.weights import describe_backbone
 
 TINY, CLASS_TINY = PRESETS["tiny"], CLASS_PRESETS["class_tiny"]
 assert isinstance(CLASS_TINY, FusionTransformerConfig)
@@ -55,6 +60,41 @@ def test_counts_equal_those_of_formulas(name: str) -> None:
     config, *expected = COUNTS[name]
     counted = count_cost(config)
     assert [counted.params, counted.layer_flops, counted.attention_flops] == expected
+
+
+def sample_map(seed: int) -> FusionTransformerConfig:
+    """Sample a fusion map of 1 to 9 blocks with random options."""
+    draw = random.Random(seed)
+    entries = [draw.choice(ENTRIES) for _ in range(draw.randint(1, 9))]
+    return dataclasses.replace(
+        TINY,
+        fusion=" ".join(entries),
+        num_text_blocks=draw.randint(0, 2) if set(entries) != {"image"} else 0,
+        long_skip=draw.random() < 0.7,
+        mlp=draw.choice(["gelu", "swiglu"]),
+        norm=draw.choice(["layer_norm", "rms_norm"]),
+        qk_norm=draw.random() < 0.5,
+        rotary=draw.random() < 0.5,
+        num_registers=draw.choice([0, 3]),
+        modulation=draw.choice(["none", "adaln_zero", "shared"]),
+    )
+
+
+def test_blocks_that_were_counted_before_add_what_a_plain_run_counts() -> None:
+    cost_module._BLOCKS.clear()
+    for seed in range(20):
+        config = sample_map(seed)
+        backbone = describe_backbone(config)
+        backbone.set_attention("math")
+        latents, context = torch.empty(1, 4, 8, 8), torch.empty(1, 16, 64)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            backbone(latents.to("meta"), torch.empty(1, device="meta"), context.to("meta"))
+        flops = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+        assert count_cost(config) == Cost(
+            params=sum(parameter.numel() for parameter in backbone.parameters()),
+            layer_flops=counter.get_total_flops() - flops,
+            attention_flops=flops,
+        ), config
 
 
 def test_attention_operations_are_two_products_of_queries_and_keys_in_every_block() -> None:
@@ -149,6 +189,22 @@ def test_a_misspelt_entry_is_named() -> None:
 def test_a_wrong_field_of_the_backbone_is_named(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_config(CostConfig, flags, prog="ifvit cost")
+
+
+def test_the_drawing_is_a_reproducible_png(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / name) for name in ("first.png", "second.png", "own.png")]
+    for file in files[:2]:
+        cost(CostConfig(draw=file, json=True))
+    rows = json.loads(capsys.readouterr().out.split("\n]\n")[0] + "]")
+    assert len({row["fusion"] for row in rows}) == len(rows) == 6
+    maps = ["dual_stream 2*image adaln", "2*separate_cross_attention"]
+    cost(CostConfig(maps=maps, draw=files[2]))
+    contents = [Path(file).read_bytes() for file in files]
+    assert contents[0] == contents[1] != contents[2]
+    with pytest.raises(UserError, match=r"draw: fusion.svg; name a \.png file"):
+        cost(CostConfig(draw="fusion.svg"))
 
 
 def test_the_json_flag_needs_no_value() -> None:
