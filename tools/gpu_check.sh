@@ -73,6 +73,9 @@ parallel cuda train train_fp16 --engine.precision fp16
 parallel cuda train train_muon --optim.optimizer muon --engine.precision bf16
 parallel train train_attention_sdpa --engine.attention sdpa --engine.precision $half
 parallel train train_attention_math --engine.attention math --engine.precision $half
+for attention in flash cudnn efficient; do
+    parallel cuda train train_attention_$attention --engine.attention $attention --engine.precision bf16
+done
 if "$python" -c 'import xformers' 2>/dev/null || [ $device = cpu ]; then
     parallel cuda train train_attention_xformers --engine.attention xformers --engine.precision bf16
 else

@@ -147,5 +147,5 @@ class BenchTrainConfig(BenchConfig):
     fp16 on a GPU and fp32 elsewhere."""
     compile: bool = False
     """Compile the blocks; U-ViT's recipe stays eager."""
-    attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
     """Attention backend, as engine.attention of a training recipe; U-ViT's recipe uses sdpa."""

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ifvit.errors import UserError
 
-Backend = Literal["auto", "sdpa", "xformers", "math"]
+Backend = Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(B, Q, H, E) queries, (B, K, H, E) keys and values, visible -> (B, Q, H, E), scale 1/sqrt(E)."""
 Bias = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
@@ -24,14 +25,17 @@ The addend (b, H, Q, K) is for the first b <= B rows; the other rows have no bia
 """
 
 _REMEDY = "choose attention backend sdpa"
+_NO_KERNEL = ("No available kernel", "No viable backend")  # torch on CUDA, torch on the CPU
 
 
 def load_attention(backend: Backend) -> Attend:
     """Return the attention function of this name.
 
-    Raises UserError for a backend that this machine does not have. The function itself raises
-    UserError for inputs that its kernel does not support.
+    Raises UserError for an unknown name and for a backend that this machine does not have. The
+    function itself raises UserError for inputs that its kernel does not support.
     """
+    if backend not in _LOADERS:
+        raise UserError(f"attention backend must be one of {', '.join(_LOADERS)}: {backend}")
     return _LOADERS[backend]()
 
 
@@ -88,9 +92,27 @@ def _math(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> 
     return torch.einsum("bhqk,bkhe->bqhe", _hide(logits, visible).softmax(dim=-1), value)
 
 
+def _load_kernel(name: str, backend: SDPBackend) -> Attend:
+    """SDPA restricted to one kernel; "sdpa" lets torch choose the kernel by the inputs."""
+    if backend is not SDPBackend.FLASH_ATTENTION:
+        _require_cuda(name)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        if visible is not None and backend is SDPBackend.FLASH_ATTENTION:
+            raise _unsupported(name, query, visible)  # on a GPU it takes no mask
+        try:
+            with sdpa_kernel(backend):
+                return _sdpa(query, key, value, visible)
+        except RuntimeError as error:
+            if not str(error).startswith(_NO_KERNEL):
+                raise
+            raise _unsupported(name, query, visible) from None
+
+    return attend
+
+
 def _load_xformers() -> Attend:
-    if not torch.cuda.is_available():
-        raise UserError(f"xformers attention needs a CUDA device and none is visible; {_REMEDY}")
+    _require_cuda("xformers")
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError:
@@ -103,10 +125,7 @@ def _load_xformers() -> Attend:
         try:
             attended: Tensor = memory_efficient_attention(query, key, value, attn_bias=bias)
         except NotImplementedError:
-            raise UserError(
-                f"xformers has no attention operator for {query.dtype} on {query.device}, "
-                f"{query.shape[-1]} channels per head; {_REMEDY}"
-            ) from None
+            raise _unsupported("xformers", query, visible) from None
         return attended
 
     return attend
@@ -121,6 +140,18 @@ def _xformers_bias(query: Tensor, visible: Tensor) -> Tensor:
     aligned = query.new_zeros(batch, 1, 1, -(-num_keys // 8) * 8)
     aligned[..., :num_keys].masked_fill_(~visible[:, None, None], -torch.inf)
     return aligned[..., :num_keys].expand(-1, num_heads, num_queries, -1)
+
+
+def _require_cuda(name: str) -> None:
+    if not torch.cuda.is_available():
+        raise UserError(f"{name} attention needs a CUDA device and none is visible; {_REMEDY}")
+
+
+def _unsupported(name: str, query: Tensor, visible: Tensor | None) -> UserError:
+    inputs = f"{query.dtype} on {query.device}, {query.shape[-1]} channels per head"
+    if visible is not None:
+        inputs += ", with a mask for captions of different lengths"
+    return UserError(f"{name} has no attention operator for {inputs}; {_REMEDY}")
 
 
 def _load_fastest() -> Attend:
@@ -143,9 +174,12 @@ def _load_fastest() -> Attend:
     return choose
 
 
-_LOADERS: dict[Backend, Callable[[], Attend]] = {
+_LOADERS: dict[str, Callable[[], Attend]] = {
     "auto": _load_fastest,
     "sdpa": lambda: _sdpa,
+    "flash": lambda: _load_kernel("flash", SDPBackend.FLASH_ATTENTION),
+    "cudnn": lambda: _load_kernel("cudnn", SDPBackend.CUDNN_ATTENTION),
+    "efficient": lambda: _load_kernel("efficient", SDPBackend.EFFICIENT_ATTENTION),
     "xformers": _load_xformers,
     "math": lambda: _math,
 }

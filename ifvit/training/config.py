@@ -88,9 +88,9 @@ class EngineConfig:
     """Recompute each block in the backward pass instead of keeping its activations."""
     compile: bool = False
     """Compile the blocks and the noise sampling with torch.compile."""
-    attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
     """Attention kernel. auto: xformers where it is installed with CUDA, otherwise sdpa, which lets
-    torch choose among its kernels; math: plain matrix products."""
+    torch choose among its kernels flash, cudnn, efficient and math."""
     timeout_minutes: Minutes = 120.0
     """Longest time that processes wait for each other, for example while one reads a checkpoint;
     after it they stop. A process that ends is noticed at once."""

@@ -100,6 +100,11 @@ def prepare_forward(backbone: Backbone, config: EngineConfig, device: torch.devi
     allow what `config` asks for.
     """
     on_gpu = device.type == "cuda"
+    if on_gpu and config.precision == "fp32" and config.attention in ("flash", "cudnn"):
+        raise UserError(
+            f"engine.attention: {config.attention} needs a 16-bit type on a GPU; set "
+            "engine.precision to bf16 or engine.attention to sdpa"
+        )
     compiler = os.environ.get("CXX", "g++")
     if config.compile and not on_gpu and shutil.which(compiler) is None:
         raise UserError(

@@ -26,7 +26,7 @@ def random_heads(num_queries, num_keys, num_heads, channels):
     return [torch.randn(2, n, num_heads, channels, generator=generator) for n in sizes]
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "flash", "math"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_backends_agree_with_attention_in_float64(backend, shape, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -66,6 +66,12 @@ def test_keys_that_are_not_visible_have_no_effect(backend, shape, monkeypatch):
     torch.testing.assert_close(biased.double(), expected, atol=1e-5, rtol=0)
 
 
+def test_flash_attention_says_that_it_takes_no_mask():
+    heads, visible = random_heads(17, 37, 5, 32), is_visible(torch.tensor([3, 37]), 37)
+    with pytest.raises(UserError, match=r"flash has no .* with a mask .* choose .* backend sdpa"):
+        load_attention("flash")(*heads, visible)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_keys", [1, 8, 37])
 def test_xformers_gets_the_mask_in_the_layout_that_it_demands(num_keys, dtype, monkeypatch):
@@ -93,7 +99,7 @@ def test_xformers_gets_the_mask_in_the_layout_that_it_demands(num_keys, dtype, m
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("backend", ["sdpa", "xformers"])
+@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "efficient", "xformers"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_of_this_gpu_take_the_mask(backend, shape):
     if backend == "xformers":
@@ -108,10 +114,11 @@ def test_kernels_of_this_gpu_take_the_mask(backend, shape):
     assert (heads[2].grad[~visible] == 0).all()
 
 
-def test_xformers_without_a_cuda_device_is_one_clear_error(monkeypatch):
+@pytest.mark.parametrize("backend", ["cudnn", "efficient", "xformers"])
+def test_a_kernel_without_its_cuda_device_is_one_clear_error(backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"xformers attention needs a CUDA device.*backend sdpa"):
-        load_attention("xformers")
+    with pytest.raises(UserError, match=rf"{backend} attention needs a CUDA device.*backend sdpa"):
+        load_attention(backend)
 
 
 @pytest.fixture
@@ -139,3 +146,14 @@ def test_an_operator_that_xformers_lacks_is_one_clear_error():
 def test_auto_falls_back_from_an_xformers_that_lacks_its_operators(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: torch.empty(size))
     assert load_attention("auto") is load_attention("sdpa")
+
+
+def test_inputs_that_a_kernel_cannot_take_are_one_clear_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"cudnn has no attention operator for torch\.float32 on c"):
+        load_attention("cudnn")(*random_heads(17, 17, 5, 32), None)
+
+
+def test_an_unknown_backend_is_one_clear_error():
+    with pytest.raises(UserError, match=r"one of auto, sdpa, .*, math: fast"):
+        load_attention("fast")

@@ -197,6 +197,12 @@ def test_compilation_without_a_compiler_is_an_error(
         train(recipe(engine=replace(PLAIN, compile=True)))
 
 
+def test_a_16_bit_kernel_in_fp32_is_an_error_before_compilation(recipe: Recipe) -> None:
+    flash = replace(PLAIN, attention="flash", precision="fp32")
+    with pytest.raises(UserError, match=r"engine\.attention: flash needs a 16-bit .* to bf16 or"):
+        prepare_forward(build_backbone(recipe().backbone), flash, torch.device("cuda"))
+
+
 def test_deepspeed_with_nothing_to_partition_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"engine\.zero_stage: 0 partitions nothing"):
         EngineConfig(backend="deepspeed", zero_stage=0)
