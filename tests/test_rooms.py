@@ -39,6 +39,7 @@ ROOMS = {
         "ifvit/analysis/attention_analysis.py",
         "ifvit/analysis/knockout_analysis.py",
         "ifvit/figures.py",
+        "ifvit/models/fusion_drawing.py",
         "ifvit/studies/page.py",
         "ifvit/studies/study_figures.py",
     ],
@@ -56,7 +57,7 @@ ROOMS = {
         "ifvit/models/image_reward.py",
         "ifvit/models/text_encoders.py",
     ],
-    "uvicorn": ["ifvit/rating/server.py"],
+    "uvicorn": ["ifvit/rating/limits.py", "ifvit/rating/server.py"],
     "webdataset": ["ifvit/bench/loading_speed.py", "data_pipeline/shard_io.py"],
     "xformers": ["ifvit/models/attention.py"],
 }

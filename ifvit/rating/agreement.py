@@ -1,15 +1,16 @@
-"""Statistics of several raters' answers: intervals and agreement. `results` calls it.
+"""Statistics of several raters' answers: intervals, order bias and agreement. `results` calls it.
 
 Shapes: R raters, I items, C columns (models or pairs of models); NaN marks a missing answer.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import krippendorff
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import chdtrc
 
 from ifvit.evaluation.metrics import Estimate, estimate_share
 
@@ -18,6 +19,17 @@ _Name = TypeVar("_Name", bound=Hashable)
 _NUM_RESAMPLES = 1000
 _CHUNK = 100
 """Number of resamples that are computed at once; it bounds the memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderBias:
+    """Friedman's test of whether the place of an image on the page changes its rank."""
+
+    mean_ranks: list[float]
+    """Mean rank of the images at each place, first place first."""
+    chi_square: float
+    p_value: float
+    num_answers: int
 
 
 def estimate_columns(
@@ -71,6 +83,25 @@ def _resample_means(filled: Floats, present: Floats) -> Floats:
         with np.errstate(invalid="ignore"):
             chunks.append(total / number)
     return np.concatenate(chunks)
+
+
+def order_bias(ranks: Floats) -> OrderBias:
+    """Test the ranks (N, places) of N answers, one column per place on the page.
+
+    The order on the page is random for every answer. If the place has no effect, each row is thus
+    a random permutation, whatever the raters think of the models.
+    """
+    # scipy.stats.friedmanchisquare computes the same statistic, but needs at least three places.
+    number, places = ranks.shape
+    sums = ranks.sum(axis=0)
+    deviations = ((sums - number * (places + 1) / 2) ** 2).sum()
+    statistic = float(12 * deviations / (number * places * (places + 1)))
+    return OrderBias(
+        mean_ranks=(sums / number).tolist(),
+        chi_square=statistic,
+        p_value=float(chdtrc(places - 1, statistic)),
+        num_answers=number,
+    )
 
 
 def agreement(values: Floats, level: Literal["ordinal", "interval"]) -> float | None:

@@ -37,6 +37,7 @@ from ifvit.records import (
 
 _DATABASE = "study.sqlite"
 _TABLES = {
+    "admin": "CREATE TABLE admin (content TEXT NOT NULL)",
     "rater": "CREATE TABLE rater (id INTEGER PRIMARY KEY, content TEXT NOT NULL)",
     "answer": "CREATE TABLE answer (rater INTEGER NOT NULL REFERENCES rater, item INTEGER NOT NULL,"
     " repetition INTEGER NOT NULL, content TEXT NOT NULL, PRIMARY KEY (rater, item, repetition))"
@@ -50,6 +51,13 @@ _RELOAD_SECONDS = 1.0
 _DISK_ERRORS = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN)
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00)?", re.ASCII)
 _Row = TypeVar("_Row")
+
+
+@record
+class Admin:
+    """The person who sees the results; `token` is the secret in the admin's link."""
+
+    token: str
 
 
 @record
@@ -180,8 +188,10 @@ class Store:
                 file.unlink(missing_ok=True)
         with storage.write_file(str(path)) as temporary:
             temporary.chmod(0o600)
+            admin = Admin(token=secrets.token_urlsafe(24))
             with closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
                 connection.executescript(";".join(_TABLES.values()))
+                connection.execute("INSERT INTO admin VALUES (?)", (_dump(admin),))
         return cls(folder)
 
     def close(self) -> None:
@@ -208,6 +218,12 @@ class Store:
             self._loaded_at = time.monotonic()
         return self._raters.get(key)
 
+    def admin_token(self) -> str:
+        rows = self._reader.execute("SELECT CAST(content AS TEXT) FROM admin")
+        if len(rows) != 1:
+            raise UserError(f"{self._path}: damaged, {len(rows)} admins; restore it from a copy")
+        return self._parse(Admin, rows[0][0], "admin").token
+
     def add(self, answer: Answer) -> None:
         """Store an answer in place of an earlier one to the same task; an equal one is kept."""
         earlier = self.find(answer.rater, answer.item, answer.repetition)
@@ -233,6 +249,11 @@ class Store:
         """List the current answers of one rater, or of all raters, oldest first."""
         found = self._select("? IS NULL OR rater = ?", rater, rater)
         return sorted(found, key=lambda each: each.answered_at)
+
+    def change_count(self) -> int:
+        """Return a number that changes with each write of this or another process."""
+        ((count,),) = self._reader.execute("PRAGMA data_version")
+        return int(count)
 
     def _select(self, condition: str, *parameters: int | None) -> list[Answer]:
         rows = self._reader.execute(
@@ -308,7 +329,7 @@ def _files(path: Path) -> list[Path]:
     return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", "-journal")]
 
 
-def _dump(row: Rater | Answer) -> str:
+def _dump(row: Admin | Rater | Answer) -> str:
     return dump_rows([row]).decode().rstrip()
 
 

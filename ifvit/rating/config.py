@@ -32,8 +32,8 @@ class CreateConfig:
     """Models in whose images objects are counted: name and folder of samples."""
 
     counting_prompts: str = "paper"
-    """Prompts that the images of `counting` were generated from: `paper`, `scenes`, or a .jsonl
-    file of prompt, object and count."""
+    """Prompts that the images of `counting` were generated from: `paper`, `scenes`, or a .jsonl or
+    .csv file of prompt, object and count."""
 
     num_preference: PositiveInt | None = None
     """Number of random prompts to rank; unset: every prompt that all models have."""

@@ -1,6 +1,6 @@
 """Results of a study from its answers; the verbs `rate report` and `rate export`.
 
-The report and the page of a study show `StudyResults`. `render` makes all HTML
+The report, the admin's page and the page of a study show `StudyResults`. `render` makes all HTML
 pages of this package.
 """
 
@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader
 from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.metrics import Estimate
-from ifvit.rating.agreement import Floats, agreement, estimate_columns
+from ifvit.rating.agreement import Floats, OrderBias, agreement, estimate_columns, order_bias
 from ifvit.rating.answers import Answer, Store, read_answers
 from ifvit.rating.config import RateExportConfig, RateReportConfig
 from ifvit.rating.study import CANNOT_TELL, Item, Study, read_study
@@ -65,6 +65,7 @@ class PreferenceResults:
     win_rates: list[WinRate]
     alpha: float | None
     """Krippendorff's alpha for ordinal data, over the ranks of all images."""
+    order_bias: OrderBias
     replies: Replies
 
 
@@ -115,13 +116,15 @@ class StudyResults:
 
 
 def read_results(folder: str) -> StudyResults:
-    """Summarise the answers so far.
-
-    Raises UserError when `folder` holds no study, or answers of another one.
-    """
+    """Summarise the answers so far. Raises UserError when `folder` holds no study."""
     study = read_study(folder)
     with closing(Store(study.folder)) as store:
-        answers, raters = read_answers(study, store), store.raters()
+        return summarise(study, store)
+
+
+def summarise(study: Study, store: Store) -> StudyResults:
+    """Summarise the answers that `store` holds now. Raises UserError for those of another study."""
+    answers = read_answers(study, store)
     rankings = [answer for answer in answers if study.items[answer.item].kind == "preference"]
     counts = [answer for answer in answers if study.items[answer.item].kind == "counting"]
     done = Counter(answer.rater for answer in answers)
@@ -131,7 +134,7 @@ def read_results(folder: str) -> StudyResults:
         models=[model.name for model in study.models],
         progress=[
             Progress(rater=rater.id, done=done[rater.id], total=total, last=last.get(rater.id))
-            for rater in raters
+            for rater in store.raters()
         ],
         preference=_summarise_preference(study, rankings),
         counting=_summarise_counting(study, counts),
@@ -160,6 +163,7 @@ def _summarise_preference(study: Study, answers: Sequence[Answer]) -> Preference
             for (a, b), share in shares.items()
         ],
         alpha=agreement(ranks.reshape(len(ranks), -1), "ordinal"),
+        order_bias=order_bias(np.array([_ranks(a, a.shown) for a in rankings.values()])),
         replies=_summarise_replies(answers),
     )
 

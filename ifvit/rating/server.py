@@ -1,10 +1,14 @@
-"""The verb `rate serve`: serves the raters' pages over HTTP.
+"""The verb `rate serve`: serves the raters' pages and the admin's page over HTTP.
 
-There are no cookies: the secret in a link is all that identifies a rater.
+There are no cookies: the secret in a link is all that identifies a rater or the admin.
 """
 
+import asyncio
+import secrets
 import socket
 import sys
+import threading
+import time
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +29,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ifvit.errors import UserError
 from ifvit.rating.answers import Answer, Store
 from ifvit.rating.config import ServeConfig
-from ifvit.rating.results import render
+from ifvit.rating.limits import (
+    MAX_HEAD_BYTES,
+    Allowance,
+    LimitedConnection,
+    connection_limit,
+    raise_file_limit,
+)
+from ifvit.rating.results import StudyResults, render, summarise
 from ifvit.rating.study import (
     CANNOT_TELL,
     MAX_COUNT,
@@ -37,8 +48,15 @@ from ifvit.rating.study import (
 )
 from ifvit.records import path_inside
 
+_REQUESTS_PER_SECOND = 20.0
+_REQUEST_BURST = 200.0
+"""A page with six images takes nine requests."""
+_REFUSAL_SECONDS = 1.0
+"""Pause before a refusal, so that a flood costs little."""
 _MAX_FORM_BYTES = 4096
 _STATIC = {path.name: path for path in Path(__file__).parent.joinpath("static").iterdir()}
+_ADMIN_SHARE = 0.1
+"""Largest share of the time that the computation of results may take."""
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
@@ -62,21 +80,23 @@ def serve(config: ServeConfig) -> None:
     app = _make_app(study, store)
     listener = _listen(config)
     url = f"http://{config.host}:{listener.getsockname()[1]}"
-    sys.stdout.write(
-        f"{config.study} at {url}\nraters: ifvit rate create {config.study} --url {url}\n"
-    )
+    sys.stdout.write(f"{config.study} at {url}\nadmin: {url}/admin/{store.admin_token()}\n")
+    sys.stdout.write(f"raters: ifvit rate create {config.study} --url {url}\n")
     sys.stdout.flush()
+    raise_file_limit()
     # There is no access log, because it would contain the secret codes. No X-Forwarded header is
     # trusted, because nothing depends on the client's address.
     settings = uvicorn.Config(
         app,
-        http="h11",
+        http=LimitedConnection,
         ws="none",
         lifespan="off",
         log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        backlog=connection_limit(),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_graceful_shutdown=5,
     )
     uvicorn.Server(settings).run(sockets=[listener])
@@ -102,20 +122,23 @@ def _make_app(study: Study, store: Store) -> Starlette:
             Route("/r/{code}/{number}", site.question),
             Route("/r/{code}/{number}", site.answer, methods=["POST"]),
             Route("/r/{code}/images/{name}", site.image),
+            Route("/admin/{token}", site.admin),
             Route("/static/{name}", _static),
         ],
-        middleware=[Middleware(_SecurityHeaders)],
+        middleware=[Middleware(_Gate, store=store)],
         exception_handlers={HTTPException: _error_page, UserError: _failure_page},
     )
     app.router.redirect_slashes = False
     return app
 
 
-class _SecurityHeaders:
-    """Adds the security headers to all responses."""
+class _Gate:
+    """Adds the security headers, and refuses the requests of a rater beyond the allowance."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, store: Store) -> None:
         self._app = app
+        self._store = store
+        self._allowance = Allowance(_REQUESTS_PER_SECOND, _REQUEST_BURST)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
@@ -126,7 +149,20 @@ class _SecurityHeaders:
                 headers.setdefault("Cache-Control", "max-age=600" if is_static else "no-store")
             await send(message)
 
-        await self._app(scope, receive, send_with_headers)
+        answer = self._app
+        try:
+            if not self._is_allowed(scope["path"]):
+                await asyncio.sleep(_REFUSAL_SECONDS)
+                answer = Response("Too many requests.", 429, {"Retry-After": "1"})
+        except UserError as error:
+            answer = await _failure_page(Request(scope), error)
+        await answer(scope, receive, send_with_headers)
+
+    def _is_allowed(self, path: str) -> bool:
+        """Count a request of a known rater against the allowance."""
+        parts = path.split("/")
+        rater = self._store.find_rater(parts[2]) if parts[1:2] == ["r"] and parts[2:] else None
+        return rater is None or self._allowance.take(rater)
 
 
 async def _static(request: Request) -> Response:
@@ -143,7 +179,7 @@ async def _error_page(request: Request, error: Exception) -> Response:
 
 
 async def _failure_page(request: Request, error: Exception) -> Response:
-    """Write to the terminal what is wrong, such as a full disk, and the rater to wait."""
+    """Tell the admin on the terminal what is wrong, such as a full disk, and the rater to wait."""
     sys.stderr.write(f"{error}\n")
     text = "The server cannot save or read answers now. Please try again later."
     return HTMLResponse(render("message.html", title="Please wait", text=text), status_code=503)
@@ -181,6 +217,11 @@ class _Site:
         self._store = store
         self._images = study.image_files
         self._tasks = cache(study.tasks)
+        self._token = store.admin_token().encode()
+        self._results: tuple[int, StudyResults] | None = None
+        """Change count of the store, and the results at that time."""
+        self._next_results = 0.0
+        self._computing = threading.Lock()
 
     def front(self, request: Request) -> Response:
         text = "Please open the link that you were given: it contains your personal code."
@@ -242,6 +283,24 @@ class _Site:
             raise HTTPException(404, "There is no such image.")
         # The name is a hash of the content, so the browser may keep the image.
         return FileResponse(path, headers={"Cache-Control": "private, max-age=86400, immutable"})
+
+    def admin(self, request: Request) -> Response:
+        token = request.path_params["token"].encode()
+        if not secrets.compare_digest(token, self._token):
+            raise HTTPException(404, _UNKNOWN)
+        page = render("admin.html", study=self._study, results=self._current_results())
+        return HTMLResponse(page)
+
+    def _current_results(self) -> StudyResults:
+        """Return the results, computed again when answers came and time allows."""
+        with self._computing:
+            started, changes = time.monotonic(), self._store.change_count()
+            is_old = self._results is None or self._results[0] != changes
+            if self._results is None or (is_old and started >= self._next_results):
+                self._results = changes, summarise(self._study, self._store)
+                now = time.monotonic()
+                self._next_results = now + (now - started) / _ADMIN_SHARE
+            return self._results[1]
 
     def _rater(self, request: Request) -> int:
         rater = self._store.find_rater(request.path_params["code"])

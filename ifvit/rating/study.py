@@ -86,7 +86,7 @@ class Task:
 class _Questions:
     """The content of study.json; the item `items[n]` has the number n."""
 
-    version: Literal[3] = 3
+    version: Literal[2] = 2
     seed: int
     repeat_share: RepeatShare
     models: tuple[Model, ...]

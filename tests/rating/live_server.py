@@ -15,12 +15,16 @@ from ifvit.rating.study import Study
 class LiveServer:
     """A running `ifvit rate serve`."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, max_files: int) -> None:
+        limited = ["sh", "-c", 'ulimit -n "$0"; exec "$@"', str(max_files)]
         command = [sys.executable, "-m", "ifvit", "rate", "serve", str(study.folder), "--port", "0"]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.process = subprocess.Popen(
+            [*limited, *command], stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().split()[-1]
+        self.admin_url = self.process.stdout.readline().split()[-1]
         address = urllib.parse.urlsplit(self.url)
         self.address = (str(address.hostname), int(address.port or 0))
 
@@ -62,9 +66,9 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def serving(study: Study) -> Iterator[LiveServer]:
-    """Run a server, and terminate it at the end."""
-    server = LiveServer(study)
+def serving(study: Study, max_files: int = 4096) -> Iterator[LiveServer]:
+    """Run a server that may open so many files, and terminate it at the end."""
+    server = LiveServer(study, max_files)
     try:
         yield server
     finally:

@@ -1,11 +1,12 @@
-"""Statistics of answers agree with the literature and with known truth."""
+"""Statistics of answers agree with the literature, with scipy, and with known truth."""
 
 import math
 
 import numpy as np
 import pytest
+from scipy.stats import friedmanchisquare
 
-from ifvit.rating.agreement import agreement, estimate_columns
+from ifvit.rating.agreement import agreement, estimate_columns, order_bias
 
 NAN = np.nan
 # Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", example C.
@@ -29,6 +30,30 @@ def test_alpha_equals_the_published_example() -> None:
 )
 def test_alpha_is_undefined_without_pairs_or_variation(values: list[list[float]]) -> None:
     assert agreement(np.array(values), "interval") is None
+
+
+def sample_ranks(rng: np.random.Generator, number: int, places: int, pull: float) -> np.ndarray:
+    """Sample ranks (number, places) of noisy scores that fall by `pull` from place to place."""
+    scores = rng.normal(size=(number, places)) - pull * np.arange(places)
+    return (-scores).argsort(axis=1).argsort(axis=1) + 1.0
+
+
+def test_the_test_of_order_bias_is_friedmans() -> None:
+    ranks = sample_ranks(np.random.default_rng(1), 150, 3, pull=0.5)
+    statistic, p_value = friedmanchisquare(*ranks.T)
+    found = order_bias(ranks)
+    assert found.chi_square == pytest.approx(statistic)
+    assert found.p_value == pytest.approx(p_value)
+    assert found.p_value < 0.001
+    assert found.mean_ranks == sorted(found.mean_ranks)
+    assert sum(found.mean_ranks) == pytest.approx(6)
+
+
+@pytest.mark.parametrize("places", [2, 4])
+def test_order_bias_of_random_orders_is_found_in_five_per_cent(places: int) -> None:
+    rng = np.random.default_rng(0)
+    p = [order_bias(sample_ranks(rng, 60, places, pull=0)).p_value for _ in range(400)]
+    assert 0.02 < np.mean(np.array(p) < 0.05) < 0.08
 
 
 def test_standard_errors_contain_the_spread_of_raters_and_of_items() -> None:

@@ -248,13 +248,17 @@ def test_a_lost_connection_loses_no_answer(
     driver.get_log("browser")  # discards the entry about the failed request
 
 
-def test_the_report_shows_what_was_answered(
+def test_admin_and_report_show_what_was_answered(
     driver: Chrome, server: LiveServer, study: Study
 ) -> None:
     for command in ("Emulation.clearDeviceMetricsOverride", "Emulation.setEmulatedMedia"):
         driver.execute_cdp_cmd(command, {})
     driver.set_window_size(1100, 2000)
     page = Page(driver, "")
+    driver.get(server.admin_url)
+    page.screenshot("admin")
+    assert "intermediate" in page.find("#results").text
+    assert_quiet(driver)
     report(RateReportConfig(study=str(study.folder)))
     driver.get(f"file://{study.folder}/report.html")
     page.screenshot("report")

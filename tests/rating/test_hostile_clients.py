@@ -1,14 +1,24 @@
-"""The server against clients that send garbage or go away."""
+"""The server against clients that send garbage, send nothing, send too much, or go away."""
 
+import asyncio
+import json
 import socket
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+import uvicorn
 from live_server import LiveServer, serving
 from made_study import make_study
+from starlette.types import Receive, Scope, Send
 
 from ifvit.rating.answers import Rater, Store
+from ifvit.rating.limits import Allowance, LimitedConnection, raise_file_limit
 from ifvit.rating.study import Study
 
 ROUTES = (
@@ -18,6 +28,7 @@ ROUTES = (
     "/r/{}/1",
     "/r/CODE/images/{}",
     "/r/CODE/1/{}",
+    "/admin/{}",
     "/static/{}",
     "/static/style.css/{}",
     "/{}/r/CODE/1",
@@ -93,6 +104,7 @@ NOT_HTTP = (
     b"\r\n\r\n\x00\x00",
     b"",
 )
+HALF = b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "
 SAME = "ranking=0,1,2"
 
 
@@ -117,10 +129,11 @@ def server(study: Study) -> Iterator[LiveServer]:
 
 
 @pytest.fixture(autouse=True)
-def _alive(server: LiveServer) -> Iterator[None]:
-    """After each test, check that the server answers."""
+def _quiet(server: LiveServer) -> Iterator[None]:
+    """After each test, check that the server answers and has not logged anything."""
     yield
     assert server.request("/")[0] == 200
+    assert server.read_log() == ""
 
 
 def build(method: str, path: str, *headers: str, form: str = "") -> bytes:
@@ -187,3 +200,120 @@ def test_a_client_may_go_away_at_any_byte(server: LiveServer, raters: list[Rater
         if length % 2:  # reset the connection instead of closing it
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.close()
+
+
+def test_idle_connections_lock_nobody_out(study: Study, raters: list[Rater]) -> None:
+    raise_file_limit()
+    with serving(study, max_files=1024) as server, ExitStack() as connections:
+        for _ in range(1100):
+            connections.enter_context(server.connect()).sendall(HALF)
+        start = time.monotonic()
+        for number in range(10):
+            image = sorted(study.image_files)[number]
+            assert server.request(f"/r/{raters[number].code}/images/{image}")[0] == 200
+        assert time.monotonic() - start < 5
+        assert server.read_log() == ""
+
+
+def test_a_rater_who_sends_too_much_waits(server: LiveServer, raters: list[Rater]) -> None:
+    flood, calm = (f"/r/{rater.code}/1" for rater in raters[-2:])
+    request = build("POST", flood, form=SAME).replace(b"Connection: close\r\n", b"")
+    with server.connect() as connection:
+        connection.sendall(1000 * request)
+        replies = b""
+        while b"HTTP/1.1 429" not in replies:
+            replies += connection.recv(1 << 20)
+        assert b"retry-after: 1" in replies
+        assert 200 <= replies.count(b"HTTP/1.1 303") < 600
+        assert server.request(calm)[0] == 200
+
+
+def test_an_allowance_is_refilled() -> None:
+    allowance = Allowance(per_second=20, burst=3)
+    assert [allowance.take(1) for _ in range(4)] == [True, True, True, False]
+    assert allowance.take(2)
+    time.sleep(0.06)
+    assert allowance.take(1)
+
+
+class Impatient(LimitedConnection):
+    """Has short times and few connections."""
+
+    receive_seconds = 0.3
+    respond_seconds = 0.6
+    max_connections = 3
+
+
+async def answer_slowly(scope: Scope, receive: Receive, send: Send) -> None:
+    """Read the request; `/late` is answered after 0.4 s, `/never` not at all."""
+    while (await receive()).get("more_body"):
+        pass
+    await asyncio.sleep({"/late": 0.4, "/never": 1}.get(scope["path"], 0))
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body"})
+
+
+async def try_connections() -> dict[str, float]:
+    """Seconds after which the server has closed connections of several kinds."""
+    config = uvicorn.Config(answer_slowly, http=Impatient, ws="none", lifespan="off")
+    config.load()
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+
+    async def time_until_closed(data: bytes, drip: bytes = b"") -> float:
+        start = time.monotonic()
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(data)
+        while not reader.at_eof() and time.monotonic() < start + 5:
+            try:
+                await asyncio.wait_for(reader.read(4096), 0.02)
+            except TimeoutError:
+                writer.write(drip)
+            except ConnectionError:
+                break
+        writer.close()
+        return time.monotonic() - start
+
+    head = b"GET /%s HTTP/1.1\r\nHost: x\r\n"
+    seconds = {
+        "silent": await time_until_closed(b""),
+        "half a head": await time_until_closed(head, b"x"),
+        "half a body": await time_until_closed(head + b"Content-Length: 99\r\n\r\n", b"x"),
+        "served, then silent": await time_until_closed(head % b"late" + b"\r\n"),
+        "served, then half": await time_until_closed(2 * (head % b"late" + b"\r\n") + b"G", b"E"),
+        "not served": await time_until_closed(head % b"never" + b"\r\n"),
+    }
+    crowd = [asyncio.create_task(time_until_closed(b"")) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    await time_until_closed(head % b"now" + b"Connection: close\r\n\r\n")
+    oldest, *others = await asyncio.gather(*crowd)
+    seconds["a younger one of a crowd"] = min(others)
+    seconds["the oldest of a crowd"] = oldest
+    server.should_exit = True
+    await running
+    return seconds
+
+
+def test_slow_connections_are_closed_in_time() -> None:
+    found = asyncio.run(try_connections())
+    assert all(0.25 < time_ < 4 for kind, time_ in found.items() if "oldest" not in kind), found
+    assert found["served, then silent"] > 0.65
+    assert found["served, then half"] > 1.05
+    assert found["not served"] > 0.55
+    assert found["the oldest of a crowd"] < 0.8 * found["a younger one of a crowd"]
+
+
+def test_many_raters_are_served_during_an_attack(study: Study) -> None:
+    tool = Path(__file__).with_name("rating_load.py")
+    sizes = ["--raters=20", "--floods=5", "--idle=200", "--strangers=2", "--seconds=2"]
+    output = subprocess.run(
+        [sys.executable, str(tool), str(study.folder), *sizes], check=True, capture_output=True
+    ).stdout
+    found = json.loads(output)
+    assert found["page"]["median_s"] < 1
+    assert found["page"]["number"] > 20
+    assert found["failed"] == 0
+    assert found["flood sent"] > found["flood answered 303"]

@@ -100,6 +100,7 @@ def test_the_report_has_sentences_and_numbers(study: Study) -> None:
     report(RateReportConfig(study=str(study.folder)))
     page = (study.folder / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert "intermediate is preferred to early: ranked above it in 100 % of 19 rankings" in page
+    assert "No sign that the place on the page changed the rank" in page
     assert "early: off by 1.50 objects on average" in page
     assert "Agreement between raters is reliable: Krippendorff's alpha is 1.00" in page
     assert "In 2 repeated questions, 83 % of the pairs of images were put in the same order" in page

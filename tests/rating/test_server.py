@@ -3,13 +3,14 @@
 import http.client
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from live_server import LiveServer, serving
-from made_study import make_study
+from made_study import add, make_study
 from starlette.exceptions import HTTPException
 
 from ifvit.errors import UserError
@@ -157,6 +158,7 @@ def test_wrong_requests_change_nothing(
     wrong = {
         ("/r/guess", None): 404,
         ("/r/guess/1", "ranking=0,1,2"): 404,
+        ("/admin/guess", None): 404,
         (f"/r/guess/images/{image}", None): 404,
         (f"{home}/images/study.sqlite", None): 404,
         (f"{home}/images/..%2Fstudy.sqlite", None): 404,
@@ -239,6 +241,13 @@ def test_fifty_raters_at_once_lose_no_answer(
         ]
         assert [a.shown for a in answers] == [task.shown for task in tasks]
         assert {a.value for a in answers if isinstance(a.value, int)} == {rater.id}
+    page = server.request(server.admin_url.removeprefix(server.url))[2].decode()
+    assert f"{len(tasks)} of {len(tasks)}" in page
+    found = read_results(str(study.folder)).preference
+    assert found is not None
+    # These raters rank by place only, and Friedman's test finds that.
+    assert found.order_bias.p_value < 1e-9
+    assert "The place on the page changed the rank" in page
 
 
 def test_saved_answers_survive_kill_9(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -304,3 +313,17 @@ def test_a_file_that_breaks_while_it_is_served_gives_a_page_and_a_line(
             assert (status, b"try again later" in page) == (503, True)
         assert "Traceback" not in server.read_log()
         assert "study.sqlite: cannot be used" in server.read_log()
+
+
+def test_the_admins_page_is_live(
+    server: LiveServer, study: Study, store: Store, raters: list[Rater]
+) -> None:
+    path = server.admin_url.removeprefix(server.url)
+    before = server.request(path)[2]
+    add(store, study.tasks(raters[-3].id)[0], raters[-3].id, None, "other")
+    assert b"other 1" not in before
+    for _ in range(100):  # results take at most a tenth of the server's time
+        time.sleep(0.1)
+        if b"other 1" in server.request(path)[2]:
+            return
+    pytest.fail("the admin's page does not show the answer")
