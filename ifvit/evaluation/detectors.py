@@ -92,8 +92,9 @@ def open_counter(name: str, threshold: float | None, device: str) -> ObjectCount
             raise ValueError(f"its model type is {config.model_type}")
         model = _load_model(folder, device)
         # Counts must not depend on whether torchvision is installed.
-        processor_class: Any = AutoImageProcessor
-        processor = processor_class.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        processor: Any = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", trust_remote_code=False
+        )
     rule = CountingRule(
         detector=name,
         detector_sha256=digest,
