@@ -15,14 +15,15 @@ class ObjectCountConfig:
 
     prompts: str | None = None
     """`paper` (bus, sheep, person, apple, 1 to 5 of each), `scenes` (circle, square, triangle), or
-    a .jsonl file of prompt, object and count; unset: no objects are counted."""
+    a .jsonl or .csv file of prompt, object and count; unset: no objects are counted."""
 
     detector: str = "facebook/detr-resnet-101"
     """Object detector of transformers, as a local folder or hub name, or `scenes`, exact analysis
     of the pixels of scenes."""
 
     threshold: Annotated[float, Rule("at least 0 and below 1", lambda x: 0 <= x < 1)] | None = None
-    """Boxes with a higher score count. Unset: GenEval's 0.9."""
+    """Boxes with a higher score count. Unset: 0.9 for a detector of fixed classes (GenEval's), 0.3
+    for one that takes any words."""
 
     def __post_init__(self) -> None:
         """Raise UserError for a threshold with `scenes`."""

@@ -16,6 +16,10 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForObjectDetection,
+    AutoModelForZeroShotObjectDetection,
+    AutoProcessor,
+    Owlv2Config,
+    OwlViTConfig,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -28,7 +32,8 @@ from ifvit.scenes.drawings import KINDS
 from ifvit.scenes.score import find_objects
 
 SCENES = "scenes"
-_THRESHOLD = 0.9
+_CLASS_THRESHOLD = 0.9
+_WORD_THRESHOLD = 0.3
 
 
 class SceneCounter:
@@ -74,39 +79,75 @@ class ClassDetector:
         ]
 
 
-ObjectCounter = SceneCounter | ClassDetector
+class WordDetector:
+    """A detector that finds what words describe: OWL-ViT or OWLv2."""
+
+    def __init__(self, model: Any, processor: Any, rule: CountingRule) -> None:
+        self.rule = rule
+        self._model = model
+        self._processor = processor
+
+    def check(self, objects: Iterable[str]) -> None:
+        """Raise UserError for words that have more tokens than the model reads."""
+        longest = self._model.config.text_config.max_position_embeddings
+        for name in objects:
+            if len(self._processor.tokenizer(name).input_ids) > longest:
+                raise UserError(
+                    f"{self.rule.detector} reads {longest} tokens; shorten the object "
+                    f'"{shorten(name)}"'
+                )
+
+    @torch.no_grad()
+    def count(self, images: Pixels, objects: Sequence[str]) -> list[int]:
+        """Numbers of `objects[b]` in image b of (B, H, W, 3)."""
+        inputs = self._processor(
+            images=list(images), text=[[name] for name in objects], return_tensors="pt"
+        ).to(self._model.device)
+        found = self._processor.post_process_grounded_object_detection(
+            self._model(**inputs), threshold=self.rule.threshold
+        )
+        return [min(len(boxes["scores"]), MAX_ASKED) for boxes in found]
+
+
+ObjectCounter = SceneCounter | ClassDetector | WordDetector
 
 
 def open_counter(name: str, threshold: float | None, device: str) -> ObjectCounter:
     """Open `scenes`, or the detector in a local folder or hub repository `name`.
 
+    The detector's configuration decides whether it knows fixed classes or reads words.
     Raises UserError if `name` is not a detector or does not load.
     """
     if name == SCENES:
         return SceneCounter()
     folder = resolve_pretrained(name)
     digest = identify(name, folder).sha256
-    with reading(f"detector {name} does not load; give one like DETR or YOLOS"):
+    with reading(f"detector {name} does not load; give one like DETR, YOLOS or OWL-ViT"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
+        reads_words = isinstance(config, OwlViTConfig | Owlv2Config)
+        if not reads_words and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
             raise ValueError(f"its model type is {config.model_type}")
-        model = _load_model(folder, device)
+        if reads_words:
+            model = _load(AutoModelForZeroShotObjectDetection, folder, device)
+            processor_class: Any = AutoProcessor
+        else:
+            model = _load(AutoModelForObjectDetection, folder, device)
+            processor_class = AutoImageProcessor
         # Counts must not depend on whether torchvision is installed.
-        processor: Any = AutoImageProcessor.from_pretrained(
-            folder, backend="pil", trust_remote_code=False
-        )
+        processor = processor_class.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    default = _WORD_THRESHOLD if reads_words else _CLASS_THRESHOLD
     rule = CountingRule(
         detector=name,
         detector_sha256=digest,
-        threshold=_THRESHOLD if threshold is None else threshold,
+        threshold=default if threshold is None else threshold,
         max_boxes=MAX_ASKED,
     )
-    return ClassDetector(model, processor, rule)
+    return (WordDetector if reads_words else ClassDetector)(model, processor, rule)
 
 
-def _load_model(folder: Path, device: str) -> Any:
+def _load(cls: Any, folder: Path, device: str) -> Any:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # the bar lasts less than a second
-    model, loading = AutoModelForObjectDetection.from_pretrained(
+    model, loading = cls.from_pretrained(
         folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
     if loading["missing_keys"]:

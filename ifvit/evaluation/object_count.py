@@ -4,9 +4,11 @@ Prompts, rows and scores. `measure` lets a detector count; `rating` asks people 
 prompts; `studies` plots the rows. Imports no torch.
 """
 
+import csv
+import io
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from ifvit.records import (
     Rule,
     Sha256,
     decode_lines,
+    decode_text,
     parse_json,
     parse_value,
     record,
@@ -35,7 +38,7 @@ _MAX_OBJECTS = 200
 """Different objects in a set of prompts; each is a plot of the report."""
 
 Line = Annotated[
-    str, Rule("one line of text", lambda value: value.strip() and not {*"\r\n"} & {*value})
+    str, Rule("one line of text", lambda value: value.strip() and not {*"\r\n"} & {*value.strip()})
 ]
 AskedCount = Annotated[int, Rule(f"from 1 to {MAX_ASKED}", lambda value: 1 <= value <= MAX_ASKED)]
 
@@ -155,9 +158,9 @@ class ObjectCountRow:
 
 
 def read_count_prompts(source: str) -> list[CountPrompt]:
-    """The prompts of `paper` or `scenes`, or of a .jsonl file (local or s3://).
+    """The prompts of `paper` or `scenes`, or of a .jsonl or .csv file (local or s3://).
 
-    Raises UserError naming the first line that is not a prompt, an object and a count of 1 to 16.
+    Raises UserError naming the first item that is not a prompt, an object and a count of 1 to 16.
     """
     if source == "paper":
         return _paper_prompts()
@@ -199,14 +202,37 @@ def _scene_prompts() -> list[CountPrompt]:
 
 
 def _read_prompts(source: str) -> list[CountPrompt]:
-    """The prompts of a .jsonl file."""
-    if not source.endswith(".jsonl"):
-        raise UserError(f"prompts {source}: give paper, scenes or a .jsonl file")
+    """The prompts of a file; its ending names the format."""
+    if not source.endswith((".csv", ".jsonl")):
+        raise UserError(f"prompts {source}: give paper, scenes or a .jsonl or .csv file")
+    data = storage.read_bytes(source)
+    if source.endswith(".jsonl"):
+        found: list[Any] = [
+            parse_json(dict[str, Any], line, f"{source}, line {number}")
+            for number, line in enumerate(decode_lines(data, source), 1)
+            if line.strip()
+        ]
+    else:  # a CSV file has text only
+        text = io.StringIO(decode_text(data, source), newline="")
+        try:
+            table = list(csv.DictReader(text, strict=True))
+        except csv.Error as error:
+            raise UserError(
+                f"{source}: not readable ({error}); write prompt, object and count"
+            ) from None
+        found = [{**row, "count": _parse_count(row.get("count"))} for row in table]
     return [
-        parse_json(CountPrompt, line, f"{source}, line {number}")
-        for number, line in enumerate(decode_lines(storage.read_bytes(source), source), 1)
-        if line.strip()
+        parse_value(
+            CountPrompt,
+            {key: cell.strip() if isinstance(cell, str) else cell for key, cell in item.items()},
+            f"{source}, item {number}",
+        )
+        for number, item in enumerate(found, 1)
     ]
+
+
+def _parse_count(text: str | None) -> int | str | None:
+    return int(text) if text and text.isdecimal() and len(text) < 9 else text
 
 
 def differences(first: ObjectCountProtocol, second: ObjectCountProtocol) -> list[str]:

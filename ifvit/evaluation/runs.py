@@ -3,6 +3,7 @@
 Nothing is written, and files that are missing stay missing.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,8 @@ class Run:
     `target` is what the backbone predicts, of which latents; losses of different targets do not
     compare. `curve` holds the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol
     name, guidance scale and step. `evaluations` are those of the main series (see `main_series`),
-    by step; `samples` belong to the last of them. `training_grids` are (step, URL).
+    by step; `samples` belong to the last of them, with files in `samples_folder`. `training_grids`
+    are (step, URL).
     """
 
     name: str
@@ -55,11 +57,16 @@ class Run:
     rows: list[MetricsRow]
     evaluations: list[MetricsRow]
     samples: list[SampleRow]
+    samples_folder: str
     training_grids: list[tuple[int, str]]
 
     def locate(self, url: str) -> str:
         """Return `url`. Raises UserError if a link there leads out of the run's folder."""
         return storage.join_inside(self.url, url.removeprefix(f"{self.url}/"))
+
+    def sample_url(self, file: str) -> str:
+        """URL of a file that one of `samples` names."""
+        return storage.join(self.samples_folder, file)
 
     @property
     def cost(self) -> Cost | None:
@@ -70,6 +77,19 @@ class Run:
     def end(self) -> TrainingRow | None:
         """The last line of metrics.jsonl."""
         return self.curve[-1] if self.curve else None
+
+    @property
+    def last_loss(self) -> float | None:
+        """The mean loss of the last tenth of the training."""
+        losses = [row.loss for row in self.curve if row.loss is not None]
+        last = losses[-math.ceil(len(losses) / 10) :]
+        return sum(last) / len(last) if last else None
+
+    @property
+    def last_validation_loss(self) -> float | None:
+        """The held-out loss of the last validation."""
+        losses = [row.validation_loss for row in self.curve if row.validation_loss is not None]
+        return losses[-1] if losses else None
 
     @property
     def last(self) -> MetricsRow | None:
@@ -103,6 +123,7 @@ def read_run(url: str, name: str) -> Run:
         rows=list(rows.values()),
         evaluations=evaluations,
         samples=read_samples(samples_url(last)) if last else [],
+        samples_folder=samples_url(last),
         training_grids=step_files(storage.join(url, "samples"), ".png"),
     )
 

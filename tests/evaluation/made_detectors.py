@@ -5,12 +5,17 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    CLIPTokenizer,
     DetrConfig,
     DetrForObjectDetection,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
     ResNetConfig,
     YolosConfig,
     YolosForObjectDetection,
 )
+
+from ifvit.models.pretrained import resolve_pretrained
 
 NUM_BOXES = 20
 CLASSES = ("bus", "Sheep", "person")
@@ -66,8 +71,28 @@ def save_detr(folder: Path) -> str:
     return _save(folder, DetrForObjectDetection(config), "Detr")
 
 
-def _save(folder: Path, model: torch.nn.Module, family: str) -> str:
+def save_owlvit(folder: Path, shift: float) -> str:
+    """All its 16 boxes have a logit within 1 of `shift`, whatever the words."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(resolve_pretrained("scenes/clip"))
+    model = OwlViTForObjectDetection(
+        OwlViTConfig(
+            text_config={
+                **TRANSFORMER, "vocab_size": len(tokenizer), "max_position_embeddings": 16
+            },
+            vision_config={**TRANSFORMER, "image_size": 64, "patch_size": 16},
+            projection_dim=32,
+        )
+    )  # fmt: skip
+    for layer, bias in ((model.class_head.logit_shift, shift), (model.class_head.logit_scale, 0.0)):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, bias)
+    tokenizer.save_pretrained(folder)
+    return _save(folder, model, "OwlViT", size={"height": 64, "width": 64})
+
+
+def _save(folder: Path, model: torch.nn.Module, family: str, **settings: object) -> str:
     model.save_pretrained(folder)
-    processor = {"image_processor_type": f"{family}ImageProcessor", "size": 64}
+    processor = {"image_processor_type": f"{family}ImageProcessor", "size": 64} | settings
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return str(folder)

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_detectors import CLASSES, NUM_BOXES, TRANSFORMER, save_detr, save_yolos
+from made_detectors import CLASSES, NUM_BOXES, TRANSFORMER, save_detr, save_owlvit, save_yolos
 from transformers import YolosConfig, YolosModel
+from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
+from transformers.models.owlvit.processing_owlvit import OwlViTProcessor
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
 from ifvit.errors import UserError
-from ifvit.evaluation.detectors import ClassDetector, CountingRule, open_counter
+from ifvit.evaluation.detectors import ClassDetector, CountingRule, WordDetector, open_counter
 from ifvit.scenes.drawings import Group, Scene, render_sampled_scene, render_scene
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
@@ -41,6 +43,18 @@ def test_a_threshold_of_0_counts_every_box_as_its_likeliest_class(tmp_path: Path
     counted = [counter.count(IMAGES[:1], [name])[0] for name in CLASSES]
     assert max(counted) == 16 < NUM_BOXES  # all queries of an untrained DETR agree
     assert sum(counted) == 16
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(10.0, 16), (-10.0, 0)])
+def test_a_detector_that_reads_words_needs_no_classes(
+    shift: float, expected: int, tmp_path: Path
+) -> None:
+    counter = open_counter(save_owlvit(tmp_path, shift), None, "cpu")
+    counter.check(["red circle"])
+    assert counter.rule.threshold == 0.3
+    assert counter.count(IMAGES, ["red circle", "square", "circle"]) == [expected] * 3
+    with pytest.raises(UserError, match='reads 16 tokens; shorten the object "red red'):
+        counter.check(["red " * 20])
 
 
 def class_logits(*boxes: tuple[int, float]) -> torch.Tensor:
@@ -73,6 +87,26 @@ def test_at_most_16_boxes_of_the_class_above_the_threshold_are_counted() -> None
     assert [lax.count(IMAGES[:1], [name]) for name in CLASSES] == [[4], [2], [0]]
     full = class_detector(class_logits(*[(0, 0.95)] * 19, *[(1, 0.95)] * 15), 0.9)
     assert [full.count(IMAGES[:1], [name]) for name in CLASSES] == [[16], [15], [0]]
+
+
+def test_words_are_counted_by_their_own_scores() -> None:
+    scores = torch.tensor([[0.31, 0.29, 0.8, 0.02], [0.1, 0.1, 0.1, 0.3001]])
+
+    def model(**inputs: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=scores.logit()[..., None], pred_boxes=torch.ones(2, 4, 4))
+
+    def processor(**inputs: Any) -> Any:
+        assert inputs["text"] == [["clock"], ["egg"]]
+        return SimpleNamespace(to=lambda device: {})
+
+    model.device = "cpu"  # type: ignore[attr-defined]
+    real = OwlViTProcessor.__new__(OwlViTProcessor)
+    real.image_processor = OwlViTImageProcessorPil()
+    processor.post_process_grounded_object_detection = (  # type: ignore[attr-defined]
+        real.post_process_grounded_object_detection
+    )
+    rule = CountingRule(detector="made", threshold=0.3)
+    assert WordDetector(model, processor, rule).count(IMAGES[:2], ["clock", "egg"]) == [2, 1]
 
 
 def test_scenes_are_counted_exactly() -> None:

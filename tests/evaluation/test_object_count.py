@@ -93,10 +93,12 @@ def test_prompts_of_scenes_ask_for_what_their_captions_say() -> None:
     ("name", "text"),
     [
         ("list.jsonl", "\n\n".join(json.dumps(vars(one)) for one in LIST)),
+        ("list.csv", '\ufeffcount,object,prompt\n2,clock,"two clocks, one above the other"\n'
+                     "12,egg,a dozen eggs\n"),
         ("windows.jsonl", "\ufeff" + "\r\n".join(json.dumps(vars(one)) for one in LIST)),
     ],
 )  # fmt: skip
-def test_a_list_of_prompts_may_have_empty_lines_and_those_of_windows(
+def test_a_list_of_prompts_is_the_same_in_every_format(
     name: str, text: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text)
@@ -105,16 +107,20 @@ def test_a_list_of_prompts_may_have_empty_lines_and_those_of_windows(
 
 def test_rare_characters_inside_a_prompt_do_not_end_its_line(tmp_path: Path) -> None:
     prompt = CountPrompt(prompt="two\u2028clocks\x85or\x0cmore", object="clock", count=2)
-    (tmp_path / "a.jsonl").write_text(json.dumps(vars(prompt), ensure_ascii=False))
-    assert read_count_prompts(str(tmp_path / "a.jsonl")) == [prompt]
+    for name, text in (
+        ("a.jsonl", json.dumps(vars(prompt), ensure_ascii=False)),
+        ("a.csv", f"prompt,object,count\n{prompt.prompt},clock,2\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_count_prompts(str(tmp_path / name)) == [prompt]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
-        ("a.jsonl", '{"prompt": "a cat", "object": "cat"}', "line 1: count"),
-        ("a.jsonl", '{"prompt": "a cat", "object": "cat", "count": 1.5}', "line 1: count"),
-        ("a.jsonl", '{"prompt": "a", "object": 3, "count": 1}', "line 1: object"),
+        ("a.jsonl", '{"prompt": "a cat", "object": "cat"}', "item 1: count"),
+        ("a.jsonl", '{"prompt": "a cat", "object": "cat", "count": 1.5}', "item 1: count"),
+        ("a.jsonl", '{"prompt": "a", "object": 3, "count": 1}', "item 1: object"),
         (
             "a.jsonl",
             '{"prompt": "a", "object": "b", "count": 17}',
@@ -128,9 +134,12 @@ def test_rare_characters_inside_a_prompt_do_not_end_its_line(tmp_path: Path) -> 
         ("a.jsonl", '{"prompt": "a", "object": " ", "count": 1}', "must be one line of text"),
         ("a.jsonl", "a cat", r"a\.jsonl, line 1: Invalid JSON"),
         ("a.jsonl", "", "prompts of 0 objects"),
+        ("a.csv", "prompt,object,count\na cat,cat,1,2\n", "item 1: null"),
+        ("a.csv", "prompt,object,count\na cat,cat\n", "item 1: count"),
+        ("a.csv", "prompt,object,count\na,b," + "9" * 5000 + "\n", "item 1: count"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl, line 1"),
         ("a.jsonl", '["a", "b", 1]', r"a\.jsonl, line 1"),
-        ("a.txt", "a cat\n", r"give paper, scenes or a \.jsonl file"),
+        ("a.txt", "a cat\n", r"give paper, scenes or a \.jsonl or \.csv file"),
     ],
 )
 def test_a_mistake_in_a_list_of_prompts_is_named(
@@ -226,10 +235,9 @@ def test_images_of_other_prompts_are_not_overwritten(
     counting: EvaluateConfig, tmp_path: Path
 ) -> None:
     evaluate(counting)
-    prompt = {"prompt": "one red circle", "object": "circle", "count": 1}
-    (tmp_path / "mine.jsonl").write_text(json.dumps(prompt))
+    (tmp_path / "mine.csv").write_text("prompt,object,count\none red circle,circle,1\n")
     with pytest.raises(UserError, match="samples of another prompts_sha256"):
-        evaluate(with_counting(counting, prompts=str(tmp_path / "mine.jsonl")))
+        evaluate(with_counting(counting, prompts=str(tmp_path / "mine.csv")))
 
 
 @pytest.mark.parametrize(

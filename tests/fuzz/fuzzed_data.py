@@ -203,8 +203,10 @@ def make_prompts(folder: Path) -> list[Format]:
     folder.mkdir(parents=True)
     rows = [{"prompt": f"{n} apples", "object": "apple", "count": n} for n in range(1, 4)]
     (folder / "counts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = ["prompt,object,count", *(f"{row['prompt']},apple,{row['count']}" for row in rows)]
+    (folder / "counts.csv").write_text("\n".join(lines) + "\n")
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
-    readers = {"counts.jsonl": count_rows, "prompts.txt": prompt_lines}
+    readers = {"counts.jsonl": count_rows, "counts.csv": count_cells, "prompts.txt": prompt_lines}
     return [
         Format(name=f"prompts {name}", folder=folder, file=name, readers=(read,), sealed=False)
         for name, read in readers.items()
@@ -213,6 +215,10 @@ def make_prompts(folder: Path) -> list[Format]:
 
 def count_rows(box: Path) -> object:
     return read_count_prompts(str(box / "counts.jsonl"))
+
+
+def count_cells(box: Path) -> object:
+    return read_count_prompts(str(box / "counts.csv"))
 
 
 def prompt_lines(box: Path) -> object:

@@ -50,7 +50,6 @@ from ifvit.sampling.config import SamplingConfig
 from ifvit.sampling.samples import SampleRow, write_samples
 from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import read_bytes, write_sealed
-from ifvit.studies.arms import samples_folder
 from ifvit.training.checkpoint import fetch_newest, open_tensors
 from ifvit.training.config import (
     EngineConfig,
@@ -254,9 +253,7 @@ def read_evaluation(box: Path) -> object:
     run = read_run(str(box / "run"), "run")
     shown = [sample.file for sample in run.samples]
     shown += [sample.real for sample in run.samples if sample.real]
-    assert run.last
-    folder = samples_folder(run, run.last)
-    images = [decode_png(read_bytes(f"{folder}/{file}")) for file in shown]
+    images = [decode_png(read_bytes(run.sample_url(file))) for file in shown]
     counts = read_object_counts(str(box / "run" / FOLDER))
     return run.rows, run.last, run.samples, images, counts
 
