@@ -151,3 +151,5 @@ class ExportConfig(EncoderPlaces):
     """Folder or s3:// URL for the pipeline."""
     kind: Literal["ema", "raw"] = "ema"
     """EMA weights or those of the last step. If one kind is missing, the other is exported."""
+    hub: str | None = None
+    """Also upload to this hub repository, ORGANISATION/NAME. Needs a login."""

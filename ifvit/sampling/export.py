@@ -12,7 +12,7 @@ from ifvit import storage
 from ifvit.diffusion.config import LatentScaling
 from ifvit.diffusion.solvers import build_scheduler
 from ifvit.models.config import BackboneConfig
-from ifvit.models.pretrained import reading
+from ifvit.models.pretrained import reading, upload_pretrained
 from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
 from ifvit.records import NonNegativeFloat, parse_value, printable, record
 from ifvit.sampling.config import ExportConfig
@@ -53,7 +53,8 @@ class _Estimate:
 def export(config: ExportConfig) -> None:
     """Write the pipeline to `output`. It is complete once model_index.json exists.
 
-    Raises UserError for missing weights, and for encoders other than those of the training.
+    Raises UserError for missing weights, for encoders other than those of the training, and if the
+    hub refuses the upload.
     """
     weights = find_weights(config.weights, prefer=config.kind)
     model = load_model(weights, "cpu", config)
@@ -87,6 +88,8 @@ def export(config: ExportConfig) -> None:
         for path in (*sorted(paths), folder / INDEX_FILE):
             name = path.relative_to(folder).as_posix()
             storage.upload(path, storage.join(config.output, name))
+        if config.hub:
+            upload_pretrained(folder, config.hub)
     sys.stdout.write(f"{config.output}\n")
 
 

@@ -147,6 +147,9 @@ class FusionPipeline(DiffusionPipeline):
         *,
         negative_prompt: str | list[str] | None = None,
         num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        eta: float = 0.0,
         guidance_scale: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 999.0),
         num_images_per_prompt: int = 1,
@@ -183,10 +186,11 @@ class FusionPipeline(DiffusionPipeline):
         schedule = NoiseSchedule(self._execution_device, self.config["prediction"])
         of_prompts = conditions, null, guidance, [method] if method else []
         predictor = GuidedPredictor(self.backbone, schedule, *of_prompts)
-        set_steps(self.scheduler, num_inference_steps, self._execution_device)
+        self._set_timesteps(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         noise = self._initial_noise(len(conditions), generator, latents)
+        options = self._step_options(eta, generator)
         shown = callback_on_step_end_tensor_inputs
-        latents = self._solve(predictor, noise, generator, callback_on_step_end, shown)
+        latents = self._solve(predictor, noise, options, callback_on_step_end, shown)
         output = ImagePipelineOutput(images=self._decode(latents, output_type))
         return output if return_dict else output.to_tuple()
 
@@ -194,16 +198,13 @@ class FusionPipeline(DiffusionPipeline):
         self,
         predictor: GuidedPredictor,
         noise: Tensor,
-        generator: Generators | None,
+        options: dict[str, Any],
         on_step_end: OnStepEnd | None,
         shown: Sequence[str],
     ) -> Any:
         """Turn noise (B, C, S, S) into latents; a callback may set `_interrupt` to stop early."""
         noise = noise.to(self._execution_device, torch.float32)
         latents = initial_latents(self.scheduler, noise)
-        # Only schedulers that add noise take a generator.
-        takes = inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} if "generator" in takes else {}
         self._interrupt = False
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self._interrupt:
@@ -232,6 +233,30 @@ class FusionPipeline(DiffusionPipeline):
         side = spatial_factor(self.vae) * self.backbone.config.latent_size
         if not {height, width} <= {None, side}:
             raise ValueError(f"height and width are {height} and {width}; leave them out or {side}")
+
+    def _set_timesteps(self, num_steps: int, **lists: Any) -> None:
+        """Set `num_steps` timesteps, or the given `timesteps` or `sigmas`."""
+        given = {name: values for name, values in lists.items() if values is not None}
+        if len(given) > 1:
+            raise ValueError("give timesteps or sigmas, not both")
+        takes = set(inspect.signature(self.scheduler.set_timesteps).parameters)
+        if self.scheduler.config.get("use_flow_sigmas") and "sigmas" not in takes:
+            takes.clear()  # diffusers computes these sigmas from a number of steps only
+        for name, values in given.items():
+            if name not in takes or not len(values):
+                raise ValueError(f"{name}: {type(self.scheduler).__name__} takes no such list")
+        if given:
+            self.scheduler.set_timesteps(**given, device=self._execution_device)
+        else:
+            set_steps(self.scheduler, num_steps, self._execution_device)
+
+    def _step_options(self, eta: float, generator: Generators | None) -> dict[str, Any]:
+        """Options of the scheduler's step; only schedulers that add noise take a generator."""
+        takes = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in takes:
+            raise ValueError(f"eta is {eta}, which {type(self.scheduler).__name__} does not take")
+        options = {"generator": generator} | ({"eta": eta} if eta else {})
+        return {name: value for name, value in options.items() if name in takes}
 
     def _embed(
         self,

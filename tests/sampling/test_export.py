@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import HFValidationError
 from made_text_encoders import KINDS, make_text_encoder
 from untrained import save_untrained
 
@@ -22,6 +23,8 @@ from ifvit.cli import main
 from ifvit.conditions import PaddedContext, is_visible, tokens_of
 from ifvit.diffusion.config import SolverConfig
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents
+from ifvit.errors import UserError
+from ifvit.models import pretrained
 from ifvit.models.autoencoders import load_autoencoder
 from ifvit.models.config import TextOptions
 from ifvit.models.presets import CLASS_PRESETS
@@ -175,6 +178,27 @@ def test_the_index_is_written_last(run: Path, monkeypatch: pytest.MonkeyPatch) -
     export(ExportConfig(weights=str(run), output="s3://bucket/pipeline"))
     assert written[-1] == "s3://bucket/pipeline/model_index.json"
     assert "s3://bucket/pipeline/backbone/config.json" in written
+
+
+def test_the_hub_gets_the_whole_folder_or_its_refusal_is_a_user_error(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: dict[str, list[str]] = {}
+
+    class Hub:
+        def create_repo(self, repo_id: str, *, exist_ok: bool) -> None:
+            if "/" not in repo_id:
+                raise HFValidationError("no such name\nand more")
+            uploaded[repo_id] = []
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path) -> None:
+            uploaded[repo_id] = sorted(path.name for path in folder_path.iterdir())
+
+    monkeypatch.setattr(pretrained, "HfApi", Hub)
+    export(ExportConfig(weights=str(run), output=str(tmp_path), hub="team/model"))
+    assert uploaded == {"team/model": sorted(path.name for path in tmp_path.iterdir())}
+    with pytest.raises(UserError, match=r"model: the upload .* failed \(.*no such name\)"):
+        pretrained.upload_pretrained(tmp_path, "model")
 
 
 def test_a_fresh_process_with_diffusers_encodes_prompts_as_ifvit_does(tmp_path: Path) -> None:

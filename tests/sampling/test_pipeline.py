@@ -215,6 +215,10 @@ def test_each_prompt_may_have_its_own_negative_prompt(pipeline: FusionPipeline) 
         ({"height": 512}, "height and width are 512 and None; leave them out or 64"),
         ({"height": 64, "width": 63}, "height and width"),
         ({"method": "both"}, "method is 'both'; give an object"),
+        ({"eta": 0.5}, "eta is 0.5, which DPMSolverMultistepScheduler does not take"),
+        ({"sigmas": [1.0, 0.5]}, "sigmas: DPMSolverMultistepScheduler takes"),
+        ({"timesteps": []}, "timesteps"),
+        ({"timesteps": [900, 300], "sigmas": [1.0, 0.5]}, "not both"),
         ({"negative_prompt_embeds": torch.zeros(16, 64)}, "one negative prompt"),
         ({"negative_prompt_embeds": torch.zeros(1, 64)}, "context of shape"),
     ],
@@ -304,6 +308,16 @@ def test_schedulers_of_diffusers_for_flows_work(components: dict[str, Any], name
     assert np.isfinite(generate_arrays(flow_pipeline(components, made))).all()
 
 
+def test_a_list_of_sigmas_is_that_of_the_flows_scheduler(components: dict[str, Any]) -> None:
+    euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(FLOW)
+    pipeline = flow_pipeline(components, euler)
+    pipeline("x", sigmas=[1.0, 0.5, 0.25], output_type="latent")
+    assert pipeline.scheduler.timesteps.tolist() == [1000.0, 500.0, 250.0]
+    pipeline = flow_pipeline(components, diffusers.DPMSolverMultistepScheduler(**FLOW))
+    with pytest.raises(ValueError, match="timesteps: DPMSolverMultistepScheduler takes no such"):
+        pipeline("x", timesteps=[900, 500])
+
+
 @pytest.mark.parametrize(
     ("prediction", "scheduler"),
     [
@@ -330,6 +344,20 @@ def test_schedulers_for_another_prediction_are_refused(
     pipeline.scheduler = scheduler
     with pytest.raises(ValueError, match=named):
         pipeline("x")
+
+
+def test_eta_timesteps_and_sigmas_are_those_of_the_scheduler(pipeline: FusionPipeline) -> None:
+    plain = pipeline.scheduler
+    timesteps = [900, 500, 100]
+    pipeline("x", timesteps=timesteps, height=64, width=64, output_type="latent")
+    assert pipeline.scheduler.timesteps.tolist() == timesteps
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(plain.config)
+    pipeline("x", sigmas=[10.0, 3.0, 1.0, 0.0], output_type="latent")
+    np.testing.assert_allclose(pipeline.scheduler.sigmas, [10.0, 3.0, 1.0, 0.0])
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(plain.config)
+    noisy, plain = generate_arrays(pipeline, eta=1.0), generate_arrays(pipeline)
+    assert np.abs(noisy - plain).max() > 0.01
+    np.testing.assert_array_equal(noisy, generate_arrays(pipeline, eta=1.0))
 
 
 def test_code_in_a_folder_or_in_its_index_does_not_run(copy: Path) -> None:
@@ -458,10 +486,14 @@ def test_an_index_that_names_other_classes_or_folders_is_one_line(
 @pytest.mark.parametrize(
     ("file", "changes"),
     [
+        ("vae/config.json", {"scaling_factor": 0}),
+        ("vae/config.json", {"scaling_factor": -0.2}),
+        ("vae/config.json", {"scaling_factor": float("nan")}),
         ("vae/config.json", {"layers_per_block": 10**9}),
         ("backbone/config.json", {"depth": 10**9}),
         ("backbone/config.json", {"width": 64}),
         ("text_encoder/config.json", {"num_hidden_layers": 10**9}),
+        ("text_encoder/config.json", {"attn_implementation": "stranger/kernels"}),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}),
         ("scheduler/scheduler_config.json", {"beta_end": 0.02}),
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
