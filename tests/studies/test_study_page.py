@@ -14,6 +14,7 @@ from PIL import Image
 
 from ifvit.evaluation.rows import MetricsRow
 from ifvit.models.presets import PRESETS
+from ifvit.rating.agreement import OrderBias
 from ifvit.rating.results import PreferenceResults, Replies
 from ifvit.storage import write_sealed
 from ifvit.studies.arms import Arm, plan_runs, read_arms, select
@@ -233,6 +234,7 @@ def test_a_model_of_a_rating_study_has_the_colour_of_its_arm() -> None:
         score={"mine": estimate(1.0), "text_in_the_middle": estimate(2.0)},
         win_rates=[],
         alpha=None,
+        order_bias=OrderBias(mean_ranks=[], chi_square=0.0, p_value=1.0, num_answers=40),
         replies=Replies(num_shown=40, skips={}, num_repeats=0, consistency=None),
     )
     figure = rating_figure(found, [Arm(name="text_in_the_middle", colour=9, runs={})])
