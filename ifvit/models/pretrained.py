@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -232,6 +232,14 @@ def reading(what: str) -> Iterator[None]:
 def _line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return shorten(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
+
+
+def upload_pretrained(folder: Path, repository: str) -> None:
+    """Upload `folder` to a hub repository. Raises UserError if the hub does not accept it."""
+    with reading(f"{repository}: the upload to the hub failed"):
+        hub = HfApi()
+        hub.create_repo(repository, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder)
 
 
 def download_pretrained(
