@@ -21,7 +21,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "SubmitEvaluateConfig": {"shards": "x"},
     "AttentionSettings": {"shards": "x"},
     "AttentionConfig": {"shards": "x"},
-    **{key: {"arms": {"x": {}}} for key in ("StudyReportConfig", "StudyRunConfig")},
+    **{f"{verb}Config": {"arms": {"x": {}}} for verb in ("StudyReport", "StudyRun", "SubmitStudy")},
     "ObjectiveConfig": {"timesteps": "logit_normal"},
     **{
         type(preset).__name__: vars(preset) for preset in (*CLASS_PRESETS.values(), PRESETS["tiny"])
