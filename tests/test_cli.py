@@ -59,7 +59,7 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "--min_snr_gamma", "5"], "--min_snr_gamma=5; use --objective.min_snr_gamma"),
         (["cost", "--backbone", "tiny", "--backbone.fusion", "2*imag"], "cost: fusion: 2*imag is"),
         (["cost", "--backbone", "tiny", "--backbone.depth", "7"], "arguments: --backbone.depth=7"),
-        (["cost", "--config", "{backbone: {fusion: x}, draw: x.jpg}"], "required: backbone.lat"),
+        (["cost", "--config", "{backbone: {fusion: x}, json: true}"], "required: backbone.lat"),
         (["encode", "--config", "none.yaml"], "none.yaml: no such file"),
         (["shards", "verify", "nowhere"], "nowhere/manifest.json: no such file"),
         (["generate", "--weights", "nowhere", "--prompt", "x"], "nowhere: no weights there"),
