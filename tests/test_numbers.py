@@ -122,6 +122,7 @@ MAY_BE_NEGATIVE = {
     "SamplingConfig": "guidance_scale seed",
     "StudyReportConfig": "seeds",
     "StudyRunConfig": "seeds",
+    "SubmitStudyConfig": "seeds",
     "TrainConfig": "seed",
 }
 """Class => fields that accept -1."""
@@ -149,6 +150,7 @@ MAY_BE_ZERO = {
     "ServeConfig": "port",
     "StudyReportConfig": "seeds",
     "StudyRunConfig": "seeds",
+    "SubmitStudyConfig": "seeds",
     "TextOptions": "state",
     "TrainConfig": "caption_dropout ema_decays keep_every seed tolerate_nonfinite",
 }
