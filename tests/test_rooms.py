@@ -38,6 +38,7 @@ ROOMS = {
         "ifvit/analysis/atlas.py",
         "ifvit/analysis/attention_analysis.py",
         "ifvit/analysis/knockout_analysis.py",
+        "ifvit/analysis/run_analysis.py",
         "ifvit/figures.py",
         "ifvit/models/fusion_drawing.py",
         "ifvit/studies/page.py",

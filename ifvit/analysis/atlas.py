@@ -62,26 +62,14 @@ Predictions = Mapping[str, Mapping[Window, float]]
 switched on in this window alone (`ifvit analyze knockout`)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankCorrelation:
-    """Spearman's rank correlation over `num_windows` windows, and the p of no correlation."""
-
-    rho: float
-    p: float
-    num_windows: int
-
-    def __str__(self) -> str:
-        p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.2g}"
-        return f"rank correlation {self.rho:+.2f} (n = {self.num_windows}, {p})"
-
-
 def correlate_ranks(
     points: Sequence[AtlasPoint], prediction: Mapping[Window, float], *, lower_is_better: bool
-) -> RankCorrelation | None:
-    """Correlate the means of one mechanism with the knock-out's losses of the same windows.
+) -> tuple[float, float, int] | None:
+    """Spearman's rank correlation of one mechanism's means and the knock-out's losses of windows.
 
-    It is positive if windows that the knock-out ranks higher are better. None for fewer than three
-    windows in common, and if all means or all losses are equal.
+    Returns rho, the p of no correlation, and the number of windows that both have. rho is positive
+    if windows that the knock-out ranks higher are better. None for fewer than three windows in
+    common, and if all means or all losses are equal.
     """
     from scipy.stats import spearmanr  # takes 0.7 s, which the other figures save
 
@@ -91,14 +79,10 @@ def correlate_ranks(
     if len(common) < 3 or len(set(means)) == 1 or len(set(losses)) == 1:
         return None
     found = spearmanr(means, losses)
-    return RankCorrelation(
-        rho=float(found.statistic), p=float(found.pvalue), num_windows=len(common)
-    )
+    return float(found.statistic), float(found.pvalue), len(common)
 
 
-def atlas_rows(
-    points: Sequence[AtlasPoint], predictions: Predictions | None = None
-) -> list[dict[str, Any]]:
+def atlas_rows(points: Sequence[AtlasPoint], predictions: Predictions) -> list[dict[str, Any]]:
     """Return a row per point, by mechanism in the order given, then by window."""
     mechanisms = list(dict.fromkeys(point.mechanism for point in points))
     return [
@@ -109,7 +93,7 @@ def atlas_rows(
             "mean": point.mean,
             "standard_error": point.standard_error,
             "num_seeds": len(point.values),
-            "prediction": (predictions or {}).get(point.mechanism, {}).get(point.window),
+            "prediction": predictions.get(point.mechanism, {}).get(point.window),
         }
         for point in sorted(points, key=lambda one: (mechanisms.index(one.mechanism), one.window))
     ]
@@ -118,10 +102,9 @@ def atlas_rows(
 def atlas_figure(
     points: Sequence[AtlasPoint],
     metric: str,
-    predictions: Predictions | None = None,
+    predictions: Predictions,
     *,
     lower_is_better: bool = True,
-    num_blocks: int | None = None,
     digits: int = 3,
 ) -> Figure:
     """Return heat maps of a metric over the windows of text, a column per mechanism.
@@ -130,35 +113,35 @@ def atlas_figure(
     show the knock-out's prediction, with its rank correlation to the upper map in the title. Maps
     of a row share one colour scale, on which better is brighter; a frame marks the best window.
     `metric` is the metric's name in words, and `digits` are the decimals of its numbers.
-    `num_blocks` is the depth of the networks; without it, maps end at the last block of a window.
     """
-    mechanisms = list(dict.fromkeys(point.mechanism for point in points))
-    given = {name: found for name, found in (predictions or {}).items() if name in mechanisms}
+    measured: dict[str, list[AtlasPoint]] = {}
+    for point in points:
+        measured.setdefault(point.mechanism, []).append(point)
+    given = {name: found for name, found in predictions.items() if name in measured}
     windows = [*(point.window for point in points), *(w for found in given.values() for w in found)]
-    num_blocks = num_blocks or 1 + max(last for _, last in windows)
-    num_rows = 2 if given else 1
+    num_blocks, num_rows = 1 + max(last for _, last in windows), 2 if given else 1
+    means = {n: {p.window: p.mean for p in own} for n, own in measured.items()}
+    texts = {n: {p.window: _show(p, digits) for p in own} for n, own in measured.items()}
     with house_style():
-        size = (1.5 + 4.2 * len(mechanisms), 0.6 + 4.2 * num_rows)
+        size = (1.5 + 4.2 * len(measured), 0.6 + 4.2 * num_rows)
         figure = Figure(figsize=size, layout="constrained")
         figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # type: ignore[union-attr, call-arg]
-        axes = figure.subplots(num_rows, len(mechanisms), squeeze=False)
-        measured = {
-            name: [point for point in points if point.mechanism == name] for name in mechanisms
-        }
-        means = {n: {p.window: p.mean for p in own} for n, own in measured.items()}
-        texts = {n: {p.window: _show(p, digits) for p in own} for n, own in measured.items()}
+        axes = figure.subplots(num_rows, len(measured), squeeze=False)
         maps = WindowMaps.of(means.values(), num_blocks, lower_is_better=lower_is_better)
-        for cell, name in zip(axes[0], mechanisms, strict=True):
+        for cell, name in zip(axes[0], measured, strict=True):
             maps.plot(cell, means[name], texts[name])
             cell.set_title(literal(name.replace("_", " ")), fontweight="bold")
         maps.add_colour_bar(figure, axes[0], f"{metric}, trained")
-        if given:
-            maps = WindowMaps.of(given.values(), num_blocks)
-            for cell, name in zip(axes[1], mechanisms, strict=True):
-                _plot_prediction(
-                    cell, maps, given.get(name, {}), measured[name], lower_is_better, digits
-                )
-            maps.add_colour_bar(figure, axes[1], "held-out loss, knock-out")
+        if not given:
+            return figure
+        maps = WindowMaps.of(given.values(), num_blocks)
+        for cell, (name, own) in zip(axes[1], measured.items(), strict=True):
+            if name not in given:
+                cell.set_axis_off()
+                continue
+            maps.plot(cell, given[name], {w: f"{x:.{digits}f}" for w, x in given[name].items()})
+            cell.set_title(_describe_ranks(own, given[name], lower_is_better))
+        maps.add_colour_bar(figure, axes[1], "held-out loss, knock-out")
     return figure
 
 
@@ -167,20 +150,16 @@ def _show(point: AtlasPoint, digits: int) -> str:
     return f"{point.mean:.{digits}f}" + (f"\n±{error:.{digits + 1}f}" if error is not None else "")
 
 
-def _plot_prediction(
-    cell: Axes,
-    maps: "WindowMaps",
-    prediction: Mapping[Window, float],
-    points: Sequence[AtlasPoint],
-    lower_is_better: bool,
-    digits: int,
-) -> None:
-    if not prediction:
-        cell.set_axis_off()
-        return
-    maps.plot(cell, prediction, {w: f"{loss:.{digits}f}" for w, loss in prediction.items()})
+def _describe_ranks(
+    points: Sequence[AtlasPoint], prediction: Mapping[Window, float], lower_is_better: bool
+) -> str:
     found = correlate_ranks(points, prediction, lower_is_better=lower_is_better)
-    cell.set_title(str(found) if found else "too few windows for a rank correlation")
+    if found is None:
+        return "too few windows for a rank correlation"
+    rho, p, count = found
+    return (
+        f"rank correlation {rho:+.2f} (n = {count}, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'})"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

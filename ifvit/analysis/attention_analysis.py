@@ -6,6 +6,7 @@ The page of a study shows the same figure, from the files that this verb wrote.
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,16 +32,15 @@ from ifvit.analysis.attention_maps import (
     write_attention,
 )
 from ifvit.analysis.config import AttentionConfig
+from ifvit.analysis.run_analysis import analyze_runs, find_equal, mean_columns, plot_runs
 from ifvit.conditions import Condition, concatenate, lengths_of, move, select_rows
 from ifvit.diffusion.sampler import ConditionBatch, sample_latents, sampling_precision
 from ifvit.diffusion.schedules import NoiseSchedule
 from ifvit.distributed import choose_device
 from ifvit.errors import UserError
-from ifvit.evaluation.runs import short_names
-from ifvit.figures import RUN_COLOURS, house_style, literal, to_png
-from ifvit.models.config import name_map
+from ifvit.figures import RUN_COLOURS, literal
 from ifvit.models.fusion_transformer import FusionTransformer
-from ifvit.models.weights import WeightsInfo, find_weights, run_of, step_name
+from ifvit.models.weights import WeightsInfo, step_name
 from ifvit.records import dump_csv
 from ifvit.sampling.config import EncoderPlaces
 from ifvit.sampling.generate import read_prompt_file
@@ -77,19 +77,8 @@ def analyze_attention(config: AttentionConfig) -> dict[str, AttentionSummary]:
     a run without attention to text, for fewer than two prompts, and for a trim that leaves no
     token.
     """
-    summaries: dict[str, AttentionSummary] = {}
-    folders: dict[str, dict[str, AttentionSummary]] = {}
-    for name, run in zip(short_names(config.runs), config.runs, strict=True):
-        if config.output:
-            folder = storage.join(config.output, name)
-        else:
-            folder = storage.join(run_of(find_weights(run)) or run, "analysis", "attention")
-        summaries[name] = summary = analyze_run(config, run, folder)
-        folders.setdefault(config.output or folder, {})[name] = summary
-    for folder, shown in folders.items():
-        figure = to_png(attention_figure(shown))
-        storage.write_bytes(storage.join(folder, "attention.png"), figure)
-        storage.write_bytes(storage.join(folder, "attention.csv"), dump_csv(table_rows(shown)))
+    analyze = partial(analyze_run, config)
+    summaries = analyze_runs(config, "attention", analyze, attention_figure, table_rows)
     sys.stdout.write(dump_csv(table_rows(summaries)).decode())
     return summaries
 
@@ -101,7 +90,7 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
     backbone, info = model.backbone, model.info
     if not isinstance(backbone, FusionTransformer) or not backbone.config.text_key_blocks:
         raise UserError(f"{run}: its image tokens attend to no text; leave this run out")
-    prompts = _open_prompts(config, info, device)
+    prompts, shape = _open_prompts(config, info, device), backbone.config
     protocol = AttentionProtocol(
         num_prompts=len(prompts.texts),
         prompts_sha256=hash_json(prompts.texts),
@@ -109,18 +98,15 @@ def analyze_run(config: AttentionConfig, run: str, folder: str) -> AttentionSumm
         trim=config.trim,
     )
     url = storage.join(folder, f"{step_name(info.step)}.json")
-    same = (model.sha256, backbone.config.fusion, protocol)  # some maps have equal tensors
-    before = _read_if_complete(url)
-    if before and (before.weights_sha256, before.fusion, before.protocol) == same:
-        sys.stdout.write(f"{url} exists\n")
+    if before := find_equal(url, read_attention, model.sha256, shape.fusion, protocol):
         return before
     layers = record_layers(backbone, schedule_of(info, device), prompts, config)
     summary = AttentionSummary(
         weights=run,
         weights_sha256=model.sha256,
         step=info.step,
-        fusion=backbone.config.fusion,
-        num_text_blocks=backbone.config.num_text_blocks,
+        fusion=shape.fusion,
+        num_text_blocks=shape.num_text_blocks,
         protocol=protocol,
         layers=tuple(layer.numbers for layer in layers),
         image_maps=np.stack([layer.image_map for layer in layers]),
@@ -155,14 +141,6 @@ def record_layers(
                 layer.add(mean, lengths_of(contexts).numpy())
             progress.update(len(batch))
     return [layer.finish() for layer in layers]
-
-
-def _read_if_complete(url: str) -> AttentionSummary | None:
-    """Read an analysis; return None if there is none, or if it was killed while it wrote."""
-    try:
-        return read_attention(url)
-    except UserError:
-        return None
 
 
 def _open_prompts(config: AttentionConfig, info: WeightsInfo, device: str) -> Prompts:
@@ -202,15 +180,12 @@ def table_rows(summaries: Mapping[str, AttentionSummary]) -> list[dict[str, Any]
     rows = []
     for name, summary in summaries.items():
         for layer in summary.layers:
-            rank, largest = None, None
-            if layer.text:
-                rank, largest = layer.text.effective_rank, layer.text.singular_values[0]
-            row: dict[str, Any] = {"run": name, "layer": layer.name}
-            means = {"text_share": layer.text_share, "rank": rank, "singular_value": largest}
-            for column, mean in means.items():
-                row[column] = mean.value if mean else None
-                row[f"{column}_error"] = mean.standard_error if mean else None
-            rows.append(row)
+            means = {
+                "text_share": layer.text_share,
+                "rank": layer.text and layer.text.effective_rank,
+                "singular_value": layer.text and layer.text.singular_values[0],
+            }
+            rows.append({"run": name, "layer": layer.name, **mean_columns(means)})
     return rows
 
 
@@ -232,20 +207,15 @@ def attention_figure(summaries: Mapping[str, AttentionSummary]) -> Figure:
     largest = max(spectrum.singular_values[0].value for spectrum in spectra)
     limits = (_SMALLEST * largest, 2 * largest)
     num_columns = max(len(run.layers) for run in runs)
-    size = (_CELL * num_columns + 2, (3 * _CELL + 0.6) * len(runs))
-    with house_style():
-        figure = Figure(figsize=size, layout="constrained")
-        parts = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
-        for part, (name, run) in zip(parts, summaries.items(), strict=True):
-            title = f"{literal(name)}: {literal(name_map(run.fusion, run.num_text_blocks))}"
-            part.suptitle(f"{title}, step {run.step:,}", fontsize=9, fontweight="bold")
-            _plot_run(part, run, num_columns, scales, limits)
-    return figure
+    size = (_CELL * num_columns + 2, 3 * _CELL + 0.6)
+    plot = partial(_plot_run, num_columns=num_columns, scales=scales, limits=limits)
+    return plot_runs(summaries, size, plot, fontsize=9)
 
 
 def _plot_run(
     part: SubFigure,
     run: AttentionSummary,
+    *,
     num_columns: int,
     scales: tuple[Normalize, Normalize],
     limits: tuple[float, float],

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ifvit import storage
+from ifvit.analysis.run_analysis import RunAnalysis
 from ifvit.arrays import parse_npz
 from ifvit.errors import UserError
 from ifvit.evaluation.rows import Settings
@@ -97,14 +98,9 @@ class LayerNumbers:
 
 
 @record
-class AttentionNumbers:
+class AttentionNumbers(RunAnalysis):
     """Content of NAME.json: the attention of one checkpoint in the conditional half of guidance."""
 
-    weights: str
-    weights_sha256: Sha256
-    step: NonNegativeInt
-    fusion: str
-    num_text_blocks: NonNegativeInt
     protocol: AttentionProtocol
     layers: tuple[LayerNumbers, ...]
     """One per block of the fusion map."""

@@ -10,13 +10,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from itertools import product
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ifvit import storage
 from ifvit.analysis.atlas import Window
+from ifvit.analysis.run_analysis import RunAnalysis
 from ifvit.conditions import Condition
 from ifvit.errors import UserError
 from ifvit.evaluation.held_out_loss import NUM_TIMES
@@ -35,6 +37,7 @@ FOLDER = "analysis/knockout"
 
 Kind = Literal["off", "only"]
 """Text is off in the window, or on in the window only."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class KnockedOut(nn.Module):
@@ -191,14 +194,9 @@ class KnockoutRow:
 
 
 @record
-class KnockoutAnalysis:
+class KnockoutAnalysis(RunAnalysis):
     """Where one network uses text."""
 
-    weights: str
-    weights_sha256: Sha256
-    step: NonNegativeInt
-    fusion: str
-    num_text_blocks: NonNegativeInt
     target: str
     """What the held-out loss is the error of; losses compare only where it is equal."""
     protocol: KnockoutProtocol
@@ -211,10 +209,8 @@ class KnockoutAnalysis:
 
     def __post_init__(self) -> None:
         """Raise UserError unless there is a row for each window of the map, in order."""
-        windows = list_windows(self.fusion, self.protocol.windows)
-        if [row.window for row in self.rows] != 2 * windows or [
-            row.kind for row in self.rows
-        ] != len(windows) * ["off"] + len(windows) * ["only"]:
+        expected = [*product(KINDS, list_windows(self.fusion, self.protocol.windows))]
+        if [(row.kind, row.window) for row in self.rows] != expected:
             raise UserError(f"rows: expected the windows of fusion {self.fusion}, off and only")
         if any(len(row.by_timestep) != NUM_TIMES for row in self.rows):
             raise UserError(f"by_timestep: expected {NUM_TIMES} changes")

@@ -7,21 +7,21 @@ Shapes: N samples, T timesteps.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import product
+from typing import Any, Literal
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from tqdm import tqdm
 
 from ifvit import storage
-from ifvit.analysis.atlas import Window, WindowMaps
+from ifvit.analysis.atlas import WindowMaps
 from ifvit.analysis.config import KnockoutConfig, KnockoutSettings
 from ifvit.analysis.knockout import (
-    FOLDER,
-    Kind,
+    KINDS,
     KnockedOut,
     KnockoutAnalysis,
     KnockoutProtocol,
@@ -29,6 +29,7 @@ from ifvit.analysis.knockout import (
     blocks_without_text,
     list_windows,
 )
+from ifvit.analysis.run_analysis import analyze_runs, find_equal, mean_columns, plot_runs
 from ifvit.arrays import Array
 from ifvit.conditions import move
 from ifvit.distributed import ALONE, ProcessGroup, choose_device
@@ -38,13 +39,11 @@ from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.held_out_loss import HeldOutLoss
 from ifvit.evaluation.measure import CaptionMetrics
 from ifvit.evaluation.metrics import Estimate, estimate_mean
-from ifvit.evaluation.runs import short_names
-from ifvit.figures import INK, RUN_COLOURS, house_style, literal, to_png
+from ifvit.figures import INK, RUN_COLOURS
 from ifvit.models.conditioning import DatasetConditions
-from ifvit.models.config import name_map, parse_fusion
+from ifvit.models.config import parse_fusion
 from ifvit.models.fusion_transformer import FusionTransformer
-from ifvit.models.weights import find_weights, run_of, step_name
-from ifvit.records import dump_csv
+from ifvit.models.weights import step_name
 from ifvit.sampling.load import Model, load_model, load_sampler
 from ifvit.sampling.samples import SampleRow, claim_folder, hash_json
 from ifvit.shards.reader import ShardReader
@@ -69,17 +68,8 @@ def analyze_knockout(config: KnockoutConfig) -> dict[str, KnockoutAnalysis]:
     A run whose file has the same weights and protocol is not analysed again. Raises UserError for
     a network without a fusion map or without text, and for shards that do not fit it.
     """
-    found: dict[str, KnockoutAnalysis] = {}
-    folders: dict[str, dict[str, KnockoutAnalysis]] = {}
-    for name, run in zip(short_names(config.runs), config.runs, strict=True):
-        home = run_of(find_weights(run)) or run
-        folder = storage.join(config.output, name) if config.output else storage.join(home, FOLDER)
-        storage.require_no_links_out(config.output or home)
-        found[name] = analysis = analyze_run(config, run, folder)
-        folders.setdefault(config.output or folder, {})[name] = analysis
-    for folder, shown in folders.items():
-        storage.write_bytes(storage.join(folder, "knockout.png"), to_png(knockout_figure(shown)))
-        storage.write_bytes(storage.join(folder, "knockout.csv"), dump_csv(table_rows(shown)))
+    analyze = partial(analyze_run, config)
+    found = analyze_runs(config, "knockout", analyze, knockout_figure, table_rows)
     _print_blocks(found)
     return found
 
@@ -90,7 +80,7 @@ def analyze_run(config: KnockoutSettings, run: str, folder: str) -> KnockoutAnal
     backbone, info = model.backbone, model.info
     if not isinstance(backbone, FusionTransformer) or not backbone.config.text_blocks:
         raise UserError(f"{run}: has no fusion map with text to switch off; leave this run out")
-    reader, metrics = ShardReader(config.shards), _open_metrics(config, run)
+    reader, metrics, shape = ShardReader(config.shards), _open_metrics(config, run), backbone.config
     protocol = KnockoutProtocol(
         windows=config.windows,
         num_samples=config.num_samples,
@@ -100,11 +90,8 @@ def analyze_run(config: KnockoutSettings, run: str, folder: str) -> KnockoutAnal
         alignment=metrics.describe(config.protocol) if metrics else None,
     )
     url = storage.join(folder, f"{step_name(info.step)}.json")
-    shape = backbone.config
-    before = storage.read_sealed(KnockoutAnalysis, url) if storage.exists(url) else None
-    same = (model.sha256, shape.fusion, protocol)  # some maps have equal tensors
-    if before and (before.weights_sha256, before.fusion, before.protocol) == same:
-        sys.stdout.write(f"{url} exists\n")
+    read = partial(storage.read_sealed, KnockoutAnalysis)
+    if before := find_equal(url, read, model.sha256, shape.fusion, protocol):
         return before
     conditions = sample_set.open_shard_conditions(reader, model)
     measured = Measured(
@@ -122,11 +109,7 @@ def analyze_run(config: KnockoutSettings, run: str, folder: str) -> KnockoutAnal
         held_out_loss=estimate_mean(measured.losses[_UNCHANGED].mean(axis=1)),
         clip_score=measured.estimate(_clip_scores, _UNCHANGED),
         scene_accuracy=measured.estimate(_scene_hits, _UNCHANGED),
-        rows=tuple(
-            measured.row(shape.fusion, kind, window)
-            for kind in ("off", "only")
-            for window in list_windows(shape.fusion, config.windows)
-        ),
+        rows=tuple(measured.rows(shape.fusion, config.windows)),
     )
     storage.write_sealed(url, analysis)
     sys.stdout.write(f"{url}\n")
@@ -141,20 +124,21 @@ class Measured:
     """(N, T) each."""
     samples: Mapping[Blocks, list[SampleRow]]
 
-    def row(self, fusion: str, kind: Kind, window: Window) -> KnockoutRow:
-        """Return the changes of one window against the unchanged network."""
-        off = blocks_without_text(fusion, kind, window)
-        changes = self.losses[off] - self.losses[_UNCHANGED]
-        is_block = kind == "off" and window[0] == window[1]
-        return KnockoutRow(
-            kind=kind,
-            first=window[0],
-            last=window[1],
-            held_out_loss=estimate_mean(changes.mean(axis=1)),
-            by_timestep=tuple(estimate_mean(change) for change in changes.T),
-            clip_score=self.estimate(_clip_scores, off, _UNCHANGED) if is_block else None,
-            scene_accuracy=self.estimate(_scene_hits, off, _UNCHANGED) if is_block else None,
-        )
+    def rows(self, fusion: str, windows: Literal["all", "blocks"]) -> Iterator[KnockoutRow]:
+        """Yield the changes of each window against the unchanged network."""
+        for kind, window in product(KINDS, list_windows(fusion, windows)):
+            off = blocks_without_text(fusion, kind, window)
+            changes = self.losses[off] - self.losses[_UNCHANGED]
+            is_block = kind == "off" and window[0] == window[1]
+            yield KnockoutRow(
+                kind=kind,
+                first=window[0],
+                last=window[1],
+                held_out_loss=estimate_mean(changes.mean(axis=1)),
+                by_timestep=tuple(estimate_mean(change) for change in changes.T),
+                clip_score=self.estimate(_clip_scores, off, _UNCHANGED) if is_block else None,
+                scene_accuracy=self.estimate(_scene_hits, off, _UNCHANGED) if is_block else None,
+            )
 
     def estimate(
         self,
@@ -194,13 +178,10 @@ def _measure_losses(
     fusion, seed = backbone.config.fusion, config.protocol.sampling.seed
     held_out = HeldOutLoss(conditions, config.num_samples, model.info, backbone.device, seed)
     null = move(conditions.null, backbone.device)
-    wanted = {
-        blocks_without_text(fusion, kind, window): None
-        for kind in ("off", "only")
-        for window in list_windows(fusion, config.windows)
-    }
     losses = {_UNCHANGED: held_out.measure(backbone)}
-    changed = sorted(wanted.keys() - losses.keys(), key=sorted)
+    cases = product(KINDS, list_windows(fusion, config.windows))
+    wanted = {blocks_without_text(fusion, kind, window) for kind, window in cases}
+    changed = sorted(wanted - losses.keys(), key=sorted)
     for off in tqdm(changed, unit="knock-out", desc="held-out loss", leave=False):
         losses[off] = held_out.measure(KnockedOut(backbone, null, off))
     if not all(np.isfinite(one).all() for one in losses.values()):
@@ -264,14 +245,10 @@ def table_rows(found: Mapping[str, KnockoutAnalysis]) -> list[dict[str, Any]]:
     rows = []
     for name, analysis in found.items():
         for one in analysis.rows:
-            row: dict[str, Any] = {"run": name, "text": one.kind}
-            row |= {"first": one.first, "last": one.last}
+            window = {"run": name, "text": one.kind, "first": one.first, "last": one.last}
             changes = {metric: getattr(one, metric) for metric in _METRICS}
             changes |= {f"held_out_loss_t{k}": part for k, part in enumerate(one.by_timestep)}
-            for column, change in changes.items():
-                row[column] = change.value if change else None
-                row[f"{column}_error"] = change.standard_error if change else None
-            rows.append(row)
+            rows.append({**window, **mean_columns(changes)})
     return rows
 
 
@@ -300,14 +277,8 @@ def knockout_figure(found: Mapping[str, KnockoutAnalysis]) -> Figure:
     num_maps = [2 if one.protocol.windows == "all" else 0 for one in found.values()]
     num_bars = [len(_bars(one)) for one in found.values()]
     num_columns = max(map(sum, zip(num_bars, num_maps, strict=True)))
-    with house_style():
-        figure = Figure(figsize=(4.2 * num_columns, 4.2 * len(found)), layout="constrained")
-        parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
-        for part, (name, analysis) in zip(parts, found.items(), strict=True):
-            title = literal(name_map(analysis.fusion, analysis.num_text_blocks))
-            part.suptitle(f"{literal(name)}: {title}, step {analysis.step:,}", fontweight="bold")
-            _plot_run(part, analysis, part.subplots(1, num_columns, squeeze=False)[0])
-    return figure
+    size = (4.2 * num_columns, 4.2)
+    return plot_runs(found, size, partial(_plot_run, num_columns=num_columns))
 
 
 def _bars(analysis: KnockoutAnalysis) -> dict[str, dict[int, Estimate]]:
@@ -317,8 +288,8 @@ def _bars(analysis: KnockoutAnalysis) -> dict[str, dict[int, Estimate]]:
     return {metric: changes for metric, changes in bars.items() if all(changes.values())}
 
 
-def _plot_run(part: SubFigure, analysis: KnockoutAnalysis, cells: Sequence[Axes]) -> None:
-    unused = iter(cells)
+def _plot_run(part: SubFigure, analysis: KnockoutAnalysis, *, num_columns: int) -> None:
+    unused = iter(part.subplots(1, num_columns, squeeze=False)[0])
     entries = parse_fusion(analysis.fusion)
     for number, (metric, changes) in enumerate(_bars(analysis).items()):
         cell = next(unused)
@@ -332,7 +303,7 @@ def _plot_run(part: SubFigure, analysis: KnockoutAnalysis, cells: Sequence[Axes]
             kind: {
                 window: row.held_out_loss.value for window, row in analysis.changes(kind).items()
             }
-            for kind in ("off", "only")
+            for kind in KINDS
         }
         shared = WindowMaps.of(maps.values(), len(entries))
         own = [next(unused) for _ in maps]
