@@ -3,7 +3,6 @@
 Nothing is written, and files that are missing stay missing.
 """
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,20 +10,11 @@ from typing import Any
 from ifvit import storage
 from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.errors import UserError
-from ifvit.evaluation.rows import (
-    FOLDER,
-    MetricsRow,
-    TrainingRow,
-    main_series,
-    read_rows,
-    read_training_rows,
-    samples_url,
-)
+from ifvit.evaluation.rows import FOLDER, MetricsRow, TrainingRow, read_rows, read_training_rows
 from ifvit.models.config import BackboneConfig
 from ifvit.models.cost import Cost, count_cost
 from ifvit.models.weights import newest_weights, read_backbone_config, read_stored_weights
 from ifvit.records import PositiveInt, parse_value, parse_yaml, record
-from ifvit.sampling.samples import SampleRow, read_samples
 
 
 @record
@@ -42,9 +32,7 @@ class Run:
 
     `target` is what the backbone predicts, of which latents; losses of different targets do not
     compare. `curve` holds the rows of metrics.jsonl, `rows` all evaluations, sorted by protocol
-    name, guidance scale and step. `evaluations` are those of the main series (see `main_series`),
-    by step; `samples` belong to the last of them, with files in `samples_folder`. `training_grids`
-    are (step, URL).
+    name, guidance scale and step. `training_grids` are (step, URL).
     """
 
     name: str
@@ -55,18 +43,11 @@ class Run:
     target: str | None
     curve: list[TrainingRow]
     rows: list[MetricsRow]
-    evaluations: list[MetricsRow]
-    samples: list[SampleRow]
-    samples_folder: str
     training_grids: list[tuple[int, str]]
 
     def locate(self, url: str) -> str:
         """Return `url`. Raises UserError if a link there leads out of the run's folder."""
         return storage.join_inside(self.url, url.removeprefix(f"{self.url}/"))
-
-    def sample_url(self, file: str) -> str:
-        """URL of a file that one of `samples` names."""
-        return storage.join(self.samples_folder, file)
 
     @property
     def cost(self) -> Cost | None:
@@ -77,24 +58,6 @@ class Run:
     def end(self) -> TrainingRow | None:
         """The last line of metrics.jsonl."""
         return self.curve[-1] if self.curve else None
-
-    @property
-    def last_loss(self) -> float | None:
-        """The mean loss of the last tenth of the training."""
-        losses = [row.loss for row in self.curve if row.loss is not None]
-        last = losses[-math.ceil(len(losses) / 10) :]
-        return sum(last) / len(last) if last else None
-
-    @property
-    def last_validation_loss(self) -> float | None:
-        """The held-out loss of the last validation."""
-        losses = [row.validation_loss for row in self.curve if row.validation_loss is not None]
-        return losses[-1] if losses else None
-
-    @property
-    def last(self) -> MetricsRow | None:
-        """The evaluation of the last step."""
-        return self.evaluations[-1] if self.evaluations else None
 
 
 def read_runs(urls: list[str]) -> list[Run]:
@@ -107,9 +70,6 @@ def read_run(url: str, name: str) -> Run:
     url = url.rstrip("/")
     if not storage.exists(url):
         raise UserError(f"{url}: no such run; give the folder that `ifvit train` wrote")
-    rows = read_rows(storage.join_inside(url, FOLDER))
-    evaluations = main_series(list(rows.values()))
-    last = next((row_url for row_url, row in rows.items() if row is evaluations[-1]), "")
     recipe, facts = _read_recipe(storage.join_inside(url, "config.yaml"))
     backbone, target = _read_backbone(url)
     return Run(
@@ -120,10 +80,7 @@ def read_run(url: str, name: str) -> Run:
         backbone=backbone,
         target=target,
         curve=read_training_rows(url),
-        rows=list(rows.values()),
-        evaluations=evaluations,
-        samples=read_samples(samples_url(last)) if last else [],
-        samples_folder=samples_url(last),
+        rows=list(read_rows(storage.join_inside(url, FOLDER)).values()),
         training_grids=step_files(storage.join(url, "samples"), ".png"),
     )
 

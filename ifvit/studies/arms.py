@@ -2,20 +2,22 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from ifvit import storage
-from ifvit.evaluation.object_count import ObjectCountRow
+from ifvit.evaluation import object_count
+from ifvit.evaluation.object_count import ObjectCountRow, read_object_counts
 from ifvit.evaluation.rows import FOLDER, MetricsRow, Protocol, differences, row_url, samples_url
 from ifvit.evaluation.runs import Run, read_run
 from ifvit.figures import COLOURS
+from ifvit.models.config import FusionTransformerConfig
 from ifvit.records import shorten
 from ifvit.sampling.samples import SampleRow, read_samples
 from ifvit.studies.comparisons import Arms, Evaluation
 from ifvit.studies.config import StudyConfig
-from ifvit.studies.object_counts import read_counts
 from ifvit.studies.quantities import Metric, SeedMean, mean_over_seeds
 from ifvit.studies.study import StudyRun, arm_recipes, list_runs
 from ifvit.training.config import TrainConfig
@@ -37,6 +39,17 @@ class Arm:
     name: str
     colour: int
     runs: Mapping[int, Run]
+
+    @property
+    def first(self) -> Run | None:
+        """The run of the first seed that is finished."""
+        return next(iter(self.runs.values()), None)
+
+    @property
+    def backbone(self) -> FusionTransformerConfig | None:
+        """The backbone, if it has a fusion map."""
+        backbone = self.first and self.first.backbone
+        return backbone if isinstance(backbone, FusionTransformerConfig) else None
 
 
 @dataclass(frozen=True, order=True)
@@ -91,7 +104,7 @@ class Selection:
                 row = self.last(run, series) if series else None
                 counts = self.counts.get(run.name)
                 if row or counts:
-                    samples = samples_of(run, row) if row else []
+                    samples = read_samples(samples_folder(run, row)) if row else []
                     found[arm.name][seed] = Evaluation(row=row, samples=samples, counts=counts)
         return found
 
@@ -103,14 +116,8 @@ def series_of(row: MetricsRow) -> Series:
 
 def samples_folder(run: Run, row: MetricsRow) -> str:
     """URL of the folder of the samples behind a row."""
-    protocol = row.protocol
-    evaluations = storage.join(run.url, FOLDER)
-    return samples_url(row_url(evaluations, protocol.name, protocol.guidance_scale, row.step))
-
-
-def samples_of(run: Run, row: MetricsRow) -> list[SampleRow]:
-    """Read the samples behind a row; [] if there are none."""
-    return run.samples if row is run.last else read_samples(samples_folder(run, row))
+    name, scale = row.protocol.name, row.protocol.guidance_scale
+    return samples_url(row_url(storage.join(run.url, FOLDER), name, scale, row.step))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,60 +133,48 @@ class Captioned:
     marks: Mapping[str, Mapping[str, bool]]
 
 
-def caption_rows(selection: Selection, count: int) -> list[Captioned]:
-    """Return the first captions of the main series with the images of the first shared seed.
+def caption_rows(selection: Selection, evaluations: Arms, count: int) -> list[Captioned]:
+    """Return the first captions of the evaluations with the images of the first shared seed.
 
     An arm without this seed shows its own first seed. Raises UserError for a link out of a run.
     """
-    shown = {arm.name: _first_shared(selection, arm) for arm in selection.arms}
-    listed = {
-        name: {(s.image_id, s.prompt): s for s in samples_of(*found)}
-        for name, found in shown.items()
-        if found
+    seeds = {
+        arm: {seed for seed, one in own.items() if one.row} for arm, own in evaluations.items()
     }
+    shared = set.intersection(*filter(None, seeds.values())) if any(seeds.values()) else set()
+    samples: dict[str, dict[tuple[object, str], SampleRow]] = {}
+    urls: dict[str, Callable[[str], str | None]] = {}
+    for arm in selection.arms:
+        if own := seeds[arm.name]:
+            seed = min(shared or own)
+            run, found = arm.runs[seed], evaluations[arm.name][seed]
+            assert found.row
+            urls[arm.name] = partial(_image, run, samples_folder(run, found.row))
+            samples[arm.name] = {(s.image_id, s.prompt): s for s in found.samples}
     rows = []
-    for key in list(dict.fromkeys(key for samples in listed.values() for key in samples))[:count]:
-        own = {name: samples[key] for name, samples in listed.items() if key in samples}
-        reals = (_image(shown[name], sample.real) for name, sample in own.items() if sample.real)
-        scores = {name: sample.scores or {} for name, sample in own.items()}
+    for key in list(dict.fromkeys(key for own in samples.values() for key in own))[:count]:
+        named = {name: own[key] for name, own in samples.items() if key in own}
+        reals = (urls[name](sample.real) for name, sample in named.items() if sample.real)
+        files = {name: urls[name](sample.file) for name, sample in named.items()}
+        marks = {
+            name: {aspect: is_right for aspect, is_right in scores if is_right is not None}
+            for name, sample in named.items()
+            for scores in [(sample.scores or {}).items()]
+        }
         rows.append(
             Captioned(
                 caption=shorten(key[1], 1000),
                 real=next(filter(None, reals), None),
-                images={
-                    name: _image(shown[name], own[name].file) if name in own else None
-                    for name in listed
-                },
-                marks={
-                    name: {aspect: value for aspect, value in found.items() if value is not None}
-                    for name, found in scores.items()
-                },
+                images={name: files.get(name) for name in samples},
+                marks=marks,
             )
         )
     return rows
 
 
-def _first_shared(selection: Selection, arm: Arm) -> tuple[Run, MetricsRow] | None:
-    """Return the run and row of the first seed that was evaluated for all arms."""
-    if not selection.series:
-        return None
-    main = selection.series[0]
-    found = {  # every selected series has a row, so some arm has one
-        one.name: {
-            seed: row for seed, run in one.runs.items() if (row := selection.last(run, main))
-        }
-        for one in selection.arms
-    }
-    shared = set.intersection(*(set(rows) for rows in found.values() if rows))
-    seeds = sorted(shared & found[arm.name].keys()) or sorted(found[arm.name])
-    return (arm.runs[seeds[0]], found[arm.name][seeds[0]]) if seeds else None
-
-
-def _image(shown: tuple[Run, MetricsRow] | None, file: str) -> str | None:
+def _image(run: Run, folder: str, file: str) -> str | None:
     """Return the URL of a file of samples; None without it."""
-    assert shown
-    run, row = shown
-    url = storage.join(samples_folder(run, row), file)
+    url = storage.join(folder, file)
     return run.locate(url) if storage.exists(url) else None
 
 
@@ -203,14 +198,6 @@ def plan_runs(config: StudyConfig) -> list[StudyRun]:
             recipes = arm_recipes(config)
             seconds = find_step_seconds(config.folder, recipes, config.reference_arm)
     return list_runs(config, seconds)
-
-
-def explained_keys(planned: Sequence[StudyRun]) -> frozenset[str]:
-    """Return the keys of recipes that differ between the runs of a study."""
-    recipes = [_flatten_recipe(run.recipe) for run in planned]
-    return frozenset(
-        key for key in recipes[0] if any(r.get(key) != recipes[0][key] for r in recipes)
-    )
 
 
 def read_arms(config: StudyConfig, planned: Sequence[StudyRun]) -> tuple[list[Arm], list[str]]:
@@ -286,14 +273,9 @@ def select(arms: Sequence[Arm], first: Sequence[Series] = (), *, at_end: bool = 
     num_rows = Counter(series_of(row) for kept in rows.values() for row in kept)
     order = [one for one in first if one in num_rows]
     order += sorted(num_rows.keys() - order, key=lambda one: (-num_rows[one], one))
-    counts, excluded_counts = read_counts(runs)
+    counts, others = read_counts(runs)
     selection = Selection(
-        arms=arms,
-        series=order,
-        rows=rows,
-        counts=counts,
-        excluded=[*excluded, *excluded_counts],
-        at_end=at_end,
+        arms=arms, series=order, rows=rows, counts=counts, excluded=(), at_end=at_end
     )
     missing = [
         f"{run.name} has no evaluation {order[0]} that can be compared"
@@ -301,7 +283,7 @@ def select(arms: Sequence[Arm], first: Sequence[Series] = (), *, at_end: bool = 
         for run in runs
         if order and not selection.last(run, order[0])
     ]
-    return replace(selection, excluded=[*selection.excluded, *missing])
+    return replace(selection, excluded=[*excluded, *others, *missing])
 
 
 def _without_scale(protocol: Protocol) -> Protocol:
@@ -310,17 +292,33 @@ def _without_scale(protocol: Protocol) -> Protocol:
 
 def _usual_protocols(protocols: Sequence[Protocol]) -> dict[str, Protocol]:
     """Protocol name => the most frequent protocol without its scale; the first of equal ones."""
-    usual: dict[str, Protocol] = {}
-    for name in dict.fromkeys(protocol.name for protocol in protocols):
-        groups: list[list[Protocol]] = []
-        for protocol in map(_without_scale, (p for p in protocols if p.name == name)):
-            group = next((g for g in groups if not differences(g[0], protocol)), None)
-            if group is None:
-                groups.append([protocol])
+    groups: dict[str, list[list[Protocol]]] = {}
+    for protocol in map(_without_scale, protocols):
+        same_name = groups.setdefault(protocol.name, [])
+        group = next((g for g in same_name if not differences(g[0], protocol)), None)
+        if group is None:
+            same_name.append(group := [])
+        group.append(protocol)
+    return {name: max(same_name, key=len)[0] for name, same_name in groups.items()}
+
+
+def read_counts(runs: Sequence[Run]) -> tuple[dict[str, ObjectCountRow], list[str]]:
+    """Return the newest object counts of each run by its name, and who is left out.
+
+    A run is left out if its protocol or its list of prompts differs from that of the first run.
+    """
+    rows: dict[str, ObjectCountRow] = {}
+    excluded = []
+    for run in runs:
+        for row in read_object_counts(storage.join(run.url, FOLDER))[-1:]:
+            first = next(iter(rows.values()), row)
+            reasons = object_count.differences(first.protocol, row.protocol)
+            reasons += ["list of prompts"] if row.group_sizes != first.group_sizes else []
+            if reasons:
+                excluded.append(f"{run.name} was counted with another {', '.join(reasons)}.")
             else:
-                group.append(protocol)
-        usual[name] = max(groups, key=len)[0]
-    return usual
+                rows[run.name] = row
+    return rows, excluded
 
 
 def means_of(arms: Arms, metric: Metric) -> dict[str, SeedMean]:

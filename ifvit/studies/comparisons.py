@@ -1,7 +1,8 @@
 """Comparisons of arms and claims about them, by the rule of `studies.statistics`.
 
-An arm is {seed: Evaluation}. `compare` answers questions about arms; all questions of one call are
-one family, because they are shown together. `evaluate_claims` tests statements about arms.
+An arm is {seed: Evaluation}; all evaluations have one protocol (see `arms.select`). `compare`
+answers questions about arms; all questions of one call are one family, because they are shown
+together. `evaluate_claims` tests statements about arms.
 """
 
 import math
@@ -11,10 +12,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ifvit.evaluation import object_count
 from ifvit.evaluation.metrics import Estimate
 from ifvit.evaluation.object_count import ObjectCountRow
-from ifvit.evaluation.rows import MetricsRow, differences
+from ifvit.evaluation.rows import MetricsRow
 from ifvit.sampling.samples import SampleRow
 from ifvit.studies.config import Claim
 from ifvit.studies.quantities import (
@@ -50,8 +50,7 @@ class Evaluation:
         """The metric of the row or of all counted images; None if it was not measured."""
         if metric not in (COUNT_ERROR, MATCH_RATIO):
             return metric.of(self.row)
-        estimate: Estimate | None = getattr(self.counts and self.counts.score(), metric.field, None)
-        return estimate
+        return metric.of(self.counts.score()) if self.counts else None
 
     def by_caption(self, metric: Metric) -> dict[str, float]:
         """File of a sample => its value; empty if the values of single samples are not known."""
@@ -63,24 +62,9 @@ class Evaluation:
         values = {sample.file: _value_of(sample, metric.field) for sample in self.samples}
         return {file: value for file, value in values.items() if value is not None}
 
-    def agrees(self, other: "Evaluation", metric: Metric) -> bool:
-        """Whether the metric was measured in both evaluations, and means the same in both."""
-        if not (self.estimate(metric) and other.estimate(metric)):
-            return False
-        if metric in (COUNT_ERROR, MATCH_RATIO):
-            return bool(
-                self.counts
-                and other.counts
-                and self.counts.group_sizes == other.counts.group_sizes
-                and not object_count.differences(self.counts.protocol, other.counts.protocol)
-            )
-        return bool(
-            self.row
-            and other.row
-            # Losses of different targets are different quantities.
-            and (metric is not HELD_OUT_LOSS or self.row.target == other.row.target)
-            and not differences(self.row.protocol, other.row.protocol)
-        )
+    def target(self, metric: Metric) -> str | None:
+        """What the metric is an error of; numbers with other targets are other quantities."""
+        return self.row.target if self.row and metric is HELD_OUT_LOSS else None
 
 
 def _value_of(sample: SampleRow, field: str) -> float | None:
@@ -151,23 +135,17 @@ class Comparison:
 
 
 def compare(arms: Arms, questions: Iterable[Question]) -> list[Comparison]:
-    """Answer the questions as one family; those without a seed that both arms have are left out.
-
-    Evaluations of one question are compared if their protocols agree with that of the first seed.
-    """
-    found = {
-        question: (difference, is_paired)
-        for question in dict.fromkeys(questions)
-        for difference, is_paired in [_pair(arms, question)]
-        if difference
-    }
-    adjusted = holm([difference.p_value for difference, _ in found.values()])
+    """Answer the questions as one family; those without a seed that both arms have are left out."""
+    pairs = {question: _pair(arms, question) for question in dict.fromkeys(questions)}
+    found = [(question, *pair) for question, pair in pairs.items() if pair]
+    adjusted = holm([difference.p_value for _, difference, _ in found])
     outcomes = [
         decide(difference.mean, p, lower_is_better=question.metric.lower_is_better)
-        for (question, (difference, _)), p in zip(found.items(), adjusted, strict=True)
+        for (question, difference, _), p in zip(found, adjusted, strict=True)
     ]
-    tested = [outcome for outcome, p in zip(outcomes, adjusted, strict=True) if p is not None]
-    num_open = tested.count("open")
+    num_open = sum(
+        outcome == "open" and p is not None for outcome, p in zip(outcomes, adjusted, strict=True)
+    )
     return [
         Comparison(
             question=question,
@@ -177,36 +155,41 @@ def compare(arms: Arms, questions: Iterable[Question]) -> list[Comparison]:
             outcome=outcome,
             more_seeds=more_seeds(difference, num_open) if outcome == "open" else None,
         )
-        for (question, (difference, is_paired)), p, outcome in zip(
-            found.items(), adjusted, outcomes, strict=True
+        for (question, difference, is_paired), p, outcome in zip(
+            found, adjusted, outcomes, strict=True
         )
     ]
 
 
-def _pair(arms: Arms, question: Question) -> tuple[PairedDifference | None, bool]:
+def _pair(arms: Arms, question: Question) -> tuple[PairedDifference, bool] | None:
     """The difference over the seeds that compare, and whether its captions are paired."""
     metric, arm, against = question
-    shared = sorted(arms[arm].keys() & arms[against].keys())
-    pairs = {seed: (arms[against][seed], arms[arm][seed]) for seed in shared}
-    measured = [e for pair in pairs.values() for e in pair if e.estimate(metric)]
+    pairs = {
+        seed: (arms[against][seed], evaluation)
+        for seed, evaluation in sorted(arms[arm].items())
+        if seed in arms[against]
+    }
+    measured = [one for pair in pairs.values() for one in pair if one.estimate(metric)]
     kept = {
         seed: pair
         for seed, pair in pairs.items()
-        if measured and all(measured[0].agrees(evaluation, metric) for evaluation in pair)
+        if all(
+            one.estimate(metric) and one.target(metric) == measured[0].target(metric)
+            for one in pair
+        )
     }
-    if not kept:
-        return None, False
     estimates = [
         {seed: estimate for seed, pair in kept.items() if (estimate := pair[side].estimate(metric))}
         for side in (0, 1)
     ]
-    first, second = ({seed: e.value for seed, e in side.items()} for side in estimates)
-    error = _paired_error(metric, list(kept.values()))
+    error = _paired_error(metric, list(kept.values())) if kept else None
     is_paired = error is not None
-    if error is None:
+    if kept and error is None:
         errors = [np.mean([e.standard_error for e in side.values()]) for side in estimates]
         error = math.hypot(*errors)
-    return pair_by_seed(first, second, error), is_paired
+    first, second = ({seed: e.value for seed, e in side.items()} for side in estimates)
+    difference = pair_by_seed(first, second, error)
+    return (difference, is_paired) if difference else None
 
 
 def _paired_error(metric: Metric, pairs: Sequence[tuple[Evaluation, Evaluation]]) -> float | None:
@@ -266,16 +249,14 @@ def evaluate_claims(arms: Arms, claims: Sequence[Claim]) -> list[ClaimResult]:
 
 
 def _judge(
-    questions: Mapping[Question, Literal["better", "worse"]],
-    found: Mapping[Question, Comparison],
+    claimed: Mapping[Question, Literal["better", "worse"]], found: Mapping[Question, Comparison]
 ) -> Verdict:
     outcomes = {
-        question: found[question].outcome if question in found else None for question in questions
+        question: found[question].outcome if question in found else None for question in claimed
     }
     if not any(outcomes.values()):
         return "not measured"
-    if outcomes == questions:
+    if outcomes == claimed:
         return "confirmed"
-    opposite = {"better": "worse", "worse": "better"}
-    is_refuted = any(outcomes[q] == opposite[expected] for q, expected in questions.items())
+    is_refuted = any(outcomes[q] not in (None, "open", wanted) for q, wanted in claimed.items())
     return "refuted" if is_refuted else "open"

@@ -3,21 +3,21 @@
 import base64
 import io
 import textwrap
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from jinja2 import Environment, PackageLoader, TemplateError
+from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from ifvit.errors import UserError
 from ifvit.figures import COLOURS, INK, house_style, literal, to_png, to_svg
 from ifvit.images import open_image
 from ifvit.records import dump_csv, shorten
+from ifvit.studies.comparisons import Comparison
+from ifvit.studies.quantities import Metric
 from ifvit.studies.statistics import Outcome
 
 MISSING = "—"
@@ -29,7 +29,6 @@ _PANEL_SIZE = (4.6, 3.4)
 _ROW_HEIGHT, _LOW_ROW = 0.46, 0.3
 _MANY_ROWS = 12
 """Forest plots of more differences have low rows."""
-_NAME_WIDTH = 20
 _COLUMNS = 3
 _GROUP_WIDTH = 0.8
 _DOT_SHIFT = 0.08
@@ -39,18 +38,10 @@ _LOGARITHMIC = 5
 
 
 def render_page(template: str, **values: Any) -> bytes:
-    """Render a template of this package to UTF-8; text is escaped unless marked as safe.
-
-    Raises UserError for a template that was changed and no longer renders.
-    """
+    """Render a template of this package to UTF-8; text is escaped unless marked as safe."""
     environment = Environment(loader=PackageLoader("ifvit", "studies"), autoescape=True)
     environment.trim_blocks = environment.lstrip_blocks = True
-    try:
-        return environment.get_template(template).render(**values).encode(errors="replace")
-    except TemplateError as error:
-        raise UserError(
-            f"ifvit/studies/{template}: damaged ({shorten(error)}); install ifvit again"
-        ) from None
+    return environment.get_template(template).render(**values).encode(errors="replace")
 
 
 def inline_image(data: bytes) -> str:
@@ -96,15 +87,16 @@ class Table(NamedTuple):
     @property
     def csv(self) -> bytes:
         """The table as CSV, with columns of standard errors and all digits."""
-        columns = list(zip(*(line.cells for line in self.lines), strict=True))
+        columns = zip(*(line.cells for line in self.lines), strict=True)
+        has_errors = (any(cell.error is not None for cell in column) for column in columns)
+        heads = [*zip(self.heads[1:], has_errors, strict=True)]
         records = []
         for line in self.lines:
             record: dict[str, object] = {self.heads[0]: line.title}
-            for head, cell, column in zip(self.heads[1:], line.cells, columns, strict=True):
+            for (head, has_error), cell in zip(heads, line.cells, strict=True):
                 text = None if cell.text == MISSING else cell.text
                 record[head] = text if cell.value is None else cell.value
-                if any(other.error is not None for other in column):
-                    record[f"{head} error"] = cell.error
+                record |= {f"{head} error": cell.error} if has_error else {}
             records.append(record)
         return dump_csv(records)
 
@@ -122,45 +114,20 @@ def _cell_text(cell: Cell) -> str:
     return "; ".join([cell.text, *cell.notes]).replace("; ±", " ±") + arrow
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plot(ABC):
-    """The content of one pair of axes."""
-
-    title: str
-
-    @property
-    @abstractmethod
-    def size(self) -> tuple[float, float]:
-        """Width and height in inches."""
-
-    @property
-    @abstractmethod
-    def records(self) -> list[dict[str, object]]:
-        """The numbers behind the plot, with its title."""
-
-    @abstractmethod
-    def draw(self, axes: Axes) -> None:
-        """Draw everything but the title."""
-
-    @property
-    def svg(self) -> str:
-        """The plot without its title, which the page shows as text."""
-        with house_style():
-            figure = Figure(figsize=self.size, layout="constrained")
-            self.draw(figure.add_subplot())
-            return to_svg(figure)
-
-
 class PageFigure(NamedTuple):
     """A figure of the page: plots or a picture, and the numbers behind it."""
 
     title: str
     text: str
     """What it shows; for the reader."""
-    plots: Sequence[Plot] = ()
+    plots: "Sequence[Panel | Forest]" = ()
     picture: Figure | None = None
-    records: Sequence[Mapping[str, object]] = ()
-    """Numbers behind the picture."""
+    picture_records: Sequence[Mapping[str, object]] = ()
+
+    @property
+    def records(self) -> list[Mapping[str, object]]:
+        """The numbers behind the plots, or behind the picture."""
+        return [*self.picture_records, *(row for plot in self.plots for row in plot.records)]
 
     @property
     def png(self) -> bytes:
@@ -168,26 +135,32 @@ class PageFigure(NamedTuple):
         return plots_to_png(self.plots) if self.picture is None else to_png(self.picture)
 
     @property
-    def csv(self) -> bytes:
-        """The numbers as a CSV file."""
-        plotted = [record for plot in self.plots for record in plot.records]
-        return dump_csv(self.records or plotted)
-
-    @property
     def uri(self) -> str:
         """The picture as a data URI."""
         return inline_image(self.png)
 
+    @property
+    def csv(self) -> bytes:
+        """The numbers as a CSV file."""
+        return dump_csv(self.records)
 
-def plots_to_png(plots: Sequence[Plot]) -> bytes:
+    @property
+    def svgs(self) -> Iterator[tuple[str, str]]:
+        """The title of each plot, and the plot without it, which the page shows as text."""
+        for plot in self.plots:
+            with house_style():
+                figure = Figure(figsize=plot.size, layout="constrained")
+                plot.draw(figure.add_subplot())
+                yield plot.title, to_svg(figure)
+
+
+def plots_to_png(plots: "Sequence[Panel | Forest]") -> bytes:
     """Return a PNG of all plots, three in a row, with one legend."""
     num_columns = min(_COLUMNS, len(plots))
     num_lines = -(-len(plots) // num_columns)
-    width, height = plots[0].size
+    size = plots[0].size[0] * num_columns, plots[0].size[1] * num_lines + 0.5
     with house_style():
-        figure = Figure(
-            figsize=(width * num_columns, height * num_lines + 0.5), layout="constrained"
-        )
+        figure = Figure(figsize=size, layout="constrained")
         handles = {}
         for number, plot in enumerate(plots, 1):
             axes = figure.add_subplot(num_lines, num_columns, number)
@@ -196,12 +169,8 @@ def plots_to_png(plots: Sequence[Plot]) -> bytes:
             for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles[name] = handle
         if handles:
-            figure.legend(
-                handles.values(),
-                handles.keys(),
-                loc="outside lower center",
-                ncols=min(4, len(handles)),
-            )
+            place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(4, len(handles))}
+            figure.legend(handles.values(), handles.keys(), **place)
         return to_png(figure)
 
 
@@ -223,21 +192,19 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Panel(Plot):
-    """Lines in bands, which are the intervals of their points.
+class Panel:
+    """One pair of axes with lines in bands, which are the intervals of their points.
 
     With `places`, x is an index of `places`, and points of several names stand side by side there.
     """
 
+    title: str
+    points: Sequence[Point]
     x_label: str = ""
     y_label: str = ""
-    points: Sequence[Point]
     places: tuple[str, ...] = ()
-
-    @property
-    def size(self) -> tuple[float, float]:
-        """Width and height in inches."""
-        return _PANEL_SIZE
+    size: ClassVar[tuple[float, float]] = _PANEL_SIZE
+    """Width and height in inches."""
 
     @property
     def records(self) -> list[dict[str, object]]:
@@ -245,7 +212,7 @@ class Panel(Plot):
         return [
             {
                 "panel": self.title,
-                "place": self.places[round(point.x)].replace("\n", " ") if self.places else None,
+                "place": self.places[round(point.x)] if self.places else None,
                 **{key: value for key, value in vars(point).items() if key != "colour"},
             }
             for point in self.points
@@ -266,7 +233,7 @@ class Panel(Plot):
         axes.set_ylabel(self.y_label)
         axes.grid(visible=True, axis="y")
         if self.places:
-            axes.set_xticks(range(len(self.places)), map(literal, self.places), fontsize=9)
+            axes.set_xticks(range(len(self.places)), map(wrap_name, self.places), fontsize=9)
             axes.set_xlim(-0.5, len(self.places) - 0.5)
             return
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -283,15 +250,9 @@ def _draw_line(axes: Axes, points: Sequence[Point]) -> None:
     first, colour, x = points[0], COLOURS[points[0].colour], [point.x for point in points]
     band = [point.low for point in points], [point.high for point in points]
     axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(
-        x,
-        [point.y for point in points],
-        color=colour,
-        linewidth=1.8,
-        marker="o" if len(points) <= _MAX_MARKERS else "",
-        markersize=4,
-        label=literal(first.name),
-    )
+    marker = "o" if len(points) <= _MAX_MARKERS else ""
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "marker": marker, "markersize": 4}
+    axes.plot(x, [point.y for point in points], label=literal(first.name), **style)
     for point in (first, points[-1]):
         if point.label:
             place = (point.x, point.y)
@@ -300,98 +261,89 @@ def _draw_line(axes: Axes, points: Sequence[Point]) -> None:
 
 def _draw_places(axes: Axes, points: Sequence[Point], shift: float) -> None:
     """Draw means with whiskers, and beside each mean of several runs a dot for each run."""
-    first, colour = points[0], COLOURS[points[0].colour]
-    axes.errorbar(
-        [point.x + shift for point in points],
-        [point.y for point in points],
-        # Because of rounding, a value may lie slightly outside its interval.
-        [
-            [max(0.0, point.y - point.low) for point in points],
-            [max(0.0, point.high - point.y) for point in points],
-        ],
-        color=colour,
-        linestyle="",
-        elinewidth=1.0,
-        capsize=2,
-        marker="o",
-        markersize=5,
-        label=literal(first.name),
-    )
+    colour = COLOURS[points[0].colour]
+    x, y = [point.x + shift for point in points], [point.y for point in points]
+    # Because of rounding, a value may lie slightly outside its interval.
+    below = [max(0.0, point.y - point.low) for point in points]
+    above = [max(0.0, point.high - point.y) for point in points]
+    style: dict[str, Any] = {"color": colour, "linestyle": "", "elinewidth": 1.0, "capsize": 2}
+    style |= {"marker": "o", "markersize": 5, "label": literal(points[0].name)}
+    axes.errorbar(x, y, [below, above], **style)
     for point in points:
         if len(point.values) > 1:
-            x = [point.x + shift + _DOT_SHIFT] * len(point.values)
-            axes.plot(x, point.values, ".", color=colour, alpha=0.55)
+            dots = [point.x + shift + _DOT_SHIFT] * len(point.values)
+            axes.plot(dots, point.values, ".", color=colour, alpha=0.55)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bar:
-    """A difference from the baseline: its interval, and the difference of each seed."""
-
-    name: str
-    colour: int
-    mean: float
-    low: float | None
-    high: float | None
-    values: tuple[float, ...]
-    outcome: Outcome
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forest(Plot):
-    """A forest plot: one difference below the other, beside the line of no difference.
+class Forest:
+    """A forest plot: the differences of arms in one metric, beside the line of no difference.
 
     Filled marks are those that are called a difference; dots are single seeds.
     """
 
-    bars: Sequence[Bar]
-    lower_is_better: bool
-    is_share: bool = False
-    """Whether the numbers are shares, and shown in percentage points."""
+    metric: Metric
+    comparisons: Sequence[Comparison]
+    colours: Mapping[str, int]
+    """Arm => index of COLOURS."""
+
+    @property
+    def title(self) -> str:
+        """Title of the metric."""
+        return self.metric.title
 
     @property
     def size(self) -> tuple[float, float]:
         """Width and height in inches."""
-        count = len(self.bars)
+        count = len(self.comparisons)
         return _PANEL_SIZE[0], 0.85 + count * (_LOW_ROW if count > _MANY_ROWS else _ROW_HEIGHT)
 
     @property
     def records(self) -> list[dict[str, object]]:
         """A record per difference."""
         return [
-            {"metric": self.title, **{k: v for k, v in vars(bar).items() if k != "colour"}}
-            for bar in self.bars
+            {
+                "metric": self.title,
+                "name": found.question.arm,
+                "mean": found.difference.mean,
+                "low": found.difference.low,
+                "high": found.difference.high,
+                "values": found.difference.values,
+                "outcome": found.outcome,
+            }
+            for found in self.comparisons
         ]
 
     def draw(self, axes: Axes) -> None:
         """Draw the first difference at the top."""
         axes.axvline(0, color=INK, linewidth=1)
-        for place, bar in enumerate(self.bars):
-            colour = COLOURS[bar.colour]
-            if bar.low is not None and bar.high is not None:
+        for place, found in enumerate(self.comparisons):
+            colour, d = COLOURS[self.colours[found.question.arm]], found.difference
+            if d.low is not None and d.high is not None:
                 ends: dict[str, Any] = {"color": colour, "solid_capstyle": "round"}
-                axes.plot([bar.low, bar.high], [place, place], linewidth=2.2, alpha=0.75, **ends)
-            if len(bar.values) > 1:
-                heights = [place + 0.26] * len(bar.values)
-                axes.plot(bar.values, heights, ".", color=colour, alpha=0.5, markersize=5)
-            face = "none" if bar.outcome == "open" else colour
-            axes.plot(bar.mean, place, "o", color=colour, markerfacecolor=face, markersize=7)
-        names = [_wrap(bar.name.replace("_", " ")) for bar in self.bars]
+                axes.plot([d.low, d.high], [place, place], linewidth=2.2, alpha=0.75, **ends)
+            if len(d.values) > 1:
+                heights = [place + 0.26] * len(d.values)
+                axes.plot(d.values, heights, ".", color=colour, alpha=0.5, markersize=5)
+            face = "none" if found.outcome == "open" else colour
+            axes.plot(d.mean, place, "o", color=colour, markerfacecolor=face, markersize=7)
+        names = [wrap_name(found.question.arm, 20) for found in self.comparisons]
         axes.set_yticks(range(len(names)), names, fontsize=10, linespacing=0.9)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(visible=True, axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        if self.is_share:
+        is_share = self.metric.digits is None
+        if is_share:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}"))
-        unit = ", points" if self.is_share else ""
-        axes.set_xlabel(
-            f"← better{unit}" if self.lower_is_better else f"better{unit} →",
-            loc="left" if self.lower_is_better else "right",
-            fontsize=10,
-        )
+        unit = ", points" if is_share else ""
+        is_lower = self.metric.lower_is_better
+        label = f"← better{unit}" if is_lower else f"better{unit} →"
+        axes.set_xlabel(label, loc="left" if is_lower else "right", fontsize=10)
 
 
-def _wrap(name: str) -> str:
-    lines = textwrap.wrap(shorten(name, 60), _NAME_WIDTH)
+def wrap_name(name: str, width: int = 14) -> str:
+    """Return the name of an arm in lines of at most this many letters."""
+    lines = textwrap.wrap(shorten(name, 60).replace("_", " "), width)
     return "\n".join(map(literal, lines))

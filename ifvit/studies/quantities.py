@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 from ifvit.evaluation.metrics import LOWER_IS_BETTER, Estimate
+from ifvit.evaluation.object_count import CountScore
 from ifvit.evaluation.rows import MetricsRow
 
 
@@ -30,7 +31,7 @@ class Metric:
         """The title with an arrow that points to better values."""
         return f"{self.title} {'↓' if self.lower_is_better else '↑'}"
 
-    def of(self, row: MetricsRow | None) -> Estimate | None:
+    def of(self, row: MetricsRow | CountScore | None) -> Estimate | None:
         """Return the estimate in the row; None if it was not measured."""
         estimate: Estimate | None = getattr(row, self.field) if row else None
         return estimate
@@ -74,6 +75,16 @@ METRICS = (
 
 COUNT_ERROR = Metric(field="average_error", title="Average error", digits=3)
 MATCH_RATIO = Metric(field="match_ratio", title="Match ratio")
+MAIN_METRICS = (
+    PAPER_CLIP_SCORE,
+    RETRIEVAL,
+    HELD_OUT_LOSS,
+    COUNT,
+    RELATION,
+    COUNT_ERROR,
+    MATCH_RATIO,
+)
+"""What arms are compared in, beside FID or the Fréchet distance and the metrics of claims."""
 METRIC_OF = {metric.field: metric for metric in (*METRICS, COUNT_ERROR, MATCH_RATIO)}
 """Field of MetricsRow or CountScore => metric: all that claims may name."""
 

@@ -2,13 +2,13 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from ifvit import storage
 from ifvit.analysis.atlas import AtlasPoint, atlas_figure, atlas_rows
@@ -21,19 +21,19 @@ from ifvit.analysis.knockout_analysis import table_rows as knockout_rows
 from ifvit.diffusion.config import ObjectiveConfig
 from ifvit.evaluation.detectors import SCENES
 from ifvit.evaluation.metrics import Estimate
+from ifvit.evaluation.object_count import ObjectCountRow
 from ifvit.evaluation.runs import Run, step_files
 from ifvit.figures import COLOURS, house_style, literal
-from ifvit.images import Pixels
-from ifvit.models.config import FusionTransformerConfig
 from ifvit.records import shorten
 from ifvit.sampling.samples import read_images
 from ifvit.studies.arms import Arm, Captioned, Selection, means_of, operations_per_step
 from ifvit.studies.comparisons import Arms, Comparison
-from ifvit.studies.object_counts import count_panels
-from ifvit.studies.page import Bar, Forest, PageFigure, Panel, Point
+from ifvit.studies.page import Forest, PageFigure, Panel, Point, wrap_name
 from ifvit.studies.quantities import (
+    COUNT_ERROR,
     FID,
     HELD_OUT_LOSS,
+    MATCH_RATIO,
     PAPER_CLIP_SCORE,
     Metric,
     SeedMean,
@@ -43,45 +43,30 @@ from ifvit.studies.quantities import (
 if TYPE_CHECKING:  # a page without human ratings does not need the extra `rate`
     from ifvit.rating.results import PreferenceResults
 
+Group = tuple[str | None, int | None]
+"""An object and an asked count; None stands for all of them."""
+
 _CELL = 1.3
 _CAPTION_WIDTH = 22
-_NAME_WIDTH = 14
 _NUM_CAPTIONS = 10
 _NUM_BINS = 100
 _MIN_WINDOWS = 4
 
 
-def forest_figure(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> PageFigure:
+def forest_figure(comparisons: Sequence[Comparison], colours: Mapping[str, int]) -> PageFigure:
     """Plot the differences from the baseline, metric by metric."""
-    colours = {arm.name: arm.colour for arm in arms}
-    plots = []
-    for metric in dict.fromkeys(found.metric for found in comparisons):
-        bars = [
-            Bar(
-                name=found.question.arm,
-                colour=colours[found.question.arm],
-                mean=found.difference.mean,
-                low=found.difference.low,
-                high=found.difference.high,
-                values=found.difference.values,
-                outcome=found.outcome,
-            )
-            for found in comparisons
-            if found.metric == metric
-        ]
-        plots.append(
-            Forest(
-                title=metric.title,
-                bars=bars,
-                lower_is_better=metric.lower_is_better,
-                is_share=metric.digits is None,
-            )
-        )
+    by_metric: dict[Metric, list[Comparison]] = {}
+    for found in comparisons:
+        by_metric.setdefault(found.metric, []).append(found)
+    plots = [
+        Forest(metric=metric, comparisons=found, colours=colours)
+        for metric, found in by_metric.items()
+    ]
     text = (
         "Difference of each arm from the baseline with its 95 % interval. Small dots are seeds. A "
         "filled mark is a difference by the rule of this page, an open ring is not."
     )
-    return PageFigure(title="Differences from the baseline", text=text, plots=plots)
+    return PageFigure("Differences from the baseline", text, plots)
 
 
 _AXES = {"step": "step", "operations": "training operations", "seconds": "training seconds"}
@@ -92,7 +77,6 @@ _CURVES = (  # title, quantity of metrics.jsonl, key of _AXES
     ("Loss", "loss", "operations"),
     ("Held-out loss", "validation_loss", "seconds"),
     ("Gradient norm", "grad_norm", "step"),
-    ("Samples per second", "samples_per_s", "step"),
 )
 
 
@@ -112,33 +96,22 @@ def curves_figure(arms: Sequence[Arm]) -> PageFigure:
         "Means over the seeds of an arm and over neighbouring lines of the log; bands hold 80 % of "
         "the single values. Losses that do not compare have plots of their own."
     )
-    return PageFigure(title="Training", text=text, plots=plots)
+    return PageFigure("Training", text, plots)
 
 
 def _curve(arm: Arm, runs: Sequence[Run], quantity: str, axis: str) -> Iterator[Point]:
-    """Yield at most 100 points with values of all runs."""
+    """Yield at most 100 points, each of the values of all runs at neighbouring steps."""
     by_step: dict[int, list[tuple[float, float]]] = {}
     for run, row in [(one, row) for one in runs for row in one.curve]:
         cost, value = operations_per_step(run), getattr(row, quantity)
-        places = {"step": row.step, "operations": cost and cost * row.step, "seconds": row.seconds}
-        if value is not None and places[axis] is not None:
-            by_step.setdefault(row.step, []).append((places[axis] or 0.0, value))
-    for steps in _bins(sorted(by_step)):
-        xs, ys = np.array([pair for step in steps for pair in by_step[step]]).T
-        low, high = np.quantile(ys, [0.1, 0.9])
-        yield Point(
-            name=arm.name,
-            colour=arm.colour,
-            x=float(xs.mean()),
-            y=float(ys.mean()),
-            low=float(low),
-            high=float(high),
-        )
-
-
-def _bins(steps: Sequence[int]) -> list[NDArray[np.int64]]:
-    """Split steps into at most 100 groups of neighbours."""
-    return np.array_split(np.array(steps), min(_NUM_BINS, len(steps))) if steps else []
+        x = {"step": row.step, "operations": cost and cost * row.step, "seconds": row.seconds}[axis]
+        if value is not None and x is not None:
+            by_step.setdefault(row.step, []).append((x, value))
+    steps = np.array(sorted(by_step))
+    for group in np.array_split(steps, min(_NUM_BINS, len(steps))) if by_step else ():
+        xs, ys = np.array([pair for step in group for pair in by_step[step]]).T
+        x, y, low, high = map(float, (xs.mean(), ys.mean(), *np.quantile(ys, [0.1, 0.9])))
+        yield Point(name=arm.name, colour=arm.colour, x=x, y=y, low=low, high=high)
 
 
 def _comparable_groups(arm: Arm, quantity: str) -> dict[str, list[Run]]:
@@ -165,50 +138,35 @@ def _error_of(run: Run, quantity: str) -> str:
 def steps_figure(selection: Selection, metrics: Sequence[Metric]) -> PageFigure:
     """Plot metrics over the steps that were evaluated, and over the operations until then."""
     plots = []
-    for metric in metrics:
-        for x_label in ("step", "training operations"):
-            points = []
-            for arm in selection.arms:
-                found: dict[float, list[Estimate]] = {}
-                for run in arm.runs.values():
-                    cost = operations_per_step(run)
-                    scale = 1.0 if x_label == "step" else cost
-                    for row in selection.history(run, selection.series[0]) if scale else ():
-                        if estimate := metric.of(row):
-                            found.setdefault(row.step * (scale or 1.0), []).append(estimate)
-                points += [
-                    _point(arm, x, mean_over_seeds(estimates))
-                    for x, estimates in sorted(found.items())
-                ]
-            panel = Panel(
-                title=metric.title, x_label=x_label, y_label=metric.heading, points=points
-            )
-            plots += [panel] if _has_lines(panel) else []
+    for metric, x_label in product(metrics, ("step", "training operations")):
+        points = []
+        for arm in selection.arms:
+            found: dict[float, list[Estimate]] = {}
+            for run in arm.runs.values():
+                scale = 1.0 if x_label == "step" else operations_per_step(run)
+                for row in selection.history(run, selection.series[0]) if scale else ():
+                    if estimate := metric.of(row):
+                        found.setdefault(row.step * (scale or 1.0), []).append(estimate)
+            points += [_point(arm, x, mean_over_seeds(own)) for x, own in sorted(found.items())]
+        panel = Panel(title=metric.title, x_label=x_label, y_label=metric.heading, points=points)
+        plots += [panel] if _has_lines(panel) else []
     text = "The evaluations of each step: means over seeds with standard errors."
-    return PageFigure(title="Metrics during training", text=text, plots=plots)
+    return PageFigure("Metrics during training", text, plots)
 
 
 def guidance_figure(selection: Selection, metrics: Sequence[Metric]) -> PageFigure:
     """Plot the first metric over CLIP Score as guidance grows (arXiv 2403.16530, Figure 3)."""
-    quality = metrics[0] if metrics else FID
-    main = selection.series[0] if selection.series else None
-    scales = sorted(one for one in selection.series if main and one.name == main.name)
-    points = []
-    for arm in selection.arms:
-        for series in scales:
-            rows = [row for run in arm.runs.values() if (row := selection.last(run, series))]
-            both = [
-                (score, value)
-                for row in rows
-                if (score := PAPER_CLIP_SCORE.of(row)) and (value := quality.of(row))
-            ]
-            if both:
-                score_mean, mean = (mean_over_seeds(found) for found in zip(*both, strict=True))
-                label = f"w={series.scale:g}"
-                points.append(replace(_point(arm, score_mean.value, mean), label=label))
+    quality, alignment, points = metrics[0] if metrics else FID, PAPER_CLIP_SCORE, []
+    scales = sorted(one for one in selection.series if one.name == selection.series[0].name)
+    for arm, series in product(selection.arms, scales):
+        rows = [selection.last(run, series) for run in arm.runs.values()]
+        both = [(x, y) for row in rows if (x := alignment.of(row)) and (y := quality.of(row))]
+        if both:
+            score, mean = (mean_over_seeds(found) for found in zip(*both, strict=True))
+            points.append(replace(_point(arm, score.value, mean), label=f"w={series.scale:g}"))
     panel = Panel(
-        title=f"{quality.title} over {PAPER_CLIP_SCORE.title}",
-        x_label=PAPER_CLIP_SCORE.heading,
+        title=f"{quality.title} over {alignment.title}",
+        x_label=alignment.heading,
         y_label=quality.heading,
         points=points,
     )
@@ -217,7 +175,7 @@ def guidance_figure(selection: Selection, metrics: Sequence[Metric]) -> PageFigu
         "errors. The paper prints w - 1."
     )
     plots = [panel] if _has_lines(panel) else []
-    return PageFigure(title="Quality and alignment under guidance", text=text, plots=plots)
+    return PageFigure("Quality and alignment under guidance", text, plots)
 
 
 def _has_lines(panel: Panel) -> bool:
@@ -227,82 +185,103 @@ def _has_lines(panel: Panel) -> bool:
 
 def _point(arm: Arm, x: float, mean: SeedMean) -> Point:
     """Return a mean with its standard error."""
-    return Point(
-        name=arm.name,
-        colour=arm.colour,
-        x=x,
-        y=mean.value,
-        low=mean.value - mean.error,
-        high=mean.value + mean.error,
-        values=mean.values,
-    )
+    low, high, values = mean.value - mean.error, mean.value + mean.error, mean.values
+    point = Point(name=arm.name, colour=arm.colour, x=x, y=mean.value, low=low, high=high)
+    return replace(point, values=values)
 
 
 def captions_figure(captions: Sequence[Captioned]) -> PageFigure:
     """Show images of all arms for the same captions and noise, a row per arm."""
     shown = [row for row in captions if all(row.images.values())][:_NUM_CAPTIONS]
-    records: list[dict[str, object]] = [
+    text = "The first seed that all arms share; captions are the first ones of the evaluation."
+    records = [
         {"caption": row.caption, "arm": name, "file": url}
         for row in shown
         for name, url in row.images.items()
     ]
-    title = "The same captions and noise"
-    if not shown:
-        return PageFigure(title=title, text="")
-    pixels = [read_images(url for url in row.images.values() if url) for row in shown]
-    text = "The first seed that all arms share; captions are the first ones of the evaluation."
-    return PageFigure(
-        title=title,
-        text=text,
-        picture=_draw_grid([row.caption for row in shown], list(shown[0].images), pixels),
-        records=records,
-    )
+    picture = _draw_grid(shown) if shown else None
+    return PageFigure("The same captions and noise", text, (), picture, records)
 
 
-def _draw_grid(captions: Sequence[str], names: Sequence[str], pixels: Sequence[Pixels]) -> Figure:
-    """Draw a column per caption, whose images are (rows, H, W, 3)."""
-    size = (_CELL * len(captions) + 1, _CELL * len(names) + 0.6)
+def _draw_grid(captions: Sequence[Captioned]) -> Figure:
+    """Draw a column per caption and a row per arm."""
+    names = list(captions[0].images)
     with house_style():
+        size = (_CELL * len(captions) + 1, _CELL * len(names) + 0.6)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(len(names), len(captions), squeeze=False)
-        for column, (caption, images) in enumerate(zip(captions, pixels, strict=True)):
-            for cell, image in zip(grid[:, column], images, strict=True):
+        for column, row in zip(grid.T, captions, strict=True):
+            images = read_images(url for url in row.images.values() if url)
+            for cell, image in zip(column, images, strict=True):
                 cell.imshow(image, interpolation="nearest")
                 cell.set(xticks=[], yticks=[])
                 cell.spines[:].set_visible(False)
-            text = shorten(caption, 200)
+            text = shorten(row.caption, 200)
             lines = textwrap.wrap(text, _CAPTION_WIDTH, max_lines=3, placeholder=" …")
-            grid[0, column].set_title("\n".join(map(literal, lines)), fontsize=7)
+            column[0].set_title("\n".join(map(literal, lines)), fontsize=7)
         for cell, name in zip(grid[:, 0], names, strict=True):
-            label = textwrap.fill(name.replace("_", " "), _NAME_WIDTH)
-            cell.set_ylabel("\n".join(map(literal, label.split("\n"))), fontsize=7)
+            cell.set_ylabel(wrap_name(name), fontsize=7)
     return figure
 
 
 def counts_figure(selection: Selection) -> PageFigure:
-    """Plot the object counts, each a mean over the runs of an arm."""
-    rows = {
-        arm.name: [
-            selection.counts[run.name] for run in arm.runs.values() if run.name in selection.counts
-        ]
+    """Plot the error by asked count for each object, then error and match ratio over all counts."""
+    rows = [
+        (arm, [selection.counts[r.name] for r in arm.runs.values() if r.name in selection.counts])
         for arm in selection.arms
-    }
-    rows = {name: found for name, found in rows.items() if found}
-    detectors = sorted({r.protocol.rule.detector for found in rows.values() for r in found})
-    how = " and ".join("exact analysis" if d == SCENES else d for d in detectors)
+    ]
+    counted = [row for _, own in rows for row in own]
     text = (
-        f"Counted by {how}. Average error is the mean of |counted - asked|, match ratio the share "
-        "of images with the number asked for (arXiv 2403.16530, equations 9 and 10; there, people "
-        "counted). Several runs are shown as their mean with its 95 % interval over runs, one run "
-        "with an interval over images."
+        f"Counted by {_counters(counted)}. Average error is the mean of |counted - asked|, match "
+        "ratio the share of images with the number asked for (arXiv 2403.16530, equations 9 and "
+        "10; there, people counted). Several runs are shown as their mean with its 95 % interval "
+        "over runs, one run with an interval over images."
     )
-    colours = {arm.name: arm.colour for arm in selection.arms}
-    return PageFigure(title="Object count", text=text, plots=count_panels(rows, colours))
+    plots = []
+    if counted:
+        objects, counts = counted[0].objects, counted[0].asked_counts
+        for name in objects:
+            groups = {str(count): (name, count) for count in counts}
+            plots.append(_count_panel(name, COUNT_ERROR, rows, groups, x_label="asked count"))
+        overall: dict[str, Group] = {name: (name, None) for name in objects} | {"all": (None, None)}
+        for metric in (COUNT_ERROR, MATCH_RATIO):
+            plots.append(_count_panel(f"{metric.title}, all counts", metric, rows, overall))
+    return PageFigure("Object count", text, plots)
 
 
-def rating_figure(found: "PreferenceResults | None", arms: Sequence[Arm]) -> PageFigure:
+def _counters(rows: Sequence[ObjectCountRow]) -> str:
+    detectors = sorted({row.protocol.rule.detector for row in rows})
+    return " and ".join("exact analysis" if name == SCENES else name for name in detectors)
+
+
+def _count_panel(
+    title: str,
+    metric: Metric,
+    rows: Sequence[tuple[Arm, Sequence[ObjectCountRow]]],
+    groups: Mapping[str, Group],
+    x_label: str = "",
+) -> Panel:
+    """Plot means over the rows of each arm, with intervals that stay where the numbers can be."""
+    points = []
+    for arm, own in rows:
+        for place, (name, asked) in enumerate(groups.values()):
+            scores = [score for row in own if (score := row.score(name, asked))]
+            if scores:
+                mean = mean_over_seeds([getattr(score, metric.field) for score in scores])
+                high = mean.high if metric == COUNT_ERROR else min(1.0, mean.high)
+                points.append(replace(_point(arm, place, mean), low=max(0.0, mean.low), high=high))
+    return Panel(
+        title=shorten(title, 200),
+        x_label=x_label,
+        y_label=metric.title.lower(),
+        points=points,
+        places=tuple(groups),
+    )
+
+
+def rating_figure(found: "PreferenceResults | None", colours: Mapping[str, int]) -> PageFigure:
     """Plot preference scores; a model that is named as an arm has its colour."""
-    colours = {arm.name: arm.colour for arm in arms}
+    scores = found.score if found else {}
     points = [
         Point(
             name=name,
@@ -312,18 +291,16 @@ def rating_figure(found: "PreferenceResults | None", arms: Sequence[Arm]) -> Pag
             low=score.low,
             high=score.high,
         )
-        for place, (name, score) in enumerate(found.score.items() if found else ())
+        for place, (name, score) in enumerate(scores.items())
     ]
-    places = tuple(textwrap.fill(p.name.replace("_", " "), _NAME_WIDTH) for p in points)
+    title = f"Score from 1 (last) to {len(points)} (first)"
+    panel = Panel(title=title, y_label="preference score", points=points, places=tuple(scores))
     count = found.num_rankings if found else 0
-    panel = Panel(
-        title=f"Score from 1 (last) to {len(points)} (first)",
-        y_label="preference score",
-        points=points,
-        places=places,
-    )
     text = f"{count} rankings by people, in random order on the page, with 95 % intervals."
-    return PageFigure(title="Human preference", text=text, plots=[panel] if points else [])
+    return PageFigure("Human preference", text, [panel] if points else [])
+
+
+Analysis = TypeVar("Analysis", AttentionSummary, KnockoutAnalysis)
 
 
 def attention_of(arms: Sequence[Arm]) -> PageFigure:
@@ -333,12 +310,8 @@ def attention_of(arms: Sequence[Arm]) -> PageFigure:
         "The first analysed run of each arm: image-to-image maps, text-to-image maps and singular "
         f"values of the latter, block by block (arXiv 2403.16530, Figure 8).{others}"
     )
-    return PageFigure(
-        title="Where attention goes",
-        text=text,
-        picture=attention_figure(found) if found else None,
-        records=attention_rows(found),
-    )
+    picture = attention_figure(found) if found else None
+    return PageFigure("Where attention goes", text, (), picture, attention_rows(found))
 
 
 def knockout_of(arms: Sequence[Arm]) -> PageFigure:
@@ -348,15 +321,8 @@ def knockout_of(arms: Sequence[Arm]) -> PageFigure:
         "The first analysed run of each arm, without training: what changes when the captions are "
         f"switched off in some blocks.{others}"
     )
-    return PageFigure(
-        title="Where trained networks use text",
-        text=text,
-        picture=knockout_figure(found) if found else None,
-        records=knockout_rows(found),
-    )
-
-
-Analysis = TypeVar("Analysis", AttentionSummary, KnockoutAnalysis)
+    picture = knockout_figure(found) if found else None
+    return PageFigure("Where trained networks use text", text, (), picture, knockout_rows(found))
 
 
 def _first_analyses(
@@ -395,55 +361,38 @@ def atlas_figures(
     predictions = {
         windows[arm.name][0]: knockout.predictions
         for arm in selection.arms
-        if arm.name in windows and (knockout := _predict(arm))
+        if arm.backbone and "image" not in arm.backbone.blocks and arm.name in windows
+        for knockout in [*filter(None, map(_read_knockout, arm.runs.values()))][:1]
     }
+    text = (
+        "Where text is fused: an arm per cell, the mean over its seeds and its standard error. The "
+        "frame marks the best mean; it need not differ from the others. Below, if there is an "
+        "analysis: what the knock-out of the network with text in all blocks says."
+    )
     figures = {}
     for metric in sorted(metrics, key=lambda metric: metric != HELD_OUT_LOSS):
-        scale = 100.0 if metric.digits is None else 1.0
-        points = [
-            AtlasPoint(
-                mechanism=mechanism,
-                first=first,
-                last=last,
-                values=[scale * value for value in mean.values],
-            )
-            for name, mean in means_of(evaluations, metric).items()
-            if name in windows
-            for mechanism, first, last in [windows[name]]
-        ]
-        picture = atlas_figure(
-            points,
-            metric.title + (", %" if metric.digits is None else ""),
-            predictions,
-            lower_is_better=metric.lower_is_better,
-            digits=1 if metric.digits is None else min(metric.digits, 3),
-        )
+        scale, unit, digits = 100.0, ", %", 1
+        if metric.digits is not None:
+            scale, unit, digits = 1.0, "", min(metric.digits, 3)
+        points = []
+        for name, mean in means_of(evaluations, metric).items():
+            if name in windows:
+                mechanism, first, last = windows[name]
+                values = [scale * value for value in mean.values]
+                points += [AtlasPoint(mechanism=mechanism, first=first, last=last, values=values)]
+        lower, title = metric.lower_is_better, metric.title + unit
+        picture = atlas_figure(points, title, predictions, lower_is_better=lower, digits=digits)
+        rows = atlas_rows(points, predictions)
         figures[f"atlas_{metric.field}"] = PageFigure(
-            title=f"Atlas: {metric.title}",
-            text="Where text is fused: an arm per cell, the mean over its seeds and its standard "
-            "error. The frame marks the best mean; it need not differ from the others. Below, if "
-            "there is an analysis: what the knock-out of the network with text in all blocks says.",
-            picture=picture,
-            records=atlas_rows(points, predictions),
+            f"Atlas: {metric.title}", text, (), picture, rows
         )
     return figures
 
 
-def _predict(arm: Arm) -> KnockoutAnalysis | None:
-    """Return the knock-out of an arm whose text is in all blocks."""
-    for run in arm.runs.values():
-        config, found = run.backbone, _read_knockout(run)
-        is_whole = isinstance(config, FusionTransformerConfig) and "image" not in config.blocks
-        if found and is_whole:
-            return found
-    return None
-
-
 def window_of(arm: Arm) -> tuple[str, int, int] | None:
     """Return the mechanism, and the first and last block, of an arm whose text has one window."""
-    config = next((run.backbone for run in arm.runs.values()), None)
-    if not isinstance(config, FusionTransformerConfig) or not config.text_blocks:
+    if arm.backbone is None or not arm.backbone.text_blocks:
         return None
-    first, last = config.text_blocks[0], config.text_blocks[-1]
-    entries = set(config.blocks[first : last + 1])
+    first, last = arm.backbone.text_blocks[0], arm.backbone.text_blocks[-1]
+    entries = set(arm.backbone.blocks[first : last + 1])
     return (entries.pop(), first, last) if len(entries) == 1 else None

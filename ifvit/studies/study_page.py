@@ -1,7 +1,9 @@
 """The verbs `report` and `study report`: runs => one page that compares their arms.
 
 `study report` shows the arms of a study, each with its runs by seed; `report` shows any runs, each
-as an arm of its own. Both read files only and compute no metric anew.
+as an arm of its own. Both read files only and compute no metric anew: runs become arms (`arms`),
+arms are compared (`comparisons`), and tables and figures show arms and comparisons (`study_tables`,
+`study_figures`) on the page, and as files of the study.
 """
 
 import sys
@@ -16,7 +18,6 @@ from ifvit import storage
 from ifvit.errors import UserError
 from ifvit.evaluation.runs import Run, read_runs
 from ifvit.images import ImageError
-from ifvit.models.config import FusionTransformerConfig
 from ifvit.models.presets import setting_of
 from ifvit.studies import study_figures as figures
 from ifvit.studies import study_tables as tables
@@ -27,7 +28,6 @@ from ifvit.studies.arms import (
     Series,
     as_arms,
     caption_rows,
-    explained_keys,
     means_of,
     plan_runs,
     read_arms,
@@ -43,20 +43,7 @@ from ifvit.studies.comparisons import (
 )
 from ifvit.studies.config import Claim, Published, ReportConfig, StudyConfig, StudyReportConfig
 from ifvit.studies.page import PageFigure, Table, inline_image, render_page
-from ifvit.studies.quantities import (
-    COUNT,
-    COUNT_ERROR,
-    FID,
-    FRECHET,
-    HELD_OUT_LOSS,
-    MATCH_RATIO,
-    METRIC_OF,
-    METRICS,
-    PAPER_CLIP_SCORE,
-    RELATION,
-    RETRIEVAL,
-    Metric,
-)
+from ifvit.studies.quantities import FID, FRECHET, MAIN_METRICS, METRIC_OF, METRICS, Metric
 
 if TYPE_CHECKING:
     from ifvit.rating.results import PreferenceResults
@@ -82,13 +69,11 @@ class Subject:
     claims: Sequence[Claim] = ()
     published: Sequence[Published] = ()
     rating: str | None = None
-    explained: frozenset[str] = frozenset()
-    """Keys of the recipes that differ because the study says so."""
     is_study: bool = False
 
 
 def report(config: ReportConfig) -> None:
-    """Write the page; it names the files that a run lacks.
+    """Write the page of any runs.
 
     Raises UserError if no run is given, a folder does not exist, or a file is broken.
     """
@@ -96,8 +81,7 @@ def report(config: ReportConfig) -> None:
         raise UserError("report: no runs given; name at least one run folder")
     arms = as_arms(read_runs(config.runs))
     title = " and ".join(arm.name for arm in arms) if len(arms) < 3 else f"{len(arms)} runs"
-    subject = Subject(title=title, arms=arms, baseline=arms[0].name, num_runs=len(arms))
-    page, _ = make_page(subject)
+    page, _ = make_page(Subject(title=title, arms=arms, baseline=arms[0].name, num_runs=len(arms)))
     storage.write_bytes(config.output, page)
     sys.stdout.write(f"{config.output}\n")
 
@@ -119,14 +103,12 @@ def report_study(config: StudyReportConfig) -> None:
         claims=config.claims,
         published=config.published,
         rating=config.rating,
-        explained=explained_keys(planned),
         is_study=True,
     )
     page, files = make_page(subject)
     folder = storage.join(config.folder, "report")
-    for name, data in files.items():
+    for name, data in {**files, "index.html": page}.items():
         storage.write_bytes(storage.join(folder, name), data)
-    storage.write_bytes(storage.join(folder, "index.html"), page)
     sys.stdout.write(f"{storage.join(folder, 'index.html')}\n")
 
 
@@ -135,9 +117,8 @@ def _series_of(config: StudyConfig) -> list[Series]:
     found = []
     for settings in config.evaluate:
         own, name = settings.protocol.sampling.guidance_scale, settings.protocol.name
-        scales = settings.guidance_scales or [own]
-        found += [Series(name, own)] if own in scales else []
-        found += [Series(name, scale) for scale in scales if scale != own]
+        scales = sorted(settings.guidance_scales or [own], key=lambda scale: scale != own)
+        found += [Series(name, scale) for scale in scales]
     return found
 
 
@@ -158,20 +139,27 @@ class Findings:
 
 
 def make_page(subject: Subject) -> tuple[bytes, dict[str, bytes]]:
-    """Return the page, and the files of its tables and figures by name."""
-    findings = _find(subject)
-    shown = {name: table for name, table in _make_tables(findings).items() if table.lines}
-    drawn = {n: one for n, one in _make_figures(findings).items() if one.plots or one.picture}
-    page = _render(findings, shown, drawn)
-    return page, _files(shown, drawn) if subject.is_study else {}
+    """Return the page, and the files of a study: those of its tables and figures by name."""
+    found = find(subject)
+    shown = {name: table for name, table in _make_tables(found).items() if table.lines}
+    drawn = {n: one for n, one in _make_figures(found).items() if one.plots or one.picture}
+    page = _render(found, shown, drawn)
+    if not subject.is_study:
+        return page, {}
+    files = {f"{name}.csv": table.csv for name, table in shown.items()}
+    files |= {f"{name}.csv": figure.csv for name, figure in drawn.items()}
+    files |= {f"{name}.png": figure.png for name, figure in drawn.items()}
+    text = "\n".join(table.markdown for table in shown.values())
+    return page, files | {"results.md": text.encode()}
 
 
-def _find(subject: Subject) -> Findings:
+def find(subject: Subject) -> Findings:
+    """Compare the arms of a subject."""
     selection = select(subject.arms, subject.series, at_end=subject.is_study)
     main = selection.series[0] if selection.series else None
     evaluations = selection.evaluations(main)
     metrics = _page_metrics(evaluations, subject.claims)
-    rows = [row for run in selection.runs if main and (row := selection.last(run, main))]
+    rows = [one.row for seeds in evaluations.values() for one in seeds.values() if one.row]
     count = min(_NUM_CAPTIONS, _NUM_PICTURES // max(1, len(selection.arms)))
     return Findings(
         subject=subject,
@@ -182,85 +170,59 @@ def _find(subject: Subject) -> Findings:
         comparisons=compare(evaluations, questions_about(evaluations, subject.baseline, metrics)),
         claims=evaluate_claims(evaluations, subject.claims),
         published=tables.PublishedNumbers(subject.published, rows),
-        captions=caption_rows(selection, max(_NUM_CAPTIONS // 4, count)),
+        captions=caption_rows(selection, evaluations, max(_NUM_CAPTIONS // 4, count)),
     )
+
+
+def _page_metrics(evaluations: Arms, claims: Sequence[Claim]) -> list[Metric]:
+    """Return the metrics that arms are compared in: the main ones, and those of the claims."""
+    quality = FID if means_of(evaluations, FID) else FRECHET
+    named = {field for claim in claims for field in claim.metrics}
+    claimed = (metric for metric in METRIC_OF.values() if metric.field in named)
+    wanted = dict.fromkeys((quality, *MAIN_METRICS, *claimed))
+    return [metric for metric in wanted if means_of(evaluations, metric)]
 
 
 def _make_tables(found: Findings) -> dict[str, Table]:
     """Return all tables by the names of their files."""
-    subject, selection = found.subject, found.selection
+    arms, selection = found.subject.arms, found.selection
     others = {
         f"arms_{series.name}_w{series.scale:g}": tables.arms_table(
-            f"Evaluations {series}", subject.arms, selection.evaluations(series)
+            f"Evaluations {series}", arms, selection.evaluations(series)
         )
         for series in selection.series[1:]
     }
-    arms = tables.arms_table(
-        "Arms", subject.arms, found.evaluations, found.comparisons, found.published
-    )
     return {
-        "arms": arms,
+        "arms": tables.arms_table(
+            "Arms", arms, found.evaluations, found.comparisons, found.published
+        ),
         "claims": tables.claims_table(found.claims),
         "differences": tables.differences_table(found.comparisons),
         "pairing": tables.pairing_table(found.comparisons),
         **others,
         "evaluations": tables.evaluations_table(selection),
         "protocol": tables.protocol_table(selection),
-        "recipes": tables.recipes_table(subject.arms),
+        "recipes": tables.recipes_table(arms),
     }
 
 
 def _make_figures(found: Findings) -> dict[str, PageFigure]:
     """Return all figures by the names of their files."""
     arms, selection = found.subject.arms, found.selection
+    colours = {arm.name: arm.colour for arm in arms}
     of_rows = [metric for metric in found.metrics if metric in METRICS]
     return {
         **figures.atlas_figures(selection, found.evaluations, found.metrics),
-        "forest": figures.forest_figure(found.comparisons, arms),
+        "forest": figures.forest_figure(found.comparisons, colours),
         "captions": figures.captions_figure(found.captions),
         "steps": figures.steps_figure(selection, of_rows),
         "guidance": figures.guidance_figure(selection, of_rows),
         "training": figures.curves_figure(arms),
         "object_count": figures.counts_figure(selection),
-        "preference": figures.rating_figure(_read_preference(found.subject.rating), arms),
+        "preference": figures.rating_figure(_read_preference(found.subject.rating), colours),
         "attention": figures.attention_of(arms),
         "knockout": figures.knockout_of(arms),
     }
-
-
-def _render(found: Findings, shown: Mapping[str, Table], drawn: Mapping[str, PageFigure]) -> bytes:
-    subject, captions = found.subject, found.captions
-    keys = [line.title for line in shown["recipes"].lines] if "recipes" in shown else []
-    rows = found.selection.rows.values()
-    return render_page(
-        "report.html",
-        **vars(found),
-        title=subject.title,
-        tables=shown,
-        figures=drawn,
-        atlas=[name for name in drawn if name.startswith("atlas_")],
-        colours={arm.name: arm.colour for arm in subject.arms},
-        pictures=[_inline(row) for row in captions],
-        has_real=any(row.real for row in captions),
-        shown_arms=[a for a in subject.arms if captions and a.name in captions[0].images],
-        num_samples=next((row.protocol.num_samples for own in rows for row in own), 0),
-        absent_data=_absent_data(found.selection, drawn),
-        grids={run.name: _training_grids(run) for run in found.selection.runs[:_NUM_CAPTIONS]},
-        maps=_fusion_maps(subject.arms),
-        setting_of=setting_of,
-        unexplained=[key for key in keys if subject.is_study and key not in subject.explained],
-        dump=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
-    )
-
-
-def _page_metrics(evaluations: Arms, claims: Sequence[Claim]) -> list[Metric]:
-    """Return the metrics that arms are compared in: the main ones, and those of the claims."""
-    named = {field for claim in claims for field in claim.metrics}
-    has_fid = bool(means_of(evaluations, FID))
-    main = [FID if has_fid else FRECHET, PAPER_CLIP_SCORE, RETRIEVAL, HELD_OUT_LOSS]
-    main += [COUNT, RELATION, COUNT_ERROR, MATCH_RATIO]
-    wanted = [*main, *(metric for metric in METRIC_OF.values() if metric.field in named)]
-    return [metric for metric in dict.fromkeys(wanted) if means_of(evaluations, metric)]
 
 
 def _read_preference(folder: str | None) -> "PreferenceResults | None":
@@ -273,52 +235,9 @@ def _read_preference(folder: str | None) -> "PreferenceResults | None":
     return read_results(folder).preference
 
 
-def _inline(row: Captioned) -> dict[str, object]:
-    """Return a caption with its images as data URIs."""
-    images = {name: _inline_file(url) for name, url in row.images.items()}
-    return {
-        "caption": row.caption,
-        "real": _inline_file(row.real),
-        "images": images,
-        "marks": row.marks,
-    }
-
-
-def _inline_file(url: str | None) -> str | None:
-    """Return an image as a data URI. Raises UserError for what is not an image."""
-    if url is None:
-        return None
-    try:
-        return inline_image(storage.read_bytes(url))
-    except ImageError as error:
-        raise UserError(f"{url}: {error}") from None
-
-
-def _training_grids(run: Run) -> list[tuple[int, str | None]]:
-    """Return (step, data URI) of the first, the last and some grids between them."""
-    grids = run.training_grids
-    if len(grids) > _NUM_GRIDS:
-        stride = (len(grids) - 1) / (_NUM_GRIDS - 1)
-        grids = [grids[round(stride * number)] for number in range(_NUM_GRIDS)]
-    return [(step, _inline_file(run.locate(url))) for step, url in grids]
-
-
-def _fusion_maps(arms: Sequence[Arm]) -> list[tuple[Arm, FusionTransformerConfig]]:
-    """Return the arms with fusion maps, and the configurations of their backbones."""
-    found = [(arm, run.backbone) for arm in arms for run in [*arm.runs.values()][:1]]
-    return [(arm, config) for arm, config in found if isinstance(config, FusionTransformerConfig)]
-
-
-def _files(shown: Mapping[str, Table], drawn: Mapping[str, PageFigure]) -> dict[str, bytes]:
-    """Return the files of tables and figures, and results.md with all tables."""
-    files = {f"{name}.csv": table.csv for name, table in shown.items()}
-    files |= {f"{name}.csv": figure.csv for name, figure in drawn.items()}
-    files |= {f"{name}.png": figure.png for name, figure in drawn.items()}
-    text = "\n".join(table.markdown for table in shown.values())
-    return files | {"results.md": text.encode()}
-
-
 _HOW_TO_MAKE = {
+    "training": "Training curves: metrics.jsonl of a run",
+    "captions": "Images and metrics: `ifvit evaluate --weights RUN`",
     "steps": "Metrics during training: `ifvit evaluate --weights RUN --steps all`",
     "guidance": "Quality under guidance: `ifvit evaluate --weights RUN --guidance_scales [1.5,3]`",
     "object_count": "Object count: `ifvit evaluate --weights RUN --protocol object_count`",
@@ -329,19 +248,40 @@ _HOW_TO_MAKE = {
 """Figure => what is missing without it, and the command that makes it."""
 
 
-def _absent_data(selection: Selection, shown: Mapping[str, PageFigure]) -> list[str]:
-    """Return what the page does not have, each with the file or the command that is missing."""
-    wanted = {
-        "recipe": "config.yaml: no recipe",
-        "curve": "metrics.jsonl: no training curve",
-        "backbone": "weights: no backbone, so no parameters and GFLOPs",
-        "training_grids": "samples: no pictures from training",
-        "last": "evaluation: not evaluated; run `ifvit evaluate --weights RUN`",
-    }
-    found = [
-        f"{run.url}/{text}"
-        for run in selection.runs
-        for name, text in wanted.items()
-        if not getattr(run, name)
-    ]
-    return found + [text for name, text in _HOW_TO_MAKE.items() if name not in shown]
+def _render(found: Findings, shown: Mapping[str, Table], drawn: Mapping[str, PageFigure]) -> bytes:
+    subject, captions = found.subject, found.captions
+    rows = found.selection.rows.values()
+    return render_page(
+        "report.html",
+        **vars(found),
+        title=subject.title,
+        tables=shown,
+        figures=drawn,
+        atlas=[name for name in drawn if name.startswith("atlas_")],
+        colours={arm.name: arm.colour for arm in subject.arms},
+        inline=_inline,
+        num_samples=next((r.protocol.num_samples for own in rows for r in own), 0),
+        has_real=any(row.real for row in captions),
+        shown_arms=[a for a in subject.arms if captions and a.name in captions[0].images],
+        how_to_make=[text for name, text in _HOW_TO_MAKE.items() if name not in drawn],
+        grids={run.name: _training_grids(run) for run in found.selection.runs[:_NUM_CAPTIONS]},
+        setting_of=setting_of,
+        dump=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
+    )
+
+
+def _inline(url: str) -> str:
+    """Return an image as a data URI. Raises UserError for what is not an image."""
+    try:
+        return inline_image(storage.read_bytes(url))
+    except ImageError as error:
+        raise UserError(f"{url}: {error}") from None
+
+
+def _training_grids(run: Run) -> list[tuple[int, str]]:
+    """Return (step, URL) of the first, the last and some grids between them."""
+    grids = run.training_grids
+    if len(grids) > _NUM_GRIDS:
+        stride = (len(grids) - 1) / (_NUM_GRIDS - 1)
+        grids = [grids[round(stride * number)] for number in range(_NUM_GRIDS)]
+    return [(step, run.locate(url)) for step, url in grids]

@@ -66,16 +66,13 @@ class PublishedNumbers:
 
     def notes(self, arm: str, metric: Metric, ours: float | None) -> list[str]:
         """Return the published number, and the difference of ours if the protocols agree."""
-        found = [
-            (each.values[arm][metric.field], each.source)
-            for each in self._published
-            if metric.field in each.values.get(arm, {})
-        ]
         notes = []
-        for theirs, source in found:
-            notes.append(f"published {theirs:g}")
-            if ours is not None and metric.field in METRIC_OF and not self.unlike[source]:
-                notes.append(f"ours {metric.show_change(ours - theirs)}")
+        for each in self._published:
+            theirs = each.values.get(arm, {}).get(metric.field)
+            if theirs is not None:
+                notes.append(f"published {theirs:g}")
+                if ours is not None and metric.field in METRIC_OF and not self.unlike[each.source]:
+                    notes.append(f"ours {metric.show_change(ours - theirs)}")
         return notes
 
 
@@ -83,10 +80,9 @@ def _unlike(published: Published, rows: Sequence[Mapping[str, object]]) -> list[
     """Return the facts of a published protocol that our rows do not have, in words."""
     found = []
     for name, theirs in published.protocol.items():
-        ours = dict.fromkeys(json.dumps(row.get(name)) for row in rows)
+        ours = {json.dumps(row.get(name)): row.get(name) for row in rows}
         if list(ours) != [json.dumps(theirs)]:
-            values = (describe_value(name, json.loads(value)) for value in ours)
-            shown = " and ".join(values) or "unknown"
+            shown = " and ".join(describe_value(name, one) for one in ours.values()) or "unknown"
             found.append(f"{describe_field(name)} {describe_value(name, theirs)}, ours {shown}")
     return found
 
@@ -163,27 +159,27 @@ _COMPARED = (
 def _compared_cells(found: Comparison) -> list[Cell]:
     """Return all that the outcome of a comparison rests on, in the order of `_COMPARED`."""
     metric, d = found.metric, found.difference
-
-    def change(value: float | None) -> Cell:
-        return Cell() if value is None else Cell(metric.show_change(value), value=value)
-
-    def plain(value: float | None, template: str) -> Cell:
-        return Cell() if value is None else Cell(template.format(value), value=value)
-
+    mean, low, high = (
+        Cell() if value is None else Cell(metric.show_change(value), value=value)
+        for value in (d.mean, d.low, d.high)
+    )
     return [
         *map(Cell, (metric.title, found.question.arm, found.question.against, str(len(d.seeds)))),
-        change(d.mean)._replace(outcome=found.outcome),
-        change(d.low),
-        change(d.high),
-        plain(d.p_value, "{:.2g}"),
-        plain(found.adjusted_p, "{:.2g}"),
+        *(mean._replace(outcome=found.outcome), low, high),
+        plain_cell(d.p_value, "{:.2g}"),
+        plain_cell(found.adjusted_p, "{:.2g}"),
         Cell(found.outcome),
         number_cell(metric, d.seed_error),
         number_cell(metric, d.caption_error),
-        plain(d.correlation, "{:.2f}"),
-        plain(d.variance_ratio, "{:.2f}"),
-        plain(found.more_seeds, "{:,}"),
+        plain_cell(d.correlation, "{:.2f}"),
+        plain_cell(d.variance_ratio, "{:.2f}"),
+        plain_cell(found.more_seeds, "{:,}"),
     ]
+
+
+def plain_cell(value: float | None, template: str) -> Cell:
+    """Return a cell with a number in this format."""
+    return Cell() if value is None else Cell(template.format(value), value=value)
 
 
 def differences_table(comparisons: Sequence[Comparison]) -> Table:
@@ -208,14 +204,13 @@ def pairing_table(comparisons: Sequence[Comparison]) -> Table:
     """Return what pairing gains in each metric: medians over the arms."""
     lines = []
     for metric in dict.fromkeys(found.metric for found in comparisons):
-        found = [c.difference for c in comparisons if c.metric == metric]
-        ratios = [d.variance_ratio for d in found if d.variance_ratio is not None]
+        found = [one.difference for one in comparisons if one.metric == metric]
         correlations = [d.correlation for d in found if d.correlation is not None]
+        ratios = [d.variance_ratio for d in found if d.variance_ratio is not None]
         if ratios and correlations:
-            medians = median(correlations), median(ratios)
-            cells = [Cell(f"{value:.2f}", value=value) for value in medians]
-            counts = len(ratios), max(len(d.seeds) for d in found)
-            lines.append(Line(metric.title, [*cells, *(Cell(str(count)) for count in counts)]))
+            medians = [plain_cell(median(each), "{:.2f}") for each in (correlations, ratios)]
+            counts = Cell(str(len(ratios))), Cell(str(max(len(d.seeds) for d in found)))
+            lines.append(Line(metric.title, [*medians, *counts]))
     heads = ["Metric", "Correlation", "Variance ratio", "Comparisons", "Seeds"]
     return Table("What pairing gains", heads, lines)
 
@@ -226,14 +221,15 @@ def evaluations_table(selection: Selection) -> Table:
     metrics = [metric for metric in METRICS if any(metric.of(row) for _, row in rows)]
     lines = []
     for run, row in rows:
-        seconds, method = row.seconds_per_image, str(row.protocol.sampling["method"])
         cells = [
-            *map(Cell, (str(series_of(row)), f"{row.step:,}", method)),
-            Cell() if seconds is None else Cell(f"{seconds:.3f}", value=seconds),
+            *map(
+                Cell, (str(series_of(row)), f"{row.step:,}", str(row.protocol.sampling["method"]))
+            ),
+            plain_cell(row.seconds_per_image, "{:.3f}"),
         ]
-        for estimate, metric in ((metric.of(row), metric) for metric in metrics):
-            pair = (estimate.value, estimate.standard_error) if estimate else (None, None)
-            cells.append(number_cell(metric, *pair))
+        for metric in metrics:
+            value, error = (e.value, e.standard_error) if (e := metric.of(row)) else (None, None)
+            cells.append(number_cell(metric, value, error))
         lines.append(Line(run.name, cells))
     heads = ["Run", "Evaluation", "Step", "Method", "Seconds per image"]
     return Table("All evaluations", [*heads, *(metric.heading for metric in metrics)], lines)
@@ -255,10 +251,9 @@ def protocol_table(selection: Selection) -> Table:
 
 def recipes_table(arms: Sequence[Arm]) -> Table:
     """Return a line per key of config.yaml whose value differs between arms."""
-    shown = [arm for arm in arms if arm.runs]
-    recipes = [flatten(next(iter(arm.runs.values())).recipe or {}) for arm in shown]
-    heads = ["Key", *(arm.name for arm in shown)]
-    table = _values_table("What differs between recipes", heads, recipes)
+    recipes = {arm.name: flatten(arm.first.recipe or {}) for arm in arms if arm.first}
+    title = "What differs between recipes"
+    table = _values_table(title, ["Key", *recipes], [*recipes.values()])
     return table._replace(lines=[line for line in table.lines if len(set(line.cells)) > 1])
 
 

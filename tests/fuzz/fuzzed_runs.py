@@ -47,9 +47,10 @@ from ifvit.images import decode_png, encode_png
 from ifvit.models.weights import load_weights
 from ifvit.records import dump_rows
 from ifvit.sampling.config import SamplingConfig
-from ifvit.sampling.samples import SampleRow, write_samples
+from ifvit.sampling.samples import SampleRow, read_samples, write_samples
 from ifvit.shards.format import EncoderIdentity
 from ifvit.storage import read_bytes, write_sealed
+from ifvit.studies.arms import samples_folder
 from ifvit.training.checkpoint import fetch_newest, open_tensors
 from ifvit.training.config import (
     EngineConfig,
@@ -251,11 +252,16 @@ def make_evaluation(folder: Path) -> list[Format]:
 
 def read_evaluation(box: Path) -> object:
     run = read_run(str(box / "run"), "run")
-    shown = [sample.file for sample in run.samples]
-    shown += [sample.real for sample in run.samples if sample.real]
-    images = [decode_png(read_bytes(run.sample_url(file))) for file in shown]
+    samples = [
+        (folder, sample)
+        for row in run.rows
+        for folder in [samples_folder(run, row)]
+        for sample in read_samples(folder)
+    ]
+    files = [(folder, name) for folder, one in samples for name in (one.file, one.real) if name]
+    images = [decode_png(read_bytes(f"{folder}/{name}")) for folder, name in files]
     counts = read_object_counts(str(box / "run" / FOLDER))
-    return run.rows, run.last, run.samples, images, counts
+    return run.rows, samples, images, counts
 
 
 def make_attention(folder: Path) -> list[Format]:

@@ -13,13 +13,12 @@ from made_runs import build_row, noise, write_run
 
 from ifvit.errors import UserError
 from ifvit.evaluation.object_count import CountedImage
-from ifvit.evaluation.runs import Run, read_run
+from ifvit.evaluation.runs import read_run
 from ifvit.images import encode_png
 from ifvit.sampling.samples import read_samples, write_samples
 from ifvit.storage import write_sealed
+from ifvit.studies.arms import as_arms, select
 from ifvit.studies.config import ReportConfig
-from ifvit.studies.object_counts import read_counts
-from ifvit.studies.page import render_page
 from ifvit.studies.study_page import report
 
 ROW = "evaluation/scenes/w2/step_00001200.json"
@@ -46,8 +45,10 @@ def bare(tmp_path: Path) -> Path:
     return folder
 
 
-def read(run: Path) -> Run:
-    return read_run(str(run), "run")
+def read(run: Path) -> object:
+    """All that a page reads of a run before it draws."""
+    selection = select(as_arms([read_run(str(run), "run")]))
+    return selection, selection.evaluations(next(iter(selection.series), None))
 
 
 def show(run: Path) -> str:
@@ -84,14 +85,11 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", SEALED)
 def test_a_changed_file_with_a_seal_gives_the_same_run_or_one_line(name: str, run: Path) -> None:
-    def facts() -> object:
-        return read_counts([read(run)]) if name == COUNTS else read(run)
-
-    before, data = facts(), (run / name).read_bytes()
+    before, data = read(run), (run / name).read_bytes()
     rng = random.Random(name)
     for _ in range(30):
         (run / name).write_bytes(mutate(data, rng))
-        found = result_of(facts)
+        found = result_of(lambda: read(run))
         if isinstance(found, str):
             assert name in found
         else:
@@ -146,7 +144,7 @@ def test_what_is_not_a_file_is_one_line(name: str, kind: str, run: Path) -> None
         read(run)
         return
     with pytest.raises(UserError, match=name):
-        read_counts([read(run)])
+        read(run)
 
 
 def leave(run: Path, place: str) -> Path:
@@ -217,8 +215,3 @@ def test_texts_of_files_are_shown_as_texts(run: Path, tmp_path: Path) -> None:
     assert "<b>" not in page
     assert "\x1b" not in page
     assert "&lt;img src=x onerror" in page
-
-
-def test_a_template_that_is_damaged_or_gone_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"nowhere\.html: damaged"):
-        render_page("nowhere.html")

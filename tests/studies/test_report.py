@@ -75,12 +75,17 @@ def test_one_run_per_arm_never_makes_a_difference(runs: list[str], page: str) ->
     assert found.difference.mean == pytest.approx(0.22)
 
 
-def test_what_a_run_lacks_is_named_and_never_invented(tmp_path: Path) -> None:
+def test_what_is_missing_is_named_and_never_invented(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     page = render([str(tmp_path / "empty")], tmp_path / "report.html")
-    for name in ("config.yaml", "metrics.jsonl", "weights", "samples", "evaluation"):
-        assert f"empty/{name}:" in page
-    for verb in ("--steps all", "--guidance_scales", "object_count", "rate create", "attention"):
+    for verb in (
+        "metrics.jsonl",
+        "--steps all",
+        "--guidance_scales",
+        "object_count",
+        "rate create",
+        "attention",
+    ):
         assert verb in page
     assert not re.search(r"<td[^>]*>[^—1<]", page)
 
@@ -189,13 +194,14 @@ def test_metrics_are_plotted_over_steps_and_guidance(tmp_path: Path) -> None:
     write_evaluation(Path(run), build_row(0.4, guidance_scale=4.0))
     write_evaluation(Path(run), build_row(0.9, step=900, num_samples=64))
     selection = selected(run)
-    steps, operations = steps_figure(selection, [RETRIEVAL]).plots
+    figure = steps_figure(selection, [RETRIEVAL])
+    steps, operations = figure.plots
     assert [(one["x"], one["y"]) for one in steps.records] == [(600, 0.3), (1200, 0.5)]
     xs = [float(str(one["x"])) for one in operations.records]
     cost = selection.runs[0].cost
     assert cost
     assert xs == pytest.approx([3 * cost.flops * 32 * step for step in (600, 1200)])
-    assert steps.svg == steps.svg, "the same numbers give the same page"
+    assert [*figure.svgs] == [*figure.svgs], "the same numbers give the same page"
     (guidance,) = guidance_figure(selection, [RETRIEVAL]).plots
     assert [(one["label"], one["y"]) for one in guidance.records] == [("w=2", 0.5), ("w=4", 0.4)]
 

@@ -17,9 +17,8 @@ from ifvit.models.presets import PRESETS
 from ifvit.rating.agreement import OrderBias
 from ifvit.rating.results import PreferenceResults, Replies
 from ifvit.storage import write_sealed
-from ifvit.studies.arms import Arm, plan_runs, read_arms, select
+from ifvit.studies.arms import plan_runs, read_arms, select
 from ifvit.studies.config import Claim, Published, StudyReportConfig
-from ifvit.studies.page import Panel
 from ifvit.studies.quantities import RETRIEVAL
 from ifvit.studies.study_figures import atlas_figures, rating_figure
 from ifvit.studies.study_page import report_study
@@ -237,9 +236,9 @@ def test_a_model_of_a_rating_study_has_the_colour_of_its_arm() -> None:
         order_bias=OrderBias(mean_ranks=[], chi_square=0.0, p_value=1.0, num_answers=40),
         replies=Replies(num_shown=40, skips={}, num_repeats=0, consistency=None),
     )
-    figure = rating_figure(found, [Arm(name="text_in_the_middle", colour=9, runs={})])
-    (panel,) = figure.plots
-    assert isinstance(panel, Panel)
-    assert [point.colour for point in panel.points] == [0, 9]
-    assert panel.places == ("mine", "text in the\nmiddle")
-    assert not rating_figure(None, []).plots
+    colours = {"text_in_the_middle": 9}
+    ((_, svg),) = rating_figure(found, colours).svgs
+    assert "var(--run0)" in svg
+    assert "var(--run9)" in svg
+    assert "text in the<" in svg
+    assert not rating_figure(None, colours).plots
