@@ -156,6 +156,8 @@ def _items(name: str, value: Any, args: Sequence[Any]) -> Iterator[tuple[str, An
             yield f"{name}[{number}]", item, hint
     elif isinstance(value, Mapping) and len(args) == 2:
         for key, item in value.items():
+            if _class_of(args[0]) is str and not isinstance(key, str):  # YAML reads 1 as a number
+                raise UserError(f"{name}: the key {shorten(key)} is no text; put it in quotes")
             yield f"key of {name}", key, args[0]
             yield f"{name}.{key}", item, args[1]
 

@@ -80,6 +80,8 @@ def _with_fields(recipe: TrainConfig, changes: Mapping[str, object], where: str)
         return recipe
     known = {field.name for field in fields(TrainConfig) if not field.metadata.get("flag_only")}
     for key in changes:
+        if key in ("run", "seed"):
+            raise UserError(f"{where}: the study sets {key} of every run; remove it")
         if key.partition(".")[0] not in known:
             raise UserError(f"{where}: unknown key {shorten(key)}; known are {', '.join(known)}")
     flags = [

@@ -240,3 +240,15 @@ def test_a_name_of_a_run_that_the_study_lacks_is_one_clear_line(tmp_path: Path) 
     config = read_study(describe_study(tmp_path, tmp_path / "study"), only="late/seed1")
     with pytest.raises(UserError, match=r"only: no run late/seed1; runs are early/seed1, pooled"):
         run_study(config)
+
+
+@pytest.mark.parametrize("field", ["run", "seed"])
+def test_an_arm_cannot_set_what_the_study_sets(field: str, tmp_path: Path) -> None:
+    arms = {"early": {}, "late": {field: 3}}
+    with pytest.raises(UserError, match=f"arms: late: the study sets {field} of every run"):
+        list_runs(read_study(describe_study(tmp_path, tmp_path / "study"), arms=arms))
+
+
+def test_an_arm_whose_name_is_a_number_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="arms: the key 1 is no text; put it in quotes"):
+        read_study(describe_study(tmp_path, tmp_path / "study"), arms={1: {}})
