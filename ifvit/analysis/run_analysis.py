@@ -84,7 +84,7 @@ def plot_runs(
     found: Mapping[str, Analysis],
     size: tuple[float, float],
     plot_run: Callable[[SubFigure, Analysis], None],
-    fontsize: float = 11,
+    fontsize: float | str = "large",
 ) -> Figure:
     """Return a figure with a part of this size, in inches, per run; its title names the map."""
     with house_style():
