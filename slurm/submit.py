@@ -25,7 +25,7 @@ from ifvit.errors import UserError
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.records import part_of
 from ifvit.studies.config import PLAN, StudyConfig, StudyReportConfig, StudyRunConfig
-from ifvit.studies.study import StudyRun, list_runs
+from ifvit.studies.recipes import StudyRun, list_runs
 from ifvit.training.config import TrainConfig
 from ifvit.verbs import VERBS, load
 from slurm.config import (
@@ -199,13 +199,7 @@ class Submission:
         parameters["job_name"] += f"-{mark_of(self._token)}"
         python = shlex.quote(self._config.cluster.python)
         if self._config.dry_run:
-            script = _make_sbatch_string(
-                command=f"{python} -u -m submitit.core._submit {shlex.quote(str(self._folder))}",
-                folder=self._folder,
-                map_count=len(jobs) if len(jobs) > 1 else None,
-                **parameters,
-            )
-            sys.stdout.write(f"{script}\n")
+            self._print_script(len(jobs), python, parameters)
             return [f"<{job.name}_{number}>" for number, job in enumerate(jobs)]
         if self._config.executor == "local":
             for job in jobs:
@@ -235,6 +229,15 @@ class Submission:
             f"tasks; see ifvit submit status {self._home}\n"
         )
         return [job.job_id for job in submitted]
+
+    def _print_script(self, num_jobs: int, python: str, parameters: dict[str, Any]) -> None:
+        script = _make_sbatch_string(
+            command=f"{python} -u -m submitit.core._submit {shlex.quote(str(self._folder))}",
+            folder=self._folder,
+            map_count=num_jobs if num_jobs > 1 else None,
+            **parameters,
+        )
+        sys.stdout.write(f"{script}\n")
 
     def _record(self, jobs: Sequence[VerbJob], submitted: Sequence[submitit.Job[None]]) -> None:
         self._jobs += [

@@ -19,7 +19,7 @@ from ifvit.models.cost import count_cost
 from ifvit.models.presets import CLASS_PRESETS, PRESETS, SETTINGS, setting_of, with_setting
 from ifvit.records import PositiveFloat, PositiveInt, parse_yaml, record
 from ifvit.studies.config import StudyConfig
-from ifvit.studies.study import arm_recipes, list_runs, with_length
+from ifvit.studies.recipes import arm_recipes, list_runs, with_length
 from ifvit.training.config import OptimConfig, TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -25,10 +25,9 @@ from ifvit.evaluation.rows import MetricsRow
 from ifvit.models.cost import count_cost
 from ifvit.storage import join
 from ifvit.studies.processes import worker_processes
+from ifvit.studies.recipes import with_length
 from ifvit.studies.step_time import find_step_seconds
-from ifvit.studies.study import with_length
-from ifvit.training.config import TrainConfig
-from ifvit.training.guards import MAY_CHANGE
+from ifvit.training.config import MAY_CHANGE, TrainConfig
 from ifvit.training.train import train
 
 PAPER, MODERN = "paper", "modern"

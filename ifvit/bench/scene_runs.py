@@ -10,7 +10,7 @@ from data_pipeline.config import EncodeConfig
 from ifvit.config import read_config
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.storage import join
-from ifvit.studies.study import with_length
+from ifvit.studies.recipes import with_length
 from ifvit.training.config import TrainConfig
 
 TRAIN, HELD_OUT = "train2014", "val2014"

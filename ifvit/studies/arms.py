@@ -19,15 +19,10 @@ from ifvit.sampling.samples import SampleRow, read_samples
 from ifvit.studies.comparisons import Arms, Evaluation
 from ifvit.studies.config import StudyConfig
 from ifvit.studies.quantities import Metric, SeedMean, mean_over_seeds
-from ifvit.studies.study import StudyRun, arm_recipes, list_runs
-from ifvit.training.config import TrainConfig
+from ifvit.studies.recipes import StudyRun, arm_recipes, list_runs
+from ifvit.training.config import MAY_CHANGE, TrainConfig
 
-_FREE = {
-    *("run", "branch", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid"),
-    *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
-    *("keep_every", "keep_best", "export_every", "keep_exports", "resume", "tolerate_nonfinite"),
-    *("trackers", "profile", "validation"),
-}
+_FREE = (MAY_CHANGE - {"max_steps", "context", "text"}) | {"branch"}
 """Fields of a recipe that a run may set in another way than the study file: they are places, or do
 not change what the run learns."""
 

@@ -28,9 +28,9 @@ from ifvit.records import part_of
 from ifvit.scenes.image_sets import render_scenes
 from ifvit.studies.config import PLAN, StudyConfig, StudyReportConfig, StudyRunConfig
 from ifvit.studies.processes import Event, Job, JobProcesses
+from ifvit.studies.recipes import StudyRun, arm_recipes, count_operations, list_runs
 from ifvit.studies.stages import is_finished, run_stages
 from ifvit.studies.step_time import find_step_seconds
-from ifvit.studies.study import StudyRun, arm_recipes, count_operations, list_runs
 from ifvit.studies.study_page import report_study
 from ifvit.training.lease import Lease
 

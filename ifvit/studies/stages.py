@@ -20,14 +20,15 @@ from ifvit.records import Sha256, record
 from ifvit.sampling.samples import hash_json
 from ifvit.storage import exists, join, read_sealed, write_sealed
 from ifvit.studies.config import RECORD, StudyConfig
-from ifvit.studies.study import StudyRun
+from ifvit.studies.recipes import StudyRun
+from ifvit.training.config import MAY_CHANGE
 from ifvit.training.train import train
 
-_OF_PLACE = {
-    *("run", "runs", "weights", "output", "device", "cache", "num_workers", "micro_batch_size"),
-    *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "trackers"),
-    *("export_every", "keep_exports", "sample_grid", "profile", "tolerate_nonfinite"),
+_DECISIVE = {
+    *("shards", "vae", "text_encoder", "context", "text", "engine", "max_steps", "validation")
 }
+"""Fields that a resumed run may change, although they decide what its results are."""
+_OF_PLACE = (MAY_CHANGE - _DECISIVE) | {"runs", "weights", "output", "device"}
 """Settings that change where and how a run works, but no result of it."""
 
 Stage = tuple[Callable[[Any], object], Any]

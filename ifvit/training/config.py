@@ -315,6 +315,17 @@ class TrainConfig:
             raise UserError("captions: all weights are 0; give one of the sources a weight")
 
 
+MAY_CHANGE = {
+    *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
+    *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
+    *("keep_every", "keep_best", "export_every", "keep_exports", "tolerate_nonfinite"),
+    *("trackers", "profile", "validation", "context", "text"),
+}
+"""Fields that a resumed run may change; a change of any other field would make another run. Of
+validation, only `every` may change once there are held-out shards. `resume` checks that `text` and
+`text_encoder` make the same contexts."""
+
+
 @record
 class ReplayConfig:
     """Compute a failed training step again; a failed run leaves its file in failures/."""

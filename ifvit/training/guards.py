@@ -27,18 +27,9 @@ from ifvit.sampling.load import check_text_encoder
 from ifvit.shards.format import EncoderIdentity
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import exists, join, read_bytes, write_bytes
-from ifvit.training.config import TrainConfig
+from ifvit.training.config import MAY_CHANGE, TrainConfig
 from ifvit.training.optimizers import state_names
 
-MAY_CHANGE = {
-    *("run", "shards", "cache", "vae", "text_encoder", "engine", "sample_grid", "max_steps"),
-    *("micro_batch_size", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
-    *("keep_every", "keep_best", "export_every", "keep_exports", "tolerate_nonfinite"),
-    *("trackers", "profile", "validation", "context", "text"),
-}
-"""Fields that a resumed run may change; a change of any other field would make another run. Of
-validation, only `every` may change once there are held-out shards. `resume` checks that `text` and
-`text_encoder` make the same contexts."""
 _OF_CHECKPOINTS = {"optim.optimizer", "objective.prediction", "scaling_factor", "shift_factor"}
 """Fields that a checkpoint must share with the run that continues it, besides the backbone."""
 

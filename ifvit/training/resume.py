@@ -30,9 +30,9 @@ from ifvit.training.checkpoint import (
     open_tensors,
     step_url,
 )
-from ifvit.training.config import TrainConfig
+from ifvit.training.config import MAY_CHANGE, TrainConfig
 from ifvit.training.engine import Engine
-from ifvit.training.guards import MAY_CHANGE, differences, read_recipe
+from ifvit.training.guards import differences, read_recipe
 from ifvit.training.loop import TrainState
 
 _LATEST = "@latest"

@@ -23,7 +23,7 @@ from ifvit.bench.quality import (
 from ifvit.bench.scene_runs import SceneSets
 from ifvit.config import read_config
 from ifvit.evaluation.config import EvaluateConfig
-from ifvit.studies.study import with_length
+from ifvit.studies.recipes import with_length
 from ifvit.training.config import TrainConfig
 
 

@@ -20,10 +20,10 @@ from ifvit.models.presets import PRESETS
 from ifvit.storage import write_sealed
 from ifvit.studies.config import RECORD, StudyConfig, StudyRunConfig
 from ifvit.studies.processes import Event, Job
+from ifvit.studies.recipes import StudyRun, arm_recipes, list_runs
 from ifvit.studies.run import Progress, list_study_runs, run_study
 from ifvit.studies.stages import describe_stages, is_finished
 from ifvit.studies.step_time import find_step_seconds
-from ifvit.studies.study import StudyRun, arm_recipes, list_runs
 from ifvit.training.train import train
 
 SAMPLING = {"num_steps": 2, "guidance_scale": 1.5}
