@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoded_scenes import encode_scenes
 from made_backbone import SMALL_CLASSES, SMALL_UNET, loud_backbone, small_shape
 from made_shards import CLASSES, make_samples, write_shards
 from PIL import Image
 from uvit_oracle import random_weights, uvit_layout
 
-from data_pipeline.config import EncodeConfig
-from data_pipeline.encode import encode
 from ifvit.analysis.knockout import KnockedOut, KnockoutAnalysis, read_knockout
 from ifvit.cli import main
 from ifvit.evaluation.held_out_loss import HeldOutLoss
@@ -20,7 +19,6 @@ from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.config import BackboneConfig
 from ifvit.models.weights import WeightsInfo, load_weights, save_weights
 from ifvit.sampling.samples import read_samples
-from ifvit.scenes.image_sets import render_scene_set
 from ifvit.shards.format import read_manifest
 from ifvit.shards.reader import ShardReader
 
@@ -32,20 +30,7 @@ CONTEXT = {"context_length": 16, "context_width": 64}
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("scenes")
-    render_scene_set(folder, "val2014", NUM_SAMPLES, seed=3)
-    config = EncodeConfig(
-        images=str(folder / "val2014"),
-        captions=str(folder / "annotations" / "captions_val2014.json"),
-        output=str(folder / "shards"),
-        vae="scenes/vae",
-        text_encoder="scenes/clip",
-        image_size=64,
-        device="cpu",
-        num_workers=1,
-    )
-    encode(config)
-    return config.output
+    return encode_scenes(tmp_path_factory.mktemp("scenes"), "val2014", NUM_SAMPLES, seed=3)
 
 
 def save_run(folder: Path, shards: str, shape: BackboneConfig) -> str:

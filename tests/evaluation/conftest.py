@@ -3,33 +3,18 @@
 from pathlib import Path
 
 import pytest
+from encoded_scenes import encode_scenes
 from held_out_scenes import NUM_IMAGES, HeldOut, save_run
 
-from data_pipeline.config import EncodeConfig
-from data_pipeline.encode import encode
 from ifvit.evaluation.config import EvaluateConfig, ProtocolConfig
 from ifvit.sampling.config import SamplingConfig
-from ifvit.scenes.image_sets import render_scene_set
 from ifvit.shards.format import read_manifest
 
 
 @pytest.fixture(scope="session")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
     folder = tmp_path_factory.mktemp("scenes")
-    render_scene_set(folder, "val2014", NUM_IMAGES, seed=3)
-    shards = str(folder / "shards")
-    encode(
-        EncodeConfig(
-            images=str(folder / "val2014"),
-            captions=str(folder / "annotations" / "captions_val2014.json"),
-            output=shards,
-            vae="scenes/vae",
-            text_encoder="scenes/clip",
-            image_size=64,
-            device="cpu",
-            num_workers=1,
-        )
-    )
+    shards = encode_scenes(folder, "val2014", NUM_IMAGES, seed=3)
     return HeldOut(shards=shards, manifest=read_manifest(shards), images=str(folder / "val2014"))
 
 

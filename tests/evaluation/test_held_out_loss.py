@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from encoded_scenes import encode_scenes
 from held_out_scenes import HeldOut
 from made_backbone import small_shape
 
-from data_pipeline.config import EncodeConfig
-from data_pipeline.encode import encode
 from ifvit.distributed import ProcessGroup, World
 from ifvit.evaluation.config import EvaluateConfig
 from ifvit.evaluation.evaluate import evaluate
@@ -19,7 +18,6 @@ from ifvit.evaluation.rows import MetricsRow, read_training_rows
 from ifvit.models.conditioning import DatasetConditions
 from ifvit.models.weights import load_weights
 from ifvit.sampling.config import SamplingConfig
-from ifvit.scenes.image_sets import render_scene_set
 from ifvit.shards.reader import ShardReader
 from ifvit.training.config import EngineConfig, SampleGridConfig, TrainConfig, ValidationConfig
 from ifvit.training.train import train
@@ -28,20 +26,7 @@ from ifvit.training.train import train
 @pytest.fixture(scope="session")
 def training_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Eight scenes that are not held out, encoded alike."""
-    folder = tmp_path_factory.mktemp("training")
-    render_scene_set(folder, "train2014", 8, seed=4)
-    config = EncodeConfig(
-        images=str(folder / "train2014"),
-        captions=str(folder / "annotations" / "captions_train2014.json"),
-        output=str(folder / "shards"),
-        vae="scenes/vae",
-        text_encoder="scenes/clip",
-        image_size=64,
-        device="cpu",
-        num_workers=1,
-    )
-    encode(config)
-    return config.output
+    return encode_scenes(tmp_path_factory.mktemp("training"), "train2014", 8, seed=4)
 
 
 def test_training_and_evaluation_measure_the_same_number(
