@@ -5,7 +5,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,7 +28,7 @@ from ifvit.shards.format import read_manifest, write_manifest
 from ifvit.shards.reader import ShardReader
 from ifvit.storage import read_sealed, write_sealed
 from ifvit.training import saving
-from ifvit.training.checkpoint import fetch_newest, open_tensors
+from ifvit.training.checkpoint import committed_steps, fetch_newest, open_tensors
 from ifvit.training.config import EngineConfig, OptimConfig, TrainConfig
 from ifvit.training.lease import Holder
 from ifvit.training.metrics_log import MetricsLog
@@ -235,6 +235,14 @@ def read_state(run: str, cache: Path) -> tuple[int, dict[str, Tensor]]:
             return saved.state.step, {n: read(n) for part in saved.parts for n in part.tensors}
 
 
+def wait_for_checkpoint(run: str, newest: int, processes: Sequence[BaseProcess]) -> None:
+    """Wait until the run has a complete checkpoint after step `newest`, or its processes end."""
+    deadline = time.monotonic() + 120
+    while committed_steps(run)[-1:] <= [newest] and any(p.is_alive() for p in processes):
+        assert time.monotonic() < deadline, "no checkpoint in two minutes"
+        time.sleep(0.05)
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_left_alone(
@@ -249,7 +257,9 @@ def test_a_run_killed_at_random_moments_ends_as_if_left_alone(
     hunted = replace(calm, run=run)
     for number in range(num_kills):
         processes = start(train, (hunted,), (1, 2, 4)[number % 3])
-        time.sleep(chance.uniform(1.0, 4.0))
+        if number % 2:  # however slow the machine is, some work is saved between two kills
+            wait_for_checkpoint(run, newest, processes)
+        time.sleep(chance.uniform(0.0, 1.0) if number % 2 else chance.uniform(1.0, 4.0))
         assert not any(process.exitcode for process in processes)
         for process in chance.sample(processes, len(processes)):
             process.kill()
